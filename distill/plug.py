@@ -1,0 +1,115 @@
+"""A name, or `package.module:function`, becomes a checked function.
+
+The registry of a kind of plug (losses, filters, tasks, templates) is its home module: every public
+function defined there, or below it, is on offer under its own name. A function's keyword-only
+parameters are its options, and their annotations are a strict schema, so a typo in a recipe is an error
+that names the nearest option. Nothing is registered, decorated or inherited.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pydantic
+
+from distill.records import UserError
+
+Function = Callable[..., Any]
+
+
+def names(home: str) -> dict[str, Function]:
+    """Every plug of a home module, by name."""
+    module = importlib.import_module(home)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and not name.startswith("_") and value.__module__.startswith(home)
+    }
+
+
+def find(name: str, home: str, where: str = "") -> Function:
+    """The function called `name` in the home module, or the one that `package.module:function` names.
+
+    Raises UserError with the nearest name when there is none.
+    """
+    prefix = f"{where}: " if where else ""
+    if ":" in name:
+        module_name, _, attribute = name.partition(":")
+        try:
+            function = getattr(_import_user_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{prefix}cannot import {name!r}: {error}. Write it as package.module:function.") from error
+        if not callable(function):
+            raise UserError(f"{prefix}{name!r} is not a function.")
+        return typing.cast(Function, function)
+    known = names(home)
+    if name not in known:
+        raise UserError(f"{prefix}there is no {name!r} in {home}.{nearest(name, known)}")
+    return known[name]
+
+
+def bind(name: str, options: Mapping[str, Any], home: str, where: str = "") -> Function:
+    """The function with its options checked and filled in: a partial that takes the positional arguments only."""
+    function = find(name, home, where)
+    return functools.partial(function, **check_options(function, options, where or name))
+
+
+def check_options(function: Function, options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Validate options against the keyword-only parameters; returns them converted to their annotated types."""
+    parameters = {
+        key: parameter
+        for key, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    hints = typing.get_type_hints(function, include_extras=True)
+    schema: Any = pydantic.create_model(
+        "Options",
+        __config__=pydantic.ConfigDict(extra="forbid", strict=False, arbitrary_types_allowed=True),
+        **{
+            key: (hints.get(key, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
+            for key, parameter in parameters.items()
+        },
+    )
+    try:
+        checked = schema(**options)
+    except pydantic.ValidationError as error:
+        raise UserError(explain(error, where, parameters)) from None
+    return {key: getattr(checked, key) for key in options}
+
+
+def explain(error: pydantic.ValidationError, where: str, known: Iterable[str] = ()) -> str:
+    """A pydantic error as one message: a line a mistake, each with its key, what was wrong and the nearest key."""
+    lines = []
+    for mistake in error.errors():
+        key = ".".join(str(part) for part in mistake["loc"])
+        label = f"{where}.{key}" if where and key else where or key
+        if mistake["type"] == "extra_forbidden":
+            lines.append(f"{label}: unknown key.{nearest(str(mistake['loc'][-1]), known)}")
+        elif mistake["type"] == "missing":
+            lines.append(f"{label}: is required.")
+        else:
+            shown = repr(mistake["input"])
+            lines.append(f"{label}: {mistake['msg'].lower()}, got {shown[:80]}.")
+    return "\n".join(lines)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """' Did you mean ...?', or the list when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if close:
+        return f" Did you mean {close[0]!r}?"
+    return f" There are: {', '.join(known)}." if known else ""
+
+
+def _import_user_module(name: str) -> Any:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module beside the recipe's working directory, as `python -m` would find it
+    return importlib.import_module(name)

@@ -1,0 +1,428 @@
+"""What crosses the borders between rooms: records, columns and protocols.
+
+Nothing here imports torch: records are numpy and plain Python, so that the command line, the trace store
+and the reports start quickly. Left out on purpose: behaviour that belongs to one room (encoding to
+Parquet is `traces`, judging is `tasks`, tensors are `training`).
+
+Shape suffixes, used throughout the package:
+    T positions (tokens)    K kept candidates a position    E entries, flat over positions (sum of counts)
+    N traces in a block     D hidden size                   V vocabulary                C tokens in a chunk
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+Split = Literal["train", "held_out"]
+FinishReason = Literal["stop", "length"]
+Message = Mapping[str, str]
+Array = npt.NDArray[Any]
+
+NO_TAIL = 1e-6
+"""Tail masses below this are rounding noise of fp32 log-probabilities and count as no tail at all."""
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the key, file or row, what was wrong and the fix.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+def stable_hash(*parts: object, length: int = 16) -> str:
+    """Hex digest of the parts' text, the same on every machine and in every process."""
+    joined = "\x1f".join(str(part) for part in parts)
+    return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def draw_seed(*parts: object) -> int:
+    """A 63-bit seed from (run seed, stage, problem id, sample, purpose); independent of order and batch."""
+    return int(stable_hash(*parts, length=16), 16) >> 1
+
+
+# ---------------------------------------------------------------------------------------------- problems
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem of a task.
+
+    problem_id: hash of the task's name and the normalised content; decides the split.
+    question: the problem's own text, without instructions.
+    messages: the conversation that poses it (chat form), without the template's instructions.
+    gold: the reference answer as text; None where only a scorer can tell.
+    payload: what the task's scorer needs besides (JSON-able).
+    """
+
+    problem_id: str
+    task: str
+    question: str
+    messages: tuple[Message, ...]
+    gold: str | None = None
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a completion was judged. `correct` means a full score; None means it could not be judged.
+
+    score: in [0, 1], partial credit included (for rewards only). answer: as extracted, or None.
+    reason: why it is not correct, in a word or two; empty where it is.
+    """
+
+    correct: bool | None
+    score: float | None
+    answer: str | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """How a task's problems are put to a model and where the answer stands in what comes back.
+
+    system: the system message, through the tokenizer's chat template (None: no system message).
+    plain: the whole prompt as text with one `{question}`, for models without a chat template.
+    chat: False always uses `plain`. prefill: text the assistant's turn starts with; the completion that
+    `extract` gets includes it. extract: completion text -> answer text, or None where the format is broken
+    (an unclosed <think>, no answer).
+    """
+
+    name: str
+    system: str | None
+    plain: str
+    extract: Callable[[str], str | None]
+    chat: bool = True
+    prefill: str = ""
+
+
+class Task(Protocol):
+    """A source of problems and the one judge of completions (rewards, filters and eval all use it)."""
+
+    name: str
+    template: Template
+    fingerprint: str
+
+    def problems(self, split: Split, num: int | None, seed: int) -> Iterator[Problem]:
+        """`num` distinct problems of a split, a prefix of the same sequence for every larger `num`.
+
+        `None` yields all there are (finite tasks only). Raises UserError, saying how many there are, when
+        there are too few.
+        """
+        ...
+
+    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+        """Judge the text of a completion; an unfinished one is never correct."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------- distributions
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TopK:
+    """The kept head of a next-token distribution at T positions, ragged, and the mass of everything else.
+
+    count_T:  entries kept at each position.
+    ids_E:    token ids, position after position, by descending probability within a position.
+    logp_E:   their natural-log probabilities (float32), normalised over the whole vocabulary.
+    tail_T:   natural log of the probability mass that is not in the entries (-inf for none).
+    """
+
+    count_T: Array
+    ids_E: Array
+    logp_E: Array
+    tail_T: Array
+
+    def __len__(self) -> int:
+        return len(self.count_T)
+
+    @staticmethod
+    def from_dense(ids_TK: Array, logp_TK: Array) -> TopK:
+        """From rectangular [T, K] candidates, any order; -inf entries are dropped, the tail is 1 - sum."""
+        ids_TK, logp_TK = np.asarray(ids_TK), np.asarray(logp_TK, dtype=np.float32)
+        order_TK = np.argsort(-logp_TK, axis=1, kind="stable")
+        ids_TK, logp_TK = np.take_along_axis(ids_TK, order_TK, 1), np.take_along_axis(logp_TK, order_TK, 1)
+        kept_TK = logp_TK > -np.inf
+        return TopK(
+            count_T=kept_TK.sum(1).astype(np.int32),
+            ids_E=ids_TK[kept_TK].astype(np.int64),
+            logp_E=logp_TK[kept_TK],
+            tail_T=_log_rest(np.exp(logp_TK.astype(np.float64)).sum(1)),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[TopK]) -> TopK:
+        """Positions of several, one after another."""
+        if not parts:
+            return TopK(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32))
+        return TopK(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(TopK)))
+
+    @property
+    def offsets(self) -> Array:
+        """[T+1] where each position's entries start in the flat columns."""
+        return np.concatenate([[0], np.cumsum(self.count_T, dtype=np.int64)])
+
+    def slice(self, start: int, stop: int) -> TopK:
+        """Positions start..stop."""
+        offsets = self.offsets
+        a, b = offsets[start], offsets[stop]
+        return TopK(self.count_T[start:stop], self.ids_E[a:b], self.logp_E[a:b], self.tail_T[start:stop])
+
+    def truncate(self, *, top_k: int | None = None, mass: float | None = None) -> TopK:
+        """Keep at each position the smallest head that reaches `mass`, of at most `top_k` entries, at least one.
+
+        What is dropped is added to the tail, so entries + tail keep their total.
+        """
+        if len(self) == 0 or (top_k is None and mass is None):
+            return self
+        start_T = self.offsets[:-1]
+        position_E = np.repeat(np.arange(len(self)), self.count_T)
+        rank_E = np.arange(len(self.ids_E)) - start_T[position_E]
+        prob_E = np.exp(self.logp_E.astype(np.float64))
+        keep_E = np.ones(len(self.ids_E), bool)
+        if top_k is not None:
+            keep_E &= rank_E < max(top_k, 1)
+        if mass is not None:
+            running = np.concatenate([[0.0], np.cumsum(prob_E)])
+            before_E = running[:-1] - running[start_T[position_E]]
+            keep_E &= (before_E < mass) | (rank_E == 0)
+        dropped_T = np.bincount(position_E[~keep_E], prob_E[~keep_E], minlength=len(self))
+        tail_T = np.exp(self.tail_T.astype(np.float64)) + dropped_T
+        with np.errstate(divide="ignore"):
+            log_tail_T = np.log(tail_T).astype(np.float32)
+        count_T = np.bincount(position_E[keep_E], minlength=len(self)).astype(np.int32)
+        return TopK(count_T, self.ids_E[keep_E], self.logp_E[keep_E], log_tail_T)
+
+    def dense(self, width: int | None = None) -> tuple[Array, Array]:
+        """Rectangular ids [T, K] (padding -1) and log-probs [T, K] (padding -inf)."""
+        width = int(self.count_T.max(initial=0)) if width is None else width
+        ids_TK = np.full((len(self), width), -1, np.int64)
+        logp_TK = np.full((len(self), width), -np.inf, np.float32)
+        filled_TK = np.arange(width) < np.asarray(self.count_T)[:, None]
+        ids_TK[filled_TK], logp_TK[filled_TK] = self.ids_E, self.logp_E
+        return ids_TK, logp_TK
+
+
+def _log_rest(kept_T: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        return np.log(np.maximum(1.0 - kept_T, 0.0)).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ engines
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How completions are drawn. temperature 0 is greedy; max_tokens counts completion tokens, EOS included."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What an engine is asked to continue, or (with completion_ids) to score. All ids, never text."""
+
+    request_id: str
+    prompt_ids: Array
+    seed: int = 0
+    completion_ids: Array | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+    """One finished completion, or a scored one.
+
+    ids_T: the ids sampled (or given), the stop id included.
+    logprob_T: log-probability of each, of the raw distribution (temperature 1, before top-p), float32.
+    top: the distribution at each position; row t is over token t of the completion. None when not asked for.
+    finish_reason: "stop" at a stop id, "length" at the token limit. version: of the weights that wrote it.
+    """
+
+    request_id: str
+    ids_T: Array
+    logprob_T: Array
+    top: TopK | None
+    finish_reason: FinishReason
+    version: int = 0
+
+
+class Engine(Protocol):
+    """Text and log-probabilities out of a model."""
+
+    vocab_size: int
+    max_model_len: int
+    version: int
+
+    def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
+        """Completions as they finish, in any order. A request longer than the context raises ValueError."""
+        ...
+
+    def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
+        """The given completions' log-probabilities, teacher-forced, in the order asked."""
+        ...
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Put new weights in the live engine, the tied head included, and stamp what follows with `version`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Judges a completion's text (see Task.verify)."""
+
+    def __call__(self, problem: Problem, completion: str, finished: bool = True) -> Verdict: ...
+
+
+class Reward(Protocol):
+    """A score for each completion of one problem; None where it could not be judged, never 0 for that."""
+
+    def __call__(self, problem: Problem, completions: Sequence[Completion], texts: Sequence[str]) -> list[float | None]: ...
+
+
+# ------------------------------------------------------------------------------------------------- traces
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """N rows of unequal length: row n is values[offsets[n]:offsets[n + 1]]."""
+
+    values: Array
+    offsets: Array
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, n: int) -> Array:
+        return self.values[self.offsets[n] : self.offsets[n + 1]]
+
+    @property
+    def lengths(self) -> Array:
+        return np.diff(self.offsets)
+
+    @staticmethod
+    def from_rows(rows: Sequence[Array], dtype: npt.DTypeLike) -> Ragged:
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]).astype(np.int64)
+        values = np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.empty(0, dtype)
+        return Ragged(values.astype(dtype, copy=False), offsets)
+
+    def take(self, index: Array) -> Ragged:
+        return Ragged.from_rows([self[int(n)] for n in index], self.values.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Traces:
+    """A block of N traces, in columns. Token columns are flat values + offsets, never a Python object a token.
+
+    Text and verdict columns are lists of length N. `rewards` holds each named reward's column. `top` runs
+    over all completion positions of the block (its positions follow `completion_ids.offsets`); None where no
+    distribution was captured. `correct` and `reward` are None where they could not be judged.
+    """
+
+    trace_id: list[str]
+    problem_id: list[str]
+    sample: Array
+    messages: list[str]
+    completion: list[str]
+    answer: list[str | None]
+    gold: list[str | None]
+    prompt_ids: Ragged
+    completion_ids: Ragged
+    logprob: Ragged
+    top: TopK | None
+    reward: list[float | None]
+    rewards: dict[str, list[float | None]]
+    correct: list[bool | None]
+    finish_reason: list[str]
+
+    def __len__(self) -> int:
+        return len(self.trace_id)
+
+    def top_of(self, n: int) -> TopK | None:
+        """The distribution of trace n."""
+        if self.top is None:
+            return None
+        return self.top.slice(int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1]))
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Packed tokens with everything a loss may need, aligned: row t belongs to the input token ids_T[t].
+
+    The shift is already done: label_T[t] is the token after ids_T[t], and the teacher's row t is its
+    distribution over that same next token. weight_T is 0 wherever there is nothing to learn (prompts, the
+    last token of a trace). Arrays are numpy as packed, torch tensors after `to_torch`.
+
+    ids_T, position_T, label_T   int64 [T]; positions restart at each trace
+    doc_offsets                  int64 [N+1]; attention never crosses these
+    weight_T                     float32 [T]; the loss is sum(weight * loss_T) / denominator
+    denominator                  of the whole optimiser step: all micro-batches on all ranks
+    teacher_ids_TK               int64 [T, K], -1 = no entry;  teacher_logp_TK float32, -inf there
+    teacher_tail_T               float32 [T], log of the teacher's mass outside teacher_ids_TK
+    advantage_T, old_logp_T, ref_logp_T, engine_logp_T   float32 [T], of label_T; rollouts only
+    version                      of the weights that wrote the rollout
+    """
+
+    ids_T: Any
+    position_T: Any
+    doc_offsets: Any
+    label_T: Any
+    weight_T: Any
+    denominator: float
+    trace_ids: tuple[str, ...]
+    teacher_ids_TK: Any = None
+    teacher_logp_TK: Any = None
+    teacher_tail_T: Any = None
+    advantage_T: Any = None
+    old_logp_T: Any = None
+    ref_logp_T: Any = None
+    engine_logp_T: Any = None
+    version: int = 0
+
+    def to_torch(self, device: str | torch.device = "cpu") -> Batch:
+        """The same batch with torch tensors on a device."""
+        import torch
+
+        moved = {
+            f.name: torch.from_numpy(value).to(device) if isinstance(value := getattr(self, f.name), np.ndarray) else value
+            for f in fields(self)
+        }
+        return Batch(**moved)
+
+
+# --------------------------------------------------------------------------------------------------- cost
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a stage cost. Tokens are counted where the work was done; FLOPs two a multiply-add."""
+
+    tokens_trained: int = 0
+    tokens_scored: int = 0
+    tokens_generated: int = 0
+    tokens_prompt: int = 0
+    flops: float = 0.0
+    bytes_written: int = 0
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    verifier_seconds: float = 0.0
+    samples_failed: int = 0
+    samples_filtered: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)})
