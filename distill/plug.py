@@ -30,7 +30,9 @@ def names(home: str) -> dict[str, Function]:
     return {
         name: value
         for name, value in vars(module).items()
-        if inspect.isfunction(value) and not name.startswith("_") and value.__module__.startswith(home)
+        if inspect.isfunction(value)
+        and not name.startswith("_")
+        and value.__module__.startswith(home)
     }
 
 
@@ -45,7 +47,9 @@ def find(name: str, home: str, where: str = "") -> Function:
         try:
             function = getattr(_import_user_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
-            raise UserError(f"{prefix}cannot import {name!r}: {error}. Write it as package.module:function.") from error
+            raise UserError(
+                f"{prefix}cannot import {name!r}: {error}. Write it as package.module:function."
+            ) from error
         if not callable(function):
             raise UserError(f"{prefix}{name!r} is not a function.")
         return typing.cast(Function, function)
@@ -69,11 +73,14 @@ def check_options(function: Function, options: Mapping[str, Any], where: str) ->
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
     hints = typing.get_type_hints(function, include_extras=True)
-    schema: Any = pydantic.create_model(
+    schema: Any = pydantic.create_model(  # type: ignore[call-overload]
         "Options",
         __config__=pydantic.ConfigDict(extra="forbid", strict=False, arbitrary_types_allowed=True),
         **{
-            key: (hints.get(key, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
+            key: (
+                hints.get(key, Any),
+                ... if parameter.default is inspect.Parameter.empty else parameter.default,
+            )
             for key, parameter in parameters.items()
         },
     )
@@ -111,5 +118,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _import_user_module(name: str) -> Any:
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a module beside the recipe's working directory, as `python -m` would find it
+        sys.path.insert(
+            0, ""
+        )  # a module beside the recipe's working directory, as `python -m` would find it
     return importlib.import_module(name)

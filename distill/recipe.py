@@ -18,7 +18,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-from distill.plug import explain, nearest
+from distill.plug import nearest
 from distill.records import Sampling, UserError
 
 Role = Literal["identity", "growth", "execution"]
@@ -54,7 +54,9 @@ class ModelConfig(Config):
 
     source: str
     revision: str | None = None
-    params: float | None = Field(None, description="parameter count, for cost estimates without a network")
+    params: float | None = Field(
+        None, description="parameter count, for cost estimates without a network"
+    )
     trust_remote_code: bool = False
 
 
@@ -72,10 +74,16 @@ class EngineConfig(Config):
 
     fn: str = "vllm"
     dtype: Dtype = "bfloat16"
-    max_model_len: PositiveInt | None = Field(None, description="tokens; None = what the stage needs")
+    max_model_len: PositiveInt | None = Field(
+        None, description="tokens; None = what the stage needs"
+    )
     batch_size: PositiveInt = execution(64, description="completions decoded at once")
-    memory_gib: float | None = execution(None, gt=0, description="key-value cache; None = 1 GiB on CPU, vLLM's own on a GPU")
-    eager: bool = execution(True, description="no compilation: quick to start, a little slower to run")
+    memory_gib: float | None = execution(
+        None, gt=0, description="key-value cache; None = 1 GiB on CPU, vLLM's own on a GPU"
+    )
+    eager: bool = execution(
+        True, description="no compilation: quick to start, a little slower to run"
+    )
 
 
 class LoraConfig(Config):
@@ -119,8 +127,12 @@ class GenerateStage(StageConfig):
     problems: PositiveInt = growth()
     samples: PositiveInt = growth(1)
     sampling: SamplingConfig = SamplingConfig()
-    top_k: int = Field(64, ge=0, description="entries kept at a position at most; 0 = text and ids only")
-    mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
+    top_k: int = Field(
+        64, ge=0, description="entries kept at a position at most; 0 = text and ids only"
+    )
+    mass: float = Field(
+        0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered"
+    )
     engine: EngineConfig = EngineConfig()
     shard_rows: PositiveInt = execution(256)
 
@@ -155,15 +167,23 @@ class TrainStage(StageConfig):
     lr: float = Field(1e-4, gt=0)
     epochs: PositiveInt | None = growth(None)
     steps: PositiveInt | None = growth(None)
-    batch_traces: PositiveInt = Field(64, description="traces an optimiser step, over all processes")
+    batch_traces: PositiveInt = Field(
+        64, description="traces an optimiser step, over all processes"
+    )
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of lr")
+    min_lr_ratio: float = Field(
+        0.1, ge=0, le=1, description="where the cosine ends, as a share of lr"
+    )
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0)
     max_tokens: PositiveInt = Field(4096, description="longer traces are left out and counted")
-    normalise: Literal["token", "sequence"] = Field("token", description="what counts equally: every token, or every trace")
-    truncated: Literal["drop", "keep"] = Field("drop", description="traces that ended at the token limit")
+    normalise: Literal["token", "sequence"] = Field(
+        "token", description="what counts equally: every token, or every trace"
+    )
+    truncated: Literal["drop", "keep"] = Field(
+        "drop", description="traces that ended at the token limit"
+    )
     dtype: Dtype = "bfloat16"
     lora: LoraConfig | None = None
     micro_tokens: PositiveInt = execution(2048, description="tokens packed into one forward pass")
@@ -171,8 +191,12 @@ class TrainStage(StageConfig):
     checkpoint_every: PositiveInt = execution(50, description="optimiser steps")
     keep_checkpoints: PositiveInt = execution(2)
     log_every: PositiveInt = execution(1)
-    trackers: list[str] = execution([], description="accelerate trackers by name: tensorboard, wandb, trackio, ...")
-    max_bad_steps: PositiveInt = execution(5, description="steps in a row with a loss or gradient that is not finite")
+    trackers: list[str] = execution(
+        [], description="accelerate trackers by name: tensorboard, wandb, trackio, ..."
+    )
+    max_bad_steps: PositiveInt = execution(
+        5, description="steps in a row with a loss or gradient that is not finite"
+    )
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> TrainStage:
@@ -202,7 +226,9 @@ class EvalStage(StageConfig):
     @pydantic.model_validator(mode="after")
     def _enough_samples(self) -> EvalStage:
         if max(self.pass_at, default=1) > self.samples:
-            raise ValueError(f"pass_at {max(self.pass_at)} needs at least as many samples a problem, not {self.samples}")
+            raise ValueError(
+                f"pass_at {max(self.pass_at)} needs at least as many samples a problem, not {self.samples}"
+            )
         return self
 
     def inputs(self) -> Iterator[tuple[str, str]]:
@@ -227,8 +253,13 @@ class CompareStage(StageConfig):
 
     def children(self) -> dict[str, EvalStage]:
         """The eval stage of each arm."""
-        shared = {key: getattr(self, key) for key in ("task", "problems", "samples", "sampling", "pass_at", "engine")}
-        return {arm: EvalStage(kind="eval", model=model, **shared) for arm, model in self.arms.items()}
+        shared = {
+            key: getattr(self, key)
+            for key in ("task", "problems", "samples", "sampling", "pass_at", "engine")
+        }
+        return {
+            arm: EvalStage(kind="eval", model=model, **shared) for arm, model in self.arms.items()
+        }
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         for arm, model in self.arms.items():
@@ -237,7 +268,8 @@ class CompareStage(StageConfig):
 
 
 Stage = Annotated[
-    PruneStage | GenerateStage | FilterStage | TrainStage | EvalStage | CompareStage, Field(discriminator="kind")
+    PruneStage | GenerateStage | FilterStage | TrainStage | EvalStage | CompareStage,
+    Field(discriminator="kind"),
 ]
 KINDS: dict[str, type[StageConfig]] = {
     "prune": PruneStage,
@@ -262,7 +294,10 @@ class Recipe(Config):
     def _short_models(cls, models: Any) -> Any:
         if not isinstance(models, Mapping):
             return models
-        return {key: {"source": value} if isinstance(value, str) else value for key, value in models.items()}
+        return {
+            key: {"source": value} if isinstance(value, str) else value
+            for key, value in models.items()
+        }
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Recipe:  # type: ignore[assignment]
@@ -272,7 +307,9 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"recipe {str(path)!r}: no such file. `distill ls recipes` lists those that come with the project.")
+        raise UserError(
+            f"recipe {str(path)!r}: no such file. `distill ls recipes` lists those that come with the project."
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -289,7 +326,9 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise UserError("\n".join(_explain_one(mistake, tree, where) for mistake in error.errors())) from None
+        raise UserError(
+            "\n".join(_explain_one(mistake, tree, where) for mistake in error.errors())
+        ) from None
     _check_references(recipe, where)
     return recipe
 
@@ -301,7 +340,9 @@ def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dic
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(f"override {text!r}: write it as key=value, for example stages.kl.lr=1e-4.")
+            raise UserError(
+                f"override {text!r}: write it as key=value, for example stages.kl.lr=1e-4."
+            )
         try:
             parsed[key] = _yaml_value(value)
         except yaml.YAMLError:
@@ -363,9 +404,13 @@ def _known_at(tree: Mapping[str, Any], loc: list[str]) -> list[str]:
         stage = tree["stages"].get(loc[1], {})
         model: Any = KINDS.get(stage.get("kind"))
         for key in loc[2:-1]:
-            annotation = model.model_fields[key].annotation if model and key in model.model_fields else None
+            annotation = (
+                model.model_fields[key].annotation if model and key in model.model_fields else None
+            )
             options = [annotation, *getattr(annotation, "__args__", ())]
-            model = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
+            model = next(
+                (a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None
+            )
         return list(model.model_fields) if model else []
     return list(ModelConfig.model_fields) if loc[0] == "models" else []
 
@@ -380,15 +425,21 @@ def _check_references(recipe: Recipe, where: str) -> None:
             here = f"{where}: stages.{name}.{key}"
             if key == "task":
                 if value not in recipe.tasks:
-                    raise UserError(f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)}")
+                    raise UserError(
+                        f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)}"
+                    )
             elif key == "data":
                 if value not in recipe.stages and not _looks_like_path(value):
-                    raise UserError(f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} A file or folder is written as a path.")
+                    raise UserError(
+                        f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} A file or folder is written as a path."
+                    )
                 _check_kind(recipe, here, value, ("generate", "filter"))
             else:
                 known = [*recipe.models, *recipe.stages]
                 if value not in known:
-                    raise UserError(f"{here}: there is no model or stage {value!r}.{nearest(value, known)}")
+                    raise UserError(
+                        f"{here}: there is no model or stage {value!r}.{nearest(value, known)}"
+                    )
                 _check_kind(recipe, here, value, ("train", "prune"))
     order(recipe, where)
 
@@ -396,7 +447,9 @@ def _check_references(recipe: Recipe, where: str) -> None:
 def _check_kind(recipe: Recipe, here: str, value: str, kinds: tuple[str, ...]) -> None:
     stage = recipe.stages.get(value)
     if stage is not None and stage.kind not in kinds:
-        raise UserError(f"{here}: {value!r} is a stage of kind {stage.kind}; a {' or '.join(kinds)} stage is needed here.")
+        raise UserError(
+            f"{here}: {value!r} is a stage of kind {stage.kind}; a {' or '.join(kinds)} stage is needed here."
+        )
 
 
 def _looks_like_path(value: str) -> bool:

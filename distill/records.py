@@ -150,7 +150,10 @@ class TopK:
         """From rectangular [T, K] candidates, any order; -inf entries are dropped, the tail is 1 - sum."""
         ids_TK, logp_TK = np.asarray(ids_TK), np.asarray(logp_TK, dtype=np.float32)
         order_TK = np.argsort(-logp_TK, axis=1, kind="stable")
-        ids_TK, logp_TK = np.take_along_axis(ids_TK, order_TK, 1), np.take_along_axis(logp_TK, order_TK, 1)
+        ids_TK, logp_TK = (
+            np.take_along_axis(ids_TK, order_TK, 1),
+            np.take_along_axis(logp_TK, order_TK, 1),
+        )
         kept_TK = logp_TK > -np.inf
         return TopK(
             count_T=kept_TK.sum(1).astype(np.int32),
@@ -163,8 +166,15 @@ class TopK:
     def concat(parts: Sequence[TopK]) -> TopK:
         """Positions of several, one after another."""
         if not parts:
-            return TopK(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.float32), np.empty(0, np.float32))
-        return TopK(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(TopK)))
+            return TopK(
+                np.empty(0, np.int32),
+                np.empty(0, np.int64),
+                np.empty(0, np.float32),
+                np.empty(0, np.float32),
+            )
+        return TopK(
+            *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(TopK))
+        )
 
     @property
     def offsets(self) -> Array:
@@ -175,7 +185,9 @@ class TopK:
         """Positions start..stop."""
         offsets = self.offsets
         a, b = offsets[start], offsets[stop]
-        return TopK(self.count_T[start:stop], self.ids_E[a:b], self.logp_E[a:b], self.tail_T[start:stop])
+        return TopK(
+            self.count_T[start:stop], self.ids_E[a:b], self.logp_E[a:b], self.tail_T[start:stop]
+        )
 
     def truncate(self, *, top_k: int | None = None, mass: float | None = None) -> TopK:
         """Keep at each position the smallest head that reaches `mass`, of at most `top_k` entries, at least one.
@@ -264,7 +276,9 @@ class Engine(Protocol):
     max_model_len: int
     version: int
 
-    def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0
+    ) -> Iterator[Completion]:
         """Completions as they finish, in any order. A request longer than the context raises ValueError."""
         ...
 
@@ -289,7 +303,9 @@ class Verifier(Protocol):
 class Reward(Protocol):
     """A score for each completion of one problem; None where it could not be judged, never 0 for that."""
 
-    def __call__(self, problem: Problem, completions: Sequence[Completion], texts: Sequence[str]) -> list[float | None]: ...
+    def __call__(
+        self, problem: Problem, completions: Sequence[Completion], texts: Sequence[str]
+    ) -> list[float | None]: ...
 
 
 # ------------------------------------------------------------------------------------------------- traces
@@ -310,12 +326,16 @@ class Ragged:
 
     @property
     def lengths(self) -> Array:
-        return np.diff(self.offsets)
+        return np.asarray(np.diff(self.offsets))
 
     @staticmethod
     def from_rows(rows: Sequence[Array], dtype: npt.DTypeLike) -> Ragged:
-        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]).astype(np.int64)
-        values = np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.empty(0, dtype)
+        offsets = np.concatenate(
+            [[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]
+        ).astype(np.int64)
+        values = (
+            np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.empty(0, dtype)
+        )
         return Ragged(values.astype(dtype, copy=False), offsets)
 
     def take(self, index: Array) -> Ragged:
@@ -354,7 +374,9 @@ class Traces:
         """The distribution of trace n."""
         if self.top is None:
             return None
-        return self.top.slice(int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1]))
+        return self.top.slice(
+            int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1])
+        )
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -399,10 +421,12 @@ class Batch:
         import torch
 
         moved = {
-            f.name: torch.from_numpy(value).to(device) if isinstance(value := getattr(self, f.name), np.ndarray) else value
+            f.name: torch.from_numpy(value).to(device)
+            if isinstance(value := getattr(self, f.name), np.ndarray)
+            else value
             for f in fields(self)
         }
-        return Batch(**moved)
+        return Batch(**moved)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------------------- cost
@@ -425,4 +449,6 @@ class Cost:
     samples_filtered: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)})
+        return Cost(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)}
+        )
