@@ -431,7 +431,8 @@ def _check_references(recipe: Recipe, where: str) -> None:
             elif key == "data":
                 if value not in recipe.stages and not _looks_like_path(value):
                     raise UserError(
-                        f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} A file or folder is written as a path."
+                        f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} "
+                        "A file or folder is written as a path."
                     )
                 _check_kind(recipe, here, value, ("generate", "filter"))
             else:

@@ -226,7 +226,7 @@ class TopK:
 
 def _log_rest(kept_T: Array) -> Array:
     with np.errstate(divide="ignore"):
-        return np.log(np.maximum(1.0 - kept_T, 0.0)).astype(np.float32)
+        return np.asarray(np.log(np.maximum(1.0 - kept_T, 0.0)).astype(np.float32))
 
 
 # ------------------------------------------------------------------------------------------------ engines
@@ -322,7 +322,7 @@ class Ragged:
         return len(self.offsets) - 1
 
     def __getitem__(self, n: int) -> Array:
-        return self.values[self.offsets[n] : self.offsets[n + 1]]
+        return np.asarray(self.values[self.offsets[n] : self.offsets[n + 1]])
 
     @property
     def lengths(self) -> Array:

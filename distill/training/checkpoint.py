@@ -1,0 +1,86 @@
+"""Training checkpoints: written whole or not at all, and enough for a resumed run to equal an uninterrupted one.
+
+A checkpoint is a folder `step-00000050` with `state.safetensors` (master weights and moments) and `state.json`
+(step, random state, totals so far). It is built under a temporary name, synced to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distill.records import UserError
+
+
+def save(
+    folder: Path, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], *, keep: int
+) -> Path:
+    """Write checkpoint `step` under `folder` and remove all but the newest `keep`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    final, temporary = folder / f"step-{step:08d}", folder / f".building-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    random_state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random_state["cuda"] = torch.cuda.get_rng_state()
+    contiguous = {
+        name: tensor.contiguous() for name, tensor in {**tensors, **_prefixed(random_state)}.items()
+    }
+    try:
+        save_file(contiguous, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(
+            json.dumps({"step": step, **progress}), encoding="utf-8"
+        )
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot write the checkpoint {final}: {error}. Free some space and run again."
+        ) from None
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(folder)
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint; leftovers of an interrupted save are never one."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, progress) of a checkpoint; sets the random state to what it was."""
+    tensors = load_file(checkpoint / "state.safetensors")
+    torch.set_rng_state(tensors.pop("random/torch"))
+    if (cuda := tensors.pop("random/cuda", None)) is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda)
+    progress: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return tensors, progress
+
+
+def _prefixed(random_state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"random/{name}": tensor for name, tensor in random_state.items()}
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,105 @@
+"""AdamW on fp32 master weights behind a model that computes in bf16, and the learning rate's schedule.
+
+bf16 has eight bits of mantissa: an update of 1e-4 relative to a weight would be rounded away. So each
+trainable parameter has an fp32 copy that AdamW steps, and gradients of micro-batches are added up in fp32.
+fp32 parameters are their own masters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterAdamW:
+    """torch's fused AdamW on master weights. Vectors (norms, biases) are not decayed."""
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        named = [(name, p) for name, p in named_parameters if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.parameters = [p for _, p in named]
+        self.masters = [
+            p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters
+        ]
+        groups = [
+            {"params": [m for m in self.masters if m.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=lr, betas=betas, fused=True
+        )
+
+    def accumulate(self) -> None:
+        """Move the gradients that backward left on the parameters into the masters' fp32 sums."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is master or parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale the gradients to a global norm of at most max_norm; returns the norm before, fp32."""
+        return nn.utils.clip_grad_norm_([m for m in self.masters if m.grad is not None], max_norm)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self.zero_grad()
+        copies = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        if copies:
+            torch._foreach_copy_([p for p, _ in copies], [m for _, m in copies])
+
+    def zero_grad(self) -> None:
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments by name: everything a resumed run needs to be bitwise the same."""
+        tensors = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            tensors[f"master/{name}"] = master.detach()
+            for key, value in self.adamw.state.get(master, {}).items():
+                tensors[f"{key}/{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`; also sets the model's own parameters."""
+        for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
+            master.copy_(tensors[f"master/{name}"])
+            parameter.copy_(master)
+            moments = {
+                k: tensors[f"{k}/{name}"]
+                for k in ("step", "exp_avg", "exp_avg_sq")
+                if f"{k}/{name}" in tensors
+            }
+            if moments:
+                self.adamw.state[master] = moments
+
+
+def learning_rate(
+    step: int, *, lr: float, num_steps: int, warmup_ratio: float, min_lr_ratio: float
+) -> float:
+    """Of optimiser step `step` (from 0): linear warm-up, then half a cosine down to min_lr_ratio * lr."""
+    warmup = math.ceil(warmup_ratio * num_steps)
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    progress = (step - warmup) / max(num_steps - warmup, 1)
+    return lr * (
+        min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    )

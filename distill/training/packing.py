@@ -1,0 +1,163 @@
+"""Traces become packed batches. The one place where labels and distributions are shifted against the inputs.
+
+An `Example` is a prompt and a completion in ids, with the teacher's distribution over each completion token or
+without. `pack` lays the examples of one optimiser step end to end into micro-batches of about `micro_tokens`:
+positions restart at each trace, attention does not cross (`doc_offsets`), only completion tokens have a weight, and
+the final EOS is among them. Every micro-batch carries the same denominator, that of the whole step, so any
+split into micro-batches gives the same gradient.
+
+Alignment: input token t predicts token t + 1. Completion token j (of a prompt of P tokens) stands at input
+P + j and is predicted at row P + j - 1, which gets its label, its weight and the teacher's row j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from distill.records import Array, Batch, TopK, Traces
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """What is learned from one trace. prompt_ids and completion_ids int [P], [C]; top has C rows or is None."""
+
+    trace_id: str
+    prompt_ids: Array
+    completion_ids: Array
+    top: TopK | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+class Source(Protocol):
+    """Examples to train on, the same sequence for the same epoch each time it is asked for."""
+
+    num_examples: int
+    fingerprint: str
+
+    def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
+        """The examples of an epoch in its own order, without the first `skip`."""
+        ...
+
+
+def examples_of(traces: Traces, *, with_top: bool = True) -> Iterator[Example]:
+    """The traces of a block as examples."""
+    for n, trace_id in enumerate(traces.trace_id):
+        top = traces.top_of(n) if with_top else None
+        yield Example(trace_id, traces.prompt_ids[n], traces.completion_ids[n], top)
+
+
+def steps(
+    source: Source, *, batch_traces: int, num_steps: int, start: int = 0
+) -> Iterator[list[Example]]:
+    """The examples of optimiser steps start, start + 1, ... of `num_steps`; the last of an epoch may be smaller."""
+    per_epoch = steps_per_epoch(source.num_examples, batch_traces)
+    step = start
+    while step < num_steps:
+        epoch, within = divmod(step, per_epoch)
+        examples = source.epoch(epoch, skip=within * batch_traces)
+        while step < num_steps and (
+            taken := [e for e, _ in zip(examples, range(batch_traces), strict=False)]
+        ):
+            yield taken
+            step += 1
+
+
+def steps_per_epoch(num_examples: int, batch_traces: int) -> int:
+    return -(-num_examples // batch_traces)
+
+
+def pack(
+    examples: Sequence[Example],
+    *,
+    micro_tokens: int,
+    normalise: Literal["token", "sequence"] = "token",
+    rank: int = 0,
+    world: int = 1,
+) -> list[Batch]:
+    """Micro-batches of one optimiser step for one process, numpy, by descending length so that bins fill well.
+
+    normalise "token": every completion token counts 1; "sequence": every trace counts 1, spread over its tokens.
+    With several processes each gets every world-th micro-batch, and all get equally many: a process that
+    runs out is given an empty one (weight 0), so that ranks stay in step.
+    An example longer than micro_tokens has a micro-batch of its own.
+    """
+    if normalise == "token":
+        denominator = float(sum(len(e.completion_ids) for e in examples))
+    else:
+        denominator = float(sum(len(e.completion_ids) > 0 for e in examples))
+    bins = _bins(examples, micro_tokens)
+    empty = [min(examples, key=len)] if examples else []
+    while len(bins) % world:
+        bins.append([])
+    return [
+        _batch(chosen or empty, normalise, max(denominator, 1.0), masked=not chosen)
+        for chosen in bins[rank::world]
+    ]
+
+
+def _bins(examples: Sequence[Example], micro_tokens: int) -> list[list[Example]]:
+    """First-fit decreasing; ties keep their order, so the result depends on nothing else."""
+    bins: list[list[Example]] = []
+    room: list[int] = []
+    for example in sorted(examples, key=len, reverse=True):
+        fitting = next((i for i, left in enumerate(room) if left >= len(example)), None)
+        if fitting is None:
+            bins.append([])
+            room.append(micro_tokens)
+            fitting = len(bins) - 1
+        bins[fitting].append(example)
+        room[fitting] -= len(example)
+    return bins
+
+
+def _batch(
+    examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool
+) -> Batch:
+    lengths = [len(e) for e in examples]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    total = int(offsets[-1])
+    ids_T, label_T = np.empty(total, np.int64), np.zeros(total, np.int64)
+    weight_T = np.zeros(total, np.float32)
+    has_top = all(e.top is not None for e in examples)
+    width = max(
+        (int(e.top.count_T.max(initial=0)) for e in examples if e.top is not None), default=0
+    )
+    teacher_ids_TK = np.full((total, width), -1, np.int64)
+    teacher_logp_TK = np.full((total, width), -np.inf, np.float32)
+    teacher_tail_T = np.full(total, -np.inf, np.float32)
+    for example, start, stop in zip(examples, offsets[:-1], offsets[1:], strict=True):
+        ids_T[start:stop] = np.concatenate([example.prompt_ids, example.completion_ids])
+        label_T[start : stop - 1] = ids_T[start + 1 : stop]
+        first = start + len(example.prompt_ids) - 1
+        if first < start and len(example.completion_ids):
+            raise ValueError(
+                f"trace {example.trace_id}: an empty prompt leaves nothing to predict the first token from"
+            )
+        rows = slice(first, stop - 1)
+        if not masked:
+            weight_T[rows] = (
+                1.0 if normalise == "token" else 1.0 / max(len(example.completion_ids), 1)
+            )
+        if has_top and example.top is not None:
+            teacher_ids_TK[rows], teacher_logp_TK[rows] = example.top.dense(width)
+            teacher_tail_T[rows] = example.top.tail_T
+    return Batch(
+        ids_T=ids_T,
+        position_T=np.concatenate([np.arange(n) for n in lengths]).astype(np.int64)
+        if lengths
+        else ids_T,
+        doc_offsets=offsets,
+        label_T=label_T,
+        weight_T=weight_T,
+        denominator=denominator,
+        trace_ids=tuple(e.trace_id for e in examples),
+        teacher_ids_TK=teacher_ids_TK if has_top else None,
+        teacher_logp_TK=teacher_logp_TK if has_top else None,
+        teacher_tail_T=teacher_tail_T if has_top else None,
+    )

@@ -1,0 +1,204 @@
+"""The loop: masters, schedule, resume bitwise, bad steps."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from distill import models
+from distill.recipe import TrainStage
+from distill.records import UserError
+from distill.training.losses import cross_entropy
+from distill.training.loop import train
+from distill.training.optim import MasterAdamW, learning_rate
+from distill.training.packing import Example, pack, steps
+
+
+class Copying:
+    """Traces that a model of any size can learn: the completion repeats the prompt."""
+
+    fingerprint = "copying"
+    num_examples = 24
+
+    def epoch(self, index, skip=0):
+        order = np.random.default_rng(index).permutation(self.num_examples)[skip:]
+        for n in order:
+            word = np.random.default_rng(1000 + n).integers(10, 20, 5).astype(np.int32)
+            yield Example(f"t{n}", word, np.append(word, np.int32(2)))
+
+
+def config(**changes):
+    defaults = {
+        "kind": "train",
+        "model": "m",
+        "data": "./d",
+        "steps": 8,
+        "batch_traces": 8,
+        "lr": 1e-2,
+        "checkpoint_every": 3,
+    }
+    return TrainStage(**{**defaults, **changes})
+
+
+def run(tiny_dir, folder, stop_after=None, loss=cross_entropy, **changes):
+    cfg = config(**changes)
+    model = models.load(tiny_dir, dtype=cfg.dtype)
+    folder.mkdir(exist_ok=True)
+
+    def batches(start):
+        for n, taken in enumerate(
+            steps(Copying(), batch_traces=cfg.batch_traces, num_steps=cfg.steps, start=start), start
+        ):
+            if n == stop_after:
+                raise KeyboardInterrupt
+            yield pack(taken, micro_tokens=cfg.micro_tokens, normalise=cfg.normalise)
+
+    try:
+        tally = train(
+            model, batches, loss, cfg, num_steps=cfg.steps, vocab_size=49152, folder=folder
+        )
+    except KeyboardInterrupt:
+        return None, None
+    return model, tally
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_resumed_equals_uninterrupted_bitwise(tiny_dir, tmp_path, dtype):
+    whole, tally = run(tiny_dir, tmp_path / "whole", dtype=dtype)
+    run(tiny_dir, tmp_path / "cut", stop_after=5, dtype=dtype)
+    assert len(metrics(tmp_path / "cut")) == 5
+    resumed, resumed_tally = run(tiny_dir, tmp_path / "cut", dtype=dtype)
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    timeless = [
+        [{k: v for k, v in m.items() if k != "tokens_per_second"} for m in metrics(tmp_path / f)]
+        for f in ("whole", "cut")
+    ]
+    assert timeless[0] == timeless[1]
+    assert (tally.tokens, tally.head_tokens) == (resumed_tally.tokens, resumed_tally.head_tokens)
+
+
+def test_it_learns_and_any_micro_batch_split_gives_the_same_metrics(tiny_dir, tmp_path):
+    run(tiny_dir, tmp_path / "a", dtype="float32", steps=12, checkpoint_every=100)
+    run(tiny_dir, tmp_path / "b", dtype="float32", steps=12, checkpoint_every=100, micro_tokens=24)
+    a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert a[-1]["loss"] < 0.7 * a[0]["loss"]
+    assert [m["loss"] for m in a[:5]] == pytest.approx([m["loss"] for m in b[:5]], rel=1e-3)
+    assert [m["grad_norm"] for m in a[:5]] == pytest.approx(
+        [m["grad_norm"] for m in b[:5]], rel=1e-3
+    )
+
+
+def test_bf16_masters_keep_updates_that_bf16_would_round_away():
+    parameter = torch.nn.Parameter(torch.full((4, 4), 256.0, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([("w", parameter)], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(20):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.accumulate()
+        optimizer.step(0.1)
+    assert optimizer.masters[0][0, 0].item() == pytest.approx(254.0, abs=0.01)
+    assert parameter[0, 0].item() == 254.0
+
+
+def test_accumulation_adds_in_fp32():
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([("b", parameter)], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    for value in (256.0, 1.0, 1.0):  # bf16 would stay at 256
+        parameter.grad = torch.full_like(parameter, value)
+        optimizer.accumulate()
+    assert optimizer.masters[0].grad.tolist() == [258.0] * 3
+    assert optimizer.clip(1e9).item() == pytest.approx(258 * math.sqrt(3))
+
+
+def test_schedule_by_hand():
+    at = [
+        learning_rate(s, lr=1.0, num_steps=12, warmup_ratio=2 / 12, min_lr_ratio=0.1)
+        for s in range(13)
+    ]
+    assert at[0] == 0.5
+    assert at[1] == 1.0
+    assert at[2] == 1.0
+    assert at[7] == pytest.approx(0.55)
+    assert at[12] == pytest.approx(0.1)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named_and_too_many_stop(tiny_dir, tmp_path):
+    def poisoned(student, targets):
+        return student.label_T * math.nan
+
+    with pytest.raises(UserError, match="3 steps in a row"):
+        run(tiny_dir, tmp_path / "bad", loss=poisoned, max_bad_steps=3)
+    dumped = [
+        json.loads(line) for line in (tmp_path / "bad" / "bad_steps.jsonl").read_text().splitlines()
+    ]
+    assert [d["step"] for d in dumped] == [0, 1, 2]
+    assert len(dumped[0]["trace_ids"]) == 8
+
+
+def test_one_bad_step_leaves_the_weights_alone(tiny_dir, tmp_path):
+    calls = []
+
+    def once(student, targets):
+        calls.append(1)
+        return -student.label_T * (math.nan if len(calls) == 2 else 1.0)
+
+    model, tally = run(tiny_dir, tmp_path / "once", loss=once, steps=3)
+    assert tally.bad_steps == 1
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert math.isnan(metrics(tmp_path / "once")[1]["loss"])
+
+
+def test_an_interrupted_save_is_never_resumed_from(tiny_dir, tmp_path):
+    from distill.training import checkpoint
+
+    run(tiny_dir, tmp_path / "x", stop_after=5)
+    found = checkpoint.newest(tmp_path / "x" / "checkpoints")
+    assert found.name == "step-00000003"
+    (found.parent / ".building-00000004").mkdir()
+    (found.parent / "step-00000009").mkdir()
+    assert checkpoint.newest(found.parent) == found
+
+
+def test_lora_trains_only_the_adapter(tiny_dir, tmp_path):
+    from distill.recipe import LoraConfig
+
+    cfg = config(steps=2)
+    model = models.add_lora(models.load(tiny_dir), LoraConfig(rank=2))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tmp_path.joinpath("l").mkdir()
+
+    def batches(start):
+        for taken in steps(Copying(), batch_traces=8, num_steps=2, start=start):
+            yield pack(taken, micro_tokens=512)
+
+    train(model, batches, cross_entropy, cfg, num_steps=2, vocab_size=49152, folder=tmp_path / "l")
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_gradient_checkpointing_changes_memory_not_numbers(tiny_dir, tmp_path):
+    run(tiny_dir, tmp_path / "a", dtype="float32", steps=3)
+    run(tiny_dir, tmp_path / "b", dtype="float32", steps=3, gradient_checkpointing=True)
+    assert [m["loss"] for m in metrics(tmp_path / "a")] == pytest.approx(
+        [m["loss"] for m in metrics(tmp_path / "b")], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard"])
+def test_a_tracker_that_is_not_installed_is_an_error(tiny_dir, tmp_path):
+    with pytest.raises(UserError, match="trackers: nosuch"):
+        run(tiny_dir, tmp_path / "t", steps=2, trackers=["nosuch"])
+
+
+def test_a_tracker_by_name_gets_the_metrics(tiny_dir, tmp_path, tracker):
+    run(tiny_dir, tmp_path / "t", steps=2, trackers=[tracker])
+    assert list((tmp_path / "t").rglob("events.out.tfevents.*"))
