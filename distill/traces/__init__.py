@@ -1,0 +1,15 @@
+"""Traces on disk: Parquet shards that hold text, ids and the teacher's distribution at every position.
+
+    schema.py     the columns, and what a file says about itself (Metadata)
+    codec.py      Traces <-> Arrow tables <-> Parquet bytes
+    folder.py     what lies in a folder: manifests, the writer's lock, files that appear whole or not at all
+    writer.py     TraceWriter: shards written in the background, exactly once, whatever kills it
+    reader.py     open_traces: streaming and shuffled reading of a folder, a selection or one shard
+    filters.py    the filters a recipe may name (this module is their registry)
+    selection.py  runs filters over a folder and writes which rows they keep, never the rows themselves
+    verify.py     is everything there and whole; drop what is not
+    stats.py      what a folder holds, in numbers
+    export.py     plain SFT JSONL; several folders merged into one
+
+Modules are imported by name; nothing is re-exported here, so that naming a filter costs no more than it must.
+"""

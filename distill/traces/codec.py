@@ -1,0 +1,243 @@
+"""Traces <-> Arrow tables <-> Parquet bytes.
+
+In: blocks of `Traces` (numpy columns); out: the same, equal value for value. Token columns cross without a
+Python object a token, and mostly without a copy: the arrays that come back are views of Arrow's memory and
+read-only. Text must be UTF-8 in Parquet: surrogate pairs are joined and lone surrogates become U+FFFD. Text
+is for people and filters; what was sampled is `completion_ids`.
+
+Left out on purpose: files and folders (`folder.py`), and any coding that loses precision.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill.records import Array, Ragged, TopK, Traces
+from distill.traces.schema import ARROW_SCHEMA, DISTRIBUTION_COLUMNS, METADATA_KEY, Metadata
+
+MAX_LOGPROB = 1e-3
+"""Rounding may lift a log-probability this far above 0; anything higher is not one."""
+
+_SPLIT = ("prompt_ids", "completion_ids", "logprob", "top_ids", "top_logprobs", "tail_logprob")
+_PARQUET = {
+    "compression": "zstd",
+    "compression_level": 3,
+    "write_page_checksum": True,
+    # Bytes of one significance next to each other compress better, for ids as for floats.
+    "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT},
+    "use_dictionary": ["top_count.list.element", "finish_reason", "rewards.key_value.key"],
+    "write_statistics": ["trace_id", "problem_id", "prompt_tokens", "completion_tokens", "reward"],
+}
+
+
+# ------------------------------------------------------------------------------------------ Traces -> bytes
+
+
+def to_table(traces: Traces, metadata: Metadata) -> pa.Table:
+    """The block as an Arrow table with its metadata. Raises ValueError where the columns contradict each other,
+    an id is outside the vocabulary or a log-probability is not one."""
+    check(traces, metadata)
+    num = len(traces)
+    columns: dict[str, Any] = {
+        "trace_id": pa.array(traces.trace_id, pa.string()),
+        "problem_id": pa.array(traces.problem_id, pa.string()),
+        "sample": pa.array(np.asarray(traces.sample, np.int32)),
+        "messages": _messages(traces.messages),
+        "completion": _text(traces.completion),
+        "answer": _text(traces.answer),
+        "gold": _text(traces.gold),
+        "prompt_tokens": pa.array(traces.prompt_ids.lengths.astype(np.int32)),
+        "completion_tokens": pa.array(traces.completion_ids.lengths.astype(np.int32)),
+        "prompt_ids": _list(traces.prompt_ids, np.uint32),
+        "completion_ids": _list(traces.completion_ids, np.uint32),
+        "logprob": _list(traces.logprob, np.float32),
+        "reward": pa.array(traces.reward, pa.float64()),
+        "rewards": _rewards(traces.rewards, num),
+        "correct": pa.array(traces.correct, pa.bool_()),
+        "finish_reason": pa.array(traces.finish_reason, pa.string()),
+    }
+    if traces.top is None:
+        columns |= {
+            name: pa.nulls(num, ARROW_SCHEMA.field(name).type) for name in DISTRIBUTION_COLUMNS
+        }
+    else:
+        top, position_offsets = traces.top, traces.completion_ids.offsets
+        entry_offsets = top.offsets[position_offsets]
+        columns |= {
+            "top_count": _list(Ragged(top.count_T, position_offsets), np.int32),
+            "top_ids": _list(Ragged(top.ids_E, entry_offsets), np.uint32),
+            "top_logprobs": _list(Ragged(top.logp_E, entry_offsets), np.float32),
+            "tail_logprob": _list(Ragged(top.tail_T, position_offsets), np.float32),
+        }
+    schema = ARROW_SCHEMA.with_metadata({METADATA_KEY: metadata.to_json()})
+    return pa.Table.from_arrays([columns[name] for name in ARROW_SCHEMA.names], schema=schema)
+
+
+def encode(table: pa.Table) -> pa.Buffer:
+    """The table as the bytes of one Parquet file, checksums on every page; the same bytes for the same table."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.combine_chunks(), sink, row_group_size=max(len(table), 1), **_PARQUET)
+    return sink.getvalue()
+
+
+def check(traces: Traces, metadata: Metadata) -> None:
+    """Raises ValueError where the columns contradict each other or hold what they cannot."""
+    for name in ("problem_id", "sample", "messages", "completion", "answer", "gold", "prompt_ids",
+                 "completion_ids", "logprob", "reward", "correct", "finish_reason"):  # fmt: skip
+        if len(getattr(traces, name)) != len(traces):
+            raise ValueError(f"{name} has {len(getattr(traces, name))} rows, not {len(traces)}")
+    if not np.array_equal(traces.logprob.lengths, traces.completion_ids.lengths):
+        raise ValueError("logprob and completion_ids differ in length")
+    _check_ids(traces.prompt_ids.values, metadata, "prompt_ids")
+    _check_ids(traces.completion_ids.values, metadata, "completion_ids")
+    _check_logprobs(traces.logprob.values, "logprob")
+    top = traces.top
+    if (top is None) != (metadata.top_k == 0) and len(traces):
+        raise ValueError(
+            f"top_k is {metadata.top_k}, but top is {'None' if top is None else 'given'}"
+        )
+    if top is None:
+        return
+    if len(top) != traces.completion_ids.offsets[-1]:
+        raise ValueError(f"top has {len(top)} positions, not {traces.completion_ids.offsets[-1]}")
+    num_entries = int(top.count_T.sum(dtype=np.int64))
+    if not num_entries == len(top.ids_E) == len(top.logp_E) or len(top.tail_T) != len(top):
+        raise ValueError("the columns of top differ in length")
+    _check_ids(top.ids_E, metadata, "top ids")
+    _check_logprobs(top.logp_E, "top log-probabilities")
+    if len(top) and not top.tail_T.max() <= MAX_LOGPROB:
+        raise ValueError("a tail's log-mass is above 0 or not a number")
+
+
+def _check_ids(ids: Array, metadata: Metadata, what: str) -> None:
+    if len(ids) and not 0 <= ids.min() <= ids.max() < metadata.vocab_size:
+        raise ValueError(
+            f"{what} from {ids.min()} to {ids.max()} with a vocabulary of {metadata.vocab_size}"
+        )
+
+
+def _check_logprobs(logprobs: Array, what: str) -> None:
+    # A NaN makes min and max NaN, and every comparison with it false.
+    if len(logprobs) and not -np.inf < logprobs.min() <= logprobs.max() <= MAX_LOGPROB:
+        raise ValueError(f"{what}: some are above 0, infinite or not numbers")
+
+
+def _list(rows: Ragged, dtype: Any) -> pa.Array:
+    start, stop = int(rows.offsets[0]), int(rows.offsets[-1])
+    offsets = np.asarray(rows.offsets, np.int64) - start
+    values = np.ascontiguousarray(rows.values[start:stop], dtype)
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+
+def _text(column: Sequence[str | None]) -> pa.Array:
+    try:
+        return pa.array(column, pa.string())
+    except UnicodeEncodeError:
+        return pa.array(
+            [None if text is None else clean_text(text) for text in column], pa.string()
+        )
+
+
+def clean_text(text: str) -> str:
+    """The text as valid Unicode: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _messages(column: Sequence[str]) -> pa.Array:
+    """JSON texts of [{"role", "content"}, ...] as lists of structs."""
+    turns = [json.loads(text) for text in column]
+    for row in turns:
+        for turn in row:
+            if set(turn) != {"role", "content"}:
+                raise ValueError(f"a message has the keys role and content, not {sorted(turn)}")
+    flat = [turn for row in turns for turn in row]
+    values = pa.StructArray.from_arrays(
+        [_text([turn["role"] for turn in flat]), _text([turn["content"] for turn in flat])],
+        ["role", "content"],
+    )
+    offsets = np.cumsum([0, *map(len, turns)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _rewards(rewards: dict[str, list[float | None]], num: int) -> pa.Array:
+    names = sorted(rewards)
+    offsets = np.arange(num + 1, dtype=np.int32) * len(names)
+    values = [rewards[name][row] for row in range(num) for name in names]
+    return pa.MapArray.from_arrays(
+        pa.array(offsets), pa.array(names * num, pa.string()), pa.array(values, pa.float64())
+    )
+
+
+# ------------------------------------------------------------------------------------------ bytes -> Traces
+
+
+def from_table(table: pa.Table, metadata: Metadata) -> Traces:
+    """The table as Traces. Columns that were not read come back empty: no tokens, no text, no verdict.
+
+    `top` is None where no distribution was captured, or where one of its columns was not read.
+    """
+    num = len(table)
+    column = {name: _whole(table.column(name)) for name in table.column_names}
+
+    def texts(name: str, missing: Any = "") -> Any:
+        return column[name].to_pylist() if name in column else [missing] * num
+
+    def lists(name: str) -> Ragged:
+        if name not in column:
+            return Ragged(np.empty(0, np.float32), np.zeros(num + 1, np.int64))
+        return _ragged(column[name], metadata)
+
+    return Traces(
+        trace_id=texts("trace_id"),
+        problem_id=texts("problem_id"),
+        sample=column["sample"].to_numpy() if "sample" in column else np.zeros(num, np.int32),
+        messages=[json.dumps(row, ensure_ascii=False) for row in texts("messages", [])],
+        completion=texts("completion"),
+        answer=texts("answer", None),
+        gold=texts("gold", None),
+        prompt_ids=lists("prompt_ids"),
+        completion_ids=lists("completion_ids"),
+        logprob=lists("logprob"),
+        top=_top(column, metadata),
+        reward=texts("reward", None),
+        rewards=_reward_columns(texts("rewards", ())),
+        correct=texts("correct", None),
+        finish_reason=texts("finish_reason"),
+    )
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _ragged(array: pa.LargeListArray, metadata: Metadata) -> Ragged:
+    offsets = array.offsets.to_numpy()
+    start, stop = int(offsets[0]), int(offsets[-1])
+    values = array.values.slice(start, stop - start).to_numpy(zero_copy_only=True)
+    if values.dtype == np.uint32:  # signed, as everything that computes with ids wants them
+        wide = metadata.vocab_size > 2**31
+        values = values.astype(np.int64) if wide else values.view(np.int32)
+    return Ragged(values, offsets - start if start else offsets)
+
+
+def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
+    if not all(name in column for name in DISTRIBUTION_COLUMNS) or metadata.top_k == 0:
+        return None
+    count, ids, logprobs, tail = (
+        _ragged(column[name], metadata).values for name in DISTRIBUTION_COLUMNS
+    )
+    return TopK(count, ids, logprobs, tail)
+
+
+def _reward_columns(
+    rows: Iterable[Iterable[tuple[str, float | None]]],
+) -> dict[str, list[float | None]]:
+    maps = [dict(row) for row in rows]
+    names = sorted({name for row in maps for name in row})
+    return {name: [row.get(name) for row in maps] for name in names}

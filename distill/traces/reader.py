@@ -1,0 +1,300 @@
+"""open_traces: a folder of shards, a selection of its rows, or a single shard file, streamed as Traces.
+
+Memory is one block (or one shuffle buffer), however much there is. Every page's checksum is verified as it is
+read; reading a distribution also compares the shard's SHA-256 with the manifest's. What is missing, cut,
+empty or changed is a UserError that names the file and the fix, never wrong numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distill.plug import nearest
+from distill.records import Array, Traces, UserError, stable_hash
+from distill.traces import codec, folder
+from distill.traces.schema import COLUMNS, DISTRIBUTION_COLUMNS, Metadata, metadata_of
+
+SELECTION_FORMAT = "distill-selection"
+SELECTION_FILE = "selection.json"
+KEEP_FILE = "keep.parquet"
+
+_HEAL = "`distill traces verify --repair` on the folder drops what is bad, and generating again adds just that."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lengths:
+    """Tokens of every trace, in the order of `blocks`."""
+
+    prompt: Array
+    completion: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TraceReader:
+    """Traces to be read. Made by `open_traces`.
+
+    base: the folder of the shards. selected: for a selection, the rows kept of each shard (ascending); None: all.
+    fingerprint: of the content, selection included; a pipeline's inputs count by it.
+    """
+
+    path: Path
+    base: Path
+    metadata: Metadata
+    shards: tuple[folder.Shard, ...]
+    selected: Mapping[str, Array] | None
+    fingerprint: str
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self._num_rows(shard) for shard in self.shards)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def blocks(self, rows: int = 256, columns: Sequence[str] | None = None) -> Iterator[Traces]:
+        """All traces in the order of the shards, at most `rows` at a time; the same order every time.
+
+        columns: those of the schema that are needed (default all); the others come back empty.
+        """
+        for table in self.tables(rows, columns):
+            yield codec.from_table(table, self.metadata)
+
+    def tables(self, rows: int = 256, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """As `blocks`, but Arrow tables of the columns."""
+        for shard in self.shards:
+            for _, table in self.shard_tables(shard, rows, columns):
+                yield table
+
+    def shuffled(
+        self,
+        seed: int,
+        *,
+        buffer_rows: int = 2048,
+        rows: int = 256,
+        skip: int = 0,
+        columns: Sequence[str] | None = None,
+    ) -> Iterator[Traces]:
+        """All traces in an order that `seed` decides, shuffled by shard and within a buffer.
+
+        Shards are dealt in random order into buffers of at least `buffer_rows` rows; a buffer's rows are
+        ordered by a hash of seed and trace_id. So traces that fit into one buffer come in an order that does
+        not depend on how they lie in shards. `skip` leaves out the first rows without decoding the buffers
+        that are skipped whole: a resumed epoch goes on at the exact row. Holds two buffers in memory.
+        """
+        for shards in self._deal(seed, buffer_rows):
+            num = sum(self._num_rows(shard) for shard in shards)
+            if skip >= num:
+                skip -= num
+                continue
+            parts = [t for s in shards for _, t in self.shard_tables(s, buffer_rows, columns, True)]
+            table = pa.concat_tables(parts)
+            del parts
+            table = table.take(pa.array(_hash_order(seed, table.column("trace_id").to_pylist())))
+            if columns is not None:
+                table = table.select([name for name in COLUMNS if name in columns])
+            for start in range(skip, num, rows):
+                yield codec.from_table(table.slice(start, rows), self.metadata)
+            skip = 0
+
+    def where(self, keep: Array) -> TraceReader:
+        """Only the rows with a flag, of all rows in the order of `blocks`; num_rows and `skip` count these."""
+        if len(keep) != self.num_rows:
+            raise ValueError(f"{len(keep)} flags for {self.num_rows} rows")
+        selected, start = {}, 0
+        for shard in self.shards:
+            mine = np.arange(shard.rows) if self.selected is None else self.selected[shard.file]
+            selected[shard.file] = mine[np.asarray(keep[start : start + len(mine)], bool)]
+            start += len(mine)
+        mark = folder.sha256(np.packbits(keep).tobytes())
+        fingerprint = stable_hash(self.fingerprint, mark)
+        return dataclasses.replace(self, selected=selected, fingerprint=fingerprint)
+
+    def lengths(self) -> Lengths:
+        """Every trace's tokens, without reading them."""
+        names = ["prompt_tokens", "completion_tokens"]
+        parts = [[t.column(name).to_numpy() for name in names] for t in self.tables(4096, names)]
+        prompt, completion = zip(*parts, strict=True) if parts else ((), ())
+        empty = np.empty(0, np.int32)
+        return Lengths(np.concatenate([empty, *prompt]), np.concatenate([empty, *completion]))
+
+    def shard_tables(
+        self,
+        shard: folder.Shard,
+        rows: int = 256,
+        columns: Sequence[str] | None = None,
+        with_id: bool = False,
+    ) -> Iterator[tuple[Array, pa.Table]]:
+        """One shard's (selected) rows: their numbers in the shard, and a table."""
+        names = _column_names(columns, with_id)
+        keep = None if self.selected is None else self.selected.get(shard.file, np.empty(0, int))
+        if keep is not None and not len(keep):
+            return
+        start = 0
+        for table in _read(self.base / shard.file, shard, self.metadata, rows, names):
+            stop = start + len(table)
+            if keep is None:
+                yield np.arange(start, stop), table
+            else:
+                mine = keep[np.searchsorted(keep, start) : np.searchsorted(keep, stop)]
+                if len(mine) == len(table):
+                    yield mine, table
+                elif len(mine):
+                    yield mine, table.take(pa.array(mine - start))
+            start = stop
+        if start != shard.rows:
+            raise damaged(self.base / shard.file, f"{start} rows instead of {shard.rows}")
+
+    def _num_rows(self, shard: folder.Shard) -> int:
+        return shard.rows if self.selected is None else len(self.selected.get(shard.file, ()))
+
+    def _deal(self, seed: int, buffer_rows: int) -> Iterator[list[folder.Shard]]:
+        """Shards in random order, in groups that fill a buffer."""
+        group: list[folder.Shard] = []
+        for index in _hash_order(seed, [shard.file for shard in self.shards]):
+            group.append(self.shards[index])
+            if sum(self._num_rows(shard) for shard in group) >= buffer_rows:
+                yield group
+                group = []
+        if group and any(self._num_rows(shard) for shard in group):
+            yield group
+
+
+# ------------------------------------------------------------------------------------------------ opening
+
+
+def open_traces(path: str | Path) -> TraceReader:
+    """The traces at a path: a folder of shards, a selection folder, or one shard file.
+
+    Raises UserError when nothing is there, the schema's version is another one, or a selection's source has
+    changed since it was made.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _open_file(path)
+    if (path / SELECTION_FILE).is_file():
+        return _open_selection(path)
+    manifests = folder.read_manifests(path) if path.is_dir() else []
+    if not manifests:
+        raise UserError(
+            f"{path}: no traces here (a folder with a manifest, a selection, or a .parquet shard)."
+        )
+    shards = tuple(shard for manifest in manifests for shard in manifest.shards)
+    fingerprint = stable_hash(*(shard.sha256 for shard in shards))
+    return TraceReader(path, path, manifests[0].metadata, shards, None, fingerprint)
+
+
+def content_fingerprint(path: str | Path) -> str:
+    """Hash of what is at a path: the manifests' SHA-256s, and a selection's rows. No shard is read."""
+    return open_traces(path).fingerprint
+
+
+def _open_file(path: Path) -> TraceReader:
+    data = path.read_bytes()
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(path, str(error)) from None
+    metadata = metadata_of(file.schema_arrow, str(path))
+    digest = folder.sha256(data)
+    shard = folder.Shard(path.name, file.metadata.num_rows, len(data), digest, 0, 0)
+    return TraceReader(path, path.parent, metadata, (shard,), None, stable_hash(digest))
+
+
+def _open_selection(path: Path) -> TraceReader:
+    tree = folder.read_json(path / SELECTION_FILE)
+    if tree.get("format") != SELECTION_FORMAT:
+        raise UserError(f"{path / SELECTION_FILE}: not a selection of traces.")
+    source = open_traces((path / tree["source"]).resolve())
+    if source.fingerprint != tree["source_fingerprint"]:
+        raise UserError(
+            f"{path}: selects from {tree['source']}, which has changed since. Run the filter stage again."
+        )
+    keep_path = path / KEEP_FILE
+    try:
+        data = keep_path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{keep_path}: is missing. Run the filter stage again.") from None
+    if folder.sha256(data) != tree["keep_sha256"]:
+        raise UserError(f"{keep_path}: damaged. Run the filter stage again.")
+    keep = pq.read_table(pa.BufferReader(data), columns=["shard", "row"])
+    shards = np.asarray(keep.column("shard").to_pylist(), dtype=object)
+    rows = keep.column("row").to_numpy()
+    selected = {s.file: np.sort(rows[shards == s.file]) for s in source.shards}
+    fingerprint = stable_hash(tree["source_fingerprint"], tree["keep_sha256"])
+    return TraceReader(path, source.base, source.metadata, source.shards, selected, fingerprint)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def decode_file(data: Any, where: str) -> tuple[pa.Table, Metadata]:
+    """A whole shard from its bytes, every page verified. Raises UserError."""
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+        metadata = metadata_of(file.schema_arrow, where)
+        return file.read(), metadata
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(Path(where), str(error)) from None
+
+
+def damaged(path: Path, why: str) -> UserError:
+    return UserError(f"{path}: damaged: {' '.join(why.split())}. {_HEAL}")
+
+
+def _read(
+    path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names: list[str]
+) -> Iterator[pa.Table]:
+    """The columns of a shard file, `rows` at a time, checked as far as what is read allows."""
+    source = _checked_source(path, shard, whole=any(name in DISTRIBUTION_COLUMNS for name in names))
+    with source:
+        try:
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            own = metadata_of(file.schema_arrow, str(path))
+            if differences := own.differences(metadata):
+                raise damaged(path, f"not the metadata of its manifest ({differences[0]})")
+            for batch in file.iter_batches(batch_size=rows, columns=names):
+                yield pa.Table.from_batches([batch])
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, str(error)) from None
+
+
+def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
+    """The file, its size and (when it is read whole) its SHA-256 compared with the manifest's."""
+    if not path.exists():
+        raise UserError(f"{path}: is listed in the manifest, but missing. {_HEAL}")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise damaged(path, f"{size:,} bytes instead of {shard.bytes:,}" if size else "it is empty")
+    if not whole:
+        return pa.OSFile(str(path))
+    data = path.read_bytes()
+    if folder.sha256(data) != shard.sha256:
+        raise damaged(path, "its SHA-256 is not the manifest's (bits have changed)")
+    return pa.BufferReader(data)
+
+
+def _column_names(columns: Sequence[str] | None, with_id: bool) -> list[str]:
+    """Checked column names, in the schema's order."""
+    if columns is None:
+        return list(COLUMNS)
+    for name in columns:
+        if name not in COLUMNS:
+            raise UserError(f"traces have no column {name!r}.{nearest(name, COLUMNS)}")
+    wanted = {*columns, "trace_id"} if with_id else set(columns)
+    return [name for name in COLUMNS if name in wanted]
+
+
+def _hash_order(seed: int, names: Sequence[str]) -> Array:
+    """The order of names by a keyed hash: the same for the same names, wherever they stand."""
+    key = str(seed).encode()
+    digests = [hashlib.blake2b(n.encode(), digest_size=8, key=key).digest() for n in names]
+    return np.argsort(np.frombuffer(b"".join(digests), ">u8"), kind="stable")

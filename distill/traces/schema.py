@@ -1,0 +1,159 @@
+"""The columns of a trace shard and the metadata each one carries.
+
+One row a trace, in plain Parquet types that any reader knows. The distribution is flat over the trace:
+position t has `top_count[t]` entries, which follow those of the positions before it in `top_ids` and
+`top_logprobs`; `tail_logprob[t]` is the log of the mass that is in no entry. Where a model's vocabulary
+is not asked for (`top_k: 0`) these four columns are null.
+
+The metadata stands as JSON under the key `distill` of every file's own key-value metadata and, once more,
+in the manifest. Left out on purpose: anything about how shards are cut, found or locked (`folder.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pyarrow as pa
+import pydantic
+from pydantic import Field
+
+from distill import plug
+from distill.records import Sampling, UserError
+
+SCHEMA_VERSION = 0
+"""0 may still change; the first frozen layout is 1. Files of any other version are refused."""
+
+METADATA_KEY = b"distill"
+
+IDENTITY_COLUMNS = ("trace_id", "problem_id", "sample")
+TEXT_COLUMNS = ("messages", "completion", "answer", "gold")
+TOKEN_COLUMNS = ("prompt_ids", "completion_ids")
+COUNT_COLUMNS = ("prompt_tokens", "completion_tokens")
+VERDICT_COLUMNS = ("reward", "rewards", "correct", "finish_reason")
+DISTRIBUTION_COLUMNS = ("top_count", "top_ids", "top_logprobs", "tail_logprob")
+
+# Lists of tokens have 64-bit offsets in memory: a buffer of long traces holds more than 2^31 entries, and
+# they are then the offsets of `Ragged` without a copy. In the file a list is a list.
+_IDS = pa.large_list(pa.uint32())
+_LOGPROBS = pa.large_list(pa.float32())
+
+ARROW_SCHEMA = pa.schema(
+    [
+        pa.field("trace_id", pa.string(), nullable=False),
+        pa.field("problem_id", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field(
+            "messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+        ),
+        pa.field("completion", pa.string()),
+        pa.field("answer", pa.string()),
+        pa.field("gold", pa.string()),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("completion_tokens", pa.int32()),
+        pa.field("prompt_ids", _IDS),
+        pa.field("completion_ids", _IDS),
+        pa.field("logprob", _LOGPROBS),
+        pa.field("top_count", pa.large_list(pa.int32())),
+        pa.field("top_ids", _IDS),
+        pa.field("top_logprobs", _LOGPROBS),
+        pa.field("tail_logprob", _LOGPROBS),
+        pa.field("reward", pa.float64()),
+        pa.field("rewards", pa.map_(pa.string(), pa.float64())),
+        pa.field("correct", pa.bool_()),
+        pa.field("finish_reason", pa.string()),
+    ]
+)
+COLUMNS = tuple(ARROW_SCHEMA.names)
+LIGHT_COLUMNS = tuple(
+    name for name in COLUMNS if name not in DISTRIBUTION_COLUMNS and name != "logprob"
+)
+"""All that has no number a position; what filters see."""
+
+Fingerprint = str
+
+
+class Metadata(pydantic.BaseModel):
+    """What a folder of traces says about itself. All of it but `versions` is identity: rows whose metadata
+    differs in it never share a folder."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    schema_version: int = SCHEMA_VERSION
+    model: str
+    """The teacher by the name it was asked for: a hub id, a folder, a stage."""
+    weights: Fingerprint
+    tokenizer: Fingerprint
+    chat_template: Fingerprint
+    vocab_size: int = Field(gt=0, le=2**32)
+    """The tokenizer's length: every stored id is below it."""
+    task: str
+    task_fingerprint: Fingerprint
+    template: str
+    sampling: Sampling
+    logprob_mode: Literal["raw"] = "raw"
+    """raw: of the model's own distribution, before temperature and top-p."""
+    logprob_temperature: float = 1.0
+    top_k: int = Field(ge=0)
+    """Entries kept at a position at most; 0: no distribution was captured."""
+    mass: float = Field(gt=0, le=1)
+    engine: str
+    versions: dict[str, str] = {}
+    """Of the packages that wrote it: recorded, never compared."""
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for rows to share a folder, flat: dotted key -> value."""
+        return {
+            key: value for key, value in _flat(self.model_dump()) if not key.startswith("versions")
+        }
+
+    def differences(self, other: Metadata) -> list[str]:
+        """One line for every identity key in which the two differ."""
+        mine, theirs = self.identity(), other.identity()
+        return [
+            f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]
+        ]
+
+    def to_json(self) -> str:
+        return self.model_dump_json()
+
+    @staticmethod
+    def parse(text: str | bytes | Mapping[str, Any], where: str) -> Metadata:
+        """Checked metadata from JSON (or its tree). Raises UserError that names `where`, and both versions when
+        the schema is of another one."""
+        try:
+            tree = json.loads(text) if isinstance(text, str | bytes) else dict(text)
+        except ValueError as error:
+            raise UserError(f"{where}: its metadata is not JSON: {error}.") from None
+        version = tree.get("schema_version") if isinstance(tree, dict) else None
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{where}: trace schema version {version!r}; this version of distill reads version {SCHEMA_VERSION}. "
+                "Read it with the distill that wrote it, or generate the traces again."
+            )
+        try:
+            return Metadata.model_validate(tree)
+        except pydantic.ValidationError as error:
+            raise UserError(plug.explain(error, where, Metadata.model_fields)) from None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((prefix + key, value))
+    return pairs
+
+
+def metadata_of(schema: Any, where: str) -> Metadata:
+    """The metadata in an Arrow schema; UserError when the file is no trace shard."""
+    text = (schema.metadata or {}).get(METADATA_KEY)
+    if text is None:
+        raise UserError(f"{where}: not a trace shard: it carries no distill metadata.")
+    metadata = Metadata.parse(text, where)
+    if not schema.remove_metadata().equals(ARROW_SCHEMA):
+        raise UserError(f"{where}: its columns are not those of trace schema {SCHEMA_VERSION}.")
+    return metadata

@@ -1,0 +1,237 @@
+"""Is a folder of traces whole and consistent, and what to do where it is not.
+
+`verify` reads everything and reports every fault it finds; `repair` drops what is bad, so that generating
+again adds just that. Left out on purpose: re-scoring with the teacher (a stage; this room knows no model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from distill.records import Array, TopK, UserError
+from distill.traces import codec, folder, reader, writer
+from distill.traces.schema import Metadata
+
+MAX_MASS_ERROR = 1e-2
+"""Entries and tail of a position add up to 1 but for what half-precision logits lose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fault: the file and what is wrong with it."""
+
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` found. notes are harmless: leftovers that the next writer puts in order."""
+
+    path: Path
+    shards: int
+    rows: int
+    positions: int
+    findings: tuple[Finding, ...]
+    notes: tuple[Finding, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    def __str__(self) -> str:
+        verdict = "whole" if self.ok else f"{len(self.findings)} faults"
+        head = f"{self.path}: {self.shards} shards, {self.rows:,} traces, {self.positions:,} positions: {verdict}"
+        lines = [f"  fault: {finding}" for finding in self.findings]
+        lines += [f"  note: {finding}" for finding in self.notes]
+        if not self.ok:
+            lines.append("`--repair` drops what is bad; generating again adds just that.")
+        return "\n".join([head, *lines])
+
+
+def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Report:
+    """Read everything in a folder of shards and report every fault.
+
+    Sizes, SHA-256s, page checksums, counts, metadata, columns that must agree, values that must be
+    log-probabilities or ids, trace ids that are there twice, and (given `expected_ids`) those that are missing.
+    Raises UserError only when there is nothing to verify.
+    """
+    path = Path(path)
+    findings: list[Finding] = []
+    names = folder.shard_files(path) if path.is_dir() else {}
+    manifest_paths = sorted(path.glob("manifest-*.json")) if path.is_dir() else []
+    if not names and not manifest_paths:
+        raise UserError(f"{path}: no traces here to verify (a folder with shards and a manifest).")
+    manifests = []
+    for manifest_path in manifest_paths:
+        try:
+            manifests.append(folder.read_manifest(manifest_path))
+        except UserError as error:
+            findings.append(Finding(manifest_path.name, str(error)))
+    seen: dict[str, str] = {}
+    rows = positions = 0
+    for manifest in manifests:
+        findings += [
+            Finding(folder.manifest_name(manifest.writer), difference)
+            for difference in manifests[0].metadata.differences(manifest.metadata)
+        ]
+        for shard in manifest.shards:
+            faults, ids = check_shard(path / shard.file, shard, manifest.metadata)
+            twice = [trace_id for trace_id in ids if trace_id in seen]
+            if twice:
+                faults.append(f"{len(twice)} traces are also in {seen[twice[0]]}: {twice[:3]}")
+            seen |= dict.fromkeys(ids, shard.file)
+            findings += [Finding(shard.file, what) for what in faults]
+            rows, positions = rows + shard.rows, positions + shard.positions
+    missing = [trace_id for trace_id in expected_ids or () if trace_id not in seen]
+    if missing:
+        findings.append(Finding(str(path), f"{len(missing)} traces are missing: {missing[:3]}"))
+    listed = {shard.file for manifest in manifests for shard in manifest.shards}
+    notes = [
+        Finding(n, "not in a manifest (a writer was killed)") for n in names if n not in listed
+    ]
+    notes += [
+        Finding(p.name, "a half-written file") for p in sorted(path.glob(f".*{folder.TEMPORARY}"))
+    ]
+    return Report(path, len(listed), rows, positions, tuple(findings), tuple(notes))
+
+
+def repair(path: str | Path) -> Report:
+    """Drop the shards that are bad and rebuild a manifest that is; returns what `verify` had found before.
+
+    Raises UserError while a writer is open there.
+    """
+    path = Path(path)
+    report = verify(path)
+    bad = {finding.file for finding in report.findings}
+    known = {path.name.split("-")[1].removesuffix(".json") for path in path.glob("manifest-*.json")}
+    known |= {name.split("-")[1] for name in folder.shard_files(path)}
+    for name in sorted(known):
+        with folder.writer_lock(path, name):
+            if folder.manifest_name(name) in bad:
+                _rebuild(path, name)
+                continue
+            manifest_path = path / folder.manifest_name(name)
+            if not manifest_path.exists():
+                continue
+            manifest = folder.read_manifest(manifest_path)
+            good = tuple(shard for shard in manifest.shards if shard.file not in bad)
+            if good != manifest.shards:
+                folder.Manifest(name, manifest.metadata, good).write(path)
+                for shard in set(manifest.shards) - set(good):
+                    (path / shard.file).unlink(missing_ok=True)
+    return report
+
+
+def _rebuild(path: Path, name: str) -> None:
+    """A manifest anew from its writer's whole shards; without any, the writer starts from nothing."""
+    shards, metadata = [], None
+    for file in folder.shard_files(path, name):
+        data = (path / file).read_bytes()
+        try:
+            table, own = reader.decode_file(data, file)
+        except UserError:
+            (path / file).unlink()
+            continue
+        metadata = metadata or own
+        shards.append(writer.describe(file, data, table))
+    if metadata is None:
+        (path / folder.manifest_name(name)).unlink()
+    else:
+        folder.Manifest(name, metadata, tuple(shards)).write(path)
+
+
+# --------------------------------------------------------------------------------------------- one shard
+
+
+def check_shard(path: Path, shard: folder.Shard, metadata: Metadata) -> tuple[list[str], list[str]]:
+    """What is wrong with a shard, and the trace ids in it (none where it cannot be read)."""
+    if not path.exists():
+        return ["missing"], []
+    data = path.read_bytes()
+    if len(data) != shard.bytes:
+        return [f"truncated: {len(data):,} bytes of {shard.bytes:,}" if data else "empty"], []
+    if folder.sha256(data) != shard.sha256:
+        return ["bits have changed: its SHA-256 is not the manifest's"], []
+    try:
+        table, own = reader.decode_file(data, str(path))
+        table.validate(full=True)
+    except (UserError, pa.ArrowException) as error:
+        return [str(error)], []
+    faults = [f"metadata: {difference}" for difference in own.differences(metadata)]
+    if writer.describe(shard.file, data, table) != shard:
+        faults.append("its rows, positions or entries are not as many as the manifest says")
+    ids = table.column("trace_id").to_pylist()
+    if len(set(ids)) != len(ids):
+        faults.append(f"{len(ids) - len(set(ids))} trace ids are there twice")
+    return faults + check_table(table, metadata), ids
+
+
+def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
+    """Where columns contradict each other or hold what they cannot."""
+
+    def lengths(name: str) -> Array:
+        return np.asarray(pc.list_value_length(table.column(name)).fill_null(0).to_numpy())
+
+    faults = []
+    for name, other in (
+        ("prompt_ids", "prompt_tokens"),
+        ("completion_ids", "completion_tokens"),
+        ("logprob", "completion_tokens"),
+    ):
+        if not np.array_equal(lengths(name), table.column(other).to_numpy()):
+            faults.append(f"{name} and {other} differ in length")
+    if metadata.top_k:
+        if not np.array_equal(lengths("top_ids"), lengths("top_logprobs")):
+            faults.append("top_ids and top_logprobs differ in length")
+        positions = lengths("completion_ids")
+        if not all(np.array_equal(lengths(n), positions) for n in ("top_count", "tail_logprob")):
+            faults.append("top_count, tail_logprob and completion_ids differ in length")
+    if faults:
+        return faults
+    try:
+        traces = codec.from_table(table, metadata)
+        codec.check(traces, metadata)
+    except ValueError as error:
+        return [str(error)]
+    if traces.top is None:
+        return []
+    per_trace = np.add.reduceat(
+        np.append(traces.top.count_T, 0),
+        np.minimum(traces.completion_ids.offsets[:-1], len(traces.top)),
+    )
+    per_trace[traces.completion_ids.lengths == 0] = 0
+    if not np.array_equal(per_trace, lengths("top_ids")):
+        faults.append("top_count does not add up to the entries of its trace")
+    return faults + _check_distribution(traces.top, metadata)
+
+
+def _check_distribution(top: TopK, metadata: Metadata) -> list[str]:
+    faults = []
+    if len(top) and top.count_T.max() > metadata.top_k:
+        faults.append(f"a position has {top.count_T.max()} entries; top_k is {metadata.top_k}")
+    starts = top.offsets
+    drop_E = np.diff(top.logp_E) > 0
+    inner = np.ones(max(len(top.logp_E) - 1, 0), bool)
+    borders = starts[1:-1]
+    inner[borders[(borders > 0) & (borders < len(top.logp_E))] - 1] = False
+    if (drop_E & inner).any():
+        faults.append("entries are not in descending order")
+    running = np.concatenate([[0.0], np.cumsum(np.exp(top.logp_E.astype(np.float64)))])
+    total_T = running[starts[1:]] - running[starts[:-1]] + np.exp(top.tail_T.astype(np.float64))
+    wrong = int((np.abs(total_T - 1) > MAX_MASS_ERROR).sum())
+    if wrong:
+        worst = float(total_T[np.abs(total_T - 1).argmax()])
+        faults.append(
+            f"entries and tail do not add up to 1 at {wrong} positions (worst {worst:.4f})"
+        )
+    return faults

@@ -1,0 +1,225 @@
+"""TraceWriter: blocks of traces in, whole shards on the disk, in the background.
+
+`add` hands a block to a thread that encodes and writes, so that an engine never waits for the disk unless it
+is more than two shards ahead. A shard is written when it has `shard_rows` rows, or when its first row is
+`flush_every` seconds old; after each, the manifest. So a kill at any instant loses at most the shard in
+flight, and opening the folder again tells what is there (`done_ids`), to add exactly what is missing.
+
+Left out on purpose: what the rows mean, and in which order they come; rows are stored in the order added.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from distill.records import Traces, UserError
+from distill.traces import codec, folder, reader
+from distill.traces.schema import Metadata
+
+
+class TraceWriter:
+    """Writes traces into a folder, as one of its writers. A context manager.
+
+    Opening it takes the writer's lock, refuses a folder whose traces differ in an identity key, and puts a
+    killed writer's leftovers in order: temporary files go, a whole shard that the manifest does not list yet
+    is taken up, anything else goes. Writers with different names may fill one folder at the same time.
+
+    Raises UserError: folder locked, metadata differs, a listed shard is damaged, disk full. What goes wrong in
+    the background is raised by the next `add` or by `close`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        metadata: Metadata,
+        *,
+        shard_rows: int = 256,
+        flush_every: float = 30.0,
+        writer: str = "0",
+    ) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", writer):
+            raise UserError(f"writer {writer!r}: letters, digits and underscores only.")
+        self.folder = Path(path)
+        self.writer = writer
+        self._metadata = metadata
+        self._shard_rows = shard_rows
+        self._flush_every = flush_every
+        self._shards: list[folder.Shard] = []
+        self._ids: set[str] = set()
+        self._blocks: list[pa.Table] = []
+        self._rows_queued = 0
+        self._rows_in_flight = 0
+        self._first_row_at = 0.0
+        self._closing = False
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(folder.writer_lock(self.folder, writer))
+            self._open()
+            self._resources = stack.pop_all()
+        self._thread = threading.Thread(target=self._run, name="trace-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of this writer that are whole on the disk."""
+        return sum(shard.rows for shard in self._shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.bytes for shard in self._shards)
+
+    def done_ids(self) -> set[str]:
+        """The trace ids in the folder when it was opened, of all writers, and those added since."""
+        return set(self._ids)
+
+    def add(self, traces: Traces) -> None:
+        """Take over a block; its arrays must not change afterwards.
+
+        Raises ValueError for an id that is there already or columns that contradict each other.
+        """
+        seen: set[str] = set()
+        for trace_id in traces.trace_id:
+            if trace_id in self._ids or trace_id in seen:
+                raise ValueError(f"trace {trace_id!r} is already stored")
+            seen.add(trace_id)
+        table = codec.to_table(traces, self._metadata)
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self._rows_queued + self._rows_in_flight < 2 * self._shard_rows
+                    or self._error is not None
+                )
+            )
+            self._raise_error()
+            if self._closing:
+                raise ValueError("the writer is closed")
+            if self._rows_queued == 0:
+                self._first_row_at = time.monotonic()
+            self._blocks.append(table)
+            self._rows_queued += len(table)
+            self._ids |= seen
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Write what is waiting and give the folder back. Raises what went wrong in the background."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        self._resources.close()
+        self._raise_error()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            self._closing = True
+            raise error
+
+    # ------------------------------------------------------------------------------- in the background
+
+    def _run(self) -> None:
+        try:
+            while (table := self._next_shard()) is not None:
+                self._write(table)
+                with self._changed:
+                    self._rows_in_flight = 0
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _next_shard(self) -> pa.Table | None:
+        """Rows for one shard, as soon as they are due; None at the end."""
+        with self._changed:
+            while not self._closing and self._rows_queued < self._shard_rows:
+                due = self._first_row_at + self._flush_every - time.monotonic()
+                if self._rows_queued and due <= 0:
+                    break
+                self._changed.wait(due if self._rows_queued else None)
+            if not self._rows_queued:
+                return None
+            queued = pa.concat_tables(self._blocks)
+            table = queued.slice(0, self._shard_rows)
+            rest = queued.slice(len(table))
+            self._blocks = [rest] if len(rest) else []
+            self._rows_queued, self._rows_in_flight = len(rest), len(table)
+            self._first_row_at = time.monotonic()
+            return table
+
+    def _write(self, table: pa.Table) -> None:
+        data = codec.encode(table)
+        taken = folder.shard_files(self.folder, self.writer).values()
+        name = folder.shard_name(self.writer, max(taken, default=-1) + 1)
+        folder.write_whole(self.folder / name, data)
+        self._list(describe(name, data, table))
+
+    def _list(self, *shards: folder.Shard) -> None:
+        self._shards += shards
+        folder.Manifest(self.writer, self._metadata, tuple(self._shards)).write(self.folder)
+
+    # -------------------------------------------------------------------------------------- on opening
+
+    def _open(self) -> None:
+        for mine in (f"shard-{self.writer}-*.parquet", folder.manifest_name(self.writer)):
+            for path in self.folder.glob(f".{mine}{folder.TEMPORARY}"):
+                path.unlink()
+        manifests = folder.read_manifests(self.folder)
+        for manifest in manifests:
+            folder.refuse_differences(
+                self.folder, manifest.metadata, self._metadata, "the new traces"
+            )
+            if manifest.writer == self.writer:
+                self._metadata, self._shards = manifest.metadata, list(manifest.shards)
+        if manifests:
+            for table in reader.open_traces(self.folder).tables(columns=["trace_id"]):
+                self._ids.update(table.column("trace_id").to_pylist())
+        listed = {shard.file for shard in self._shards}
+        for name in folder.shard_files(self.folder, self.writer):
+            if name not in listed:
+                self._take_up(self.folder / name)
+
+    def _take_up(self, path: Path) -> None:
+        """A shard that got its name but was killed before the manifest: list it when it is whole and of our kind."""
+        try:
+            data = path.read_bytes()
+            table, metadata = reader.decode_file(data, str(path))
+            ids: Sequence[str] = table.column("trace_id").to_pylist()
+            if metadata.differences(self._metadata) or not self._ids.isdisjoint(ids):
+                raise UserError(f"{path}: does not belong here.")
+        except UserError:
+            path.unlink()
+            return
+        self._ids.update(ids)
+        self._list(describe(path.name, data, table))
+
+
+def describe(name: str, data: pa.Buffer | bytes, table: pa.Table) -> folder.Shard:
+    """What the manifest says about a shard."""
+    positions = pc.sum(table.column("completion_tokens")).as_py() or 0
+    counts = pc.sum(pc.list_value_length(table.column("top_ids"))).as_py() or 0
+    return folder.Shard(
+        name, len(table), len(memoryview(data)), folder.sha256(data), positions, counts
+    )

@@ -1,0 +1,305 @@
+"""Exactly once: resumed is uninterrupted, whatever kills the writer and wherever."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import trace_samples as samples
+
+from distill.records import Sampling, UserError
+from distill.traces import folder
+from distill.traces.reader import open_traces
+from distill.traces.verify import verify
+from distill.traces.writer import TraceWriter
+
+HERE = Path(__file__).parent
+
+
+def run_python(body: str, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(body), *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=100, **options,
+    )  # fmt: skip
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_shards_do_not_depend_on_how_rows_were_added(tmp_path):
+    ways = [samples.write(tmp_path / str(block), 40, block=block) for block in (1, 7, 40)]
+    assert files(ways[0]) == files(ways[1]) == files(ways[2])
+    assert [s.rows for s in open_traces(ways[0]).shards] == [16, 16, 8]
+    assert samples.row_digests(ways[0]) == samples.expected_digests(range(40))
+
+
+def test_a_resumed_folder_gets_exactly_what_is_missing(tmp_path):
+    with TraceWriter(tmp_path, samples.metadata(), shard_rows=8) as writer:
+        writer.add(samples.traces(range(11)))
+    with TraceWriter(tmp_path, samples.metadata(versions={"distill": "9"}), shard_rows=8) as writer:
+        assert writer.done_ids() == {f"trace{n:06d}" for n in range(11)}
+        assert writer.num_rows == 11
+        writer.add(samples.traces(n for n in range(30) if f"trace{n:06d}" not in writer.done_ids()))
+    assert samples.row_digests(tmp_path) == samples.expected_digests(range(30))
+    assert verify(tmp_path, expected_ids=[f"trace{n:06d}" for n in range(30)]).ok
+
+
+def test_a_trace_is_never_stored_twice(tmp_path):
+    with TraceWriter(tmp_path, samples.metadata()) as writer:
+        writer.add(samples.traces([1, 2]))
+        with pytest.raises(ValueError, match="already stored"):
+            writer.add(samples.traces([3, 2]))
+        with pytest.raises(ValueError, match="already stored"):
+            writer.add(samples.traces([4, 4]))
+        writer.add(samples.traces([3, 4]))
+    assert samples.row_digests(tmp_path) == samples.expected_digests(range(1, 5))
+
+
+def test_traces_of_another_kind_are_refused_naming_the_keys(tmp_path):
+    samples.write(tmp_path, 3)
+    before = files(tmp_path)
+    other = samples.metadata(weights="w1", sampling=Sampling(temperature=0.5), engine="vllm")
+    with pytest.raises(UserError) as error:
+        TraceWriter(tmp_path, other)
+    assert "weights: 'w0' != 'w1'" in str(error.value)
+    assert "sampling.temperature: 1.0 != 0.5" in str(error.value)
+    assert "engine" in str(error.value)
+    assert "tokenizer" not in str(error.value)
+    assert files(tmp_path) == before
+
+
+def test_rows_are_written_after_a_while_even_when_a_shard_is_not_full(tmp_path):
+    with TraceWriter(tmp_path, samples.metadata(), flush_every=0.2) as writer:
+        writer.add(samples.traces([1, 2, 3]))
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "manifest-0.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert open_traces(tmp_path).num_rows == 3
+        writer.add(samples.traces([4]))
+    assert open_traces(tmp_path).num_rows == 4
+
+
+def test_rows_added_before_an_exception_are_kept(tmp_path):
+    def interrupted():
+        with TraceWriter(tmp_path, samples.metadata()) as writer:
+            writer.add(samples.traces([1, 2, 3]))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert samples.row_digests(tmp_path) == samples.expected_digests([1, 2, 3])
+
+
+def test_writers_with_different_names_share_a_folder(tmp_path):
+    with (
+        TraceWriter(tmp_path, samples.metadata(), writer="a", shard_rows=4) as a,
+        TraceWriter(tmp_path, samples.metadata(), writer="b", shard_rows=4) as b,
+    ):
+        a.add(samples.traces(range(0, 20, 2)))
+        b.add(samples.traces(range(1, 20, 2)))
+    assert samples.row_digests(tmp_path) == samples.expected_digests(range(20))
+    with TraceWriter(tmp_path, samples.metadata(), writer="a") as a:
+        assert len(a.done_ids()) == 20
+    with pytest.raises(UserError, match="letters, digits"):
+        TraceWriter(tmp_path, samples.metadata(), writer="../a")
+
+
+# ------------------------------------------------------------------------------------------------ the lock
+
+
+def test_a_second_writer_is_refused_naming_the_first(tmp_path):
+    with TraceWriter(tmp_path, samples.metadata()):
+        with pytest.raises(UserError, match=f"process {os.getpid()}"):
+            TraceWriter(tmp_path, samples.metadata())
+        body = """
+            import sys, trace_samples as samples
+            from distill.traces.writer import TraceWriter
+            TraceWriter(sys.argv[1], samples.metadata())
+        """
+        other = run_python(body, tmp_path)
+        assert other.returncode != 0
+        assert f"process {os.getpid()} on {socket.gethostname()}" in other.stderr
+    with TraceWriter(tmp_path, samples.metadata()):
+        pass
+    assert not list(tmp_path.glob("lock-*"))
+
+
+def test_a_dead_writers_lock_is_taken_over_and_a_strangers_is_not(tmp_path):
+    body = """
+        import os, sys, trace_samples as samples
+        from distill.traces.writer import TraceWriter
+        TraceWriter(sys.argv[1], samples.metadata())
+        os.kill(os.getpid(), 9)
+    """
+    assert run_python(body, tmp_path).returncode == -signal.SIGKILL
+    assert (tmp_path / "lock-0").exists()
+    with TraceWriter(tmp_path, samples.metadata()):
+        pass
+    (tmp_path / "lock-0").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    with pytest.raises(UserError, match=r"process 1 on elsewhere.*remove"):
+        TraceWriter(tmp_path, samples.metadata())
+
+
+# ------------------------------------------------------------------------------------------------- killing
+
+# One process imports everything once and forks a writer for every kill; no Arrow thread runs in it.
+KILLER = """
+    import os, random, sys, time, traceback
+    import trace_samples as samples
+    from distill.traces.writer import TraceWriter
+    out, kind, num_kills, num_rows = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    pause = 0.001 if kind == 'random' else 0
+    draw = random.Random(5)
+    rows = [samples.traces([n]) for n in range(num_rows)]
+
+    def write():
+        with TraceWriter(out, samples.metadata(), shard_rows=8, flush_every=0.03) as writer:
+            done = writer.done_ids()
+            for row in rows:
+                if row.trace_id[0] not in done:
+                    writer.add(row)
+                    time.sleep(pause)
+
+    def die_at_step(step):
+        # Before or after every system call by which the protocol changes the disk.
+        left = [step]
+        def counted(call):
+            def wrapper(*a, **k):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), 9)
+                result = call(*a, **k)
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), 9)
+                return result
+            return wrapper
+        for name in ("fsync", "replace", "unlink"):
+            setattr(os, name, counted(getattr(os, name)))
+
+    killed = 0
+    for attempt in range(num_kills + 1):
+        last = attempt == num_kills
+        child = os.fork()
+        if child == 0:
+            try:
+                if kind == "step" and not last:
+                    die_at_step(attempt + 1)
+                write()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if kind == "random" and not last:
+            time.sleep(draw.uniform(0.0, 0.12))
+            os.kill(child, 9)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed += 1
+        elif os.WEXITSTATUS(status):
+            sys.exit("a writer failed")
+    print("killed", killed)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_kills", "num_rows"), [("random", 25, 200), ("step", 24, 100)]
+)
+def test_killed_again_and_again_the_rows_are_those_of_an_uninterrupted_run(
+    tmp_path, kind, num_kills, num_rows
+):
+    run = run_python(KILLER, tmp_path / "killed", kind, num_kills, num_rows)
+    assert run.returncode == 0, run.stderr
+    assert int(re.search(r"killed (\d+)", run.stdout)[1]) >= 15
+    assert samples.row_digests(tmp_path / "killed") == samples.expected_digests(range(num_rows))
+    report = verify(tmp_path / "killed")
+    assert report.ok, report
+    assert not report.notes, report
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
+def test_leftovers_of_a_killed_writer_are_put_in_order(tmp_path):
+    samples.write(tmp_path, 40)
+    manifest = folder.read_manifest(tmp_path / "manifest-0.json")
+    folder.Manifest("0", manifest.metadata, manifest.shards[:1]).write(tmp_path)
+    whole = tmp_path / manifest.shards[1].file
+    cut = tmp_path / manifest.shards[2].file
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (tmp_path / ".shard-0-00003.parquet.tmp").write_bytes(b"half")
+    (tmp_path / ".shard-other-00003.parquet.tmp").write_bytes(b"another writer's")
+    assert {note.file for note in verify(tmp_path).notes} >= {whole.name, cut.name}
+    with TraceWriter(tmp_path, samples.metadata(), shard_rows=16) as writer:
+        assert len(writer.done_ids()) == 32
+        assert not cut.exists()
+        writer.add(samples.traces(range(32, 40)))
+    assert sorted(p.name for p in tmp_path.glob(".*")) == [".shard-other-00003.parquet.tmp"]
+    assert samples.row_digests(tmp_path) == samples.expected_digests(range(40))
+
+
+# ----------------------------------------------------------------------------------------------- full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real full disk where this process may mount one."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode == 0:
+        yield tmp_path
+        subprocess.run(["umount", str(tmp_path)], check=True)
+        return
+    # Elsewhere: no file of this process may grow beyond what two shards take together.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    yield tmp_path
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_stops_cleanly_and_what_was_there_stays(small_disk):
+    added = 0
+    writer = TraceWriter(small_disk, samples.metadata(), shard_rows=16, flush_every=1e9)
+    with pytest.raises(UserError, match="no room to write"), writer:
+        while added < 3000:
+            # Ever larger shards, so that a limit on one file's size is met as well as a full disk.
+            writer.add(samples.traces(range(added, added + 16), tokens=24 + added))
+            added += 16
+    assert verify(small_disk).ok
+    kept = samples.row_digests(small_disk)
+    assert 0 < len(kept) < added
+    assert not list(small_disk.glob(".*"))
+    assert all(name in {f"trace{n:06d}" for n in range(added)} for name in kept)
+
+
+def test_a_disk_too_small_can_be_foreseen(tmp_path):
+    folder.require_space(tmp_path, 1)
+    with pytest.raises(UserError, match="needed"):
+        folder.require_space(tmp_path, 1 << 62)
+
+
+def test_what_goes_wrong_in_the_background_comes_to_light(tmp_path, monkeypatch):
+    def broken(path, data):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(folder, "write_whole", broken)
+    writer = TraceWriter(tmp_path, samples.metadata(), shard_rows=1)
+    with pytest.raises(OSError, match="Input/output"):  # noqa: PT012
+        for n in range(100):
+            writer.add(samples.traces([n]))
+    writer.close()
+    with pytest.raises(ValueError, match="closed"):
+        writer.add(samples.traces([200]))
