@@ -1,0 +1,182 @@
+"""One arm's numbers, against values by hand, enumeration and simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as distributions
+
+from distill.reports import stats
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "expected"),
+    [
+        (16, 2, 8, 1 - 3003 / 12870),  # C(14, 8) / C(16, 8): .7667
+        (4, 1, 1, 0.25),
+        (4, 0, 4, 0.0),
+        (4, 4, 1, 1.0),
+        (5, 3, 3, 1.0),  # two wrong ones cannot fill three places
+        (10, 3, 2, 1 - 21 / 45),
+    ],
+)
+def test_pass_at_k_by_hand(n: int, c: int, k: int, expected: float) -> None:
+    assert float(stats.pass_at_k(n, c, k)) == pytest.approx(expected, abs=1e-14)
+
+
+@given(st.integers(1, 300), st.data())
+@settings(max_examples=200, deadline=None)
+def test_pass_at_k_is_the_exact_ratio_of_binomials(n: int, data: st.DataObject) -> None:
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    exact = 1 - math.comb(n - c, k) / math.comb(n, k)
+    assert float(stats.pass_at_k(n, c, k)) == pytest.approx(exact, rel=1e-10, abs=1e-13)
+
+
+def test_pass_at_k_keeps_the_digits_of_a_tiny_chance() -> None:
+    assert float(stats.pass_at_k(10**12, 1, 1)) == pytest.approx(1e-12, rel=1e-12)
+
+
+def test_pass_at_k_refuses_more_than_there_are() -> None:
+    with pytest.raises(ValueError, match="pass@8"):
+        stats.pass_at_k(np.array([16, 4]), np.array([2, 1]), 8)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (81, 263), (1, 1)])
+def test_wilson_is_scipys(right: int, n: int) -> None:
+    ours = stats.wilson(right, n)
+    theirs = distributions.binomtest(right, n).proportion_ci(0.95, method="wilson")
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert ours.low <= ours.value <= ours.high
+
+
+def test_wilson_by_hand() -> None:
+    # z = 1.96: (81 + 1.92) / (263 + 3.84) -+ 1.96 / 266.84 * sqrt(81 * 182 / 263 + .96), Wilson's own formula.
+    centre, half = 82.92073 / 266.84146, 1.959964 / 266.84146 * math.sqrt(81 * 182 / 263 + 0.960365)
+    ours = stats.wilson(81, 263)
+    assert (ours.low, ours.high) == pytest.approx((centre - half, centre + half), abs=1e-5)
+
+
+def test_bca_is_scipys() -> None:
+    values = np.random.default_rng(3).beta(0.6, 1.4, 60)
+    ours = stats.bca(values, resamples=40_000, seed=1)
+    theirs = distributions.bootstrap(
+        (values,), np.mean, n_resamples=40_000, method="BCa", rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=3e-3)
+
+
+def test_one_sample_a_problem_is_wilson_and_several_are_resampled() -> None:
+    assert stats.accuracy([[1], [0], [1], [1]]).method == "wilson"
+    assert stats.accuracy([[1, 0], [0, 0], [1, 1]]).method == "bootstrap"
+    never = stats.accuracy([[0] * 16] * 30)
+    assert never.value == never.low == 0
+    assert never.high == pytest.approx(stats.wilson(0, 30).high)
+
+
+def test_accuracy_weighs_problems_equally_and_leaves_out_what_was_not_judged() -> None:
+    ragged = stats.accuracy([[1, 1, 1, 1], [0], [None, 1, 0], [None]])
+    assert ragged.value == pytest.approx((1 + 0 + 0.5) / 3)
+    assert ragged.n == 3
+    with pytest.raises(ValueError, match="no problem was judged"):
+        stats.accuracy([[None], []])
+
+
+def test_the_problem_is_the_unit() -> None:
+    """30 problems x 64 samples: pooled, the interval would be a fifth as wide as it is."""
+    rng = np.random.default_rng(5)
+    chance = rng.beta(0.7, 0.6, 30)
+    correct = rng.random((30, 64)) < chance[:, None]
+    by_problem = stats.accuracy(correct.tolist())
+    pooled = stats.wilson(float(correct.sum()), correct.size)
+    assert by_problem.value == pytest.approx(pooled.value)
+    assert 0.044 < pooled.high - pooled.low < 0.046
+    assert by_problem.high - by_problem.low > 4 * (pooled.high - pooled.low)
+
+
+def test_intervals_cover() -> None:
+    """95% intervals over 40 problems x 4 samples hold the true mean about 95 times in 100."""
+    rng, hits, trials = np.random.default_rng(11), 0, 400
+    for trial in range(trials):
+        chance = rng.beta(1.0, 1.5, 40)
+        correct = rng.random((40, 4)) < chance[:, None]
+        interval = stats.mean_interval(correct.mean(1), resamples=1000, seed=trial)
+        hits += interval.low <= 0.4 <= interval.high
+    assert 0.91 < hits / trials < 0.985
+
+
+def test_the_same_seed_gives_the_same_interval() -> None:
+    correct = [[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 0]]
+    assert stats.accuracy(correct, seed=4) == stats.accuracy(correct, seed=4)
+
+
+def test_blocks_of_resamples_do_not_change_their_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.linspace(0, 1, 50)
+    whole = stats.bootstrap_means(values, 3000, 0)
+    monkeypatch.setattr(stats, "BLOCK", 1000)
+    split = stats.bootstrap_means(values, 3000, 0)
+    assert len(split) == 3000
+    np.testing.assert_array_equal(whole, split)
+
+
+# ---------------------------------------------------------------------------------------------- maj@k
+
+
+def by_enumeration(answers: list[str | None], gold: str, k: int) -> float:
+    """The definition: every subset of k, its most frequent valid answers, the share of them that is right."""
+    results = []
+    for chosen in itertools.combinations(answers, k):
+        valid = [a for a in chosen if a is not None]
+        votes = {a: valid.count(a) for a in valid}
+        leaders = [a for a, v in votes.items() if v == max(votes.values())]
+        results.append(leaders.count(gold) / len(leaders) if leaders else 0.0)
+    return sum(results) / len(results)
+
+
+@given(st.lists(st.sampled_from(["7", "8", "9", "10", None]), min_size=1, max_size=9), st.data())
+@settings(max_examples=150, deadline=None)
+def test_majority_is_the_mean_over_all_subsets(
+    answers: list[str | None], data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, len(answers)))
+    groups = stats.clusters(answers, [a == "7" for a in answers], str.__eq__)
+    expected = by_enumeration(answers, "7", k)
+    assert stats.majority(groups, len(answers), k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_majority_by_hand() -> None:
+    def vote(answers: list[str | None]) -> float:
+        groups = stats.clusters(answers, [a == "7" for a in answers], str.__eq__)
+        return stats.majority(groups, len(answers), len(answers))
+
+    assert vote(["7", "7", "8"]) == 1
+    assert vote(["7", "8"]) == 0.5
+    assert vote(["7", "8", "9"]) == pytest.approx(1 / 3)
+    assert vote(["7", None, None, None]) == 1
+    assert vote([None, None]) == 0
+
+
+def test_equivalent_answers_vote_together() -> None:
+    same = lambda a, b: float(a) == float(b)  # noqa: E731
+    answers, correct = (
+        [["1/2".replace("1/2", "0.5"), "0.50", "3", "3"]],
+        [[True, True, False, False]],
+    )
+    assert stats.maj_at(answers, correct, 4, same).value == 0.5
+    assert stats.maj_at([["0.5", "0.50", "3", "3.1"]], correct, 4, same).value == 1.0
+    assert stats.maj_at([["0.5", "0.50", "3", "3.1"]], correct, 4).value == 0.5
+
+
+def test_majority_of_64_is_quick_and_bounded() -> None:
+    rng = np.random.default_rng(0)
+    answers = [[str(a) for a in rng.geometric(0.2, 64)] for _ in range(5)]
+    correct = [[a == "1" for a in row] for row in answers]
+    for k in (1, 8, 32, 64):
+        assert 0 <= stats.maj_at(answers, correct, k).value <= 1
+    assert stats.maj_at(answers, correct, 1).value == pytest.approx(
+        stats.accuracy(correct).value, abs=1e-9
+    )
