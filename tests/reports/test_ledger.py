@@ -1,0 +1,256 @@
+"""FLOPs, memory and lineage, against counts by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from distill.records import Cost, UserError
+from distill.reports import estimate, flops
+from distill.reports.flops import ModelShape
+from distill.reports.ledger import StageCost, arm_cost
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "vocab_size": 49152,
+}
+
+
+def shape() -> ModelShape:
+    return ModelShape.from_config(SMOLLM2)
+
+
+def test_parameters_of_smollm2() -> None:
+    # A layer: q 576x576, k and v 576x192, o 576x576, three 576x1536.
+    layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
+    assert layer == 3_538_944
+    assert shape().params_layer == layer
+    assert shape().params_head == 28_311_552
+    assert shape().params_matmul == 30 * layer + 28_311_552
+    assert shape().params_total == 134_515_008  # as transformers counts it
+    assert shape().with_layers(15).params_body == 15 * layer
+
+
+def test_an_untied_model_with_its_own_head_size() -> None:
+    # Qwen3-0.6B has heads wider than hidden / heads.
+    qwen = ModelShape.from_config(
+        {
+            "model_type": "qwen3",
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": False,
+        }
+    )
+    assert qwen.params_layer == 2 * 1024 * 2048 + 2 * 1024 * 1024 + 3 * 1024 * 3072
+    assert qwen.params_total - qwen.params_matmul == 1024 * 151936 + 57 * 1024
+
+
+def test_gpt2s_names_and_plain_mlp() -> None:
+    gpt2 = ModelShape.from_config(
+        {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
+    )
+    assert gpt2.params_layer == 12 * 768 * 768
+    assert gpt2.tied
+
+
+def test_what_cannot_be_counted_is_said() -> None:
+    with pytest.raises(UserError, match="num_local_experts"):
+        ModelShape.from_config({**SMOLLM2, "num_local_experts": 8})
+    with pytest.raises(UserError, match="vocab_size is missing"):
+        ModelShape.from_config({k: v for k, v in SMOLLM2.items() if k != "vocab_size"})
+
+
+@pytest.mark.parametrize("params", [5e7, 1.35e8, 3.6e8, 1.5e9, 7e9, 3.2e10, 7e10])
+def test_a_shape_from_a_count_has_that_count(params: float) -> None:
+    assert ModelShape.from_params(params).params_total == pytest.approx(params, rel=0.1)
+
+
+def test_forward_by_hand() -> None:
+    # 10 tokens, causal: contexts 1..10, mean 5.5. Attention: 4 x 30 layers x 576 x 10 x 5.5.
+    assert flops.causal_context([10]) == 5.5
+    assert flops.causal_context([1, 3]) == (1 + 1 + 2 + 3) / 4
+    attention = 4 * 30 * 576 * 55
+    assert flops.forward_flops(shape(), 10, 5.5) == 2 * 134_479_872 * 10 + attention
+    body = 2 * 106_168_320 * 10
+    assert flops.forward_flops(shape(), 10, 5.5, 0) == body + attention
+    assert flops.forward_flops(shape(), 10, 5.5, 4) == body + 2 * 28_311_552 * 4 + attention
+
+
+def test_training_is_six_lora_four_and_checkpointing_eight() -> None:
+    n = shape().params_matmul
+    assert flops.train_flops(shape(), 100, 0) == 6 * n * 100
+    assert flops.train_flops(shape(), 100, 0, lora=True) == 4 * n * 100
+    again = flops.train_flops(shape(), 100, 0, checkpointing=True)
+    assert again == 6 * n * 100 + 2 * shape().params_body * 100
+    attention = flops.attention_flops(shape(), 100, 7)
+    for lora in (False, True):
+        with_attention = flops.train_flops(shape(), 100, 7, lora=lora)
+        assert with_attention - flops.train_flops(shape(), 100, 0, lora=lora) == pytest.approx(
+            3 * attention
+        )
+
+
+def test_generation_is_two_n_a_token() -> None:
+    # Two completions of a 4-token prompt and 3 new tokens each: contexts 1..4, then 5, 6, 7.
+    counted = flops.generate_flops(shape(), 8, 6, 2)
+    matmuls = 2 * shape().params_body * 8 + 2 * shape().params_matmul * 6
+    contexts = 2 * (1 + 2 + 3 + 4) + 2 * (5 + 6 + 7)
+    assert counted == pytest.approx(matmuls + 4 * 30 * 576 * contexts)
+    assert flops.generate_flops(shape(), 0, 0, 0) == 0
+
+
+def test_memory_of_smollm2() -> None:
+    memory = flops.train_memory(shape(), 2048)
+    p = 134_515_008
+    assert (memory.weights, memory.gradients, memory.optimiser) == (2 * p, 4 * p, 12 * p)
+    assert memory.total > 18 * p
+    thin = flops.train_memory(shape(), 2048, checkpointing=True)
+    assert thin.activations < memory.activations / 5
+    adapters = flops.train_memory(shape(), 2048, trained_params=1e6)
+    assert (adapters.weights, adapters.optimiser) == (2 * p, 12e6)
+    # 30 layers x (k, v) x 3 heads x 64 x 2 bytes = 23,040 a token.
+    assert flops.generate_memory(shape(), 64, 128).cache == 23_040 * 64 * 128
+
+
+# --------------------------------------------------------------------------------------------- lineage
+
+
+def spent(flops_spent: float) -> Cost:
+    return Cost(flops=flops_spent, tokens_trained=int(flops_spent), wall_seconds=flops_spent / 2)
+
+
+PARENTS = {
+    "cold_start": [("model", "base"), ("data", "data/cold.jsonl"), ("task", "sums")],
+    "teacher": [("model", "cold_start"), ("task", "sums")],
+    "traces": [("model", "teacher"), ("task", "sums")],
+    "clean": [("data", "traces")],
+    "student": [("model", "base")],
+    "kl": [("model", "student"), ("data", "clean")],
+    "polish": [("model", "kl"), ("data", "clean")],
+    "own_traces": [("model", "kl"), ("task", "sums")],
+    "own_clean": [("data", "own_traces")],
+    "rejection": [("model", "kl"), ("data", "own_clean")],
+    "on_policy": [("model", "student"), ("teacher", "teacher"), ("task", "sums")],
+}
+KINDS = {
+    "cold_start": "train",
+    "teacher": "grpo",
+    "traces": "generate",
+    "clean": "filter",
+    "student": "prune",
+    "own_traces": "generate",
+    "own_clean": "filter",
+    "on_policy": "on_policy",
+}
+STAGES = {
+    name: StageCost(KINDS.get(name, "train"), spent(2.0**i)) for i, name in enumerate(PARENTS)
+}
+
+
+def total(*names: str) -> float:
+    return sum(STAGES[name].cost.flops for name in names)
+
+
+def test_three_views_of_a_distilled_student() -> None:
+    cost = arm_cost("kl", STAGES, PARENTS)
+    assert cost.student.flops == total("kl", "student")
+    assert cost.with_inference.flops == total("kl", "student", "clean", "traces")
+    assert cost.with_teacher.flops == total(
+        "kl", "student", "clean", "traces", "teacher", "cold_start"
+    )
+    assert set(cost.stages["teacher"]) == {"teacher", "cold_start"}
+
+
+def test_data_used_twice_counts_once() -> None:
+    cost = arm_cost("polish", STAGES, PARENTS)
+    assert cost.student.flops == total("polish", "kl", "student")
+    assert cost.with_inference.flops - cost.student.flops == total("clean", "traces")
+
+
+def test_the_teacher_is_shared_by_its_students() -> None:
+    alone, shared = (arm_cost("kl", STAGES, PARENTS, students=m) for m in (1, 4))
+    assert shared.with_inference == alone.with_inference
+    added = shared.with_teacher.flops - shared.with_inference.flops
+    assert added == total("teacher", "cold_start") / 4
+    assert isinstance(shared.with_teacher.tokens_trained, int)
+
+
+def test_what_a_students_own_line_wrote_is_the_students() -> None:
+    cost = arm_cost("rejection", STAGES, PARENTS)
+    assert cost.student.flops == total("rejection", "kl", "student", "own_traces", "own_clean")
+    assert set(cost.stages["inference"]) == {"clean", "traces"}
+
+
+def test_the_model_that_was_pruned_is_a_teacher_not_the_student() -> None:
+    parents = {**PARENTS, "student": [("model", "teacher")]}
+    cost = arm_cost("kl", STAGES, parents)
+    assert cost.student.flops == total("kl", "student")
+    assert set(cost.stages["inference"]) == {"clean", "traces"}
+    assert set(cost.stages["teacher"]) == {"teacher", "cold_start"}
+
+
+def test_a_teacher_in_the_loop() -> None:
+    stages = {**STAGES, "on_policy": replace(STAGES["on_policy"], teacher=spent(7))}
+    cost = arm_cost("on_policy", stages, PARENTS)
+    assert cost.student.flops == total("on_policy", "student")
+    assert cost.with_inference.flops == cost.student.flops + 7
+    assert set(cost.stages["teacher"]) == {"teacher", "cold_start"}
+
+
+def test_a_model_that_no_stage_made_costs_nothing() -> None:
+    assert arm_cost("base", STAGES, PARENTS).with_teacher == Cost()
+
+
+def test_every_stage_is_in_one_view_only() -> None:
+    for name in STAGES:
+        listed = [one for view in arm_cost(name, STAGES, PARENTS).stages.values() for one in view]
+        assert len(listed) == len(set(listed))
+
+
+# -------------------------------------------------------------------------------------------- estimates
+
+
+MACHINE = estimate.Machine("cpu", 2, 5e10, 4.0, 1e10, 16 * 2**30)
+
+
+def test_seconds_grow_with_the_work() -> None:
+    def train(flops_spent: float, steps: int) -> float:
+        return estimate.predict_train_seconds(shape(), flops_spent, steps, MACHINE)
+
+    assert train(2e13, 10) - train(1e13, 10) == pytest.approx(
+        1e13 / (2e11 * estimate.TRAIN_EFFICIENCY)
+    )
+    assert train(1e13, 20) > train(1e13, 10) > estimate.PROCESS_START
+
+    def generate(sequences: int, batch_size: int = 64) -> float:
+        return estimate.predict_generate_seconds(
+            shape(), sequences, 30 * sequences, 20 * sequences, MACHINE, batch_size=batch_size
+        )
+
+    assert generate(512) > generate(256) > generate(0)
+    assert generate(256, batch_size=8) > generate(256)
+
+
+def test_calibration_is_quick_and_sane() -> None:
+    machine = estimate.calibrate(size=256, repeats=2)
+    assert machine.matmul_flops > 1e8
+    assert machine.bandwidth > 1e8
+    assert machine.cores >= 1
+    assert machine.rate("bfloat16") == machine.matmul_flops * machine.bf16_factor
+
+
+def test_bf16_by_flags() -> None:
+    assert estimate.bf16_factor({"avx512_bf16", "amx_bf16"}) > estimate.bf16_factor({"avx512_bf16"})
+    assert estimate.bf16_factor({"avx2"}) < 1
