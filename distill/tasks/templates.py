@@ -1,0 +1,137 @@
+"""How a problem is put to a model, and where the answer stands in what it writes back.
+
+A template is data (`records.Template`): a short system message for models with a chat template, the whole
+prompt as text for those without, and a function from the completion's text to its answer. `extract` never
+raises: a broken format is None. What it reads stands after the *last* `</think>`; a `<think>` that is never
+closed has no answer, however much of one its reasoning holds. `plain` is filled in with
+`str.replace("{question}", ...)`, since it may hold other braces.
+
+Left out on purpose: whether an answer is right (`verify`), and the format reward.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+
+from distill.plug import nearest
+from distill.records import Template, UserError
+
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_BRACES = re.compile(r"(?P<box>\\(?:f?boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))(?:/\d+)?")
+
+
+def after_thinking(text: str) -> str | None:
+    """What follows the last `</think>`; all of it where nothing was thought; None where a `<think>` stays open."""
+    _, _, rest = text.rpartition("</think>")
+    return None if "<think>" in rest else rest
+
+
+def last_box(text: str) -> str | None:
+    r"""Content of the last `\boxed{...}` whose braces match; escaped braces do not count.
+
+    One pass, however many boxes a completion that repeats itself leaves open.
+    """
+    opened: list[int | None] = []  # where each open brace's content starts, if it is a box's
+    last: tuple[int, int] | None = None
+    for match in _BRACES.finditer(text):
+        if match[0].startswith("\\") and match["box"] is None:
+            continue
+        if match[0] != "}":
+            opened.append(match.end() if match["box"] else None)
+        elif opened:
+            start = opened.pop()
+            if start is not None and (last is None or start > last[0]):
+                last = start, match.start()
+    return None if last is None else text[last[0] : last[1]].strip()
+
+
+def last_answer_tag(text: str) -> str | None:
+    """Content of the last `<answer>...</answer>`, out of its box if it is in one; None where it is empty."""
+    found = _ANSWER.findall(text)
+    answer = found[-1].strip() if found else ""
+    boxed = re.fullmatch(r"\$*\s*\\boxed\s*\{.*\}\s*\$*", answer, re.DOTALL)
+    return (last_box(answer) or answer if boxed else answer) or None
+
+
+def _extract_answer_tag(text: str) -> str | None:
+    rest = after_thinking(text)
+    return None if rest is None else last_answer_tag(rest)
+
+
+def _extract_box(text: str) -> str | None:
+    rest = after_thinking(text)
+    return None if rest is None else last_box(rest) or None
+
+
+def _extract_last_number(text: str) -> str | None:
+    rest = after_thinking(text)
+    if rest is None:
+        return None
+    if numbers := _NUMBER.findall(rest):
+        return str(numbers[-1])
+    lines = [line.strip() for line in rest.splitlines() if line.strip()]
+    return lines[-1] if lines else None
+
+
+think_answer = Template(
+    name="think_answer",
+    system="Reply as <think>reasoning</think><answer>result</answer>.",
+    # The prompt of DeepSeek-R1-Zero (DeepSeek-AI 2025, table 1).
+    plain=(
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+        "The assistant first thinks about the reasoning process in the mind and then provides the user "
+        "with the answer. The reasoning process and answer are enclosed within <think> </think> and "
+        "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+        "<answer> answer here </answer>. User: {question}\nAssistant:"
+    ),
+    extract=_extract_answer_tag,
+)
+
+boxed = Template(
+    name="boxed",
+    system="Reason step by step, then put the final answer in \\boxed{}.",
+    plain="{question}\nReason step by step, then put the final answer in \\boxed{}.\n",
+    extract=_extract_box,
+)
+
+raw = Template(
+    name="raw", system=None, plain="{question}", extract=_extract_last_number, chat=False
+)
+
+TEMPLATES = {template.name: template for template in (think_answer, boxed, raw)}
+
+
+def find(name: str, where: str = "template") -> Template:
+    """The template called `name`, or the one that `package.module:attribute` names; UserError where there is none."""
+    if ":" not in name:
+        if name not in TEMPLATES:
+            raise UserError(f"{where}: there is no template {name!r}.{nearest(name, TEMPLATES)}")
+        return TEMPLATES[name]
+    module_name, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module beside the recipe, as plug.find looks for it
+    try:
+        template = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"{where}: cannot import {name!r}: {error}. Write it as package.module:attribute."
+        ) from error
+    if not isinstance(template, Template):
+        raise UserError(
+            f"{where}: {name!r} is a {type(template).__name__}, not a distill.records.Template."
+        )
+    return template
+
+
+def fingerprint(template: Template) -> tuple[str, ...]:
+    """The texts of a template that another result follows from."""
+    return (
+        template.name,
+        str(template.system),
+        template.plain,
+        str(template.chat),
+        template.prefill,
+    )

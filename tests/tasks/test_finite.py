@@ -1,0 +1,244 @@
+"""Files and datasets as tasks: bad rows cost themselves only, splits hold, an absent hub is said quickly."""
+
+import json
+import time
+
+import pytest
+
+from distill.jsonl import conversation, read_rows
+from distill.records import UserError
+from distill.tasks import hub, jsonl, splits
+
+
+def write(path, rows):
+    path.write_bytes(
+        b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in rows)
+    )
+    return str(path)
+
+
+def addition(n):
+    return {"question": f"What is {n} + {n}?", "answer": str(2 * n)}
+
+
+def test_rows_that_cannot_be_read_are_rejected_by_line(tmp_path):
+    path = write(
+        tmp_path / "rows.jsonl",
+        [
+            b"\xef\xbb\xbf" + json.dumps(addition(1)).encode() + b"\n",
+            b'{"question": "\xff", "answer": "1"}\n',
+            b'{"question": "\\ud800", "answer": "1"}\n',
+            b'{"question": "a\\u0000", "answer": "1"}\n',
+            b'{"question": "a\x00", "answer": "1"}\n',
+            b'{"question": "' + b"a" * 3000 + b'", "answer": "1"}\n',
+            b'{"question": \n',
+            b"[1, 2]\n",
+            b'{"question": NaN, "answer": "1"}\n',
+            b"[" * 900 + b"\n",
+            b"\n",
+            addition(2),
+            json.dumps(addition(3)).encode(),
+        ],
+    )
+    rejected = []
+    rows = list(read_rows(path, lambda *at: rejected.append(at), max_line_bytes=2000))
+    assert rows == [(1, addition(1)), (12, addition(2)), (13, addition(3))]
+    assert [line for line, _ in rejected] == [2, 3, 4, 5, 6, 7, 8, 9, 10]
+    reasons = dict(rejected)
+    assert "UTF-8" in reasons[2]
+    assert "surrogate" in reasons[3]
+    assert "NUL" in reasons[4]
+    assert "NUL" in reasons[5]
+    assert "longer than 2,000 bytes" in reasons[6]
+    with pytest.raises(UserError, match=r"line 2: not UTF-8"):
+        list(read_rows(path))
+    with pytest.raises(UserError, match=r"cannot be read"):
+        list(read_rows(tmp_path / "missing.jsonl"))
+
+
+def test_a_ten_megabyte_line_is_rejected_and_the_next_one_read(tmp_path):
+    path = write(
+        tmp_path / "rows.jsonl", [b'{"question": "' + b"a" * 11_000_000 + b'"}\n', addition(1)]
+    )
+    rejected = []
+    assert [line for line, _ in read_rows(path, lambda *at: rejected.append(at))] == [2]
+    assert rejected[0][0] == 1
+
+
+def test_a_conversation_is_what_poses_and_what_replies():
+    user, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    assert conversation({"messages": [user, reply]}) == ((user,), "b")
+    assert conversation({"messages": [user]}) == ((user,), None)
+    assert conversation({"question": "a", "completion": "b"}) == ((user,), "b")
+    assert conversation({"messages": [user, reply, user]}) == ((user, reply, user), None)
+    for bad in (
+        {},
+        {"question": 3},
+        {"question": " "},
+        {"messages": []},
+        {"messages": [reply]},
+        {"messages": [{"role": "me", "content": "a"}]},
+    ):
+        with pytest.raises(ValueError):
+            conversation(bad)
+
+
+def test_a_file_is_split_ordered_and_judged(tmp_path):
+    task = jsonl("adds", path=write(tmp_path / "a.jsonl", map(addition, range(200))))
+    train, held_out = (
+        list(task.problems("train", None, 1)),
+        list(task.problems("held_out", None, 1)),
+    )
+    assert len(train) + len(held_out) == 200
+    assert all(splits.is_held_out(p.question) for p in held_out)
+    assert list(task.problems("train", 20, 1)) == train[:20]
+    assert list(task.problems("train", 20, 2)) != train[:20]
+    assert task.rejected == []
+    problem = train[0]
+    assert (
+        task.verify(problem, f"<think>a</think><answer>{problem.gold}.0</answer>").correct is True
+    )
+    assert task.verify(problem, "<think>a</think><answer>-1</answer>").correct is False
+    with pytest.raises(
+        UserError, match=rf"1000 train problems are wanted, but .* has {len(train)}"
+    ):
+        task.problems("train", 1000, 1)
+
+
+def test_rows_without_a_usable_answer_are_rejected_by_line(tmp_path):
+    user = {"role": "user", "content": "What is 1 + 1?"}
+    rows = [
+        {
+            "messages": [
+                user,
+                {"role": "assistant", "content": "<think>a</think><answer>2</answer>"},
+            ]
+        },
+        {"messages": [{**user, "content": "Half of 1?"}], "answer": r"\frac{1}{2}"},
+        {"question": "Broken?", "answer": r"\frac{1}{"},
+        {"question": "No answer?"},
+        {"question": "What is  1 + 1?", "answer": "3"},
+        {"question": "A number?", "answer": 7},
+        {
+            "messages": [
+                {**user, "content": "Worked?"},
+                {"role": "assistant", "content": "so\n#### 12"},
+            ]
+        },
+    ]
+    task = jsonl("adds", path=write(tmp_path / "a.jsonl", rows), held_out="all")
+    golds = {p.question: p.gold for p in task.problems("held_out", None, 1)}
+    assert golds == {
+        "What is 1 + 1?": "2",
+        "Half of 1?": r"\frac{1}{2}",
+        "A number?": "7",
+        "Worked?": "12",
+    }
+    reasons = dict(task.rejected)
+    assert list(reasons) == [3, 4, 5]
+    assert "braces" in reasons[3]
+    assert "'answer' is missing" in reasons[4]
+    assert "the same question as 1, with another answer ('2')" in reasons[5]
+
+
+def test_an_evaluation_file_has_nothing_to_train_on(tmp_path):
+    task = jsonl("adds", path=write(tmp_path / "a.jsonl", map(addition, range(5))), held_out="all")
+    assert len(list(task.problems("held_out", None, 1))) == 5
+    with pytest.raises(UserError, match=r"no train problems, only held-out ones"):
+        task.problems("train", 1, 1)
+
+
+def test_a_file_with_nothing_left_says_why(tmp_path):
+    task = jsonl("adds", path=write(tmp_path / "a.jsonl", [b"{\n", {"question": "a"}]))
+    with pytest.raises(
+        UserError, match=r"no usable problem. Rejected 2, by line or row: 1: not JSON"
+    ):
+        task.problems("train", 1, 1)
+    with pytest.raises(UserError, match=r"tasks.adds.path: 'missing.jsonl': no such file"):
+        jsonl("adds", path="missing.jsonl")
+
+
+def test_exact_answers_are_not_parsed(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"question": "Say {.", "answer": "{"}])
+    task = jsonl("echo", path=path, held_out="all", verify="exact", template="raw")
+    problem = next(task.problems("held_out", 1, 1))
+    assert task.verify(problem, "{").correct is True
+    assert task.verify(problem, "}").correct is False
+
+
+def test_a_file_is_known_by_its_content(tmp_path):
+    one = jsonl("a", path=write(tmp_path / "a.jsonl", [addition(1)]))
+    other = jsonl("b", path=write(tmp_path / "b.jsonl", [addition(1)]))
+    changed = jsonl("b", path=write(tmp_path / "c.jsonl", [addition(2)]))
+    assert one.fingerprint == other.fingerprint != changed.fingerprint
+
+
+def saved_gsm8k(folder):
+    import datasets
+
+    def table(numbers):
+        return datasets.Dataset.from_list(
+            [
+                {"question": f"Twice {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n:,}"}
+                for n in numbers
+            ]
+        )
+
+    return datasets.DatasetDict(
+        {"train": table(range(500, 530)), "test": table(range(525, 535))}
+    ), folder
+
+
+def test_a_saved_dataset_keeps_its_official_splits(tmp_path):
+    tables, folder = saved_gsm8k(tmp_path / "gsm8k")
+    tables.save_to_disk(folder)
+    task = hub("gsm8k", dataset="gsm8k", folder=str(folder))
+    train, test = list(task.problems("train", None, 1)), list(task.problems("held_out", None, 1))
+    assert len(test) == 10
+    assert len(train) == 25  # five of the thirty are test questions too
+    assert not {p.problem_id for p in train} & {p.problem_id for p in test}
+    assert {p.gold for p in test} == {str(2 * n) for n in range(525, 535)}
+    problem = next(p for p in test if p.gold == "1060")
+    assert task.verify(problem, r"<think>a</think>It is \boxed{1{,}060}.").correct is True
+    assert len(task.rejected) == 5
+
+
+def test_a_folder_of_parquet_files_is_a_dataset(tmp_path):
+    tables, folder = saved_gsm8k(tmp_path / "mine")
+    folder.mkdir()
+    for split, table in tables.items():
+        table.rename_column("question", "prompt").to_parquet(
+            folder / f"{split}-00000-of-00001.parquet"
+        )
+    task = hub("mine", dataset=str(folder), question_field="prompt")
+    assert len(list(task.problems("held_out", None, 1))) == 10
+    wrong = hub("mine", dataset=str(folder), question_field="promt")
+    with pytest.raises(UserError, match=r"no field 'promt'. Did you mean 'prompt'"):
+        wrong.problems("held_out", 1, 1)
+    wrong = hub(
+        "mine", dataset=str(folder), question_field="prompt", train_split="a", held_out_split="b"
+    )
+    with pytest.raises(UserError, match=r"has the splits test, train; say which is which"):
+        wrong.problems("held_out", 1, 1)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_seconds(tmp_path, monkeypatch):
+    import datasets.config
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    start = time.perf_counter()
+    task = hub("gsm8k", dataset="gsm8k")
+    with pytest.raises(UserError, match=r"'openai/gsm8k' cannot be loaded: .*folder.*JSONL"):
+        task.problems("train", 1, 1)
+    assert time.perf_counter() - start < 15
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_an_unknown_dataset_names_the_nearest():
+    with pytest.raises(UserError, match=r"'gsm8' is no known dataset.*Did you mean 'gsm8k'"):
+        hub("g", dataset="gsm8")
+    with pytest.raises(UserError, match=r"no such folder"):
+        hub("g", dataset="gsm8k", folder="nowhere")

@@ -1,0 +1,136 @@
+"""Extraction: the answer after the last </think>, the last matched box, and never an exception."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill.records import Template, UserError
+from distill.tasks import templates
+from distill.tasks.verify import exact_verdict, judge
+
+PREFILLED = Template(
+    "prefilled", None, "{question}", templates.think_answer.extract, prefill="<think>"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>2+2</think><answer>4</answer>", "4"),
+        ("<think>2+2</think>\n<answer>\n 4 \n</answer>\n", "4"),
+        ("2+2</think><answer>4</answer>", "4"),
+        ("<answer>4</answer>", "4"),
+        ("<think>a</think><answer>3</answer> no, <answer>4</answer>", "4"),
+        ("<think>a</think><answer>3 <answer>4</answer>", "4"),
+        ("<think>a</think>b</think><answer>4</answer>", "4"),
+        ("<think>a</think><answer>\\boxed{4}</answer>", "4"),
+        ("<think>a</think><answer>1 2\n3 4</answer>", "1 2\n3 4"),
+        ("<think><answer>4</answer>", None),
+        ("<think>a</think><think><answer>4</answer>", None),
+        ("<think><answer>4</answer></think>", None),
+        ("<think>a</think><answer>4", None),
+        ("<think>a</think><answer> </answer>", None),
+        ("<think>a</think>4", None),
+        ("", None),
+    ],
+)
+def test_think_answer_reads_the_last_answer_after_the_thinking(text, answer):
+    assert templates.think_answer.extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{4}", "4"),
+        (r"\boxed{3}, no: \boxed{4}.", "4"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed{x = \boxed{4}}", "4"),
+        (r"\boxed {4}", "4"),
+        (r"\fbox{4}", "4"),
+        (r"} \boxed{{4}} {", "{4}"),
+        (r"\boxed{3} " + r"\boxed{" * 100_000, "3"),
+        (r"\boxed{3} or \boxed{4", "3"),
+        (r"<think>\boxed{3}</think> it is \boxed{4}", "4"),
+        (r"<think>\boxed{3}</think> it is 4", None),
+        (r"<think>\boxed{3}", None),
+        (r"\boxed{}", None),
+        (r"\boxed 4", None),
+        ("4", None),
+    ],
+)
+def test_boxed_reads_the_last_matched_box_after_the_thinking(text, answer):
+    assert templates.boxed.extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3 + 4 is 7", "7"),
+        ("The answer is 1,234.", "1,234"),
+        ("It costs -2.50", "-2.50"),
+        ("1/2", "1/2"),
+        ("a7 7b", "7"),
+        ("\nyes\n", "yes"),
+        ("<think>7</think> 8", "8"),
+        ("<think>7", None),
+        ("  \n", None),
+    ],
+)
+def test_raw_reads_the_last_number_or_line(text, answer):
+    assert templates.raw.extract(text) == answer
+
+
+TAGS = st.sampled_from(
+    ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "{", "}", "\\", "7", " x ", "\n"]
+)
+
+
+@given(st.one_of(st.text(), st.lists(TAGS, max_size=12).map("".join)))
+def test_extraction_never_raises_and_never_returns_nothing(text):
+    for template in templates.TEMPLATES.values():
+        answer = template.extract(text)
+        assert answer is None or answer.strip()
+
+
+@given(st.text(), st.integers())
+def test_an_answer_after_whatever_was_thought_is_found(thought, number):
+    assert templates.think_answer.extract(
+        f"<think>{thought}</think><answer>{number}</answer>"
+    ) == str(number)
+    assert templates.boxed.extract(f"<think>{thought}</think>\\boxed{{{number}}}") == str(number)
+
+
+def test_a_prefilled_think_counts_whether_or_not_the_completion_repeats_it():
+    def verdict(text):
+        return judge(PREFILLED, text, True, lambda answer: exact_verdict(answer, "4"))
+
+    assert verdict("2+2</think><answer>4</answer>").correct is True
+    assert verdict("<think>2+2</think><answer>4</answer>").correct is True
+    assert verdict("2+2 <answer>4</answer>").reason == "no answer"
+
+
+def test_unfinished_is_wrong_whatever_it_says():
+    verdict = judge(
+        templates.think_answer, "<answer>4</answer>", False, lambda a: exact_verdict(a, "4")
+    )
+    assert (verdict.correct, verdict.score, verdict.reason) == (False, 0.0, "unfinished")
+
+
+def test_templates_are_found_by_name_or_import():
+    assert templates.find("boxed") is templates.boxed
+    assert templates.find("distill.tasks.templates:raw") is templates.raw
+    with pytest.raises(
+        UserError, match=r"tasks.sums.template: there is no template 'boxd'. Did you mean 'boxed'"
+    ):
+        templates.find("boxd", "tasks.sums.template")
+    with pytest.raises(UserError, match="cannot import 'nowhere:x'"):
+        templates.find("nowhere:x")
+    with pytest.raises(UserError, match="is a dict, not a"):
+        templates.find("distill.tasks.templates:TEMPLATES")
+
+
+def test_every_template_has_one_place_for_the_question():
+    for template in templates.TEMPLATES.values():
+        assert template.plain.count("{question}") == 1
