@@ -1,8 +1,8 @@
 """How long work will take: this machine's speed, measured in under a second, and counts turned into seconds.
 
-Comes in: token counts, FLOPs (`flops`) and a `Machine`. Goes out: seconds and bytes. The constants below were
-fitted to real stages on one two-core CPU machine and carry over to others only through the measured speeds:
-an estimate is meant to be right within a factor of two, and every report prints it beside what was measured.
+Comes in: token counts, FLOPs (`flops`) and a `Machine`. Goes out: seconds and bytes. The constants below
+describe one two-core CPU machine and carry over to others only through the measured speeds: an estimate is
+meant to be right within a factor of two, and every report prints it beside what was measured.
 Left out on purpose: measuring accelerators (no torch here); a caller that has one builds its `Machine`.
 """
 

@@ -1,0 +1,161 @@
+"""From an evaluation's traces to an arm's numbers: grouped by problem, scored, and examples picked.
+
+Comes in: `Traces` of one model on held-out problems. Goes out: the scores that a report's arm has, and the
+problems on which two arms fared differently. Left out on purpose: judging (the traces carry their verdicts)
+and cost (`ledger`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from distill.records import Traces
+from distill.reports import stats
+from distill.reports.schema import ExampleRow, interval_row
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One judged completion. length: completion tokens."""
+
+    sample: int
+    correct: bool | None
+    answer: str | None
+    finish_reason: str
+    length: int
+    completion: str
+
+
+@dataclass(frozen=True, slots=True)
+class ArmResults:
+    """Samples by problem id, in the order in which problems first appeared; a problem's by sample number."""
+
+    samples: dict[str, list[Sample]]
+    gold: dict[str, str | None]
+    messages: dict[str, str]
+
+    @staticmethod
+    def collect(blocks: Iterable[Traces]) -> ArmResults:
+        """Group blocks of traces by problem."""
+        results = ArmResults({}, {}, {})
+        for block in blocks:
+            lengths = block.completion_ids.lengths
+            for n, problem_id in enumerate(block.problem_id):
+                results.samples.setdefault(problem_id, []).append(
+                    Sample(
+                        int(block.sample[n]),
+                        block.correct[n],
+                        block.answer[n],
+                        block.finish_reason[n],
+                        int(lengths[n]),
+                        block.completion[n],
+                    )
+                )
+                results.gold[problem_id] = block.gold[n]
+                results.messages[problem_id] = block.messages[n]
+        for samples in results.samples.values():
+            samples.sort(key=lambda one: one.sample)
+        return results
+
+    @property
+    def correct(self) -> dict[str, list[bool | None]]:
+        """correct[problem_id][sample], as `compare_arms` takes it."""
+        return {key: [one.correct for one in samples] for key, samples in self.samples.items()}
+
+
+def score(
+    results: ArmResults,
+    pass_at: Sequence[int] = (1,),
+    equivalent: Callable[[str, str], bool] = str.__eq__,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """accuracy, pass_at, maj_at, truncation, mean_length, problems, samples and unjudged of a report's arm.
+
+    maj@k is given for the k of `pass_at` above 1. An invalid answer never wins a vote.
+    Raises ValueError where no problem was judged.
+    """
+    correct = list(results.correct.values())
+    answers = [[one.answer for one in samples] for samples in results.samples.values()]
+    everything = [one for samples in results.samples.values() for one in samples]
+    return {
+        "accuracy": interval_row(stats.accuracy(correct, seed=seed)),
+        "pass_at": {str(k): interval_row(stats.pass_at(correct, k, seed=seed)) for k in pass_at},
+        "maj_at": {
+            str(k): interval_row(stats.maj_at(answers, correct, k, equivalent, seed=seed))
+            for k in pass_at
+            if k > 1
+        },
+        "truncation": sum(one.finish_reason == "length" for one in everything) / len(everything),
+        "mean_length": sum(one.length for one in everything) / len(everything),
+        "problems": len(correct),
+        "samples": max(len(samples) for samples in correct),
+        "unjudged": sum(one.correct is None for one in everything),
+    }
+
+
+def examples(
+    arms: Mapping[str, ArmResults],
+    a: str,
+    b: str,
+    questions: Mapping[str, str],
+    num: int = 3,
+    max_chars: int = 6000,
+) -> list[ExampleRow]:
+    """Up to `num` problems that a won over b, and as many that it lost, with a sample of every arm.
+
+    The winner is shown with its first correct sample, the loser with its first wrong one, other arms with
+    their first. Problems come by id, which is a hash, so they are a fair draw and the same ones every time.
+    questions: by problem id; the stored messages where one is missing. Long completions are cut in the middle,
+    which is said.
+    """
+    means = {
+        arm: dict(
+            zip(results.samples, stats.problem_means(list(results.correct.values())), strict=True)
+        )
+        for arm, results in arms.items()
+    }
+    picked: list[ExampleRow] = []
+    shared = sorted(means[a].keys() & means[b].keys())
+    for won_by, lost_by in ((a, b), (b, a)):
+        won = [key for key in shared if means[won_by][key] > means[lost_by][key]][:num]
+        for key in won:
+            telling = {won_by: True, lost_by: False}
+            shown = {
+                arm: _first(results.samples[key], telling.get(arm))
+                for arm, results in arms.items()
+                if key in results.samples
+            }
+            picked.append(
+                {
+                    "problem_id": key,
+                    "question": questions.get(key) or arms[a].messages[key],
+                    "gold": arms[a].gold[key],
+                    "won_by": won_by,
+                    "lost_by": lost_by,
+                    "answers": [
+                        {
+                            "arm": arm,
+                            "completion": _cut(one.completion, max_chars),
+                            "answer": one.answer,
+                            "correct": one.correct,
+                            "finish_reason": one.finish_reason,
+                        }
+                        for arm, one in shown.items()
+                    ],
+                }
+            )
+    return picked
+
+
+def _first(samples: Sequence[Sample], correct: bool | None) -> Sample:
+    """The first sample with this verdict, else the first one."""
+    return next((one for one in samples if one.correct is correct), samples[0])
+
+
+def _cut(text: str, max_chars: int) -> str:
+    if len(text) <= max_chars:
+        return text
+    half = max_chars // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"

@@ -1,0 +1,167 @@
+"""Writes a run's report: report.json, report.md, report.html and accuracy.svg, whole or not at all.
+
+What models and data sets wrote is hostile until shown otherwise: in Markdown it stands in fences longer than
+any run of backticks within, in HTML it is escaped, and characters that steer a terminal or turn the reading
+direction are replaced. Files are written beside their place and renamed into it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from distill.reports.content import Block, Code, Figure, Folded, Heading, Table, Text, blocks
+from distill.reports.schema import RunReport
+from distill.reports.wording import seen, verdict
+
+_MARKUP = re.compile(
+    r"[\\`*|~$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|\[(?=\^)|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)"
+)
+"""What Markdown would take as markup where it stands: a bracket is text unless a link follows, and so on."""
+_BLOCK_START = re.compile(r"^(\d*)([-+.)>=#])(?=\s|$|[-=#>])")
+
+
+def write_report(report: RunReport, folder: str | Path) -> dict[str, Path]:
+    """Write all of a report's files into a folder; returns their paths by name."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    full: RunReport = {**report, "verdict": verdict(report)}
+    content = blocks(full)
+    texts = {figure.file: figure.svg for figure in content if isinstance(figure, Figure)}
+    texts["report.md"] = markdown(full["name"], content)
+    texts["report.html"] = html(full["name"], content)
+    # Last, because whoever waits for a report looks for this one.
+    texts["report.json"] = to_json(full)
+    return {name: write_atomic(folder / name, text) for name, text in texts.items()}
+
+
+def write_atomic(path: Path, text: str) -> Path:
+    """Write a file by temp, fsync and rename: readers see the old one or the new one, never a part."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_report(path: str | Path) -> RunReport:
+    """A report.json back as the tree that it was written from."""
+    report: RunReport = json.loads(Path(path).read_text(encoding="utf-8"))
+    return report
+
+
+# ------------------------------------------------------------------------------------------------- JSON
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """Strict JSON, ASCII; what is not finite becomes null."""
+    return json.dumps(_plain(report), indent=2, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+# --------------------------------------------------------------------------------------------- Markdown
+
+
+def escape_cell(text: str) -> str:
+    """One line of plain text that Markdown shows as it is, inside a line."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(seen(text).split()))
+
+
+def escape_markdown(text: str) -> str:
+    """The same for a line of its own, which must not open a list, a heading, a quotation or a rule."""
+    return _BLOCK_START.sub(r"\1\\\2", escape_cell(text))
+
+
+def fence(text: str, language: str = "text") -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}{language}\n{seen(text).rstrip()}\n{ticks}"
+
+
+def markdown(title: str, content: list[Block]) -> str:
+    parts = [f"# {escape_markdown(title)}"]
+    for block in content:
+        match block:
+            case Heading(text):
+                parts.append(f"## {escape_markdown(text)}")
+            case Text(text):
+                parts.append(escape_markdown(text))
+            case Table():
+                parts.append(_markdown_table(block))
+            case Code(text, language):
+                parts.append(fence(text, language))
+            case Figure(file, _, alt):
+                parts.append(f"![{escape_cell(alt).replace('[', '(').replace(']', ')')}]({file})")
+            case Folded(summary, inside):
+                parts.append(f"### {escape_markdown(summary)}")
+                parts += [
+                    fence(one.text, one.language)
+                    if isinstance(one, Code)
+                    else escape_markdown(one.text)
+                    for one in inside
+                ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    """Padded, so that it also reads as plain text."""
+    rows = [[escape_cell(cell) for cell in row] for row in (table.header, *table.rows)]
+    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(table.header))]
+    rule = [
+        "-" * w if a == "l" else "-" * (w - 1) + ":"
+        for w, a in zip(widths, table.align, strict=True)
+    ]
+    lines = []
+    for row in (rows[0], rule, *rows[1:]):
+        cells = [
+            cell.ljust(w) if a == "l" else cell.rjust(w)
+            for cell, w, a in zip(row, widths, table.align, strict=True)
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------- HTML
+
+
+def html(title: str, content: list[Block]) -> str:
+    """One self-contained page: no script, no network, light and dark, wide tables scroll in their own box."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("distill.reports"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: seen(value) if type(value) is str else value,
+    )
+    template = environment.get_template("report.html.jinja")
+    verdict_text, *rest = content
+    return template.render(title=title, verdict=verdict_text, blocks=rest) + "\n"

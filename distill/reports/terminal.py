@@ -1,0 +1,147 @@
+"""A run in the terminal: its verdict, stages and arms with their intervals, curves as sparklines.
+
+Renders a `RunReport` with rich, complete or half way. Everything from outside goes through `Text`, which knows
+no markup, with control characters replaced.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from distill.reports.schema import RunReport, measured
+from distill.reports.wording import duration, interval_text, percent, reading, scaled, seen, verdict
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+STATUS_STYLES = {
+    "done": "green",
+    "skipped": "dim",
+    "running": "yellow",
+    "failed": "red",
+    "pending": "dim",
+}
+
+
+def show(report: RunReport, console: Console | None = None) -> None:
+    """Print a run."""
+    console = console or Console()
+    console.print(_text(report["name"], "bold"))
+    console.print(_text(report.get("verdict") or verdict(report)))
+    console.print()
+    console.print(stage_table(report))
+    curves = curve_table(report)
+    if curves.row_count:
+        console.print(curves)
+    if report["arms"]:
+        console.print(arm_table(report))
+    if report["comparisons"]:
+        console.print(comparison_table(report))
+
+
+def sparkline(values: Sequence[float | None], width: int = 40) -> str:
+    """A curve in one line: the mean of each of `width` stretches, from the lowest block to the highest.
+
+    Values that are not finite (null in JSON) are left out; a stretch with none is a space; a flat curve is low.
+    """
+    if not values:
+        return ""
+    width = min(width, len(values))
+    means = []
+    for i in range(width):
+        stretch = values[i * len(values) // width : (i + 1) * len(values) // width]
+        finite = [value for value in stretch if value is not None and math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    known = [mean for mean in means if not math.isnan(mean)]
+    if not known:
+        return " " * width
+    low, high = min(known), max(known)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(
+        " " if math.isnan(mean) else BLOCKS[round((mean - low) * scale)] for mean in means
+    )
+
+
+def interval_bar(interval: Mapping[str, float], width: int = 20, end: float = 1.0) -> str:
+    """An estimate between 0 and `end` with its interval, `width` cells wide: ····├──●──┤····"""
+    low, value, high = (
+        min(width - 1, max(0, int(interval[key] / end * width))) for key in ("low", "value", "high")
+    )
+    cells = ["·"] * width
+    cells[low : high + 1] = "─" * (high + 1 - low)
+    cells[low], cells[high] = "├", "┤"
+    cells[value] = "●"
+    return "".join(cells)
+
+
+def stage_table(report: RunReport) -> Table:
+    table = _table("stage", "kind", "status", ">time", ">predicted", ">tokens", ">tokens/s")
+    for stage in report["stages"]:
+        took = measured(stage)
+        rate = took["tokens"] / took["seconds"] if took["seconds"] > 0 else 0.0
+        table.add_row(
+            _text(stage["name"]),
+            stage["kind"],
+            Text(stage["status"], STATUS_STYLES.get(stage["status"], "")),
+            duration(took["seconds"]),
+            duration(stage["predicted"]["seconds"]) if "predicted" in stage else "–",
+            scaled(took["tokens"]),
+            scaled(rate) if rate else "–",
+        )
+    return table
+
+
+def curve_table(report: RunReport) -> Table:
+    table = _table("stage", "curve", "", ">first", ">last")
+    for stage in report["stages"]:
+        for name, values in stage.get("curves", {}).items():
+            known = [value for value in values if value is not None]
+            if known:
+                line = _text(sparkline(values), "cyan")
+                ends = (f"{known[0]:.4g}", f"{known[-1]:.4g}")
+                table.add_row(_text(stage["name"]), _text(name), line, *ends)
+    return table
+
+
+def arm_table(report: RunReport) -> Table:
+    arms = report["arms"]
+    end = min(1.0, max(arm["accuracy"]["high"] for arm in arms.values()) * 1.1) or 1.0
+    table = _table("arm", f"0 to {percent(end)}", ">accuracy", ">truncated", ">FLOPs", ">time")
+    for name, arm in sorted(arms.items(), key=lambda item: -item[1]["accuracy"]["value"]):
+        table.add_row(
+            _text(name),
+            Text(
+                interval_bar(
+                    {key: arm["accuracy"][key] for key in ("low", "value", "high")}, end=end
+                ),
+                "cyan" if arm["role"] == "student" else "dim",
+            ),
+            Text(interval_text(arm["accuracy"])),
+            percent(arm["truncation"]),
+            scaled(arm["flops"], "FLOP"),
+            duration(arm["seconds"]),
+        )
+    return table
+
+
+def comparison_table(report: RunReport) -> Table:
+    table = _table("pair", ">points", "reading")
+    for row in report["comparisons"]:
+        points = Text(interval_text(row["difference"], signed=True))
+        table.add_row(_text(f"{row['a']} − {row['b']}"), points, reading(row))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    """Columns by heading; > aligns to the right."""
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
+    return table
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(" ".join(seen(text).split()) if "\n" in text else seen(text), style)
