@@ -27,6 +27,9 @@ SELECTION_FORMAT = "distill-selection"
 SELECTION_FILE = "selection.json"
 KEEP_FILE = "keep.parquet"
 
+UNREADABLE = (OSError, ValueError, pa.ArrowException)
+"""What Arrow raises for a damaged file (ValueError: text in the footer that is none)."""
+
 _HEAL = "`distill traces verify --repair` on the folder drops what is bad, and generating again adds just that."
 
 
@@ -201,7 +204,7 @@ def _open_file(path: Path) -> TraceReader:
     data = path.read_bytes()
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise damaged(path, str(error)) from None
     metadata = metadata_of(file.schema_arrow, str(path))
     digest = folder.sha256(data)
@@ -242,7 +245,7 @@ def decode_file(data: Any, where: str) -> tuple[pa.Table, Metadata]:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         metadata = metadata_of(file.schema_arrow, where)
         return file.read(), metadata
-    except (OSError, pa.ArrowException) as error:
+    except UNREADABLE as error:
         raise damaged(Path(where), str(error)) from None
 
 
@@ -263,7 +266,7 @@ def _read(
                 raise damaged(path, f"not the metadata of its manifest ({differences[0]})")
             for batch in file.iter_batches(batch_size=rows, columns=names):
                 yield pa.Table.from_batches([batch])
-        except (OSError, pa.ArrowException) as error:
+        except UNREADABLE as error:
             raise damaged(path, str(error)) from None
 
 

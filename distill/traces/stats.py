@@ -41,7 +41,8 @@ class Stats:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{k.replace('_', ' ')}: {_show(v)}" for k, v in self.as_dict().items()][:-1]
+        numbers = list(self.as_dict().items())[:-1]
+        lines = [f"{name.replace('_', ' ')}: {_show(value)}" for name, value in numbers]
         widest = max(self.completion_lengths.values(), default=1)
         lines.append("completion lengths:")
         lines += [

@@ -63,9 +63,10 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
 
     Sizes, SHA-256s, page checksums, counts, metadata, columns that must agree, values that must be
     log-probabilities or ids, trace ids that are there twice, and (given `expected_ids`) those that are missing.
-    Raises UserError only when there is nothing to verify.
+    A selection is held against its source, and the source verified. Raises UserError only when there is nothing
+    to verify, or a selection no longer fits.
     """
-    path = Path(path)
+    path = _base(Path(path))
     findings: list[Finding] = []
     names = folder.shard_files(path) if path.is_dir() else {}
     manifest_paths = sorted(path.glob("manifest-*.json")) if path.is_dir() else []
@@ -110,7 +111,7 @@ def repair(path: str | Path) -> Report:
 
     Raises UserError while a writer is open there.
     """
-    path = Path(path)
+    path = _base(Path(path))
     report = verify(path)
     bad = {finding.file for finding in report.findings}
     known = {path.name.split("-")[1].removesuffix(".json") for path in path.glob("manifest-*.json")}
@@ -130,6 +131,11 @@ def repair(path: str | Path) -> Report:
                 for shard in set(manifest.shards) - set(good):
                     (path / shard.file).unlink(missing_ok=True)
     return report
+
+
+def _base(path: Path) -> Path:
+    """The folder of the shards."""
+    return reader.open_traces(path).base if (path / reader.SELECTION_FILE).exists() else path
 
 
 def _rebuild(path: Path, name: str) -> None:

@@ -95,12 +95,7 @@ class TraceWriter:
             seen.add(trace_id)
         table = codec.to_table(traces, self._metadata)
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._rows_queued + self._rows_in_flight < 2 * self._shard_rows
-                    or self._error is not None
-                )
-            )
+            self._changed.wait_for(self._may_add)
             self._raise_error()
             if self._closing:
                 raise ValueError("the writer is closed")
@@ -130,6 +125,10 @@ class TraceWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _may_add(self) -> bool:
+        room = self._rows_queued + self._rows_in_flight < 2 * self._shard_rows
+        return room or self._closing or self._error is not None
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None

@@ -1,0 +1,196 @@
+"""Filters on groups made by hand; selections that are read like folders and copy nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import trace_samples as samples
+
+from distill import plug
+from distill.recipe import PlugConfig
+from distill.records import Traces, UserError
+from distill.traces import filters
+from distill.traces.export import export_sft, merge
+from distill.traces.reader import content_fingerprint, open_traces
+from distill.traces.selection import select
+from distill.traces.stats import stats
+from distill.traces.verify import verify
+from distill.traces.writer import TraceWriter
+
+
+def group(**columns) -> Traces:
+    """Six samples of one problem, completions of 1 to 6 tokens, with the columns changed."""
+    block = samples.traces(range(1, 7), samples=100)
+    lengths = np.arange(1, 7)
+    rows = type(block.completion_ids)(
+        np.zeros(21, np.int64), np.concatenate([[0], np.cumsum(lengths)])
+    )
+    fields = {name: getattr(block, name) for name in Traces.__dataclass_fields__}
+    return Traces(**(fields | {"top": None, "completion_ids": rows} | columns))
+
+
+def flags(array) -> str:
+    return "".join("+" if flag else "-" for flag in array)
+
+
+def test_filters_on_a_group_made_by_hand():
+    judged = group(correct=[True, False, None, True, False, False])
+    assert flags(filters.correct(judged)) == "+--+--"
+    assert flags(filters.pass_rate(judged, low=0.4, high=0.4)) == "++++++"
+    assert flags(filters.pass_rate(judged, low=0.41)) == "------"
+    assert flags(filters.pass_rate(judged, high=0.39)) == "------"
+    assert flags(filters.pass_rate(group(correct=[None] * 6))) == "------"
+    ended = group(finish_reason=["stop", "length", "stop", "stop", "length", "stop"])
+    assert flags(filters.finished(ended)) == "+-++-+"
+    assert flags(filters.length(group(), min_tokens=2, max_tokens=4)) == "-+++--"
+    assert flags(filters.length(group())) == "++++++"
+    assert flags(filters.duplicates(group(completion=["a", "b", "a", "c", "b", "a"]))) == "++-+--"
+    scored = group(
+        reward=[0.5, None, 1.0, float("nan"), 1.0, 0.0],
+        correct=[True, True, False, True, True, False],
+    )
+    assert flags(filters.best_of_n(scored)) == "----+-"
+    assert flags(filters.best_of_n(scored, n=2)) == "--+-+-"
+    assert flags(filters.best_of_n(scored, n=9)) == "+-+-++"
+
+
+def test_the_module_is_the_registry():
+    names = plug.names("distill.traces.filters")
+    assert set(names) == {"correct", "finished", "length", "duplicates", "best_of_n", "pass_rate"}
+    assert all(function.__doc__ for function in names.values())
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """40 traces, 4 samples a problem, the samples of a problem far apart."""
+    with TraceWriter(tmp_path / "traces", samples.metadata(), shard_rows=8) as writer:
+        for sample in range(4):
+            writer.add(samples.traces(range(sample, 40, 4), samples=4))
+    return tmp_path / "traces"
+
+
+def keep(*names, **options) -> list[PlugConfig]:
+    return [PlugConfig(fn=name, **options) for name in names]
+
+
+def test_a_selection_reads_as_the_rows_that_every_filter_keeps(stored, tmp_path):
+    result = select(stored, tmp_path / "clean", keep("correct", "finished"))
+    want = [n for n in range(40) if n % 5 and n % 2 == 1 and n % 4 != 3]
+    assert samples.row_digests(tmp_path / "clean") == samples.expected_digests(want, samples=4)
+    assert open_traces(tmp_path / "clean").num_rows == result.kept == len(want)
+    assert (result.rows, result.problems, result.problems_kept) == (
+        40,
+        10,
+        len({n // 4 for n in want}),
+    )
+    correct, finished = result.filters
+    assert correct.dropped == sum(not (n % 5 and n % 2 == 1) for n in range(40))
+    assert finished.dropped == 10
+    assert finished.alone == sum(n % 4 == 3 and n % 5 != 0 and n % 2 == 1 for n in range(40))
+    assert "token limit" in str(result)
+    assert verify(tmp_path / "clean").rows == 40
+    assert {p.name for p in (tmp_path / "clean").iterdir()} == {"keep.parquet", "selection.json"}
+    tree = json.loads((tmp_path / "clean" / "selection.json").read_text())
+    assert tree["source"] == "../traces"
+    lengths = open_traces(tmp_path / "clean").lengths().completion
+    assert lengths.sum() == stats(tmp_path / "clean").completion_tokens
+
+
+def test_filters_see_a_problems_whole_group_however_its_rows_lie(stored, tmp_path):
+    select(stored, tmp_path / "best", keep("best_of_n", n=1))
+    kept = open_traces(tmp_path / "best")
+    problems = [p for block in kept.blocks() for p in block.problem_id]
+    assert len(problems) == len(set(problems)) == 10
+    for block in kept.blocks():
+        for trace_id, reward in zip(block.trace_id, block.reward, strict=True):
+            first = int(trace_id[5:]) // 4 * 4
+            assert reward == max((n % 3) / 2 for n in range(first, first + 4) if n % 5)
+
+
+def test_a_selection_of_a_selection(stored, tmp_path):
+    select(stored, tmp_path / "one", keep("correct"))
+    select(tmp_path / "one", tmp_path / "two", keep("finished"))
+    select(stored, tmp_path / "both", keep("correct", "finished"))
+    assert samples.row_digests(tmp_path / "two") == samples.row_digests(tmp_path / "both")
+    shutil.copytree(tmp_path, tmp_path.parent / (tmp_path.name + "-moved"))
+    moved = tmp_path.parent / (tmp_path.name + "-moved")
+    assert samples.row_digests(moved / "two") == samples.row_digests(tmp_path / "both")
+    assert content_fingerprint(moved / "two") == content_fingerprint(tmp_path / "two")
+    assert content_fingerprint(tmp_path / "two") != content_fingerprint(tmp_path / "one")
+
+
+def test_a_selection_whose_source_changed_is_refused(stored, tmp_path):
+    select(stored, tmp_path / "clean", keep("correct"))
+    with TraceWriter(stored, samples.metadata()) as writer:
+        writer.add(samples.traces([77]))
+    for look in (open_traces, verify):
+        with pytest.raises(UserError, match="changed since"):
+            look(tmp_path / "clean")
+
+
+def test_a_damaged_selection_is_refused(stored, tmp_path):
+    select(stored, tmp_path / "clean", keep("correct"))
+    rows = (tmp_path / "clean" / "keep.parquet").read_bytes()
+    (tmp_path / "clean" / "keep.parquet").write_bytes(rows[:50] + b"x" + rows[51:])
+    with pytest.raises(UserError, match=r"keep\.parquet: damaged"):
+        open_traces(tmp_path / "clean")
+    text = (tmp_path / "clean" / "selection.json").read_text()
+    (tmp_path / "clean" / "selection.json").write_text(text.replace("correct", "correkt"))
+    with pytest.raises(UserError, match=r"selection\.json: damaged"):
+        open_traces(tmp_path / "clean")
+
+
+def nonsense(group: Traces) -> list[int]:
+    return [1] * len(group)
+
+
+@pytest.mark.parametrize(
+    ("filters", "says"),
+    [
+        (keep("corect"), "Did you mean 'correct'"),
+        (keep("length", max_token=3), "Did you mean 'max_tokens'"),
+        (keep("length", max_tokens="many"), "keep.length.max_tokens"),
+        (keep("length", min_tokens=10**6), "no trace is left"),
+        (keep("test_trace_filters:nonsense"), "4 booleans for 4 traces"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(stored, tmp_path, filters, says):
+    with pytest.raises(UserError, match=says):
+        select(stored, tmp_path / "clean", filters)
+    assert not (tmp_path / "clean").exists()
+
+
+def test_a_selection_never_lies_in_its_sources_folder(stored):
+    with pytest.raises(UserError, match="beside"):
+        select(stored, stored, keep("correct"))
+
+
+def test_sft_export_is_chat_jsonl(stored, tmp_path):
+    select(stored, tmp_path / "clean", keep("correct"))
+    num = export_sft(tmp_path / "clean", tmp_path / "out" / "sft.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "sft.jsonl").read_text().splitlines()]
+    assert num == len(rows) == open_traces(tmp_path / "clean").num_rows
+    n = int(rows[0]["gold"])
+    assert rows[0]["messages"] == [
+        {"role": "user", "content": f"{n} + ⅓ = ?"},
+        {"role": "assistant", "content": f"<think>{n}</think><answer>{n}</answer>"},
+    ]
+    export_sft(stored, tmp_path / "text.jsonl", style="text")
+    first = json.loads((tmp_path / "text.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == "0 + ⅓ = ?"
+
+
+def test_merge_holds_every_trace_once_and_refuses_another_kind(stored, tmp_path):
+    with TraceWriter(tmp_path / "more", samples.metadata()) as writer:
+        writer.add(samples.traces(range(30, 50), samples=4))
+    assert merge([stored, tmp_path / "more"], tmp_path / "all") == 50
+    assert samples.row_digests(tmp_path / "all") == samples.expected_digests(range(50), samples=4)
+    assert merge([stored, tmp_path / "more"], tmp_path / "all") == 0
+    assert verify(tmp_path / "all").ok
+    with TraceWriter(tmp_path / "other", samples.metadata(weights="w9")) as writer:
+        writer.add(samples.traces([90]))
+    with pytest.raises(UserError, match="weights"):
+        merge([stored, tmp_path / "other"], tmp_path / "mixed")

@@ -1,0 +1,324 @@
+"""Reading: every row once, in an order that can be resumed; what is damaged is named, never decoded."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trace_samples as samples
+
+from distill.records import UserError
+from distill.traces.reader import content_fingerprint, open_traces
+from distill.traces.stats import stats
+from distill.traces.verify import repair, verify
+from distill.traces.writer import TraceWriter
+
+LIGHT = ["trace_id", "problem_id", "completion_ids", "correct", "finish_reason"]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    return samples.write(tmp_path_factory.mktemp("stored") / "traces", 100)
+
+
+def ids(blocks) -> list[str]:
+    return [trace_id for block in blocks for trace_id in block.trace_id]
+
+
+def test_blocks_of_any_size_hold_every_row_once_in_order(stored):
+    reader = open_traces(stored)
+    assert reader.num_rows == len(reader) == 100
+    for rows in (1, 7, 16, 1000):
+        blocks = list(reader.blocks(rows))
+        assert ids(blocks) == [f"trace{n:06d}" for n in range(100)]
+        assert max(map(len, blocks)) <= rows
+    assert samples.row_digests(stored) == samples.expected_digests(range(100))
+
+
+def test_only_the_columns_asked_for_come(stored):
+    block = next(open_traces(stored).blocks(columns=["completion_ids", "reward"]))
+    want = samples.traces(range(16))
+    np.testing.assert_array_equal(block.completion_ids.values, want.completion_ids.values)
+    assert block.reward == want.reward
+    assert block.top is None
+    assert len(block.logprob) == len(block) == 16
+    assert not block.logprob.lengths.any()
+    with pytest.raises(UserError, match="Did you mean 'completion_ids'"):
+        next(open_traces(stored).blocks(columns=["completion_id"]))
+
+
+def test_a_single_shard_reads_alone(stored):
+    reader = open_traces(stored / "shard-0-00002.parquet")
+    assert ids(reader.blocks()) == [f"trace{n:06d}" for n in range(32, 48)]
+    assert reader.metadata == samples.metadata()
+
+
+def test_lengths_are_those_of_the_ids_in_the_order_of_blocks(stored):
+    reader = open_traces(stored)
+    lengths = reader.lengths()
+    blocks = list(reader.blocks())
+    np.testing.assert_array_equal(
+        lengths.prompt, np.concatenate([b.prompt_ids.lengths for b in blocks])
+    )
+    np.testing.assert_array_equal(
+        lengths.completion, np.concatenate([b.completion_ids.lengths for b in blocks])
+    )
+
+
+# ------------------------------------------------------------------------------------------------ shuffling
+
+
+@pytest.mark.parametrize("buffer_rows", [1, 20, 64, 1000])
+def test_shuffled_is_every_row_once_and_resumes_at_any_row(stored, buffer_rows):
+    reader = open_traces(stored)
+
+    def order(seed=3, **options):
+        return ids(reader.shuffled(seed, buffer_rows=buffer_rows, **options))
+
+    whole = order()
+    assert sorted(whole) == [f"trace{n:06d}" for n in range(100)]
+    assert whole == order(rows=9) == order(columns=["trace_id"])
+    assert whole != order(seed=4)
+    assert whole != sorted(whole)
+    for skip in (1, 15, 16, 50, 99, 100):
+        assert order(skip=skip) == whole[skip:]
+
+
+def test_shuffled_rows_carry_their_own_distribution(stored):
+    found = {}
+    for block in open_traces(stored).shuffled(1, buffer_rows=40, rows=11):
+        found |= {trace_id: samples.digest(block, n) for n, trace_id in enumerate(block.trace_id)}
+    assert found == samples.expected_digests(range(100))
+
+
+def test_within_one_buffer_the_order_does_not_depend_on_the_shards(stored, tmp_path):
+    other = samples.write(tmp_path / "other", 100, shard_rows=7)
+    assert ids(open_traces(stored).shuffled(5)) == ids(open_traces(other).shuffled(5))
+
+
+def test_skipped_buffers_are_not_read(tmp_path):
+    path = samples.write(tmp_path / "traces", 64)
+    reader = open_traces(path)
+    first = next(reader.shuffled(2, buffer_rows=1))
+    (
+        path / next(s.file for s in reader.shards if _holds(path / s.file, first.trace_id[0]))
+    ).unlink()
+    assert len(ids(reader.shuffled(2, buffer_rows=1, skip=16))) == 48
+
+
+def _holds(shard: Path, trace_id: str) -> bool:
+    return trace_id in ids(open_traces(shard).blocks())
+
+
+def test_where_restricts_rows_for_every_way_of_reading(stored):
+    reader = open_traces(stored)
+    keep = np.arange(100) % 3 == 0
+    part = reader.where(keep)
+    want = [f"trace{n:06d}" for n in range(0, 100, 3)]
+    assert part.num_rows == len(want)
+    assert ids(part.blocks()) == want
+    assert sorted(ids(part.shuffled(1, buffer_rows=10))) == want
+    assert (
+        ids(part.shuffled(1, buffer_rows=10, skip=20)) == ids(part.shuffled(1, buffer_rows=10))[20:]
+    )
+    np.testing.assert_array_equal(part.lengths().completion, reader.lengths().completion[keep])
+    assert ids(part.where(np.arange(34) < 2).blocks()) == want[:2]
+    assert part.fingerprint != reader.fingerprint
+
+
+# ------------------------------------------------------------------------------------------------- damage
+
+
+def read_all(path):
+    return samples.row_digests(path)
+
+
+@pytest.mark.parametrize("columns", [None, LIGHT], ids=["whole", "light columns"])
+def test_flipped_bits_are_caught_or_touch_nothing_that_is_read(tmp_path, columns):
+    path = samples.write(tmp_path / "traces", 16)
+    shard = path / "shard-0-00000.parquet"
+    good = shard.read_bytes()
+
+    def read():
+        return [
+            (
+                b.trace_id,
+                b.problem_id,
+                b.completion_ids.values.tobytes(),
+                b.correct,
+                b.finish_reason,
+            )
+            for b in open_traces(path).blocks(columns=columns)
+        ]
+
+    want, draw, caught = read(), random.Random(8), 0
+    for _ in range(400):
+        bad = bytearray(good)
+        bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+        shard.write_bytes(bad)
+        try:
+            assert read() == want
+        except UserError as error:
+            caught += shard.name in str(error)
+    assert caught == 400 if columns is None else caught > 0
+
+
+def test_verify_catches_every_flipped_bit_in_shards_and_manifest(tmp_path):
+    path = samples.write(tmp_path / "traces", 32)
+    draw = random.Random(9)
+    for name in ("shard-0-00000.parquet", "shard-0-00001.parquet", "manifest-0.json"):
+        good = (path / name).read_bytes()
+        for _ in range(60):
+            bad = bytearray(good)
+            bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
+            (path / name).write_bytes(bad)
+            report = verify(path)
+            # White space in the manifest, the one thing a flip may change without changing what it says.
+            same = name.endswith("json") and _parses_the_same(good, bad)
+            assert same or (not report.ok and name in {f.file for f in report.findings})
+        (path / name).write_bytes(good)
+    assert verify(path).ok
+
+
+def _parses_the_same(good: bytes, bad: bytes) -> bool:
+    try:
+        return json.loads(good) == json.loads(bad)
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda p: p.unlink(), "missing"),
+        (lambda p: p.write_bytes(b""), "empty"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-40]), "bytes instead of"),
+        (lambda p: p.write_bytes(p.read_bytes()[::-1]), "SHA-256"),
+    ],
+)
+def test_a_damaged_shard_is_named_with_the_fix_and_repair_drops_just_that(tmp_path, damage, says):
+    path = samples.write(tmp_path / "traces", 48)
+    shard = path / "shard-0-00001.parquet"
+    damage(shard)
+    with pytest.raises(UserError, match=f"{shard.name}.*{says}.*--repair"):
+        list(open_traces(path).blocks())
+    found = repair(path)
+    assert {finding.file for finding in found.findings} == {shard.name}
+    assert verify(path).ok
+    with TraceWriter(path, samples.metadata()) as writer:
+        missing = [n for n in range(48) if f"trace{n:06d}" not in writer.done_ids()]
+        assert missing == list(range(16, 32))
+        writer.add(samples.traces(missing))
+    assert read_all(path) == samples.expected_digests(range(48))
+
+
+def test_a_damaged_manifest_is_rebuilt_from_the_shards(tmp_path):
+    path = samples.write(tmp_path / "traces", 48)
+    before = content_fingerprint(path)
+    (path / "manifest-0.json").write_text("{")
+    with pytest.raises(UserError, match=r"manifest-0\.json.*damaged"):
+        open_traces(path)
+    repair(path)
+    assert verify(path).ok
+    assert content_fingerprint(path) == before
+
+
+def test_nothing_there_is_said(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no traces here"):
+            open_traces(path)
+        with pytest.raises(UserError, match="no traces here"):
+            verify(path)
+
+
+def test_verify_finds_duplicates_and_missing_rows(tmp_path):
+    path = samples.write(tmp_path / "traces", 16)
+    with TraceWriter(tmp_path / "other", samples.metadata(), writer="b") as writer:
+        writer.add(samples.traces([3, 50]))
+    for name in ("shard-b-00000.parquet", "manifest-b.json"):
+        os.replace(tmp_path / "other" / name, path / name)
+    report = verify(path, expected_ids=["trace000001", "trace000099"])
+    assert [f.file for f in report.findings] == ["shard-b-00000.parquet", str(path)]
+    assert "trace000003" in report.findings[0].what
+    assert "trace000099" in report.findings[1].what
+    repair(path)
+    assert samples.row_digests(path) == samples.expected_digests(range(16))
+
+
+def test_verify_finds_distributions_that_are_not(tmp_path):
+    def write(name, change):
+        block = samples.traces([1, 2, 3])
+        change(block)
+        with TraceWriter(tmp_path / name, samples.metadata()) as writer:
+            writer.add(block)
+        return [finding.what for finding in verify(tmp_path / name).findings]
+
+    def swap(block):
+        first = int(np.flatnonzero(block.top.count_T > 1)[0])
+        at = int(block.top.offsets[first])
+        block.top.logp_E[[at, at + 1]] = block.top.logp_E[[at + 1, at]]
+
+    assert not write("good", lambda block: None)
+    assert "descending" in write("order", swap)[0]
+    assert "add up to 1" in write("mass", lambda block: block.top.tail_T.__setitem__(0, 0.0))[0]
+
+
+def test_stats_are_those_of_the_traces(stored):
+    block = samples.traces(range(100))
+    found = stats(stored)
+    assert (found.traces, found.problems) == (100, 50)
+    assert found.completion_tokens == len(block.completion_ids.values)
+    assert found.mean_support == pytest.approx(block.top.count_T.mean())
+    assert found.mean_tail_mass == pytest.approx(np.exp(block.top.tail_T.astype(float)).mean())
+    assert found.correct_rate == np.mean([c for c in block.correct if c is not None])
+    assert found.mean_reward == pytest.approx(np.mean([r for r in block.reward if r is not None]))
+    assert found.truncated_rate == 0.25
+    assert sum(found.completion_lengths.values()) == 100
+    size = sum(p.stat().st_size for p in stored.glob("*.parquet"))
+    assert found.bytes_per_position == pytest.approx(size / found.completion_tokens)
+    assert "mean support" in str(found)
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+READ = """
+import resource, sys
+from distill.traces.reader import open_traces
+from distill.traces.writer import TraceWriter
+import trace_samples as samples
+from distill.records import Traces
+path, num_blocks = sys.argv[1], int(sys.argv[2])
+block = samples.traces(range(1, 65), tokens=400)
+with TraceWriter(path, samples.metadata(), shard_rows=64) as writer:
+    for i in range(num_blocks):
+        fields = {f: getattr(block, f) for f in Traces.__dataclass_fields__}
+        fields["trace_id"] = [f"{i}-{n}" for n in range(64)]
+        writer.add(Traces(**fields))
+reader = open_traces(path)
+num = sum(len(b.top.ids_E) for b in reader.blocks(32))
+num += sum(len(b.top.ids_E) for b in reader.shuffled(1, buffer_rows=64, rows=32))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, num * 8 >> 20)
+"""
+
+
+def test_memory_is_flat_while_the_traces_grow(tmp_path):
+    def peak(num_blocks):
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        }
+        run = subprocess.run(
+            [sys.executable, "-c", READ, str(tmp_path / str(num_blocks)), str(num_blocks)],
+            capture_output=True, text=True, check=True, env=environment,
+        )  # fmt: skip
+        return map(int, run.stdout.split())
+
+    small, small_data = peak(4)
+    large, large_data = peak(20)
+    assert large_data - small_data > 40, "MiB decoded, or the test says nothing"
+    assert large - small < 20, "MiB"
