@@ -312,7 +312,7 @@ def render_prompt(tokenizer: Any, template: Template, messages: Sequence[Message
     return _encode(tokenizer, text + template.prefill)
 
 
-def render_completion(tokenizer: Any, prompt_ids: Array, completion: str) -> Array:
+def render_completion(tokenizer: Any, completion: str) -> Array:
     """Ids [T] of a completion that someone else wrote as text, with the final EOS that the student must learn.
 
     For text from files only; what an engine sampled keeps its ids.

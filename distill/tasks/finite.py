@@ -67,6 +67,7 @@ class FiniteTask:
         self._compare = math_verdict if verify == "math" else exact_verdict
         self._load = load
         self._loaded: Loaded | None = None
+        self._held_out: frozenset[str] | None = None
 
     def _problems(self) -> Loaded:
         if self._loaded is None:
@@ -98,6 +99,14 @@ class FiniteTask:
             )
         ordered = sorted(chosen, key=lambda problem: draw_seed(seed, problem.problem_id))
         return iter(ordered[:num])
+
+    def holds_out(self, question: str) -> bool:
+        if self._held_out is None:
+            held_out = self._problems().by_split["held_out"]
+            self._held_out = frozenset(
+                splits.content_hash(problem.question) for problem in held_out
+            )
+        return splits.content_hash(question) in self._held_out
 
     def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         def score(answer: str) -> Verdict:

@@ -163,6 +163,9 @@ class GeneratedTask:
             payload={"seed": base, "index": index},
         )
 
+    def holds_out(self, question: str) -> bool:
+        return splits.is_held_out(question)
+
     def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         return judge(self.template, completion, finished, functools.partial(self._verdict, problem))
 

@@ -37,8 +37,11 @@ class Example:
 class Source(Protocol):
     """Examples to train on, the same sequence for the same epoch each time it is asked for."""
 
-    num_examples: int
-    fingerprint: str
+    @property
+    def num_examples(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
         """The examples of an epoch in its own order, without the first `skip`."""

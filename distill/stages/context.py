@@ -1,0 +1,109 @@
+"""What a stage is given, and what it gives back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from distill import models, plug
+from distill.progress import Live
+from distill.recipe import PlugConfig, Recipe
+from distill.records import Cost, Task, UserError, stable_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """cost: what the stage took. metrics: what it reports. fingerprint: of its content, what later stages go by."""
+
+    cost: Cost
+    metrics: Mapping[str, Any]
+    fingerprint: str
+
+
+@dataclass(slots=True)
+class Context:
+    """One stage of one run.
+
+    folder: the stage's own, kept between attempts, so that what is there is not done again. before: the cost of
+    earlier attempts, to be added to.
+    """
+
+    recipe: Recipe
+    run: Path
+    name: str
+    screen: TextIO
+    before: Cost = field(default_factory=Cost)
+
+    @property
+    def folder(self) -> Path:
+        return self.run / self.name
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.seed
+
+    def live(self, total: int, unit: str, done: int = 0) -> Live:
+        return Live(self.name, total, unit, stream=self.screen, done=done)
+
+    def say(self, text: str) -> None:
+        """A plain line for the user."""
+        self.screen.write(f"  {text}\n")
+        self.screen.flush()
+
+    def model_dir(self, reference: str) -> Path:
+        """The folder of a model of the recipe, or of the model that a stage made."""
+        if reference in self.recipe.stages:
+            return self.run / reference / "model"
+        return models.resolve(self.recipe.models[reference])
+
+    def trusts(self, reference: str) -> bool:
+        """Whether the recipe allows a model's own code to run."""
+        return reference in self.recipe.models and self.recipe.models[reference].trust_remote_code
+
+    def data_path(self, reference: str) -> Path:
+        """The traces of a stage, or a file or folder."""
+        if reference in self.recipe.stages:
+            return self.run / reference / "traces"
+        path = Path(reference).expanduser()
+        if not path.exists():
+            raise UserError(
+                f"stages.{self.name}.data: {reference!r} does not exist (looked in {Path.cwd()})."
+            )
+        return path
+
+    def task(self, reference: str) -> Task:
+        return make_task(reference, self.recipe.tasks[reference])
+
+
+def make_task(name: str, config: PlugConfig) -> Task:
+    """The task a recipe describes; raises UserError for an unknown one or a wrong option."""
+    function = plug.bind(config.fn, config.options, "distill.tasks", f"tasks.{name}")
+    task: Task = function(name)
+    return task
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
+    """Write folder/model whole or not at all; returns the weights' fingerprint."""
+    temporary, final = folder / ".model", folder / "model"
+    shutil.rmtree(temporary, ignore_errors=True)
+    models.save(model, tokenizer, temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    return models.weights_fingerprint(final)
+
+
+def fingerprint_of(path: Path) -> str:
+    """Of something outside the run: a file's bytes, or a folder's names, sizes and times."""
+    if path.is_file():
+        import hashlib
+
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    return stable_hash(
+        *[f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
+    )

@@ -1,0 +1,324 @@
+"""What a recipe will cost, before anything heavy loads: tokens, bytes, FLOPs, memory and seconds, stage by stage.
+
+Lengths are guessed from a few of the task's own problems and from the texts the models learn from; the rest are counts and
+`reports.estimate`. What cannot be looked up (a hub model without a network) is reported as unverified.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from distill import jsonl, plug
+from distill.models import PACKAGE, config_of, package_file
+from distill.recipe import (
+    CompareStage,
+    EvalStage,
+    FilterStage,
+    GenerateStage,
+    ModelConfig,
+    PruneStage,
+    Recipe,
+    TrainStage,
+    order,
+)
+from distill.records import Task, UserError
+from distill.reports import estimate, flops
+from distill.reports.flops import ModelShape
+from distill.stages.context import make_task
+
+CHAT_TOKENS = 12
+"""Tokens that a chat template puts around a system message and a question."""
+KEPT_BY_CORRECT = 0.7
+"""Guess at the share of traces that a `correct` filter keeps."""
+ENTRIES = 1.5
+"""Guess at the candidates kept a position at mass .98, for a teacher that is mostly sure."""
+SAMPLE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The prediction for one node. amounts: tokens, bytes, flops, memory (peak bytes), seconds."""
+
+    name: str
+    kind: str
+    amounts: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of the recipe's models, data and tasks while its stages are gone through in order."""
+
+    recipe: Recipe
+    shapes: dict[str, ModelShape] = field(default_factory=dict)
+    replies: dict[str, float] = field(default_factory=dict)
+    traces: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    tasks: dict[str, tuple[Task, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def task(self, name: str) -> tuple[Task, float]:
+        """The task, and the mean tokens of its prompts."""
+        if name not in self.tasks:
+            task = make_task(name, self.recipe.tasks[name])
+            self.tasks[name] = task, self._prompt_tokens(name, task)
+        return self.tasks[name]
+
+    def _prompt_tokens(self, name: str, task: Task) -> float:
+        extra = count_tokens(task.template.system or "") + CHAT_TOKENS
+        for split in ("train", "held_out"):
+            try:
+                problems = list(
+                    itertools.islice(task.problems(split, SAMPLE, self.recipe.seed), SAMPLE)
+                )
+            except UserError as error:
+                reason = str(error)
+                continue
+            return extra + sum(count_tokens(p.messages[-1]["content"]) for p in problems) / len(
+                problems
+            )
+        self.notes.append(f"tasks.{name} unverified: {reason}")
+        return extra + 100.0
+
+    def shape(self, name: str) -> ModelShape:
+        if name not in self.shapes:
+            shape, note = model_shape(self.recipe.models[name])
+            self.shapes[name] = shape
+            if note:
+                self.notes.append(f"models.{name} {note}")
+        return self.shapes[name]
+
+
+def predict(recipe: Recipe, machine: estimate.Machine | None = None) -> list[Row]:
+    """One row a node, inputs first. Raises UserError for what is wrong in a way that can be told now."""
+    machine = machine or estimate.calibrate()
+    known = _Known(recipe)
+    rows: list[Row] = []
+    for name in order(recipe):
+        config = recipe.stages[name]
+        before = len(known.notes)
+        if isinstance(config, PruneStage):
+            shape = known.shape(config.model)
+            if config.layers > shape.layers:
+                raise UserError(
+                    f"stages.{name}.layers: {config.layers} of a model that has {shape.layers}."
+                )
+            known.shapes[name] = shape.with_layers(config.layers)
+            known.replies[name] = known.replies.get(config.model, 0.0)
+            seconds = estimate.predict_prune_seconds(known.shapes[name], machine)
+            amounts = _amounts(seconds=seconds, memory=2.0 * shape.params_total)
+        elif isinstance(config, GenerateStage | EvalStage):
+            amounts = _sampling(name, config, known, machine)
+        elif isinstance(config, FilterStage):
+            amounts = _filter(name, config, known)
+        elif isinstance(config, TrainStage):
+            amounts = _train(name, config, known, machine)
+        else:
+            for arm, child in config.children().items():
+                rows.append(
+                    Row(f"{name}.{arm}", "eval", _sampling(f"{name}.{arm}", child, known, machine))
+                )
+            amounts = _amounts(seconds=estimate.LIGHT_START)
+        rows.append(Row(name, config.kind, amounts, tuple(known.notes[before:])))
+    return rows
+
+
+def _amounts(
+    tokens: float = 0.0,
+    bytes: float = 0.0,
+    flops: float = 0.0,
+    memory: float = 0.0,
+    seconds: float = 0.0,
+) -> dict[str, float]:
+    return {"tokens": tokens, "bytes": bytes, "flops": flops, "memory": memory, "seconds": seconds}
+
+
+def _sampling(
+    name: str, config: GenerateStage | EvalStage, known: _Known, machine: estimate.Machine
+) -> dict[str, float]:
+    shape, (_, prompt) = known.shape(config.model), known.task(config.task)
+    learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
+    reply = min(learned, config.sampling.max_tokens)
+    sequences = config.problems * config.samples
+    captured = isinstance(config, GenerateStage) and config.top_k > 0
+    known.traces[name] = (sequences, prompt, reply)
+    return _amounts(
+        tokens=sequences * (prompt + reply),
+        bytes=estimate.predict_trace_bytes(
+            sequences, sequences * (prompt + reply), ENTRIES if captured else 0.0
+        ),
+        flops=flops.generate_flops(shape, sequences * prompt, sequences * reply, sequences),
+        memory=flops.generate_memory(
+            shape, config.engine.batch_size, int(prompt + config.sampling.max_tokens)
+        ).total,
+        seconds=estimate.predict_generate_seconds(
+            shape,
+            sequences,
+            sequences * prompt,
+            sequences * reply,
+            machine,
+            batch_size=config.engine.batch_size,
+            dtype=config.engine.dtype,
+            engine=config.engine.fn,
+        ),
+    )
+
+
+def _filter(name: str, config: FilterStage, known: _Known) -> dict[str, float]:
+    rows, prompt, reply = known.traces.get(config.data) or _stored(config.data)
+    kept = rows * KEPT_BY_CORRECT if any(f.fn == "correct" for f in config.keep) else rows
+    known.traces[name] = (kept, prompt, reply)
+    return _amounts(seconds=estimate.predict_filter_seconds(int(rows)))
+
+
+def _train(
+    name: str, config: TrainStage, known: _Known, machine: estimate.Machine
+) -> dict[str, float]:
+    shape = known.shape(config.model)
+    rows, prompt, reply = known.traces.get(config.data) or _rows_of(config, known)
+    steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
+    num_steps = config.steps or (config.epochs or 1) * steps_an_epoch
+    seen = (
+        num_steps * min(config.batch_traces, rows) if config.steps else rows * (config.epochs or 1)
+    )
+    tokens, head_tokens = seen * (prompt + reply), seen * reply
+    total = flops.train_flops(
+        shape,
+        tokens,
+        (prompt + reply + 1) / 2,
+        head_tokens,
+        lora=config.lora is not None,
+        checkpointing=config.gradient_checkpointing,
+    )
+    known.shapes[name], known.replies[name] = shape, reply
+    memory = flops.train_memory(
+        shape,
+        int(min(config.micro_tokens, config.batch_traces * (prompt + reply))),
+        dtype_bytes=2 if config.dtype == "bfloat16" else 4,
+        checkpointing=config.gradient_checkpointing,
+    )
+    seconds = estimate.predict_train_seconds(shape, total, num_steps, machine, config.dtype)
+    return _amounts(tokens=tokens, flops=total, memory=memory.total, seconds=seconds)
+
+
+def _rows_of(config: TrainStage, known: _Known) -> tuple[float, float, float]:
+    """(rows, prompt tokens, reply tokens) of a JSONL file, from its first rows; of a folder of shards, exactly."""
+    path = Path(config.data).expanduser()
+    if not path.exists():
+        raise UserError(f"data: {config.data!r} does not exist (looked in {Path.cwd()}).")
+    if path.suffix != ".jsonl":
+        return _stored(config.data)
+    replies, prompts = [], []
+    rejected: list[int] = []
+    for _, row in itertools.islice(
+        jsonl.read_rows(path, lambda line, _: rejected.append(line)), 200
+    ):
+        try:
+            messages, reply = jsonl.conversation(row)
+        except ValueError:
+            continue
+        prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
+        replies.append(count_tokens(reply or "") + 1)
+    with path.open("rb") as file:
+        rows = sum(1 for line in file if line.strip())
+    if not replies:
+        raise UserError(f"data: {config.data!r} holds no usable row.")
+    extra = count_tokens(known.task(config.task)[0].template.system or "") if config.task else 0
+    return rows, extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
+
+
+def _stored(reference: str) -> tuple[float, float, float]:
+    from distill.traces.reader import open_traces
+
+    lengths = open_traces(Path(reference).expanduser()).lengths()
+    rows = max(len(lengths.prompt), 1)
+    return rows, float(lengths.prompt.sum()) / rows, float(lengths.completion.sum()) / rows
+
+
+def count_tokens(text: str) -> float:
+    """Roughly, without a tokenizer: a token for every digit and sign, 1.2 for a word (numbers and code are not prose)."""
+    words = len(re.findall(r"[^\W\d_]+", text))
+    others = len(re.findall(r"\d|[^\w\s]|_", text))
+    return 1.2 * words + 0.9 * others
+
+
+def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
+    """A model's sizes, and a note where they are only assumed."""
+    if model.source.startswith(PACKAGE):
+        return _gguf_shape(package_file(model.source)[1]), ""
+    folder = Path(model.source).expanduser()
+    if folder.is_dir():
+        return ModelShape.from_config(config_of(folder)), ""
+    cached = _cached_config(model)
+    if cached is not None:
+        return ModelShape.from_config(cached), ""
+    if model.params is None:
+        return ModelShape.from_params(1e9), (
+            f"unverified: {model.source!r} is not in the local cache; say its `params` for a better estimate "
+            "(one billion is assumed)"
+        )
+    return ModelShape.from_params(
+        model.params
+    ), f"unverified: {model.source!r} is not in the local cache"
+
+
+def _cached_config(model: ModelConfig) -> dict[str, Any] | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
+    except HFValidationError:
+        raise UserError(
+            f"model {model.source!r} is neither a folder nor a valid hub id (owner/name)."
+        ) from None
+    return json.loads(Path(found).read_text(encoding="utf-8")) if isinstance(found, str) else None
+
+
+def _gguf_shape(path: Path) -> ModelShape:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    architecture = str(reader.fields["general.architecture"].contents())
+
+    def size(key: str) -> int | None:
+        found = reader.fields.get(f"{architecture}.{key}")
+        return int(found.contents()) if found is not None else None
+
+    vocab = size("vocab_size") or len(reader.fields["tokenizer.ggml.tokens"].data)
+    shape = ModelShape.from_config(
+        {
+            "num_hidden_layers": size("block_count"),
+            "hidden_size": size("embedding_length"),
+            "intermediate_size": size("feed_forward_length"),
+            "num_attention_heads": size("attention.head_count"),
+            "num_key_value_heads": size("attention.head_count_kv"),
+            "vocab_size": vocab,
+            "model_type": architecture,
+        }
+    )
+    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    return replace(shape, tied=tied)
+
+
+def check_plugs(recipe: Recipe) -> None:
+    """Every loss, filter and engine named in a recipe exists and takes the options given. Raises UserError."""
+    for name, config in recipe.stages.items():
+        if isinstance(config, TrainStage):
+            plug.bind(
+                config.loss.fn,
+                config.loss.options,
+                "distill.training.losses",
+                f"stages.{name}.loss",
+            )
+        elif isinstance(config, FilterStage):
+            for number, keep in enumerate(config.keep):
+                plug.bind(
+                    keep.fn, keep.options, "distill.traces.filters", f"stages.{name}.keep.{number}"
+                )
+        elif isinstance(config, GenerateStage | EvalStage | CompareStage):
+            plug.find(config.engine.fn, "distill.engines.kinds", f"stages.{name}.engine.fn")

@@ -1,0 +1,22 @@
+"""prune: a model with fewer layers, a real checkpoint that transformers and vLLM load."""
+
+from __future__ import annotations
+
+from distill import models
+from distill.recipe import PruneStage
+from distill.records import Cost
+from distill.stages.context import Context, Result, save_model
+
+
+def run(config: PruneStage, context: Context) -> Result:
+    folder = context.model_dir(config.model)
+    trust = context.trusts(config.model)
+    model = models.load(folder, trust_remote_code=trust)
+    before = model.config.num_hidden_layers
+    kept = models.prune_layers(model, config.layers)
+    fingerprint = save_model(
+        model, models.load_tokenizer(folder, trust_remote_code=trust), context.folder
+    )
+    params = sum(p.numel() for p in model.parameters())
+    context.say(f"kept {len(kept)} of {before} layers: {params / 1e6:.0f}M parameters")
+    return Result(Cost(), {"layers_kept": kept, "params": params}, fingerprint)
