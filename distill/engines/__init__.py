@@ -1,0 +1,73 @@
+"""Engines: text and log-probabilities out of a model.
+
+`open_engine` starts the engine that a recipe's `engine` section names; `environment` says which variables
+its process must have been started with. The engines on offer are the functions of `distill.engines.kinds`
+(KINDS). Importing this package loads neither torch nor vLLM. Left out on purpose: rendering (requests are
+token ids), judging, and what is done with a completion.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import cast
+
+from distill import plug
+from distill.recipe import EngineConfig
+from distill.records import Engine
+
+KINDS = "distill.engines.kinds"
+
+__all__ = ["KINDS", "environment", "open_engine"]
+
+
+def open_engine(
+    config: EngineConfig, model_dir: Path, *, max_model_len: int, max_top_k: int, seed: int = 0
+) -> Engine:
+    """Start the engine that `config.fn` names, on the model in a local folder (transformers format).
+
+    max_model_len: tokens of prompt and completion together. max_top_k: the most entries a position that
+    will be asked for. seed: of whatever the engine draws for itself; completions depend on their requests'
+    seeds alone. Raises UserError for an unknown engine, and where the model or the machine is too small.
+    """
+    function = plug.find(config.fn, KINDS, "engine.fn")
+    engine = function(
+        model_dir, config, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed
+    )
+    return cast(Engine, engine)
+
+
+def environment(config: EngineConfig) -> dict[str, str]:
+    """Variables that must be set before the engine's process starts (before its first import of vLLM).
+
+    What the user has set already is left out, so it holds.
+    """
+    if config.fn != "vllm":
+        return {}
+    wanted = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+    }
+    if _is_cpu_build():
+        wanted |= {
+            # The worker's own thread binding leaves cores out; the affinity mask is respected as it is.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            # Threads that spin at the end of each parallel region starve one another on a busy machine.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    missing = {key: value for key, value in wanted.items() if key not in os.environ}
+    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **missing}
+
+
+def _is_cpu_build() -> bool:
+    """Whether the installed vLLM is the one for CPUs, told without importing it."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return name == "vllm-cpu" or "cpu" in version
+    return False

@@ -1,0 +1,279 @@
+"""vLLM in this process: token ids in, completions out as they finish, top-k rows kept as arrays.
+
+In: requests drawn lazily, at most `batch_size` of them unfinished at a time. Out: Completions in any order
+(`generate`) or in the order asked (`score`). Log-probabilities are raw: of the distribution before
+temperature and top-p. Left out on purpose: text (nothing is detokenised), several processes or GPUs.
+
+The process must have been started with `distill.engines.environment`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distill import models
+from distill.engines import rows
+from distill.recipe import EngineConfig
+from distill.records import Array, Completion, Request, Sampling, UserError
+
+# Thousands of modules are imported and kept: no use looking through them for garbage on the way.
+gc.disable()
+try:
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.inputs.engine import tokens_input
+    from vllm.platforms import current_platform
+    from vllm.sampling_params import RequestOutputKind
+
+    from distill.engines import hooks
+finally:
+    gc.enable()
+
+if TYPE_CHECKING:
+    from distill.engines.hooks import Capture
+
+SCORE_TOKENS = 1024  # a step, while scoring: bounds the logits to [SCORE_TOKENS, vocabulary]
+PREFILL_TOKENS = 2048  # a step, while generating, or one whole prompt where that is longer
+CPU_CACHE_GIB = 1.0
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+class VllmEngine:
+    """One vLLM engine (see distill.records.Engine). Raises UserError when it cannot start."""
+
+    def __init__(
+        self,
+        model_dir: Path,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        max_top_k: int,
+        seed: int = 0,
+    ) -> None:
+        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+            raise UserError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: start through distill.")
+        rows.check_context(model_dir, max_model_len)
+        self.vocab_size, self._stop_ids = rows.vocabulary(model_dir)
+        self.max_model_len = max_model_len
+        self.version = 0
+        self._batch_size = config.batch_size
+        self._max_top_k = min(max_top_k, self.vocab_size)
+        self._tied = bool(models.config_of(model_dir).get("tie_word_embeddings", False))
+        self._on_cpu = current_platform.is_cpu()
+        self._count = 0
+        self._live: set[str] = set()
+        with hooks.quiet_start(), hooks.own_process_state():
+            self._llm = self._start(model_dir, config, seed)
+        self._engine = self._llm.llm_engine
+        if rows.head_size(model_dir) > self.vocab_size:
+            hooks.cap_vocabulary(self._llm, self.vocab_size)
+        self._head = None
+        if self._on_cpu:
+            hooks.drop_ranks(self._llm)
+            if config.dtype != "float32":
+                self._head = hooks.float32_head(self._llm)
+
+    def _start(self, model_dir: Path, config: EngineConfig, seed: int) -> Any:
+        # One more position than asked for: scoring a trace that fills the context samples a token behind it.
+        positions = models.config_of(model_dir).get(
+            "max_position_embeddings", self.max_model_len + 1
+        )
+        length = min(self.max_model_len + 1, max(positions, self.max_model_len))
+        options: dict[str, Any] = {"hf_overrides": {"head_dtype": "float32"}}
+        if self._on_cpu:
+            options = {
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(length, PREFILL_TOKENS, config.batch_size),
+            }
+        cache_gib = config.memory_gib or (CPU_CACHE_GIB if self._on_cpu else None)
+        if cache_gib is not None:
+            options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
+        try:
+            return LLM(
+                model=str(model_dir),
+                skip_tokenizer_init=True,
+                generation_config="vllm",
+                dtype=config.dtype,
+                seed=seed & 0x7FFFFFFF,
+                max_model_len=length,
+                max_num_seqs=config.batch_size,
+                max_logprobs=max(self._max_top_k, 1),
+                logprobs_mode="raw_logprobs",
+                enforce_eager=config.eager,
+                enable_prefix_caching=True,
+                use_tqdm_on_load=False,
+                **options,
+            )
+        except ValueError as error:
+            raise UserError(
+                f"engine: vLLM does not start with {model_dir}: {error} (engine.memory_gib, engine.max_model_len and "
+                "engine.batch_size decide how much memory it takes.)"
+            ) from error
+
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0
+    ) -> Iterator[Completion]:
+        """Completions as they finish; a request's draws depend on its seed alone."""
+        top_k, version = self._entries(top_k), self.version
+        stop_ids = sorted(self._stop_ids)
+
+        def start(request: Request) -> tuple[list[int], SamplingParams]:
+            limit = rows.room(request, self.max_model_len, sampling.max_tokens)
+            return _tokens(request.prompt_ids), SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                max_tokens=limit,
+                seed=request.seed & 0x7FFFFFFFFFFFFFFF,
+                stop_token_ids=stop_ids,
+                ignore_eos=True,
+                logprobs=top_k,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,
+            )
+
+        for _, request, ids, capture in self._finished(requests, start):
+            rows_ids, rows_logp = capture.sampled()
+            yield rows.completion(
+                request,
+                ids,
+                rows_ids[: len(ids)],
+                rows_logp[: len(ids)],
+                top_k=top_k,
+                stop_ids=self._stop_ids,
+                version=version,
+            )
+
+    def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
+        """The given completions' log-probabilities, teacher-forced, in the order asked."""
+        top_k, version = self._entries(top_k), self.version
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=1,
+            prompt_logprobs=top_k,
+            flat_logprobs=True,
+            detokenize=False,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+        def start(request: Request) -> tuple[list[int], SamplingParams]:
+            ids_T = rows.given(request, self.max_model_len)
+            return _tokens(request.prompt_ids) + _tokens(ids_T), params.clone()
+
+        waiting: dict[int, Completion] = {}
+        due = self._count
+        for number, request, _, capture in self._finished(requests, start, scoring=True):
+            rows_ids, rows_logp = capture.prompt()
+            # Row i of a prompt is about its token i + 1: the completion's first row is the prompt's last.
+            first = len(request.prompt_ids) - 1
+            waiting[number] = rows.completion(
+                request,
+                rows.given(request, self.max_model_len),
+                rows_ids[first:],
+                rows_logp[first:],
+                top_k=top_k,
+                stop_ids=self._stop_ids,
+                version=version,
+            )
+            while due in waiting:
+                yield waiting.pop(due)
+                due += 1
+
+    def _finished(
+        self,
+        requests: Iterable[Request],
+        start: Callable[[Request], tuple[list[int], SamplingParams]],
+        scoring: bool = False,
+    ) -> Iterator[tuple[int, Request, Array, Capture]]:
+        """(number, request, sampled ids, rows) as they finish; new requests are drawn as room comes free."""
+        source = iter(requests)
+        live: dict[str, tuple[int, Request, Capture]] = {}
+        try:
+            while True:
+                while len(live) < self._batch_size and (request := next(source, None)) is not None:
+                    key, number = str(self._count), self._count
+                    prompt, params = start(request)
+                    internal = self._engine.add_request(key, tokens_input(prompt), params)
+                    live[key] = number, request, hooks.attach(self._engine, internal)
+                    self._live.add(key)
+                    self._count += 1
+                if not live:
+                    return
+                for output in self._step(scoring):
+                    if output.finished and output.request_id in live:
+                        number, request, capture = live.pop(output.request_id)
+                        self._live.discard(output.request_id)
+                        yield number, request, output.outputs[0].token_ids, capture
+        finally:
+            self._engine.abort_request(list(live))
+            self._live -= set(live)
+
+    def _step(self, scoring: bool) -> list[Any]:
+        """One step of the engine. The process's random state stays as it is: a trainer may live beside."""
+        if not self._on_cpu:
+            return list(self._engine.step())
+        state = torch.get_rng_state()
+        try:
+            if not scoring:
+                return list(self._engine.step())
+            with hooks.chunked(self._llm, SCORE_TOKENS):
+                return list(self._engine.step())
+        finally:
+            torch.set_rng_state(state)
+
+    def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """New weights, by their names in the checkpoint; nothing may be in flight."""
+        if self._live:
+            raise RuntimeError(
+                f"{len(self._live)} requests are in flight: finish or drop them first."
+            )
+        pairs = _with_head(weights) if self._tied else ((n, t.detach()) for n, t in weights)
+        hooks.reload(self._llm, pairs)
+        if self._head is not None:
+            self._head.forget()
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the engine keeps a prefix cache of the old weights.")
+        self.version = version
+
+    def close(self) -> None:
+        """Stop the engine and free its memory."""
+        self._engine.engine_core.shutdown()
+        del self._engine, self._llm
+        cleanup_dist_env_and_memory()
+
+    def _entries(self, top_k: int) -> int:
+        if top_k > self._max_top_k and self._max_top_k < self.vocab_size:
+            raise ValueError(
+                f"the engine was started for top_k up to {self._max_top_k}, not {top_k}."
+            )
+        return min(top_k, self._max_top_k)
+
+
+def _with_head(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights with the tied output head under its own name.
+
+    Without it the CPU build keeps the old head: it repacks the matrix once, and only that name reaches the copy.
+    """
+    embedding: torch.Tensor | None = None
+    for name, tensor in weights:
+        if name == "lm_head.weight":
+            continue
+        if name.endswith(EMBEDDINGS):
+            embedding = tensor.detach()
+        yield name, tensor.detach()
+    if embedding is None:
+        raise ValueError(f"the weights lack the tied embedding: no name ends in {EMBEDDINGS}.")
+    yield "lm_head.weight", embedding
+
+
+def _tokens(ids: Array) -> list[int]:
+    return [int(i) for i in ids]

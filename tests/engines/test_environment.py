@@ -1,0 +1,30 @@
+"""What an engine's process must be started with, and what importing the package must not load."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from distill import engines
+from distill.recipe import EngineConfig
+
+
+def test_importing_the_package_loads_neither_torch_nor_vllm():
+    code = "import sys, distill.engines; print(sorted({'torch', 'vllm', 'transformers'} & set(sys.modules)))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_the_environment_keeps_vllm_in_process_and_what_the_user_set(monkeypatch):
+    for key in ("OMP_NUM_THREADS", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.delenv(key, raising=False)
+    wanted = engines.environment(EngineConfig())
+    assert wanted["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+    assert wanted["VLLM_LOGGING_LEVEL"] == "WARNING"
+    assert all(isinstance(value, str) for value in wanted.values())
+    if "OMP_NUM_THREADS" in wanted:
+        assert wanted["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    assert "VLLM_LOGGING_LEVEL" not in engines.environment(EngineConfig())
+    assert engines.environment(EngineConfig(fn="reference")) == {}
