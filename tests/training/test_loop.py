@@ -12,8 +12,8 @@ import torch
 from distill import models
 from distill.recipe import TrainStage
 from distill.records import UserError
-from distill.training.losses import cross_entropy
 from distill.training.loop import train
+from distill.training.losses import cross_entropy
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.packing import Example, pack, steps
 

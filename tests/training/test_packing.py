@@ -8,8 +8,8 @@ import torch
 
 from distill import models
 from distill.records import TopK
-from distill.training.losses import cross_entropy, forward_kl
 from distill.training.loop import Trainee
+from distill.training.losses import cross_entropy, forward_kl
 from distill.training.packing import Example, pack, steps
 
 
@@ -88,7 +88,9 @@ class Numbers:
 def test_steps_run_over_epochs_and_start_anywhere():
     every = [[e.trace_id for e in step] for step in steps(Numbers(), batch_traces=4, num_steps=8)]
     assert [len(step) for step in every] == [4, 4, 2, 4, 4, 2, 4, 4]
-    assert sorted(sum(every[:3], [])) == sorted(f"0:{n}" for n in range(10))
+    assert sorted(trace_id for step in every[:3] for trace_id in step) == sorted(
+        f"0:{n}" for n in range(10)
+    )
     for start in range(8):
         resumed = [
             [e.trace_id for e in s]

@@ -1,0 +1,65 @@
+# Everything from nothing: a virtual environment in .venv, the packages, then the job. Needs python 3.11 or newer.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# One of cpu and gpu: the two builds of vLLM exclude each other.
+DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+# uv does not read pip's settings, so it is told where pip looks for wheels and packages. Without a local wheel of
+# torch there, uv picks the build that fits the machine.
+define INSTALL
+links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null)}}"; \
+[ -n "$$links" ] && export UV_FIND_LINKS="$$links"; \
+[ -n "$$PIP_INDEX_URL" ] && export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}"; \
+ls $$links/torch-*.whl >/dev/null 2>&1 || export UV_TORCH_BACKEND="$${UV_TORCH_BACKEND:-auto}"; \
+$(BIN)/uv pip install --quiet --python $(BIN)/python
+endef
+
+.PHONY: setup setup-dev quickstart test test-fast bench lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make quickstart   set up, then distil a real small model end to end (about ten minutes on two cores)"
+	@echo "make test         set up, then run every check and test"
+	@echo "make test-fast    the tests without the real model and engine"
+	@echo "make bench        measure against the peers; tables, and JSON in tests/bench/out"
+	@echo "make lint         formatter, linter, types, import rules"
+
+$(VENV)/.uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "python 3.11 or newer is needed (PYTHON=...)" && exit 1)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+$(VENV)/.setup: pyproject.toml $(VENV)/.uv
+	@echo "installing ($(DEVICE)); a minute or a few, depending on the network"
+	@$(INSTALL) -e '.[$(DEVICE)]'
+	@touch $@
+
+$(VENV)/.setup-dev: pyproject.toml $(VENV)/.setup
+	@$(INSTALL) -e '.[$(DEVICE),dev]'
+	@touch $@
+
+setup: $(VENV)/.setup
+setup-dev: $(VENV)/.setup-dev
+
+quickstart: $(VENV)/.setup
+	$(BIN)/distill run recipes/quickstart.yaml
+
+lint: $(VENV)/.setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: lint
+	$(BIN)/pytest
+
+test-fast: $(VENV)/.setup-dev
+	$(BIN)/pytest -m "not slow"
+
+bench: $(VENV)/.setup-dev
+	@for script in tests/bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) runs
