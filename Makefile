@@ -12,7 +12,7 @@ links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get g
 [ -n "$$links" ] && export UV_FIND_LINKS="$$links"; \
 [ -n "$$PIP_INDEX_URL" ] && export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}"; \
 ls $$links/torch-*.whl >/dev/null 2>&1 || export UV_TORCH_BACKEND="$${UV_TORCH_BACKEND:-auto}"; \
-$(BIN)/uv pip install --quiet --python $(BIN)/python
+$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 endef
 
 .PHONY: setup setup-dev quickstart test test-fast bench lint clean

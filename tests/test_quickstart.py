@@ -1,0 +1,161 @@
+"""The quickstart itself, whole: real model, real vLLM engine, real shards. Everything else about it is held here."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from distill import models, recipe
+from distill.listing import RECIPES
+from distill.stages.context import make_task
+from distill.tasks.splits import split_of
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """One whole run of the recipe."""
+    runs = tmp_path_factory.mktemp("runs")
+    command = [
+        sys.executable,
+        "-m",
+        "distill.cli",
+        "run",
+        "recipes/quickstart.yaml",
+        "--runs",
+        str(runs),
+    ]
+    subprocess.run(command, cwd=RECIPES.parent, check=True)
+    return runs / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def report(run) -> dict:
+    return json.loads((run / "report.json").read_text())
+
+
+def test_a_student_keeps_at_least_half_of_its_teacher_s_accuracy(report):
+    arms = {name: arm["accuracy"] for name, arm in report["arms"].items()}
+    print(
+        {
+            name: (round(a["value"], 3), round(a["low"], 3), round(a["high"], 3))
+            for name, a in arms.items()
+        }
+    )
+    assert all(accuracy["n"] == 256 for accuracy in arms.values())
+    assert arms["teacher"]["value"] > 0.5
+    best = max(arms["kl"]["value"], arms["sft"]["value"])
+    assert best >= 0.5 * arms["teacher"]["value"]
+    assert best > arms["start"]["high"]
+
+
+def test_what_was_predicted_is_within_twice_of_what_was_measured(report):
+    total = {"predicted": 0.0, "measured": 0.0}
+    for row in report["stages"]:
+        predicted, cost = row["predicted"], row["cost"]
+        tokens = sum(cost[key] for key in ("tokens_trained", "tokens_generated", "tokens_prompt"))
+        for what, measured in (
+            ("tokens", tokens),
+            ("flops", cost["flops"]),
+            ("bytes", cost["bytes_written"]),
+        ):
+            if measured:
+                assert 0.5 < predicted[what] / measured < 2, (
+                    row["name"],
+                    what,
+                    predicted[what],
+                    measured,
+                )
+        total["predicted"] += predicted["seconds"]
+        total["measured"] += row["seconds"]
+    print(total)
+    assert 0.5 < total["predicted"] / total["measured"] < 2, total
+
+
+def test_train_and_held_out_problems_are_disjoint():
+    task = make_task("sums", recipe.load(RECIPES / "quickstart.yaml").tasks["sums"])
+    train = {p.question for p in task.problems("train", 2000, 17)}
+    held_out = {p.question for p in task.problems("held_out", 256, 17)}
+    assert len(train) == 2000
+    assert not train & held_out
+    assert {split_of(q) for q in train} == {"train"}
+    assert {split_of(q) for q in held_out} == {"held_out"}
+    other_seed = {p.question for p in task.problems("train", 2000, 18)}
+    assert not other_seed & held_out
+    rows = (RECIPES.parent / "data/cold_start/sums.jsonl").read_text().splitlines()
+    assert not any(task.holds_out(json.loads(row)["question"]) for row in rows)
+
+
+def test_no_problem_that_was_evaluated_was_trained_on(run):
+    trained = {
+        p
+        for f in (run / "traces" / "traces").glob("*.parquet")
+        for p in pd.read_parquet(f)["problem_id"]
+    }
+    for arm in ("start", "teacher", "kl", "sft"):
+        files = (run / f"verdict.{arm}" / "traces").glob("*.parquet")
+        evaluated = {p for f in files for p in pd.read_parquet(f)["problem_id"]}
+        assert len(evaluated) == 256
+        assert not trained & evaluated
+
+
+def test_pandas_and_duckdb_read_the_distribution_without_our_code(run):
+    folder = run / "traces" / "traces"
+    frame = pd.concat([pd.read_parquet(file) for file in folder.glob("*.parquet")])
+    for row in frame.head(50).itertuples():
+        starts = np.concatenate([[0], np.cumsum(row.top_count)])
+        for t, (a, b) in enumerate(itertools.pairwise(starts)):
+            mass = np.exp(row.top_logprobs[a:b].astype(float)).sum() + np.exp(row.tail_logprob[t])
+            assert mass == pytest.approx(1, abs=1e-3)
+            kept = dict(zip(row.top_ids[a:b], row.top_logprobs[a:b], strict=True))
+            if row.completion_ids[t] in kept:
+                assert kept[row.completion_ids[t]] == pytest.approx(row.logprob[t], abs=1e-4)
+    query = (
+        f"select count(*), sum(len(completion_ids)), sum(len(logprob)) from '{folder}/*.parquet'"
+    )
+    rows, tokens, logprobs = duckdb.sql(query).fetchone()
+    assert rows == len(frame)
+    assert tokens == logprobs == frame["completion_ids"].map(len).sum()
+
+
+def test_the_student_is_an_ordinary_checkpoint_for_transformers(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run / "kl" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    question = [{"role": "user", "content": "Calculate 21 + 34."}]
+    ids = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**ids, max_new_tokens=40, do_sample=False)
+    assert "<answer>" in tokenizer.decode(out[0], skip_special_tokens=True)
+    assert (
+        model.config.num_hidden_layers
+        < models.config_of(run / "teacher" / "model")["num_hidden_layers"]
+    )
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_running_again_skips_everything(run):
+    command = [
+        sys.executable,
+        "-m",
+        "distill.cli",
+        "run",
+        "recipes/quickstart.yaml",
+        "--runs",
+        str(run.parent),
+    ]
+    again = subprocess.run(command, cwd=RECIPES.parent, check=True, capture_output=True, text=True)
+    assert again.stdout.count("done already") == 11
