@@ -32,7 +32,7 @@ from distill.progress import clock
 from distill.recipe import CompareStage, EvalStage, GenerateStage, Recipe, StageConfig, order
 from distill.records import UserError, stable_hash
 from distill.stages import state
-from distill.stages.context import fingerprint_of
+from distill.stages.context import find_data, fingerprint_of
 
 RUNS = Path("runs")
 
@@ -98,8 +98,8 @@ def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
         files = [Path(str(value)) for value in task.options.values() if isinstance(value, str)]
         contents = [fingerprint_of(file) for file in files if file.is_file()]
         return stable_hash(task.model_dump_json(), *contents)
-    path = Path(reference).expanduser()
-    return fingerprint_of(path) if path.exists() else ""
+    data = find_data(reference)
+    return fingerprint_of(data) if data is not None else ""
 
 
 def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> Decision:
@@ -279,11 +279,12 @@ class Runner:
         # Threads that spin at the end of each parallel region cost a few percent less on an idle machine, and make
         # everything many times slower as soon as something else runs on one of its cores.
         mine = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
+        mine = {key: value for key, value in mine.items() if key not in os.environ}
         if isinstance(node.config, GenerateStage | EvalStage):
             from distill import engines
 
             mine |= engines.environment(node.config.engine)
-        return {key: value for key, value in mine.items() if key not in os.environ}
+        return mine
 
 
 class StageError(Exception):

@@ -13,6 +13,8 @@ from distill.progress import Live
 from distill.recipe import PlugConfig, Recipe
 from distill.records import Cost, Task, UserError, stable_hash
 
+PROJECT = Path(__file__).resolve().parents[2]
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -67,8 +69,8 @@ class Context:
         """The traces of a stage, or a file or folder."""
         if reference in self.recipe.stages:
             return self.run / reference / "traces"
-        path = Path(reference).expanduser()
-        if not path.exists():
+        path = find_data(reference)
+        if path is None:
             raise UserError(
                 f"stages.{self.name}.data: {reference!r} does not exist (looked in {Path.cwd()})."
             )
@@ -76,6 +78,12 @@ class Context:
 
     def task(self, reference: str) -> Task:
         return make_task(reference, self.recipe.tasks[reference])
+
+
+def find_data(reference: str) -> Path | None:
+    """A file or folder by the path a recipe gives: from the working directory, or from the project that holds distill."""
+    given = Path(reference).expanduser()
+    return next((path for path in (given, PROJECT / given) if path.exists()), None)
 
 
 def make_task(name: str, config: PlugConfig) -> Task:

@@ -29,7 +29,7 @@ from distill.recipe import (
 from distill.records import Task, UserError
 from distill.reports import estimate, flops
 from distill.reports.flops import ModelShape
-from distill.stages.context import make_task
+from distill.stages.context import find_data, make_task
 
 CHAT_TOKENS = 12
 """Tokens that a chat template puts around a system message and a question."""
@@ -207,8 +207,8 @@ def _train(
 
 def _rows_of(config: TrainStage, known: _Known) -> tuple[float, float, float]:
     """(rows, prompt tokens, reply tokens) of a JSONL file, from its first rows; of a folder of shards, exactly."""
-    path = Path(config.data).expanduser()
-    if not path.exists():
+    path = find_data(config.data)
+    if path is None:
         raise UserError(f"data: {config.data!r} does not exist (looked in {Path.cwd()}).")
     if path.suffix != ".jsonl":
         return _stored(config.data)
