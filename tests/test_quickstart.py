@@ -18,6 +18,8 @@ from distill import models, recipe
 from distill.listing import RECIPES
 from distill.stages.context import make_task
 from distill.tasks.splits import split_of
+from distill.tasks.templates import think_answer
+from distill.traces.reader import open_traces
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -123,7 +125,7 @@ def test_pandas_and_duckdb_read_the_distribution_without_our_code(run):
     query = (
         f"select count(*), sum(len(completion_ids)), sum(len(logprob)) from '{folder}/*.parquet'"
     )
-    rows, tokens, logprobs = duckdb.sql(query).fetchone()
+    rows, tokens, logprobs = duckdb.sql(query).fetchall()[0]
     assert rows == len(frame)
     assert tokens == logprobs == frame["completion_ids"].map(len).sum()
 
@@ -135,16 +137,32 @@ def test_the_student_is_an_ordinary_checkpoint_for_transformers(run):
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     question = [{"role": "user", "content": "Calculate 21 + 34."}]
-    ids = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    out = model.generate(**ids, max_new_tokens=40, do_sample=False)
-    assert "<answer>" in tokenizer.decode(out[0], skip_special_tokens=True)
+    ids = torch.from_numpy(models.render_prompt(tokenizer, think_answer, question)).long()
+    out = model.generate(ids[None], max_new_tokens=48, do_sample=False)
+    assert "</think><answer>" in tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     assert (
         model.config.num_hidden_layers
         < models.config_of(run / "teacher" / "model")["num_hidden_layers"]
     )
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_the_engine_s_log_probs_are_the_trainer_s(run):
+    """vLLM wrote the traces; transformers scores the same ids, teacher-forced: at most 1e-2 nat apart on average."""
+    model = models.load(run / "teacher" / "model", dtype="float32").eval()
+    block = next(open_traces(run / "traces" / "traces").blocks(40))
+    gaps = []
+    for n in range(len(block)):
+        prompt, reply = block.prompt_ids[n], block.completion_ids[n]
+        ids = torch.from_numpy(np.concatenate([prompt, reply]).astype(np.int64))
+        with torch.no_grad():
+            logq = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        gaps.append(
+            np.abs(logq.gather(1, ids[len(prompt) :, None])[:, 0].numpy() - block.logprob[n])
+        )
+    every = np.concatenate(gaps)
+    print(f"mean {every.mean():.2e}, worst {every.max():.2e} nat over {len(every)} tokens")
+    assert every.mean() <= 1e-2
 
 
 def test_running_again_skips_everything(run):

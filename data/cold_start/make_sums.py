@@ -1,6 +1,6 @@
 """Writes sums.jsonl: worked two-digit additions, from the train split of the quickstart's task.
 
-    python data/cold_start/make_sums.py
+python data/cold_start/make_sums.py
 """
 
 from __future__ import annotations

@@ -39,11 +39,11 @@ OPTIMISER_BYTES = 36
 """Bytes moved a parameter and optimiser step: fp32 weight, two moments and gradient read and written, bf16 copy."""
 VERIFY_SECONDS = 0.002
 """A rule-based verdict on one completion."""
-ROW_BYTES = 400
+ROW_BYTES = 100
 """Bytes of a trace's own columns: identity, messages and completion as text, verdicts."""
-POSITION_BYTES = 10.0
-"""Bytes of a position without candidates: its id, log-probability, count and tail."""
-ENTRY_BYTES = 6.0
+POSITION_BYTES = 4.0
+"""Bytes of a completion's position without candidates: its id, log-probability, count and tail."""
+ENTRY_BYTES = 4.0
 """Bytes of one kept candidate: its id and log-probability."""
 
 BF16_FACTORS = {"amx_bf16": 4.0, "avx512_bf16": 1.5, "": 0.6}

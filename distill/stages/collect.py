@@ -24,8 +24,9 @@ def collect(recipe: Recipe, run: Path, names: list[str], source: Path) -> RunRep
     states = {name: standing for name in names if (standing := state.read(run / name)) is not None}
     comparisons, examples = [], []
     for standing in states.values():
-        comparisons += standing.metrics.get("comparisons", [])
-        examples += standing.metrics.get("examples", [])
+        if standing.kind == "compare":
+            comparisons += standing.metrics.get("comparisons", [])
+            examples += standing.metrics.get("examples", [])
     environment = run / "environment.json"
     arms = _arms(recipe, states)
     return RunReport(

@@ -35,7 +35,7 @@ CHAT_TOKENS = 12
 """Tokens that a chat template puts around a system message and a question."""
 KEPT_BY_CORRECT = 0.7
 """Guess at the share of traces that a `correct` filter keeps."""
-ENTRIES = 1.5
+ENTRIES = 1.2
 """Guess at the candidates kept a position at mass .98, for a teacher that is mostly sure."""
 SAMPLE = 16
 
@@ -149,7 +149,7 @@ def _sampling(
     return _amounts(
         tokens=sequences * (prompt + reply),
         bytes=estimate.predict_trace_bytes(
-            sequences, sequences * (prompt + reply), ENTRIES if captured else 0.0
+            sequences, sequences * reply, ENTRIES if captured else 0.0
         ),
         flops=flops.generate_flops(shape, sequences * prompt, sequences * reply, sequences),
         memory=flops.generate_memory(
