@@ -105,7 +105,11 @@ def _run(
         return
     pipeline.require_inputs(resolved, folder, wanted)
     runner = pipeline.Runner(resolved, path, folder, redo)
-    runner.do(wanted)
+    try:
+        runner.do(wanted)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
     _write_report(resolved, folder, path)
 
 
@@ -289,9 +293,6 @@ def main() -> None:
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; run the same command again to go on", err=True)
-        sys.exit(130)
     except Exception as error:
         if type(error).__name__ != "StageError":
             raise

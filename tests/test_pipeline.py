@@ -13,7 +13,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+
+from distill import models
 
 SUMS = {
     "fn": "reasoning_gym",
@@ -31,10 +34,10 @@ SUMS = {
 REFERENCE = {"fn": "reference", "dtype": "float32"}
 
 
-def recipe_tree(tiny_dir: Path) -> dict:
+def recipe_tree(tiny_dir: Path, other_dir: Path) -> dict:
     return {
         "name": "road",
-        "models": {"base": str(tiny_dir)},
+        "models": {"base": str(tiny_dir), "other": str(other_dir)},
         "tasks": {"sums": SUMS},
         "stages": {
             "traces": {
@@ -53,7 +56,7 @@ def recipe_tree(tiny_dir: Path) -> dict:
             },
             "kl": {
                 "kind": "train",
-                "model": "base",
+                "model": "other",
                 "data": "all",
                 "loss": {"fn": "forward_kl"},
                 "truncated": "keep",
@@ -65,7 +68,7 @@ def recipe_tree(tiny_dir: Path) -> dict:
             },
             "verdict": {
                 "kind": "compare",
-                "arms": {"start": "base", "kl": "kl"},
+                "arms": {"start": "other", "kl": "kl"},
                 "task": "sums",
                 "problems": 4,
                 "sampling": {"max_tokens": 6, "temperature": 0},
@@ -133,7 +136,13 @@ class Project:
 
 @pytest.fixture(scope="module")
 def finished(tiny_dir, tmp_path_factory) -> Project:
-    project = Project(tmp_path_factory.mktemp("finished"), recipe_tree(tiny_dir))
+    other = tmp_path_factory.mktemp("other")
+    student = models.load(tiny_dir, dtype="float32")
+    torch.manual_seed(1)
+    for parameter in student.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    models.save(student, models.load_tokenizer(tiny_dir), other)
+    project = Project(tmp_path_factory.mktemp("finished"), recipe_tree(tiny_dir, other))
     done = project.run()
     assert done.returncode == 0, done.stdout + done.stderr
     return project

@@ -89,11 +89,7 @@ def train(
     folder/metrics.jsonl, checkpoints to folder/checkpoints. Raises UserError after config.max_bad_steps steps in a
     row whose loss or gradient is not finite.
     """
-    accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(folder))
-    if config.trackers:
-        accelerator.init_trackers(
-            name, config=json.loads(config.model_dump_json(exclude={"trackers"}))
-        )
+    accelerator = _accelerator(config, folder, name)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()

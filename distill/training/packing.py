@@ -12,6 +12,7 @@ P + j and is predicted at row P + j - 1, which gets its label, its weight and th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -64,9 +65,7 @@ def steps(
     while step < num_steps:
         epoch, within = divmod(step, per_epoch)
         examples = source.epoch(epoch, skip=within * batch_traces)
-        while step < num_steps and (
-            taken := [e for e, _ in zip(examples, range(batch_traces), strict=False)]
-        ):
+        while step < num_steps and (taken := list(itertools.islice(examples, batch_traces))):
             yield taken
             step += 1
 
