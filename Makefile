@@ -27,8 +27,8 @@ help:
 
 $(VENV)/.uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "python 3.11 or newer is needed (PYTHON=...)" && exit 1)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@touch $@
 
 $(VENV)/.setup: pyproject.toml $(VENV)/.uv
@@ -44,7 +44,7 @@ setup: $(VENV)/.setup
 setup-dev: $(VENV)/.setup-dev
 
 quickstart: $(VENV)/.setup
-	$(BIN)/distill run recipes/quickstart.yaml
+	@$(BIN)/distill run recipes/quickstart.yaml
 
 lint: $(VENV)/.setup-dev
 	$(BIN)/ruff format --check .

@@ -105,7 +105,7 @@ def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
 def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> Decision:
     """What to do with a node now that its inputs stand. Raises UserError when an identity field changed."""
     standing = state.read(run / node.name)
-    if standing is None:
+    if standing is None or (standing.status != "done" and not _made_anything(run / node.name)):
         return Decision("run")
     if node.stage in redo or node.name in redo:
         return Decision("redo", "as asked")
@@ -127,6 +127,12 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
     if standing.status == "done":
         return Decision("skip")
     return Decision("resume", "it was interrupted" if standing.attempts else "")
+
+
+def _made_anything(folder: Path) -> bool:
+    """Whether a stage that did not end left something that is worth keeping."""
+    kept = ("model", "checkpoints/step-*", "traces/*.parquet", "traces/selection.json")
+    return any(True for pattern in kept for _ in folder.glob(pattern))
 
 
 def _changed(node: Node, standing: state.State) -> list[tuple[str, str]]:
@@ -182,7 +188,7 @@ class Runner:
                 f"{self.run} is in use by another `distill run`; wait for it, or give this run another name."
             ) from None
         with lock:
-            self._check_name()
+            self._refuse_early()
             wanted = list(wanted)
             predictions = self._predictions()
             self._write_recipe()
@@ -194,7 +200,7 @@ class Runner:
 
         return {row.name: row.amounts for row in plan.predict(self.recipe)}
 
-    def _check_name(self) -> None:
+    def _refuse_early(self) -> None:
         """Everything is decided before anything is written or moved, so that a refusal changes nothing."""
         for node in nodes(self.recipe):
             if all(
@@ -224,7 +230,9 @@ class Runner:
             key: input_fingerprint(self.recipe, self.run, reference)
             for key, reference in node.inputs
         }
-        standing = state.read(folder) or state.State(kind=node.kind, config={}, inputs={})
+        standing = state.read(folder)
+        if standing is None or decision.action == "run":
+            standing = state.State(kind=node.kind, config={}, inputs={})
         standing.config, standing.inputs = node.config.model_dump(mode="json"), inputs
         standing.status, standing.predicted = "running", predicted
         standing.attempts += 1

@@ -16,7 +16,9 @@ import pytest
 import torch
 import yaml
 
-from distill import models
+from distill import models, pipeline, recipe
+from distill.records import UserError
+from distill.stages import state
 
 SUMS = {
     "fn": "reasoning_gym",
@@ -326,3 +328,25 @@ def test_dry_run_and_check_load_nothing_heavy_and_write_nothing(finished, tmp_pa
         [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert loaded.stdout.strip().splitlines()[-1] == "[]"
+
+
+def test_a_stage_that_failed_before_it_made_anything_takes_any_change(tmp_path):
+    """A wrong path or option, mended, needs no --redo."""
+    tree = {
+        "name": "x",
+        "models": {"base": "some/model"},
+        "stages": {
+            "kl": {"kind": "train", "model": "base", "data": "./rows.jsonl", "steps": 1, "lr": 1e-3}
+        },
+    }
+    before = recipe.validate(tree)
+    (node,) = pipeline.nodes(before)
+    config = node.config.model_dump(mode="json")
+    state.write(tmp_path / "kl", state.State("train", config, {}, status="failed", attempts=1))
+    tree["stages"]["kl"]["lr"] = 1e-4
+    after = recipe.validate(tree)
+    (changed,) = pipeline.nodes(after)
+    assert pipeline.decide(changed, after, tmp_path).action == "run"
+    (tmp_path / "kl" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"lr: 0\.001 -> 0\.0001"):
+        pipeline.decide(changed, after, tmp_path)
