@@ -109,8 +109,8 @@ def _dequantised(source: str) -> Path:
     import transformers
 
     distribution, path = package_file(source)
-    file_hash = _file_hash(path)
-    key = stable_hash(distribution, file_hash, "bfloat16", transformers.__version__)
+    content = file_hash(path)
+    key = stable_hash(distribution, content, "bfloat16", transformers.__version__)
     target = cache_home() / "models" / f"{path.stem}-{key}"
     if target.is_dir():
         return target
@@ -141,7 +141,8 @@ def _dequantise(path: Path, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -192,7 +193,7 @@ def weights_fingerprint(folder: str | Path) -> str:
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     return stable_hash(
-        *[f"{file.name}:{_file_hash(file)}" for file in (*files, folder / "config.json")]
+        *[f"{file.name}:{file_hash(file)}" for file in (*files, folder / "config.json")]
     )
 
 

@@ -29,12 +29,19 @@ import yaml
 from distill import __version__, plug
 from distill.models import PACKAGE, package_file
 from distill.progress import clock
-from distill.recipe import CompareStage, EvalStage, GenerateStage, Recipe, StageConfig, order
+from distill.recipe import (
+    CompareStage,
+    Config,
+    EvalStage,
+    GenerateStage,
+    Recipe,
+    StageConfig,
+    order,
+)
 from distill.records import UserError, stable_hash
+from distill.reports.pages import write_atomic
 from distill.stages import state
 from distill.stages.context import find_data, fingerprint_of
-
-RUNS = Path("runs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +158,8 @@ def _differences(
         old, new = before.get(field), now.get(field)
         if old == new:
             continue
+        role = model.role(field) if issubclass(model, Config) else "identity"
         info = model.model_fields.get(field)
-        extra = info.json_schema_extra if info is not None else None
-        role = extra.get("role", "identity") if isinstance(extra, dict) else "identity"
         nested = info.annotation if info is not None else None
         if isinstance(old, dict) and isinstance(new, dict) and hasattr(nested, "model_fields"):
             yield from _differences(nested, old, new, f"{prefix}{field}.")
@@ -162,7 +168,7 @@ def _differences(
         shrinks = isinstance(old, int) and isinstance(new, int) and new < old
         if role == "growth" and (old is None or new is None or shrinks):
             role, text = "identity", f"{text} (it can grow, not shrink)" if shrinks else text
-        yield str(role), text
+        yield role, text
 
 
 # ----------------------------------------------------------------------------------------------- running
@@ -209,12 +215,12 @@ class Runner:
                 decide(node, self.recipe, self.run, self.redo)
 
     def _write_recipe(self) -> None:
-        state.write_text(self.run / "recipe.yaml", self.source.read_text(encoding="utf-8"))
+        write_atomic(self.run / "recipe.yaml", self.source.read_text(encoding="utf-8"))
         tree = self.recipe.model_dump(mode="json")
-        state.write_text(
+        write_atomic(
             self.run / "resolved.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         )
-        state.write_text(self.run / "environment.json", json.dumps(environment(), indent=1))
+        write_atomic(self.run / "environment.json", json.dumps(environment(), indent=1))
 
     def _do_one(self, node: Node, label: str, predicted: dict[str, float]) -> None:
         decision = decide(node, self.recipe, self.run, self.redo)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import pydantic
 import yaml
@@ -36,6 +36,14 @@ def execution(default: Any = ..., **constraints: Any) -> Any:
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def role(cls, field: str) -> Role:
+        """What changing a field means: identity unless it says otherwise."""
+        info = cls.model_fields.get(field)
+        extra = info.json_schema_extra if info is not None else None
+        role: Any = extra.get("role", "identity") if isinstance(extra, dict) else "identity"
+        return cast(Role, role)
 
 
 class PlugConfig(BaseModel):
@@ -100,11 +108,6 @@ class StageConfig(Config):
     def inputs(self) -> Iterator[tuple[str, str]]:
         """(field, name or path) of everything this stage reads."""
         yield from ()
-
-    @classmethod
-    def role(cls, field: str) -> Role:
-        extra = cls.model_fields[field].json_schema_extra
-        return extra.get("role", "identity") if isinstance(extra, dict) else "identity"  # type: ignore[return-value]
 
 
 class PruneStage(StageConfig):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,15 +29,13 @@ class Result:
 class Context:
     """One stage of one run.
 
-    folder: the stage's own, kept between attempts, so that what is there is not done again. before: the cost of
-    earlier attempts, to be added to.
+    folder: the stage's own, kept between attempts, so that what is there is not done again.
     """
 
     recipe: Recipe
     run: Path
     name: str
     screen: TextIO
-    before: Cost = field(default_factory=Cost)
 
     @property
     def folder(self) -> Path:
@@ -107,10 +105,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
 def fingerprint_of(path: Path) -> str:
     """Of something outside the run: a file's bytes, or a folder's names, sizes and times."""
     if path.is_file():
-        import hashlib
-
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return models.file_hash(path)[:16]
     files = sorted(p for p in path.rglob("*") if p.is_file())
     return stable_hash(
         *[f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]

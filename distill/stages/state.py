@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from distill.reports.pages import write_atomic
 
 FILE = "stage.json"
 
@@ -40,11 +41,4 @@ def read(folder: Path) -> State | None:
 
 def write(folder: Path, state: State) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / FILE, json.dumps(asdict(state), indent=1, ensure_ascii=False))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Temporary file, then rename: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomic(folder / FILE, json.dumps(asdict(state), indent=1, ensure_ascii=False))

@@ -6,12 +6,12 @@ whose last message holds the answer. What cannot be used is rejected with its li
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 from distill.jsonl import conversation, read_rows, text_field
+from distill.models import file_hash
 from distill.records import UserError, stable_hash
 from distill.tasks import templates
 from distill.tasks.finite import FiniteTask, Loaded, Rejected, Row, Verify, assemble
@@ -38,12 +38,6 @@ def jsonl(
     return FiniteTask(
         name, found, fingerprint, verify, lambda: _load(name, file, held_out, verify), str(file)
     )
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def final_answer(text: str) -> str:

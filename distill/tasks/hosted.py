@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.models import file_hash
 from distill.plug import nearest
 from distill.records import Split, UserError, stable_hash
 from distill.tasks import templates
-from distill.tasks.files import file_hash, final_answer, plain_number
+from distill.tasks.files import final_answer, plain_number
 from distill.tasks.finite import FiniteTask, Loaded, Rejected, Row, Verify, assemble
 
 CONNECT_SECONDS = 5.0
