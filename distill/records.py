@@ -299,12 +299,43 @@ class Verifier(Protocol):
     def __call__(self, problem: Problem, completion: str, finished: bool = True) -> Verdict: ...
 
 
-class Reward(Protocol):
-    """A score for each completion of one problem; None where it could not be judged, never 0 for that."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """All completions of one problem, as rewards see them; every tuple has one entry a completion.
 
-    def __call__(
-        self, problem: Problem, completions: Sequence[Completion], texts: Sequence[str]
-    ) -> list[float | None]: ...
+    texts: the template's prefill and what the model wrote. num_tokens: of the completion, the stop id included.
+    finished: ended at a stop id. verdicts: the task's judge on each. max_tokens: the limit they were sampled
+    under. seed: for rewards that draw.
+    """
+
+    problem: Problem
+    template: Template
+    texts: tuple[str, ...]
+    num_tokens: tuple[int, ...]
+    finished: tuple[bool, ...]
+    verdicts: tuple[Verdict, ...]
+    max_tokens: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+class Reward(Protocol):
+    """A score for each completion of a group; None where it could not be judged, never 0 for that."""
+
+    def __call__(self, group: Group) -> Sequence[float | None]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """What a group's completions earned: each named reward, unweighted, and their weighted sum.
+
+    A total is None where a reward that counts is.
+    """
+
+    total: list[float | None]
+    parts: dict[str, list[float | None]]
 
 
 # ------------------------------------------------------------------------------------------------- traces
