@@ -1,0 +1,60 @@
+"""The config tree of a recipe: what a YAML file may say, and nothing else.
+
+Frozen pydantic models; an unknown key is an error that names the nearest one. Plugs (losses, objectives,
+rewards, filters, tasks) keep their options with their function; here they are `fn` and the rest.
+"""
+
+from distill.recipe.fields import (
+    Config,
+    Dtype,
+    EngineConfig,
+    LoraConfig,
+    ModelConfig,
+    PlugConfig,
+    RewardConfig,
+    Role,
+    SamplingConfig,
+    StageConfig,
+)
+from distill.recipe.load import load, parse_overrides, validate
+from distill.recipe.stages import (
+    KINDS,
+    CompareStage,
+    EvalStage,
+    FilterStage,
+    GenerateStage,
+    GrpoStage,
+    OptimStage,
+    PruneStage,
+    Stage,
+    TrainStage,
+)
+from distill.recipe.tree import Recipe, order
+
+__all__ = [
+    "KINDS",
+    "CompareStage",
+    "Config",
+    "Dtype",
+    "EngineConfig",
+    "EvalStage",
+    "FilterStage",
+    "GenerateStage",
+    "GrpoStage",
+    "LoraConfig",
+    "ModelConfig",
+    "OptimStage",
+    "PlugConfig",
+    "PruneStage",
+    "Recipe",
+    "RewardConfig",
+    "Role",
+    "SamplingConfig",
+    "Stage",
+    "StageConfig",
+    "TrainStage",
+    "load",
+    "order",
+    "parse_overrides",
+    "validate",
+]

@@ -1,0 +1,109 @@
+"""The small parts of a recipe: models, engines, sampling, adapters, and the role of every field.
+
+A field of a stage is *identity* (the default: another value is another result, so a finished stage refuses
+it), *growth* (more of it adds only the difference) or *execution* (free to change at any time: batch sizes,
+memory, logging).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from distill.records import Sampling
+
+Role = Literal["identity", "growth", "execution"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+Dtype = Literal["bfloat16", "float32"]
+
+
+def growth(default: Any = ..., **constraints: Any) -> Any:
+    return Field(default, json_schema_extra={"role": "growth"}, **constraints)
+
+
+def execution(default: Any = ..., **constraints: Any) -> Any:
+    return Field(default, json_schema_extra={"role": "execution"}, **constraints)
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def role(cls, field: str) -> Role:
+        """What changing a field means: identity unless it says otherwise."""
+        info = cls.model_fields.get(field)
+        extra = info.json_schema_extra if info is not None else None
+        role: Any = extra.get("role", "identity") if isinstance(extra, dict) else "identity"
+        return cast(Role, role)
+
+
+class PlugConfig(BaseModel):
+    """A plug by name (`fn`) with its options beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    fn: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class RewardConfig(PlugConfig):
+    """A reward by name, its weight in the sum, and its options beside them."""
+
+    weight: float = 1.0
+
+
+class ModelConfig(Config):
+    """Where a model comes from: a hub id, a folder, or package://<installed package>/<file>.gguf."""
+
+    source: str
+    revision: str | None = None
+    params: float | None = Field(
+        None, description="parameter count, for cost estimates without a network"
+    )
+    trust_remote_code: bool = False
+
+
+class SamplingConfig(Config):
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    max_tokens: PositiveInt = 256
+
+    def record(self) -> Sampling:
+        return Sampling(self.temperature, self.top_p, self.max_tokens)
+
+
+class EngineConfig(Config):
+    """Which engine runs a model, and how much of the machine it may take."""
+
+    fn: str = "vllm"
+    dtype: Dtype = "bfloat16"
+    max_model_len: PositiveInt | None = Field(
+        None, description="tokens; None = what the stage needs"
+    )
+    batch_size: PositiveInt = execution(64, description="completions decoded at once")
+    memory_gib: float | None = execution(
+        None, gt=0, description="key-value cache; None = 1 GiB on CPU, vLLM's own on a GPU"
+    )
+    eager: bool = execution(
+        True, description="no compilation: quick to start, a little slower to run"
+    )
+
+
+class LoraConfig(Config):
+    rank: PositiveInt = 16
+    alpha: float = 32.0
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    modules_to_save: list[str] | None = None
+
+
+class StageConfig(Config):
+    """What every stage has. Fields that name other stages, models or tasks are listed in `inputs`."""
+
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        """(field, name or path) of everything this stage reads."""
+        yield from ()

@@ -1,0 +1,133 @@
+"""From a YAML file and `key=value` overrides to a Recipe; a mistake is one line with the nearest right name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel
+
+from distill.plug import nearest
+from distill.recipe.fields import ModelConfig
+from distill.recipe.stages import KINDS
+from distill.recipe.tree import Recipe, check_references
+from distill.records import UserError
+
+
+def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Recipe:  # type: ignore[assignment]
+    """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
+
+    Raises UserError with one line a mistake: the key, what was wrong and the nearest right name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"recipe {str(path)!r}: no such file. `distill ls recipes` lists those that come with the project."
+        )
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a recipe is a mapping with name, models, tasks and stages.")
+    for key, value in parse_overrides(overrides).items():
+        _set(tree, key, value)
+    return validate(tree, str(path))
+
+
+def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """The tree as a Recipe, its references checked; raises UserError."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise UserError(
+            "\n".join(_explain_one(mistake, tree, where) for mistake in error.errors())
+        ) from None
+    check_references(recipe, where)
+    return recipe
+
+
+def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dict[str, Any]:
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    parsed = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UserError(
+                f"override {text!r}: write it as key=value, for example stages.kl.lr=1e-4."
+            )
+        try:
+            parsed[key] = _yaml_value(value)
+        except yaml.YAMLError:
+            raise UserError(f"override {text!r}: the value is not valid YAML.") from None
+    return parsed
+
+
+def _yaml_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    # YAML 1.1 reads 1e-4 as text; a recipe's reader means the number.
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node: Any = tree
+    for depth, key in enumerate(parents):
+        if not isinstance(node, dict):
+            raise UserError(f"override {dotted!r}: {'.'.join(parents[:depth])} is not a mapping.")
+        if node.get(key) is None:
+            node[key] = {}
+        node = node[key]
+    if not isinstance(node, dict):
+        raise UserError(f"override {dotted!r}: {'.'.join(parents)} is not a mapping.")
+    node[last] = value
+
+
+def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
+    """One pydantic mistake as one line, with the union's tag taken out of its path."""
+    loc = [str(part) for part in mistake["loc"]]
+    if len(loc) > 2 and loc[0] == "stages" and loc[2] in KINDS:
+        known = list(KINDS[loc[2]].model_fields)
+        loc.pop(2)
+    else:
+        known = list(Recipe.model_fields)
+    key = ".".join(loc)
+    if mistake["type"] == "extra_forbidden":
+        known = _known_at(tree, loc) or known
+        return f"{where}: {key}: unknown key.{nearest(loc[-1], known)}"
+    if mistake["type"] == "union_tag_invalid":
+        kind = str(mistake["ctx"]["tag"])
+        return f"{where}: {key}.kind: there is no stage kind {kind!r}.{nearest(kind, KINDS)}"
+    if mistake["type"] == "union_tag_not_found":
+        return f"{where}: {key}.kind: is required. There are: {', '.join(sorted(KINDS))}."
+    if mistake["type"] == "missing":
+        return f"{where}: {key}: is required."
+    if mistake["type"] == "value_error":
+        return f"{where}: {key}: {mistake['ctx']['error']}."
+    return f"{where}: {key}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}, got {str(mistake['input'])[:80]!r}."
+
+
+def _known_at(tree: Mapping[str, Any], loc: list[str]) -> list[str]:
+    """The field names that the mapping at loc[:-1] may have."""
+    if len(loc) < 2:
+        return list(Recipe.model_fields)
+    if loc[0] == "stages" and len(loc) >= 3:
+        stage = tree["stages"].get(loc[1], {})
+        model: Any = KINDS.get(stage.get("kind"))
+        for key in loc[2:-1]:
+            annotation = (
+                model.model_fields[key].annotation if model and key in model.model_fields else None
+            )
+            options = [annotation, *getattr(annotation, "__args__", ())]
+            model = next(
+                (a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None
+            )
+        return list(model.model_fields) if model else []
+    return list(ModelConfig.model_fields) if loc[0] == "models" else []

@@ -1,0 +1,95 @@
+"""A whole recipe, whether its parts fit together, and the order of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from pydantic import Field
+
+from distill.plug import nearest
+from distill.recipe.fields import Config, ModelConfig, Name, PlugConfig
+from distill.recipe.stages import Stage
+from distill.records import UserError
+
+
+class Recipe(Config):
+    name: Name
+    description: str = ""
+    seed: int = 17
+    models: dict[Name, ModelConfig] = {}
+    tasks: dict[Name, PlugConfig] = {}
+    stages: dict[Name, Stage] = Field(min_length=1)
+
+    @pydantic.field_validator("models", mode="before")
+    @classmethod
+    def _short_models(cls, models: Any) -> Any:
+        if not isinstance(models, Mapping):
+            return models
+        return {
+            key: {"source": value} if isinstance(value, str) else value
+            for key, value in models.items()
+        }
+
+
+def check_references(recipe: Recipe, where: str) -> None:
+    """Every stage input exists, is of the right sort, and nothing is its own ancestor."""
+    for name in recipe.stages:
+        if name in recipe.models:
+            raise UserError(f"{where}: {name!r} is both a model and a stage; rename one.")
+    for name, stage in recipe.stages.items():
+        for key, value in stage.inputs():
+            here = f"{where}: stages.{name}.{key}"
+            if key == "task":
+                if value not in recipe.tasks:
+                    raise UserError(
+                        f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)}"
+                    )
+            elif key == "data":
+                if value not in recipe.stages and not _looks_like_path(value):
+                    raise UserError(
+                        f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} "
+                        "A file or folder is written as a path."
+                    )
+                _check_kind(recipe, here, value, ("generate", "filter"))
+            else:
+                known = [*recipe.models, *recipe.stages]
+                if value not in known:
+                    raise UserError(
+                        f"{here}: there is no model or stage {value!r}.{nearest(value, known)}"
+                    )
+                _check_kind(recipe, here, value, ("train", "grpo", "prune"))
+    order(recipe, where)
+
+
+def _check_kind(recipe: Recipe, here: str, value: str, kinds: tuple[str, ...]) -> None:
+    stage = recipe.stages.get(value)
+    if stage is not None and stage.kind not in kinds:
+        raise UserError(
+            f"{here}: {value!r} is a stage of kind {stage.kind}; a {' or '.join(kinds)} stage is needed here."
+        )
+
+
+def _looks_like_path(value: str) -> bool:
+    return "/" in value or value.startswith(".") or Path(value).exists()
+
+
+def order(recipe: Recipe, where: str = "recipe") -> list[str]:
+    """Stage names, inputs first, otherwise as written. Raises UserError that spells out a cycle."""
+    done: list[str] = []
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            cycle = " -> ".join((*path[path.index(name) :], name))
+            raise UserError(f"{where}: stages: {cycle} goes round in a circle.")
+        if name not in done:
+            for _, value in recipe.stages[name].inputs():
+                if value in recipe.stages:
+                    visit(value, (*path, name))
+            done.append(name)
+
+    for name in recipe.stages:
+        visit(name, ())
+    return done
