@@ -38,7 +38,8 @@ class Targets:
     """What a loss compares the student with: the rows of a Batch that have a weight.
 
     label_T int64; weight_T float32, the denominator already divided in; teacher_ids_TK int64 (-1 = none) with
-    teacher_logp_TK (-inf there), teacher_tail_T; the rollout streams as in Batch. All by row, so they can be sliced.
+    teacher_logp_TK (-inf there), teacher_tail_T; the rollout streams as in Batch. coupled_T: what a first pass over the tokens'
+    log-probabilities gave, for losses that couple the tokens of a trace. All by row, so they can be sliced.
     """
 
     label_T: Tensor
@@ -50,11 +51,12 @@ class Targets:
     old_logp_T: Tensor | None = None
     ref_logp_T: Tensor | None = None
     engine_logp_T: Tensor | None = None
+    coupled_T: Tensor | None = None
 
     @staticmethod
     def of(batch: Batch, rows: Tensor) -> Targets:
         """The chosen rows [T] (indices) of a batch of tensors."""
-        streams = {f.name: getattr(batch, f.name) for f in fields(Targets)}
+        streams = {f.name: getattr(batch, f.name, None) for f in fields(Targets)}
         picked: dict[str, Any] = {k: None if v is None else v[rows] for k, v in streams.items()}
         picked["weight_T"] = picked["weight_T"] / batch.denominator
         return Targets(**picked)
