@@ -65,6 +65,9 @@ class FilterStage(StageConfig):
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "data", self.data
+        for number, keep in enumerate(self.keep):
+            if isinstance(against := keep.options.get("against"), str):
+                yield f"keep.{number}.against", against
 
 
 class OptimStage(StageConfig):

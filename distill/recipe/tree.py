@@ -47,6 +47,12 @@ def check_references(recipe: Recipe, where: str) -> None:
                     raise UserError(
                         f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)}"
                     )
+            elif key.endswith(".against"):
+                if value not in recipe.tasks and not _looks_like_path(value):
+                    raise UserError(
+                        f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)} "
+                        "A file is written as a path."
+                    )
             elif key == "data":
                 if value not in recipe.stages and not _looks_like_path(value):
                     raise UserError(

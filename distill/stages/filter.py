@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
 
-from distill.recipe import FilterStage
-from distill.records import Cost
-from distill.stages.context import Context, Result
+from distill import jsonl
+from distill.recipe import CompareStage, EvalStage, FilterStage
+from distill.records import Cost, UserError
+from distill.stages.context import Context, Result, find_data
+from distill.tasks.generated import GeneratedTask
+from distill.tasks.splits import normalise
+from distill.traces.contamination import HeldOut
 from distill.traces.reader import content_fingerprint
 from distill.traces.selection import select
 
@@ -14,7 +20,9 @@ from distill.traces.selection import select
 def run(config: FilterStage, context: Context) -> Result:
     out = context.folder / "traces"
     shutil.rmtree(out, ignore_errors=True)
-    selection = select(context.data_path(config.data), out, config.keep)
+    selection = select(
+        context.data_path(config.data), out, config.keep, lambda name: held_out(name, context)
+    )
     context.say(str(selection).replace("\n", "\n  "))
     metrics = {
         "rows": selection.rows,
@@ -25,3 +33,47 @@ def run(config: FilterStage, context: Context) -> Result:
     }
     cost = Cost(samples_filtered=selection.rows - selection.kept)
     return Result(cost, metrics, content_fingerprint(out))
+
+
+def held_out(against: str, context: Context) -> HeldOut:
+    """The evaluation set that a filter's `against` names: a task of the recipe, or a JSONL file of problems.
+
+    Of a task that writes problems without end: those that the recipe's eval and compare stages draw. Raises
+    UserError where there are none.
+    """
+    where = f"stages.{context.name}.keep.against"
+    if against not in context.recipe.tasks:
+        path = find_data(against)
+        if path is None or path.suffix != ".jsonl":
+            raise UserError(
+                f"{where}: {against!r} is neither a task of the recipe nor a JSONL file."
+            )
+        return HeldOut(_questions(path), normalise, prose=True)
+    task, num = context.task(against), None
+    if isinstance(task, GeneratedTask):
+        num = max(
+            (
+                stage.problems
+                for stage in context.recipe.stages.values()
+                if isinstance(stage, EvalStage | CompareStage) and stage.task == against
+            ),
+            default=None,
+        )
+        if num is None:
+            raise UserError(
+                f"{where}: the task {against!r} writes problems without end, and no eval or compare stage says which of "
+                "them are evaluated on. Add that stage, or name a JSONL file of the problems."
+            )
+    problems = task.problems("held_out", num, context.seed)
+    return HeldOut((p.question for p in problems), normalise, prose=num is None)
+
+
+def _questions(path: Path) -> Iterator[str]:
+    """The last user message of every row. Raises UserError at a row that is no problem: a set with holes protects
+    nobody."""
+    for number, row in jsonl.read_rows(path):
+        try:
+            messages, _ = jsonl.conversation(row)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number}: {error}.") from None
+        yield next(m["content"] for m in reversed(messages) if m["role"] == "user")

@@ -6,6 +6,7 @@
     writer.py     TraceWriter: shards written in the background, exactly once, whatever kills it
     reader.py     open_traces: streaming and shuffled reading of a folder, a selection or one shard
     filters.py    the filters a recipe may name (this module is their registry)
+    contamination.py   an evaluation set as the decontaminate filter sees it
     selection.py  runs filters over a folder and writes which rows they keep, never the rows themselves
     verify.py     is everything there and whole; drop what is not
     stats.py      what a folder holds, in numbers

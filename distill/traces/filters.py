@@ -4,15 +4,29 @@ A filter gets all traces of one problem, in the order of their samples, and retu
 keyword-only arguments are its options. It always sees the whole group, whatever other filters say, so that
 their order does not matter: a trace is kept when every filter flags it. Groups carry text, ids and verdicts;
 `logprob` and `top` are not read. The first line of a filter's docstring is the reason its report gives.
+
+DeepSeek-R1 kept a trace for its students when it was correct and its reasoning had no mixed languages, no long
+paragraphs and no code blocks (section 2.3.3 of the paper, without figures): `correct`, `finished`, `language`,
+`paragraphs` and `code_blocks` are those. The reasoning is what stands before the last `</think>`; without
+one it is all of the text.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import re
 
 import numpy as np
+from rapidfuzz import process
+from rapidfuzz.distance import Indel
 
+from distill.language import language_share
 from distill.records import Array, Traces
+from distill.traces.contamination import HeldOut
+
+_PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
+_FENCE = re.compile(r"^[^\S\n]*(`{3,}|~{3,})", re.MULTILINE)
 
 
 def correct(group: Traces) -> Array:
@@ -38,6 +52,83 @@ def duplicates(group: Traces) -> Array:
     return np.array([first[text] == row for row, text in enumerate(group.completion)], bool)
 
 
+def near_duplicates(group: Traces, *, threshold: float = 0.9) -> Array:
+    """nearly the same text as an earlier sample of the problem that was kept
+
+    Similarity of two texts: 2 L / (words of one + words of the other), L the length of their longest common
+    subsequence of words (case ignored); dropped from `threshold` on. Exact, no sketch: a group is small.
+    """
+    words = [text.casefold().split() for text in group.completion]
+    flags = np.ones(len(words), bool)
+    for row in range(1, len(words)):
+        earlier = [words[n] for n in np.flatnonzero(flags[:row])]
+        close = process.extractOne(
+            words[row],
+            earlier,
+            scorer=Indel.normalized_similarity,
+            processor=None,
+            score_cutoff=threshold,
+        )
+        flags[row] = close is None
+    return flags
+
+
+def language(group: Traces, *, target: str = "en", min_share: float = 0.9) -> Array:
+    """reasoning with too few words of the target language
+
+    Reasoning that cannot be judged (figures and formulas only) is kept: no other language is in it.
+    """
+    shares = [language_share(_reasoning(text), target) for text in group.completion]
+    return np.array([share is None or share >= min_share for share in shares], bool)
+
+
+def paragraphs(
+    group: Traces, *, max_chars: int | None = 2000, max_words: int | None = None
+) -> Array:
+    """reasoning with a paragraph longer than max_chars or max_words
+
+    Paragraphs are parted by empty lines.
+    """
+    chars_limit = math.inf if max_chars is None else max_chars
+    words_limit = math.inf if max_words is None else max_words
+    return np.array(
+        [
+            all(
+                len(part.strip()) <= chars_limit and len(part.split()) <= words_limit
+                for part in _PARAGRAPH.split(_reasoning(text))
+            )
+            for text in group.completion
+        ],
+        bool,
+    )
+
+
+def code_blocks(group: Traces, *, max_blocks: int = 0) -> Array:
+    """reasoning with more than max_blocks fenced code blocks
+
+    A block stands between lines that start with three or more backticks or tildes; one that is never closed
+    counts. Code in the answer, after the reasoning, is no matter.
+    """
+    return np.array(
+        [_num_blocks(_reasoning(text)) <= max_blocks for text in group.completion], bool
+    )
+
+
+def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: int = 10) -> Array:
+    """the problem, or ngram words in a row of it, is in the evaluation set `against`
+
+    against: a task of the recipe (its held-out problems) or a JSONL file of problems; what it names arrives as
+    held_out. Generated problems share their template's words, so they are compared as a whole only.
+    """
+    prompts = [json.loads(messages) for messages in group.messages]
+    known: dict[str, bool] = {}
+    for prompt in prompts:
+        for text in _questions(prompt):
+            if text not in known:
+                known[text] = held_out.holds(text, ngram)
+    return np.array([not any(known[text] for text in _questions(p)) for p in prompts], bool)
+
+
 def best_of_n(group: Traces, *, n: int = 1) -> Array:
     """not among the n of highest reward (equal rewards: correct first, then the earlier sample)"""
     rewards = [math.nan if reward is None else reward for reward in group.reward]
@@ -53,3 +144,23 @@ def pass_rate(group: Traces, *, low: float = 0.0, high: float = 1.0) -> Array:
     judged = [flag for flag in group.correct if flag is not None]
     rate = sum(judged) / len(judged) if judged else math.nan
     return np.full(len(group), low <= rate <= high)
+
+
+def _reasoning(text: str) -> str:
+    before, found, _ = text.rpartition("</think>")
+    return (before if found else text).removeprefix("<think>")
+
+
+def _num_blocks(text: str) -> int:
+    """Fenced blocks; a fence is closed by one of the same character that is at least as long."""
+    num, opened = 0, ""
+    for fence in _FENCE.findall(text):
+        if not opened:
+            num, opened = num + 1, fence
+        elif fence[0] == opened[0] and len(fence) >= len(opened):
+            opened = ""
+    return num
+
+
+def _questions(messages: list[dict[str, str]]) -> list[str]:
+    return [message["content"] for message in messages if message["role"] == "user"]

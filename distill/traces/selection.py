@@ -1,8 +1,9 @@
 """Runs filters over traces and writes which rows they keep: a selection, which a reader opens like a folder.
 
-In: a folder of traces (or another selection). Out: a folder with `keep.parquet` (trace_id, shard, row) and
-`selection.json`: the source by a relative path and its fingerprint, the filters with their options, and what
-each dropped and why. Distributions are neither read nor copied.
+In: a folder of traces (or another selection). Out: a folder with `keep.parquet` (trace_id, shard, row),
+`dropped.parquet` (trace_id, problem_id, the filters that refused it) and `selection.json`: the source by a
+relative path and its fingerprint, the filters with their options, and how many each dropped and why.
+Distributions are neither read nor copied.
 
 Memory holds the light columns of the problems whose traces have not all been seen yet: a few, where a
 problem's traces lie together, as `generate` writes them.
@@ -10,9 +11,11 @@ problem's traces lie together, as `generate` writes them.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from distill import plug
 from distill.recipe import PlugConfig
 from distill.records import Array, Ragged, Traces, UserError
 from distill.traces import codec, folder
+from distill.traces.contamination import HeldOut
 from distill.traces.reader import (
     KEEP_FILE,
     SELECTION_FILE,
@@ -35,17 +39,22 @@ from distill.traces.reader import (
 from distill.traces.schema import LIGHT_COLUMNS
 
 HOME = "distill.traces.filters"
+DROPPED_FILE = "dropped.parquet"
+NUM_SHOWN = 3
+"""Trace ids named for each filter; all of them are in the file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """What one filter did. dropped: traces it refused; alone: those that no other filter refused."""
+    """What one filter did. dropped: traces it refused; alone: those that no other filter refused; first: the
+    first few of their ids."""
 
     fn: str
     options: dict[str, Any]
     why: str
     dropped: int
     alone: int
+    first: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,50 +69,78 @@ class Selection:
         lines = [
             f"kept {self.kept:,} of {self.rows:,} traces, of {self.problems_kept:,} of {self.problems:,} problems"
         ]
-        lines += [
-            f"  {f.fn}: dropped {f.dropped:,} ({f.alone:,} that only it dropped): {f.why}"
-            for f in self.filters
-        ]
+        for f in self.filters:
+            named = f" ({', '.join(f.first)}{', …' if f.dropped > len(f.first) else ''})"
+            lines.append(
+                f"  {f.fn}: dropped {f.dropped:,} ({f.alone:,} that only it dropped): {f.why}"
+                f"{named if f.first else ''}"
+            )
         return "\n".join(lines)
 
 
-def select(source: str | Path, out: str | Path, keep: Sequence[PlugConfig]) -> Selection:
+def select(
+    source: str | Path,
+    out: str | Path,
+    keep: Sequence[PlugConfig],
+    held_out: Callable[[str], HeldOut] | None = None,
+) -> Selection:
     """Write the selection of the traces that every filter keeps.
 
-    Raises UserError for an unknown filter or option, a filter whose answer is not a flag a trace, and when
+    held_out: finds the evaluation set that a filter's option `against` names, for filters that take one as
+    their second argument. Raises UserError for an unknown filter or option, a filter whose answer is not a flag a trace, and when
     nothing would be kept.
     """
     source, out = Path(source), Path(out)
-    functions = [plug.bind(f.fn, f.options, HOME, f"keep.{f.fn}") for f in keep]
+    functions = [_bind(f, held_out) for f in keep]
     reader = open_traces(source)
     if out.resolve() in (reader.base.resolve(), source.resolve()):
         raise UserError(f"{out}: a selection is written beside the traces, not into their folder.")
     num_problems = num_problems_kept = 0
-    dropped, alone = np.zeros(len(keep), np.int64), np.zeros(len(keep), np.int64)
+    alone = np.zeros(len(keep), np.int64)
     kept: list[tuple[int, int, str]] = []
+    refused: list[tuple[str, str, Array]] = []
     for group in _groups(reader):
         refused_FN = ~_flags(functions, keep, group)
-        dropped += refused_FN.sum(1)
         alone += (refused_FN & (refused_FN.sum(0) == 1)).sum(1)
-        passed = [group[int(n)] for n in np.flatnonzero(~refused_FN.any(0))]
-        kept += [(row.shard, row.number, row.block.trace_id[row.n]) for row in passed]
         num_problems += 1
-        num_problems_kept += bool(passed)
+        num_problems_kept += not refused_FN.any(0).all()
+        for row, refused_F in zip(group, refused_FN.T, strict=True):
+            if refused_F.any():
+                refused.append((row.trace_id, row.block.problem_id[row.n], refused_F))
+            else:
+                kept.append((row.shard, row.number, row.trace_id))
     result = Selection(
         rows=reader.num_rows,
         kept=len(kept),
         problems=num_problems,
         problems_kept=num_problems_kept,
         filters=tuple(
-            Dropped(f.fn, f.options, _why(function), int(dropped[i]), int(alone[i]))
+            _account(f, function, int(alone[i]), [row[0] for row in refused if row[2][i]])
             for i, (f, function) in enumerate(zip(keep, functions, strict=True))
         ),
     )
     if not kept:
         raise UserError(f"{source}: no trace is left, so there is nothing to select:\n{result}")
     files = [shard.file for shard in reader.shards]
-    _write(out, source, reader.fingerprint, files, sorted(kept), result)
+    _write(out, source, reader.fingerprint, files, sorted(kept), refused, result)
     return result
+
+
+def _bind(config: PlugConfig, held_out: Callable[[str], HeldOut] | None) -> Any:
+    """The filter with its options, and with the evaluation set where it asks for one."""
+    where = f"keep.{config.fn}"
+    function = plug.bind(config.fn, config.options, HOME, where)
+    if "held_out" not in inspect.signature(function).parameters:
+        return function
+    if held_out is None or not isinstance(config.options.get("against"), str):
+        raise UserError(f"{where}.against: is required: a task of the recipe, or a JSONL file.")
+    return functools.partial(function, held_out=held_out(config.options["against"]))
+
+
+def _account(config: PlugConfig, function: Any, alone: int, refused: list[str]) -> Dropped:
+    return Dropped(
+        config.fn, config.options, _why(function), len(refused), alone, tuple(refused[:NUM_SHOWN])
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +151,10 @@ class _Row:
     number: int
     block: Traces
     n: int
+
+    @property
+    def trace_id(self) -> str:
+        return self.block.trace_id[self.n]
 
 
 def _groups(reader: TraceReader) -> Iterator[list[_Row]]:
@@ -192,6 +233,7 @@ def _write(
     fingerprint: str,
     files: list[str],
     kept: list[tuple[int, int, str]],
+    refused: list[tuple[str, str, Array]],
     result: Selection,
 ) -> None:
     """The rows first, `selection.json` last; a stale one goes before, so that half a selection is none."""
@@ -204,9 +246,19 @@ def _write(
             "row": pa.array([row for _, row, _ in kept], pa.int64()),
         }
     )
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    data = sink.getvalue()
+    names = [f.fn for f in result.filters]
+    dropped = pa.table(
+        {
+            "trace_id": pa.array([trace_id for trace_id, _, _ in refused], pa.string()),
+            "problem_id": pa.array([problem_id for _, problem_id, _ in refused], pa.string()),
+            "by": pa.array(
+                [[names[i] for i in np.flatnonzero(flags)] for _, _, flags in refused],
+                pa.list_(pa.string()),
+            ),
+        }
+    )
+    folder.write_whole(out / DROPPED_FILE, _parquet(dropped))
+    data = _parquet(table)
     folder.write_whole(out / KEEP_FILE, data)
     folder.write_json(
         out / SELECTION_FILE,
@@ -218,3 +270,9 @@ def _write(
             **asdict(result),
         },
     )
+
+
+def _parquet(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return sink.getvalue()

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import trace_samples as samples
 
@@ -13,6 +14,7 @@ from distill import plug
 from distill.recipe import PlugConfig
 from distill.records import Traces, UserError
 from distill.traces import filters
+from distill.traces.contamination import HeldOut
 from distill.traces.export import export_sft, merge
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.selection import select
@@ -57,9 +59,130 @@ def test_filters_on_a_group_made_by_hand():
     assert flags(filters.best_of_n(scored, n=9)) == "+-+-++"
 
 
+def test_near_duplicates_are_told_by_their_common_words():
+    """Ten words, k of them changed: 2 (10 - k) / 20 of the words are common, in order."""
+    base = "one two three four five six seven eight nine ten"
+    texts = [
+        base,
+        base.replace("four", "FOUR"),
+        base.replace("four", "4"),
+        base.replace("four", "4").replace("nine", "9"),
+        "ten nine eight seven six five four three two one",
+        base + " eleven twelve",
+    ]
+    near = group(completion=texts)
+    assert flags(filters.near_duplicates(near, threshold=0.95)) == "+-++++"
+    assert flags(filters.near_duplicates(near)) == "+--++-"
+    assert flags(filters.near_duplicates(near, threshold=0.79)) == "+---+-"
+    assert flags(filters.near_duplicates(group(completion=["", "", "a", "b", "c", "a b"]))) == (
+        "+-++++"
+    )
+
+
+def test_the_near_of_a_dropped_text_is_measured_against_what_was_kept():
+    """b is near a and dropped; c is near b but not near a, so it stays."""
+    a = [f"w{n}" for n in range(20)]
+    b = [*a[:18], "x", "y"]
+    c = [*a[:16], "p", "q", "x", "y"]
+    texts = [" ".join(words) for words in (a, b, c)]
+    assert flags(filters.near_duplicates(group(completion=[*texts, "d", "e", "f"]))) == "+-++++"
+
+
+ENGLISH = "We are asked how many apples are left, so we take three away from the seven that he had."
+CHINESE = "我们需要先计算苹果的总数，然后再减去他吃掉的三个苹果，最后得到答案。"
+
+
+def test_language_judges_the_reasoning_alone():
+    texts = [
+        f"<think>{ENGLISH}</think><answer>4</answer>",
+        f"<think>{ENGLISH} {CHINESE}</think><answer>4</answer>",
+        f"<think>{ENGLISH}</think>{CHINESE}",
+        "<think>7 - 3 = 4</think><answer>4</answer>",
+        CHINESE,
+        f"<think>{ENGLISH} {CHINESE}",
+    ]
+    mixed = group(completion=texts)
+    assert flags(filters.language(mixed)) == "+-++--"
+    assert flags(filters.language(mixed, min_share=0.0)) == "++++++"
+    assert flags(filters.language(mixed, target="zh")) == "---++-"
+    with pytest.raises(UserError, match="language 'klingon' is not known"):
+        filters.language(mixed, target="klingon")
+
+
+def test_paragraphs_and_code_blocks_of_the_reasoning():
+    long = group(
+        completion=[
+            "<think>" + "a" * 10 + "\n\n" + "b" * 10 + "</think>" + "c" * 99,
+            "<think>" + "a" * 11 + "\n\nb</think>c",
+            "a b c d e f",
+            "a b c\nd e f",
+            "a b c\n \t\nd e f",
+            "",
+        ]
+    )
+    assert flags(filters.paragraphs(long, max_chars=10)) == "+---++"
+    assert flags(filters.paragraphs(long, max_chars=None, max_words=3)) == "++--++"
+    assert flags(filters.paragraphs(long)) == "++++++"
+    code = group(
+        completion=[
+            "<think>plain `x`</think>```python\nx\n```",
+            "<think>\n```\nx\n```\n</think>4",
+            "<think>\n  ~~~py\nx\n```\n~~~\nand\n```\ny\n```\n</think>4",
+            "never closed\n```py\nx",
+            "````\n```\n````\n",
+            "```\na\n```\n```\nb\n```\n```\nc",
+        ]
+    )
+    assert flags(filters.code_blocks(code)) == "+-----"
+    assert flags(filters.code_blocks(code, max_blocks=1)) == "++-++-"
+    assert flags(filters.code_blocks(code, max_blocks=2)) == "+++++-"
+
+
+def asking(*questions: str) -> Traces:
+    messages = [json.dumps([{"role": "user", "content": text}]) for text in questions]
+    filler = [json.dumps([{"role": "user", "content": "filler"}])] * (6 - len(questions))
+    return group(messages=messages + filler)
+
+
+def test_decontaminate_by_the_whole_question_and_in_prose_by_ten_words():
+    prose = [
+        "Tom has seven apples and he gives three of them away to Ann. How many are left?",
+        "What is two plus two?",
+    ]
+    asked = asking(
+        "TOM has seven apples  and he gives three of them away to Ann. How many are left?",
+        "Long ago: tom has seven apples -- and he gives three of (them). Why?",
+        "Tom has seven apples and he gives three. What is two plus two, and why?",
+        "what is two plus two?",
+    )
+    plain = HeldOut(prose, lambda text: " ".join(text.lower().split()), prose=True)
+
+    def decontaminate(held_out: HeldOut, **options) -> str:
+        return flags(filters.decontaminate(asked, held_out, against="x", **options))
+
+    assert decontaminate(plain) == "--+-++"
+    assert decontaminate(plain, ngram=8) == "----++"
+    assert decontaminate(plain, ngram=11) == "-++-++"
+    assert decontaminate(plain, ngram=0) == "-++-++"
+    generated = HeldOut(prose, lambda text: " ".join(text.lower().split()), prose=False)
+    assert decontaminate(generated, ngram=3) == "-++-++"
+
+
 def test_the_module_is_the_registry():
     names = plug.names("distill.traces.filters")
-    assert set(names) == {"correct", "finished", "length", "duplicates", "best_of_n", "pass_rate"}
+    assert set(names) == {
+        "correct",
+        "finished",
+        "length",
+        "duplicates",
+        "near_duplicates",
+        "language",
+        "paragraphs",
+        "code_blocks",
+        "decontaminate",
+        "best_of_n",
+        "pass_rate",
+    }
     assert all(function.__doc__ for function in names.values())
 
 
@@ -92,7 +215,16 @@ def test_a_selection_reads_as_the_rows_that_every_filter_keeps(stored, tmp_path)
     assert finished.alone == sum(n % 4 == 3 and n % 5 != 0 and n % 2 == 1 for n in range(40))
     assert "token limit" in str(result)
     assert verify(tmp_path / "clean").rows == 40
-    assert {p.name for p in (tmp_path / "clean").iterdir()} == {"keep.parquet", "selection.json"}
+    files = {p.name for p in (tmp_path / "clean").iterdir()}
+    assert files == {"keep.parquet", "dropped.parquet", "selection.json"}
+    refused = pq.read_table(tmp_path / "clean" / "dropped.parquet").to_pylist()
+    assert {row["trace_id"] for row in refused} == {f"trace{n:06d}" for n in {*range(40)} - {*want}}
+    by = {row["trace_id"]: (row["problem_id"], row["by"]) for row in refused}
+    assert by["trace000003"] == ("problem000000", ["finished"])
+    assert by["trace000002"] == ("problem000000", ["correct"])
+    assert by["trace000015"] == ("problem000003", ["correct", "finished"])
+    assert finished.first == ("trace000003", "trace000007", "trace000011")
+    assert "(trace000003, trace000007, trace000011, …)" in str(result)
     tree = json.loads((tmp_path / "clean" / "selection.json").read_text())
     assert tree["source"] == "../traces"
     lengths = open_traces(tmp_path / "clean").lengths().completion
@@ -155,6 +287,7 @@ def nonsense(group: Traces) -> list[int]:
         (keep("length", max_tokens="many"), "keep.length.max_tokens"),
         (keep("length", min_tokens=10**6), "no trace is left"),
         (keep("test_trace_filters:nonsense"), "4 booleans for 4 traces"),
+        (keep("decontaminate", against="sums"), "keep.decontaminate.against: is required"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(stored, tmp_path, filters, says):
