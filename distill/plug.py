@@ -15,6 +15,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pydantic
@@ -87,23 +88,36 @@ def check_options(function: Function, options: Mapping[str, Any], where: str) ->
     try:
         checked = schema(**options)
     except pydantic.ValidationError as error:
-        raise UserError(explain(error, where, parameters)) from None
+        home = sys.modules.get(function.__module__)
+        refused = getattr(home, "REFUSED_OPTIONS", {})
+        raise UserError(explain(error, where, parameters, refused)) from None
     return {key: getattr(checked, key) for key in options}
 
 
-def explain(error: pydantic.ValidationError, where: str, known: Iterable[str] = ()) -> str:
-    """A pydantic error as one message: a line a mistake, each with its key, what was wrong and the nearest key."""
+def explain(
+    error: pydantic.ValidationError,
+    where: str,
+    known: Iterable[str] = (),
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """A pydantic error as one message: a line a mistake, each with its key, what was wrong and the nearest key.
+
+    refused: keys that cannot be, with the reason (a module says so in its REFUSED_OPTIONS).
+    """
     lines = []
     for mistake in error.errors():
         key = ".".join(str(part) for part in mistake["loc"])
         label = f"{where}.{key}" if where and key else where or key
-        if mistake["type"] == "extra_forbidden":
+        if mistake["type"] == "extra_forbidden" and mistake["loc"][-1] in refused:
+            lines.append(f"{label}: {refused[str(mistake['loc'][-1])]}")
+        elif mistake["type"] == "extra_forbidden":
             lines.append(f"{label}: unknown key.{nearest(str(mistake['loc'][-1]), known)}")
         elif mistake["type"] == "missing":
             lines.append(f"{label}: is required.")
         else:
             shown = repr(mistake["input"])
-            lines.append(f"{label}: {mistake['msg'].lower()}, got {shown[:80]}.")
+            said = mistake["msg"].removeprefix("Value error, ").lower()
+            lines.append(f"{label}: {said}, got {shown[:80]}.")
     return "\n".join(lines)
 
 
