@@ -72,6 +72,7 @@ for _name, _kinds, _text in (
     ("filter", ("filter",), "Run a recipe's filter stages."),
     ("prune", ("prune",), "Run a recipe's prune stages."),
     ("train", ("train",), "Run a recipe's train stages."),
+    ("grpo", ("grpo",), "Run a recipe's grpo stages: reinforcement learning."),
     ("eval", ("eval",), "Run a recipe's eval stages, those of its comparisons included."),
     ("compare", ("compare",), "Run a recipe's compare stages."),
 ):
@@ -171,7 +172,10 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
 @app.command("ls")
 def list_things(
     what: Annotated[
-        str, typer.Argument(help="losses, filters, tasks, engines, stages, templates or recipes")
+        str,
+        typer.Argument(
+            help="losses, objectives, rewards, filters, tasks, engines, stages, templates or recipes"
+        ),
     ],
 ) -> None:
     """List what a recipe can name."""

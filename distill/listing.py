@@ -11,6 +11,8 @@ from distill.records import UserError
 
 HOMES = {
     "losses": "distill.training.losses",
+    "objectives": "distill.training.objectives",
+    "rewards": "distill.tasks.rewards",
     "filters": "distill.traces.filters",
     "tasks": "distill.tasks",
     "engines": "distill.engines.kinds",

@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +242,39 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {error}") from None
+
+
+def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name in the checkpoint, tensor) of every weight, LoRA adapters merged in; the model stays as it is.
+
+    Merging in place and taking it back would leave rounding errors in bf16 weights, time after time.
+    """
+    if not hasattr(model, "get_base_model"):
+        yield from ((name, p.detach()) for name, p in model.named_parameters())
+        return
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    deltas, saved = {}, {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            deltas[f"{name}.base_layer.weight"] = module
+        elif isinstance(module, ModulesToSaveWrapper):
+            saved[f"{name}.original_module."] = (
+                f"{name}.modules_to_save.{module.active_adapters[0]}."
+            )
+    parameters = dict(model.get_base_model().named_parameters())
+    for name, parameter in parameters.items():
+        if "lora_" in name or ".modules_to_save." in name:
+            continue
+        tensor = parameter.detach()
+        if (layer := deltas.get(name)) is not None:
+            for adapter in layer.active_adapters:
+                tensor = tensor + layer.get_delta_weight(adapter).detach().to(tensor.dtype)
+        for original, trained in saved.items():
+            if name.startswith(original):
+                tensor = parameters[trained + name[len(original) :]].detach()
+        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), tensor
 
 
 # --------------------------------------------------------------------------------------------- tokenizers

@@ -148,7 +148,7 @@ def role_of(recipe: Recipe, model: str) -> Any:
         config.kind == "generate" and config.model == model for config in recipe.stages.values()
     ):
         return "teacher"
-    trained = model in recipe.stages and recipe.stages[model].kind == "train"
+    trained = model in recipe.stages and recipe.stages[model].kind in ("train", "grpo")
     return "student" if trained else "start"
 
 

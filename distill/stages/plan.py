@@ -20,6 +20,7 @@ from distill.recipe import (
     EvalStage,
     FilterStage,
     GenerateStage,
+    GrpoStage,
     ModelConfig,
     PruneStage,
     Recipe,
@@ -117,6 +118,8 @@ def predict(recipe: Recipe, machine: estimate.Machine | None = None) -> list[Row
             amounts = _filter(name, config, known)
         elif isinstance(config, TrainStage):
             amounts = _train(name, config, known, machine)
+        elif isinstance(config, GrpoStage):
+            amounts = _grpo(name, config, known, machine)
         else:
             for arm, child in config.children().items():
                 rows.append(
@@ -203,6 +206,60 @@ def _train(
     )
     seconds = estimate.predict_train_seconds(shape, total, num_steps, machine, config.dtype)
     return _amounts(tokens=tokens, flops=total, memory=memory.total, seconds=seconds)
+
+
+def _grpo(
+    name: str, config: GrpoStage, known: _Known, machine: estimate.Machine
+) -> dict[str, float]:
+    """Its own sampling and its training; every group is taken to have something to learn from."""
+    from distill.stages.resolve import resolve_objective
+
+    shape, (_, prompt) = known.shape(config.model), known.task(config.task)
+    learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
+    reply = min(learned, config.sampling.max_tokens)
+    rollouts = config.steps // (config.mini_batches * config.passes)
+    sampled = rollouts * config.mini_batches * config.prompts * config.group_size
+    trained = sampled * config.passes
+    scorings = (config.mini_batches * config.passes > 1) + resolve_objective(config, name).reference
+    training = flops.train_flops(
+        shape,
+        trained * (prompt + reply),
+        (prompt + reply + 1) / 2,
+        trained * reply,
+        lora=config.lora is not None,
+        checkpointing=config.gradient_checkpointing,
+    )
+    scoring = scorings * flops.forward_flops(
+        shape, sampled * (prompt + reply), (prompt + reply + 1) / 2, sampled * reply
+    )
+    generation = flops.generate_flops(shape, sampled * prompt, sampled * reply, sampled)
+    seconds = estimate.predict_train_seconds(
+        shape, training + scoring, config.steps, machine, config.dtype
+    ) + estimate.predict_generate_seconds(
+        shape,
+        sampled,
+        sampled * prompt,
+        sampled * reply,
+        machine,
+        batch_size=config.engine.batch_size,
+        dtype=config.engine.dtype,
+        engine=config.engine.fn,
+    )
+    memory = (
+        flops.train_memory(
+            shape, config.micro_tokens, checkpointing=config.gradient_checkpointing
+        ).total
+        + flops.generate_memory(
+            shape, config.engine.batch_size, int(prompt + config.sampling.max_tokens)
+        ).total
+    )
+    known.shapes[name], known.replies[name] = shape, reply
+    return _amounts(
+        tokens=sampled * (prompt + reply) + trained * (prompt + reply),
+        flops=training + scoring + generation,
+        memory=memory,
+        seconds=seconds,
+    )
 
 
 def _rows_of(config: TrainStage, known: _Known) -> tuple[float, float, float]:
@@ -306,7 +363,9 @@ def _gguf_shape(path: Path) -> ModelShape:
 
 
 def check_plugs(recipe: Recipe) -> None:
-    """Every loss, filter and engine named in a recipe exists and takes the options given. Raises UserError."""
+    """Every loss, filter, reward and engine named in a recipe exists and takes the options given. Raises UserError."""
+    from distill.stages.resolve import resolve_objective, resolve_rewards
+
     for name, config in recipe.stages.items():
         if isinstance(config, TrainStage):
             plug.bind(
@@ -315,6 +374,10 @@ def check_plugs(recipe: Recipe) -> None:
                 "distill.training.losses",
                 f"stages.{name}.loss",
             )
+        elif isinstance(config, GrpoStage):
+            resolve_objective(config, f"stages.{name}")
+            resolve_rewards(config, f"stages.{name}")
+            plug.find(config.engine.fn, "distill.engines.kinds", f"stages.{name}.engine.fn")
         elif isinstance(config, FilterStage):
             for number, keep in enumerate(config.keep):
                 plug.bind(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from distill import engines, models
-from distill.recipe import EvalStage, GenerateStage
+from distill.recipe import EngineConfig, EvalStage, GenerateStage
 from distill.records import (
     Array,
     Completion,
@@ -111,12 +111,12 @@ def sample(
         metadata.weights, metadata.tokenizer, metadata.template, metadata.sampling, metadata.task
     )
 
-    context_limit = _context_limit(config, model_dir)
+    limit = context_limit(config.engine, model_dir)
     wanted: dict[str, Asked] = {}
     counts = Counts()
     for problem in task.problems(split, config.problems, context.seed):
         prompt_ids = models.render_prompt(tokenizer, task.template, problem.messages)
-        if len(prompt_ids) >= context_limit:
+        if len(prompt_ids) >= limit:
             counts.prompts_too_long += config.samples
             continue
         for number in range(config.samples):
@@ -125,7 +125,7 @@ def sample(
             )
     if counts.prompts_too_long:
         context.say(
-            f"{counts.prompts_too_long} prompts skipped: longer than the context of {context_limit} tokens"
+            f"{counts.prompts_too_long} prompts skipped: longer than the context of {limit} tokens"
         )
 
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
@@ -140,7 +140,7 @@ def sample(
             engine = engines.open_engine(
                 config.engine,
                 model_dir,
-                max_model_len=min(context_limit, -(-longest // ROOM) * ROOM),
+                max_model_len=min(limit, -(-longest // ROOM) * ROOM),
                 max_top_k=top_k,
             )
             try:
@@ -254,10 +254,10 @@ def completion_text(tokenizer: Any, ids_T: Array) -> str:
     return text
 
 
-def _context_limit(config: GenerateStage | EvalStage, model_dir: Path) -> int:
+def context_limit(engine: EngineConfig, model_dir: Path) -> int:
     """Tokens of prompt and completion together that the model, or the recipe, allows."""
     own = models.config_of(model_dir).get("max_position_embeddings")
-    limits = [n for n in (own, config.engine.max_model_len) if n]
+    limits = [n for n in (own, engine.max_model_len) if n]
     return min(limits) if limits else 1 << 20
 
 

@@ -13,12 +13,16 @@ import numpy as np
 from distill import jsonl, models, plug
 from distill.head import LossFn
 from distill.recipe import TrainStage
-from distill.records import Batch, Cost, Template, UserError, draw_seed
-from distill.reports.flops import ModelShape, train_flops
+from distill.records import Template, UserError, draw_seed
+from distill.reports.flops import ModelShape
 from distill.stages.context import Context, Result, fingerprint_of, save_model
+from distill.stages.costs import tally_cost
 from distill.traces.reader import TraceReader, open_traces
 from distill.training import loop, losses
+from distill.training.loop import Step
+from distill.training.objective import Objective
 from distill.training.packing import Example, Source, examples_of, pack, steps, steps_per_epoch
+from distill.training.policy import Policy
 
 LOSSES = "distill.training.losses"
 
@@ -37,11 +41,11 @@ def run(config: TrainStage, context: Context) -> Result:
     if config.lora is not None:
         model = models.add_lora(model, config.lora)
 
-    def batches(start: int) -> Iterator[list[Batch]]:
+    def source_steps(start: int, _: Policy) -> Iterator[Step]:
         for examples in steps(
             source, batch_traces=config.batch_traces, num_steps=num_steps, start=start
         ):
-            yield pack(examples, micro_tokens=config.micro_tokens, normalise=config.normalise)
+            yield Step(pack(examples, micro_tokens=config.micro_tokens, normalise=config.normalise))
 
     live = context.live(num_steps, "steps")
 
@@ -51,8 +55,8 @@ def run(config: TrainStage, context: Context) -> Result:
 
     tally = loop.train(
         model,
-        batches,
-        loss_fn,
+        source_steps,
+        Objective(loss_fn),
         config,
         num_steps=num_steps,
         vocab_size=len(tokenizer),
@@ -66,21 +70,10 @@ def run(config: TrainStage, context: Context) -> Result:
     fingerprint = save_model(model, tokenizer, context.folder)
     shape = ModelShape.from_config(models.config_of(context.folder / "model"))
     return Result(
-        _cost(config, shape, tally), _metrics(context.folder, tally, source, num_steps), fingerprint
+        tally_cost(config, shape, tally),
+        _metrics(context.folder, tally, source, num_steps),
+        fingerprint,
     )
-
-
-def _cost(config: TrainStage, shape: ModelShape, tally: loop.Tally) -> Cost:
-    context = (tally.squared_lengths / tally.tokens + 1) / 2 if tally.tokens else 0.0
-    flops = train_flops(
-        shape,
-        tally.tokens,
-        context,
-        tally.head_tokens,
-        lora=config.lora is not None,
-        checkpointing=config.gradient_checkpointing,
-    )
-    return Cost(tokens_trained=tally.tokens, flops=flops)
 
 
 def _metrics(folder: Path, tally: loop.Tally, source: Source, num_steps: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The loop: takes optimiser steps' worth of batches and a loss, and knows no algorithm.
 
-In: a model, an iterator of micro-batches a step, a loss. Out: the trained weights (in place), one line of
-metrics a step, checkpoints that resume bitwise, and a tally of what was computed. The loss is a sum over tokens
-divided once by the step's denominator, so micro-batching and the number of processes change nothing.
+In: a model, a source of steps, a loss. Out: the trained weights (in place), one line of metrics a step,
+checkpoints that resume bitwise, and a tally of what was computed. The loss is a sum over tokens divided once by
+the step's denominator, so micro-batching and the number of processes change nothing.
 """
 
 from __future__ import annotations
@@ -10,72 +10,74 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill.head import HeadForm, HeadOutput, LossFn, Targets, head_loss
-from distill.recipe import TrainStage
+from distill.recipe import OptimStage
 from distill.records import Batch, UserError
 from distill.training import checkpoint
-from distill.training.attention import PACKED, Layout
+from distill.training.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
+from distill.training.policy import Policy, Trainee
 
 
 @dataclass(slots=True)
 class Tally:
-    """What training computed: tokens through the body and through the head, and sum over traces of length squared."""
+    """What a stage computed.
+
+    tokens through the body and head_tokens through the head, forward and backward, with the sum over traces of
+    length squared; scored_*: the same, forward only; prompt_tokens and generated_tokens of completions sampled.
+    """
 
     tokens: int = 0
     head_tokens: int = 0
     squared_lengths: int = 0
+    scored_tokens: int = 0
+    scored_head_tokens: int = 0
+    scored_squared_lengths: int = 0
+    completions: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    samples_failed: int = 0
+    verifier_seconds: float = 0.0
     bad_steps: int = 0
     seconds: float = 0.0
 
+    def add(self, other: Tally) -> None:
+        for f in fields(Tally):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
-class Trainee(nn.Module):
-    """A causal language model with the loss on its head, as one module that accelerate can wrap."""
 
-    def __init__(self, model: Any, loss_fn: LossFn, vocab_size: int) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-        self.form = HeadForm.of(model.config, vocab_size)
-        (
-            model.get_base_model() if hasattr(model, "get_base_model") else model
-        ).set_attn_implementation(PACKED)
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step's work.
 
-    def forward(self, batch: Batch, rows: Tensor) -> HeadOutput:
-        """rows: indices of the tokens that have a weight; only they reach the head."""
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        hidden_TD = base.get_decoder()(
-            input_ids=batch.ids_T[None],
-            position_ids=batch.position_T[None],
-            use_cache=False,
-            layout=Layout.of(batch.doc_offsets),
-        ).last_hidden_state[0]
-        head = base.get_output_embeddings()
-        return head_loss(
-            hidden_TD.index_select(0, rows),
-            head.weight,
-            self.loss_fn,
-            Targets.of(batch, rows),
-            form=self.form,
-            bias_V=getattr(head, "bias", None),
-        )
+    batches: micro-batches, numpy; none at all is a step whose gradient is zero. metrics: to be logged beside the
+    loss. tally: what making the step took. resumable: whether training can start again after this step.
+    """
+
+    batches: list[Batch]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    resumable: bool = True
+
+
+Source = Callable[[int, Policy], Iterator[Step]]
+"""(first step, the model in training) -> the steps from there on; the next is asked for after the last was taken."""
 
 
 def train(
     model: Any,
-    batches: Callable[[int], Iterator[list[Batch]]],
-    loss_fn: LossFn,
-    config: TrainStage,
+    source: Source,
+    objective: Objective,
+    config: OptimStage,
     *,
     num_steps: int,
     vocab_size: int,
@@ -85,75 +87,78 @@ def train(
 ) -> Tally:
     """Train in place for num_steps optimiser steps, from the newest checkpoint in `folder` when there is one.
 
-    batches(start) yields each step's micro-batches (numpy) from step `start` on. Metrics go to
-    folder/metrics.jsonl, checkpoints to folder/checkpoints. Raises UserError after config.max_bad_steps steps in a
-    row whose loss or gradient is not finite.
+    Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. Raises UserError after
+    config.max_bad_steps steps in a row whose loss or gradient is not finite.
     """
     accelerator = _accelerator(config, folder, name)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    trainee = accelerator.prepare_model(Trainee(model, loss_fn, vocab_size).to(accelerator.device))
+    trainee = accelerator.prepare_model(
+        Trainee(model, objective, vocab_size).to(accelerator.device)
+    )
+    policy = Policy(model, trainee, accelerator.device, objective, vocab_size)
     optimizer = MasterAdamW(
         model.named_parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
-    tally, start = _resume(folder, optimizer)
-    _drop_lines_after(folder / "metrics.jsonl", start)
-    bad_in_a_row = 0
+    tally, start = _resume(folder, optimizer, policy)
+    drop_lines_after(folder / "metrics.jsonl", start)
+    bad_in_a_row, due = 0, False
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-        for step, micro_batches in enumerate(batches(start), start):
-            began = time.perf_counter()
-            loss, label_nll = _accumulate(accelerator, trainee, optimizer, micro_batches, tally)
+        began = time.perf_counter()
+        for done, step in enumerate(source(start, policy), start + 1):
+            tally.add(step.tally)
+            metrics = _accumulate(accelerator, trainee, optimizer, step.batches, tally)
             norm = float(optimizer.clip(config.clip_norm))
             lr = learning_rate(
-                step,
+                done - 1,
                 lr=config.lr,
                 num_steps=num_steps,
                 warmup_ratio=config.warmup_ratio,
                 min_lr_ratio=config.min_lr_ratio,
             )
-            if math.isfinite(norm) and math.isfinite(loss):
+            if math.isfinite(norm) and math.isfinite(metrics["loss"]):
                 optimizer.step(lr)
                 bad_in_a_row = 0
             else:
                 optimizer.zero_grad()
                 bad_in_a_row += 1
                 tally.bad_steps += 1
-                _dump_bad_step(folder, step, micro_batches, bad_in_a_row, config.max_bad_steps)
-            tally.seconds += time.perf_counter() - began
-            tokens = sum(len(batch.ids_T) for batch in micro_batches)
-            metrics = {
-                "loss": loss,
-                "label_nll": label_nll,
+                _dump_bad_step(folder, done, step.batches, bad_in_a_row, config.max_bad_steps)
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            tally.seconds += seconds
+            tokens = sum(len(batch.ids_T) for batch in step.batches)
+            metrics |= {
                 "grad_norm": norm,
                 "lr": lr,
                 "tokens": tokens,
-                "tokens_per_second": tokens
-                * accelerator.num_processes
-                / (time.perf_counter() - began),
+                "seconds": seconds,
+                "tokens_per_second": tokens * accelerator.num_processes / seconds,
+                **step.metrics,
             }
-            done = step + 1
-            if accelerator.is_main_process and (done % config.log_every == 0 or done == num_steps):
+            last = done == num_steps
+            if accelerator.is_main_process and (done % config.log_every == 0 or last):
                 lines.write(json.dumps({"step": done, **metrics}) + "\n")
                 lines.flush()
                 accelerator.log(metrics, step=done)
                 if show is not None:
                     show(done, metrics)
-            if accelerator.is_main_process and (
-                done % config.checkpoint_every == 0 or done == num_steps
-            ):
+            due = due or done % config.checkpoint_every == 0 or last
+            if accelerator.is_main_process and due and step.resumable:
+                tensors = {**optimizer.state(), **policy.state()}
                 checkpoint.save(
                     folder / "checkpoints",
                     done,
-                    optimizer.state(),
+                    tensors,
                     asdict(tally),
                     keep=config.keep_checkpoints,
                 )
+                due = False
     accelerator.end_training()
     return tally
 
 
-def _accelerator(config: TrainStage, folder: Path, name: str) -> Accelerator:
+def _accelerator(config: OptimStage, folder: Path, name: str) -> Accelerator:
     """With the trackers asked for running; one that is not installed is an error, not a silence."""
     installed = {str(tracker) for tracker in get_available_trackers()}
     if missing := [tracker for tracker in config.trackers if tracker not in installed]:
@@ -176,44 +181,52 @@ def _flat(config: dict[str, Any]) -> dict[str, str | float | int | bool]:
 
 def _accumulate(
     accelerator: Accelerator,
-    trainee: nn.Module,
+    trainee: Any,
     optimizer: MasterAdamW,
     micro_batches: list[Batch],
     tally: Tally,
-) -> tuple[float, float]:
-    """Gradients of one step's micro-batches; returns the step's loss and mean -log q(label), over all processes."""
-    totals = torch.zeros(2, device=accelerator.device)
+) -> dict[str, float]:
+    """Gradients of one step's micro-batches; returns its loss and the means of what is watched, over all processes."""
+    loss = torch.zeros((), device=accelerator.device)
+    weight = torch.zeros((), device=accelerator.device)
+    sums: dict[str, Tensor] = {}
     for batch in micro_batches:
-        rows = torch.from_numpy(batch.weight_T.nonzero()[0]).to(accelerator.device)
         lengths = batch.doc_offsets[1:] - batch.doc_offsets[:-1]
+        rows = torch.from_numpy(batch.weight_T.nonzero()[0])
         tally.tokens += len(batch.ids_T)
         tally.head_tokens += len(rows)
         tally.squared_lengths += int((lengths**2).sum())
-        moved = batch.to_torch(accelerator.device)
-        out = trainee(moved, rows)
+        out = trainee(batch.to_torch(accelerator.device), rows.to(accelerator.device))
         # Data parallelism averages gradients over processes; the denominator is already everybody's.
         accelerator.backward(out.loss * accelerator.num_processes)
         optimizer.accumulate()
-        weight_T = moved.weight_T[rows] / batch.denominator
-        totals += torch.stack(
-            [out.loss.detach().float(), -(out.label_logp_T * weight_T).sum().float()]
-        )
-    loss, label_nll = accelerator.reduce(totals, reduction="sum").tolist()
-    return loss, label_nll
+        loss += out.loss.detach().float()
+        weight += out.weight_T.sum()
+        for key, values_T in out.watched.items():
+            sums[key] = sums.get(key, 0.0) + (values_T * out.weight_T).sum().float()
+    if not micro_batches:
+        optimizer.no_gradient()
+    totals = accelerator.reduce(torch.stack([loss, weight, *sums.values()]), reduction="sum")
+    loss_sum, weight_sum, *rest = totals.tolist()
+    return {
+        "loss": loss_sum,
+        **{k: v / weight_sum for k, v in zip(sums, rest, strict=True) if weight_sum},
+    }
 
 
-def _resume(folder: Path, optimizer: MasterAdamW) -> tuple[Tally, int]:
+def _resume(folder: Path, optimizer: MasterAdamW, policy: Policy) -> tuple[Tally, int]:
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
         return Tally(), 0
     tensors, progress = checkpoint.load(found)
     optimizer.load(tensors)
+    policy.load(tensors)
     start = int(progress.pop("step"))
     return Tally(**progress), start
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Forget metrics of steps that will be done again, and a line cut short by a kill."""
+def drop_lines_after(path: Path, step: int) -> None:
+    """Forget lines of steps that will be done again, and a line cut short by a kill."""
     if not path.is_file():
         return
     kept = []

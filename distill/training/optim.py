@@ -50,6 +50,11 @@ class MasterAdamW:
                 master.grad += parameter.grad
             parameter.grad = None
 
+    def no_gradient(self) -> None:
+        """A gradient of zero everywhere: what a step without any tokens to learn from has."""
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+
     def clip(self, max_norm: float) -> Tensor:
         """Scale the gradients to a global norm of at most max_norm; returns the norm before, fp32."""
         return nn.utils.clip_grad_norm_([m for m in self.masters if m.grad is not None], max_norm)

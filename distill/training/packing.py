@@ -24,12 +24,17 @@ from distill.records import Array, Batch, TopK, Traces
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """What is learned from one trace. prompt_ids and completion_ids int [P], [C]; top has C rows or is None."""
+    """What is learned from one trace. prompt_ids and completion_ids int [P], [C]; top has C rows or is None.
+
+    Of a rollout also: its advantage, and the engine's log-probability of each completion token, float32 [C].
+    """
 
     trace_id: str
     prompt_ids: Array
     completion_ids: Array
     top: TopK | None = None
+    advantage: float | None = None
+    engine_logp: Array | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -79,20 +84,21 @@ def pack(
     *,
     micro_tokens: int,
     normalise: Literal["token", "sequence"] = "token",
+    denominator: float | None = None,
     rank: int = 0,
     world: int = 1,
 ) -> list[Batch]:
     """Micro-batches of one optimiser step for one process, numpy, by descending length so that bins fill well.
 
     normalise "token": every completion token counts 1; "sequence": every trace counts 1, spread over its tokens.
+    denominator: None = what they count together.
     With several processes each gets every world-th micro-batch, and all get equally many: a process that
     runs out is given an empty one (weight 0), so that ranks stay in step.
     An example longer than micro_tokens has a micro-batch of its own.
     """
-    if normalise == "token":
-        denominator = float(sum(len(e.completion_ids) for e in examples))
-    else:
-        denominator = float(sum(len(e.completion_ids) > 0 for e in examples))
+    if denominator is None:
+        counts = [len(e.completion_ids) for e in examples]
+        denominator = float(sum(counts) if normalise == "token" else np.count_nonzero(counts))
     bins = _bins(examples, micro_tokens)
     empty = [min(examples, key=len)] if examples else []
     while len(bins) % world:
@@ -133,6 +139,8 @@ def _batch(
     teacher_ids_TK = np.full((total, width), -1, np.int64)
     teacher_logp_TK = np.full((total, width), -np.inf, np.float32)
     teacher_tail_T = np.full(total, -np.inf, np.float32)
+    rollout = all(e.advantage is not None for e in examples)
+    advantage_T, engine_logp_T = np.zeros((2, total), np.float32)
     for example, start, stop in zip(examples, offsets[:-1], offsets[1:], strict=True):
         ids_T[start:stop] = np.concatenate([example.prompt_ids, example.completion_ids])
         label_T[start : stop - 1] = ids_T[start + 1 : stop]
@@ -149,6 +157,8 @@ def _batch(
         if has_top and example.top is not None:
             teacher_ids_TK[rows], teacher_logp_TK[rows] = example.top.dense(width)
             teacher_tail_T[rows] = example.top.tail_T
+        if rollout:
+            advantage_T[rows], engine_logp_T[rows] = example.advantage, example.engine_logp
     return Batch(
         ids_T=ids_T,
         position_T=np.concatenate([np.arange(n) for n in lengths]).astype(np.int64)
@@ -162,4 +172,6 @@ def _batch(
         teacher_ids_TK=teacher_ids_TK if has_top else None,
         teacher_logp_TK=teacher_logp_TK if has_top else None,
         teacher_tail_T=teacher_tail_T if has_top else None,
+        advantage_T=advantage_T if rollout else None,
+        engine_logp_T=engine_logp_T if rollout else None,
     )

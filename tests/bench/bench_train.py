@@ -23,7 +23,8 @@ import torch
 from distill import models
 from distill.recipe import ModelConfig
 from distill.records import TopK
-from distill.training.loop import Trainee
+from distill.training.objective import Objective
+from distill.training.policy import Trainee
 from distill.training.losses import cross_entropy, forward_kl
 from distill.training.optim import MasterAdamW
 from distill.training.packing import Example, pack
@@ -58,7 +59,7 @@ def examples(vocab: int, seed: int) -> list[Example]:
 class Ours:
     def __init__(self, folder, loss) -> None:
         self.model = models.load(folder)
-        self.trainee = Trainee(self.model, loss, self.model.config.vocab_size).train()
+        self.trainee = Trainee(self.model, Objective(loss), self.model.config.vocab_size).train()
         self.optimizer = MasterAdamW(
             self.model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0
         )

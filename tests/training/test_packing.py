@@ -8,9 +8,10 @@ import torch
 
 from distill import models
 from distill.records import TopK
-from distill.training.loop import Trainee
 from distill.training.losses import cross_entropy, forward_kl
+from distill.training.objective import Objective
 from distill.training.packing import Example, pack, steps
+from distill.training.policy import Trainee
 
 
 def example(name, prompt, completion, k=None, seed=0):
@@ -101,7 +102,7 @@ def test_steps_run_over_epochs_and_start_anywhere():
 
 @pytest.fixture(scope="module")
 def trainee_parts(tiny_dir):
-    return lambda loss: Trainee(models.load(tiny_dir, dtype="float32"), loss, 49152)
+    return lambda loss: Trainee(models.load(tiny_dir, dtype="float32"), Objective(loss), 49152)
 
 
 def gradients(trainee, batches):
@@ -139,7 +140,7 @@ def test_packed_attention_equals_transformers_own_on_each_trace_alone(tiny_dir):
         example(str(n), rng.integers(3, 1000, p), rng.integers(3, 1000, c))
         for n, (p, c) in enumerate([(5, 9), (40, 300), (2, 17)])
     ]
-    trainee = Trainee(models.load(tiny_dir, dtype="float32"), cross_entropy, 49152)
+    trainee = Trainee(models.load(tiny_dir, dtype="float32"), Objective(cross_entropy), 49152)
     loss, grads = gradients(trainee, pack(examples, micro_tokens=10_000))
     plain = models.load(tiny_dir, dtype="float32", attn_implementation="eager")
     total = torch.zeros(())

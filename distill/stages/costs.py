@@ -1,0 +1,44 @@
+"""What a training stage computed, as a Cost."""
+
+from __future__ import annotations
+
+from distill.recipe import OptimStage
+from distill.records import Cost
+from distill.reports.flops import ModelShape, forward_flops, generate_flops, train_flops
+from distill.training.loop import Tally
+
+
+def tally_cost(config: OptimStage, shape: ModelShape, tally: Tally) -> Cost:
+    """Training, scoring and the stage's own sampling, in tokens and FLOPs.
+
+    Prompts are counted for every completion, though an engine may share them within a group.
+    """
+    trained = train_flops(
+        shape,
+        tally.tokens,
+        _mean_context(tally.squared_lengths, tally.tokens),
+        tally.head_tokens,
+        lora=config.lora is not None,
+        checkpointing=config.gradient_checkpointing,
+    )
+    scored = forward_flops(
+        shape,
+        tally.scored_tokens,
+        _mean_context(tally.scored_squared_lengths, tally.scored_tokens),
+        tally.scored_head_tokens,
+    )
+    sampled = generate_flops(shape, tally.prompt_tokens, tally.generated_tokens, tally.completions)
+    return Cost(
+        tokens_trained=tally.tokens,
+        tokens_scored=tally.scored_tokens,
+        tokens_generated=tally.generated_tokens,
+        tokens_prompt=tally.prompt_tokens,
+        flops=trained + scored + sampled,
+        verifier_seconds=tally.verifier_seconds,
+        samples_failed=tally.samples_failed,
+    )
+
+
+def _mean_context(squared_lengths: int, tokens: int) -> float:
+    """Positions a token attends to on average, itself included: of causal traces with this sum of squares."""
+    return (squared_lengths / tokens + 1) / 2 if tokens else 0.0

@@ -1,0 +1,184 @@
+"""The model in training, as the loop and a rollout source see it.
+
+`Trainee` is the model with an objective's loss on its head, one module that accelerate can wrap; `Policy` scores batches with the weights of the moment and of the reference, and hands the weights to an engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distill import models
+from distill.head import HeadForm, HeadOutput, LossFn, Student, Targets, head_loss
+from distill.records import Array, Batch
+from distill.training.attention import PACKED, Layout
+from distill.training.objective import Objective
+
+REFERENCE = "reference/"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """loss: the weighted sum, differentiable. watched and weight_T [T]: by row, detached."""
+
+    loss: Tensor
+    watched: dict[str, Tensor]
+    weight_T: Tensor
+
+
+class Trainee(nn.Module):
+    """A causal language model with the loss on its head."""
+
+    def __init__(self, model: Any, objective: Objective, vocab_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.form = HeadForm.of(model.config, vocab_size)
+        _base(model).set_attn_implementation(PACKED)
+
+    def forward(self, batch: Batch, rows: Tensor) -> Output:
+        """rows: indices of the tokens that have a weight; only they reach the head."""
+        hidden_TD, targets = self._hidden(batch, rows), Targets.of(batch, rows)
+        if self.objective.couple is not None and targets.old_logp_T is not None:
+            with torch.no_grad():
+                logp_T = self._head(hidden_TD, _label_only, targets, frozen=True).label_logp_T
+            trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
+            targets = replace(targets, coupled_T=self.objective.couple(logp_T, targets, trace_T))
+        out = self._head(hidden_TD, self.objective.loss, targets)
+        with torch.no_grad():
+            watched = self.objective.watch(out.label_logp_T, targets)
+        return Output(out.loss, watched, targets.weight_T)
+
+    @torch.no_grad()
+    def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Log-probability of the label at each of the rows, nats [rows]."""
+        targets = Targets(batch.label_T[rows], batch.weight_T[rows])
+        hidden_TD = self._hidden(batch, rows)
+        return self._head(hidden_TD, _label_only, targets, frozen=True).label_logp_T
+
+    def _hidden(self, batch: Batch, rows: Tensor) -> Tensor:
+        hidden_TD: Tensor = (
+            _base(self.model)
+            .get_decoder()(
+                input_ids=batch.ids_T[None],
+                position_ids=batch.position_T[None],
+                use_cache=False,
+                layout=Layout.of(batch.doc_offsets),
+            )
+            .last_hidden_state[0]
+        )
+        return hidden_TD.index_select(0, rows)
+
+    def _head(
+        self, hidden_TD: Tensor, loss: LossFn, targets: Targets, frozen: bool = False
+    ) -> HeadOutput:
+        head = _base(self.model).get_output_embeddings()
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if frozen:
+            hidden_TD, weight = hidden_TD.detach(), weight.detach()
+            bias = None if bias is None else bias.detach()
+        return head_loss(hidden_TD, weight, loss, targets, form=self.form, bias_V=bias)
+
+
+class Policy:
+    """The model in training, for a rollout source.
+
+    The reference is a copy of the model as it was at the start; under LoRA it is the model without its adapter.
+    """
+
+    def __init__(
+        self, model: Any, trainee: Any, device: torch.device, objective: Objective, vocab_size: int
+    ) -> None:
+        self._model, self._trainee, self._device = model, trainee, device
+        self._refreshed = False
+        self._reference: Trainee | None = None
+        if objective.reference and not _is_adapted(model):
+            frozen = copy.deepcopy(model).eval().requires_grad_(False)
+            self._reference = Trainee(frozen, objective, vocab_size).to(device)
+
+    def logp(self, batch: Batch) -> Array:
+        """Log-probability of the labels under the present weights, float32 [T]; 0 where the weight is."""
+        return self._score(_unwrapped(self._trainee), batch)
+
+    def reference_logp(self, batch: Batch) -> Array:
+        """The same under the reference."""
+        if self._reference is not None:
+            return self._score(self._reference, batch)
+        with self._model.disable_adapter():
+            return self._score(_unwrapped(self._trainee), batch)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name in the checkpoint, tensor) of all weights, adapters merged in."""
+        return models.exported_weights(self._model)
+
+    def refresh_reference(self) -> None:
+        """The reference becomes the policy of this moment."""
+        assert self._reference is not None, (
+            "the recipe allows this with a reference of its own only"
+        )
+        self._refreshed = True
+        with torch.no_grad():
+            for mine, theirs in zip(
+                self._reference.model.parameters(), self._model.parameters(), strict=True
+            ):
+                mine.copy_(theirs)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold besides the optimiser's: a reference that is no longer the start."""
+        if not self._refreshed or self._reference is None:
+            return {}
+        named = self._reference.model.named_parameters()
+        return {f"{REFERENCE}{name}": p.detach() for name, p in named}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        stored = {k[len(REFERENCE) :]: v for k, v in tensors.items() if k.startswith(REFERENCE)}
+        if stored and self._reference is not None:
+            self._refreshed = True
+            with torch.no_grad():
+                for name, parameter in self._reference.model.named_parameters():
+                    parameter.copy_(stored[name])
+
+    def _score(self, trainee: Trainee, batch: Batch) -> Array:
+        index = batch.weight_T.nonzero()[0]
+        rows = torch.from_numpy(index).to(self._device)
+        with _evaluating(trainee):
+            found = trainee.label_logp(batch.to_torch(self._device), rows)
+        logp_T = np.zeros(len(batch.ids_T), np.float32)
+        logp_T[index] = found.float().cpu().numpy()
+        return logp_T
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Without dropout inside."""
+    before = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(before)
+
+
+def _label_only(student: Student, targets: Targets) -> Tensor:
+    return -student.label_T
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if _is_adapted(model) else model
+
+
+def _is_adapted(model: Any) -> bool:
+    return hasattr(model, "get_base_model")
+
+
+def _unwrapped(trainee: Any) -> Trainee:
+    inner: Trainee = getattr(trainee, "module", trainee)
+    return inner
