@@ -1,0 +1,23 @@
+"""Runs programs that nobody has read: see `isolation` for what holds them, `session` for how they are talked to."""
+
+from distill.tasks.sandbox.isolation import Isolation, choose, describe
+from distill.tasks.sandbox.session import (
+    NUM_AT_ONCE,
+    Limits,
+    RaisedError,
+    SandboxError,
+    Session,
+)
+from distill.tasks.sandbox.wire import FaultError
+
+__all__ = [
+    "NUM_AT_ONCE",
+    "FaultError",
+    "Isolation",
+    "Limits",
+    "RaisedError",
+    "SandboxError",
+    "Session",
+    "choose",
+    "describe",
+]
