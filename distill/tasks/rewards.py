@@ -1,0 +1,157 @@
+"""What completions earn: each public function here is a reward, `name(group, *, options) -> a score a completion`.
+
+Rewards are pure: the same group gives the same scores, whatever is scored beside it. None means that a completion could
+not be judged, which leaves it out of the baseline; it is never a 0. A bad completion is a 0: also an empty one, an
+unfinished one and one whose format is broken. Weights, failures and limits are `scoring`'s.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pydantic
+
+from distill.language import language_share
+from distill.recipe import Dtype
+from distill.records import Group, Template, UserError, draw_seed
+from distill.tasks.templates import last_box
+
+_THOUGHT = re.compile(r"\s*<think>(.*)</think>(.*)", re.DOTALL)
+_TAGGED = re.compile(r"\s*<answer>(.*)</answer>\s*", re.DOTALL)
+_BOX = re.compile(r"\\f?boxed(?![A-Za-z])|\\fbox(?![A-Za-z])")
+_AFTER_BOX = re.compile(r"(?:[\s.$*]|\\\)|\\\])*")
+
+
+def accuracy(group: Group, *, partial: bool = False) -> list[float | None]:
+    """1 for a correct completion, 0 for a wrong one, None where the verdict is None (DeepSeek-R1, section 2.2.2).
+
+    partial: the verdict's score in [0, 1] instead, which gives partial credit where the task's scorer does.
+    """
+    if partial:
+        return [verdict.score for verdict in group.verdicts]
+    return [
+        None if verdict.correct is None else float(verdict.correct) for verdict in group.verdicts
+    ]
+
+
+def think_format(group: Group) -> list[float | None]:
+    r"""1 where the whole text is one `<think>...</think>` with content and then one answer, else 0 (DeepSeek-R1, 2.2.2).
+
+    The answer has the form that the task's template asks for: one `<answer>...</answer>` with content and nothing
+    around it; or a text that ends with its only `\boxed{...}`; or whatever else the template finds an answer in.
+    Unfinished completions get 0.
+    """
+    form = _answer_form(group.template)
+    return [
+        float(finished and _is_formatted(text, group.template, form))
+        for text, finished in zip(group.texts, group.finished, strict=True)
+    ]
+
+
+def language(group: Group, *, target: str = "en") -> list[float | None]:
+    """Share of the reasoning's words that are of the language `target` (ISO 639-1), in [0, 1] (DeepSeek-R1, 2.3.2).
+
+    The reasoning is what stands inside <think>; the whole text where there is no <think>. Reasoning without any words
+    (pure arithmetic) breaks no rule and gets 1; no reasoning at all gets 0.
+    """
+    scores: list[float | None] = []
+    for text in group.texts:
+        reasoning = _reasoning(text)
+        share = language_share(reasoning, target)
+        scores.append(float(bool(reasoning.strip())) if share is None else share)
+    return scores
+
+
+def length(group: Group, *, cache: pydantic.PositiveInt) -> list[float | None]:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0]; lengths in tokens.
+
+    0 up to max_tokens - cache, then linearly down to -1 at max_tokens; -1 for a completion that was cut there.
+    Raises UserError for a cache larger than the limit.
+    """
+    soft = group.max_tokens - cache
+    if soft < 0:
+        raise UserError(
+            f"length: cache is {cache} tokens, but completions may have {group.max_tokens} in all. "
+            "Take a smaller cache, a fifth of max_tokens say."
+        )
+    return [
+        min(0.0, max(-1.0, (soft - num) / cache)) if finished else -1.0
+        for num, finished in zip(group.num_tokens, group.finished, strict=True)
+    ]
+
+
+def model(
+    group: Group,
+    *,
+    path: str,
+    sigmoid: bool = False,
+    batch_size: pydantic.PositiveInt = 8,
+    dtype: Dtype = "bfloat16",
+) -> list[float | None]:
+    """The one logit r(prompt, completion) of a reward model that was trained with the Bradley-Terry loss
+    -log sigmoid(r_chosen - r_rejected) (InstructGPT, arXiv 2203.02155, eq. 1).
+
+    path: of a sequence classifier with one label: a folder or a hub id. sigmoid: 1 / (1 + exp(-r)) in (0, 1) instead of r,
+    which has no scale of its own, so that a few extreme logits do not drown the other rewards. batch_size, dtype:
+    of its forward passes. None where prompt and completion together are longer than the model's context.
+    Raises UserError for a model that cannot be reached or is no reward model.
+    """
+    from distill.tasks import reward_model
+
+    loaded = reward_model.load(path, dtype)
+    return loaded.score(group.problem.messages, group.texts, sigmoid=sigmoid, batch_size=batch_size)
+
+
+def random(group: Group, *, probability: float = 0.5) -> list[float | None]:
+    """The control: 1 with a probability, whatever was written, else 0; drawn from (seed, problem, place in the group)."""
+    return [
+        float(draw_seed(group.seed, group.problem.problem_id, index) < probability * 2**63)
+        for index in range(len(group))
+    ]
+
+
+# -------------------------------------------------------------------------------------------- format
+
+
+def _answer_form(template: Template) -> str:
+    """What a template takes for an answer: "any" text, one in "tags", or one in a "box"; found by asking it."""
+    for form, answer in (("any", "1"), ("tags", "<answer>1</answer>"), ("box", r"\boxed{1}")):
+        if template.extract(f"<think>1</think>{answer}") is not None:
+            return form
+    return "any"
+
+
+def _is_formatted(text: str, template: Template, form: str) -> bool:
+    if text.count("<think>") != 1 or text.count("</think>") != 1:
+        return False
+    found = _THOUGHT.fullmatch(text)
+    if found is None or not found[1].strip() or not found[2].strip():
+        return False
+    answer = found[2]
+    if form == "tags":
+        tagged = _TAGGED.fullmatch(answer)
+        once = text.count("<answer>") == 1 and text.count("</answer>") == 1
+        if not once or tagged is None or not tagged[1].strip():
+            return False
+    elif form == "box" and not _ends_with_its_only_box(answer):
+        return False
+    return template.extract(text) is not None
+
+
+def _ends_with_its_only_box(text: str) -> bool:
+    """Typography may follow the box: a full stop, the formula's closing dollar sign."""
+    boxes = list(_BOX.finditer(text))
+    content = last_box(text)
+    if len(boxes) != 1 or not content or "<answer>" in text:
+        return False
+    closed = text.find(content, boxes[0].end()) + len(content)
+    rest = text[closed:].lstrip()
+    return rest.startswith("}") and _AFTER_BOX.fullmatch(rest[1:]) is not None
+
+
+def _reasoning(text: str) -> str:
+    _, opened, rest = text.partition("<think>")
+    if opened:
+        return rest.rpartition("</think>")[0] if "</think>" in rest else rest
+    before, closed, _ = text.rpartition("</think>")  # opened by the prompt
+    return before if closed else text
