@@ -3,5 +3,6 @@
 from distill.tasks.files import jsonl
 from distill.tasks.generated import reasoning_gym
 from distill.tasks.hosted import hub
+from distill.tasks.humaneval import humaneval
 
-__all__ = ["hub", "jsonl", "reasoning_gym"]
+__all__ = ["hub", "humaneval", "jsonl", "reasoning_gym"]

@@ -1,6 +1,7 @@
 """A few worker processes for what may never end, each replaced when it does not answer in time.
 
-They compare expressions symbolically (`math`) and run scorers that evaluate what they are given (`score`).
+They compare expressions symbolically (`math`), run scorers that evaluate what they are given (`score`), and run tests
+that are written as code on a program in its sandbox (`check`).
 Plain child processes over pipes rather than `multiprocessing`: nothing of the caller is imported again or
 pickled, no fork of a process that holds threads or a GPU, and a kill is a kill. Started on first use, from
 any thread; ended at exit. A forked child starts its own. All hash alike, whatever the caller's PYTHONHASHSEED,
@@ -21,10 +22,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-Job = Literal["math", "score"]
+Job = Literal["math", "score", "check"]
 
 NUM_WORKERS = max(1, min(4, (os.cpu_count() or 1) // 2))
-LIMIT_S: dict[Job, float] = {"math": 5.0, "score": 30.0}
+NUM_CHECKERS = os.cpu_count() or 1
+"""Of `check`: they mostly wait for the program."""
+
+LIMIT_S: dict[Job, float] = {"math": 5.0, "score": 30.0, "check": 300.0}
 """Seconds for one request; a generator may have to write its item again first."""
 
 START_LIMIT_S = 120.0
@@ -137,7 +141,7 @@ _lock = threading.Lock()
 def ask(job: Job, *request: object, limit_s: float | None = None) -> Any:
     """Ask the process's own pool for a job; raises StuckError where there is no reply within the limit."""
     with _lock:
-        pool = _pools.setdefault(job, Pool(job, NUM_WORKERS))
+        pool = _pools.setdefault(job, Pool(job, NUM_CHECKERS if job == "check" else NUM_WORKERS))
     return pool.ask(*request, limit_s=LIMIT_S[job] if limit_s is None else limit_s)
 
 

@@ -76,6 +76,11 @@ def _extract_last_number(text: str) -> str | None:
     return lines[-1] if lines else None
 
 
+def _extract_rest(text: str) -> str | None:
+    rest = after_thinking(text)
+    return rest if rest and rest.strip() else None
+
+
 think_answer = Template(
     name="think_answer",
     system="Reply as <think>reasoning</think><answer>result</answer>.",
@@ -101,7 +106,15 @@ raw = Template(
     name="raw", system=None, plain="{question}", extract=_extract_last_number, chat=False
 )
 
-TEMPLATES = {template.name: template for template in (think_answer, boxed, raw)}
+code = Template(
+    name="code",
+    system="Write the Python code that is asked for, whole, in one ```python block.",
+    # Bare: a model without a chat template continues a function's header.
+    plain="{question}",
+    extract=_extract_rest,
+)
+
+TEMPLATES = {template.name: template for template in (think_answer, boxed, raw, code)}
 
 
 def find(name: str, where: str = "template") -> Template:

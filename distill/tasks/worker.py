@@ -2,7 +2,7 @@ r"""Symbolic comparison of two expressions with math-verify, in a process of its
 
 `python -m distill.tasks.worker math LIMIT` answers JSON lines: `[answer, gold, strict]` -> are they equal,
 `[gold]` -> can it be parsed. With `score` for `math` it runs generators and their scorers (see
-`generated`).
+`generated`), with `check` tests that are written as code (see `checking`).
 
 The process is there to be killed (`pool`): towers and deep parentheses keep sympy busy for ever, and
 math-verify's own limit, a SIGALRM, works in a main thread only. It ends itself if its parent does, or if the
@@ -20,6 +20,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 MEMORY_BYTES = 4 * 2**30
@@ -114,6 +115,21 @@ def reply_score(request: list[Any]) -> Any:
         return f"{type(error).__name__}: {error}"
 
 
+def _replier(job: str) -> Callable[[list[Any]], Any]:
+    """The function that answers a job's requests, its heavy imports done."""
+    if job == "math":
+        parse("1")
+        return reply_math
+    if job == "check":
+        from distill.tasks import checking
+
+        return checking.reply
+    from distill.tasks import generated
+
+    generated.library()
+    return reply_score
+
+
 def main() -> None:
     job, limit_s = sys.argv[1], float(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w", buffering=1)
@@ -126,19 +142,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     logging.disable(logging.CRITICAL)
-    if job == "math":
-        parse("1")
-    else:
-        from distill.tasks import generated
-
-        generated.library()
+    reply = _replier(job)
     replies.write("ready\n")
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, 2 * limit_s + 1)
         request = json.loads(line)
-        reply = reply_math(request) if job == "math" else reply_score(request)
+        answer = reply(request)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(json.dumps(reply) + "\n")
+        replies.write(json.dumps(answer) + "\n")
 
 
 if __name__ == "__main__":

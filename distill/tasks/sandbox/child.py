@@ -19,7 +19,6 @@ from _json import encode_basestring_ascii as quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
@@ -119,7 +118,7 @@ def encode(value: Any) -> str:
     raise TypeError(f"a {kind.__name__} is not of a built-in type")
 
 
-def load(source: str, entry_point: str) -> Callable[..., Any]:
+def load(source: str, entry_point: str) -> Any:
     """The function of a program, or `Class.method` of a fresh instance."""
     module = type(sys)("program")
     sys.modules["program"] = module

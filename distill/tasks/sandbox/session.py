@@ -119,9 +119,12 @@ class Session:
                 return status, stdout
         raise FaultError("bad reply")
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The function's result. Arguments are of built-in types and passed by value."""
-        kind, rest = self._ask(args, kwargs)
+    def call(self, /, *args: Any, **kwargs: Any) -> Any:
+        """The function's result. Arguments are of built-in types and passed by value; SandboxError for others."""
+        try:
+            kind, rest = self._ask(args, kwargs)
+        except ValueError as error:
+            raise SandboxError(f"the arguments cannot be sent: {error}") from error
         match kind, rest:
             case "value", [value]:
                 return wire.decode(value)

@@ -1,0 +1,215 @@
+"""Judges programs by running them: what a completion's code is, and how many of a problem's tests it passes.
+
+A problem's payload holds its tests, in one of three forms:
+
+    {"tests": [{"stdin": "3\\n", "stdout": "4\\n"}, ...]}
+        the program is run with each input. Passed: exit status 0 and the same lines, spaces at their ends and
+        empty lines at the end aside.
+    {"entry_point": "f", "tests": [{"args": [3], "kwargs": {}, "expected": 4}, ...]}
+        the function is called (`Solution.f`: of a fresh instance). Passed: equal as Python has it, a tuple as the
+        list that JSON makes of it, floats to a relative 1e-9. `kwargs` may be left out.
+    {"entry_point": "f", "prompt": "def f(x): ...", "check": "def check(candidate): ..."}
+        HumanEval's: tests written as code, run in a trusted process of ours (`checking`).
+
+Expected results stay on this side; the program only ever sees inputs (`sandbox`). A program that is bad in
+whatever way scores 0; only where the sandbox itself fails is there no verdict.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from distill.records import Verdict, stable_hash
+from distill.tasks import pool
+from distill.tasks.sandbox import (
+    NUM_AT_ONCE,
+    FaultError,
+    Isolation,
+    Limits,
+    RaisedError,
+    SandboxError,
+    Session,
+)
+
+Payload = Mapping[str, Any]
+Test = Mapping[str, Any]
+
+CHECK_GRACE_S = 20.0
+"""Seconds beyond a problem's own that its trusted process gets, to start and for what it does itself."""
+
+MAX_PROGRAM_CHARS = 200_000
+_MAX_REMEMBERED = 4096
+_NEXT_THING = re.compile(r"\n(?:class|def|#|if|print|```)")
+_remembered: dict[str, Verdict] = {}
+
+
+def extract(answer: str) -> str:
+    """The last fenced block marked as Python; without one the last fenced block; without any, all of it.
+
+    A fence that is never closed runs to the end.
+    """
+    blocks: list[tuple[bool, list[str]]] = []
+    inside = False
+    for line in answer.splitlines(keepends=True):
+        mark = line.strip()
+        if not inside and mark.startswith("```"):
+            language = mark.strip("`").strip().lower()
+            blocks.append((language in ("python", "py", "python3"), []))
+            inside = True
+        elif inside and mark == "```":
+            inside = False
+        elif inside:
+            blocks[-1][1].append(line)
+    chosen = [lines for marked, lines in blocks if marked] or [lines for _, lines in blocks]
+    return "".join(chosen[-1]) if chosen else answer
+
+
+def complete(prompt: str, answer: str, entry_point: str) -> str:
+    """The program that an answer to a function's header and docstring means.
+
+    An answer that defines the function stands behind the prompt's imports and helpers; another continues the
+    prompt, up to where something else begins (the stop sequences of Chen et al. 2021, arXiv 2107.03374).
+    """
+    code = extract(answer)
+    definition = re.compile(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
+    if definition.search(code):
+        start = definition.search(prompt)
+        return prompt[: start.start() if start else 0] + "\n" + code
+    return prompt + _NEXT_THING.split(code, maxsplit=1)[0] + "\n"
+
+
+def code_verdicts(
+    answers: Sequence[str], payload: Payload, isolation: Isolation, limits: Limits
+) -> list[Verdict]:
+    """`code_verdict` of each answer, as many at a time as there are cores."""
+    with ThreadPoolExecutor(min(NUM_AT_ONCE, max(1, len(answers)))) as threads:
+        return list(threads.map(lambda a: code_verdict(a, payload, isolation, limits), answers))
+
+
+def code_verdict(
+    answer: str, payload: Payload, isolation: Isolation, limits: Limits | None = None
+) -> Verdict:
+    """Runs an answer's program against the payload's tests. The score is the share of them that it passed.
+
+    None where the sandbox did not work. The same program on the same tests is run once in a process's life,
+    so a reward does not run again what the task's own judge has run.
+    """
+    limits = limits or Limits()
+    if "check" in payload:
+        program = complete(payload["prompt"], answer, payload["entry_point"])
+    else:
+        program = extract(answer)
+    if len(program) > MAX_PROGRAM_CHARS:
+        return Verdict(False, 0.0, None, "program too long")
+    if "\0" in program or any(0xD800 <= ord(char) < 0xE000 for char in program):
+        return Verdict(False, 0.0, None, "not text")
+    key = stable_hash(program, json.dumps(payload, sort_keys=True), isolation, limits, length=64)
+    found = _remembered.get(key)
+    if found is None:
+        found = _run(program, payload, isolation, limits)
+        if found.correct is not None:
+            if len(_remembered) >= _MAX_REMEMBERED:
+                _remembered.clear()
+            _remembered[key] = found
+    return found
+
+
+def _run(program: str, payload: Payload, isolation: Isolation, limits: Limits) -> Verdict:
+    for last in (False, True):
+        try:
+            if "check" in payload:
+                return _checked(program, payload, isolation, limits)
+            return _tested(program, payload, isolation, limits)
+        except (SandboxError, pool.StuckError) as error:
+            if last or isinstance(error, pool.StuckError):
+                return Verdict(None, None, program, f"not judged: {error}")
+    raise AssertionError
+
+
+def _checked(program: str, payload: Payload, isolation: Isolation, limits: Limits) -> Verdict:
+    reply = pool.ask(
+        "check", program, payload["prompt"], payload["check"], payload["entry_point"],
+        asdict(isolation), asdict(limits), limit_s=limits.problem_s + CHECK_GRACE_S,
+    )  # fmt: skip
+    if not isinstance(reply, str):
+        raise SandboxError(reply[0])
+    return Verdict(not reply, float(not reply), program, reply)
+
+
+def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits) -> Verdict:
+    entry_point, tests = payload.get("entry_point"), payload["tests"]
+    if not tests:
+        return Verdict(None, None, program, "not judged: the problem has no tests")
+    judge = _judge_run if entry_point is None else _judge_call
+    deadline = time.monotonic() + limits.problem_s
+    reasons: list[str] = []
+    while len(reasons) < len(tests):
+        if time.monotonic() >= deadline:
+            reasons += ["timeout"] * (len(tests) - len(reasons))
+            break
+        with Session(
+            isolation, program, entry_point=entry_point, limits=limits, deadline=deadline
+        ) as session:
+            reasons += _until_it_ends(session, tests[len(reasons) :], judge)
+    passed = reasons.count("")
+    reason = next(
+        (f"test {n} of {len(tests)}: {text}" for n, text in enumerate(reasons, 1) if text), ""
+    )
+    return Verdict(passed == len(tests), passed / len(tests), program, reason)
+
+
+def _until_it_ends(
+    session: Session, tests: Sequence[Test], judge: Callable[[Session, Test], str]
+) -> list[str]:
+    """Why each test failed, empty where it passed, up to the one that ended the session."""
+    reasons: list[str] = []
+    for test in tests:
+        try:
+            reasons.append(judge(session, test))
+        except RaisedError as error:
+            if not session.loaded:
+                return [str(error)] * len(tests)  # it will not load for the others either
+            reasons.append(str(error))
+        except FaultError as fault:
+            return [*reasons, str(fault)]
+    return reasons
+
+
+def _judge_run(session: Session, test: Test) -> str:
+    status, stdout = session.run(test["stdin"])
+    if status:
+        return f"exit status {status}"
+    return "" if lines(stdout) == lines(test["stdout"]) else "wrong output"
+
+
+def _judge_call(session: Session, test: Test) -> str:
+    result = session.call(*test["args"], **test.get("kwargs", {}))
+    return "" if same_value(result, test["expected"]) else "wrong result"
+
+
+def lines(text: str) -> list[str]:
+    """Lines without spaces at their ends, and without empty ones at the end."""
+    return "\n".join(line.rstrip() for line in text.splitlines()).rstrip().split("\n")
+
+
+def same_value(result: Any, expected: Any) -> bool:
+    """Whether a function's result is the one that a test's JSON expects; both of built-in types."""
+    if isinstance(result, list | tuple) and isinstance(expected, list | tuple):
+        return len(result) == len(expected) and all(map(same_value, result, expected))
+    if isinstance(result, dict) and isinstance(expected, dict):
+        return result.keys() == expected.keys() and all(
+            same_value(result[key], expected[key]) for key in expected
+        )
+    if isinstance(result, int | float) and isinstance(expected, float):
+        try:
+            return math.isclose(result, expected, rel_tol=1e-9, abs_tol=1e-12)
+        except OverflowError:
+            return False
+    return bool(result == expected)

