@@ -11,26 +11,33 @@ The mass outside S is taken by masking S in the chunk, never as 1 - sum: in fp32
 With z the logits, S the chosen ids, g the derivative by the K+1 numbers (z at S, r = log sum over v not in S of e^z_v):
     dL/dz_v = g_v for v in S, else g_r * e^(z_v - r)
 
+The passes over a chunk are a `Sweep` (`kernels`): in torch anywhere, in Triton on a GPU.
+
 Left out on purpose: what losses mean (`training.losses`), weights and denominators (`training.packing`).
 Shapes: T tokens with a loss, C of them in a chunk, D hidden, V vocabulary, K teacher entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
+from distill.kernels import OUTSIDE as OUTSIDE
+from distill.kernels import HeadForm as HeadForm
+from distill.kernels import Rest, Sweep
+from distill.kernels.plain import PlainSweep
 from distill.records import Batch
 
-OUTSIDE = -1e30
-"""Stands for log 0 where -inf would turn gradients into NaN (inf - inf)."""
+CHUNK_BYTES = 256 << 20
+"""Most memory for one chunk. Less where less is free; longer chunks gain nothing."""
 
-CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
-"""Memory for one chunk of fp32 logits."""
+CPU_ROWS = 256
+"""Tokens a chunk on a CPU at most: more only leave the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,48 +80,32 @@ class Student:
 
     label_T: at the label. top_TK: at teacher_ids_TK (where an id is -1, any finite number: mask by the
     teacher's -inf). tail_T: log of the student's mass outside the teacher's ids (OUTSIDE when there is none).
+    best_outside_T: the highest log-probability outside the teacher's ids, without a gradient.
     """
 
     label_T: Tensor
     top_TK: Tensor
     tail_T: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class HeadOutput:
-    """loss: the weighted sum, differentiable. loss_T, label_logp_T: unweighted, by row, detached."""
-
-    loss: Tensor
-    loss_T: Tensor
-    label_logp_T: Tensor
+    best_outside_T: Tensor
 
 
 LossFn = Callable[[Student, Targets], Tensor]
 
+Measure = Callable[[Student, Targets], Mapping[str, Tensor]]
+
 
 @dataclass(frozen=True, slots=True)
-class HeadForm:
-    """How logits come from the product of hidden and weight.
+class HeadOutput:
+    """loss: the weighted sum, differentiable. The others by row, unweighted, detached.
 
-    scale multiplies it (Cohere, Granite: 1 / logits_scaling); softcap c then gives c * tanh(z / c) (Gemma 2);
-    vocab_size cuts padded rows of the weight away before the softmax (151936 rows against 151643 tokens).
+    measures: what `measure` returned. entropy_T: of the student's whole distribution, nats; None unless asked for.
     """
 
-    vocab_size: int
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @staticmethod
-    def of(config: Any, vocab_size: int) -> HeadForm:
-        """From a transformers config; vocab_size is the tokenizer's length."""
-        scale = getattr(config, "logit_scale", None) or 1.0 / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        return HeadForm(
-            min(vocab_size, config.vocab_size),
-            scale,
-            getattr(config, "final_logit_softcapping", None),
-        )
+    loss: Tensor
+    loss_T: Tensor
+    label_logp_T: Tensor
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+    entropy_T: Tensor | None = None
 
 
 def head_loss(
@@ -126,20 +117,50 @@ def head_loss(
     form: HeadForm | None = None,
     bias_V: Tensor | None = None,
     chunk: int | None = None,
+    measure: Measure | None = None,
+    entropy: bool = False,
 ) -> HeadOutput:
     """Sum over tokens of weight * loss, with gradients to hidden, weight and bias where they ask for one.
 
     hidden_TD and weight_VD share a dtype (bf16, fp32, fp64); everything after the logits is fp32 (fp64 for fp64).
-    chunk: tokens at a time; None fits CHUNK_BYTES. T = 0 gives a zero that still has a (zero) gradient.
+    A weight that is sharded over processes (DTensor) is gathered once here; its gradient is averaged over them.
+    chunk: tokens at a time; None takes what fits the memory. T = 0 gives a zero that still has a (zero) gradient.
+    measure: further numbers by row from the same student, each [T]. entropy: also the exact entropy by row.
     """
+    weight_VD, bias_V = _gathered(weight_VD), None if bias_V is None else _gathered(bias_V)
     form = form or HeadForm(weight_VD.shape[0])
-    if chunk is None:
-        chunk = max(1, CHUNK_BYTES.get(hidden_TD.device.type, 256 << 20) // (4 * form.vocab_size))
-    targets = _clean(targets, hidden_TD.device)
-    loss, loss_T, label_T = _HeadLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_TD, weight_VD, bias_V, loss_fn, targets, form, chunk
-    )
-    return HeadOutput(loss, loss_T, label_T)
+    sweep = _sweep(hidden_TD, weight_VD, bias_V, form)
+    pass_ = _Pass(
+        loss_fn, _clean(targets, hidden_TD.device), form, sweep, measure, entropy, {},
+        chunk or chunk_rows(len(hidden_TD), sweep.row_bytes(form, hidden_TD.dtype), hidden_TD.device),
+        torch.is_grad_enabled(),
+    )  # fmt: skip
+    loss, loss_T, label_T = _HeadLoss.apply(hidden_TD, weight_VD, bias_V, pass_)  # type: ignore[no-untyped-call]
+    rows = {name: torch.cat(parts) for name, parts in pass_.seen.items()}
+    entropy_T = rows.pop("", None)
+    return HeadOutput(loss, loss_T, label_T, rows, entropy_T)
+
+
+def chunk_rows(num_tokens: int, row_bytes: int, device: torch.device) -> int:
+    """Tokens in a chunk: as many as a quarter of the free memory and CHUNK_BYTES hold, in chunks of about one size."""
+    room = CHUNK_BYTES
+    most = CPU_ROWS
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room, most = min(room, (free + cached) // 4), num_tokens
+    rows = max(1, min(room // row_bytes, most))
+    rows = -(-num_tokens // -(-num_tokens // rows)) if num_tokens else 1
+    return rows if rows < 128 else -(-rows // 64) * 64
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        whole: Tensor = tensor.full_tensor(
+            grad_placements=[Partial("avg")] * tensor.device_mesh.ndim
+        )
+        return whole
+    return tensor
 
 
 def _clean(targets: Targets, device: torch.device) -> Targets:
@@ -162,158 +183,156 @@ def _clean(targets: Targets, device: torch.device) -> Targets:
     return Targets(**rows)
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One call of head_loss, without the tensors that have gradients."""
+
+    loss_fn: LossFn
+    targets: Targets
+    form: HeadForm
+    sweep: Sweep
+    measure: Measure | None
+    entropy: bool
+    seen: dict[str, list[Tensor]]
+    chunk: int
+    grads: bool
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        loss_fn: LossFn,
-        targets: Targets,
-        form: HeadForm,
-        chunk: int,
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: _Pass
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-        weight_wanted = weight_VD.requires_grad
-        bias_wanted = bias_V is not None and bias_V.requires_grad
-        grads = hidden_TD.requires_grad or weight_wanted or bias_wanted
-        head = _Head(
-            weight_VD[: form.vocab_size],
-            None if bias_V is None else bias_V[: form.vocab_size],
-            form,
-            wide,
-        )
-
-        loss_T = hidden_TD.new_zeros(len(hidden_TD), dtype=wide)
-        label_T = torch.zeros_like(loss_T)
-        dhidden_TD = torch.empty_like(hidden_TD) if grads else None
-        dweight_VD = torch.zeros_like(weight_VD, dtype=wide) if weight_wanted else None
-        dbias_V = (
-            torch.zeros_like(bias_V, dtype=wide) if bias_wanted and bias_V is not None else None
-        )
-        for start in range(0, len(hidden_TD), chunk):
-            rows = slice(start, start + chunk)
-            hidden_CD = hidden_TD[rows]
-            loss_T[rows], label_T[rows], dz_CV = head.chunk(
-                hidden_CD, loss_fn, targets[rows], grads
-            )
-            if dz_CV is None or dhidden_TD is None:
-                continue
-            torch.mm(dz_CV, head.weight_VD, out=dhidden_TD[rows])
-            if dweight_VD is not None:
-                _add_product(dweight_VD[: form.vocab_size], dz_CV.t(), hidden_CD)
-            if dbias_V is not None:
-                dbias_V[: form.vocab_size] += dz_CV.sum(0, dtype=wide)
-        ctx.dweight_dtype = weight_VD.dtype
-        ctx.gradients = (dhidden_TD, dweight_VD, dbias_V)
+        loss_T, label_T, ctx.gradients = _run(hidden_TD, weight_VD, bias_V, call)
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V)
+        ctx.call = call
         ctx.mark_non_differentiable(loss_T, label_T)
-        return (loss_T * targets.weight_T).sum(), loss_T, label_T
+        return (loss_T * call.targets.weight_T).sum(), loss_T, label_T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        dhidden_TD, dweight_VD, dbias_V = ctx.gradients
-        dtype = ctx.dweight_dtype
-        return (
-            None if dhidden_TD is None else dhidden_TD * upstream.to(dhidden_TD.dtype),
-            None if dweight_VD is None else (dweight_VD * upstream).to(dtype),
-            None if dbias_V is None else (dbias_V * upstream).to(dtype),
-            *[None] * 4,
-        )
+        inputs = ctx.saved_tensors
+        # Handed out and not kept, so that autograd takes them as they are; a second backward makes them again.
+        grads, ctx.gradients = ctx.gradients or _run(*inputs, ctx.call)[2], None
+        # On a CPU looking at a number is free; a step's upstream is mostly 1.
+        if upstream.is_cuda or upstream != 1:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(upstream)
+        dtypes = (None if t is None else t.dtype for t in inputs)
+        return *(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)), None
 
 
-class _Head:
-    """One lm_head, its buffers, and what happens in a chunk."""
-
-    def __init__(
-        self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, wide: torch.dtype
-    ) -> None:
-        self.weight_VD, self.bias_V, self.form, self.wide = weight_VD, bias_V, form, wide
-        self.buffers: dict[torch.dtype, Tensor] = {}
-
-    def buffer(self, rows: int, dtype: torch.dtype) -> Tensor:
-        """[rows, V] scratch, the same memory for every chunk."""
-        held = self.buffers.get(dtype)
-        if held is None or len(held) < rows:
-            held = self.weight_VD.new_empty(rows, len(self.weight_VD), dtype=dtype)
-            self.buffers[dtype] = held
-        return held[:rows]
-
-    def logits(self, hidden_CD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits [C, V] in the wide dtype, in the buffer, and the derivative of the softcap there."""
-        z_CV = self.buffer(len(hidden_CD), self.wide)
-        if hidden_CD.dtype == self.wide:
-            torch.mm(hidden_CD, self.weight_VD.t(), out=z_CV)
-        elif hidden_CD.is_cuda:
-            torch.mm(hidden_CD, self.weight_VD.t(), out_dtype=self.wide, out=z_CV)
-        else:  # no CPU product of bf16 has an fp32 result: the logits are rounded, as transformers' and vLLM's are
-            z_CV.copy_(
-                torch.mm(
-                    hidden_CD, self.weight_VD.t(), out=self.buffer(len(hidden_CD), hidden_CD.dtype)
-                )
-            )
-        if self.bias_V is not None:
-            z_CV.add_(self.bias_V)
-        if self.form.scale != 1.0:
-            z_CV.mul_(self.form.scale)
-        if self.form.softcap is None:
-            return z_CV, None
-        z_CV.div_(self.form.softcap).tanh_()
-        slope_CV = 1 - z_CV.square()
-        return z_CV.mul_(self.form.softcap), slope_CV
-
-    def chunk(
-        self, hidden_CD: Tensor, loss_fn: LossFn, targets: Targets, grads: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(loss [C], log q(label) [C], d loss / d (hidden W^T) [C, V] in hidden's dtype) of one chunk."""
-        z_CV, slope_CV = self.logits(hidden_CD)
-        label_C1 = targets.label_T[:, None]
-        assert targets.teacher_ids_TK is not None
-        used_CK = targets.teacher_ids_TK >= 0
-        # An unused entry points to the label: chosen anyway, so nothing else is masked or counted for it.
-        ids_CK = torch.where(used_CK, targets.teacher_ids_TK, label_C1)
-        ids_CS = torch.cat([label_C1, ids_CK], dim=1)
-        z_CS = z_CV.gather(1, ids_CS)
-        z_CV.scatter_(1, ids_CS, -torch.inf)
-        # The rest's softmax, in place: the same numbers serve the log-sum-exp now and the gradient below.
-        top_C1 = z_CV.amax(1, keepdim=True).clamp_(min=OUTSIDE)
-        sum_C1 = z_CV.sub_(top_C1).exp_().sum(1, keepdim=True)
-        rest_C = torch.where(sum_C1 > 0, sum_C1.log() + top_C1, OUTSIDE).squeeze(1)
-
-        z_CS, rest_C = z_CS.detach().requires_grad_(), rest_C.detach().requires_grad_()
-        in_top_C = (used_CK & (targets.teacher_ids_TK == label_C1)).any(1)
-        with torch.enable_grad():
-            student = _student(z_CS, rest_C, used_CK, in_top_C)
-            loss_C = loss_fn(student, targets)
-            if not grads:
-                return loss_C.detach(), student.label_T.detach(), None
-            g_CS, g_rest_C = torch.autograd.grad((loss_C * targets.weight_T).sum(), [z_CS, rest_C])
-        z_CV.mul_(torch.where(sum_C1 > 0, g_rest_C[:, None] / sum_C1, 0.0))
-        z_CV.scatter_add_(1, ids_CS, g_CS)
-        if slope_CV is not None:
-            z_CV.mul_(slope_CV)
-        if self.form.scale != 1.0:
-            z_CV.mul_(self.form.scale)
-        if hidden_CD.dtype != self.wide:
-            z_CV = self.buffer(len(hidden_CD), hidden_CD.dtype).copy_(z_CV)
-        return loss_C.detach(), student.label_T.detach(), z_CV
+def _run(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: _Pass
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """loss_T, log q(label) [T], and the gradients that are asked for, dweight and dbias in the wide dtype."""
+    wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+    vocab = call.form.vocab_size
+    weight_wanted = call.grads and weight_VD.requires_grad
+    bias_wanted = call.grads and bias_V is not None and bias_V.requires_grad
+    grads = weight_wanted or bias_wanted or (call.grads and hidden_TD.requires_grad)
+    dhidden_TD = torch.empty_like(hidden_TD) if grads else None
+    dweight_VD = torch.empty_like(weight_VD, dtype=wide) if weight_wanted else None
+    dbias_V = torch.zeros_like(bias_V, dtype=wide) if bias_wanted and bias_V is not None else None
+    if dweight_VD is not None:
+        dweight_VD[vocab if len(hidden_TD) else 0 :].zero_()
+    loss_T = hidden_TD.new_zeros(len(hidden_TD), dtype=wide)
+    label_T = torch.zeros_like(loss_T)
+    for start in range(0, len(hidden_TD), call.chunk):
+        rows = slice(start, start + call.chunk)
+        hidden_CD = hidden_TD[rows]
+        loss_T[rows], label_T[rows], kept = _chunk(hidden_CD, call, call.targets[rows], grads)
+        if kept is None or dhidden_TD is None:
+            continue
+        dz_CV, factor_C = call.sweep.gradient(*kept)
+        torch.mm(dz_CV, weight_VD[:vocab], out=dhidden_TD[rows])
+        if factor_C is not None:
+            dhidden_TD[rows] *= factor_C[:, None]
+            hidden_CD = hidden_CD * factor_C[:, None]
+        if dweight_VD is not None:
+            _add_product(dweight_VD[:vocab], dz_CV.t(), hidden_CD, first=start == 0)
+        if dbias_V is not None:
+            dbias_V[:vocab] += dz_CV.sum(0, dtype=wide) if factor_C is None else factor_C @ dz_CV
+    return loss_T, label_T, (dhidden_TD, dweight_VD, dbias_V)
 
 
-def _student(z_CS: Tensor, rest_C: Tensor, used_CK: Tensor, in_top_C: Tensor) -> Student:
+def _sweep(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm) -> Sweep:
+    wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+    weight_VD = weight_VD.detach()[: form.vocab_size]
+    bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
+    return PlainSweep(weight_VD, bias_V, form, wide)
+
+
+def _chunk(
+    hidden_CD: Tensor, call: _Pass, targets: Targets, grads: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """(loss [C], log q(label) [C], derivatives by the chosen logits [C, S] and the rest's log-sum-exp [C])."""
+    label_C1 = targets.label_T[:, None]
+    assert targets.teacher_ids_TK is not None
+    used_CK = targets.teacher_ids_TK >= 0
+    # An unused entry points to the label: chosen anyway, so nothing else is masked or counted for it.
+    ids_CK = torch.where(used_CK, targets.teacher_ids_TK, label_C1)
+    rest = call.sweep.rest(hidden_CD, torch.cat([label_C1, ids_CK], dim=1), entropy=call.entropy)
+    in_top_C = (used_CK & (targets.teacher_ids_TK == label_C1)).any(1)
+    z_CS, lse_C = rest.z_CS.requires_grad_(), rest.lse_C.requires_grad_()
+    with torch.enable_grad():
+        student = _student(z_CS, lse_C, rest.best_C, used_CK, in_top_C)
+        loss_C = call.loss_fn(student, targets)
+        kept = None
+        if grads:
+            kept = torch.autograd.grad((loss_C * targets.weight_T).sum(), [z_CS, lse_C])
+    with torch.no_grad():
+        if call.measure is not None:
+            for name, value_C in call.measure(student, targets).items():
+                call.seen.setdefault(name, []).append(value_C)
+        if rest.entropy_C is not None:
+            call.seen.setdefault("", []).append(_entropy(rest, student, used_CK, in_top_C))
+    return loss_C.detach(), student.label_T.detach(), kept
+
+
+def _student(
+    z_CS: Tensor, rest_C: Tensor, best_C: Tensor, used_CK: Tensor, in_top_C: Tensor
+) -> Student:
     """The K+1 numbers as log-probabilities; column 0 of z_CS is the label, the others the teacher's ids."""
     label_C, z_CK = z_CS[:, 0], z_CS[:, 1:]
     outside_C = torch.where(in_top_C, OUTSIDE, label_C)
     tail_C = torch.logaddexp(rest_C, outside_C)
     lse_C = torch.cat([torch.where(used_CK, z_CK, OUTSIDE), tail_C[:, None]], dim=1).logsumexp(1)
-    return Student(label_C - lse_C, z_CK - lse_C[:, None], tail_C - lse_C)
+    best_C = torch.maximum(best_C, outside_C.detach()) - lse_C.detach()
+    return Student(label_C - lse_C, z_CK - lse_C[:, None], tail_C - lse_C, best_C)
 
 
-def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """total += left @ right, added up in total's dtype."""
+def _entropy(rest: Rest, student: Student, used_CK: Tensor, in_top_C: Tensor) -> Tensor:
+    """-sum q log q over the whole vocabulary [C]: the chosen ids, each once, and the rest's own entropy."""
+    assert rest.entropy_C is not None
+    log_share_C = rest.lse_C + (student.label_T - rest.z_CS[:, 0])
+    chosen_CS = torch.cat(
+        [
+            torch.where(in_top_C, OUTSIDE, student.label_T)[:, None],
+            torch.where(used_CK, student.top_TK, OUTSIDE),
+        ],
+        dim=1,
+    )
+    of_chosen_C = -(chosen_CS.exp() * chosen_CS).sum(1)
+    return of_chosen_C + log_share_C.exp() * (rest.entropy_C - log_share_C)
+
+
+def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, first: bool) -> None:
+    """total += left @ right (= for the first), added up in total's dtype."""
     if left_VC.dtype == total_VD.dtype:
-        total_VD.addmm_(left_VC, right_CD)
+        torch.addmm(total_VD, left_VC, right_CD, beta=0 if first else 1, out=total_VD)
     elif left_VC.is_cuda:
-        total_VD.add_(torch.mm(left_VC, right_CD, out_dtype=total_VD.dtype))
+        torch.addmm(
+            total_VD,
+            left_VC,
+            right_CD,
+            beta=0 if first else 1,
+            out_dtype=total_VD.dtype,
+            out=total_VD,
+        )
+    elif first:
+        total_VD.copy_(torch.mm(left_VC, right_CD))
     else:
         total_VD.add_(torch.mm(left_VC, right_CD))
