@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -126,7 +127,7 @@ class Task(Protocol):
 # ------------------------------------------------------------------------------------------- distributions
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class TopK:
     """The kept head of a next-token distribution at T positions, ragged, and the mass of everything else.
 
@@ -175,7 +176,7 @@ class TopK:
             *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(TopK))
         )
 
-    @property
+    @cached_property
     def offsets(self) -> Array:
         """[T+1] where each position's entries start in the flat columns."""
         return np.concatenate([[0], np.cumsum(self.count_T, dtype=np.int64)])

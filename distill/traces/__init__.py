@@ -1,6 +1,7 @@
 """Traces on disk: Parquet shards that hold text, ids and the teacher's distribution at every position.
 
     schema.py     the columns, and what a file says about itself (Metadata)
+    distribution.py    a position's distribution made small, and back
     codec.py      Traces <-> Arrow tables <-> Parquet bytes
     folder.py     what lies in a folder: manifests, the writer's lock, files that appear whole or not at all
     writer.py     TraceWriter: shards written in the background, exactly once, whatever kills it

@@ -1,11 +1,12 @@
 """Traces <-> Arrow tables <-> Parquet bytes.
 
-In: blocks of `Traces` (numpy columns); out: the same, equal value for value. Token columns cross without a
-Python object a token, and mostly without a copy: the arrays that come back are views of Arrow's memory and
-read-only. Text must be UTF-8 in Parquet: surrogate pairs are joined and lone surrogates become U+FFFD. Text
-is for people and filters; what was sampled is `completion_ids`.
+In: blocks of `Traces` (numpy columns); out: the same, but for log-probabilities, which are rounded as
+`distribution.py` says unless the metadata says `exact`. Token columns cross without a Python object a token, and
+mostly without a copy: the arrays that come back are read-only, many of them views of Arrow's memory. Text must be
+UTF-8 in Parquet: surrogate pairs are joined and lone surrogates become U+FFFD. Text is for people and filters; what
+was sampled is `completion_ids`.
 
-Left out on purpose: files and folders (`folder.py`), and any coding that loses precision.
+Left out on purpose: files and folders (`folder.py`), how a distribution is rounded (`distribution.py`).
 """
 
 from __future__ import annotations
@@ -19,21 +20,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.records import Array, Ragged, TopK, Traces
+from distill.traces import distribution
 from distill.traces.schema import ARROW_SCHEMA, DISTRIBUTION_COLUMNS, METADATA_KEY, Metadata
 
 MAX_LOGPROB = 1e-3
 """Rounding may lift a log-probability this far above 0; anything higher is not one."""
 
-_SPLIT = ("prompt_ids", "completion_ids", "logprob", "top_ids", "top_logprobs", "tail_logprob")
-_PARQUET = {
-    "compression": "zstd",
-    "compression_level": 3,
-    "write_page_checksum": True,
-    # Bytes of one significance next to each other compress better, for ids as for floats.
-    "column_encoding": {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in _SPLIT},
-    "use_dictionary": ["top_count.list.element", "finish_reason", "rewards.key_value.key"],
-    "write_statistics": ["trace_id", "problem_id", "prompt_tokens", "completion_tokens", "reward"],
-}
+_SPLIT = (
+    "prompt_ids",
+    "completion_ids",
+    "logprob",
+    "top_count",
+    "top_ids",
+    "top_steps",
+    "top_logprobs",
+)
+"""Bytes of one significance next to each other compress better, for ids and steps as for floats."""
 
 
 # ------------------------------------------------------------------------------------------ Traces -> bytes
@@ -56,33 +58,42 @@ def to_table(traces: Traces, metadata: Metadata) -> pa.Table:
         "completion_tokens": pa.array(traces.completion_ids.lengths.astype(np.int32)),
         "prompt_ids": _list(traces.prompt_ids, np.uint32),
         "completion_ids": _list(traces.completion_ids, np.uint32),
-        "logprob": _list(traces.logprob, np.float32),
+        "logprob": _list(_rounded(traces.logprob, metadata), np.float32),
         "reward": pa.array(traces.reward, pa.float64()),
         "rewards": _rewards(traces.rewards, num),
         "correct": pa.array(traces.correct, pa.bool_()),
         "finish_reason": pa.array(traces.finish_reason, pa.string()),
     }
-    if traces.top is None:
-        columns |= {
-            name: pa.nulls(num, ARROW_SCHEMA.field(name).type) for name in DISTRIBUTION_COLUMNS
-        }
-    else:
-        top, position_offsets = traces.top, traces.completion_ids.offsets
-        entry_offsets = top.offsets[position_offsets]
-        columns |= {
-            "top_count": _list(Ragged(top.count_T, position_offsets), np.int32),
-            "top_ids": _list(Ragged(top.ids_E, entry_offsets), np.uint32),
-            "top_logprobs": _list(Ragged(top.logp_E, entry_offsets), np.float32),
-            "tail_logprob": _list(Ragged(top.tail_T, position_offsets), np.float32),
-        }
+    columns |= {name: pa.nulls(num, ARROW_SCHEMA.field(name).type) for name in DISTRIBUTION_COLUMNS}
+    if traces.top is not None:
+        columns |= _distribution(traces.top, traces.completion_ids.offsets, metadata)
     schema = ARROW_SCHEMA.with_metadata({METADATA_KEY: metadata.to_json()})
     return pa.Table.from_arrays([columns[name] for name in ARROW_SCHEMA.names], schema=schema)
 
 
-def encode(table: pa.Table) -> pa.Buffer:
+def encode(table: pa.Table, metadata: Metadata) -> pa.Buffer:
     """The table as the bytes of one Parquet file, checksums on every page; the same bytes for the same table."""
+    split = [*_SPLIT, "tail_logprob"] if metadata.exact else _SPLIT
+    words = ["finish_reason", "rewards.key_value.key"]
     sink = pa.BufferOutputStream()
-    pq.write_table(table.combine_chunks(), sink, row_group_size=max(len(table), 1), **_PARQUET)
+    pq.write_table(
+        table.combine_chunks(),
+        sink,
+        row_group_size=max(len(table), 1),
+        compression="zstd",
+        compression_level=3,
+        write_page_checksum=True,
+        column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split},
+        # Rounded tails are a few hundred distinct floats.
+        use_dictionary=words if metadata.exact else [*words, "tail_logprob.list.element"],
+        write_statistics=[
+            "trace_id",
+            "problem_id",
+            "prompt_tokens",
+            "completion_tokens",
+            "reward",
+        ],
+    )
     return sink.getvalue()
 
 
@@ -113,6 +124,7 @@ def check(traces: Traces, metadata: Metadata) -> None:
     _check_logprobs(top.logp_E, "top log-probabilities")
     if len(top) and not top.tail_T.max() <= MAX_LOGPROB:
         raise ValueError("a tail's log-mass is above 0 or not a number")
+    distribution.check(top, metadata.top_k)
 
 
 def _check_ids(ids: Array, metadata: Metadata, what: str) -> None:
@@ -128,11 +140,33 @@ def _check_logprobs(logprobs: Array, what: str) -> None:
         raise ValueError(f"{what}: some are above 0, infinite or not numbers")
 
 
+def _rounded(rows: Ragged, metadata: Metadata) -> Ragged:
+    values = rows.values if metadata.exact else distribution.round_logprobs(rows.values)
+    return Ragged(values, rows.offsets)
+
+
+def _distribution(top: TopK, position_offsets: Array, metadata: Metadata) -> dict[str, pa.Array]:
+    entry_offsets = top.offsets[position_offsets]
+    tail_T = top.tail_T
+    if metadata.exact:
+        values = {"top_logprobs": _list(Ragged(top.logp_E, entry_offsets), np.float32)}
+    else:
+        steps_E, tail_T = distribution.quantise(top)
+        values = {"top_steps": _list(Ragged(steps_E, entry_offsets), np.uint16)}
+    return {
+        "top_count": _list(Ragged(top.count_T, position_offsets), np.int32),
+        "top_ids": _list(Ragged(top.ids_E, entry_offsets), np.uint32),
+        "tail_logprob": _list(Ragged(tail_T, position_offsets), np.float32),
+        **values,
+    }
+
+
 def _list(rows: Ragged, dtype: Any) -> pa.Array:
     start, stop = int(rows.offsets[0]), int(rows.offsets[-1])
     offsets = np.asarray(rows.offsets, np.int64) - start
-    values = np.ascontiguousarray(rows.values[start:stop], dtype)
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values))
+    values = pa.array(np.ascontiguousarray(rows.values[start:stop], dtype))
+    kind = pa.large_list(pa.field("element", values.type, nullable=False))
+    return pa.LargeListArray.from_arrays(pa.array(offsets), values, type=kind)
 
 
 def _text(column: Sequence[str | None]) -> pa.Array:
@@ -227,12 +261,16 @@ def _ragged(array: pa.LargeListArray, metadata: Metadata) -> Ragged:
 
 
 def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
-    if not all(name in column for name in DISTRIBUTION_COLUMNS) or metadata.top_k == 0:
+    if metadata.top_k == 0 or not all(name in column for name in DISTRIBUTION_COLUMNS):
         return None
-    count, ids, logprobs, tail = (
-        _ragged(column[name], metadata).values for name in DISTRIBUTION_COLUMNS
-    )
-    return TopK(count, ids, logprobs, tail)
+
+    def flat(name: str) -> Array:
+        return _ragged(column[name], metadata).values
+
+    count_T, ids_E, tail_T = flat("top_count"), flat("top_ids"), flat("tail_logprob")
+    if metadata.exact:
+        return TopK(count_T, ids_E, flat("top_logprobs"), tail_T)
+    return TopK(count_T, ids_E, distribution.dequantise(count_T, flat("top_steps"), tail_T), tail_T)
 
 
 def _reward_columns(

@@ -21,7 +21,13 @@ import pyarrow.parquet as pq
 from distill.plug import nearest
 from distill.records import Array, Traces, UserError, stable_hash
 from distill.traces import codec, folder
-from distill.traces.schema import COLUMNS, DISTRIBUTION_COLUMNS, Metadata, metadata_of
+from distill.traces.schema import (
+    COLUMNS,
+    DISTRIBUTION_COLUMNS,
+    VALUE_COLUMNS,
+    Metadata,
+    metadata_of,
+)
 
 SELECTION_FORMAT = "distill-selection"
 SELECTION_FILE = "selection.json"
@@ -293,6 +299,8 @@ def _column_names(columns: Sequence[str] | None, with_id: bool) -> list[str]:
         if name not in COLUMNS:
             raise UserError(f"traces have no column {name!r}.{nearest(name, COLUMNS)}")
     wanted = {*columns, "trace_id"} if with_id else set(columns)
+    if not wanted.isdisjoint(VALUE_COLUMNS):
+        wanted |= {*VALUE_COLUMNS}
     return [name for name in COLUMNS if name in wanted]
 
 

@@ -1,9 +1,12 @@
 """The columns of a trace shard and the metadata each one carries.
 
 One row a trace, in plain Parquet types that any reader knows. The distribution is flat over the trace:
-position t has `top_count[t]` entries, which follow those of the positions before it in `top_ids` and
-`top_logprobs`; `tail_logprob[t]` is the log of the mass that is in no entry. Where a model's vocabulary
-is not asked for (`top_k: 0`) these four columns are null.
+position t, which is token t of the completion, has `top_count[t]` entries; they follow those of the positions before
+it in `top_ids` (by descending probability) and `top_steps`, which one formula turns into probabilities
+(`distribution.py`; data/README.md has it for pandas and DuckDB). `tail_logprob[t]` is the log of the mass that is in
+no entry. In a folder whose metadata says `exact: true` the entries' float32 log-probabilities stand in `top_logprobs`
+and `top_steps` is null; otherwise it is the other way round. Where no distribution was asked for (`top_k: 0`) all
+five columns are null.
 
 The metadata stands as JSON under the key `distill` of every file's own key-value metadata and, once more,
 in the manifest. Left out on purpose: anything about how shards are cut, found or locked (`folder.py`).
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pydantic
@@ -21,9 +24,10 @@ from pydantic import Field
 
 from distill import plug
 from distill.records import Sampling, UserError
+from distill.traces.distribution import STEPS_PER_NAT
 
-SCHEMA_VERSION = 0
-"""0 may still change; the first frozen layout is 1. Files of any other version are refused."""
+SCHEMA_VERSION: Final = 1
+"""Frozen: `data/golden/` holds shards of it that every later version must read. Files of any other are refused."""
 
 METADATA_KEY = b"distill"
 
@@ -32,12 +36,19 @@ TEXT_COLUMNS = ("messages", "completion", "answer", "gold")
 TOKEN_COLUMNS = ("prompt_ids", "completion_ids")
 COUNT_COLUMNS = ("prompt_tokens", "completion_tokens")
 VERDICT_COLUMNS = ("reward", "rewards", "correct", "finish_reason")
-DISTRIBUTION_COLUMNS = ("top_count", "top_ids", "top_logprobs", "tail_logprob")
+VALUE_COLUMNS = ("top_steps", "top_logprobs")
+"""Two forms of one thing, of which a folder has one: whoever asks for either gets both."""
+DISTRIBUTION_COLUMNS = ("top_count", "top_ids", *VALUE_COLUMNS, "tail_logprob")
+
 
 # Lists of tokens have 64-bit offsets in memory: a buffer of long traces holds more than 2^31 entries, and
 # they are then the offsets of `Ragged` without a copy. In the file a list is a list.
-_IDS = pa.large_list(pa.uint32())
-_LOGPROBS = pa.large_list(pa.float32())
+def _list_of(kind: pa.DataType) -> pa.DataType:
+    return pa.large_list(pa.field("element", kind, nullable=False))
+
+
+_IDS = _list_of(pa.uint32())
+_LOGPROBS = _list_of(pa.float32())
 
 ARROW_SCHEMA = pa.schema(
     [
@@ -55,8 +66,9 @@ ARROW_SCHEMA = pa.schema(
         pa.field("prompt_ids", _IDS),
         pa.field("completion_ids", _IDS),
         pa.field("logprob", _LOGPROBS),
-        pa.field("top_count", pa.large_list(pa.int32())),
+        pa.field("top_count", _list_of(pa.int32())),
         pa.field("top_ids", _IDS),
+        pa.field("top_steps", _list_of(pa.uint16())),
         pa.field("top_logprobs", _LOGPROBS),
         pa.field("tail_logprob", _LOGPROBS),
         pa.field("reward", pa.float64()),
@@ -80,9 +92,11 @@ class Metadata(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     model: str
     """The teacher by the name it was asked for: a hub id, a folder, a stage."""
+    source: str = ""
+    """Of traces that this model did not write but only scored: where they come from. Empty: it wrote them."""
     weights: Fingerprint
     tokenizer: Fingerprint
     chat_template: Fingerprint
@@ -95,6 +109,12 @@ class Metadata(pydantic.BaseModel):
     logprob_mode: Literal["raw"] = "raw"
     """raw: of the model's own distribution, before temperature and top-p."""
     logprob_temperature: float = 1.0
+    shift: Literal[0] = 0
+    """Row t of the distribution is over token t of the completion itself."""
+    exact: bool = False
+    """Log-probabilities as the engine gave them (float32), not in steps."""
+    steps_per_nat: Literal[32] = STEPS_PER_NAT
+    """The unit of `top_steps`."""
     top_k: int = Field(ge=0)
     """Entries kept at a position at most; 0: no distribution was captured."""
     mass: float = Field(gt=0, le=1)

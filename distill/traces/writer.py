@@ -169,7 +169,7 @@ class TraceWriter:
             return table
 
     def _write(self, table: pa.Table) -> None:
-        data = codec.encode(table)
+        data = codec.encode(table, self._metadata)
         taken = folder.shard_files(self.folder, self.writer).values()
         name = folder.shard_name(self.writer, max(taken, default=-1) + 1)
         folder.write_whole(self.folder / name, data)

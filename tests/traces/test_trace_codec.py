@@ -12,13 +12,17 @@ import pytest
 import trace_samples as samples
 
 from distill.records import Ragged, TopK, UserError
-from distill.traces import codec
+from distill.traces import codec, distribution
 from distill.traces.reader import decode_file, open_traces
-from distill.traces.schema import COLUMNS, METADATA_KEY
+from distill.traces.schema import METADATA_KEY
+
+
+def encoded(traces, metadata):
+    return codec.encode(codec.to_table(traces, metadata), metadata)
 
 
 def round_trip(traces, metadata):
-    table, read = decode_file(codec.encode(codec.to_table(traces, metadata)), "shard")
+    table, read = decode_file(encoded(traces, metadata), "shard")
     assert read == metadata
     return codec.from_table(table, read)
 
@@ -67,6 +71,72 @@ def test_no_rows_no_tokens_and_ids_near_the_end_of_a_vast_vocabulary():
         )
 
 
+def raw_distribution(num: int, rng: np.random.Generator) -> TopK:
+    """As an engine hands it over: peaked and flat, cut by mass and by number, some certain, some without a tail."""
+    logits = rng.gumbel(size=(num, 400)) * rng.gamma(2.0, 2.0, size=(num, 1))
+    logits[rng.random(num) < 0.1, 0] += 60
+    logp = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    order = np.argsort(-logp, axis=1)[:, :300]
+    ids = np.argsort(rng.random((num, 400)), axis=1)[:, :300]
+    full = TopK.from_dense(ids, np.take_along_axis(logp, order, 1))
+    return full.truncate(top_k=int(rng.integers(1, 300)), mass=float(rng.uniform(0.5, 1)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_stays_within_the_stated_error_and_happens_once(seed):
+    top = raw_distribution(300, np.random.default_rng(seed))
+    steps_E, tail_T = distribution.quantise(top)
+    assert (steps_E.dtype, tail_T.dtype) == (np.uint16, np.float32)
+    logp_E = distribution.dequantise(top.count_T, steps_E, tail_T)
+    errors, start = [], 0
+    for t, count in enumerate(top.count_T):
+        # The formula of the data card, a position at a time, in float64.
+        weight = np.exp(-np.cumsum(steps_E[start : start + count].astype(int)) / 32)
+        tail = np.exp(float(tail_T[t]))
+        probability = weight / weight.sum() * (1 - tail)
+        np.testing.assert_allclose(
+            logp_E[start : start + count], np.log(probability), atol=2e-6, rtol=1e-6
+        )
+        p = np.exp(top.logp_E[start : start + count].astype(float))
+        p, true_tail = p / (p.sum() + np.exp(float(top.tail_T[t]))), np.exp(float(top.tail_T[t]))
+        kl = np.sum(p * np.log(p / probability))
+        kl += true_tail * np.log(true_tail / tail) if true_tail else 0.0
+        errors.append(kl)
+        start += count
+    assert min(errors) > -1e-6
+    assert max(errors) < 2e-4
+    assert np.mean(errors) < 7e-5
+    again = TopK(top.count_T, top.ids_E, logp_E, tail_T)
+    for once, twice in zip((steps_E, tail_T), distribution.quantise(again), strict=True):
+        np.testing.assert_array_equal(once, twice)
+
+
+def test_a_confident_position_loses_nothing():
+    # One entry at 1 - 1e-9, one 16.5 and one 30 nats down: the first comes back from what the others leave.
+    logp = np.array([np.log1p(-1e-7), -16.5, -30.0], np.float32)
+    top = TopK(np.array([3]), np.arange(3), logp, np.array([np.log(3e-8)], np.float32))
+    steps_E, tail_T = distribution.quantise(top)
+    back = distribution.dequantise(top.count_T, steps_E, tail_T)
+    assert abs(back[0] - logp[0]) < 1e-8
+    np.testing.assert_allclose(back[1:], logp[1:], atol=1 / 64 + 1e-5)
+    np.testing.assert_allclose(tail_T, top.tail_T, atol=1 / 32 + 1e-5)
+
+
+def test_exact_keeps_every_bit():
+    block = samples.traces(range(12))
+    num = len(block.completion_ids.values)
+    rng = np.random.default_rng(3)
+    object.__setattr__(block, "top", raw_distribution(num, rng))
+    block.logprob.values[:] = -rng.exponential(size=num)
+    back = round_trip(block, samples.metadata(exact=True, top_k=300))
+    for name in ("count_T", "ids_E", "logp_E", "tail_T"):
+        np.testing.assert_array_equal(getattr(back.top, name), getattr(block.top, name))
+    np.testing.assert_array_equal(back.logprob.values, block.logprob.values)
+    rounded = round_trip(block, samples.metadata(top_k=300))
+    assert np.abs(rounded.logprob.values - block.logprob.values).max() <= 1 / 2048
+    assert (rounded.top.logp_E != block.top.logp_E).any()
+
+
 def test_no_tail_is_minus_infinity_and_certainty_is_zero():
     block = samples.traces([1])
     num = len(block.completion_ids.values)
@@ -99,8 +169,8 @@ def test_strange_text_never_fails_and_always_reads_the_same(tmp_path):
     for column in (back.completion, back.answer, back.gold):
         assert column == list(strange.values())
     assert [json.loads(m)[0]["content"] for m in back.messages] == list(strange.values())
-    again = codec.encode(codec.to_table(back, samples.metadata()))
-    assert again == codec.encode(codec.to_table(block, samples.metadata()))
+    again = encoded(back, samples.metadata())
+    assert again == encoded(block, samples.metadata())
     path = tmp_path / "strange.parquet"
     path.write_bytes(again)
     read = duckdb.sql(f"select completion from '{path}' order by trace_id").fetchall()
@@ -118,6 +188,9 @@ def test_strange_text_never_fails_and_always_reads_the_same(tmp_path):
         ("log-prob", lambda b: b.top.logp_E.__setitem__(0, -np.inf)),
         ("tail", lambda b: b.top.tail_T.__setitem__(0, np.nan)),
         ("columns of top", lambda b: b.top.count_T.__setitem__(0, 99)),
+        ("descending", lambda b: b.top.logp_E.__setitem__(slice(0, 2), b.top.logp_E[1::-1])),
+        ("add up to 1", lambda b: b.top.tail_T.__setitem__(0, 0.0)),
+        ("1 to 16", lambda b: b.top.count_T.__setitem__(slice(0, 2), [0, b.top.count_T[:2].sum()])),
         ("rows", lambda b: b.correct.pop()),
         ("keys role and content", lambda b: b.messages.__setitem__(0, '[{"role": "user"}]')),
     ],
@@ -132,50 +205,9 @@ def test_columns_that_contradict_each_other_are_refused(name, change):
 # ------------------------------------------------------------------------------------------- other readers
 
 
-def test_pandas_alone_decodes_the_distribution(tmp_path):
-    path = samples.write(tmp_path / "traces", 16) / "shard-0-00000.parquet"
-    frame = pd.read_parquet(path)
-    assert list(frame.columns) == list(COLUMNS)
-    block = samples.traces(range(16))
-    for n, row in frame.iterrows():
-        top = block.top_of(n)
-        ends = np.cumsum(row.top_count)
-        for t, end in enumerate(ends):
-            start = end - row.top_count[t]
-            want = top.slice(t, t + 1)
-            np.testing.assert_array_equal(row.top_ids[start:end], want.ids_E)
-            np.testing.assert_array_equal(row.top_logprobs[start:end], want.logp_E)
-            np.testing.assert_allclose(
-                np.exp(row.top_logprobs[start:end].astype(float)).sum()
-                + np.exp(row.tail_logprob[t]),
-                1,
-                atol=1e-5,
-            )
-        assert json.loads(block.messages[n]) == list(row.messages)
-        assert dict(row.rewards)["format"] == 0.5
-
-
-def test_duckdb_alone_decodes_the_distribution(tmp_path):
+def test_duckdb_alone_reads_verdicts(tmp_path):
     path = samples.write(tmp_path / "traces", 16) / "*.parquet"
-    rows = duckdb.sql(
-        f"""
-        with position as (
-            select trace_id, unnest(top_count) as count, unnest(tail_logprob) as tail,
-                   generate_subscripts(top_count, 1) as t, top_ids, top_logprobs, top_count
-            from '{path}')
-        select trace_id, t, tail, top_ids[list_sum(top_count[1:t]) - count + 1 : list_sum(top_count[1:t])],
-               top_logprobs[list_sum(top_count[1:t]) - count + 1 : list_sum(top_count[1:t])]
-        from position order by trace_id, t
-        """
-    ).fetchall()
     block = samples.traces(range(16))
-    want = [
-        (block.trace_id[n], t + 1, at.tail_T[0], at.ids_E.tolist(), at.logp_E.tolist())
-        for n in range(16)
-        for t in range(len(block.completion_ids[n]))
-        for at in [block.top_of(n).slice(t, t + 1)]
-    ]
-    assert rows == want
     verdicts = duckdb.sql(
         f"select count(*), sum(rewards['accuracy']), sum(correct::int) from '{path}'"
     ).fetchall()
@@ -198,8 +230,9 @@ def test_the_file_says_what_it_is(tmp_path):
 def test_another_schema_version_is_refused_naming_both():
     table = codec.to_table(samples.traces([1]), samples.metadata())
     tree = json.loads(samples.metadata().to_json()) | {"schema_version": 7}
-    data = codec.encode(table.replace_schema_metadata({METADATA_KEY: json.dumps(tree)}))
-    with pytest.raises(UserError, match=r"version 7.*version 0"):
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(tree)})
+    data = codec.encode(table, samples.metadata())
+    with pytest.raises(UserError, match=r"version 7.*version 1"):
         decode_file(data, "shard")
 
 

@@ -10,14 +10,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import trace_samples as samples
 
 from distill.records import UserError
-from distill.traces.reader import content_fingerprint, open_traces
+from distill.traces import codec, folder
+from distill.traces.reader import content_fingerprint, decode_file, open_traces
 from distill.traces.stats import stats
 from distill.traces.verify import repair, verify
-from distill.traces.writer import TraceWriter
+from distill.traces.writer import TraceWriter, describe
 
 LIGHT = ["trace_id", "problem_id", "completion_ids", "correct", "finish_reason"]
 
@@ -251,22 +253,36 @@ def test_verify_finds_duplicates_and_missing_rows(tmp_path):
     assert samples.row_digests(path) == samples.expected_digests(range(16))
 
 
-def test_verify_finds_distributions_that_are_not(tmp_path):
-    def write(name, change):
-        block = samples.traces([1, 2, 3])
-        change(block)
-        with TraceWriter(tmp_path / name, samples.metadata()) as writer:
-            writer.add(block)
-        return [finding.what for finding in verify(tmp_path / name).findings]
+def test_verify_finds_columns_that_contradict_each_other_under_a_right_checksum(tmp_path):
+    def faults(name, change):
+        """What verify says of a shard that somebody else's code wrote, manifest and all."""
+        path = samples.write(tmp_path / name, 3)
+        manifest = folder.read_manifest(path / "manifest-0.json")
+        table, _ = decode_file((path / manifest.shards[0].file).read_bytes(), "shard")
+        number = table.column_names.index
+        for column, values in change(table.to_pydict()).items():
+            field = table.schema.field(column)
+            table = table.set_column(number(column), field, pa.array(values, field.type))
+        data = codec.encode(table, manifest.metadata)
+        (path / manifest.shards[0].file).write_bytes(data)
+        shard = describe(manifest.shards[0].file, data, table)
+        folder.Manifest("0", manifest.metadata, (shard,)).write(path)
+        return [finding.what for finding in verify(path).findings]
 
-    def swap(block):
-        first = int(np.flatnonzero(block.top.count_T > 1)[0])
-        at = int(block.top.offsets[first])
-        block.top.logp_E[[at, at + 1]] = block.top.logp_E[[at + 1, at]]
+    def first(rows, value):
+        return [[value, *row[1:]] if row else row for row in rows]
 
-    assert not write("good", lambda block: None)
-    assert "descending" in write("order", swap)[0]
-    assert "add up to 1" in write("mass", lambda block: block.top.tail_T.__setitem__(0, 0.0))[0]
+    assert not faults("good", lambda rows: {})
+    fault = faults("count", lambda rows: {"top_count": first(rows["top_count"], 9)})
+    assert "does not add up to the entries" in fault[0]
+    fault = faults("length", lambda rows: {"logprob": [row[1:] for row in rows["logprob"]]})
+    assert "logprob and completion_tokens differ" in fault[0]
+    fault = faults("steps", lambda rows: {"top_steps": [row[1:] for row in rows["top_steps"]]})
+    assert "top_ids and top_steps differ" in fault[0]
+    fault = faults("tail", lambda rows: {"tail_logprob": first(rows["tail_logprob"], 0.5)})
+    assert "above 0" in fault[0]
+    fault = faults("ids", lambda rows: {"top_ids": first(rows["top_ids"], samples.VOCAB)})
+    assert "vocabulary" in fault[0]
 
 
 def test_stats_are_those_of_the_traces(stored):
@@ -290,7 +306,7 @@ def test_stats_are_those_of_the_traces(stored):
 READ = """
 import resource, sys
 from distill.traces.reader import open_traces
-from distill.traces.writer import TraceWriter
+from distill.traces.writer import TraceWriter, describe
 import trace_samples as samples
 from distill.records import Traces
 path, num_blocks = sys.argv[1], int(sys.argv[2])

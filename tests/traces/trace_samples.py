@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.records import Ragged, Sampling, TopK, Traces
+from distill.traces import distribution as coding
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
@@ -27,13 +28,19 @@ def metadata(**changes) -> Metadata:
 
 
 def distribution(num: int, rng: np.random.Generator, top_k: int = 16) -> TopK:
-    """Peaked and flat positions in turn, cut at mass .98."""
+    """Peaked and flat positions in turn, cut at mass .98, as they are after one rounding (a second changes nothing)."""
     sharpness = rng.gamma(2.0, 1.5, size=(num, 1)) + 0.2
     logits = np.sort(rng.gumbel(size=(num, 200)), axis=1)[:, ::-1] * sharpness
     logp = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     ids = np.argsort(rng.random((num, 200)), axis=1)[:, :top_k] * 199 + 7
     full = TopK.from_dense(ids, logp[:, :top_k].astype(np.float32))
-    return full.truncate(mass=0.98, top_k=top_k)
+    return settled(full.truncate(mass=0.98, top_k=top_k))
+
+
+def settled(top: TopK) -> TopK:
+    """What comes back of a distribution that was stored in steps."""
+    steps_E, tail_T = coding.quantise(top)
+    return TopK(top.count_T, top.ids_E, coding.dequantise(top.count_T, steps_E, tail_T), tail_T)
 
 
 def traces(
@@ -57,7 +64,9 @@ def traces(
         gold=[str(n) for n in numbers],
         prompt_ids=Ragged.from_rows([rng.integers(0, VOCAB, 5) for rng in rngs], np.int64),
         completion_ids=Ragged.from_rows([rng.integers(0, VOCAB, k) for k, rng in drawn], np.int64),
-        logprob=Ragged.from_rows([-rng.exponential(size=k) for k, rng in drawn], np.float32),
+        logprob=Ragged.from_rows(
+            [coding.round_logprobs(-rng.exponential(size=k)) for k, rng in drawn], np.float32
+        ),
         top=TopK.concat(tops) if top else None,
         reward=[None if n % 5 == 0 else (n % 3) / 2 for n in numbers],
         rewards={"accuracy": [None if n % 5 == 0 else float(n % 2) for n in numbers], "format": [0.5] * len(numbers)},

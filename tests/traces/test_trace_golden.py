@@ -1,0 +1,143 @@
+"""Golden shards of every frozen schema: read for ever, by our code and by the examples of data/README.md alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import runpy
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+
+from distill.traces.reader import open_traces
+from distill.traces.verify import verify
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "data" / "golden"
+
+# Of the committed files: whoever changes a byte of them changes what version 1 means.
+SHA256 = {
+    "v1/manifest-0.json": "afa436c01852ed403c10c62bbb47c11564cc4d117de45822dc7e0f7e22129277",
+    "v1/shard-0-00000.parquet": "6b353af1605cace9e3fcc0acb2117f199804c4e1a83b0ae2f1da7d633b8623fe",
+    "v1/shard-0-00001.parquet": "715cfd905e1b760dd50464cad68d92e74a0ff9d0a5cc77508ede56784de3c4d9",
+    "v1_exact/manifest-0.json": "f0e4ec6df3ddef838d9ad7ad4953c68bc55ebc044a613f08b04ff4392252dbcf",
+    "v1_exact/shard-0-00000.parquet": "db01a66dd7a50b890acfd20507f661f991dd5f00fcf1de03bb7c6ff0495ac767",
+    "v1_exact/shard-0-00001.parquet": "1d485016b4886fe552995acb01cc62114b04e5b8194bb755d74f83a6ad6f2a6e",
+    "v1_expected.npz": "c650af738c3b54f8fc1ffbb5261c8991e24c7a3270f2ee45efabd3f3320287e1",
+}
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """Float64 numbers from before any coding: count, ids, logp, tail a position; completion_ids, logprob, lengths."""
+    return np.load(GOLDEN / "v1_expected.npz")
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return list(runpy.run_path(str(GOLDEN / "make_v1.py"))["TEXTS"])
+
+
+def test_the_golden_files_are_those_that_were_frozen():
+    found = {
+        str(path.relative_to(GOLDEN)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in GOLDEN.rglob("*")
+        if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts
+    }
+    assert found == SHA256
+
+
+@pytest.mark.parametrize("name", ["v1", "v1_exact"])
+def test_our_reader_reads_version_1(name, truth, texts):
+    assert verify(GOLDEN / name).ok
+    reader = open_traces(GOLDEN / name)
+    assert (reader.metadata.schema_version, reader.metadata.vocab_size) == (1, 2**32)
+    (shard_a, shard_b) = blocks = list(reader.blocks(8))
+    assert (len(shard_a), len(shard_b)) == (8, 4)
+
+    def joined(read):
+        return np.concatenate([np.asarray(read(block)) for block in blocks])
+
+    np.testing.assert_array_equal(
+        joined(lambda b: b.completion_ids.values), truth["completion_ids"]
+    )
+    np.testing.assert_array_equal(joined(lambda b: b.completion_ids.lengths), truth["lengths"])
+    np.testing.assert_array_equal(joined(lambda b: b.top.count_T), truth["count"])
+    np.testing.assert_array_equal(joined(lambda b: b.top.ids_E), truth["ids"])
+    logprob, logp = joined(lambda b: b.logprob.values), joined(lambda b: b.top.logp_E)
+    tail = joined(lambda b: b.top.tail_T)
+    if name == "v1_exact":
+        np.testing.assert_array_equal(logprob, truth["logprob"].astype(np.float32))
+        np.testing.assert_array_equal(logp, truth["logp"].astype(np.float32))
+        np.testing.assert_array_equal(tail, truth["tail"].astype(np.float32))
+    else:
+        np.testing.assert_allclose(logprob, truth["logprob"], atol=1 / 2048 + 1e-6)
+        assert divergence(truth, logp, tail) < 2e-4
+    rows = [row for block in blocks for row in zip(block.trace_id, block.sample, block.answer, block.correct, strict=True)]  # fmt: skip
+    assert rows[3:5] == [("golden03", 1, None, None), ("golden04", 0, "4", False)]
+    assert [text for block in blocks for text in block.completion] == texts
+    assert [json.loads(m)[0]["content"] for block in blocks for m in block.messages] == texts
+    assert shard_a.rewards == {"accuracy": [None, 0.0, 1.0, None, 0.0, 1.0, None, 0.0], "format": [0.25] * 8}  # fmt: skip
+
+
+def divergence(truth, logp, tail) -> float:
+    """The largest KL(true || decoded) over entries and tail of any position, in nat, position by position."""
+    worst, start = 0.0, 0
+    for count, t, d in zip(truth["count"], truth["tail"], np.asarray(tail, float), strict=True):
+        p, q = truth["logp"][start : start + count], np.asarray(logp[start : start + count], float)
+        kl = float(np.sum(np.exp(p) * (p - q)))
+        if t > -np.inf:
+            kl += float(np.exp(t) * (t - d))
+        worst, start = max(worst, abs(kl)), start + count
+    return worst
+
+
+# --------------------------------------------------------------------------------- the data card's examples
+
+
+def example(language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", (ROOT / "data" / "README.md").read_text(), re.DOTALL)  # fmt: skip
+    return found
+
+
+def test_the_pandas_example_decodes_a_shard(truth, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names: dict = {}
+    exec(example("python"), names)
+    assert list(names["entries"]) == [3, 1, 2]
+    np.testing.assert_allclose(list(names["entries"].values()), [0.5, 0.3, 0.2], rtol=1 / 64)
+    start = position = 0
+    for shard in ("00000", "00001"):
+        frame = pd.read_parquet(f"data/golden/v1/shard-0-{shard}.parquet")
+        for _, trace in frame.iterrows():
+            for t in range(len(trace.completion_ids)):
+                entries, tail = names["distribution"](trace, t)
+                stop = start + truth["count"][position]
+                np.testing.assert_array_equal(list(entries), truth["ids"][start:stop])
+                np.testing.assert_allclose(
+                    list(entries.values()), np.exp(truth["logp"][start:stop]), rtol=0.06
+                )
+                assert sum(entries.values()) + tail == pytest.approx(1, abs=1e-6)
+                start, position = stop, position + 1
+    assert position == len(truth["count"])
+
+
+def test_the_duckdb_example_decodes_what_the_reader_does(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    rows = duckdb.sql(example("sql")).fetchall()
+    want = []
+    for block in open_traces("data/golden/v1").blocks():
+        for n, trace_id in enumerate(block.trace_id):
+            top = block.top_of(n)
+            for t in range(len(top)):
+                at = top.slice(t, t + 1)
+                want += [
+                    (trace_id, t, int(token), np.exp(float(logp)), np.exp(float(at.tail_T[0])))
+                    for token, logp in zip(at.ids_E, at.logp_E, strict=True)
+                ]
+    assert [row[:3] for row in rows] == [row[:3] for row in want]
+    np.testing.assert_allclose([row[3:] for row in rows], [row[3:] for row in want], rtol=2e-6)
