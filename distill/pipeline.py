@@ -36,6 +36,7 @@ from distill.recipe import (
     GenerateStage,
     GrpoStage,
     Recipe,
+    ScoreStage,
     StageConfig,
     order,
 )
@@ -295,7 +296,7 @@ class Runner:
         # everything many times slower as soon as something else runs on one of its cores.
         mine = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
         mine = {key: value for key, value in mine.items() if key not in os.environ}
-        if isinstance(node.config, GenerateStage | EvalStage | GrpoStage):
+        if isinstance(node.config, GenerateStage | ScoreStage | EvalStage | GrpoStage):
             from distill import engines
 
             mine |= engines.environment(node.config.engine)

@@ -26,6 +26,7 @@ from distill.recipe.stages import (
     GrpoStage,
     OptimStage,
     PruneStage,
+    ScoreStage,
     Stage,
     TrainStage,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "RewardConfig",
     "Role",
     "SamplingConfig",
+    "ScoreStage",
     "Stage",
     "StageConfig",
     "TrainStage",

@@ -56,6 +56,39 @@ class GenerateStage(StageConfig):
         yield "task", self.task
 
 
+class ScoreStage(StageConfig):
+    """This model's distributions over traces that exist, teacher-forced: a stage's, a folder's, a file's, a hub dataset's.
+
+    A JSONL file, a folder that `datasets` saved and a hub dataset (owner/name) are in chat form: rows with
+    `messages`, whose last is the assistant's. Trace ids do not depend on the model, so several models may score the
+    same traces.
+    """
+
+    kind: Literal["score"]
+    model: str
+    data: str
+    split: str = Field("train", description="of a `datasets` folder or hub dataset")
+    subset: str | None = Field(None, description="of a hub dataset: its configuration")
+    task: str | None = Field(
+        None, description="its template renders text, its judge compares with a row's `answer`"
+    )
+    max_tokens: PositiveInt | None = Field(
+        None, description="prompt and completion; longer traces are left out and counted"
+    )
+    top_k: PositiveInt = Field(64, description="entries kept at a position at most")
+    mass: float = Field(
+        0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered"
+    )
+    engine: EngineConfig = EngineConfig()
+    shard_rows: PositiveInt = execution(256)
+
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        yield "model", self.model
+        yield "data", self.data
+        if self.task is not None:
+            yield "task", self.task
+
+
 class FilterStage(StageConfig):
     """A selection of traces: those that every filter keeps. The shards themselves are not copied."""
 
@@ -261,12 +294,20 @@ class CompareStage(StageConfig):
 
 
 Stage = Annotated[
-    PruneStage | GenerateStage | FilterStage | TrainStage | GrpoStage | EvalStage | CompareStage,
+    PruneStage
+    | GenerateStage
+    | ScoreStage
+    | FilterStage
+    | TrainStage
+    | GrpoStage
+    | EvalStage
+    | CompareStage,
     Field(discriminator="kind"),
 ]
 KINDS: dict[str, type[StageConfig]] = {
     "prune": PruneStage,
     "generate": GenerateStage,
+    "score": ScoreStage,
     "filter": FilterStage,
     "train": TrainStage,
     "grpo": GrpoStage,

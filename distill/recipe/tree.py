@@ -59,7 +59,7 @@ def check_references(recipe: Recipe, where: str) -> None:
                         f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} "
                         "A file or folder is written as a path."
                     )
-                _check_kind(recipe, here, value, ("generate", "filter"))
+                _check_kind(recipe, here, value, ("generate", "score", "filter"))
             else:
                 known = [*recipe.models, *recipe.stages]
                 if value not in known:

@@ -157,6 +157,18 @@ def predict_generate_seconds(
     )
 
 
+def predict_score_seconds(
+    shape: ModelShape,
+    flops: float,
+    machine: Machine,
+    dtype: Dtype = "bfloat16",
+    engine: str = "vllm",
+) -> float:
+    """A score stage: process, engine start and one forward pass of `flops` (as `forward_flops` counts them)."""
+    start = PROCESS_START + ENGINE_START.get(engine, ENGINE_START["vllm"])
+    return start + flops / (machine.rate(dtype) * PREFILL_EFFICIENCY)
+
+
 def predict_prune_seconds(shape: ModelShape, machine: Machine) -> float:
     """Read a model and write it: its weights pass memory a few times."""
     return PROCESS_START + 4 * 2.0 * shape.params_total / machine.bandwidth

@@ -2,6 +2,7 @@
 
 context.py   what a stage is given: its run, folder, inputs, seeds, live line
 sampling.py  problems -> engine -> verdicts -> trace rows; generate and eval share it
-prune.py generate.py filter.py train.py eval.py compare.py    the kinds, `run(config, context) -> Result` each
+sources.py   traces that exist already, as blocks that a model can score
+prune.py generate.py score.py filter.py train.py eval.py compare.py    the kinds, `run(config, context) -> Result` each
 __main__.py  `python -m distill.stages RUN STAGE`: the process of one stage
 """

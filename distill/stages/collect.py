@@ -145,7 +145,8 @@ def _arm(
 def role_of(recipe: Recipe, model: str) -> Any:
     """A model that writes traces is a teacher; one that nothing was trained into is a start."""
     if any(
-        config.kind == "generate" and config.model == model for config in recipe.stages.values()
+        config.kind in ("generate", "score") and config.model == model
+        for config in recipe.stages.values()
     ):
         return "teacher"
     trained = model in recipe.stages and recipe.stages[model].kind in ("train", "grpo")

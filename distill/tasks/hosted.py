@@ -7,14 +7,12 @@ cache is still used then.
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.hub import offline_unless_reachable
 from distill.models import file_hash
 from distill.plug import nearest
 from distill.records import Split, UserError, stable_hash
@@ -22,7 +20,6 @@ from distill.tasks import templates
 from distill.tasks.files import final_answer, plain_number
 from distill.tasks.finite import FiniteTask, Loaded, Rejected, Row, Verify, assemble
 
-CONNECT_SECONDS = 5.0
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
 
@@ -139,7 +136,7 @@ def _load(name: str, source: Source, local: Path | None, verify: Verify) -> Load
 def _read_hub(source: Source, where: str) -> Mapping[str, Any]:
     import datasets
 
-    with _offline_unless_reachable():
+    with offline_unless_reachable():
         try:
             return dict(datasets.load_dataset(source.dataset, source.subset))
         except (OSError, ValueError) as error:
@@ -148,33 +145,6 @@ def _read_hub(source: Source, where: str) -> Mapping[str, Any]:
                 f"network, give `folder:` a local copy (written by datasets' save_to_disk, or of parquet or "
                 f"JSON files), fill the Hugging Face cache beforehand, or use a JSONL file with fn: jsonl."
             ) from error
-
-
-@contextmanager
-def _offline_unless_reachable() -> Iterator[None]:
-    """Without a hub, datasets tries for half a minute; told to be offline, it looks in the cache at once."""
-    import datasets.config
-    import huggingface_hub.constants as constants
-
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if not before[1] and not _reachable(constants.ENDPOINT):
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
-
-
-def _reachable(endpoint: str) -> bool:
-    try:
-        urllib.request.urlopen(
-            urllib.request.Request(endpoint, method="HEAD"), timeout=CONNECT_SECONDS
-        ).close()
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except OSError:
-        return False
-    return True
 
 
 def _read_folder(folder: Path, where: str) -> Mapping[str, Any]:
