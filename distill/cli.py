@@ -69,6 +69,7 @@ def _stage_verb(kinds: tuple[str, ...], text: str) -> Any:
 
 for _name, _kinds, _text in (
     ("generate", ("generate",), "Run a recipe's generate stages."),
+    ("score", ("score",), "Run a recipe's score stages: distributions over traces that exist."),
     ("filter", ("filter",), "Run a recipe's filter stages."),
     ("prune", ("prune",), "Run a recipe's prune stages."),
     ("train", ("train",), "Run a recipe's train stages."),
