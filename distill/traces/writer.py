@@ -1,9 +1,10 @@
 """TraceWriter: blocks of traces in, whole shards on the disk, in the background.
 
-`add` hands a block to a thread that encodes and writes, so that an engine never waits for the disk unless it
-is more than two shards ahead. A shard is written when it has `shard_rows` rows, or when its first row is
-`flush_every` seconds old; after each, the manifest. So a kill at any instant loses at most the shard in
-flight, and opening the folder again tells what is there (`done_ids`), to add exactly what is missing.
+`add` hands a block to a thread that checks, encodes and writes it, so that an engine never waits for the disk
+unless it is two shards ahead: memory holds no more, however much is written. A shard is written when it has
+`shard_rows` rows or holds `SHARD_BYTES`, or when its first row is `flush_every` seconds old; after each, the
+manifest. So a kill at any instant loses at most the shard in flight, and opening the folder again tells what is there
+(`done_ids`), to add exactly what is missing.
 
 Left out on purpose: what the rows mean, and in which order they come; rows are stored in the order added.
 """
@@ -14,16 +15,21 @@ import contextlib
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill.records import Traces, UserError
+from distill.records import Array, Traces, UserError
 from distill.traces import codec, folder, reader
 from distill.traces.schema import Metadata
+
+SHARD_BYTES = 64 << 20
+"""In memory, about; on the disk a third of it."""
 
 
 class TraceWriter:
@@ -34,7 +40,8 @@ class TraceWriter:
     is taken up, anything else goes. Writers with different names may fill one folder at the same time.
 
     Raises UserError: folder locked, metadata differs, a listed shard is damaged, disk full. What goes wrong in
-    the background is raised by the next `add` or by `close`.
+    the background (a block whose columns contradict each other, among others) is raised by the next `add` or by
+    `close`; the rows before it are written where that is possible.
     """
 
     def __init__(
@@ -55,9 +62,9 @@ class TraceWriter:
         self._flush_every = flush_every
         self._shards: list[folder.Shard] = []
         self._ids: set[str] = set()
-        self._blocks: list[pa.Table] = []
-        self._rows_queued = 0
-        self._rows_in_flight = 0
+        self._queue: deque[tuple[Traces, Array]] = deque()
+        self._held = np.zeros(2, np.int64)
+        self._pending = _Pending(shard_rows)
         self._first_row_at = 0.0
         self._closing = False
         self._error: BaseException | None = None
@@ -83,26 +90,27 @@ class TraceWriter:
         """The trace ids in the folder when it was opened, of all writers, and those added since."""
         return set(self._ids)
 
-    def add(self, traces: Traces) -> None:
-        """Take over a block; its arrays must not change afterwards.
+    def __contains__(self, trace_id: object) -> bool:
+        """Whether a trace is in the folder, or was added."""
+        return trace_id in self._ids
 
-        Raises ValueError for an id that is there already or columns that contradict each other.
-        """
+    def add(self, traces: Traces) -> None:
+        """Take over a block; its arrays must not change afterwards. Raises ValueError for an id that is there already."""
         seen: set[str] = set()
         for trace_id in traces.trace_id:
             if trace_id in self._ids or trace_id in seen:
                 raise ValueError(f"trace {trace_id!r} is already stored")
             seen.add(trace_id)
-        table = codec.to_table(traces, self._metadata)
+        bytes_N = row_bytes(traces)
         with self._changed:
             self._changed.wait_for(self._may_add)
             self._raise_error()
             if self._closing:
                 raise ValueError("the writer is closed")
-            if self._rows_queued == 0:
+            if not self._held[0]:
                 self._first_row_at = time.monotonic()
-            self._blocks.append(table)
-            self._rows_queued += len(table)
+            self._queue.append((traces, bytes_N))
+            self._held += len(traces), bytes_N.sum()
             self._ids |= seen
             self._changed.notify_all()
 
@@ -127,8 +135,8 @@ class TraceWriter:
         self.close()
 
     def _may_add(self) -> bool:
-        room = self._rows_queued + self._rows_in_flight < 2 * self._shard_rows
-        return room or self._closing or self._error is not None
+        room = self._held[0] < 2 * self._shard_rows and self._held[1] < 2 * SHARD_BYTES
+        return bool(room or self._closing or self._error is not None)
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
@@ -140,33 +148,48 @@ class TraceWriter:
 
     def _run(self) -> None:
         try:
-            while (table := self._next_shard()) is not None:
-                self._write(table)
-                with self._changed:
-                    self._rows_in_flight = 0
-                    self._changed.notify_all()
+            last = False
+            while not last:
+                block, due, last = self._next_block()
+                self._take(block)
+                self._write_due(due)
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def _next_shard(self) -> pa.Table | None:
-        """Rows for one shard, as soon as they are due; None at the end."""
+    def _next_block(self) -> tuple[tuple[Traces, Array] | None, bool, bool]:
+        """The next block (None where rows are due before one comes), whether all that waits is due, and whether
+        nothing comes after it."""
         with self._changed:
-            while not self._closing and self._rows_queued < self._shard_rows:
-                due = self._first_row_at + self._flush_every - time.monotonic()
-                if self._rows_queued and due <= 0:
+            while not self._queue and not self._closing:
+                left = self._first_row_at + self._flush_every - time.monotonic()
+                if self._held[0] and left <= 0:
                     break
-                self._changed.wait(due if self._rows_queued else None)
-            if not self._rows_queued:
-                return None
-            queued = pa.concat_tables(self._blocks)
-            table = queued.slice(0, self._shard_rows)
-            rest = queued.slice(len(table))
-            self._blocks = [rest] if len(rest) else []
-            self._rows_queued, self._rows_in_flight = len(rest), len(table)
-            self._first_row_at = time.monotonic()
-            return table
+                self._changed.wait(left if self._held[0] else None)
+            block = self._queue.popleft() if self._queue else None
+            last = self._closing and not self._queue
+            late = time.monotonic() >= self._first_row_at + self._flush_every
+            return block, last or (late and not self._queue), last
+
+    def _take(self, block: tuple[Traces, Array] | None) -> None:
+        if block is None:
+            return
+        traces, bytes_N = block
+        try:
+            self._pending.append(codec.to_table(traces, self._metadata), bytes_N)
+        except Exception:
+            self._write_due(everything=True)
+            raise
+
+    def _write_due(self, everything: bool) -> None:
+        while (shard := self._pending.cut(everything)) is not None:
+            table, num_bytes = shard
+            self._write(table)
+            with self._changed:
+                self._held -= len(table), num_bytes
+                self._first_row_at = time.monotonic()
+                self._changed.notify_all()
 
     def _write(self, table: pa.Table) -> None:
         data = codec.encode(table, self._metadata)
@@ -213,6 +236,43 @@ class TraceWriter:
             return
         self._ids.update(ids)
         self._list(describe(path.name, data, table))
+
+
+class _Pending:
+    """Rows waiting to become shards. Where a shard ends depends on its rows alone, not on how they came."""
+
+    def __init__(self, shard_rows: int) -> None:
+        self._shard_rows = shard_rows
+        self._tables: list[pa.Table] = []
+        self._bytes: list[Array] = []
+
+    def append(self, table: pa.Table, bytes_N: Array) -> None:
+        self._tables.append(table)
+        self._bytes.append(bytes_N)
+
+    def cut(self, everything: bool) -> tuple[pa.Table, int] | None:
+        """The next shard's rows and their bytes: when they fill one, or with `everything` as many as there are."""
+        if not self._tables:
+            return None
+        running = np.cumsum(np.concatenate(self._bytes))
+        num = min(int(np.searchsorted(running, SHARD_BYTES)) + 1, self._shard_rows)
+        if num > len(running) and not everything:
+            return None
+        num = min(num, len(running))
+        queued, sizes = pa.concat_tables(self._tables), np.diff(running, prepend=0)
+        self._tables = [queued.slice(num)] if num < len(running) else []
+        self._bytes = [sizes[num:]] if num < len(running) else []
+        return (queued.slice(0, num), int(running[num - 1])) if num else None
+
+
+def row_bytes(traces: Traces) -> Array:
+    """[N] about what each row takes in memory while it waits to be written."""
+    text = zip(traces.completion, traces.messages, strict=True)
+    bytes_N = np.array([64 + len(written) + len(messages) for written, messages in text], np.int64)
+    bytes_N += 4 * traces.prompt_ids.lengths + 16 * traces.completion_ids.lengths
+    if traces.top is not None:
+        bytes_N += 8 * np.diff(traces.top.offsets[traces.completion_ids.offsets])
+    return bytes_N
 
 
 def describe(name: str, data: pa.Buffer | bytes, table: pa.Table) -> folder.Shard:
