@@ -254,6 +254,7 @@ def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
         return
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
+    from torch import nn
 
     deltas, saved = {}, {}
     for name, module in model.get_base_model().named_modules():
@@ -263,6 +264,13 @@ def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
             saved[f"{name}.original_module."] = (
                 f"{name}.modules_to_save.{module.active_adapters[0]}."
             )
+            if model.config.tie_word_embeddings and isinstance(
+                module.original_module, nn.Embedding | nn.Linear
+            ):
+                raise UserError(
+                    f"lora.modules_to_save: {name} is tied to the other end of the model, which an engine keeps as one matrix; "
+                    "leave it out, or train without lora."
+                )
     parameters = dict(model.get_base_model().named_parameters())
     for name, parameter in parameters.items():
         if "lora_" in name or ".modules_to_save." in name:

@@ -291,7 +291,7 @@ def _count_scored(tally: Tally, batch: Batch) -> None:
 def _metrics(rollout: Rollout) -> dict[str, float]:
     """What one watches in RL, over all completions of the rollout that take part.
 
-    reward and reward/<name>: means of what could be judged. length: mean tokens. truncated: share cut at the
+    reward and reward/<name>: means of what could be judged, left out where nothing could. length: mean tokens. truncated: share cut at the
     limit. entropy: mean of -log pi at the sampled tokens, which is the policy's entropy in expectation, nats a
     token. all_equal: share of the sampled groups without any advantage. unjudged: share of completions without
     a total.
@@ -300,11 +300,11 @@ def _metrics(rollout: Rollout) -> dict[str, float]:
     completions = [c for s in rollout.sampled for c in s.completions]
     totals = [t for s in rollout.sampled for t in s.scores.total]
     tokens = sum(len(c.ids_T) for c in completions)
-    metrics = {"reward": _mean(totals)}
+    scores = {"reward": totals}
     for name in rollout.sampled[0].scores.parts:
-        metrics[f"reward/{name}"] = _mean(
-            [v for s in rollout.sampled for v in s.scores.parts[name]]
-        )
+        scores[f"reward/{name}"] = [v for s in rollout.sampled for v in s.scores.parts[name]]
+    known = {key: [v for v in values if v is not None] for key, values in scores.items()}
+    metrics = {key: float(np.mean(values)) for key, values in known.items() if values}
     return metrics | {
         "length": tokens / len(completions),
         "truncated": 1.0 - float(np.mean([f for g in groups for f in g.finished])),
@@ -315,9 +315,3 @@ def _metrics(rollout: Rollout) -> dict[str, float]:
         "generate_seconds": rollout.generate_seconds,
         "reward_seconds": rollout.reward_seconds,
     }
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    """Of those that are known; NaN where none is."""
-    known = [v for v in values if v is not None]
-    return float(np.mean(known)) if known else float("nan")
