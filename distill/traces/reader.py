@@ -33,6 +33,9 @@ SELECTION_FORMAT = "distill-selection"
 SELECTION_FILE = "selection.json"
 KEEP_FILE = "keep.parquet"
 
+BUFFER_ENTRIES = 32 << 20
+"""Entries of distributions that a shuffle buffer holds at most, and one shard: 6 bytes each (8 where exact)."""
+
 UNREADABLE = (OSError, ValueError, pa.ArrowException)
 """What Arrow raises for a damaged file (ValueError: text in the footer that is none)."""
 
@@ -91,27 +94,42 @@ class TraceReader:
         rows: int = 256,
         skip: int = 0,
         columns: Sequence[str] | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> Iterator[Traces]:
         """All traces in an order that `seed` decides, shuffled by shard and within a buffer.
 
-        Shards are dealt in random order into buffers of at least `buffer_rows` rows; a buffer's rows are
-        ordered by a hash of seed and trace_id. So traces that fit into one buffer come in an order that does
-        not depend on how they lie in shards. `skip` leaves out the first rows without decoding the buffers
-        that are skipped whole: a resumed epoch goes on at the exact row. Holds two buffers in memory.
+        Shards are dealt in random order into buffers of at least `buffer_rows` rows (fewer where traces are so
+        long that they hold BUFFER_ENTRIES); a buffer's rows are ordered by a hash of seed and trace_id. So traces
+        that fit into one buffer come in an order that does not depend on how they lie in shards. Holds two buffers
+        in memory.
+
+        Of `world` readers, the one at `rank` gets every world-th row of that order: no row twice, none left out, and
+        no two ranks more than a row apart. Each decodes its own rows only, but reads all shards.
+
+        `skip` leaves out the first rows of the rank without reading the buffers that are skipped whole: a resumed
+        epoch goes on at the exact row.
         """
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} of {world}")
+        before = 0
         for shards in self._deal(seed, buffer_rows):
             num = sum(self._num_rows(shard) for shard in shards)
-            if skip >= num:
-                skip -= num
+            mine = slice((rank - before) % world, num, world)
+            before += num
+            num_mine = len(range(*mine.indices(num)))
+            if skip >= num_mine:
+                skip -= num_mine
                 continue
             parts = [t for s in shards for _, t in self.shard_tables(s, buffer_rows, columns, True)]
-            table = pa.concat_tables(parts)
+            table = pa.concat_tables(parts).combine_chunks()
             del parts
-            table = table.take(pa.array(_hash_order(seed, table.column("trace_id").to_pylist())))
+            order = _hash_order(seed, table.column("trace_id").to_pylist())[mine]
             if columns is not None:
-                table = table.select([name for name in COLUMNS if name in columns])
-            for start in range(skip, num, rows):
-                yield codec.from_table(table.slice(start, rows), self.metadata)
+                table = table.select(_column_names(columns, with_id=False))
+            for start in range(skip, num_mine, rows):
+                block = table.take(pa.array(order[start : start + rows]))
+                yield codec.from_table(block, self.metadata)
             skip = 0
 
     def where(self, keep: Array) -> TraceReader:
@@ -168,12 +186,16 @@ class TraceReader:
     def _deal(self, seed: int, buffer_rows: int) -> Iterator[list[folder.Shard]]:
         """Shards in random order, in groups that fill a buffer."""
         group: list[folder.Shard] = []
+        num_rows, num_entries = 0, 0.0
         for index in _hash_order(seed, [shard.file for shard in self.shards]):
-            group.append(self.shards[index])
-            if sum(self._num_rows(shard) for shard in group) >= buffer_rows:
+            shard = self.shards[index]
+            group.append(shard)
+            num_rows += self._num_rows(shard)
+            num_entries += shard.entries * self._num_rows(shard) / max(shard.rows, 1)
+            if num_rows >= buffer_rows or num_entries >= BUFFER_ENTRIES:
                 yield group
-                group = []
-        if group and any(self._num_rows(shard) for shard in group):
+                group, num_rows, num_entries = [], 0, 0.0
+        if num_rows:
             yield group
 
 

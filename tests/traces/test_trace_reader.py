@@ -16,6 +16,7 @@ import trace_samples as samples
 
 from distill.records import UserError
 from distill.traces import codec, folder
+from distill.traces import reader as reader_module
 from distill.traces.reader import content_fingerprint, decode_file, open_traces
 from distill.traces.stats import stats
 from distill.traces.verify import repair, verify
@@ -102,6 +103,46 @@ def test_shuffled_rows_carry_their_own_distribution(stored):
 def test_within_one_buffer_the_order_does_not_depend_on_the_shards(stored, tmp_path):
     other = samples.write(tmp_path / "other", 100, shard_rows=7)
     assert ids(open_traces(stored).shuffled(5)) == ids(open_traces(other).shuffled(5))
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+@pytest.mark.parametrize("buffer_rows", [20, 1000])
+def test_ranks_share_the_rows_out_and_each_resumes_at_its_row(stored, world, buffer_rows):
+    reader = open_traces(stored)
+
+    def order(rank, skip=0):
+        options = {"buffer_rows": buffer_rows, "rows": 5, "rank": rank, "world": world}
+        return ids(reader.shuffled(4, skip=skip, **options))
+
+    parts = [order(rank) for rank in range(world)]
+    whole = ids(reader.shuffled(4, buffer_rows=buffer_rows))
+    assert [whole[rank::world] for rank in range(world)] == parts
+    for rank in range(world):
+        for skip in (1, 9, len(parts[rank]) - 1, len(parts[rank])):
+            assert order(rank, skip) == parts[rank][skip:]
+    with pytest.raises(ValueError, match="rank"):
+        next(reader.shuffled(4, rank=world, world=world))
+
+
+def test_long_traces_make_small_buffers(stored, monkeypatch):
+    monkeypatch.setattr(reader_module, "BUFFER_ENTRIES", 1)
+    reader = open_traces(stored)
+    shards = [{*ids(open_traces(stored / shard.file).blocks())} for shard in reader.shards]
+    for block in reader.shuffled(3, rows=1000):
+        assert set(block.trace_id) in shards
+    assert sorted(ids(reader.shuffled(3))) == [f"trace{n:06d}" for n in range(100)]
+
+
+@pytest.mark.parametrize("values", ["top_logprobs", "top_steps"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_either_name_of_the_entries_values_gives_the_distribution(tmp_path, values, exact):
+    with TraceWriter(tmp_path, samples.metadata(exact=exact)) as writer:
+        writer.add(samples.traces(range(20)))
+    columns = ["completion_ids", "top_count", "top_ids", values, "tail_logprob"]
+    (block,) = open_traces(tmp_path).shuffled(1, columns=columns)
+    (whole,) = open_traces(tmp_path).shuffled(1)
+    np.testing.assert_array_equal(block.top.logp_E, whole.top.logp_E)
+    assert len(block.top) == len(block.completion_ids.values)
 
 
 def test_skipped_buffers_are_not_read(tmp_path):
