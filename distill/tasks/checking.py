@@ -19,14 +19,14 @@ class _StopError(BaseException):
 
 
 class Candidate:
-    """Calls the program's function. `fault` is why it cannot be called any more, if it cannot."""
+    """Calls the program's function. `fault` is why it cannot be called any more (the program's words, maybe empty)."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self.fault = ""
+        self.fault: str | None = None
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        if self.fault:
+        if self.fault is not None:
             raise _StopError
         try:
             return self._session.call(*args, **kwargs)
@@ -53,8 +53,8 @@ def _builtin(error: RaisedError) -> Exception:
 
 def failure(
     program: str, prompt: str, check: str, entry_point: str, isolation: Isolation, limits: Limits
-) -> str:
-    """Why a program fails a check; empty where it passes. SandboxError where that could not be found out."""
+) -> str | None:
+    """Why a program fails a check; None where it passes. SandboxError where that could not be found out."""
     random.seed(0)  # some checks draw their inputs
     namespace: dict[str, Any] = {"__name__": "check"}
     exec(compile(prompt, "prompt.py", "exec"), namespace)
@@ -66,7 +66,7 @@ def failure(
         except SandboxError:
             raise
         except (Exception, _StopError) as error:
-            if not candidate.fault:
+            if candidate.fault is None:
                 return "wrong result" if isinstance(error, AssertionError) else _text(error)
     return candidate.fault
 
@@ -75,8 +75,11 @@ def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
-def reply(request: list[Any]) -> str | list[str]:
-    """`[program, prompt, check, entry_point, isolation, limits]` -> why it fails; a list of a text: not found out."""
+def reply(request: list[Any]) -> str | list[str] | None:
+    """`[program, prompt, check, entry_point, isolation, limits]` -> why it fails, None where it passes.
+
+    A list of one text: it could not be found out.
+    """
     program, prompt, check, entry_point, isolation, limits = request
     isolation["argv"] = tuple(isolation["argv"])
     try:

@@ -138,9 +138,9 @@ def _checked(program: str, payload: Payload, isolation: Isolation, limits: Limit
         "check", program, payload["prompt"], payload["check"], payload["entry_point"],
         asdict(isolation), asdict(limits), limit_s=limits.problem_s + CHECK_GRACE_S,
     )  # fmt: skip
-    if not isinstance(reply, str):
+    if isinstance(reply, list):
         raise SandboxError(reply[0])
-    return Verdict(not reply, float(not reply), program, reply)
+    return Verdict(reply is None, float(reply is None), program, reply or "")
 
 
 def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits) -> Verdict:
@@ -149,7 +149,7 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
         return Verdict(None, None, program, "not judged: the problem has no tests")
     judge = _judge_run if entry_point is None else _judge_call
     deadline = time.monotonic() + limits.problem_s
-    reasons: list[str] = []
+    reasons: list[str | None] = []
     while len(reasons) < len(tests):
         if time.monotonic() >= deadline:
             reasons += ["timeout"] * (len(tests) - len(reasons))
@@ -158,18 +158,20 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
             isolation, program, entry_point=entry_point, limits=limits, deadline=deadline
         ) as session:
             reasons += _until_it_ends(session, tests[len(reasons) :], judge)
-    passed = reasons.count("")
-    reason = next(
-        (f"test {n} of {len(tests)}: {text}" for n, text in enumerate(reasons, 1) if text), ""
-    )
+    passed = reasons.count(None)
+    failed = [(n, text) for n, text in enumerate(reasons, 1) if text is not None]
+    reason = f"test {failed[0][0]} of {len(tests)}: {failed[0][1]}" if failed else ""
     return Verdict(passed == len(tests), passed / len(tests), program, reason)
 
 
 def _until_it_ends(
-    session: Session, tests: Sequence[Test], judge: Callable[[Session, Test], str]
-) -> list[str]:
-    """Why each test failed, empty where it passed, up to the one that ended the session."""
-    reasons: list[str] = []
+    session: Session, tests: Sequence[Test], judge: Callable[[Session, Test], str | None]
+) -> list[str | None]:
+    """Why each test failed, None where it passed, up to the one that ended the session.
+
+    A reason may be the program's own words, or empty: it never says that a test was passed.
+    """
+    reasons: list[str | None] = []
     for test in tests:
         try:
             reasons.append(judge(session, test))
@@ -182,16 +184,16 @@ def _until_it_ends(
     return reasons
 
 
-def _judge_run(session: Session, test: Test) -> str:
+def _judge_run(session: Session, test: Test) -> str | None:
     status, stdout = session.run(test["stdin"])
     if status:
         return f"exit status {status}"
-    return "" if lines(stdout) == lines(test["stdout"]) else "wrong output"
+    return None if lines(stdout) == lines(test["stdout"]) else "wrong output"
 
 
-def _judge_call(session: Session, test: Test) -> str:
+def _judge_call(session: Session, test: Test) -> str | None:
     result = session.call(*test["args"], **test.get("kwargs", {}))
-    return "" if same_value(result, test["expected"]) else "wrong result"
+    return None if same_value(result, test["expected"]) else "wrong result"
 
 
 def lines(text: str) -> list[str]:

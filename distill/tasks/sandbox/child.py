@@ -86,7 +86,7 @@ def read_frame(fd: int) -> Any:
 def write_frame(fd: int, nonce: str, kind: str, *values: str) -> None:
     """values: JSON texts."""
     body = f"[{','.join([quote(nonce), quote(kind), *values])}]".encode()
-    frame = len(body).to_bytes(4, "big") + body
+    frame = memoryview(len(body).to_bytes(4, "big") + body)
     while frame:
         frame = frame[os.write(fd, frame) :]
 
