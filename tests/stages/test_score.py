@@ -9,103 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scored_runs import context
 
 from distill import models, recipe
 from distill.engines.transformers import CHUNK, TransformersEngine
 from distill.records import Request, Template, Traces, UserError
-from distill.stages import generate, score, sources
+from distill.stages import score, sources
 from distill.stages.context import Context
 from distill.stages.plan import check_plugs, predict
 from distill.stages.sources import read_text_from, render
 from distill.traces.reader import open_traces
-
-SUMS = {
-    "fn": "reasoning_gym",
-    "dataset": "chain_sum",
-    "options": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
-}
-ENGINE = {"fn": "reference", "dtype": "float32"}
-
-
-@pytest.fixture(scope="session")
-def other_dir(tiny_dir, tokenizer, tmp_path_factory) -> Path:
-    """The tiny model with other weights."""
-    import torch
-
-    model = models.load(tiny_dir, dtype="float32")
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp("other")
-    models.save(model, tokenizer, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def narrow_dir(tokenizer, tmp_path_factory) -> Path:
-    """A tiny model with another tokenizer: whole words, cut at white space."""
-    import torch
-    from tokenizers import Tokenizer, pre_tokenizers
-    from tokenizers import models as kinds
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = [
-        "<unk>",
-        "<eos>",
-        *"0123456789",
-        "+",
-        "-",
-        "=",
-        "?",
-        "<",
-        ">",
-        "think",
-        "user",
-        "assistant",
-    ]
-    backend = Tokenizer(kinds.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
-    )
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, eos_token_id=1,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("narrow")
-    models.save(LlamaForCausalLM(config), fast, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def written(tiny_dir, tmp_path_factory) -> Path:
-    """The traces of the first teacher, made once."""
-    run = tmp_path_factory.mktemp("written")
-    ctx = context(run, {"a": tiny_dir, "b": tiny_dir}, "traces")
-    generate.run(ctx.recipe.stages["traces"], ctx)
-    return run / "traces"
-
-
-def context(run: Path, teachers: dict[str, Path], name: str = "scored", **changes) -> Context:
-    stages = {
-        "traces": {
-            "kind": "generate", "model": "a", "task": "sums", "problems": 4, "samples": 2, "top_k": 8,
-            "sampling": {"max_tokens": 6}, "engine": ENGINE,
-        },
-        "scored": {"kind": "score", "model": "b", "data": "traces", "top_k": 8, "engine": ENGINE, **changes},
-    }  # fmt: skip
-    tree = {
-        "name": "t",
-        "models": {name: str(folder) for name, folder in teachers.items()},
-        "tasks": {"sums": SUMS},
-        "stages": stages,
-    }
-    ctx = Context(recipe=recipe.validate(tree), run=run, name=name, screen=io.StringIO())
-    ctx.folder.mkdir(parents=True, exist_ok=True)
-    return ctx
 
 
 def make(run: Path, teachers: dict[str, Path], written: Path | None = None, **changes) -> Context:
