@@ -19,7 +19,7 @@ _SUB = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _SUB_RUN = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR = re.compile("(\\d*)\\s*([¼½¾⅐-⅞↉])")
 _SYMBOLS = {
-    "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ",
+    "−": "-", "–": "-", "—": "-", "‒": "-", "\u200b": "", "\ufeff": "", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ",
     "∗": "*", "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ",
     "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "θ": r"\theta ", "°": r"^\circ ",
     "’": "'", "“": '"', "”": '"', "⁄": "/", "≈": r"\approx ",
@@ -30,14 +30,20 @@ _DROP = re.compile(
 _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|operatorname|hbox|rm)\s*\{([^{}]*)\}"
 )
-_PREFACE = re.compile(r"(?:the )?(?:final )?answer(?: is)?:? ", re.IGNORECASE)
+_PREFACE = re.compile(
+    r"(?:(?:therefore|thus|hence|so),? )?(?:(?:the )?(?:final |correct )*answer(?: is)?:? |it(?: is|'s) "
+    r"|(?:the )?(?:result|total|sum|value|solution) (?:is:?|:) ?|(?:option|choice) (?=\(?[A-J]\)?$))|= ?",
+    re.IGNORECASE,
+)
 _LOOSE_SPACE = re.compile(r"(?<![\w\\]) | (?!\w)")
 _WRAPS = (
     re.compile(r"\$\$(.*)\$\$", re.DOTALL),
     re.compile(r"\$([^$]*)\$", re.DOTALL),
     re.compile(r"\\\((.*)\\\)", re.DOTALL),
     re.compile(r"\\\[(.*)\\\]", re.DOTALL),
-    re.compile(r"\*\*(.*)\*\*", re.DOTALL),
+    re.compile(r"\*\*([^*]*)\*\*", re.DOTALL),
+    re.compile(r"\*([^*]*)\*", re.DOTALL),
+    re.compile(r"__(.*)__", re.DOTALL),
     re.compile(r"`(.*)`", re.DOTALL),
     re.compile(r"\\f?boxed\s*\{(.*)\}", re.DOTALL),
     re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", re.DOTALL),
@@ -46,18 +52,39 @@ _WRAPS = (
 
 def clean(text: str) -> str:
     """The answer in one plain LaTeX spelling: no wrappers, no typographic variants, no closing full stop."""
+    if not text.isascii():
+        text = _without_typography(text)
+    text = _unwrap(text)
+    if "**" in text:
+        text = re.sub(r"(?<![\w)}*])\*\*([^*]+)\*\*", r"\1", text)
+    if "pi" in text:
+        text = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", text)
+    if "\\" in text or "{" in text:
+        text = _plain_latex(text)
+    text = text.replace("~", " ").replace("<=", r"\le ").replace(">=", r"\ge ")
+    text = " ".join(text.replace("<", " < ").replace(">", " > ").split())
+    if preface := _PREFACE.match(text):
+        text = text[preface.end() :]
+    return _unwrap(text)
+
+
+def _without_typography(text: str) -> str:
     text = _VULGAR.sub(_spell_vulgar, text)
     text = _SUPER_RUN.sub(lambda run: "^{%s}" % run[0].translate(_SUPER), text)  # noqa: UP031
     text = _SUB_RUN.sub(lambda run: "_{%s}" % run[0].translate(_SUB), text)  # noqa: UP031
     for symbol, spelled in _SYMBOLS.items():
         text = text.replace(symbol, spelled)
     text = unicodedata.normalize("NFKC", text)
-    text = re.sub(r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
-    text = _unwrap(text)
+    return re.sub(r"√\s*(\d+|[A-Za-z]|\(([^()]*)\))", _spell_root, text).replace("√", r"\sqrt ")
+
+
+def _plain_latex(text: str) -> str:
     text = re.sub(r"\\f?boxed\s*\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:mathrm|text|operatorname)\s*\{([ie])\}", r"\1", text)
     text = _TEXT.sub(r" \1 ", text)
-    text = _DROP.sub("", text.replace(r"\dots", "...")).replace("~", " ")
+    text = _DROP.sub("", text.replace(r"\dots", "..."))
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = re.sub(r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\sqrt\s*(\d)(?!\d)", r"\\sqrt{\1}", text)
     text = re.sub(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", " degrees ", text)
@@ -65,9 +92,8 @@ def clean(text: str) -> str:
     for command, plain in ((r"\$", "$"), (r"\%", "%"), (r"\lbrace", r"\{"), (r"\rbrace", r"\}")):
         text = text.replace(command, plain)
     text = re.sub(r"\\(leq|geq|neq)(?![a-zA-Z])", lambda name: "\\" + name[1][:-1], text)
-    text = text.replace("<=", r"\le ").replace(">=", r"\ge ")
     text = re.sub(r"_ ?\{(\w)\}", r"_\1", text)
-    return _unwrap(_PREFACE.sub("", " ".join(text.split())))
+    return re.sub(r"(\\(?:log|ln|lg)(?:_\w)?) ?\{([^{}]*)\}", r"\1(\2)", text)
 
 
 def same_text(one: str, other: str) -> bool:
@@ -82,11 +108,17 @@ def _spell_vulgar(found: re.Match[str]) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
+def _spell_root(found: re.Match[str]) -> str:
+    return r"\sqrt{%s}" % (found[1] if found[2] is None else found[2])
+
+
 def _unwrap(text: str) -> str:
     """Out of dollar signs, boxes, bold and the like, as often as there are any."""
     while True:
         before = text
-        text = text.strip().rstrip(".,;:").strip() if not text.endswith("...") else text.strip()
+        text = text.strip()
+        if not text.endswith("..."):
+            text = re.sub(r"(?:(?<!\\)[.,;:])+$", "", text).strip()
         text = text.removesuffix(r"\\").strip()
         for wrap in _WRAPS:
             if (match := wrap.fullmatch(text)) and balanced(match[1]):
@@ -178,6 +210,7 @@ _FUNCTION_NAMES = (
 )
 _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _RELATION = re.compile(r"<|>|\\(?:le|ge|lt|gt|ne)(?![a-zA-Z])")
+_MIRRORED = {">": "<", r"\ge": r"\le"}
 
 
 def is_relation(text: str) -> bool:
@@ -185,9 +218,43 @@ def is_relation(text: str) -> bool:
     return _RELATION.search(text) is not None
 
 
+def as_interval(text: str) -> str | None:
+    """The interval that an inequality of one letter describes, `2 < x` or `1 \\le x < 3` say; None for any other text."""
+    parts = [part.strip() for part in _RELATION.split(text)]
+    signs = _RELATION.findall(text)
+    if not 1 <= len(signs) <= 2 or any(
+        "gt" in sign or "lt" in sign or "ne" in sign for sign in signs
+    ):
+        return None
+    if signs[0] in (">", r"\ge"):  # read from the right
+        parts, signs = parts[::-1], [_MIRRORED.get(sign, sign) for sign in signs[::-1]]
+    if any(sign in (">", r"\ge") for sign in signs) or not all(parts):
+        return None
+    if len(signs) == 1:
+        is_letter = [re.fullmatch("[A-Za-z]", part) is not None for part in parts]
+        if is_letter == [True, False]:
+            parts, signs = [r"-\infty", *parts], ["<", *signs]
+        elif is_letter == [False, True]:
+            parts, signs = [*parts, r"\infty"], [*signs, "<"]
+    if len(parts) != 3 or not re.fullmatch("[A-Za-z]", parts[1]):
+        return None
+    left, right = "(" if signs[0] == "<" else "[", ")" if signs[1] == "<" else "]"
+    return f"{left}{parts[0]}, {parts[2]}{right}"
+
+
 def sides(text: str) -> list[str]:
     """What stands around the equals signs of a cleaned text."""
     return [side.strip() for side in re.split(r"(?<![<>!:=])=(?!=)|\\in(?![a-zA-Z])", text)]
+
+
+def named_values(shape: Shape) -> Shape | None:
+    """`y = 12, x = 2` as the tuple (2, 12), by the alphabet; None for a collection of anything else."""
+    pairs = [sides(item) for item in shape.items]
+    if any(len(pair) != 2 or not re.fullmatch("[a-z]", pair[0]) for pair in pairs):
+        return None
+    if len({name for name, _ in pairs}) != len(pairs):
+        return None
+    return Shape("()", tuple(value for _, value in sorted(pairs)))
 
 
 def is_variable(text: str) -> bool:
@@ -207,5 +274,8 @@ def words(text: str) -> str | None:
 
 
 def positional(text: str) -> bool:
-    """Whether digits are read by a convention that algebra does not know: bases (101_2), ratios, clock times."""
+    """Whether digits are read by a convention that algebra does not know: bases (101_2), ratios, times, dates."""
+    if re.fullmatch(r"\d{4}([-/])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4}", text):
+        return True
+    text = re.sub(r"\\log ?_", "", text)
     return re.search(r"\w ?_ ?\{? ?\d|\d ?: ?\d", text) is not None and "=" not in text

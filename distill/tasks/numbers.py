@@ -41,7 +41,10 @@ _FRACTION = re.compile(
     r"|([+-]?) ?(?:(\d+) )?(\d+) ?/ ?(\d+)"
 )
 _CURRENCY = re.compile(r"^([+-]?) ?(?:US|C|A)?([$€£¥₹]) ?(?=[\d.+-])")
-_UNIT = re.compile(r"(%|[A-Za-z]{2,}|(?<= )[A-Za-z])(?:[ ./^{}()A-Za-z2-3-]*)$")
+_UNIT = re.compile(
+    r"(%|[A-Za-z]{2,}|(?<= )[msghlLNJWVACFKT](?![A-Za-z]))(?:[ ./^{}()A-Za-z-]|(?<=[A-Za-z^{-])[23])*$"
+)
+_UNIT_IN_BRACKETS = re.compile(r"(?<=[\d}]) \(([A-Za-z][A-Za-z ./]*)\)$")
 # Words after a number that make another number, a choice or a claim of it, not a unit.
 _OTHER_WORDS = (
     "or and to of half hundred thousand million billion trillion dozen score tenth tenths hundredths thirds "
@@ -56,10 +59,29 @@ _UNIT_NAMES = {
     "kilometre": "km", "millimeter": "mm", "millimetre": "mm", "inche": "inch", "in": "inch", "foot": "feet",
     "ft": "feet", "kilogram": "kg", "gram": "g", "liter": "l", "litre": "l", "mile": "mi",
 }  # fmt: skip
+_SPELLED_OUT = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_SPELLED = {
+    word: Number(Fraction(value), "integer") for value, word in enumerate(_SPELLED_OUT.split())
+}
+_SCALES = {
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_SCALED = re.compile(rf"(.+?) ({'|'.join(_SCALES)})", re.IGNORECASE)
 
 
 def number(text: str) -> Number | None:
-    """A cleaned text as a plain number: integer, decimal, fraction, mixed or scientific, with its unit."""
+    """A cleaned text as a plain number: integer, decimal, fraction, mixed or scientific, with its unit; up to twenty in words."""
+    if spelled := _SPELLED.get(text.lower()):
+        return spelled
+    if scaled := _SCALED.fullmatch(text):
+        return _scaled(scaled)
     text, unit = _take_unit(_bare(text))
     text = _bare(text)
     if match := _DECIMAL.fullmatch(text):
@@ -78,6 +100,14 @@ def number(text: str) -> Number | None:
         value /= (10 ** len(cycle) - 1) * 10 ** len(fixed)
         return Number(-value if sign == "-" else value, "fraction", 0, unit)
     return None
+
+
+def _scaled(match: re.Match[str]) -> Number | None:
+    count = number(match[1])
+    if count is None or count.kind == "fraction" or count.unit not in ("", "$", "€", "£", "¥", "₹"):
+        return None
+    value = count.value * _SCALES[match[2].lower()]
+    return Number(value, "integer" if value.denominator == 1 else "decimal", 0, count.unit)
 
 
 def same_number(answer: Number, gold: Number) -> bool:
@@ -107,6 +137,7 @@ def _take_unit(text: str) -> tuple[str, str]:
         rest = currency[1] + text[currency.end() :]
         rest = re.sub(r" (?:dollars?|USD)$", "", rest)
         return rest, currency[2]
+    text = _UNIT_IN_BRACKETS.sub(r" \1", text)
     if not (match := _UNIT.search(text)) or match.start() == 0:
         return text, ""
     body, unit = text[: match.start()].rstrip(), text[match.start() :]

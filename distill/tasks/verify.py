@@ -10,6 +10,7 @@ the gold, no percent for a fraction) and more lenient about dress (units, typogr
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 
 from distill.records import Template, Verdict
@@ -99,6 +100,8 @@ def _equal(answer: str, gold: str) -> bool:
         named = len(forms.sides(answer)) > 1 and _equal_sides(answer, gold)
         return _choice(answer) == _choice(gold) or named
     gold_shape, answer_shape = forms.shape(gold), forms.shape(answer)
+    if forms.is_relation(answer) != forms.is_relation(gold):
+        return _equal_intervals(answer, gold, gold_shape)
     if gold_shape or answer_shape:
         return _equal_shapes(answer, gold, answer_shape, gold_shape)
     return _equal_sides(answer, gold)
@@ -110,8 +113,20 @@ def _equal_words(answer: str, gold_words: str) -> bool:
 
 
 def _choice(text: str) -> str:
-    """A lettered choice without its brackets."""
+    """A lettered choice without its brackets and the number that it stands for."""
+    if (lettered := re.fullmatch(r"\(?([A-J])\)[.:]? ?(.+)", text)) and numbers.number(lettered[2]):
+        return lettered[1]
     return text.strip("()[]. ") if len(text) <= 4 else text
+
+
+def _equal_intervals(answer: str, gold: str, gold_shape: forms.Shape | None) -> bool:
+    """An inequality against an interval. `(1, 3)` may be a point, which `1 < x < 3` is not."""
+    if forms.is_relation(gold):
+        interval = forms.as_interval(gold)
+        return interval is not None and _equal(answer, interval)
+    interval = forms.as_interval(answer)
+    is_point = gold_shape is None or (gold_shape.kind == "()" and r"\infty" not in gold)
+    return interval is not None and not is_point and _equal(interval, gold)
 
 
 def _equal_shapes(
@@ -131,6 +146,8 @@ def _equal_shapes(
         return False
     if len(answer_shape.items) != len(gold_shape.items):
         return False
+    if (answer_shape.kind, gold_shape.kind) == ("list", "()"):
+        answer_shape = forms.named_values(answer_shape) or answer_shape
     unordered = {"set", "list"}
     if answer_shape.kind in unordered and gold_shape.kind in unordered:
         return _match_items(list(answer_shape.items), list(gold_shape.items))
@@ -152,6 +169,8 @@ def _match_items(answer: list[str], gold: list[str]) -> bool:
 def _equal_sides(answer: str, gold: str) -> bool:
     """Single things, perhaps with an equals sign: `x = 5` is 5, `3 + 4 = 7` is 7, `5 = 7` is nothing."""
     answer_sides, gold_sides = forms.sides(answer), forms.sides(gold)
+    if len(answer_sides) == 2 and forms.is_variable(answer_sides[1]):
+        answer_sides.sort(key=forms.is_variable, reverse=True)  # 5 = x
     if len(gold_sides) == 2 and forms.is_variable(gold_sides[0]):
         if len(answer_sides) == 1:
             return _equal(answer, gold_sides[1])
@@ -181,6 +200,10 @@ def _equal_expressions(answer: str, gold: str) -> bool:
         return False  # only another plain number is a number, written out
     if forms.is_relation(answer) != forms.is_relation(gold) or forms.words(answer) is not None:
         return False
+    one, other = forms.as_interval(answer), forms.as_interval(gold)
+    if one is not None and other is not None:
+        letters = [re.findall(r"(?<![\\a-z])[a-z](?![a-z])", text) for text in (answer, gold)]
+        return letters[0] == letters[1] and _equal(one, other)
     return _symbolic(answer, gold)
 
 

@@ -1,5 +1,6 @@
 """The verifier against a labelled table, and against what would hang, crash or confuse it."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -7,29 +8,63 @@ import threading
 import time
 
 import pytest
-from answer_table import RIGHT, WRONG
+from answer_table import RIGHT, RIGHT_COMPLETIONS, WRONG, WRONG_COMPLETIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.tasks import pool
+from distill.tasks import pool, templates
 from distill.tasks.numbers import number
-from distill.tasks.verify import exact_verdict, math_verdict, unreadable
+from distill.tasks.verify import exact_verdict, judge, math_verdict, unreadable
 
 TOWER = "9^{9^{9^{9^{9}}}}"
+
+
+def precision_and_recall(label, accepted_right, accepted_wrong, num_right, num_wrong, capsys):
+    precision = len(accepted_right) / (len(accepted_right) + len(accepted_wrong))
+    recall = len(accepted_right) / num_right
+    with capsys.disabled():
+        print(
+            f"\n{label}, {num_right} right and {num_wrong} wrong: precision {precision:.3f}, recall {recall:.3f}"
+        )
+    return precision, recall
 
 
 def test_precision_and_recall_on_the_labelled_table(capsys):
     accepted_right = [pair for pair in RIGHT if math_verdict(pair[1], pair[0]).correct]
     accepted_wrong = [pair for pair in WRONG if math_verdict(pair[1], pair[0]).correct is not False]
-    precision = len(accepted_right) / (len(accepted_right) + len(accepted_wrong))
-    recall = len(accepted_right) / len(RIGHT)
-    with capsys.disabled():
-        print(
-            f"\nverifier, {len(RIGHT)} right and {len(WRONG)} wrong: precision {precision:.3f}, recall {recall:.3f}"
-        )
-    assert len(RIGHT) + len(WRONG) >= 120
+    assert len(RIGHT) + len(WRONG) >= 600
+    precision, recall = precision_and_recall(
+        "verifier", accepted_right, accepted_wrong, len(RIGHT), len(WRONG), capsys
+    )
     assert precision >= 0.99, accepted_wrong
-    assert recall >= 0.9, [pair for pair in RIGHT if pair not in accepted_right]
+    assert recall >= 0.95, [pair for pair in RIGHT if pair not in accepted_right]
+
+
+def test_precision_and_recall_on_whole_completions(capsys):
+    def accepted(rows):
+        return [
+            row
+            for row in rows
+            if judge(
+                templates.find(row[0]),
+                row[2],
+                True,
+                functools.partial(math_verdict, gold=row[1]),
+            ).correct
+            is not False
+        ]
+
+    right, wrong = accepted(RIGHT_COMPLETIONS), accepted(WRONG_COMPLETIONS)
+    precision, recall = precision_and_recall(
+        "completions", right, wrong, len(RIGHT_COMPLETIONS), len(WRONG_COMPLETIONS), capsys
+    )
+    assert precision == 1.0, wrong
+    assert recall == 1.0, [row for row in RIGHT_COMPLETIONS if row not in right]
+    for template, gold, text in RIGHT_COMPLETIONS:
+        cut = judge(
+            templates.find(template), text, False, functools.partial(math_verdict, gold=gold)
+        )
+        assert cut.correct is False
 
 
 def test_the_table_is_one_table():
