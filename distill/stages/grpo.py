@@ -24,6 +24,8 @@ from distill.training.rollout import Prompt, Rollout, Rollouts
 
 MISMATCH_ALARM = 0.01
 """KL between engine and trainer, nats a token, above which the user is told."""
+FIRST_REWARD = 5
+"""How many times the limit a reward's first call may take: it may have a model to load."""
 SHOWN = 3
 """Completions shown of a rollout."""
 
@@ -34,6 +36,7 @@ def run(config: GrpoStage, context: Context) -> Result:
     rewards = Rewards(
         resolve_rewards(config, where),
         limit_s=config.reward_seconds,
+        first_limit_s=FIRST_REWARD * config.reward_seconds,
         max_failed=config.max_failed_rewards,
     )
     folder, trust = context.model_dir(config.model), context.trusts(config.model)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from project import REFERENCE as ENGINE
+from project import SUMS
 
 from distill import models, recipe
 from distill.records import UserError
@@ -18,21 +20,6 @@ from distill.stages.context import Context
 from distill.tasks import reasoning_gym
 from distill.tasks.splits import split_of
 from distill.traces.reader import open_traces
-
-SUMS = {
-    "fn": "reasoning_gym",
-    "dataset": "basic_arithmetic",
-    "options": {
-        "min_terms": 2,
-        "max_terms": 2,
-        "min_digits": 2,
-        "max_digits": 2,
-        "operators": ["+"],
-        "allow_parentheses": False,
-        "allow_negation": False,
-    },
-}
-ENGINE = {"fn": "reference", "dtype": "float32"}
 
 
 def context(

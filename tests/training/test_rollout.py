@@ -354,5 +354,5 @@ def test_exported_weights_are_the_merged_ones(tiny_dir):
 def test_a_tied_head_that_was_trained_alone_cannot_go_to_an_engine(tiny_dir):
     lora = LoraConfig(rank=4, modules_to_save=["lm_head"], target_modules=["q_proj"])
     model = models.add_lora(models.load(tiny_dir, dtype="float32"), lora)
-    with pytest.raises(UserError, match="modules_to_save.*lm_head"):
+    with pytest.raises(UserError, match=r"modules_to_save.*lm_head"):
         list(models.exported_weights(model))

@@ -1,0 +1,87 @@
+"""A recipe in a working directory of its own, driven through the real command line; and the task most tests use."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import yaml
+
+SUMS = {
+    "fn": "reasoning_gym",
+    "dataset": "basic_arithmetic",
+    "options": {
+        "min_terms": 2,
+        "max_terms": 2,
+        "min_digits": 2,
+        "max_digits": 2,
+        "operators": ["+"],
+        "allow_parentheses": False,
+        "allow_negation": False,
+    },
+}
+REFERENCE = {"fn": "reference", "dtype": "float32"}
+
+
+class Project:
+    """A working directory with one recipe, and the command line in it."""
+
+    def __init__(self, folder: Path, tree: dict) -> None:
+        self.folder, self.tree = folder, tree
+        self.run_dir = folder / "runs" / tree["name"]
+        self.recipe = folder / f"{tree['name']}.yaml"
+        self.recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "distill.cli", *arguments]
+
+    def distill(self, *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*arguments),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess:
+        return self.distill("run", self.recipe.name, *arguments)
+
+    def kill_when(self, ready, *arguments: str) -> None:
+        """Start a run and kill it -9, with nothing of it left, as soon as ready() is true."""
+        process = subprocess.Popen(
+            self.command("run", self.recipe.name, *arguments),
+            cwd=self.folder,
+            stdout=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 300
+        while not ready():
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        time.sleep(1)
+
+    def rows(self, stage: str) -> list[dict]:
+        files = sorted((self.run_dir / stage / "traces").glob("*.parquet"))
+        return sorted(
+            (row for file in files for row in pq.read_table(file).to_pylist()),
+            key=lambda row: row["trace_id"],
+        )
+
+    def state(self, stage: str) -> dict:
+        return json.loads((self.run_dir / stage / "stage.json").read_text())
+
+    def losses(self, stage: str) -> list[float]:
+        return [
+            json.loads(line)["loss"]
+            for line in (self.run_dir / stage / "metrics.jsonl").read_text().splitlines()
+        ]

@@ -1,0 +1,192 @@
+"""grpo through the real command line on the tiny model: what it leaves behind, kills and resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from project import REFERENCE, SUMS, Project
+
+REWARDS = '''
+def even(group):
+    """An even number of letters: something a random model does half of the time."""
+    return [float(len(text) % 2 == 0) for text in group.texts]
+
+def broken(group):
+    raise ConnectionError("the judge is out")
+
+def hangs(group):
+    import time
+    time.sleep(600)
+'''
+
+
+def tree(tiny_dir, **changes):
+    stage = {
+        "kind": "grpo",
+        "model": "base",
+        "task": "sums",
+        "rewards": [{"fn": "myrewards:even"}, {"fn": "think_format", "weight": 0.5}],
+        "objective": {"fn": "grpo", "beta": 0.01, "truncated": "penalise"},
+        "steps": 6,
+        "prompts": 2,
+        "group_size": 4,
+        "mini_batches": 2,
+        "sampling": {"max_tokens": 6},
+        "engine": REFERENCE,
+        "dtype": "float32",
+        "lr": 1e-3,
+        "checkpoint_every": 1,
+        "samples_every": 1,
+    }
+    return {
+        "name": "rl",
+        "models": {"base": str(tiny_dir)},
+        "tasks": {"sums": SUMS},
+        "stages": {
+            "rl": {**stage, **changes},
+            "verdict": {
+                "kind": "compare",
+                "arms": {"start": "base", "rl": "rl"},
+                "task": "sums",
+                "problems": 4,
+                "sampling": {"max_tokens": 6, "temperature": 0},
+                "engine": REFERENCE,
+            },
+        },
+    }
+
+
+def project(folder, tiny_dir, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "myrewards.py").write_text(REWARDS)
+    return Project(folder, tree(tiny_dir, **changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dir, tmp_path_factory):
+    made = project(tmp_path_factory.mktemp("rl"), tiny_dir)
+    done = made.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return made
+
+
+def lines(project, name="metrics.jsonl"):
+    return [json.loads(line) for line in (project.run_dir / "rl" / name).read_text().splitlines()]
+
+
+def timeless(project):
+    timed = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in m.items() if not k.endswith(timed)} for m in lines(project)]
+
+
+def test_metrics_samples_cost_and_report(finished):
+    metrics = lines(finished)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    wanted = {"reward", "reward/even", "reward/think_format", "length", "entropy", "clip_fraction"}
+    wanted |= {"kl_ref", "kl_engine", "all_equal", "truncated", "unjudged"}
+    for m in metrics:
+        assert wanted <= m.keys()
+        assert m["reward"] == pytest.approx(m["reward/even"] + 0.5 * m["reward/think_format"])
+        assert m["entropy"] > 5  # of a random model, in nats of log(49152) = 10.8
+    samples = lines(finished, "samples.jsonl")
+    assert {s["step"] for s in samples} == {1, 3, 5}
+    for s in samples:
+        assert s["rewards"]["even"] == float(len(s["completion"]) % 2 == 0)
+    cost = finished.state("rl")["cost"]
+    completions = 3 * 2 * 2 * 4
+    assert finished.state("rl")["metrics"]["completions"] == completions
+    assert completions <= cost["tokens_generated"] <= 6 * completions
+    assert (
+        cost["tokens_scored"] == 2 * cost["tokens_trained"]
+    )  # old and reference log-probabilities
+    report = json.loads((finished.run_dir / "report.json").read_text())
+    assert set(report["arms"]) == {"start", "rl"}
+    assert report["arms"]["rl"]["cost"]["student"]["flops"] == pytest.approx(cost["flops"])
+
+
+def test_check_says_what_it_will_cost_without_loading_a_model(finished):
+    done = finished.distill("check", "rl.yaml")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"rl +grpo", done.stdout)
+
+
+@pytest.mark.parametrize("moment", ["rollout", "update"])
+def test_killed_and_resumed_equals_uninterrupted(finished, tiny_dir, tmp_path, moment):
+    """Killed -9 while completions are sampled, or between the two updates of a rollout."""
+    cut = project(tmp_path / "cut", tiny_dir)
+    folder = cut.run_dir / "rl"
+
+    def ready():
+        if moment == "rollout":
+            return (folder / "checkpoints" / "step-00000002").is_dir()
+        return (folder / "metrics.jsonl").is_file() and len(lines(cut)) == 3
+
+    cut.kill_when(ready)
+    assert len(lines(cut)) < 6
+    done = cut.run()
+    assert done.returncode == 0, done.stderr
+    assert "resume" in done.stdout
+    assert timeless(cut) == timeless(finished)
+    assert lines(cut, "samples.jsonl") == lines(finished, "samples.jsonl")
+    assert cut.state("rl")["fingerprint"] == finished.state("rl")["fingerprint"]
+    before, after = (p.state("rl")["cost"] for p in (finished, cut))
+    for key in ("tokens_trained", "tokens_generated", "tokens_scored", "flops"):
+        assert before[key] == after[key]
+
+
+def test_more_steps_go_on_from_the_last(finished, tiny_dir, tmp_path):
+    import shutil
+
+    shutil.copytree(finished.folder, tmp_path / "more")
+    more = Project(tmp_path / "more", finished.tree)
+    done = more.run("stages.rl.steps=8", "--only", "rl")
+    assert done.returncode == 0, done.stderr
+    assert timeless(more)[:6] == timeless(finished)
+    assert len(lines(more)) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"group_size": 1}, "stages.rl.group_size: input should be greater than or equal to 2"),
+        ({"steps": 5}, "steps 5 is not a multiple of mini_batches x passes = 2"),
+        ({"sampling": {"temperature": 0.7}}, "temperature and top_p must be 1"),
+        ({"sampling": {"top_p": 0.9}}, "temperature and top_p must be 1"),
+        ({"problems": 3}, "problems 3 is less than one rollout takes"),
+        ({"objective": {"fn": "gpro"}}, "stages.rl.objective: there is no 'gpro'.*'gspo'"),
+        ({"objective": {"fn": "grpo", "epsilon": 0.1}}, "stages.rl.objective.epsilon: unknown key"),
+        ({"objective": {"fn": "grpo", "beta": -1}}, "stages.rl.objective.beta"),
+        (
+            {"rewards": [{"fn": "acuracy"}]},
+            "stages.rl.rewards.0: there is no 'acuracy'.*'accuracy'",
+        ),
+        ({"rewards": [{"fn": "accuracy", "partal": True}]}, "rewards.0.partal: unknown key"),
+        ({"rewards": []}, "stages.rl.rewards"),
+        ({"rewards": [{"fn": "nomodule:nothing"}]}, "cannot import 'nomodule:nothing'"),
+    ],
+)
+def test_mistakes_are_one_message_before_anything_loads(tiny_dir, tmp_path, changes, message):
+    made = project(tmp_path / "bad", tiny_dir, **changes)
+    done = made.distill("check", "rl.yaml")
+    assert done.returncode == 2, done.stdout
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not made.run_dir.exists()
+
+
+@pytest.mark.parametrize(("reward", "seconds"), [("broken", 60), ("hangs", 0.2)])
+def test_a_reward_that_never_works_stops_the_stage_by_name(tiny_dir, tmp_path, reward, seconds):
+    made = project(
+        tmp_path / "bad",
+        tiny_dir,
+        rewards=[{"fn": f"myrewards:{reward}"}, {"fn": "think_format"}],
+        prompts=16,
+        group_size=2,
+        reward_seconds=seconds,
+    )
+    done = made.run("--only", "rl")
+    assert done.returncode == 2
+    assert f"rewards.{reward}" in done.stderr
+    assert "Traceback" not in done.stderr
