@@ -25,19 +25,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
 
 from distill.kernels import OUTSIDE as OUTSIDE
 from distill.kernels import HeadForm as HeadForm
 from distill.kernels import Rest, Sweep
 from distill.kernels.plain import PlainSweep
+from distill.kernels.products import Chunk, chunk_rows, gathered, over_chunks, wide_dtype
 from distill.records import Batch
-
-CHUNK_BYTES = 256 << 20
-"""Most memory for one chunk. Less where less is free; longer chunks gain nothing."""
-
-CPU_ROWS = 256
-"""Tokens a chunk on a CPU at most: more only leave the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,40 +121,19 @@ def head_loss(
     chunk: tokens at a time; None takes what fits the memory. T = 0 gives a zero that still has a (zero) gradient.
     measure: further numbers by row from the same student, each [T]. entropy: also the exact entropy by row.
     """
-    weight_VD, bias_V = _gathered(weight_VD), None if bias_V is None else _gathered(bias_V)
+    weight_VD, bias_V = gathered(weight_VD), None if bias_V is None else gathered(bias_V)
     form = form or HeadForm(weight_VD.shape[0])
     sweep = _sweep(hidden_TD, weight_VD, bias_V, form)
-    pass_ = _Pass(
-        loss_fn, _clean(targets, hidden_TD.device), form, sweep, measure, entropy, {},
-        chunk or chunk_rows(len(hidden_TD), sweep.row_bytes(form, hidden_TD.dtype), hidden_TD.device),
-        torch.is_grad_enabled(),
-    )  # fmt: skip
-    loss, loss_T, label_T = _HeadLoss.apply(hidden_TD, weight_VD, bias_V, pass_)  # type: ignore[no-untyped-call]
-    rows = {name: torch.cat(parts) for name, parts in pass_.seen.items()}
-    entropy_T = rows.pop("", None)
-    return HeadOutput(loss, loss_T, label_T, rows, entropy_T)
-
-
-def chunk_rows(num_tokens: int, row_bytes: int, device: torch.device) -> int:
-    """Tokens in a chunk: as many as a quarter of the free memory and CHUNK_BYTES hold, in chunks of about one size."""
-    room = CHUNK_BYTES
-    most = CPU_ROWS
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room, most = min(room, (free + cached) // 4), num_tokens
-    rows = max(1, min(room // row_bytes, most))
-    rows = -(-num_tokens // -(-num_tokens // rows)) if num_tokens else 1
-    return rows if rows < 128 else -(-rows // 64) * 64
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, DTensor):
-        whole: Tensor = tensor.full_tensor(
-            grad_placements=[Partial("avg")] * tensor.device_mesh.ndim
-        )
-        return whole
-    return tensor
+    targets = _clean(targets, hidden_TD.device)
+    calls = _SparsePass(loss_fn, targets, sweep, measure, entropy, {})
+    if chunk is None:
+        bytes_each = sweep.row_bytes(form, hidden_TD.dtype)
+        chunk = chunk_rows(len(hidden_TD), bytes_each, hidden_TD.device)
+    loss, loss_T, label_T = over_chunks(
+        hidden_TD, weight_VD, bias_V, calls, targets.weight_T, form.vocab_size, chunk
+    )
+    rows = {name: torch.cat(parts) for name, parts in calls.seen.items()}
+    return HeadOutput(loss, loss_T, label_T, rows, rows.pop("", None))
 
 
 def _clean(targets: Targets, device: torch.device) -> Targets:
@@ -183,113 +156,51 @@ def _clean(targets: Targets, device: torch.device) -> Targets:
     return Targets(**rows)
 
 
+def _sweep(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm) -> Sweep:
+    weight_VD = weight_VD.detach()[: form.vocab_size]
+    bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
+    return PlainSweep(weight_VD, bias_V, form, wide_dtype(hidden_TD))
+
+
 @dataclass(frozen=True, slots=True)
-class _Pass:
-    """One call of head_loss, without the tensors that have gradients."""
+class _SparsePass:
+    """The chunks of one call of head_loss; `seen` collects what is measured, `""` the entropies."""
 
     loss_fn: LossFn
     targets: Targets
-    form: HeadForm
     sweep: Sweep
     measure: Measure | None
     entropy: bool
     seen: dict[str, list[Tensor]]
-    chunk: int
-    grads: bool
 
+    def chunk(self, hidden_CD: Tensor, rows: slice, grads: bool) -> Chunk:
+        targets = self.targets[rows]
+        label_C1 = targets.label_T[:, None]
+        assert targets.teacher_ids_TK is not None
+        used_CK = targets.teacher_ids_TK >= 0
+        # An unused entry points to the label: chosen anyway, so nothing else is masked or counted for it.
+        ids_CK = torch.where(used_CK, targets.teacher_ids_TK, label_C1)
+        ids_CS = torch.cat([label_C1, ids_CK], dim=1)
+        rest = self.sweep.rest(hidden_CD, ids_CS, entropy=self.entropy)
+        in_top_C = (used_CK & (targets.teacher_ids_TK == label_C1)).any(1)
+        z_CS, lse_C = rest.z_CS.requires_grad_(), rest.lse_C.requires_grad_()
+        dz_CV = factor_C = None
+        with torch.enable_grad():
+            student = _student(z_CS, lse_C, rest.best_C, used_CK, in_top_C)
+            loss_C = self.loss_fn(student, targets)
+            if grads:
+                g = torch.autograd.grad((loss_C * targets.weight_T).sum(), [z_CS, lse_C])
+                dz_CV, factor_C = self.sweep.gradient(*g)
+        with torch.no_grad():
+            if self.measure is not None:
+                for name, value_C in self.measure(student, targets).items():
+                    self.seen.setdefault(name, []).append(value_C)
+            if rest.entropy_C is not None:
+                self.seen.setdefault("", []).append(_entropy(rest, student, used_CK, in_top_C))
+        return Chunk(loss_C.detach(), student.label_T.detach(), dz_CV, factor_C)
 
-class _HeadLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: _Pass
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loss_T, label_T, ctx.gradients = _run(hidden_TD, weight_VD, bias_V, call)
-        ctx.save_for_backward(hidden_TD, weight_VD, bias_V)
-        ctx.call = call
-        ctx.mark_non_differentiable(loss_T, label_T)
-        return (loss_T * call.targets.weight_T).sum(), loss_T, label_T
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        # Handed out and not kept, so that autograd takes them as they are; a second backward makes them again.
-        grads, ctx.gradients = ctx.gradients or _run(*inputs, ctx.call)[2], None
-        # On a CPU looking at a number is free; a step's upstream is mostly 1.
-        if upstream.is_cuda or upstream != 1:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(upstream)
-        dtypes = (None if t is None else t.dtype for t in inputs)
-        return *(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)), None
-
-
-def _run(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, call: _Pass
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """loss_T, log q(label) [T], and the gradients that are asked for, dweight and dbias in the wide dtype."""
-    wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-    vocab = call.form.vocab_size
-    weight_wanted = call.grads and weight_VD.requires_grad
-    bias_wanted = call.grads and bias_V is not None and bias_V.requires_grad
-    grads = weight_wanted or bias_wanted or (call.grads and hidden_TD.requires_grad)
-    dhidden_TD = torch.empty_like(hidden_TD) if grads else None
-    dweight_VD = torch.empty_like(weight_VD, dtype=wide) if weight_wanted else None
-    dbias_V = torch.zeros_like(bias_V, dtype=wide) if bias_wanted and bias_V is not None else None
-    if dweight_VD is not None:
-        dweight_VD[vocab if len(hidden_TD) else 0 :].zero_()
-    loss_T = hidden_TD.new_zeros(len(hidden_TD), dtype=wide)
-    label_T = torch.zeros_like(loss_T)
-    for start in range(0, len(hidden_TD), call.chunk):
-        rows = slice(start, start + call.chunk)
-        hidden_CD = hidden_TD[rows]
-        loss_T[rows], label_T[rows], kept = _chunk(hidden_CD, call, call.targets[rows], grads)
-        if kept is None or dhidden_TD is None:
-            continue
-        dz_CV, factor_C = call.sweep.gradient(*kept)
-        torch.mm(dz_CV, weight_VD[:vocab], out=dhidden_TD[rows])
-        if factor_C is not None:
-            dhidden_TD[rows] *= factor_C[:, None]
-            hidden_CD = hidden_CD * factor_C[:, None]
-        if dweight_VD is not None:
-            _add_product(dweight_VD[:vocab], dz_CV.t(), hidden_CD, first=start == 0)
-        if dbias_V is not None:
-            dbias_V[:vocab] += dz_CV.sum(0, dtype=wide) if factor_C is None else factor_C @ dz_CV
-    return loss_T, label_T, (dhidden_TD, dweight_VD, dbias_V)
-
-
-def _sweep(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm) -> Sweep:
-    wide = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
-    weight_VD = weight_VD.detach()[: form.vocab_size]
-    bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
-    return PlainSweep(weight_VD, bias_V, form, wide)
-
-
-def _chunk(
-    hidden_CD: Tensor, call: _Pass, targets: Targets, grads: bool
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """(loss [C], log q(label) [C], derivatives by the chosen logits [C, S] and the rest's log-sum-exp [C])."""
-    label_C1 = targets.label_T[:, None]
-    assert targets.teacher_ids_TK is not None
-    used_CK = targets.teacher_ids_TK >= 0
-    # An unused entry points to the label: chosen anyway, so nothing else is masked or counted for it.
-    ids_CK = torch.where(used_CK, targets.teacher_ids_TK, label_C1)
-    rest = call.sweep.rest(hidden_CD, torch.cat([label_C1, ids_CK], dim=1), entropy=call.entropy)
-    in_top_C = (used_CK & (targets.teacher_ids_TK == label_C1)).any(1)
-    z_CS, lse_C = rest.z_CS.requires_grad_(), rest.lse_C.requires_grad_()
-    with torch.enable_grad():
-        student = _student(z_CS, lse_C, rest.best_C, used_CK, in_top_C)
-        loss_C = call.loss_fn(student, targets)
-        kept = None
-        if grads:
-            kept = torch.autograd.grad((loss_C * targets.weight_T).sum(), [z_CS, lse_C])
-    with torch.no_grad():
-        if call.measure is not None:
-            for name, value_C in call.measure(student, targets).items():
-                call.seen.setdefault(name, []).append(value_C)
-        if rest.entropy_C is not None:
-            call.seen.setdefault("", []).append(_entropy(rest, student, used_CK, in_top_C))
-    return loss_C.detach(), student.label_T.detach(), kept
+    def close(self) -> None:
+        self.sweep.close()
 
 
 def _student(
@@ -317,22 +228,3 @@ def _entropy(rest: Rest, student: Student, used_CK: Tensor, in_top_C: Tensor) ->
     )
     of_chosen_C = -(chosen_CS.exp() * chosen_CS).sum(1)
     return of_chosen_C + log_share_C.exp() * (rest.entropy_C - log_share_C)
-
-
-def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, first: bool) -> None:
-    """total += left @ right (= for the first), added up in total's dtype."""
-    if left_VC.dtype == total_VD.dtype:
-        torch.addmm(total_VD, left_VC, right_CD, beta=0 if first else 1, out=total_VD)
-    elif left_VC.is_cuda:
-        torch.addmm(
-            total_VD,
-            left_VC,
-            right_CD,
-            beta=0 if first else 1,
-            out_dtype=total_VD.dtype,
-            out=total_VD,
-        )
-    elif first:
-        total_VD.copy_(torch.mm(left_VC, right_CD))
-    else:
-        total_VD.add_(torch.mm(left_VC, right_CD))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 OUTSIDE = -1e30
@@ -57,6 +58,11 @@ class Rest:
 class Sweep(Protocol):
     """One lm_head and the memory of one chunk."""
 
+    @staticmethod
+    def row_bytes(form: HeadForm, dtype: torch.dtype) -> int:
+        """Memory that one token of a chunk takes."""
+        ...
+
     def rest(self, hidden_CD: Tensor, ids_CS: Tensor, *, entropy: bool = False) -> Rest:
         """The numbers of a chunk of C tokens, in the wide dtype (fp32; fp64 for fp64)."""
         ...
@@ -66,4 +72,8 @@ class Sweep(Protocol):
 
         As ([C, V], row factors [C] to multiply it by, or None for 1), the first in hidden's dtype.
         """
+        ...
+
+    def close(self) -> None:
+        """The last chunk is done."""
         ...

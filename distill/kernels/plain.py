@@ -16,6 +16,9 @@ from distill.kernels import OUTSIDE, HeadForm, Rest
 CACHE_BYTES = 1 << 20
 """Rows worked on together on a CPU: about what a core's own cache holds."""
 
+_POOL: dict[tuple[str, torch.dtype], Tensor] = {}
+"""A CPU's memory of the last chunk, kept for the next call: getting pages anew costs a tenth of a matrix product."""
+
 FLOOR = 1e-30
 """Least size of a row factor, so that the chosen entries can be divided by it."""
 
@@ -130,10 +133,20 @@ class PlainSweep:
             block = max(1, CACHE_BYTES // (z_CV.shape[1] * z_CV.element_size()))
         return (slice(start, start + block) for start in range(0, num, max(block, 1)))
 
+    def close(self) -> None:
+        """Give the memory back."""
+        for name, flat in self.buffers.items():
+            if flat.device.type == "cpu":
+                _POOL[name, flat.dtype] = flat
+        self.buffers.clear()
+
     def _buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         """[rows of `like`, V] scratch, the same memory for every chunk."""
+        needed = len(like) * len(self.weight_VD)
         held = self.buffers.get(name)
-        if held is None or len(held) < len(like):
-            held = self.weight_VD.new_empty(len(like), len(self.weight_VD), dtype=dtype)
-            self.buffers[name] = held
-        return held[: len(like)]
+        if held is None and self.weight_VD.device.type == "cpu":
+            held = _POOL.pop((name, dtype), None)
+        if held is None or len(held) < needed:
+            held = self.weight_VD.new_empty(needed, dtype=dtype)
+        self.buffers[name] = held
+        return held[:needed].view(len(like), -1)
