@@ -89,23 +89,24 @@ def test_plain_answers_need_no_worker(monkeypatch):
         raise AssertionError("asked a worker")
 
     monkeypatch.setattr(pool, "ask", refuse)
-    start = time.perf_counter()
+    start = time.process_time()
     for n in range(5000):
         assert math_verdict(f"{n}.0", str(n)).correct is True
         assert math_verdict(str(n + 1), str(n)).correct is False
     assert math_verdict("x^2", "x^2").correct is True
     assert math_verdict("Tuesday", "Monday").correct is False
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_tower_is_cut_off_and_the_next_answer_judged(monkeypatch):
-    monkeypatch.setitem(pool.LIMIT_S, "math", 1.0)
     assert math_verdict("x+1", "1+x").correct is True
-    start = time.perf_counter()
-    verdict = math_verdict(TOWER, "2x")
-    assert (verdict.correct, verdict.score) == (None, None)
-    assert verdict.answer == TOWER
-    assert time.perf_counter() - start < 30
+    with monkeypatch.context() as hurry:
+        hurry.setitem(pool.LIMIT_S, "math", 1.0)
+        start = time.perf_counter()
+        verdict = math_verdict(TOWER, "2x")
+        assert (verdict.correct, verdict.score) == (None, None)
+        assert verdict.answer == TOWER
+        assert time.perf_counter() - start < 30
     assert math_verdict("x+2", "2+x").correct is True
 
 
