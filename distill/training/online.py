@@ -1,0 +1,185 @@
+"""Divergences over the whole vocabulary, with the teacher's hidden states beside the student's (`targets: online`).
+
+Exact, at any temperature, and never more than a chunk of either model's logits. Costs one product more than stored targets
+for every teacher. The two models may differ in hidden size, scale, cap and padding; their vocabulary is one and the same.
+
+Several teachers are mixed as distributions, p = sum share_i p_i, before they are compared: one student pass whatever their
+number. For forward KL that is, up to a constant, the weighted sum of the single losses; for the others it is another thing,
+a single target that can be reached.
+
+Shapes: T tokens with a loss, C of them in a chunk, R of those worked on together, D and E hidden sizes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.head import HeadForm, HeadOutput, Targets
+from distill.kernels.products import Chunk, chunk_rows, gathered, over_chunks, wide_dtype
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""(log p [R, V], log q [R, V]) -> [R], as in `divergences`, options bound."""
+
+BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+"""Logits worked on together between the products; the divergence takes a few times as much beside them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logits:
+    """Where a model's logits come from: hidden_TD and the head's weight_VD, bias_V and form.
+
+    share: this teacher's part of the mixture. Shares are divided by their sum.
+    """
+
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    form: HeadForm
+    bias_V: Tensor | None = None
+    share: float = 1.0
+
+
+def online_head_loss(
+    student: Logits,
+    teachers: Sequence[Logits],
+    divergence: Divergence,
+    targets: Targets,
+    *,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    chunk: int | None = None,
+) -> HeadOutput:
+    """Sum over tokens of weight * (temperature^2 * divergence + ce_weight * -log q(label)).
+
+    Both distributions are taken at the temperature, the label's log-probability at 1. The factor temperature^2
+    keeps the gradient's size (Hinton et al. 2015). Gradients go to the student's hidden, weight and bias only. Of `targets`,
+    label_T and weight_T are read. chunk: tokens at a time; None takes what fits the memory.
+    """
+    weight_VD = gathered(student.weight_VD)
+    bias_V = None if student.bias_V is None else gathered(student.bias_V)
+    if any(t.form.vocab_size != student.form.vocab_size for t in teachers):
+        sizes = [m.form.vocab_size for m in (student, *teachers)]
+        raise ValueError(f"one vocabulary is needed; the models' sizes are {sizes}")
+    wide = wide_dtype(student.hidden_TD)
+    total = sum(t.share for t in teachers)
+    calls = _DensePass(
+        _Source(weight_VD, bias_V, student.form, wide),
+        [
+            (
+                t.hidden_TD.detach(),
+                math.log(t.share / total),
+                _Source(gathered(t.weight_VD), t.bias_V, t.form, wide),
+            )
+            for t in teachers
+        ],
+        divergence,
+        targets,
+        temperature,
+        ce_weight,
+    )
+    if chunk is None:
+        buffers = 2 if len(teachers) == 1 else 3
+        bytes_each = (buffers * wide.itemsize + wide.itemsize // 2) * student.form.vocab_size
+        chunk = chunk_rows(len(student.hidden_TD), bytes_each, student.hidden_TD.device)
+    loss, loss_T, label_T = over_chunks(
+        student.hidden_TD,
+        weight_VD,
+        bias_V,
+        calls,
+        targets.weight_T,
+        student.form.vocab_size,
+        chunk,
+    )
+    return HeadOutput(loss, loss_T, label_T)
+
+
+class _Source:
+    """Raw products hidden W^T of a chunk in memory of its own, and how they become logits."""
+
+    def __init__(
+        self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, wide: torch.dtype
+    ) -> None:
+        self.weight_VD = weight_VD.detach()[: form.vocab_size]
+        self.bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
+        self.form, self.wide = form, wide
+        self.held: Tensor | None = None
+
+    def product(self, hidden_CD: Tensor) -> Tensor:
+        if self.held is None or len(self.held) < len(hidden_CD):
+            self.held = self.weight_VD.new_empty(
+                len(hidden_CD), len(self.weight_VD), dtype=self.wide
+            )
+        x_CV = self.held[: len(hidden_CD)]
+        weight_DV = self.weight_VD.t()
+        if hidden_CD.dtype == self.wide:
+            return torch.mm(hidden_CD, weight_DV, out=x_CV)
+        if hidden_CD.is_cuda:
+            return torch.mm(hidden_CD, weight_DV, out_dtype=self.wide, out=x_CV)
+        return x_CV.copy_(torch.mm(hidden_CD, weight_DV))
+
+    def logits(self, x_RV: Tensor) -> Tensor:
+        z_RV = x_RV if self.bias_V is None else x_RV + self.bias_V
+        z_RV = z_RV if self.form.scale == 1.0 else z_RV * self.form.scale
+        cap = self.form.softcap
+        return z_RV if cap is None else cap * torch.tanh(z_RV / cap)
+
+
+@dataclass(frozen=True, slots=True)
+class _DensePass:
+    student: _Source
+    teachers: list[tuple[Tensor, float, _Source]]
+    divergence: Divergence
+    targets: Targets
+    temperature: float
+    ce_weight: float
+
+    def chunk(self, hidden_CD: Tensor, rows: slice, grads: bool) -> Chunk:
+        x_CV = self.student.product(hidden_CD)
+        logp_CV = self._teacher(rows)
+        label_C1, weight_C = self.targets.label_T[rows, None], self.targets.weight_T[rows]
+        loss_C = x_CV.new_empty(len(x_CV))
+        label_logp_C = torch.empty_like(loss_C)
+        for block in blocks(x_CV):
+            x_RV = x_CV[block].detach().requires_grad_(grads)
+            with torch.set_grad_enabled(grads):
+                z_RV = self.student.logits(x_RV)
+                label_R = (z_RV.gather(1, label_C1[block]) - z_RV.logsumexp(1, True)).squeeze(1)
+                logq_RV = (z_RV / self.temperature).log_softmax(1)
+                loss_R = self.temperature**2 * self.divergence(logp_CV[block], logq_RV)
+                if self.ce_weight:
+                    loss_R = loss_R - self.ce_weight * label_R
+                if grads:
+                    x_CV[block] = torch.autograd.grad((loss_R * weight_C[block]).sum(), x_RV)[0]
+            loss_C[block], label_logp_C[block] = loss_R.detach(), label_R.detach()
+        return Chunk(loss_C, label_logp_C, x_CV.to(hidden_CD.dtype) if grads else None)
+
+    def _teacher(self, rows: slice) -> Tensor:
+        """log p [C, V] of the mixture, in the first teacher's memory."""
+        mixed_CV: Tensor | None = None
+        for hidden_TE, log_share, source in self.teachers:
+            t_CV = source.product(hidden_TE[rows])
+            for block in blocks(t_CV):
+                logp_RV = (source.logits(t_CV[block]) / self.temperature).log_softmax(1) + log_share
+                t_CV[block] = logp_RV
+            if mixed_CV is None:
+                mixed_CV = t_CV
+            else:
+                torch.logaddexp(mixed_CV, t_CV, out=mixed_CV)
+        assert mixed_CV is not None, "a teacher is needed"
+        return mixed_CV
+
+    def close(self) -> None:
+        for source in (self.student, *(source for *_, source in self.teachers)):
+            source.held = None
+
+
+def blocks(x_CV: Tensor) -> Iterator[slice]:
+    """The rows of a chunk, as many together as BLOCK_BYTES hold."""
+    size = max(
+        1, BLOCK_BYTES.get(x_CV.device.type, 1 << 20) // (x_CV.shape[1] * x_CV.element_size())
+    )
+    return (slice(start, start + size) for start in range(0, len(x_CV), size))
