@@ -230,6 +230,36 @@ def show(
             typer.launch(str(folder / "report.html"))
 
 
+@app.command()
+def inspect(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="TRACES|RUN", help="A folder of traces, a stage's, or a run's."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The page's file; default: inspect.html beside the traces.")
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Score the traces with this model too: a folder, a stage of the run, a hub id.",
+        ),
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="At most so many traces.")] = 200,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A folder with the tokenizer that wrote the traces.")
+    ] = None,
+) -> None:
+    """A page that shows traces with the teacher's distribution behind every token."""
+    from distill.stages import inspect as inspecting
+
+    target, notes = inspecting.write(path, out, student, sample, tokenizer)
+    for note in notes:
+        typer.echo(note)
+    typer.echo(f"{target}  ({target.stat().st_size / 1e6:.1f} MB)")
+
+
 def _show(report: Any) -> None:
     from distill.reports import terminal
 
@@ -242,6 +272,21 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Drop what is bad, so that generate refills it.")
     ] = False,
+    audit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Score N random positions again; writes a certificate for the data card.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="For --audit: the model that wrote them; default: what the run says."),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="For --audit: default: the engine that wrote them.")
+    ] = None,
 ) -> None:
     """Is everything there, and whole? Exit status 1 when it is not."""
     from distill.traces import verify as verification
@@ -250,6 +295,13 @@ def verify(
     typer.echo(str(report))
     if not report.ok:
         raise typer.Exit(1)
+    if audit is not None:
+        from distill.stages.audit import audit as score_again
+
+        certificate = score_again(folder, audit, model=model, engine=engine)
+        typer.echo(str(certificate))
+        if not certificate.ok:
+            raise typer.Exit(1)
 
 
 @traces_app.command()
@@ -278,17 +330,42 @@ def merge(
 @traces_app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
-    out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    out: Annotated[
+        Path, typer.Argument(help="NAME.jsonl: a JSONL file; otherwise a folder for `datasets`.")
+    ],
     style: Annotated[
         str, typer.Option(help="chat: messages; text: prompt and completion")
     ] = "chat",
 ) -> None:
-    """The traces' text as JSONL, for other trainers."""
+    """The traces' text, the reply included, for other trainers."""
     from distill.traces import export as exporting
 
     if style not in ("chat", "text"):
         raise UserError(f"--style: {style!r} is neither chat nor text.")
-    typer.echo(f"{exporting.export_sft(folder, out, style)} traces in {out}")  # type: ignore[arg-type]
+    write = exporting.export_sft if out.suffix == ".jsonl" else exporting.export_dataset
+    typer.echo(f"{write(folder, out, style)} traces in {out}")  # type: ignore[arg-type]
+
+
+@traces_app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
+    repo: Annotated[str, typer.Argument(help="The data set on the hub: owner/name.")],
+    licence: Annotated[
+        str, typer.Option("--license", help="The hub's identifier: apache-2.0, cc-by-4.0, ...")
+    ],
+    private: Annotated[bool, typer.Option("--private", help="Make the data set private.")] = False,
+    build: Annotated[
+        Path | None, typer.Option("--folder", help="Only build the data set, in this folder.")
+    ] = None,
+) -> None:
+    """Publish traces on the hub, with a data card."""
+    from distill.traces import push as pushing
+
+    if build is not None:
+        pushing.build(folder, build, name=repo, licence=licence)
+        typer.echo(f"built in {build}; its card is {build / pushing.README}")
+    else:
+        typer.echo(pushing.push(folder, repo, licence=licence, private=private))
 
 
 def main() -> None:

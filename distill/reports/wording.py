@@ -11,15 +11,16 @@ from typing import Any
 
 from distill.reports.schema import ComparisonRow, IntervalRow, RunReport
 
-_UNSEEN = re.compile(
+UNSEEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
+"""Characters that act rather than show."""
 
 
 def seen(text: str) -> str:
     """Text with plain line ends, and what acts rather than shows replaced: terminal controls, turned reading
     direction, lone surrogates."""
-    return _UNSEEN.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return UNSEEN.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def percent(share: float) -> str:
