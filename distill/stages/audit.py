@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -25,10 +24,9 @@ from distill.progress import Live
 from distill.recipe import EngineConfig, GenerateStage, ModelConfig, ScoreStage
 from distill.records import Array, Completion, Engine, Request, TopK, Traces, UserError
 from distill.stages.sampling import ROOM, package_versions
-from distill.traces import folder
+from distill.traces import notes
 from distill.traces.reader import TraceReader, open_traces
 
-CERTIFICATE = "audit.json"
 MARGIN = 16
 """Entries asked for beyond the stored ones: near the end of the list two computations differ in the order."""
 MAX_MEAN = 0.05
@@ -129,7 +127,7 @@ def audit(
         date=time.strftime("%Y-%m-%d"),
         versions=package_versions(),
     )
-    folder.write_json(path / CERTIFICATE, asdict(certificate))
+    notes.write_certificate(path, asdict(certificate))
     return certificate
 
 
@@ -264,11 +262,3 @@ def _mean(values: list[float]) -> float:
 
 def _worst(values: list[float]) -> float:
     return max(values, default=0.0)
-
-
-def read_certificate(path: Path, fingerprint: str) -> dict[str, Any] | None:
-    """The certificate beside some traces, where there is one for just this content."""
-    if not (path / CERTIFICATE).is_file():
-        return None
-    tree = folder.read_json(path / CERTIFICATE)
-    return tree if tree["fingerprint"] == fingerprint else None

@@ -7,7 +7,6 @@ The engine scores in chunks, so a long trace never has its whole [tokens, vocabu
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,10 @@ from distill import engines, models
 from distill.recipe import ScoreStage
 from distill.records import Array, Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
 from distill.reports.flops import ModelShape, causal_context, forward_flops
-from distill.reports.pages import write_atomic
 from distill.stages.context import Context, Result
 from distill.stages.sampling import ROOM, context_limit, package_versions
-from distill.stages.sources import TEXT_FROM, Given, LeftOut, open_given
+from distill.stages.sources import Given, LeftOut, open_given
+from distill.traces import notes
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
 from distill.traces.stats import stats
@@ -45,7 +44,7 @@ def run(config: ScoreStage, context: Context) -> Result:
     with TraceWriter(
         folder, _metadata(config, given, model_dir, tokenizer), shard_rows=config.shard_rows
     ) as writer:
-        write_atomic(folder / TEXT_FROM, json.dumps({"text_from": given.text_from}))
+        notes.write_text_from(folder, given.text_from)
         done = writer.done_ids()
         left_out = LeftOut()
         wanted, missing, longest = _survey(given, limit, done, left_out)

@@ -38,7 +38,8 @@ from distill.records import (
 )
 from distill.stages.context import Context, find_data
 from distill.tasks.generated import GeneratedTask
-from distill.traces.reader import SELECTION_FILE, TraceReader, open_traces
+from distill.traces import notes
+from distill.traces.reader import SELECTION_FILE, open_traces
 from distill.traces.schema import LIGHT_COLUMNS, Metadata
 
 BLOCK_ROWS = 64
@@ -103,7 +104,7 @@ def open_given(config: ScoreStage, context: Context, tokenizer: Any) -> Given:
         if models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer:
             return Given(
                 lambda _: reader.blocks(BLOCK_ROWS, LIGHT_COLUMNS),
-                _writer_of(reader),
+                notes.text_from(reader),
                 reader.metadata,
                 True,
                 reader.metadata.template,
@@ -119,7 +120,7 @@ def open_given(config: ScoreStage, context: Context, tokenizer: Any) -> Given:
             for block in reader.blocks(BLOCK_ROWS, LIGHT_COLUMNS):
                 yield render(block, tokenizer, template)
 
-        return Given(rendered, _writer_of(reader), reader.metadata, False, template.name)
+        return Given(rendered, notes.text_from(reader), reader.metadata, False, template.name)
 
     models.check_template(tokenizer, template, where)
     source = open_rows(config.data, config.split, f"{where}.data", config.subset)
@@ -136,12 +137,6 @@ def is_traces(path: Path | None) -> bool:
     if path is None or not path.is_dir():
         return path is not None and path.suffix == ".parquet"
     return any(path.glob("manifest-*.json")) or (path / SELECTION_FILE).is_file()
-
-
-def _writer_of(reader: TraceReader) -> str:
-    """Of shards that were scored themselves: who wrote their text."""
-    note = read_text_from(reader.base)
-    return note or f"{reader.metadata.model} (weights {reader.metadata.weights})"
 
 
 # --------------------------------------------------------------------------------------- files and datasets
@@ -326,16 +321,3 @@ def render(block: Traces, tokenizer: Any, template: Template) -> Traces:
         prompt_ids=Ragged.from_rows(prompts, np.int32),
         completion_ids=Ragged.from_rows(replies, np.int32),
     )
-
-
-# -------------------------------------------------------------------------------------------- who wrote it
-
-TEXT_FROM = "text_from.json"
-
-
-def read_text_from(folder: Path) -> str:
-    """Who wrote the text of traces that were scored; empty where the teacher wrote it itself."""
-    path = folder / TEXT_FROM
-    if not path.is_file():
-        return ""
-    return str(json.loads(path.read_text(encoding="utf-8"))["text_from"])

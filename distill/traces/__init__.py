@@ -11,7 +11,10 @@
     selection.py  runs filters over a folder and writes which rows they keep, never the rows themselves
     verify.py     is everything there and whole; drop what is not
     stats.py      what a folder holds, in numbers
-    export.py     plain SFT JSONL; several folders merged into one
+    export.py     the text as SFT JSONL or a `datasets` folder; several folders merged into one
+    notes.py      what stands beside a manifest: who wrote the text, what an audit found
+    card.py       the data card
+    push.py       a folder of traces as a data set on the hub
 
 Modules are imported by name; nothing is re-exported here, so that naming a filter costs no more than it must.
 """

@@ -1,11 +1,12 @@
-"""Traces for others: plain SFT JSONL without distributions, and several folders merged into one."""
+"""Traces for others: their text as JSONL or as a `datasets` folder, and several folders merged into one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -14,10 +15,11 @@ from distill.traces import codec, folder
 from distill.traces.reader import open_traces
 from distill.traces.writer import TraceWriter
 
-_SFT_COLUMNS = ("trace_id", "problem_id", "messages", "completion", "gold")
+Style = Literal["chat", "text"]
+_SFT_LABELS = ("trace_id", "problem_id", "gold")
 
 
-def export_sft(source: str | Path, out: str | Path, style: Literal["chat", "text"] = "chat") -> int:
+def export_sft(source: str | Path, out: str | Path, style: Style = "chat") -> int:
     """One JSON object a trace; returns how many.
 
     chat: {"messages": [..., {"role": "assistant", "content": completion}], "trace_id", "problem_id", "gold"},
@@ -28,19 +30,57 @@ def export_sft(source: str | Path, out: str | Path, style: Literal["chat", "text
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}{folder.TEMPORARY}")
     with open(temporary, "w", encoding="utf-8") as file:
-        for table in open_traces(source).tables(columns=_SFT_COLUMNS):
-            for row in table.to_pylist():
-                messages, completion = row.pop("messages"), row.pop("completion")
-                if style == "chat":
-                    turns = [*messages, {"role": "assistant", "content": completion}]
-                    shown: dict[str, object] = {"messages": turns}
-                else:
-                    prompt = "\n\n".join(turn["content"] for turn in messages)
-                    shown = {"prompt": prompt, "completion": completion}
-                file.write(json.dumps(shown | row, ensure_ascii=False) + "\n")
-                num += 1
+        for row in _sft_rows(str(source), style):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            num += 1
     temporary.replace(out)
     return num
+
+
+def export_dataset(source: str | Path, out: str | Path, style: Style = "chat") -> int:
+    """The same rows as a folder that `datasets.load_from_disk` opens; returns how many. Memory stays flat.
+
+    Raises UserError where `out` holds something already.
+    """
+    import datasets
+
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: holds something already; name a new folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    reader = open_traces(source)
+    text = datasets.Value("string")
+    said = (
+        {"messages": datasets.List({"role": text, "content": text})}
+        if style == "chat"
+        else {"prompt": text, "completion": text}
+    )
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        table = datasets.Dataset.from_generator(
+            _sft_rows,
+            gen_kwargs={"source": str(source), "style": style},
+            features=datasets.Features({**said, **dict.fromkeys(_SFT_LABELS, text)}),
+            cache_dir=str(Path(temporary) / "cache"),
+            fingerprint=reader.fingerprint,
+        )
+        table.save_to_disk(str(Path(temporary) / "whole"))
+        num = len(table)
+        if out.exists():
+            out.rmdir()
+        (Path(temporary) / "whole").rename(out)
+    return num
+
+
+def _sft_rows(source: str, style: Style) -> Iterator[dict[str, Any]]:
+    for table in open_traces(source).tables(columns=(*_SFT_LABELS, "messages", "completion")):
+        for row in table.to_pylist():
+            messages, completion = row.pop("messages"), row.pop("completion")
+            if style == "chat":
+                turns = [*messages, {"role": "assistant", "content": completion}]
+                yield {"messages": turns, **row}
+            else:
+                prompt = "\n\n".join(turn["content"] for turn in messages)
+                yield {"prompt": prompt, "completion": completion, **row}
 
 
 def merge(sources: Sequence[str | Path], out: str | Path) -> int:

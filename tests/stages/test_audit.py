@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from distill import models
 from distill.cli import app
 from distill.records import TopK, UserError
 from distill.stages import score
-from distill.stages.audit import CERTIFICATE, _choose, _compare_position, audit, read_certificate
+from distill.stages.audit import _choose, _compare_position, audit
+from distill.traces import notes
 from distill.traces.reader import open_traces
 from distill.traces.writer import TraceWriter
 
@@ -40,12 +40,12 @@ def test_the_weights_that_wrote_the_traces_certify_them(tiny_dir, run):
     assert 0 < found.entry_mean < found.entry_worst < 1 / 16
     assert found.kl_worst < 2e-3
     assert found.weights == models.weights_fingerprint(tiny_dir)
-    kept = json.loads((folder / CERTIFICATE).read_text())
-    assert kept["positions"] == 20
-    assert (
-        read_certificate(folder, open_traces(folder).fingerprint)["token_mean"] == found.token_mean
-    )
-    assert read_certificate(folder, "another content") is None
+    kept = notes.certificate(open_traces(folder))
+    assert kept is not None
+    assert (kept["positions"], kept["token_mean"]) == (20, found.token_mean)
+    more = dataclasses.replace(open_traces(folder), fingerprint="another content")
+    (folder / notes.CERTIFICATE).rename(folder.parent / notes.CERTIFICATE)
+    assert notes.certificate(dataclasses.replace(more, path=folder.parent)) is None
     assert "20 positions of" in str(found)
     whole = audit(folder, 10**6, seed=1)
     assert whole.positions == int(open_traces(folder).lengths().completion.sum())

@@ -17,7 +17,8 @@ from distill.records import Request, Template, Traces, UserError
 from distill.stages import score, sources
 from distill.stages.context import Context
 from distill.stages.plan import check_plugs, predict
-from distill.stages.sources import read_text_from, render
+from distill.stages.sources import render
+from distill.traces import notes
 from distill.traces.reader import open_traces
 
 
@@ -91,7 +92,7 @@ def test_scored_traces_are_the_same_rows_with_the_other_models_numbers(
     nll = -np.concatenate([b.logprob[n] for b, n in after.values()]).mean()
     assert result.metrics["mean_nll"] == pytest.approx(nll, rel=1e-4)
     assert (
-        read_text_from(ctx.folder / "traces")
+        notes.text_from(open_traces(ctx.folder / "traces"))
         == f"a (weights {models.weights_fingerprint(tiny_dir)})"
     )
     assert "its ids as they were sampled" in ctx.screen.getvalue()
@@ -202,7 +203,7 @@ def test_a_file_of_conversations_is_rendered_and_scored(tiny_dir, other_dir, tok
     assert "row 7 left out: not JSON" in said
     assert "1 traces left out: longer than the limit" in said
     assert "rendered in the model's own tokens" in said
-    assert read_text_from(ctx.folder / "traces").startswith("r1.jsonl (")
+    assert notes.text_from(open_traces(ctx.folder / "traces")).startswith("r1.jsonl (")
 
 
 def test_two_teachers_of_the_same_data_give_the_same_ids(tiny_dir, other_dir, tmp_path):

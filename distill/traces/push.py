@@ -1,0 +1,104 @@
+"""Traces to a data set on the hub: the shards as they are, their manifest, what stands beside it, and a card.
+
+What is uploaded is a folder of traces: downloaded again, it opens, verifies and trains as it did here. Of a selection
+only the rows that are kept are uploaded, as shards of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from distill import hub
+from distill.records import UserError
+from distill.traces import notes
+from distill.traces.card import card
+from distill.traces.export import merge
+from distill.traces.reader import SELECTION_FILE, open_traces
+from distill.traces.verify import verify
+
+README = "README.md"
+
+
+def push(path: Path, repo: str, *, licence: str, private: bool = False) -> str:
+    """Upload to the data set `repo` (owner/name), made where it is not there; returns its address.
+
+    Raises UserError: traces that are not whole, a hub that cannot be reached, or one that refuses.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"push: {repo!r} is not the name of a data set: write owner/name.")
+    if not hub.reachable():
+        raise UserError(
+            f"push: the hub ({huggingface_hub.constants.ENDPOINT}) cannot be reached, so nothing was uploaded. With "
+            "--folder OUT the data set is built on this machine, to be uploaded from one with a network "
+            "(`hf upload --repo-type dataset OWNER/NAME OUT`)."
+        )
+    path = Path(path)
+    beside = (path if path.is_dir() else path.parent).resolve().parent
+    with tempfile.TemporaryDirectory(prefix=".push-", dir=beside) as temporary:
+        built = build(path, Path(temporary) / "dataset", name=repo, licence=licence)
+        try:
+            api = huggingface_hub.HfApi()
+            address = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+            api.upload_folder(
+                repo_id=repo,
+                repo_type="dataset",
+                folder_path=built,
+                commit_message="Traces, written by distill",
+            )
+        except (LocalTokenNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"push: the hub refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) as somebody who "
+                "may write there; run again, and only what is missing is uploaded."
+            ) from None
+    return str(address)
+
+
+def build(path: Path, out: Path, *, name: str, licence: str) -> Path:
+    """The folder that is uploaded: a folder of traces with its card. Raises UserError where `out` is there already."""
+    path, out = Path(path), Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: holds something already; name a new folder.")
+    if not path.is_dir():
+        raise UserError(f"{path}: push a folder of traces, or a selection.")
+    report = verify(path)
+    if not report.ok:
+        raise UserError(f"{path}: is not whole, so it is not published:\n{report}")
+    text = card(path, name=name, licence=licence)
+    out.mkdir(parents=True, exist_ok=True)
+    if (path / SELECTION_FILE).is_file():
+        merge([path], out)
+    else:
+        for file in _published(path):
+            _link(file, out / file.name)
+    _link_notes(path, out)
+    (out / README).write_text(text, encoding="utf-8")
+    return out
+
+
+def _published(path: Path) -> list[Path]:
+    listed = [path / shard.file for shard in open_traces(path).shards]
+    return [*listed, *sorted(path.glob("manifest-*.json"))]
+
+
+def _link_notes(path: Path, out: Path) -> None:
+    for folder in (open_traces(path).base, path):
+        for name in (notes.TEXT_FROM, notes.CERTIFICATE):
+            if (folder / name).is_file():
+                (out / name).unlink(missing_ok=True)
+                _link(folder / name, out / name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same bytes under another name; a copy where the file system has no links between the two."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

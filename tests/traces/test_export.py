@@ -1,0 +1,256 @@
+"""The text for other trainers, and a folder of traces as a data set of the hub, up to the upload itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import trace_samples as samples
+import yaml
+from typer.testing import CliRunner
+
+from distill.cli import app
+from distill.recipe import PlugConfig
+from distill.records import UserError
+from distill.traces import notes, push
+from distill.traces.card import card
+from distill.traces.export import export_dataset, export_sft
+from distill.traces.reader import open_traces
+from distill.traces.selection import select
+from distill.traces.verify import verify
+from distill.traces.writer import TraceWriter
+
+CERTIFICATE = {
+    "positions": 500, "traces": 30, "token_mean": 0.0012, "token_worst": 0.034, "entry_mean": 0.01,
+    "entry_worst": 0.2, "kl_mean": 1e-5, "kl_worst": 2e-4, "engine": "vllm", "dtype": "bfloat16", "date": "2026-01-02",
+}  # fmt: skip
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    return samples.write(tmp_path / "traces", 40)
+
+
+def selected(stored: Path) -> Path:
+    select(stored, stored.parent / "clean", [PlugConfig(fn="correct"), PlugConfig(fn="finished")])
+    return stored.parent / "clean"
+
+
+def test_the_datasets_folder_holds_what_the_jsonl_holds(stored, tmp_path):
+    import datasets
+
+    for source in (stored, selected(stored)):
+        for style in ("chat", "text"):
+            name = f"{source.name}-{style}"
+            num = export_dataset(source, tmp_path / name, style)  # type: ignore[arg-type]
+            assert export_sft(source, tmp_path / f"{name}.jsonl", style) == num  # type: ignore[arg-type]
+            lines = (tmp_path / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = list(datasets.load_from_disk(str(tmp_path / name)))
+            assert rows == [json.loads(line) for line in lines]
+            assert len(rows) == num == open_traces(source).num_rows
+    row = datasets.load_from_disk(str(tmp_path / "traces-chat"))[3]
+    assert row == {
+        "messages": [
+            {"role": "user", "content": "3 + ⅓ = ?"},
+            {"role": "assistant", "content": "<think>3</think><answer>3</answer>"},
+        ],
+        "trace_id": "trace000003",
+        "problem_id": "problem000001",
+        "gold": "3",
+    }
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    with pytest.raises(UserError, match="holds something already"):
+        export_dataset(stored, tmp_path / "traces-chat")
+
+
+def test_the_command_line_tells_the_two_by_the_name(stored, tmp_path):
+    for out in ("a.jsonl", "folder"):
+        result = CliRunner().invoke(app, ["traces", "export", str(stored), str(tmp_path / out)])
+        assert result.exit_code == 0, result.output
+        assert "40 traces" in result.output
+    assert (tmp_path / "a.jsonl").is_file()
+    assert (tmp_path / "folder" / "state.json").is_file()
+
+
+# ---------------------------------------------------------------------------------------------- the card
+
+
+def front_matter(text: str) -> dict:
+    match = re.match(r"\A---\n(.*?)\n---\n", text, re.DOTALL)
+    assert match is not None
+    return yaml.safe_load(match[1])
+
+
+def test_the_card_says_who_how_much_and_how_whole(stored):
+    text = card(stored, name="me/sums", licence="cc-by-4.0")
+    front = front_matter(text)
+    assert front["license"] == "cc-by-4.0"
+    assert front["size_categories"] == ["n<1K"]
+    assert front["task_categories"] == ["text-generation"]
+    assert front["configs"][0]["data_files"] == [{"split": "train", "path": "*.parquet"}]
+    tokens = int(open_traces(stored).lengths().completion.sum())
+    for said in ("40 traces of 20 problems", "| distributions of | `teacher`, weights `w0` |", "`t0`, 49,152 tokens",
+                 "temperature 1.0, top_p 1.0, max_tokens 256", "at most 16 entries", f"| completion tokens | {tokens:,} |",
+                 "No audit was made", "kept while it was sampled"):  # fmt: skip
+        assert said in text, said
+    notes.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
+    notes.write_text_from(stored, "somebody (weights `x|y`)\n# Not a heading")
+    text = card(stored, name="me/sums <script>|", licence="cc-by-4.0")
+    assert "| log-probability of the trace's token | 0.0012 | 0.034 |" in text
+    assert "500 random positions of 30 traces" in text
+    assert "scored, teacher-forced, on that text" in text
+    assert "<script>" not in text.partition("\n---\n")[2]
+    assert "\n# Not" not in text
+    assert front_matter(text)["pretty_name"] == "me/sums <script>|"
+
+
+def test_a_certificate_of_other_content_is_not_shown_and_one_of_the_source_is(stored):
+    clean = selected(stored)
+    notes.write_certificate(clean, {**CERTIFICATE, "fingerprint": "another"})
+    assert "No audit was made" in card(clean, name="x")
+    notes.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
+    text = card(clean, name="x")
+    assert "500 random positions" in text
+    assert "## What was left out" in text
+    assert "| `correct` |" in text
+    assert "To be filled in" in text
+
+
+def test_the_hub_library_reads_the_card(stored):
+    """Its own parser and its own types of the front matter; the hub's validator needs a network."""
+    from huggingface_hub import DatasetCard
+
+    found = DatasetCard(card(stored, name="me/sums", licence="cc-by-4.0"))
+    assert found.data.license == "cc-by-4.0"
+    assert found.data.pretty_name == "me/sums"
+    assert "distillation" in found.data.tags
+    assert found.text.lstrip().startswith("# me/sums")
+
+
+def snippet(text: str, language: str) -> str:
+    (found,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_cards_examples_decode_the_shards(tmp_path, monkeypatch, exact):
+    """What a reader of the card runs, in the downloaded folder, against the numbers that went in."""
+    import duckdb
+
+    folder = tmp_path / "traces"
+    with TraceWriter(folder, samples.metadata(exact=exact), shard_rows=5) as writer:
+        writer.add(samples.traces(range(12)))
+    text = card(folder, name="x")
+    assert ("top_steps" in text) is not exact
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(snippet(text, "python"), names)
+    frame: pd.DataFrame = names["frame"].set_index("trace_id")
+    table = duckdb.sql(snippet(text, "sql")).df()
+    seen = 0
+    for block in open_traces(folder).blocks():
+        for n, trace_id in enumerate(block.trace_id):
+            top = block.top_of(n)
+            for t in range(len(top)):
+                one = top.slice(t, t + 1)
+                want = dict(zip(one.ids_E.tolist(), np.exp(one.logp_E).tolist(), strict=True))
+                by_pandas, tail = names["distribution"](frame.loc[trace_id], t)
+                rows = table[(table.trace_id == trace_id) & (table.t == t)]
+                assert tail == pytest.approx(float(np.exp(one.tail_T[0])), rel=1e-5)
+                assert {int(k): v for k, v in by_pandas.items()} == pytest.approx(want, rel=1e-4)
+                by_sql = dict(zip(rows.id.tolist(), rows.probability.tolist(), strict=True))
+                assert by_sql == pytest.approx(want, rel=1e-4)
+                seen += len(want)
+    assert seen > 500
+    assert len(table) == seen
+
+
+# ---------------------------------------------------------------------------------------------- the push
+
+
+def test_what_is_uploaded_is_a_folder_of_traces(stored, tmp_path):
+    notes.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
+    built = push.build(stored, tmp_path / "out", name="me/sums", licence="mit")
+    names = {p.name for p in built.iterdir()}
+    assert names == {*(p.name for p in stored.iterdir()), "README.md"}
+    assert verify(built).ok
+    assert samples.row_digests(built) == samples.row_digests(stored)
+    assert notes.certificate(open_traces(built)) is not None
+    assert front_matter((built / "README.md").read_text())["license"] == "mit"
+    with pytest.raises(UserError, match="holds something already"):
+        push.build(stored, built, name="me/sums", licence="mit")
+
+
+def test_of_a_selection_only_the_kept_rows_are_uploaded(stored, tmp_path):
+    clean = selected(stored)
+    built = push.build(clean, tmp_path / "out", name="me/sums", licence="mit")
+    assert samples.row_digests(built) == samples.row_digests(clean)
+    assert 0 < open_traces(built).num_rows < 40
+    assert "What was left out" in (built / "README.md").read_text()
+
+
+def test_damaged_traces_are_not_published(stored, tmp_path):
+    shard = next(stored.glob("*.parquet"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(UserError, match="not whole, so it is not published"):
+        push.build(stored, tmp_path / "out", name="me/sums", licence="mit")
+
+
+def test_a_hub_that_is_not_there_is_said_in_seconds(stored):
+    """conftest sets HF_HUB_OFFLINE."""
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    command = ["traces", "push", str(stored), "me/sums", "--license", "mit"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, UserError)
+    assert "cannot be reached, so nothing was uploaded" in str(result.exception)
+    assert "--folder OUT" in str(result.exception)
+    assert {p.name for p in stored.parent.iterdir()} == {"traces"}
+    with pytest.raises(UserError, match="write owner/name"):
+        push.push(stored, "sums", licence="mit")
+
+
+def test_push_hands_the_built_folder_to_the_hub_library(stored, monkeypatch):
+    """Only the two calls that would leave the machine are replaced."""
+    import huggingface_hub
+
+    calls: list = []
+
+    class Api:
+        def create_repo(self, repo, **options):
+            calls.append(("create", repo, options))
+            return f"https://hub/datasets/{repo}"
+
+        def upload_folder(self, *, folder_path, repo_id, **options):
+            files = {p.name: p.stat().st_size for p in Path(folder_path).iterdir()}
+            calls.append(("upload", repo_id, options["repo_type"], files))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr("distill.hub.reachable", lambda: True)
+    assert push.push(stored, "me/sums", licence="mit", private=True).endswith("me/sums")
+    assert calls[0] == ("create", "me/sums", {"repo_type": "dataset", "private": True, "exist_ok": True})  # fmt: skip
+    assert calls[1][:3] == ("upload", "me/sums", "dataset")
+    sizes = {p.name: p.stat().st_size for p in stored.iterdir()}
+    assert sizes.items() <= calls[1][3].items()
+    assert "README.md" in calls[1][3]
+    assert {p.name for p in stored.parent.iterdir()} == {"traces"}
+
+    def refuse(self, repo, **options):
+        raise OSError("403 Forbidden\nlong text")
+
+    monkeypatch.setattr(Api, "create_repo", refuse)
+    with pytest.raises(UserError, match=r"refuses 'me/sums': 403 Forbidden\. Log in"):
+        push.push(stored, "me/sums", licence="mit")
+
+
+def test_the_folder_option_builds_without_a_hub(stored, tmp_path):
+    command = ["traces", "push", str(stored), "me/sums", "--license", "mit", "--folder"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "out" / "README.md").is_file()
