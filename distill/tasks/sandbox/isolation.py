@@ -10,6 +10,7 @@ this process is root; without that, level 3 cannot keep a program from the user'
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Literal
 
 from distill.errors import UserError
+from distill.tasks.sandbox import syscalls
 
 Level = Literal[1, 2, 3]
 
@@ -51,6 +53,20 @@ class Isolation:
     argv: tuple[str, ...]
     own_uid: bool
     summary: str
+
+    @contextlib.contextmanager
+    def command(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
+        """The command that starts the child, and the files it must inherit; until the end of the context."""
+        refused = syscalls.denied(namespaces=True) if self.level == 2 else b""
+        if not refused:
+            yield self.argv, ()
+            return
+        file = os.memfd_create("seccomp")
+        try:
+            os.pwrite(file, refused, 0)
+            yield (self.argv[0], "--seccomp", str(file), *self.argv[1:]), (file,)
+        finally:
+            os.close(file)
 
     def new_uid(self) -> int:
         """A user id that no other program has at this time; 0 to stay who we are."""
@@ -105,10 +121,11 @@ def bubblewrap() -> Isolation:
     python = _interpreter(lambda path: True)
     argv = (program, *_bwrap_options(version, root), "--", python, *_FLAGS)
     made = Isolation(2, argv, root, f"bubblewrap {version}")
-    tried = subprocess.run(
-        [*argv[: argv.index("--")], "--", python, "-S", "-c", "print('works')"],
-        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
+    with made.command() as (command, files):
+        tried = subprocess.run(
+            [*command[: command.index("--")], "--", python, "-S", "-c", "print('works')"],
+            capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, pass_fds=files, check=False,
+        )  # fmt: skip
     if tried.stdout.strip() != "works":
         said = (tried.stderr.strip().splitlines() or [f"exit status {tried.returncode}"])[0]
         raise UnavailableError(

@@ -148,15 +148,17 @@ class Session:
             _MARK: self._mark,
         }
         try:
-            self._process = subprocess.Popen(
-                isolation.argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=None if isolation.level == 1 else environment,  # docker needs its user's
-                cwd=self._home,
-                start_new_session=True,
-            )
+            with isolation.command() as (argv, files):
+                self._process = subprocess.Popen(
+                    argv,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env=None if isolation.level == 1 else environment,  # docker needs its user's
+                    cwd=self._home,
+                    pass_fds=files,
+                    start_new_session=True,
+                )
         except OSError as error:
             raise SandboxError(str(error)) from error
         assert self._process.stdin is not None
@@ -181,7 +183,7 @@ class Session:
             "nonce": self._mark,
             "uid": self._uid,
             "limits": limits,
-            "denied": None if level == 1 else syscalls.denied(namespaces=level == 2),
+            "denied": syscalls.denied(namespaces=False) if level == 3 else None,
             "die_with_parent": level == 3,
             "source": self._source,
             "entry_point": self._entry_point,
