@@ -422,7 +422,9 @@ class Batch:
     last token of a trace). Arrays are numpy as packed, torch tensors after `to_torch`.
 
     ids_T, position_T, label_T   int64 [T]; positions restart at each trace
-    doc_offsets                  int64 [N+1]; attention never crosses these
+    doc_offsets                  int64 [N+1]; attention never crosses these, but for the next
+    parent                       int64 [N]: the doc that a doc goes on from and sees whole, -1 = none. Completions of
+                                 one prompt share it so; docs of traces come first, in the order of trace_ids
     weight_T                     float32 [T]; the loss is sum(weight * loss_T) / denominator
     denominator                  of the whole optimiser step: all micro-batches on all ranks
     teacher_ids_TK               int64 [T, K], -1 = no entry;  teacher_logp_TK float32, -inf there
@@ -438,6 +440,7 @@ class Batch:
     weight_T: Any
     denominator: float
     trace_ids: tuple[str, ...]
+    parent: Any = None
     teacher_ids_TK: Any = None
     teacher_logp_TK: Any = None
     teacher_tail_T: Any = None
@@ -446,6 +449,15 @@ class Batch:
     ref_logp_T: Any = None
     engine_logp_T: Any = None
     version: int = 0
+
+    @property
+    def squared_lengths(self) -> int:
+        """Sum over the docs (numpy) of length^2, twice what each sees of its parent added: what attention costs."""
+        lengths = np.diff(self.doc_offsets)
+        if self.parent is None:
+            return int((lengths**2).sum())
+        before = np.where(self.parent < 0, 0, lengths[self.parent])
+        return int((lengths**2 + 2 * lengths * before).sum())
 
     def to_torch(self, device: str | torch.device = "cpu") -> Batch:
         """The same batch with torch tensors on a device."""

@@ -191,11 +191,10 @@ def _accumulate(
     weight = torch.zeros((), device=accelerator.device)
     sums: dict[str, Tensor] = {}
     for batch in micro_batches:
-        lengths = batch.doc_offsets[1:] - batch.doc_offsets[:-1]
         rows = torch.from_numpy(batch.weight_T.nonzero()[0])
         tally.tokens += len(batch.ids_T)
         tally.head_tokens += len(rows)
-        tally.squared_lengths += int((lengths**2).sum())
+        tally.squared_lengths += batch.squared_lengths
         out = trainee(batch.to_torch(accelerator.device), rows.to(accelerator.device))
         # Data parallelism averages gradients over processes; the denominator is already everybody's.
         accelerator.backward(out.loss * accelerator.num_processes)

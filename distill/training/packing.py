@@ -6,6 +6,9 @@ positions restart at each trace, attention does not cross (`doc_offsets`), only 
 the final EOS is among them. Every micro-batch carries the same denominator, that of the whole step, so any
 split into micro-batches gives the same gradient.
 
+Short traces of one prompt share it: all but its last token is computed once (a doc of its own, the others' `parent`), and
+each trace goes on with the last one. It changes the work, not the numbers.
+
 Alignment: input token t predicts token t + 1. Completion token j (of a prompt of P tokens) stands at input
 P + j and is predicted at row P + j - 1, which gets its label, its weight and the teacher's row j.
 """
@@ -20,6 +23,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from distill.records import Array, Batch, TopK, Traces
+from distill.training.attention import SHORT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,8 +103,8 @@ def pack(
     if denominator is None:
         counts = [len(e.completion_ids) for e in examples]
         denominator = float(sum(counts) if normalise == "token" else np.count_nonzero(counts))
-    bins = _bins(examples, micro_tokens)
-    empty = [min(examples, key=len)] if examples else []
+    bins = _bins(_units(examples, micro_tokens), micro_tokens)
+    empty = [[min(examples, key=len)]] if examples else []
     while len(bins) % world:
         bins.append([])
     return [
@@ -109,25 +113,60 @@ def pack(
     ]
 
 
-def _bins(examples: Sequence[Example], micro_tokens: int) -> list[list[Example]]:
+Unit = list[Example]
+"""Examples that are computed together: one, or several of the same prompt."""
+
+
+def _size(unit: Unit) -> int:
+    """Tokens that a unit is computed with."""
+    if len(unit) == 1:
+        return len(unit[0])
+    return len(unit[0].prompt_ids) - 1 + sum(len(e.completion_ids) + 1 for e in unit)
+
+
+def _units(examples: Sequence[Example], micro_tokens: int) -> list[Unit]:
+    """Short examples of one prompt together, as many as fit a micro-batch; all others alone."""
+    units: list[Unit] = []
+    open_units: dict[bytes, Unit] = {}
+    for example in examples:
+        unit = open_units.get(key := example.prompt_ids.tobytes())
+        if unit is not None and len(example) <= SHORT and _size([*unit, example]) <= micro_tokens:
+            unit.append(example)
+            continue
+        units.append([example])
+        if len(example) <= SHORT and len(example.prompt_ids) > 1:
+            open_units[key] = units[-1]
+    return units
+
+
+def _bins(units: Sequence[Unit], micro_tokens: int) -> list[list[Unit]]:
     """First-fit decreasing; ties keep their order, so the result depends on nothing else."""
-    bins: list[list[Example]] = []
+    bins: list[list[Unit]] = []
     room: list[int] = []
-    for example in sorted(examples, key=len, reverse=True):
-        fitting = next((i for i, left in enumerate(room) if left >= len(example)), None)
+    for unit in sorted(units, key=_size, reverse=True):
+        size = _size(unit)
+        fitting = next((i for i, left in enumerate(room) if left >= size), None)
         if fitting is None:
             bins.append([])
             room.append(micro_tokens)
             fitting = len(bins) - 1
-        bins[fitting].append(example)
-        room[fitting] -= len(example)
+        bins[fitting].append(unit)
+        room[fitting] -= size
     return bins
 
 
-def _batch(
-    examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool
-) -> Batch:
-    lengths = [len(e) for e in examples]
+def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked: bool) -> Batch:
+    examples = [e for unit in units for e in unit]
+    # What of its prompt each example has computed before it, by another doc, and which.
+    ahead = [len(e.prompt_ids) - 1 if len(unit) > 1 else 0 for unit in units for e in unit]
+    prefixes = [unit[0].prompt_ids[:-1] for unit in units if len(unit) > 1]
+    parent, shared = [], len(examples)
+    for unit in units:
+        parent += [shared if len(unit) > 1 else -1] * len(unit)
+        shared += len(unit) > 1
+    parent += [-1] * len(prefixes)
+    lengths = [len(e) - done for e, done in zip(examples, ahead, strict=True)]
+    lengths += [len(prefix) for prefix in prefixes]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     total = int(offsets[-1])
     ids_T, label_T = np.empty(total, np.int64), np.zeros(total, np.int64)
@@ -141,10 +180,12 @@ def _batch(
     teacher_tail_T = np.full(total, -np.inf, np.float32)
     rollout = all(e.advantage is not None for e in examples)
     advantage_T, engine_logp_T = np.zeros((2, total), np.float32)
-    for example, start, stop in zip(examples, offsets[:-1], offsets[1:], strict=True):
-        ids_T[start:stop] = np.concatenate([example.prompt_ids, example.completion_ids])
+    for prefix, start in zip(prefixes, offsets[len(examples) :], strict=False):
+        ids_T[start : start + len(prefix)] = prefix
+    for example, done, start, stop in zip(examples, ahead, offsets, offsets[1:], strict=False):
+        ids_T[start:stop] = np.concatenate([example.prompt_ids[done:], example.completion_ids])
         label_T[start : stop - 1] = ids_T[start + 1 : stop]
-        first = start + len(example.prompt_ids) - 1
+        first = start + len(example.prompt_ids) - done - 1
         if first < start and len(example.completion_ids):
             raise ValueError(
                 f"trace {example.trace_id}: an empty prompt leaves nothing to predict the first token from"
@@ -159,12 +200,13 @@ def _batch(
             teacher_tail_T[rows] = example.top.tail_T
         if rollout:
             advantage_T[rows], engine_logp_T[rows] = example.advantage, example.engine_logp
+    starts = [*ahead, *[0] * len(prefixes)]
+    position_T = np.arange(total) - np.repeat(offsets[:-1] - starts, lengths)
     return Batch(
         ids_T=ids_T,
-        position_T=np.concatenate([np.arange(n) for n in lengths]).astype(np.int64)
-        if lengths
-        else ids_T,
+        position_T=position_T,
         doc_offsets=offsets,
+        parent=np.array(parent, np.int64),
         label_T=label_T,
         weight_T=weight_T,
         denominator=denominator,

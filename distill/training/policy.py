@@ -70,7 +70,7 @@ class Trainee(nn.Module):
                 input_ids=batch.ids_T[None],
                 position_ids=batch.position_T[None],
                 use_cache=False,
-                layout=Layout.of(batch.doc_offsets),
+                layout=Layout.of(batch.doc_offsets, batch.parent),
             )
             .last_hidden_state[0]
         )

@@ -285,7 +285,7 @@ class Rollouts:
 def _count_scored(tally: Tally, batch: Batch) -> None:
     tally.scored_tokens += len(batch.ids_T)
     tally.scored_head_tokens += int(np.count_nonzero(batch.weight_T))
-    tally.scored_squared_lengths += int((np.diff(batch.doc_offsets) ** 2).sum())
+    tally.scored_squared_lengths += batch.squared_lengths
 
 
 def _metrics(rollout: Rollout) -> dict[str, float]:

@@ -89,8 +89,8 @@ def by_row(batch, table):
     """[T]: the table's numbers at the rows that have a weight."""
     out = np.zeros(len(batch.ids_T), np.float32)
     for n, trace_id in enumerate(batch.trace_ids):
-        start, stop = batch.doc_offsets[n], batch.doc_offsets[n + 1]
-        out[start + 1 : stop - 1] = table[key_of(trace_id)]
+        values, stop = table[key_of(trace_id)], batch.doc_offsets[n + 1] - 1
+        out[stop - len(values) : stop] = values
     return out
 
 

@@ -157,8 +157,8 @@ def computed(numbers, objective, config):
         full = np.zeros(len(batch.ids_T))
         full[rows.numpy()] = grad_T.numpy()
         for n, trace_id in enumerate(batch.trace_ids):
-            a, b = batch.doc_offsets[n] + 1, batch.doc_offsets[n + 1] - 1
-            slopes[key_of(trace_id)] = full[a:b]
+            key, stop = key_of(trace_id), batch.doc_offsets[n + 1] - 1
+            slopes[key] = full[stop - len(numbers.old[key]) : stop]
     return loss, slopes, stub
 
 

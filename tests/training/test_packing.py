@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +133,46 @@ def test_packed_equals_one_trace_at_a_time_and_any_split(trainee_parts, loss):
         assert split[0] == pytest.approx(packed[0], rel=1e-5)
         for name, grad in packed[1].items():
             torch.testing.assert_close(split[1][name], grad, rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("micro_tokens", [10_000, 300, 90])
+def test_traces_of_one_prompt_share_it_and_nothing_else_changes(trainee_parts, micro_tokens):
+    """The oracle packs each trace alone, where nothing can be shared."""
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, 1000, n).astype(np.int32) for n in (12, 1, 40, 12, 300)]
+    counts = [(0, 5), (1, 3), (2, 4), (3, 1), (4, 2)]
+    examples = [
+        example(f"{p}.{n}", prompts[p], [*rng.integers(3, 50, rng.integers(0, 30)), 2], k=4, seed=n)
+        for p, count in counts
+        for n in range(count)
+    ]
+    rng.shuffle(examples)
+    trainee = trainee_parts(forward_kl)
+    alone = [b for e in examples for b in pack([e], micro_tokens=1)]
+    denominator = sum(len(e.completion_ids) for e in examples)
+    alone = [dataclasses.replace(b, denominator=float(denominator)) for b in alone]
+    shared = pack(examples, micro_tokens=micro_tokens)
+    want, got = gradients(trainee, alone), gradients(trainee, shared)
+    assert got[0] == pytest.approx(want[0], rel=1e-5)
+    for name, grad in want[1].items():
+        torch.testing.assert_close(got[1][name], grad, rtol=1e-3, atol=2e-6, msg=name)
+    tokens = sum(len(b.ids_T) for b in shared)
+    assert sorted(i for b in shared for i in b.trace_ids) == sorted(e.trace_id for e in examples)
+    if micro_tokens == 10_000:  # all but one of the five and the four compute 11 and 39 tokens less
+        assert tokens == sum(len(e) for e in examples) - 4 * 11 - 3 * 39
+
+
+def test_a_shared_prompt_by_hand():
+    a, b = example("a", [7, 8, 9], [20, 2]), example("b", [7, 8, 9], [30, 31, 2])
+    (batch,) = pack([a, b], micro_tokens=100)
+    assert batch.trace_ids == ("a", "b")
+    assert batch.ids_T.tolist() == [9, 20, 2, 9, 30, 31, 2, 7, 8]
+    assert batch.position_T.tolist() == [2, 3, 4, 2, 3, 4, 5, 0, 1]
+    assert batch.doc_offsets.tolist() == [0, 3, 7, 9]
+    assert batch.parent.tolist() == [2, 2, -1]
+    assert batch.weight_T.tolist() == [1, 1, 0, 1, 1, 1, 0, 0, 0]
+    assert batch.label_T[batch.weight_T > 0].tolist() == [20, 2, 30, 31, 2]
+    assert batch.squared_lengths == 9 + 2 * 3 * 2 + 16 + 2 * 4 * 2 + 4
 
 
 def test_packed_attention_equals_transformers_own_on_each_trace_alone(tiny_dir):
