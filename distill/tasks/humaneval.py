@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
+
 from distill.models import file_hash
 from distill.records import Problem, Template, UserError, Verdict, stable_hash
 from distill.tasks import splits, templates
@@ -27,8 +29,9 @@ def humaneval(
     name: str,
     *,
     held_out: Literal["all", "hash"] = "all",
-    timeout_s: float = 20.0,
-    memory_mb: int = 512,
+    test_timeout_s: pydantic.PositiveFloat = 5.0,
+    timeout_s: pydantic.PositiveFloat = 20.0,
+    memory_mb: pydantic.PositiveInt = 512,
     unsafe: bool = False,
     sandbox_command: str | None = None,
     template: str = "code",
@@ -36,12 +39,12 @@ def humaneval(
     """The 164 problems of HumanEval, each worth 1 or 0.
 
     held_out: all of them are for evaluation, or by the `hash` that splits other tasks: one in ten held out, the others
-    free to train on (which makes a score on them worthless as a benchmark). timeout_s: wall seconds for all the tests
-    of one problem. memory_mb: of each process of a program. unsafe, sandbox_command: see `sandbox.isolation`.
-    UserError where the package or a sandbox is missing.
+    free to train on (which makes a score on them worthless as a benchmark). test_timeout_s, timeout_s: wall seconds for
+    one call of the function, and for all calls of a problem's check. memory_mb: address space of each process of a
+    program. unsafe, sandbox_command: see `sandbox.isolation`. UserError where the package or a sandbox is missing.
     """
     file = _data_file(name)
-    limits = Limits(test_s=timeout_s, problem_s=timeout_s, memory_mb=memory_mb)
+    limits = Limits(test_s=test_timeout_s, problem_s=timeout_s, memory_mb=memory_mb)
     return HumanEvalTask(
         name,
         templates.find(template, f"tasks.{name}.template"),

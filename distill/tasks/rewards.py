@@ -102,6 +102,43 @@ def model(
     return loaded.score(group.problem.messages, group.texts, sigmoid=sigmoid, batch_size=batch_size)
 
 
+def code(
+    group: Group,
+    *,
+    test_timeout_s: pydantic.PositiveFloat = 5.0,
+    timeout_s: pydantic.PositiveFloat = 20.0,
+    memory_mb: pydantic.PositiveInt = 512,
+    unsafe: bool = False,
+    sandbox_command: str | None = None,
+) -> list[float | None]:
+    """Share of the problem's tests that the completion's program passes, in [0, 1]; for problems with tests (`tasks.code`).
+
+    test_timeout_s, timeout_s: wall seconds for one test and for all of a program's. memory_mb: address space of each
+    process. unsafe, sandbox_command: what holds the program (`tasks.sandbox`). None where the sandbox failed; unfinished
+    completions and ones without an answer get 0. A group waits for its slowest programs: give the rewards a limit of
+    timeout_s times the group's size over the number of cores.
+    Raises UserError for a problem without tests, and where there is no sandbox.
+    """
+    from distill.tasks import sandbox
+    from distill.tasks.code import code_verdicts
+
+    payload = group.problem.payload
+    if "tests" not in payload and "check" not in payload:
+        raise UserError(
+            f"code: task {group.problem.task!r} has problems without tests (the first is {group.problem.problem_id}). "
+            f"Take this reward for tasks whose answers are programs, humaneval say."
+        )
+    limits = sandbox.Limits(test_s=test_timeout_s, problem_s=timeout_s, memory_mb=memory_mb)
+    answers = [
+        group.template.extract(text) if finished else None
+        for text, finished in zip(group.texts, group.finished, strict=True)
+    ]
+    run = [answer for answer in answers if answer is not None]
+    held = sandbox.choose(unsafe, sandbox_command)
+    verdicts = iter(code_verdicts(run, payload, held, limits))
+    return [0.0 if answer is None else next(verdicts).score for answer in answers]
+
+
 def random(group: Group, *, probability: float = 0.5) -> list[float | None]:
     """The control: 1 with a probability, whatever was written, else 0; drawn from (seed, problem, place in the group)."""
     return [
