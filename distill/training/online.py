@@ -59,11 +59,33 @@ def online_head_loss(
     keeps the gradient's size (Hinton et al. 2015). Gradients go to the student's hidden, weight and bias only. Of `targets`,
     label_T and weight_T are read. chunk: tokens at a time; None takes what fits the memory.
     """
-    weight_VD = gathered(student.weight_VD)
-    bias_V = None if student.bias_V is None else gathered(student.bias_V)
     if any(t.form.vocab_size != student.form.vocab_size for t in teachers):
         sizes = [m.form.vocab_size for m in (student, *teachers)]
         raise ValueError(f"one vocabulary is needed; the models' sizes are {sizes}")
+    return dense_head_loss(
+        student,
+        teachers,
+        divergence,
+        targets,
+        temperature=temperature,
+        ce_weight=ce_weight,
+        chunk=chunk,
+    )
+
+
+def dense_head_loss(
+    student: Logits,
+    teachers: Sequence[Logits],
+    compare: Divergence,
+    targets: Targets,
+    *,
+    temperature: float = 1.0,
+    ce_weight: float = 0.0,
+    chunk: int | None = None,
+) -> HeadOutput:
+    """The same for any comparison of whole rows; with one teacher its vocabulary may be another than the student's."""
+    weight_VD = gathered(student.weight_VD)
+    bias_V = None if student.bias_V is None else gathered(student.bias_V)
     wide = wide_dtype(student.hidden_TD)
     total = sum(t.share for t in teachers)
     calls = _DensePass(
@@ -76,14 +98,15 @@ def online_head_loss(
             )
             for t in teachers
         ],
-        divergence,
+        compare,
         targets,
         temperature,
         ce_weight,
     )
     if chunk is None:
-        buffers = 2 if len(teachers) == 1 else 3
-        bytes_each = (buffers * wide.itemsize + wide.itemsize // 2) * student.form.vocab_size
+        bytes_each = sum(wide.itemsize * m.form.vocab_size for m in (student, *teachers))
+        if student.hidden_TD.dtype != wide:
+            bytes_each += student.hidden_TD.element_size() * student.form.vocab_size
         chunk = chunk_rows(len(student.hidden_TD), bytes_each, student.hidden_TD.device)
     loss, loss_T, label_T = over_chunks(
         student.hidden_TD,
@@ -132,7 +155,7 @@ class _Source:
 class _DensePass:
     student: _Source
     teachers: list[tuple[Tensor, float, _Source]]
-    divergence: Divergence
+    compare: Divergence
     targets: Targets
     temperature: float
     ce_weight: float
@@ -149,7 +172,7 @@ class _DensePass:
                 z_RV = self.student.logits(x_RV)
                 label_R = (z_RV.gather(1, label_C1[block]) - z_RV.logsumexp(1, True)).squeeze(1)
                 logq_RV = (z_RV / self.temperature).log_softmax(1)
-                loss_R = self.temperature**2 * self.divergence(logp_CV[block], logq_RV)
+                loss_R = self.temperature**2 * self.compare(logp_CV[block], logq_RV)
                 if self.ce_weight:
                     loss_R = loss_R - self.ce_weight * label_R
                 if grads:
