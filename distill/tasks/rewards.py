@@ -151,7 +151,12 @@ def random(group: Group, *, probability: float = 0.5) -> list[float | None]:
 
 
 def _answer_form(template: Template) -> str:
-    """What a template takes for an answer: "any" text, one in "tags", or one in a "box"; found by asking it."""
+    """What a template takes for an answer: "any" text, one in "tags", or one in a "box"; found by asking it.
+
+    One whose instructions ask for tags is held to them, even where it makes do with less (r1_zero).
+    """
+    if "<answer>" in f"{template.system or ''}{template.plain}":
+        return "tags"
     for form, answer in (("any", "1"), ("tags", "<answer>1</answer>"), ("box", r"\boxed{1}")):
         if template.extract(f"<think>1</think>{answer}") is not None:
             return form

@@ -81,6 +81,11 @@ def _extract_rest(text: str) -> str | None:
     return rest if rest and rest.strip() else None
 
 
+def _extract_tag_or_number(text: str) -> str | None:
+    tagged = _extract_answer_tag(text)
+    return _extract_last_number(text) if tagged is None else tagged
+
+
 think_answer = Template(
     name="think_answer",
     system="Reply as <think>reasoning</think><answer>result</answer>.",
@@ -93,6 +98,16 @@ think_answer = Template(
         "<answer> answer here </answer>. User: {question}\nAssistant:"
     ),
     extract=_extract_answer_tag,
+)
+
+# For reinforcement learning from a model that was never shown the format: it asks for the tags, and takes the last number
+# for an answer until they come, so that there is something to reward. The format reward asks for the tags all the same.
+r1_zero = Template(
+    name="r1_zero",
+    system=None,
+    plain=think_answer.plain,
+    extract=_extract_tag_or_number,
+    chat=False,
 )
 
 boxed = Template(
@@ -114,7 +129,7 @@ code = Template(
     extract=_extract_rest,
 )
 
-TEMPLATES = {template.name: template for template in (think_answer, boxed, raw, code)}
+TEMPLATES = {template.name: template for template in (think_answer, r1_zero, boxed, raw, code)}
 
 
 def find(name: str, where: str = "template") -> Template:

@@ -98,6 +98,10 @@ FORMATS = [
     ("boxed", 0, "<think>so</think><answer>4</answer>"),
     ("boxed", 0, r"<think>so</think><answer>\boxed{4}</answer>"),
     ("boxed", 0, r"The sum is \boxed{4}."),
+    # r1_zero: judged by a bare number too, but the format is the tags
+    ("r1_zero", 1, "<think>so</think> <answer>4</answer>"),
+    ("r1_zero", 0, "<think>so</think> It is 4"),
+    ("r1_zero", 0, "4"),
     # raw: any text that holds an answer
     ("raw", 1, "<think>so</think>It is 4"),
     ("raw", 0, "<think>so</think> \n"),

@@ -134,3 +134,12 @@ def test_templates_are_found_by_name_or_import():
 def test_every_template_has_one_place_for_the_question():
     for template in templates.TEMPLATES.values():
         assert template.plain.count("{question}") == 1
+
+
+def test_r1_zero_takes_a_bare_number_until_the_tags_come():
+    extract = templates.r1_zero.extract
+    assert extract("The answer is 12.") == "12"
+    assert extract("<think>5 + 7</think> <answer>12</answer> 13") == "12"
+    assert extract("<think>5 + 7 = 12") is None
+    assert templates.r1_zero.plain.count("{question}") == 1
+    assert not templates.r1_zero.chat
