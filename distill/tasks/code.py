@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -148,16 +147,17 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
     if not tests:
         return Verdict(None, None, program, "not judged: the problem has no tests")
     judge = _judge_run if entry_point is None else _judge_call
-    deadline = time.monotonic() + limits.problem_s
+    left_s = limits.problem_s
     reasons: list[str | None] = []
     while len(reasons) < len(tests):
-        if time.monotonic() >= deadline:
+        if left_s <= 0:
             reasons += ["timeout"] * (len(tests) - len(reasons))
             break
         with Session(
-            isolation, program, entry_point=entry_point, limits=limits, deadline=deadline
+            isolation, program, entry_point=entry_point, limits=limits, budget_s=left_s
         ) as session:
             reasons += _until_it_ends(session, tests[len(reasons) :], judge)
+            left_s = session.left_s
     passed = reasons.count(None)
     failed = [(n, text) for n, text in enumerate(reasons, 1) if text is not None]
     reason = f"test {failed[0][0]} of {len(tests)}: {failed[0][1]}" if failed else ""

@@ -1,6 +1,6 @@
 """Programs that want a reward without earning it, or to do harm: a corpus for every isolation level.
 
-`CALLED` define (or prevent) a function `solve` that a judge calls with a number; `RUN` are run with an input. What is
+`TRICKS` and `HARM`, together `CALLED`, define (or prevent) a function `solve` that a judge calls with a number; `RUN` are run with an input. What is
 expected of them is random, so that only a program that finds it somewhere can pass. `SLOW` ones only end at a limit.
 `{secret_file}` holds the expected results, `{canary}` is a folder that must be left alone, `{port}` listens on the
 loopback, `{judge}` is the judging process. Everything is bounded, in case it is not stopped: and what could hurt
@@ -33,7 +33,7 @@ def hunt(text):
     return found[-1].decode() if found else None
 """
 
-CALLED = {
+TRICKS = {
     # -------------------------------------------------- ending as if all were well
     "sys.exit": "import sys; sys.exit(0)",
     "sys.exit in the call": "import sys\ndef solve(n): sys.exit(0)",
@@ -146,6 +146,9 @@ def solve(n): return n
 """,
     "patched codecs": "import json, pickle, marshal\njson.dumps = json.loads = pickle.loads = marshal.loads = lambda *a, **k: (' ', (), {{}})\ndef solve(n): return True",
     "traced": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\ndef solve(n): return True",
+}  # fmt: skip
+
+HARM = {
     # -------------------------------------------------- doing harm
     "fork bomb": ISOLATED + "import os, time\ntry:\n for _ in range(3000): os.fork()\nexcept OSError: pass\ndef solve(n): return True",
     "memory bomb": "x = [bytearray(2**26) for _ in range(64)]\ndef solve(n): return True",
@@ -192,6 +195,8 @@ def solve(n): return True
     "slow drip": FRAME + "import time\ndef solve(n):\n everywhere((2**20).to_bytes(4, 'big'))\n while True: everywhere(b' '); time.sleep(.01)",
     "one long operation": "def solve(n): return pow(3, 10**9)",
 }  # fmt: skip
+
+CALLED = {**TRICKS, **HARM}
 
 SLOW = {
     "sleep", "sleep while loading", "deaf to signals", "stopped", "half a frame", "slow drip",

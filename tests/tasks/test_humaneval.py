@@ -70,8 +70,8 @@ def test_no_empty_or_constant_solution_passes(problems, task):
         ]
 
     with ThreadPoolExecutor(pool.NUM_CHECKERS) as threads:
-        some = [problem for number, problem in enumerate(problems) if number % 4 == 0]
-        assert len(some) == 41
+        some = [problem for number, problem in enumerate(problems) if number % 8 == 0]
+        assert len(some) == 21
         assert all(result == [False, False] for result in threads.map(judge, some))
 
 

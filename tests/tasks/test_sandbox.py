@@ -142,7 +142,7 @@ def test_hostile_functions_earn_nothing(held, places):
     assert code_verdict(HONEST_ANSWER, HONEST, held, PATIENT).correct
 
 
-def test_hostile_functions_earn_nothing_where_the_tests_are_code(places):
+def test_tricks_earn_nothing_where_the_tests_are_code(places):
     held = level_2()
     asserts = "\n".join(f"    assert candidate({n}) == expected[{n}]" for n in range(2))
     payload = {
@@ -150,7 +150,7 @@ def test_hostile_functions_earn_nothing_where_the_tests_are_code(places):
         "prompt": 'def solve(n):\n    """A number."""\n',
         "check": f"def check(candidate):\n    expected = {places['expected']}\n{asserts}\n",
     }
-    found = verdicts(hostile.CALLED, hostile.SLOW, payload, held, places)
+    found = verdicts(hostile.TRICKS, hostile.SLOW, payload, held, places)
     assert not unearned(found, hostile.SLOW)
 
 

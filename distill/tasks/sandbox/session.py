@@ -74,7 +74,8 @@ class Session:
     """A program in its sandbox: `run` it with a standard input, or `call` its function; either any number of times.
 
     `entry_point` says which: None to run, a function's name (or Class.method) to call. Every wait ends at the
-    test's limit or at `deadline` (of time.monotonic). FaultError and RaisedError are the program's doing,
+    test's limit or when `budget_s` is used up (the problem's limit where it is not said), which counts from when the
+    sandbox is ready. FaultError and RaisedError are the program's doing,
     SandboxError is not; after a FaultError the session is over.
     """
 
@@ -85,12 +86,14 @@ class Session:
         *,
         entry_point: str | None = None,
         limits: Limits | None = None,
-        deadline: float | None = None,
+        budget_s: float | None = None,
     ) -> None:
         self.limits = limits or Limits()
-        self.deadline = time.monotonic() + self.limits.problem_s if deadline is None else deadline
+        self._budget_s = self.limits.problem_s if budget_s is None else budget_s
         self._isolation, self._source, self._entry_point = isolation, source, entry_point
         self._mark = secrets.token_hex(16)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._home: Path | None = None
 
     def __enter__(self) -> Session:
         _slots().acquire()
@@ -132,13 +135,17 @@ class Session:
                 raise FaultError(message)
         raise self._raised(kind, rest)
 
+    @property
+    def left_s(self) -> float:
+        """Seconds of the budget that are left."""
+        return max(0.0, self._deadline - time.monotonic())
+
     def _start(self) -> None:
         isolation = self._isolation
         self._uid = isolation.new_uid()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._home = Path(tempfile.mkdtemp(prefix="sandbox-")) if isolation.level == 3 else None
-        if self._home is not None and self._uid:
-            os.chown(self._home, self._uid, self._uid)
+        if isolation.level == 3:
+            self._home = Path(tempfile.mkdtemp(prefix="sandbox-"))
+            os.chown(self._home, self._uid or -1, self._uid or -1)
         environment = {
             "PATH": "/usr/local/bin:/usr/bin:/bin",
             "HOME": str(self._home or "/tmp"),
@@ -172,6 +179,7 @@ class Session:
         if kind != "ready":
             raise SandboxError("the sandbox did not start")
         self.loaded = self._entry_point is None
+        self._deadline = time.monotonic() + self._budget_s
 
     def _hello(self) -> dict[str, Any]:
         level = self._isolation.level
@@ -192,9 +200,9 @@ class Session:
 
     def _ask(self, *parts: Any) -> tuple[str, list[Any]]:
         now = time.monotonic()
-        if now >= self.deadline:
+        if now >= self._deadline:
             raise FaultError("timeout")
-        limit = min(now + self.limits.test_s, self.deadline)
+        limit = min(now + self.limits.test_s, self._deadline)
         if not self.loaded:
             kind, rest = self._receive(self._mark, limit)
             if kind != "loaded":
@@ -224,12 +232,12 @@ class Session:
         process = self._process
         try:
             if process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 for pipe in (process.stdin, process.stdout):
                     if pipe is not None:
                         pipe.close()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             if self._home is not None:
                 self._kill_leftovers()
                 shutil.rmtree(self._home, ignore_errors=True)
