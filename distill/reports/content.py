@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.reports import plot
-from distill.reports.schema import Amounts, RunReport, measured
+from distill.reports import curves, plot
+from distill.reports.schema import Amounts, ExampleRow, RunReport, StageRow, measured
 from distill.reports.wording import (
     duration,
     interval_text,
@@ -52,11 +52,40 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A self-contained SVG; file is its name beside the report, alt what it shows in words."""
+    """A self-contained SVG; file is its name beside the report, alt what it shows in words. narrow: drawn anew for
+    a phone. label: what its tab is called among others."""
 
     file: str
     svg: str
     alt: str
+    narrow: str | None = None
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """Figures of which the page shows one at a time."""
+
+    name: str
+    figures: Sequence[Figure]
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Small figures side by side, as many as fit."""
+
+    title: str
+    figures: Sequence[Figure]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one arm answered. judged: correct, wrong or not judged, with the answer found."""
+
+    arm: str
+    judged: str
+    correct: bool | None
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +93,10 @@ class Folded:
     """Blocks that are folded away where the page can fold."""
 
     summary: str
-    blocks: Sequence[Text | Code]
+    blocks: Sequence[Text | Code | Answer]
 
 
-Block = Heading | Text | Table | Code | Figure | Folded
+Block = Heading | Text | Table | Code | Figure | Views | Panels | Folded
 
 VIEWS = {
     "student": "own training",
@@ -85,45 +114,111 @@ def blocks(report: RunReport) -> list[Block]:
     if report["description"]:
         found.append(Text(report["description"]))
     if report["arms"]:
-        found += [Heading("Accuracy"), accuracy_table(report)]
-        found.append(
-            Figure("accuracy.svg", plot.accuracy_svg(report["arms"]), plot.describe(report["arms"]))
-        )
-        found.append(
-            Text(
-                "Brackets are 95% intervals with the problem as the unit: Wilson where each problem is "
-                "either solved or not, otherwise a bootstrap over problems. Unfinished completions are wrong."
-            )
-        )
+        found += accuracy_blocks(report)
     if report["comparisons"]:
-        found += [Heading("Differences"), comparison_table(report)]
-        found.append(
-            Text(
-                "Paired on the same problems; p after Holm's correction over the pairs of the table. Only "
-                "several training seeds an arm can support a statement about a way of training."
-            )
-        )
+        found += [Heading("Differences"), comparison_table(report), Text(_how_compared(report))]
     if report["arms"]:
-        found += [Heading("What each arm cost"), cost_table(report)]
-        found.append(
-            Text(
-                "Each view contains the one before it, and is left out where it adds nothing. Own training "
-                "holds all stages of the model's own line, its own rollouts included."
-            )
-        )
+        found += compute_blocks(report)
+    found += curve_blocks(report["stages"])
+    if report["examples"]:
+        found += [Heading("Won and lost"), *example_blocks(report["examples"])]
     found += [Heading("Stages"), stage_table(report)]
     if any("predicted" in stage for stage in report["stages"]):
-        found += [Heading("Predicted and measured"), prediction_table(report)]
-    if report["examples"]:
-        found += [Heading("Examples"), *example_blocks(report)]
+        found += [
+            Heading("Predicted and measured"),
+            prediction_table(report),
+            Text("× is what was measured over what `check` had predicted."),
+        ]
     found += settings_blocks(report)
     return found
 
 
+def accuracy_blocks(report: RunReport) -> list[Block]:
+    arms = report["arms"]
+    found: list[Block] = [
+        Heading("Accuracy"),
+        Figure(
+            "plots/accuracy.svg",
+            plot.accuracy_svg(arms),
+            plot.describe(arms),
+            plot.accuracy_svg(arms, plot.NARROW),
+        ),
+        accuracy_table(report),
+        Text(
+            "Brackets are 95% intervals with the problem as the unit: Wilson where each problem is either solved or "
+            "not, otherwise a bootstrap over problems; of an arm with several training seeds, over seeds and "
+            "problems. Unfinished completions are wrong."
+        ),
+    ]
+    if any(len(arm.get("by_seed", [])) > 1 for arm in arms.values()):
+        found.append(seed_table(report))
+    if plot.has_pass_curve(arms):
+        figure = Figure(
+            "plots/pass_at_k.svg",
+            plot.pass_svg(arms),
+            "Chance that k samples hold a correct one, by k",
+            plot.pass_svg(arms, plot.NARROW),
+        )
+        found += [
+            Heading("pass@k"),
+            figure,
+            Text("Unbiased estimates over the samples of each problem; bars are 95% intervals."),
+        ]
+    return found
+
+
+def compute_blocks(report: RunReport) -> list[Block]:
+    arms = report["arms"]
+    figures = [
+        Figure(
+            f"plots/compute_{view}.svg",
+            plot.compute_svg(arms, view),
+            f"Accuracy against FLOPs, {label}. {plot.describe(arms)}",
+            plot.compute_svg(arms, view, plot.NARROW),
+            label,
+        )
+        for view, label in VIEWS.items()
+        if view == "student" or any(_differs(arm, view) for arm in arms.values())
+    ]
+    return [
+        Heading("Accuracy against compute"),
+        Views("What counts", figures) if len(figures) > 1 else figures[0],
+        cost_table(report),
+        Text(
+            "FLOPs; each view contains the one before it. Own training holds all stages of the model's own line, its "
+            "own rollouts included. A teacher's training is shared among its students."
+        ),
+    ]
+
+
+def _differs(arm: Any, view: str) -> bool:
+    return bool(arm["cost"][view]["flops"] != arm["cost"]["student"]["flops"])
+
+
+def curve_blocks(stages: Sequence[StageRow]) -> list[Block]:
+    found: list[Block] = []
+    for stage in stages:
+        figures = [
+            Figure(f"plots/{stage['name']}_{stem}.svg", svg, label)
+            for stem, label, svg in curves.panels(stage)
+        ]
+        if figures:
+            found.append(Panels(f"{stage['name']} ({stage['kind']})", figures))
+    return [Heading("Training curves"), *found] if found else []
+
+
+def _how_compared(report: RunReport) -> str:
+    methods = sorted({row["method"] for row in report["comparisons"]})
+    return (
+        "Paired on the same problems; p after Holm's correction over the pairs of the table. Only several training "
+        f"seeds an arm can support a statement about a way of training. Methods: {'; '.join(methods)}."
+    )
+
+
 def accuracy_table(report: RunReport) -> Table:
     arms = report["arms"]
-    ks = sorted({int(k) for arm in arms.values() for k in arm["pass_at"]} - {1})
-    votes = sorted({int(k) for arm in arms.values() for k in arm["maj_at"]})
+    ks = sorted({int(k) for arm in arms.values() for k in arm["pass_at"]} - {1})[-1:]
+    votes = sorted({int(k) for arm in arms.values() for k in arm["maj_at"]})[-1:]
     header = ["arm", "accuracy (pass@1)", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in votes)]
     header += ["truncated", "mean tokens", "problems", "samples", "seeds"]
     rows = []
@@ -146,6 +241,22 @@ def accuracy_table(report: RunReport) -> Table:
     return Table(header, rows, "l" + "r" * (len(header) - 1))
 
 
+def seed_table(report: RunReport) -> Table:
+    """A row an arm, a column a training seed."""
+    by_arm = {
+        name: {one["seed"]: one for one in arm.get("by_seed", [])}
+        for name, arm in report["arms"].items()
+    }
+    seeds = sorted({seed for found in by_arm.values() for seed in found})
+    rows = [
+        [name, *(interval_text(found[s]["accuracy"]) if s in found else "–" for s in seeds)]
+        for name, found in by_arm.items()
+        if found
+    ]
+    header = ["arm, by training seed", *(f"seed {seed}" for seed in seeds)]
+    return Table(header, rows, "l" + "r" * len(seeds))
+
+
 def comparison_table(report: RunReport) -> Table:
     rows = [
         [
@@ -153,35 +264,33 @@ def comparison_table(report: RunReport) -> Table:
             interval_text(row["difference"], signed=True),
             p_text(row["p_value"]),
             p_text(row["p_holm"]),
-            f"{row.get('wins', 0)} / {row.get('losses', 0)}" if "wins" in row else "–",
-            row["method"],
+            f"{row['wins']} / {row['losses']}" if "wins" in row and "losses" in row else "–",
             reading(row),
         ]
         for row in report["comparisons"]
     ]
-    header = ["pair", "points", "p", "p (Holm)", "won / lost", "method", "reading"]
-    return Table(header, rows, "lrrrrll")
+    header = ["pair", "points", "p", "p (Holm)", "won / lost", "reading"]
+    return Table(header, rows, "lrrrrl")
 
 
 def cost_table(report: RunReport) -> Table:
-    rows = []
-    for name, arm in report["arms"].items():
-        before = None
-        for key, label in VIEWS.items():
-            cost = arm["cost"][key]  # type: ignore[index]
-            if cost == before:
-                continue
-            before = cost
-            rows.append(
-                [
-                    name if key == "student" else "",
-                    label,
-                    scaled(cost["tokens"]),
-                    scaled(cost["flops"], "FLOP"),
-                    duration(cost["seconds"]),
-                ]
-            )
-    return Table(["arm", "view", "tokens", "FLOPs", "time"], rows, "llrrr")
+    shown = {
+        view: label
+        for view, label in VIEWS.items()
+        if view == "student" or any(_differs(arm, view) for arm in report["arms"].values())
+    }
+    rows = [
+        [
+            name,
+            *(scaled(arm["cost"][view]["flops"]) for view in shown),  # type: ignore[index]
+            scaled(arm["cost"]["student"]["tokens"]),
+            duration(arm["cost"]["student"]["seconds"]),
+            duration(arm["cost"]["with_teacher"]["seconds"]),
+        ]
+        for name, arm in report["arms"].items()
+    ]
+    header = ["arm, FLOPs", *shown.values(), "own tokens", "own time", "with teacher"]
+    return Table(header, rows, "l" + "r" * (len(header) - 1))
 
 
 def stage_table(report: RunReport) -> Table:
@@ -209,13 +318,6 @@ def stage_table(report: RunReport) -> Table:
 
 
 def prediction_table(report: RunReport) -> Table:
-    wording = {
-        "tokens": scaled,
-        "bytes": lambda value: scaled(value, "B"),
-        "flops": lambda value: scaled(value, "FLOP"),
-        "seconds": duration,
-    }
-    rows = []
     pairs = [
         (stage["name"], stage["predicted"], measured(stage))
         for stage in report["stages"]
@@ -225,21 +327,24 @@ def prediction_table(report: RunReport) -> Table:
         pairs.append(
             ("all of them", _total([p for _, p, _ in pairs]), _total([m for *_, m in pairs]))
         )
-    for name, predicted, took in pairs:
-        shown = [key for key in wording if predicted[key] or took[key]]  # type: ignore[literal-required]
-        for i, key in enumerate(shown):
-            guess, real = predicted[key], took[key]  # type: ignore[literal-required]
-            ratio = f"{real / guess:.2f}" if guess else "–"
-            rows.append(
-                [
-                    name if i == 0 else "",
-                    key.replace("flops", "FLOPs"),
-                    wording[key](guess),
-                    wording[key](real),
-                    ratio,
-                ]
-            )
-    return Table(["stage", "what", "predicted", "measured", "ratio"], rows, "llrrr")
+    rows = [
+        [
+            name,
+            duration(guess["seconds"]),
+            duration(took["seconds"]),
+            _ratio(guess["seconds"], took["seconds"]),
+            scaled(guess["tokens"]) if guess["tokens"] else "–",
+            scaled(took["tokens"]) if guess["tokens"] else "–",
+            *(_ratio(guess[key], took[key]) for key in ("tokens", "flops", "bytes")),
+        ]
+        for name, guess, took in pairs
+    ]
+    header = ["stage", "predicted", "time", "×", "predicted", "tokens", "×", "FLOPs ×", "bytes ×"]
+    return Table(header, rows, "lrrrrrrrr")
+
+
+def _ratio(guess: float, took: float) -> str:
+    return f"{took / guess:.2f}" if guess else "–"
 
 
 def _total(amounts: Sequence[Amounts]) -> Amounts:
@@ -251,23 +356,23 @@ def _total(amounts: Sequence[Amounts]) -> Amounts:
     }
 
 
-def example_blocks(report: RunReport) -> list[Folded]:
+def example_blocks(examples: Sequence[ExampleRow]) -> list[Folded]:
     found = []
-    for example in report["examples"]:
-        inside: list[Text | Code] = [Code(example["question"])]
-        if example["gold"] is not None:
-            inside.append(Text(f"Reference answer: {example['gold']}"))
-        for one in example["answers"]:
+    for example in examples:
+        inside: list[Text | Code | Answer] = [Code(example["question"])]
+        gold = f"reference answer {example['gold']}; " if example["gold"] is not None else ""
+        inside.append(Text(f"{gold}problem {example['problem_id']}"))
+        order = {example["won_by"]: 0, example["lost_by"]: 1}
+        for one in sorted(example["answers"], key=lambda one: order.get(one["arm"], 2)):
             judged = {True: "correct", False: "wrong", None: "not judged"}[one["correct"]]
             cut = ", cut off at the token limit" if one["finish_reason"] == "length" else ""
             answer = f", answer {one['answer']}" if one["answer"] is not None else ", no answer"
-            inside += [Text(f"{one['arm']}: {judged}{answer}{cut}"), Code(one["completion"])]
-        found.append(
-            Folded(
-                f"{example['won_by']} won, {example['lost_by']} lost: {example['problem_id']}",
-                inside,
+            inside.append(
+                Answer(one["arm"], f"{judged}{answer}{cut}", one["correct"], one["completion"])
             )
-        )
+        question = " ".join(example["question"].split())
+        shown = question if len(question) <= 80 else question[:79] + "…"
+        found.append(Folded(f"{example['won_by']} won, {example['lost_by']} lost: {shown}", inside))
     return found
 
 

@@ -251,7 +251,7 @@ def _ranks(ids_TA: Array, among_TB: Array) -> Array:
 def _taken(values_TB: Array, rank_TA: Array) -> Array:
     """[T, A] values at the ranks; -inf where there is none."""
     padded = np.concatenate([values_TB, np.full((len(values_TB), 1), -np.inf)], 1)
-    return np.take_along_axis(padded, rank_TA, 1)
+    return np.asarray(np.take_along_axis(padded, rank_TA, 1))
 
 
 def _mass(top: TopK, logp_TK: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Writes a run's report: report.json, report.md, report.html and accuracy.svg, whole or not at all.
+"""Writes a run's report: report.json, report.md, report.html and plots/*.svg, whole or not at all.
 
 What models and data sets wrote is hostile until shown otherwise: in Markdown it stands in fences longer than
 any run of backticks within, in HTML it is escaped, and characters that steer a terminal or turn the reading
@@ -15,11 +15,25 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
+from markupsafe import Markup, escape
 
-from distill.reports.content import Block, Code, Figure, Folded, Heading, Table, Text, blocks
+from distill.reports.content import (
+    Answer,
+    Block,
+    Code,
+    Figure,
+    Folded,
+    Heading,
+    Panels,
+    Table,
+    Text,
+    Views,
+    blocks,
+)
 from distill.reports.schema import RunReport
 from distill.reports.wording import seen, verdict
 
@@ -27,21 +41,33 @@ _MARKUP = re.compile(
     r"[\\`*|~$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|\[(?=\^)|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)"
 )
 """What Markdown would take as markup where it stands: a bracket is text unless a link follows, and so on."""
+_INTERVAL = re.compile(r"\[[-+]?[\d.]+, [-+]?[\d.]+\]$")
 _BLOCK_START = re.compile(r"^(\d*)([-+.)>=#])(?=\s|$|[-=#>])")
 
 
 def write_report(report: RunReport, folder: str | Path) -> dict[str, Path]:
     """Write all of a report's files into a folder; returns their paths by name."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
     full: RunReport = {**report, "verdict": verdict(report)}
     content = blocks(full)
-    texts = {figure.file: figure.svg for figure in content if isinstance(figure, Figure)}
+    texts = {figure.file: figure.svg for figure in figures(content)}
     texts["report.md"] = markdown(full["name"], content)
     texts["report.html"] = html(full["name"], content)
     # Last, because whoever waits for a report looks for this one.
     texts["report.json"] = to_json(full)
     return {name: write_atomic(folder / name, text) for name, text in texts.items()}
+
+
+def figures(content: list[Block]) -> list[Figure]:
+    """All figures of a report, in order."""
+    found: list[Figure] = []
+    for block in content:
+        if isinstance(block, Figure):
+            found.append(block)
+        elif isinstance(block, Views | Panels):
+            found += block.figures
+    return found
 
 
 def write_atomic(path: Path, text: str) -> Path:
@@ -118,17 +144,33 @@ def markdown(title: str, content: list[Block]) -> str:
                 parts.append(_markdown_table(block))
             case Code(text, language):
                 parts.append(fence(text, language))
-            case Figure(file, _, alt):
-                parts.append(f"![{escape_cell(alt).replace('[', '(').replace(']', ')')}]({file})")
-            case Folded(summary, inside):
+            case Figure():
+                parts.append(_markdown_image(block))
+            case Views(_, inside):
+                for figure in inside:
+                    parts += [escape_markdown(f"{figure.label}:"), _markdown_image(figure)]
+            case Panels(title, inside):
+                parts += [f"### {escape_markdown(title)}", " ".join(map(_markdown_image, inside))]
+            case Folded(summary, inner):
                 parts.append(f"### {escape_markdown(summary)}")
-                parts += [
-                    fence(one.text, one.language)
-                    if isinstance(one, Code)
-                    else escape_markdown(one.text)
-                    for one in inside
-                ]
+                for one in inner:
+                    parts += _markdown_inside(one)
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_image(figure: Figure) -> str:
+    alt = escape_cell(figure.alt).replace("[", "(").replace("]", ")")
+    return f"![{alt}]({quote(figure.file)})"
+
+
+def _markdown_inside(block: Text | Code | Answer) -> list[str]:
+    match block:
+        case Code(text, language):
+            return [fence(text, language)]
+        case Answer():
+            return [escape_markdown(f"{block.arm}: {block.judged}"), fence(block.text)]
+        case Text(text):
+            return [escape_markdown(text)]
 
 
 def _markdown_table(table: Table) -> str:
@@ -162,6 +204,13 @@ def html(title: str, content: list[Block]) -> str:
         undefined=jinja2.StrictUndefined,
         finalize=lambda value: seen(value) if type(value) is str else value,
     )
+    environment.filters["brackets"] = _quiet_brackets
     template = environment.get_template("report.html.jinja")
     verdict_text, *rest = content
     return template.render(title=title, verdict=verdict_text, blocks=rest) + "\n"
+
+
+def _quiet_brackets(cell: str) -> Markup:
+    """A cell, with an interval's brackets set back."""
+    text = str(escape(seen(cell)))
+    return Markup(_INTERVAL.sub(r"<i>\g<0></i>", text))

@@ -34,7 +34,8 @@ class Amounts(TypedDict):
 
 
 class StageRow(TypedDict):
-    """One stage. `cost` has the fields of `Cost`; `curves` one list of numbers a metric, for sparklines."""
+    """One stage. `cost` has the fields of `Cost`; `curves` one list of numbers a metric, one for each of
+    `curve_steps`, null where it was not logged."""
 
     name: str
     kind: str
@@ -44,6 +45,7 @@ class StageRow(TypedDict):
     predicted: NotRequired[Amounts]
     metrics: NotRequired[dict[str, float | str]]
     curves: NotRequired[dict[str, list[float | None]]]
+    curve_steps: NotRequired[list[float]]
 
 
 class View(TypedDict):
@@ -54,11 +56,30 @@ class View(TypedDict):
     seconds: float
 
 
+class PointRow(TypedDict):
+    """A checkpoint on an arm's way: the student's own FLOPs by then, accuracy and its interval."""
+
+    flops: float
+    accuracy: float
+    low: float
+    high: float
+
+
+class SeedRow(TypedDict):
+    """One training seed of an arm: what was evaluated, and how it did on the same problems."""
+
+    seed: int
+    stage: str
+    accuracy: IntervalRow
+
+
 class ArmRow(TypedDict):
     """One model's results. `tokens`, `flops` and `seconds` are the student's own (cost["student"]).
 
     role: the headline compares students; a teacher and the common start are shown beside them.
     stage: the stage, or the model, that was evaluated. pass_at, maj_at: by k, as text (JSON's keys are).
+    points: checkpoints along the way, the end left out. by_seed: of an arm that was trained with several seeds; its
+    accuracy, tokens, FLOPs and seconds are then means over them, and the interval is over seeds and problems.
     """
 
     stage: str
@@ -77,6 +98,8 @@ class ArmRow(TypedDict):
     seconds: float
     cost: dict[Literal["student", "with_inference", "with_teacher"], View]
     cost_stages: NotRequired[dict[str, list[str]]]
+    points: NotRequired[list[PointRow]]
+    by_seed: NotRequired[list[SeedRow]]
 
 
 class ComparisonRow(TypedDict):

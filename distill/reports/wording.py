@@ -64,10 +64,10 @@ def _p_said(p: float) -> str:
 def reading(row: ComparisonRow) -> str:
     """What a comparison allows one to say."""
     return {
-        "differ": "these two checkpoints differ",
-        "not shown": "no difference shown between these two checkpoints",
-        "supported": "supported over training seeds",
-        "inconclusive": "inconclusive over training seeds",
+        "differ": "checkpoints differ",
+        "not shown": "no difference shown",
+        "supported": "supported over seeds",
+        "inconclusive": "inconclusive over seeds",
     }[row["verdict"]]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +18,8 @@ from distill.reports.ledger import StageCost, arm_cost
 from distill.reports.schema import ArmRow, RunReport, StageRow, view
 from distill.stages import state
 
-CURVES = ("loss", "label_nll", "grad_norm")
+MAX_POINTS = 240
+"""Of a curve: longer ones are thinned to means of stretches."""
 
 
 def collect(recipe: Recipe, run: Path, names: list[str], source: Path) -> RunReport:
@@ -71,15 +74,40 @@ def _stage_row(name: str, standing: state.State | None, recipe: Recipe, run: Pat
         }  # type: ignore[typeddict-item]
     lines = run / name / "metrics.jsonl"
     if lines.is_file():
-        records = [
-            json.loads(line)
-            for line in lines.read_text(encoding="utf-8").splitlines()
-            if line.endswith("}")
-        ]
-        row["curves"] = {
-            key: [record[key] for record in records if key in record] for key in CURVES
-        }
+        row["curve_steps"], row["curves"] = read_curves(lines)
     return row
+
+
+def read_curves(lines: Path) -> tuple[list[float], dict[str, list[float | None]]]:
+    """(steps, values by key) of a metrics.jsonl: whatever numbers its lines hold; None where one was not logged.
+
+    A line that a kill cut short is left out. Long curves are thinned to `MAX_POINTS` means.
+    """
+    records = [
+        json.loads(line)
+        for line in lines.read_text(encoding="utf-8").splitlines()
+        if line.endswith("}")
+    ]
+    records = [record for record in records if "step" in record]
+    keys = {key: None for record in records for key, value in record.items() if _is_number(value)}
+    stretches = min(MAX_POINTS, len(records))
+    edges = [n * len(records) // max(1, stretches) for n in range(stretches + 1)]
+    parts = [records[a:b] for a, b in itertools.pairwise(edges)]
+    curves = {
+        key: [_mean([r[key] for r in part if _is_number(r.get(key))]) for part in parts]
+        for key in keys
+        if key != "step"
+    }
+    return [float(part[-1]["step"]) for part in parts], curves
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _mean(values: list[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
 
 
 def _arms(recipe: Recipe, states: dict[str, state.State]) -> dict[str, ArmRow]:

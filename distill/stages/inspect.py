@@ -99,7 +99,8 @@ def find(path: Path) -> Found:
 
 def _of_run(run: Path) -> Found:
     resolved = _recipe(run)
-    with_top, without = [], []
+    with_top: list[str] = []
+    without: list[str] = []
     for name, config in resolved.stages.items():
         if config.kind == "filter":
             continue  # a selection of what a generate stage wrote

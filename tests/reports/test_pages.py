@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,7 +18,7 @@ from rich.console import Console
 
 from distill.records import Cost, Ragged, Traces
 from distill.reports import arms as arms_module
-from distill.reports import compare, content, pages, plot, terminal, wording
+from distill.reports import compare, content, curves, pages, plot, svg, terminal, wording
 from distill.reports.arms import ArmResults
 from distill.reports.schema import ArmRow, RunReport, StageRow, comparison_row, view
 
@@ -140,8 +142,16 @@ def test_examples_show_why_each_side_won(report: RunReport) -> None:
 
 def test_report_json_has_what_is_promised(report: RunReport, tmp_path: Path) -> None:
     paths = pages.write_report(report, tmp_path / "run")
-    assert set(paths) == {"report.json", "report.md", "report.html", "accuracy.svg"}
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted(paths)
+    plots = {"accuracy", "pass_at_k", "compute_student", "compute_with_inference", "compute_with_teacher",
+             "kl_loss", "sft_loss"}  # fmt: skip
+    assert set(paths) >= {
+        "report.json",
+        "report.md",
+        "report.html",
+        *(f"plots/{p}.svg" for p in plots),
+    }
+    on_disk = (p for p in (tmp_path / "run").rglob("*") if p.is_file())
+    assert sorted(p.relative_to(tmp_path / "run").as_posix() for p in on_disk) == sorted(paths)
     tree = json.loads(paths["report.json"].read_text(), parse_constant=pytest.fail)
     for one in tree["arms"].values():
         assert {"value", "low", "high", "n"} <= set(one["accuracy"])
@@ -173,8 +183,10 @@ def test_hostile_text_stays_text_in_markdown(report: RunReport) -> None:
     assert not [t for t in tokens if t.type == "html_block"]
     assert not [t for t in inline if t.type in ("html_inline", "link_open", "strong_open")]
     headings = [t.map for t in tokens if t.type == "heading_open"]
-    assert "not a heading" not in "".join(
-        tokens[i + 1].content for i, t in enumerate(tokens) if t.type == "heading_open"
+    assert not any(
+        tokens[i + 1].content.startswith("not a heading")
+        for i, t in enumerate(tokens)
+        if t.type == "heading_open"
     )
     assert headings
     fences = [t for t in tokens if t.type == "fence"]
@@ -202,6 +214,9 @@ def test_escaped_markdown_shows_what_went_in(text: str) -> None:
     assert shown == " ".join(text.split())
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
 class Page(HTMLParser):
     """Tags, and the text outside style."""
 
@@ -225,34 +240,88 @@ def test_the_page_is_one_file_without_scripts(report: RunReport) -> None:
     page.feed(text)
     assert "script" not in page.tags
     assert not {"src", "onclick", "onerror"} & {name for name, _ in page.attributes}
-    assert all(value == "data:," for name, value in page.attributes if name == "href")
+    assert all(
+        value is not None and (value == "data:," or value.startswith("#s"))
+        for name, value in page.attributes
+        if name == "href"
+    )
     assert "<script>alert(1)</script>" in "".join(page.text)
     assert not re.search(r"url\(|@import", text)
     assert "\x1b" not in text
 
 
+class Cells(HTMLParser):
+    """The rows of a page's tables, and the texts of its code blocks and headings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.codes: list[str] = []
+        self.headings: list[str] = []
+        self.open: str | None = None
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "code":
+            self.codes.append("")
+        elif tag == "h2":
+            self.headings.append("")
+        self.open = tag if tag in ("td", "th", "code", "h2") else self.open
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == self.open:
+            self.open = None
+
+    def handle_data(self, data: str) -> None:
+        if self.open in ("td", "th", "i"):
+            self.rows[-1][-1] += data
+        elif self.open == "code":
+            self.codes[-1] += data
+        elif self.open == "h2":
+            self.headings[-1] += data
+
+
 def test_markdown_and_html_agree(report: RunReport) -> None:
+    """Both parsed: the same headings, the same cells in the same rows, the same completions."""
     content_blocks = content.blocks(report)
-    page = Page()
-    page.feed(pages.html(report["name"], content_blocks))
-    on_page = " ".join("".join(page.text).split())
-    for block in content_blocks:
-        if isinstance(block, content.Table):
-            for cell in (cell for row in block.rows for cell in row):
-                assert " ".join(cell.split()) in on_page
-    assert wording.verdict(report) in on_page
-    unescaped = pages.markdown(report["name"], content_blocks).replace("\\", "")
-    assert wording.verdict(report).split(" (")[0].split("sft")[0] in unescaped
+    html = pages.html(report["name"], content_blocks)
+    page = Cells()
+    page.feed(html)
+    tokens = (
+        MarkdownIt("commonmark")
+        .enable("table")
+        .parse(pages.markdown(report["name"], content_blocks))
+    )
+    rows: list[list[str]] = []
+    headings, fences = [], []
+    for i, token in enumerate(tokens):
+        if token.type == "tr_open":
+            rows.append([])
+        elif token.type in ("td_open", "th_open"):
+            rows[-1].append("".join(c.content for c in tokens[i + 1].children or []))
+        elif token.type == "heading_open" and token.tag == "h2":
+            headings.append("".join(c.content for c in tokens[i + 1].children or []))
+        elif token.type == "fence":
+            fences.append(token.content.rstrip("\n"))
+    assert headings == page.headings
+    assert [[" ".join(c.split()) for c in row] for row in page.rows] == rows
+    assert len(rows) > 10
+    assert sorted(fences) == sorted(code.rstrip() for code in page.codes)
+    assert wording.verdict(report) in " ".join(
+        re.sub("<[^>]*>", "", html).replace("&lt;", "<").replace("&gt;", ">").split()
+    )
 
 
 def test_the_plot_is_wellformed_and_ordered(report: RunReport) -> None:
-    svg = plot.accuracy_svg(report["arms"])
-    tree = ElementTree.fromstring(svg)
+    tree = ElementTree.fromstring(plot.accuracy_svg(report["arms"]))
     names = [t.text for t in tree.iter("{http://www.w3.org/2000/svg}text")]
     assert [n for n in names if n in report["arms"]] == ["teacher", "kl", "sft|<b>"]
-    assert len(list(tree.iter("{http://www.w3.org/2000/svg}circle"))) == 3
+    assert len([p for p in tree.iter(f"{SVG}path") if p.get("class") == "mark"]) == 3
     for line in tree.iter("{http://www.w3.org/2000/svg}line"):
-        assert 0 <= float(line.get("x1", "0")) <= plot.WIDTH
+        assert 0 <= float(line.get("x1", "0")) <= plot.WIDE
 
 
 # ---------------------------------------------------------------------------------------------- verdicts
@@ -289,7 +358,7 @@ def test_verdict_over_seeds(report: RunReport) -> None:
 
 def test_a_run_without_arms_still_reports(report: RunReport, tmp_path: Path) -> None:
     bare: RunReport = {**report, "arms": {}, "comparisons": [], "examples": []}
-    assert "accuracy.svg" not in pages.write_report(bare, tmp_path)
+    assert "plots/accuracy.svg" not in pages.write_report(bare, tmp_path)
     assert "No arm of this run has been evaluated yet." in (tmp_path / "report.md").read_text()
 
 
@@ -335,3 +404,154 @@ def test_show_prints_a_run_and_no_control_characters(report: RunReport) -> None:
     assert "\x1b" not in text
     for expected in ("kl", "sft|<b>", "●", "loss", "▁", "these two checkpoints differ"):
         assert expected in text
+
+
+# ---------------------------------------------------------------------------------------- compute, curves
+
+
+def with_points(report: RunReport) -> RunReport:
+    arm = report["arms"]["kl"]
+    end = arm["flops"]
+    points = [
+        {"flops": end * f, "accuracy": 0.3 * f, "low": 0.3 * f - 0.05, "high": 0.3 * f + 0.05}
+        for f in (0.5, 0.2)
+    ]
+    return {**report, "arms": {**report["arms"], "kl": {**arm, "points": points}}}  # type: ignore[typeddict-item]
+
+
+def marks(svg: str, name: str) -> list[tuple[float, float]]:
+    """Positions of the marks of an arm's group."""
+    tree = ElementTree.fromstring(svg)
+    groups = [g for g in tree.iter(f"{SVG}g") if (g.findtext(f"{SVG}title") or "").startswith(name)]
+    found = []
+    for path in groups[0].iter(f"{SVG}path"):
+        if path.get("class") == "bar" or path.get("class") == "bar small":
+            x, low, high = re.match(r"M([\d.]+) ([\d.]+)V([\d.]+)", path.get("d", "")).groups()  # type: ignore[union-attr]
+            found.append((float(x), (float(low) + float(high)) / 2))
+    return found
+
+
+def test_checkpoints_along_the_way_are_a_curve_in_order_of_compute(report: RunReport) -> None:
+    arms = with_points(report)["arms"]
+    x = [at for at, _ in marks(plot.compute_svg(arms, "student"), "kl")]
+    assert len(x) == 3
+    assert x == sorted(x)
+    # Logarithmic: from a fifth to a half of the budget is as far as 2.5 times anywhere.
+    ratio = (x[1] - x[0]) / (x[2] - x[1])
+    assert ratio == pytest.approx(np.log(2.5) / np.log(2), rel=0.02)
+    # What a teacher's inference cost is paid before the first checkpoint: the curve is pushed together.
+    shifted = [at for at, _ in marks(plot.compute_svg(arms, "with_inference"), "kl")]
+    flops, more = arms["kl"]["flops"], arms["kl"]["cost"]["with_inference"]["flops"]
+    expected = np.log((more) / (more - 0.5 * flops)) / np.log(
+        (more - 0.5 * flops) / (more - 0.8 * flops)
+    )
+    assert (shifted[2] - shifted[1]) / (shifted[1] - shifted[0]) == pytest.approx(
+        expected, rel=0.03
+    )
+
+
+def test_an_arm_without_compute_is_a_level(report: RunReport) -> None:
+    free = {
+        **report["arms"]["teacher"],
+        "cost": {v: view(Cost()) for v in report["arms"]["teacher"]["cost"]},
+        "flops": 0.0,
+    }
+    svg = plot.compute_svg({**report["arms"], "teacher": free}, "student")  # type: ignore[dict-item]
+    assert svg.count('class="level"') == 1
+    assert "teacher (no compute)" in svg
+    everything = plot.compute_svg({"teacher": free}, "student")  # type: ignore[dict-item]
+    ElementTree.fromstring(everything)
+
+
+@pytest.mark.parametrize("width", [plot.WIDE, plot.NARROW])
+def test_labels_of_many_arms_do_not_cover_one_another(report: RunReport, width: int) -> None:
+    arms = {}
+    for n in range(10):
+        base = report["arms"]["kl"]
+        value = 0.4 + 0.01 * n
+        interval = {"value": value, "low": value - 0.05, "high": value + 0.05, "n": 40}
+        cost = {
+            v: {"tokens": 1.0, "flops": 1e14 * (1 + 0.1 * n), "seconds": 1.0} for v in base["cost"]
+        }
+        arms[f"arm {n}"] = {
+            **base,
+            "accuracy": interval,
+            "flops": 1e14 * (1 + 0.1 * n),
+            "cost": cost,
+        }
+    for drawn in (plot.compute_svg(arms, "student", width), plot.pass_svg(arms, width)):  # type: ignore[arg-type]
+        tree = ElementTree.fromstring(drawn)
+        texts = [t for t in tree.iter(f"{SVG}text") if (t.text or "").startswith("arm ")]
+        assert len(texts) == 10
+        at = [(float(t.get("x", "0")), float(t.get("y", "0"))) for t in texts]
+        for i, (xa, ya) in enumerate(at):
+            assert 0 <= xa < width
+            for xb, yb in at[i + 1 :]:
+                assert abs(ya - yb) > 11 or abs(xa - xb) > 30
+
+
+def test_curves_show_whatever_was_logged() -> None:
+    stage: StageRow = {
+        "name": "rl", "kind": "grpo", "status": "done", "seconds": 1.0, "cost": {}, "curve_steps": [1.0, 2.0, 3.0],
+        "curves": {"reward": [0.1, None, 0.4], "reward/accuracy": [0.0, 0.1, 0.3], "reward/<b>": [0.1, 0.1, 0.1],
+                   "length": [50.0, 60.0, 70.0], "lr": [1.0, 1.0, 1.0], "kl_ref": [None, None, None]},
+    }  # fmt: skip
+    found = {stem: svg for stem, _, svg in curves.panels(stage)}
+    assert set(found) == {"reward", "length"}
+    tree = ElementTree.fromstring(found["reward"])
+    lines = [p for p in tree.iter(f"{SVG}path") if p.get("class") == "line"]
+    assert len(lines) == 3
+    assert {"accuracy", "<b>"} <= {t.text for t in tree.iter(f"{SVG}text")}
+    assert lines[-1].get("d", "").count("M") == 2  # a gap where nothing was logged
+
+
+def test_smoothing_by_hand() -> None:
+    assert curves.smooth([0.0, 3.0, 6.0, None], 3) == [1.5, 3.0, 4.5, 6.0]
+    assert curves.smooth([None, None], 1) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, 0.3, [0, 0.1, 0.2, 0.3]), (3, 3, [3])],
+)
+def test_ticks_are_round(low: float, high: float, expected: list[float]) -> None:
+    assert svg.linear_ticks(low, high) == expected
+
+
+def test_log_ticks_are_round_and_inside() -> None:
+    assert svg.log_ticks(1e13, 1e15) == [1e13, 3e13, 1e14, 3e14, 1e15]
+    assert svg.log_ticks(1.1e14, 2.2e14) == [1.5e14, 2e14]
+
+
+# ----------------------------------------------------------------------------------------- in the browser
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_in_a_browser(
+    report: RunReport, tmp_path: Path, visit: Callable[..., Any], width: int, scheme: str
+) -> None:
+    paths = pages.write_report(with_points(report), tmp_path)
+    assert paths["report.html"].stat().st_size < 5_000_000
+    page = visit(paths["report.html"], width, scheme)
+    assert page.title() == "quickstart – distill report"
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
+    shown = "svg[role=img]:visible"
+    widths = page.locator(shown).evaluate_all(
+        "all => all.map(one => one.getBoundingClientRect().width)"
+    )
+    assert widths
+    assert all(w <= width for w in widths)
+    small = page.locator(shown).evaluate_all(
+        "all => Math.min(...all.flatMap(s => [...s.querySelectorAll('text')]).map(t => t.getBoundingClientRect().height))"
+    )
+    assert small >= 9
+    views = page.locator(".views figure")
+    assert [views.nth(n).is_visible() for n in range(views.count())][:2] == [True, False]
+    page.focus(".views input >> nth=0")
+    page.keyboard.press("ArrowRight")
+    assert [views.nth(n).is_visible() for n in range(views.count())][:2] == [False, True]
+    page.locator("summary").first.focus()
+    page.keyboard.press("Enter")
+    assert "<script>alert(1)</script>" in page.locator("details[open]").first.inner_text()
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 21, 23)")

@@ -1,0 +1,137 @@
+"""Training curves: a small panel a quantity, whatever the stage has logged.
+
+Comes in: a stage's curves as `collect` reads them from metrics.jsonl. Goes out: SVG panels. Raw values faint, a
+running mean over them; each named reward is a grey line beside the total.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from distill.reports.schema import StageRow
+from distill.reports.svg import Canvas, Scale, group, linear, linear_ticks
+from distill.reports.wording import seen
+
+WIDTH, HEIGHT = 300, 168
+REWARD = "reward/"
+LONG = 40
+"""Values from which on a running mean is drawn over the raw ones."""
+
+Values = Sequence[float | None]
+
+PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("reward", "reward", ("reward",)),
+    ("loss", "loss", ("loss",)),
+    ("nll", "label's surprise (nats)", ("label_nll",)),
+    ("length", "completion tokens", ("length",)),
+    ("kl", "KL to the reference (nats)", ("kl_ref",)),
+    ("entropy", "entropy (nats)", ("entropy",)),
+    ("truncated", "share truncated", ("truncated",)),
+    ("equal", "groups with equal rewards", ("all_equal",)),
+    ("clip", "share clipped", ("clip_fraction",)),
+    ("mismatch", "KL engine to trainer (nats)", ("kl_engine",)),
+    ("norm", "gradient norm", ("grad_norm",)),
+)
+"""File name, title and keys of each panel, the first that a reader looks at first."""
+
+
+def panels(stage: StageRow) -> list[tuple[str, str, str]]:
+    """(file stem, description, SVG) of every quantity that the stage has logged and that moved at least once."""
+    curves = stage.get("curves", {})
+    steps = stage.get("curve_steps")
+    found = []
+    for stem, title, keys in PANELS:
+        lines = {key: curves[key] for key in keys if _known(curves.get(key, []))}
+        if stem == "reward":
+            lines |= {
+                key: values
+                for key, values in curves.items()
+                if key.startswith(REWARD) and _known(values)
+            }
+        if stem == "nll" and curves.get("label_nll") == curves.get("loss"):
+            continue  # the loss is the label's surprise
+        if lines:
+            label = f"{seen(stage['name'])}: {title}"
+            found.append((stem, label, _panel(label, title, lines, steps)))
+    return found
+
+
+def _known(values: Values) -> list[float]:
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def smooth(values: Values, window: int) -> list[float | None]:
+    """Centred running mean over `window` values, fewer at the ends; unknown ones are left out."""
+    half, found = window // 2, []
+    for i in range(len(values)):
+        near = _known(values[max(0, i - half) : i + half + 1])
+        found.append(sum(near) / len(near) if near else None)
+    return found
+
+
+def _panel(
+    label: str, title: str, lines: Mapping[str, Values], steps: Sequence[float] | None
+) -> str:
+    known = [value for values in lines.values() for value in _known(values)]
+    ends = {
+        key: f"{key.removeprefix(REWARD)} {_known(values)[-1]:.3g}" for key, values in lines.items()
+    }
+    described = f"{label}; " + ", ".join(
+        f"{key} from {_known(values)[0]:.3g} to {_known(values)[-1]:.3g}"
+        for key, values in lines.items()
+    )
+    canvas = Canvas(WIDTH, HEIGHT, described, left=40, right=12, top=28, bottom=24)
+    low, high = _range(known)
+    num = max(len(values) for values in lines.values())
+    at = list(steps) if steps and len(steps) == num else list(range(1, num + 1))
+    x = linear(at[0], at[-1] if at[-1] > at[0] else at[0] + 1, canvas.left + 2, canvas.end)
+    y = linear(low, high, canvas.floor, canvas.top)
+    canvas.text(0, 12, title, bold=True)
+    last = next(iter(ends.values())).split(" ")[-1]
+    canvas.text(canvas.end, 12, last, "end", "quiet")
+    canvas.y_axis([(y(t), _tick(t)) for t in linear_ticks(low, high, 3)])
+    x_ticks = [t for t in linear_ticks(at[0], at[-1], 4) if t == int(t)]
+    canvas.x_axis([(x(t), f"{t:.0f}") for t in x_ticks], "", grid=False)
+    for key, values in reversed(list(lines.items())):
+        main = not key.startswith(REWARD)
+        canvas.add(group("arm" if main else "arm other", ends[key]))
+        if main and len(values) >= LONG:
+            canvas.add(f'<path class="faint" d="{_path(at, values, x, y)}"/>')
+        line = smooth(values, len(values) // 20 | 1) if len(values) >= LONG else values
+        canvas.add(f'<path class="line" d="{_path(at, line, x, y)}"/>')
+        if not main:
+            name = key.removeprefix(REWARD)
+            canvas.text(canvas.end, y(_known(line)[-1]) - 5, seen(name)[:24], "end", "quiet")
+        canvas.add("</g>")
+    return canvas.render()
+
+
+def _tick(value: float) -> str:
+    return (
+        f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+    )
+
+
+def _range(known: Sequence[float]) -> tuple[float, float]:
+    """The axis: from 0 where the values come near it, with a little air; single spikes above the 98th percentile of
+    long curves are cut off."""
+    ordered = sorted(known)
+    high = ordered[-1] if len(ordered) < 50 else ordered[int(0.98 * (len(ordered) - 1))]
+    low = ordered[0]
+    if low >= 0 and low < 0.5 * high:
+        low = 0.0
+    if high <= low:
+        high = low + (abs(low) or 1.0)
+    return low, high + 0.05 * (high - low)
+
+
+def _path(at: Sequence[float], values: Values, x: Scale, y: Scale) -> str:
+    parts, pen = [], "M"
+    for step, value in zip(at, values, strict=False):
+        if value is None or not math.isfinite(value):
+            pen = "M"
+            continue
+        parts.append(f"{pen}{x(step)} {max(20.0, y(value))}")
+        pen = "L"
+    return "".join(parts)
