@@ -5,7 +5,11 @@ python`): what it isolates is its own affair. Level 2, bubblewrap: no network, a
 interpreter's files only, read-only, a private and bounded /tmp, own process, ipc, host name and network namespaces,
 a new session, dead with its parent. Level 3, nothing but resource limits, a scrubbed environment and refused
 system calls; for those who say `unsafe: true`. Levels 2 and 3 give each program a user id of its own where
-this process is root; without that, level 3 cannot keep a program from the user's own files and processes.
+this process is root.
+
+What level 3 cannot stop: reading whatever is open to all (a benchmark's answers, if they lie there), filling the disk
+as fast as the time limit allows; and, where this process is not root, reading, changing and deleting the user's own
+files, and looking into the user's own processes.
 """
 
 from __future__ import annotations
@@ -137,7 +141,11 @@ def bubblewrap() -> Isolation:
 
 @functools.cache
 def limits_only() -> Isolation:
-    """Level 3."""
+    """Level 3. UserError where there is no Linux to set the limits."""
+    if sys.platform != "linux":
+        raise UserError(
+            "generated code runs on Linux only. Elsewhere give `sandbox_command`, a command that starts a Python in a container."
+        )
     own_uid = os.geteuid() == 0 and _may_change_uid()
     python = _interpreter(_open_to_all if own_uid else lambda path: True)
     whose = "as another user" if own_uid else "as this user"

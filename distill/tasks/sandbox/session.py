@@ -75,8 +75,8 @@ class Session:
 
     `entry_point` says which: None to run, a function's name (or Class.method) to call. Every wait ends at the
     test's limit or when `budget_s` is used up (the problem's limit where it is not said), which counts from when the
-    sandbox is ready. FaultError and RaisedError are the program's doing,
-    SandboxError is not; after a FaultError the session is over.
+    sandbox is ready. FaultError and RaisedError are the program's doing, SandboxError is not; after a FaultError the
+    session is over.
     """
 
     def __init__(
