@@ -149,11 +149,10 @@ class TopK:
     def from_dense(ids_TK: Array, logp_TK: Array) -> TopK:
         """From rectangular [T, K] candidates, any order; -inf entries are dropped, the tail is 1 - sum."""
         ids_TK, logp_TK = np.asarray(ids_TK), np.asarray(logp_TK, dtype=np.float32)
-        order_TK = np.argsort(-logp_TK, axis=1, kind="stable")
-        ids_TK, logp_TK = (
-            np.take_along_axis(ids_TK, order_TK, 1),
-            np.take_along_axis(logp_TK, order_TK, 1),
-        )
+        if (logp_TK[:, 1:] > logp_TK[:, :-1]).any():
+            order_TK = np.argsort(-logp_TK, axis=1, kind="stable")
+            ids_TK = np.take_along_axis(ids_TK, order_TK, 1)
+            logp_TK = np.take_along_axis(logp_TK, order_TK, 1)
         kept_TK = logp_TK > -np.inf
         return TopK(
             count_T=kept_TK.sum(1).astype(np.int32),
@@ -196,23 +195,20 @@ class TopK:
         """
         if len(self) == 0 or (top_k is None and mass is None):
             return self
-        start_T = self.offsets[:-1]
-        position_E = np.repeat(np.arange(len(self)), self.count_T)
-        rank_E = np.arange(len(self.ids_E)) - start_T[position_E]
-        prob_E = np.exp(self.logp_E.astype(np.float64))
-        keep_E = np.ones(len(self.ids_E), bool)
-        if top_k is not None:
-            keep_E &= rank_E < max(top_k, 1)
+        start_T, num_T = self.offsets[:-1], np.asarray(self.count_T)
+        running = np.concatenate([[0.0], np.cumsum(np.exp(self.logp_E.astype(np.float64)))])
+        count_T = num_T
         if mass is not None:
-            running = np.concatenate([[0.0], np.cumsum(prob_E)])
-            before_E = running[:-1] - running[start_T[position_E]]
-            keep_E &= (before_E < mass) | (rank_E == 0)
-        dropped_T = np.bincount(position_E[~keep_E], prob_E[~keep_E], minlength=len(self))
-        tail_T = np.exp(self.tail_T.astype(np.float64)) + dropped_T
+            # The first entry that those before it leave nothing for.
+            count_T = np.searchsorted(running, running[start_T] + mass) - start_T
+        limit = len(self.ids_E) if top_k is None else max(top_k, 1)
+        count_T = np.minimum(np.clip(count_T, 1, limit), num_T)
+        keep_E = np.arange(len(self.ids_E)) < np.repeat(start_T + count_T, num_T)
+        tail_T = np.exp(self.tail_T.astype(np.float64))
+        tail_T += running[start_T + num_T] - running[start_T + count_T]
         with np.errstate(divide="ignore"):
             log_tail_T = np.log(tail_T).astype(np.float32)
-        count_T = np.bincount(position_E[keep_E], minlength=len(self)).astype(np.int32)
-        return TopK(count_T, self.ids_E[keep_E], self.logp_E[keep_E], log_tail_T)
+        return TopK(count_T.astype(np.int32), self.ids_E[keep_E], self.logp_E[keep_E], log_tail_T)
 
     def dense(self, width: int | None = None) -> tuple[Array, Array]:
         """Rectangular ids [T, K] (padding -1) and log-probs [T, K] (padding -inf)."""

@@ -81,7 +81,7 @@ def encode(table: pa.Table, metadata: Metadata) -> pa.Buffer:
         sink,
         row_group_size=max(len(table), 1),
         compression="zstd",
-        compression_level=3,
+        compression_level=1,
         write_page_checksum=True,
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split},
         # Rounded tails are a few hundred distinct floats.

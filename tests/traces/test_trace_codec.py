@@ -82,6 +82,30 @@ def raw_distribution(num: int, rng: np.random.Generator) -> TopK:
     return full.truncate(top_k=int(rng.integers(1, 300)), mass=float(rng.uniform(0.5, 1)))
 
 
+@pytest.mark.parametrize("top_k", [None, 1, 7])
+@pytest.mark.parametrize("mass", [None, 0.6, 0.95, 1.0])
+def test_truncation_is_the_smallest_head_that_reaches_the_mass(top_k, mass):
+    rng = np.random.default_rng(6)
+    logits = rng.gumbel(size=(50, 20)) * rng.uniform(0.5, 4, size=(50, 1))
+    logp = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    ids = rng.permuted(np.tile(np.arange(20), (50, 1)), axis=1)
+    cut = TopK.from_dense(ids[:, :15], logp[:, :15]).truncate(top_k=top_k, mass=mass)
+    for t in range(50):
+        pairs = sorted(
+            zip(np.exp(logp[t, :15].astype(np.float32).astype(float)), ids[t], strict=False),
+            reverse=True,
+        )
+        kept, total = [], 0.0
+        for probability, token in pairs:
+            if kept and (len(kept) == top_k or (mass is not None and total >= mass)):
+                break
+            kept.append(token)
+            total += probability
+        at = cut.slice(t, t + 1)
+        assert at.ids_E.tolist() == kept
+        assert np.exp(at.tail_T[0]) == pytest.approx(1 - total, abs=1e-6)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_rounding_stays_within_the_stated_error_and_happens_once(seed):
     top = raw_distribution(300, np.random.default_rng(seed))
@@ -156,6 +180,9 @@ def test_strange_text_never_fails_and_always_reads_the_same(tmp_path):
     strange = {
         "lone \ud800 surrogate": "lone \ufffd surrogate",
         "pair \ud83d\ude00": "pair \U0001f600",
+        b"bytes \xff\xfe that are no UTF-8".decode(
+            errors="surrogateescape"
+        ): "bytes \ufffd\ufffd that are no UTF-8",
         "nul \x00 and \x1b bell \x07": "nul \x00 and \x1b bell \x07",
         "<script>alert(1)</script>\r\n\u2028": "<script>alert(1)</script>\r\n\u2028",
         "": "",
