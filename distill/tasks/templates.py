@@ -86,17 +86,20 @@ def _extract_tag_or_number(text: str) -> str | None:
     return _extract_last_number(text) if tagged is None else tagged
 
 
+# The prompt of DeepSeek-R1-Zero (DeepSeek-AI 2025, table 1): the instructions, then the question.
+_R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user "
+    "with the answer. The reasoning process and answer are enclosed within <think> </think> and "
+    "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>."
+)
+_R1_ZERO_PLAIN = f"{_R1_ZERO} User: {{question}}\nAssistant:"
+
 think_answer = Template(
     name="think_answer",
     system="Reply as <think>reasoning</think><answer>result</answer>.",
-    # The prompt of DeepSeek-R1-Zero (DeepSeek-AI 2025, table 1).
-    plain=(
-        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-        "The assistant first thinks about the reasoning process in the mind and then provides the user "
-        "with the answer. The reasoning process and answer are enclosed within <think> </think> and "
-        "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
-        "<answer> answer here </answer>. User: {question}\nAssistant:"
-    ),
+    plain=_R1_ZERO_PLAIN,
     extract=_extract_answer_tag,
 )
 
@@ -104,10 +107,9 @@ think_answer = Template(
 # for an answer until they come, so that there is something to reward. The format reward asks for the tags all the same.
 r1_zero = Template(
     name="r1_zero",
-    system=None,
-    plain=think_answer.plain,
+    system=_R1_ZERO,
+    plain=_R1_ZERO_PLAIN,
     extract=_extract_tag_or_number,
-    chat=False,
 )
 
 boxed = Template(

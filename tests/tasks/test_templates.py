@@ -141,5 +141,5 @@ def test_r1_zero_takes_a_bare_number_until_the_tags_come():
     assert extract("The answer is 12.") == "12"
     assert extract("<think>5 + 7</think> <answer>12</answer> 13") == "12"
     assert extract("<think>5 + 7 = 12") is None
-    assert templates.r1_zero.plain.count("{question}") == 1
-    assert not templates.r1_zero.chat
+    assert templates.r1_zero.plain == templates.think_answer.plain
+    assert templates.r1_zero.plain.startswith(templates.r1_zero.system)
