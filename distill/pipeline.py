@@ -4,7 +4,8 @@ A finished stage with the same config and inputs is skipped. Otherwise, by what 
     an identity field     refused, naming the keys; `--redo STAGE` does it again
     a growth field        the stage goes on and adds the difference
     an execution field    no matter: a finished stage stays, a half-done one goes on with the new value
-    an input's content    the stage is done again; its former output is kept in RUN/.old
+    an input's content    the stage is done again; its former output is kept in RUN/.old. A score stage whose data
+                          changed adds the difference
 A half-done stage goes on where it stood.
 """
 
@@ -129,7 +130,10 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
     inputs = {key: input_fingerprint(recipe, run, reference) for key, reference in node.inputs}
     if moved := [key for key in inputs if inputs[key] != standing.inputs.get(key)]:
         references = dict(node.inputs)
-        return Decision("redo", ", ".join(f"{key} ({references[key]}) changed" for key in moved))
+        why = ", ".join(f"{key} ({references[key]}) changed" for key in moved)
+        # A score stage keeps what it has of the new data: its traces' ids say what they are.
+        adds = node.kind == "score" and moved == ["data"]
+        return Decision("grow" if adds else "redo", why)
     grown = [text for role, text in changed if role == "growth"]
     if grown:
         return Decision("grow", ", ".join(grown))

@@ -48,6 +48,7 @@ class GenerateStage(StageConfig):
     mass: float = Field(
         0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered"
     )
+    exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
     engine: EngineConfig = EngineConfig()
     shard_rows: PositiveInt = execution(256)
 
@@ -79,6 +80,7 @@ class ScoreStage(StageConfig):
     mass: float = Field(
         0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered"
     )
+    exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
     engine: EngineConfig = EngineConfig()
     shard_rows: PositiveInt = execution(256)
 

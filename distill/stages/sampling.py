@@ -281,6 +281,7 @@ def _metadata(
         sampling=config.sampling.record(),
         top_k=top_k,
         mass=mass,
+        exact=isinstance(config, GenerateStage) and config.exact,
         engine=config.engine.fn,
         versions=package_versions(),
     )

@@ -1,13 +1,15 @@
 """score: a teacher's distributions over traces that exist, teacher-forced.
 
-Only what is missing is scored; a trace longer than the context (or `max_tokens`), or empty, is left out and counted.
+Only what is missing is scored, also where the data has grown or shrunk since; a trace longer than the context (or `max_tokens`), or empty, is left out and counted.
 The engine scores in chunks, so a long trace never has its whole [tokens, vocabulary] of logits.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,74 +43,106 @@ def run(config: ScoreStage, context: Context) -> Result:
         )
     )
     limit = min(context_limit(config.engine, model_dir), config.max_tokens or 1 << 60)
-    with TraceWriter(
-        folder, _metadata(config, given, model_dir, tokenizer), shard_rows=config.shard_rows
-    ) as writer:
-        notes.write_text_from(folder, given.text_from)
-        done = writer.done_ids()
-        left_out = LeftOut()
-        wanted, missing, longest = _survey(given, limit, done, left_out)
-        _say_left_out(context, left_out)
-        if not wanted:
-            raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to score.")
-        if missing:
-            context.say(f"starting the {config.engine.fn} engine for {missing} traces")
-            engine = engines.open_engine(
-                config.engine,
-                model_dir,
-                max_model_len=min(limit, -(-longest // ROOM) * ROOM),
-                max_top_k=config.top_k,
-            )
-            try:
-                live = context.live(wanted, "traces", wanted - missing)
-                num = wanted - missing
-                for block in _scored(config, engine, given, limit, done):
-                    writer.add(block)
-                    num += len(block)
-                    live.update(num)
-                live.close()
-            finally:
-                engine.close()
+    left_out = LeftOut()
+    wanted = _survey(given, limit, left_out)
+    _say_left_out(context, left_out)
+    if not wanted:
+        raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to score.")
+    metadata = _metadata(config, given, model_dir, tokenizer)
+    carry_over(context, folder, metadata, wanted)
+    _fill(config, context, given, metadata, wanted)
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
-    metrics = {**held.as_dict(), "mean_nll": _mean_nll(folder), "left_out": dict(left_out.reasons)}
+    # Rates of what the data does not say (no verdicts, say) are not numbers.
+    known = {key: value for key, value in held.as_dict().items() if value == value}
+    metrics = {**known, "mean_nll": _mean_nll(folder), "left_out": dict(left_out.reasons)}
     return Result(_cost(folder, model_dir, left_out), metrics, content_fingerprint(folder))
 
 
-def _usable(block: Traces, limit: int) -> tuple[Array, Array]:
-    """Flags [N] of the traces that fit, and of those that have nothing to score."""
-    tokens_N = block.prompt_ids.lengths + block.completion_ids.lengths
-    return tokens_N <= limit, block.completion_ids.lengths == 0
-
-
-def _missing(block: Traces, limit: int, done: set[str]) -> Array:
-    """[N] of the traces to be scored that are not there yet."""
-    fits_N, empty_N = _usable(block, limit)
-    new_N = np.array([trace_id not in done for trace_id in block.trace_id], bool)
-    return np.asarray(fits_N & ~empty_N & new_N)
-
-
-def _survey(given: Given, limit: int, done: set[str], left_out: LeftOut) -> tuple[int, int, int]:
-    """(traces wanted, of these not there yet, tokens of the longest missing one)."""
-    wanted = missing = longest = 0
+def _survey(given: Given, limit: int, left_out: LeftOut) -> dict[str, int]:
+    """The ids of the traces to be scored, with their tokens; the others are counted."""
+    wanted: dict[str, int] = {}
     for block in given.blocks(left_out):
-        fits_N, empty_N = _usable(block, limit)
-        left_out.add("longer than the limit", int((~fits_N).sum()))
-        left_out.add("an empty completion", int((fits_N & empty_N).sum()))
-        wanted += int((fits_N & ~empty_N).sum())
-        missing_N = _missing(block, limit, done)
-        missing += int(missing_N.sum())
         tokens_N = block.prompt_ids.lengths + block.completion_ids.lengths
-        longest = max(longest, int(tokens_N[missing_N].max(initial=0)))
-    return wanted, missing, longest
+        empty_N = block.completion_ids.lengths == 0
+        left_out.add("longer than the limit", int((tokens_N > limit).sum()))
+        left_out.add("an empty completion", int((empty_N & (tokens_N <= limit)).sum()))
+        for n in np.flatnonzero(~empty_N & (tokens_N <= limit)):
+            wanted[block.trace_id[n]] = int(tokens_N[n])
+    return wanted
+
+
+def carry_over(context: Context, folder: Path, metadata: Metadata, wanted: Container[str]) -> None:
+    """Make a folder of an earlier attempt one that can be added to, without scoring anything twice.
+
+    Data that changed may ask for fewer traces, or for traces of another kind. What is still wanted moves to a new
+    folder, the former one goes to RUN/.old. Killed at any instant, nothing is lost.
+    """
+    carrying = folder.with_name(".carrying")
+    if folder.is_dir():
+        shutil.rmtree(carrying, ignore_errors=True)
+    elif carrying.is_dir():
+        carrying.rename(folder)
+    if not any(folder.glob("manifest-*.json")):
+        return
+    former = open_traces(folder)
+    same = not former.metadata.differences(metadata)
+    ids = [i for table in former.tables(4096, ["trace_id"]) for i in table["trace_id"].to_pylist()]
+    keep_N = np.array([same and i in wanted for i in ids], bool)
+    if keep_N.all() and same:
+        return
+    context.say(f"{int((~keep_N).sum())} traces of an earlier attempt are not asked for any more")
+    with TraceWriter(carrying, metadata) as writer:
+        for block in former.where(keep_N).blocks():
+            writer.add(block)
+    attic = context.run / ".old"
+    attic.mkdir(exist_ok=True)
+    folder.rename(attic / f"{context.name}-traces-{time.time_ns()}")
+    carrying.rename(folder)
+
+
+def _fill(
+    config: ScoreStage,
+    context: Context,
+    given: Given,
+    metadata: Metadata,
+    wanted: Mapping[str, int],
+) -> None:
+    """Score what the folder does not hold yet."""
+    folder = context.folder / "traces"
+    with TraceWriter(folder, metadata, shard_rows=config.shard_rows) as writer:
+        notes.write_text_from(folder, given.text_from)
+        missing = wanted.keys() - writer.done_ids()
+        if not missing:
+            return
+        context.say(f"starting the {config.engine.fn} engine for {len(missing)} traces")
+        longest = max(wanted[trace_id] for trace_id in missing)
+        model_dir = context.model_dir(config.model)
+        limit = context_limit(config.engine, model_dir)
+        engine = engines.open_engine(
+            config.engine,
+            model_dir,
+            max_model_len=min(limit, -(-longest // ROOM) * ROOM),
+            max_top_k=config.top_k,
+        )
+        try:
+            num = len(wanted) - len(missing)
+            live = context.live(len(wanted), "traces", num)
+            for block in _scored(config, engine, given, missing):
+                writer.add(block)
+                num += len(block)
+                live.update(num)
+            live.close()
+        finally:
+            engine.close()
 
 
 def _scored(
-    config: ScoreStage, engine: Engine, given: Given, limit: int, done: set[str]
+    config: ScoreStage, engine: Engine, given: Given, missing: Container[str]
 ) -> Iterator[Traces]:
     """Blocks of the missing traces with the engine's log-probabilities in them."""
     for block in given.blocks(LeftOut()):
-        index = np.flatnonzero(_missing(block, limit, done))
+        index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
         if not len(index):
             continue
         block = take(block, index)
@@ -194,6 +228,7 @@ def _metadata(config: ScoreStage, given: Given, model_dir: Path, tokenizer: Any)
         sampling=origin.sampling if origin is not None else Sampling(),
         top_k=config.top_k,
         mass=config.mass,
+        exact=config.exact,
         engine=config.engine.fn,
         versions=package_versions(),
     )

@@ -5,21 +5,26 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scored_runs import context
 
-from distill import models, recipe
+from distill import models, pipeline, recipe
 from distill.engines.transformers import CHUNK, TransformersEngine
-from distill.records import Request, Template, Traces, UserError
-from distill.stages import score, sources
+from distill.records import Cost, Request, Template, Traces, UserError
+from distill.reports.ledger import StageCost, arm_cost
+from distill.stages import score, sources, state
 from distill.stages.context import Context
 from distill.stages.plan import check_plugs, predict
 from distill.stages.sources import render
 from distill.traces import notes
 from distill.traces.reader import open_traces
+from distill.traces.verify import verify
+from distill.traces.writer import TraceWriter
 
 
 def make(run: Path, teachers: dict[str, Path], written: Path | None = None, **changes) -> Context:
@@ -161,6 +166,102 @@ def _same(mine: dict, theirs: dict) -> None:
         assert all(
             (getattr(a, f) == getattr(b, f)).all() for f in ("count_T", "ids_E", "logp_E", "tail_T")
         )
+
+
+def test_data_that_changed_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_path, written):
+    """Four of eight traces, then all, then three of them; nothing twice, and nothing left over."""
+    ids = list(rows_of(written / "traces"))
+    teachers = {"a": tiny_dir, "b": other_dir}
+    ctx = make(tmp_path, teachers, written)
+    whole = make(tmp_path / "whole", teachers, written)
+    run_score(whole)
+    real = TransformersEngine.score
+    for wanted, new in ((ids[:4], 4), (ids, 4), (ids[2:5], 0), (ids, 5)):
+        shutil.rmtree(tmp_path / "traces/traces")
+        source = open_traces(written / "traces")
+        with TraceWriter(tmp_path / "traces/traces", source.metadata) as writer:
+            for block in source.where(np.isin(ids, wanted)).blocks():
+                writer.add(block)
+        scored: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TransformersEngine, "score", _noting(real, scored))
+            run_score(ctx)
+        assert len(scored) == new
+        assert verify(ctx.folder / "traces").ok
+        want = {i: row for i, row in rows_of(whole.folder / "traces").items() if i in wanted}
+        _same(want, rows_of(ctx.folder / "traces"))
+    assert "5 traces of an earlier attempt are not asked for any more" in ctx.screen.getvalue()
+    (former,) = (tmp_path / ".old").iterdir()
+    assert set(rows_of(former)) == set(ids)
+
+
+def test_carrying_over_survives_a_kill_between_its_two_renames(
+    tiny_dir, other_dir, tmp_path, written
+):
+    ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, written)
+    folder = tmp_path / "scored" / "traces"
+    shutil.copytree(written / "traces", folder)
+    reader = open_traces(folder)
+    ids = list(rows_of(folder))
+    want = rows_of(folder)
+    renames: list[Path] = []
+    real = Path.rename
+
+    def killed(self, target):
+        if renames:
+            raise KeyboardInterrupt
+        renames.append(self)
+        return real(self, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            score.carry_over(ctx, folder, reader.metadata, set(ids[3:]))
+    assert not folder.exists()
+    score.carry_over(ctx, folder, reader.metadata, set(ids[3:]))
+    _same({i: want[i] for i in ids[3:]}, rows_of(folder))
+    (folder.with_name(".carrying")).mkdir()
+    score.carry_over(ctx, folder, reader.metadata, set(ids[3:]))
+    assert not folder.with_name(".carrying").exists()
+    other = reader.metadata.model_copy(update={"weights": "others"})
+    score.carry_over(ctx, folder, other, set(ids))
+    assert not list(folder.glob("*.parquet"))
+
+
+def test_only_moved_data_is_added_to(tiny_dir, other_dir, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "a", "completion": "b"}\n')
+    ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data=str(rows))
+    node = next(n for n in pipeline.nodes(ctx.recipe) if n.name == "scored")
+    inputs = {
+        key: pipeline.input_fingerprint(ctx.recipe, tmp_path, ref) for key, ref in node.inputs
+    }
+    config = node.config.model_dump(mode="json")
+
+    def decide(**moved: str) -> str:
+        state.write(ctx.folder, state.State("score", config, inputs | moved, status="done"))
+        return pipeline.decide(node, ctx.recipe, tmp_path).action
+
+    assert decide() == "skip"
+    assert decide(data="another") == "grow"
+    assert decide(model="another") == "redo"
+    assert decide(model="another", data="another") == "redo"
+
+
+def test_an_arm_on_scored_traces_pays_for_writing_and_scoring():
+    parents = {
+        "traces": [("model", "writer"), ("task", "sums")],
+        "scored": [("model", "teacher"), ("data", "traces")],
+        "kl": [("model", "base"), ("data", "scored")],
+    }
+    stages = {
+        "traces": StageCost("generate", Cost(tokens_generated=5)),
+        "scored": StageCost("score", Cost(tokens_scored=7)),
+        "kl": StageCost("train", Cost(tokens_trained=11)),
+    }
+    cost = arm_cost("kl", stages, parents)
+    assert cost.student == Cost(tokens_trained=11)
+    assert cost.with_inference == Cost(tokens_trained=11, tokens_scored=7, tokens_generated=5)
 
 
 CHAT = [
@@ -349,3 +450,54 @@ def test_a_long_trace_never_has_its_logits_at_once(tiny_dir):
     assert sum(seen) == 380
     assert max(seen) <= CHUNK < 380
     assert len(whole.logprob_T) == 380
+
+
+@pytest.mark.slow
+def test_the_real_model_through_the_command_line(smollm2_dir, tokenizer, tmp_path):
+    """vLLM's scores of a file, one row longer than a scoring step, against transformers in float32; then an audit."""
+    import torch
+
+    words = " ".join(f"{n} plus {n + 1} is {2 * n + 1}, I think;" for n in range(140))
+    rows = [
+        ("What is 12 + 30?", "<think>12 + 30 = 42.</think><answer>42</answer>"),
+        ("Write a line about the sea.", "The sea is wide, and blue, and it does not mind."),
+        ("Add many numbers.", f"<think>{words}</think><answer>done</answer>"),
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"question": q, "completion": c}) + "\n" for q, c in rows))
+    recipe_file = tmp_path / "real.yaml"
+    stage = {"kind": "score", "model": "base", "data": str(data), "top_k": 32, "mass": 0.95}
+    tree = {"name": "real", "models": {"base": str(smollm2_dir)}, "stages": {"scored": stage}}
+    recipe_file.write_text(json.dumps(tree))
+
+    def distill(*arguments: str) -> str:
+        command = [sys.executable, "-m", "distill.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=800)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    said = distill("score", str(recipe_file), "--runs", str(tmp_path))
+    assert "rendered in the model's own tokens" in said
+    folder = tmp_path / "real" / "scored" / "traces"
+    model = models.load(smollm2_dir, dtype="float32").eval()
+    (block,) = open_traces(folder).blocks()
+    assert len(block) == 3
+    assert int(block.completion_ids.lengths.max()) > 1200
+    errors = []
+    for n in range(3):
+        prompt, reply = block.prompt_ids[n], block.completion_ids[n]
+        ids = torch.from_numpy(np.concatenate([prompt, reply]).astype(np.int64))
+        with torch.inference_mode():
+            logq = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1).numpy()
+        errors.append(np.abs(block.logprob[n] - logq[np.arange(len(reply)), reply]))
+        top = block.top_of(n)
+        kept, logp = top.dense()
+        agree = [logq[t][kept[t, 0]] >= logq[t].max() - 0.5 for t in range(len(reply))]
+        assert np.mean(agree) > 0.99
+        assert (np.exp(logp).sum(1) + np.exp(top.tail_T) == pytest.approx(1, abs=1e-3)).all()
+    print("mean and worst difference", np.concatenate(errors).mean(), np.concatenate(errors).max())
+    assert np.concatenate(errors).mean() < 0.03
+    said = distill("traces", "verify", str(folder), "--audit", "40", "--engine", "transformers")
+    print(said)
+    assert "40 positions of" in said
+    assert notes.certificate(open_traces(folder)) is not None
