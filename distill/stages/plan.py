@@ -41,6 +41,8 @@ KEPT_BY_CORRECT = 0.7
 ENTRIES = 1.2
 """Guess at the candidates kept a position at mass .98, for a teacher that is mostly sure."""
 SAMPLE = 16
+SHORT = 256
+"""Tokens of prompt and completion up to which packing lets a group's completions share their prompt."""
 ASSUMED_ROWS = (1000.0, 200.0, 2000.0)
 """Traces, and tokens of a prompt and a reply, of a hub dataset that is not looked up."""
 
@@ -245,17 +247,20 @@ def _grpo(
     rollouts = config.steps // (config.mini_batches * config.passes)
     sampled = rollouts * config.mini_batches * config.prompts * config.group_size
     trained = sampled * config.passes
+    # Short completions of a group share the computation of their prompt.
+    share = config.group_size if prompt + reply <= SHORT else 1
+    prompt_trained = prompt / share + (share > 1)
     scorings = (config.mini_batches * config.passes > 1) + resolve_objective(config, name).reference
     training = flops.train_flops(
         shape,
-        trained * (prompt + reply),
+        trained * (prompt_trained + reply),
         (prompt + reply + 1) / 2,
         trained * reply,
         lora=config.lora is not None,
         checkpointing=config.gradient_checkpointing,
     )
     scoring = scorings * flops.forward_flops(
-        shape, sampled * (prompt + reply), (prompt + reply + 1) / 2, sampled * reply
+        shape, sampled * (prompt_trained + reply), (prompt + reply + 1) / 2, sampled * reply
     )
     generation = flops.generate_flops(shape, sampled * prompt, sampled * reply, sampled)
     seconds = estimate.predict_train_seconds(
@@ -280,7 +285,7 @@ def _grpo(
     )
     known.shapes[name], known.replies[name] = shape, reply
     return _amounts(
-        tokens=sampled * (prompt + reply) + trained * (prompt + reply),
+        tokens=sampled * (prompt + reply) + trained * (prompt_trained + reply),
         flops=training + scoring + generation,
         memory=memory,
         seconds=seconds,
