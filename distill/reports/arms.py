@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from distill.records import Traces
 from distill.reports import stats
-from distill.reports.schema import ExampleRow, interval_row
+from distill.reports.compare import check_same_problems
+from distill.reports.schema import ExampleRow, IntervalRow, interval_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +98,65 @@ def score(
     }
 
 
+def score_seeds(
+    runs: Mapping[int, ArmResults],
+    pass_at: Sequence[int] = (1,),
+    equivalent: Callable[[str, str], bool] = str.__eq__,
+) -> dict[str, Any]:
+    """As `score`, of an arm that was trained with several seeds: runs[training seed] on the same problems.
+
+    Intervals are over seeds and problems alike, from the problems that every seed has enough judged samples of.
+    by_seed: each seed's own accuracy. samples: of one seed.
+    """
+    check_same_problems({f"seed {seed}": results.samples for seed, results in runs.items()})
+    alone = {seed: score(results, (1,), equivalent) for seed, results in runs.items()}
+    everything = [one for r in runs.values() for samples in r.samples.values() for one in samples]
+
+    def over(values_of: Callable[[ArmResults], Any]) -> IntervalRow:
+        values_SP = np.array([values_of(results) for results in runs.values()])
+        return interval_row(stats.over_seeds(values_SP[:, ~np.isnan(values_SP).any(0)]))
+
+    return {
+        "accuracy": over(lambda r: stats.problem_means(_correct(r))),
+        "pass_at": {str(k): over(lambda r, k=k: _pass_at(r, k)) for k in pass_at},  # type: ignore[misc]
+        "maj_at": {
+            str(k): over(lambda r, k=k: stats.maj_at_k(_answers(r), _correct(r), k, equivalent))  # type: ignore[misc]
+            for k in pass_at
+            if k > 1
+        },
+        "truncation": sum(one.finish_reason == "length" for one in everything) / len(everything),
+        "mean_length": sum(one.length for one in everything) / len(everything),
+        "problems": max(one["problems"] for one in alone.values()),
+        "samples": max(one["samples"] for one in alone.values()),
+        "unjudged": sum(one["unjudged"] for one in alone.values()),
+        "seeds": len(runs),
+        "by_seed": [{"seed": seed, "accuracy": one["accuracy"]} for seed, one in alone.items()],
+    }
+
+
+def _correct(results: ArmResults) -> list[list[bool | None]]:
+    """correct[problem][sample], problems by id."""
+    return [[one.correct for one in results.samples[key]] for key in sorted(results.samples)]
+
+
+def _answers(results: ArmResults) -> list[list[str | None]]:
+    return [[one.answer for one in results.samples[key]] for key in sorted(results.samples)]
+
+
+def _pass_at(results: ArmResults, k: int) -> stats.Floats:
+    """[P] pass@k; nan for problems with fewer than k judged samples."""
+    num_P, right_P = stats.counts(_correct(results))
+    found_P = stats.pass_at_k(np.maximum(num_P, k), np.minimum(right_P, num_P), k)
+    return np.where(num_P >= k, found_P, np.nan)
+
+
 def examples(
     arms: Mapping[str, ArmResults],
     a: str,
     b: str,
     questions: Mapping[str, str],
     num: int = 3,
-    max_chars: int = 6000,
+    max_chars: int = 40_000,
 ) -> list[ExampleRow]:
     """Up to `num` problems that a won over b, and as many that it lost, with a sample of every arm.
 

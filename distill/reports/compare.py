@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,6 +29,7 @@ from distill.reports.stats import (
     Interval,
     bca,
     problem_means,
+    seed_variance,
     z_value,
 )
 
@@ -92,7 +93,13 @@ def paired_difference(
     """
     if len(a) != len(b):
         raise ValueError(f"paired arms need the same problems: {len(a)} against {len(b)}")
-    delta_P = problem_means(a) - problem_means(b)
+    return _paired(problem_means(a) - problem_means(b), level, resamples, seed)
+
+
+def _paired(
+    delta_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> Paired:
+    """The same from per-problem differences; nan where one was not judged."""
     delta_P = delta_P[~np.isnan(delta_P)]
     if not len(delta_P):
         raise ValueError("no problem was judged in both arms")
@@ -158,14 +165,7 @@ def compare_arms(
 
     Raises UserError where two arms were not evaluated on the same problems.
     """
-    first = next(iter(arms), None)
-    for name, results in arms.items():
-        if first is not None and results.keys() != arms[first].keys():
-            num = len(results.keys() ^ arms[first].keys())
-            raise UserError(
-                f"arms {first!r} and {name!r} were evaluated on different problems ({num} are in one of them "
-                "only); a paired comparison needs the same task, split, seed and number of problems."
-            )
+    check_same_problems({name: results.keys() for name, results in arms.items()})
     results_by_pair = {}
     for a, b in itertools.combinations(arms, 2):
         order = list(arms[a])
@@ -179,7 +179,75 @@ def compare_arms(
     }
 
 
+def check_same_problems(problems: Mapping[str, Collection[str]]) -> None:
+    """Raise UserError where two arms (or seeds of one) were evaluated on different problems."""
+    first = next(iter(problems), None)
+    for name, ids in problems.items():
+        if first is not None and set(ids) != set(problems[first]):
+            num = len(set(ids) ^ set(problems[first]))
+            raise UserError(
+                f"arms {first!r} and {name!r} were evaluated on different problems ({num} are in one of them "
+                "only); a paired comparison needs the same task, split, seed and number of problems."
+            )
+
+
+def check_same_start(starts: Mapping[str, str]) -> None:
+    """Raise UserError where trained arms do not come from one start checkpoint. starts: by arm, the model that
+    nothing of the comparison was trained into yet."""
+    first = next(iter(starts), None)
+    for name, start in starts.items():
+        if first is not None and start != starts[first]:
+            raise UserError(
+                f"arms {first!r} and {name!r} start from different checkpoints ({starts[first]!r} and {start!r}): what "
+                "they differ in would not be the training alone. Train both from one model, or compare them in two "
+                "compare stages."
+            )
+
+
 # -------------------------------------------------------------------------------------- seeds and problems
+
+
+def compare_trained(
+    arms: Mapping[str, Mapping[int, Mapping[str, Sequence[bool | float | None]]]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[tuple[str, str], Paired | SeedsDifference]:
+    """Every pair of arms[name][training seed][problem_id][sample].
+
+    Two arms with several training seeds each are compared over seeds and problems; a pair with an arm that has only
+    one (a teacher, a start) as checkpoints, on per-problem means over the seeds there are. Holm's correction is over
+    the pairs of each kind. Problems without a judged sample in every arm and seed are left out. Raises UserError
+    where arms or seeds were evaluated on different problems.
+    """
+    check_same_problems(
+        {f"{a} (seed {s})": results for a, runs in arms.items() for s, results in runs.items()}
+    )
+    values = {
+        name: np.array(
+            [problem_means([results[i] for i in sorted(results)]) for results in runs.values()]
+        )
+        for name, runs in arms.items()
+    }
+    judged_P = ~np.isnan(np.concatenate(list(values.values()))).any(0)
+    if not judged_P.any():
+        raise ValueError("no problem was judged in every arm and seed")
+    values = {name: values_SP[:, judged_P] for name, values_SP in values.items()}
+    found: dict[tuple[str, str], Paired | SeedsDifference] = {}
+    for a, b in itertools.combinations(arms, 2):
+        if min(len(values[a]), len(values[b])) > 1:
+            found[a, b] = difference_over_seeds(
+                list(values[a]), list(values[b]), resamples=resamples, seed=seed
+            )
+        else:
+            delta_P = values[a].mean(0) - values[b].mean(0)
+            found[a, b] = _paired(delta_P, resamples=resamples, seed=seed)
+    for kind in (Paired, SeedsDifference):
+        names = [pair for pair, one in found.items() if isinstance(one, kind)]
+        adjusted = holm([found[pair].p_value for pair in names])
+        found |= {
+            pair: replace(found[pair], p_holm=p) for pair, p in zip(names, adjusted, strict=True)
+        }
+    return found
 
 
 def difference_over_seeds(
@@ -222,21 +290,6 @@ def difference_over_seeds(
     return SeedsDifference(interval, p_value, p_value, seeds)
 
 
-def compare_over_seeds(
-    arms: Mapping[str, Sequence[Sequence[float]]], seed: int = 0
-) -> dict[tuple[str, str], SeedsDifference]:
-    """Every pair of arms[name][seed][problem] over seeds and problems, with Holm over the pairs."""
-    pairs = {
-        (a, b): difference_over_seeds(arms[a], arms[b], seed=seed)
-        for a, b in itertools.combinations(arms, 2)
-    }
-    adjusted = holm([pair.p_value for pair in pairs.values()])
-    return {
-        names: replace(pair, p_holm=p)
-        for (names, pair), p in zip(pairs.items(), adjusted, strict=True)
-    }
-
-
 def _resample_both(a_SP: Floats, b_SP: Floats, resamples: int, seed: int) -> Floats:
     """[R] differences of means over seeds drawn for each arm and problems drawn for both."""
     rng, num = np.random.default_rng(seed), a_SP.shape[1]
@@ -261,17 +314,15 @@ def _draw_weights(rng: np.random.Generator, rows: int, num: int) -> Floats:
 def _variance(a_SP: Floats, b_SP: Floats) -> tuple[float, float]:
     """Variance of the difference of means, and its degrees of freedom.
 
-    For arm y[s, p] = mean + seed + problem + noise, var(seed means) / S holds seed and noise, var(problem
-    means) / P problem and noise; the noise that is in both is taken off once, from the interaction's mean
-    square. Never below either part alone.
+    The parts of `seed_variance`, the problems' of the arms' differences; the noise that is in both parts is taken off
+    once. Never below either part alone.
     """
     seed_parts, noise, freedoms = [], 0.0, []
     for y_SP in (a_SP, b_SP):
-        s, p = y_SP.shape
-        seed_parts.append(float(y_SP.mean(1).var(ddof=1)) / s)
-        rest_SP = y_SP - y_SP.mean(0) - y_SP.mean(1, keepdims=True) + y_SP.mean()
-        noise += float((rest_SP**2).sum()) / ((s - 1) * (p - 1)) / (s * p)
-        freedoms.append(s - 1)
+        seed_part, _, own_noise = seed_variance(y_SP)
+        seed_parts.append(seed_part)
+        noise += own_noise
+        freedoms.append(len(y_SP) - 1)
     num = a_SP.shape[1]
     problem_part = float((a_SP.mean(0) - b_SP.mean(0)).var(ddof=1)) / num
     variance = max(sum(seed_parts) + problem_part - noise, problem_part, sum(seed_parts))

@@ -122,6 +122,43 @@ def mean_interval(
     return bca(values_P, level, resamples, seed)
 
 
+def seed_variance(values_SP: Floats) -> tuple[float, float, float]:
+    """(seeds' part, problems' part, noise in both) of the variance of the mean of value[seed][problem].
+
+    For value = mean + seed + problem + noise, var(seed means) / S holds seed and noise, var(problem means) / P
+    problem and noise; the noise that is in both is the interaction's mean square / (S P). Needs two of each.
+    """
+    s, p = values_SP.shape
+    seed_part = float(values_SP.mean(1).var(ddof=1)) / s
+    problem_part = float(values_SP.mean(0).var(ddof=1)) / p
+    rest_SP = values_SP - values_SP.mean(0) - values_SP.mean(1, keepdims=True) + values_SP.mean()
+    return seed_part, problem_part, float((rest_SP**2).sum()) / ((s - 1) * (p - 1)) / (s * p)
+
+
+def over_seeds(values: Sequence[Sequence[float]] | Floats, level: float = LEVEL) -> Interval:
+    """Mean of value[training seed][problem] in [0, 1], its interval over seeds and problems alike.
+
+    Student's t on the variance of the two-way random-effects model, its degrees of freedom by Satterthwaite (1946).
+    With one seed, the interval over problems alone. n is the number of problems.
+    """
+    values_SP = np.asarray(values, np.float64)
+    if values_SP.ndim != 2 or not values_SP.size or bool(np.isnan(values_SP).any()):
+        raise ValueError("every seed needs a value for every problem")
+    s, num = values_SP.shape
+    if s < 2 or num < 2:
+        return mean_interval(values_SP.mean(0), level)
+    seed_part, problem_part, noise = seed_variance(values_SP)
+    variance = max(seed_part + problem_part - noise, seed_part, problem_part)
+    value = float(values_SP.mean())
+    if variance <= 1e-24:
+        return mean_interval(values_SP.mean(0), level)
+    squares = seed_part**2 / (s - 1) + problem_part**2 / (num - 1)
+    half = float(special.stdtrit(variance**2 / squares, 0.5 + level / 2)) * math.sqrt(variance)
+    return Interval(
+        value, max(value - half, 0.0), min(value + half, 1.0), num, "seeds and problems"
+    )
+
+
 # ---------------------------------------------------------------------------------------------- pass@k
 
 
@@ -246,11 +283,23 @@ def maj_at(
 
     `equivalent` says whether two answers are the same one (it is taken to be transitive).
     """
-    values = [
-        majority(clusters(ours, right, equivalent), len(ours), k)
-        for ours, right in zip(answers, correct, strict=True)
-        if len(ours) >= k
-    ]
-    if not values:
+    values = maj_at_k(answers, correct, k, equivalent)
+    values = values[~np.isnan(values)]
+    if not len(values):
         raise ValueError(f"maj@{k}: no problem has {k} samples")
     return mean_interval(values, level, resamples, seed)
+
+
+def maj_at_k(
+    answers: Sequence[Sequence[str | None]],
+    correct: Correct,
+    k: int,
+    equivalent: Callable[[str, str], bool] = str.__eq__,
+) -> Floats:
+    """[P] maj@k of each problem; nan where it has fewer than k samples."""
+    return np.array(
+        [
+            majority(clusters(ours, right, equivalent), len(ours), k) if len(ours) >= k else np.nan
+            for ours, right in zip(answers, correct, strict=True)
+        ]
+    )

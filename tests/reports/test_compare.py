@@ -169,13 +169,70 @@ def test_interval_and_p_value_agree() -> None:
     assert disagree <= 2
 
 
-def test_seeds_are_corrected_over_pairs_too() -> None:
+def runs(values_SP: np.ndarray, samples: int = 4) -> dict[int, dict[str, list[bool]]]:
+    """value[seed][problem] (quarters) as judged samples by training seed and problem id; ids run backwards in odd seeds."""
+    found = {}
+    for seed, row in enumerate(values_SP, 1):
+        right = [round(value * samples) for value in row]
+        items = [(f"p{i:03d}", [n < c for n in range(samples)]) for i, c in enumerate(right)]
+        found[seed] = dict(items[::-1] if seed % 2 else items)
+    return found
+
+
+def test_trained_arms_over_seeds_and_checkpoints_as_checkpoints() -> None:
     rng = np.random.default_rng(13)
     a, b = simulated(rng, 3, 0.01, 0.2)
-    pairs = compare.compare_over_seeds({"a": a.tolist(), "b": b.tolist(), "again": b.tolist()})
-    assert pairs["a", "b"].verdict == "supported"
-    assert pairs["b", "again"].verdict == "inconclusive"
-    assert pairs["a", "b"].p_holm >= pairs["a", "b"].p_value
+    arms = {"start": runs(b[:1] * 0), "a": runs(a), "b": runs(b), "again": runs(b)}
+    pairs = compare.compare_trained(arms)
+    assert list(pairs)[:2] == [("start", "a"), ("start", "b")]
+    assert isinstance(pairs["start", "a"], compare.Paired)
+    assert pairs["start", "a"].difference.value == pytest.approx(-a.mean())
+    both = pairs["a", "b"]
+    assert isinstance(both, compare.SeedsDifference)
+    alone = compare.difference_over_seeds(a.tolist(), b.tolist())
+    assert both.difference.value == pytest.approx(alone.difference.value)
+    assert both.p_value == pytest.approx(alone.p_value)
+    assert (both.verdict, pairs["b", "again"].verdict) == ("supported", "inconclusive")  # type: ignore[union-attr]
+    assert both.p_holm == pytest.approx(compare.holm([pairs[k].p_value for k in
+        (("a", "b"), ("a", "again"), ("b", "again"))])[0])  # fmt: skip
+
+
+def test_a_problem_that_was_not_judged_is_left_out_of_every_arm() -> None:
+    rng = np.random.default_rng(14)
+    a, b = simulated(rng, 2, 0.01, 0.1)
+    arms = {"a": runs(a), "b": runs(b)}
+    arms["a"][2]["p007"] = [None, None, None, None]  # type: ignore[list-item]
+    keep = np.arange(a.shape[1]) != 7
+    expected = a[:, keep].mean() - b[:, keep].mean()
+    assert compare.compare_trained(arms)["a", "b"].difference.value == pytest.approx(expected)
+
+
+def test_false_positives_of_trained_arms_through_samples() -> None:
+    """Equal arms, 3 training seeds with a 3-point spread, three pairs, Holm: some pair supported in at most 5%."""
+    rng, trials, wrong = np.random.default_rng(21), 150, 0
+    for trial in range(trials):
+        chance = 1 / (1 + np.exp(-rng.normal(-0.5, 1.5, 128)))
+        arms = {}
+        for name in "abc":
+            moved = np.clip(chance + rng.normal(0, 0.03, (3, 1)), 0, 1)
+            arms[name] = runs(rng.binomial(4, moved) / 4)
+        pairs = compare.compare_trained(arms, resamples=300, seed=trial)
+        wrong += any(one.verdict == "supported" for one in pairs.values())  # type: ignore[union-attr]
+    assert wrong / trials < 0.05 + 2 * np.sqrt(0.05 * 0.95 / trials)
+
+
+def test_seeds_on_other_problems_and_other_starts_are_refused() -> None:
+    one = {1: {"p1": [True]}, 2: {"p2": [True]}}
+    with pytest.raises(
+        UserError, match=r"'a \(seed 1\)' and 'a \(seed 2\)' were evaluated on different problems"
+    ):
+        compare.compare_trained({"a": one})
+    with pytest.raises(
+        UserError, match="'kl' and 'rl' start from different checkpoints \\('small' and 'base'\\)"
+    ):
+        compare.check_same_start({"kl": "small", "sft": "small", "rl": "base"})
+    compare.check_same_start({"kl": "small", "sft": "small"})
+    compare.check_same_start({})
 
 
 def test_ragged_seeds_are_refused() -> None:

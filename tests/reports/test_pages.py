@@ -16,7 +16,7 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from distill.records import Cost, Ragged, Traces
+from distill.records import Cost, Ragged, Traces, UserError
 from distill.reports import arms as arms_module
 from distill.reports import compare, content, curves, pages, plot, svg, terminal, wording
 from distill.reports.arms import ArmResults
@@ -119,6 +119,25 @@ def test_scores_of_traces() -> None:
     assert scores["maj_at"]["2"]["value"] == flags.any(1).mean()  # wrong ones gave no answer
     assert scores["truncation"] == 1 - flags.mean()
     assert (scores["problems"], scores["samples"], scores["unjudged"]) == (4, 2, 0)
+
+
+def test_scores_over_seeds_by_hand() -> None:
+    runs = {seed: ArmResults.collect([traces(0.5, seed, problems=30)]) for seed in (1, 2, 3)}
+    scores = arms_module.score_seeds(runs, (1, 2))
+    flags = {seed: np.array(traces(0.5, seed, problems=30).correct).reshape(30, 2) for seed in runs}
+    flags = {seed: f[::-1] if seed % 2 else f for seed, f in flags.items()}  # by problem id
+    every = np.stack(list(flags.values()))
+    assert scores["accuracy"]["value"] == pytest.approx(every.mean())
+    assert scores["pass_at"]["2"]["value"] == pytest.approx(every.any(2).mean())
+    assert scores["maj_at"]["2"]["value"] == pytest.approx(every.any(2).mean())
+    assert scores["truncation"] == pytest.approx(1 - every.mean())
+    assert [one["accuracy"]["value"] for one in scores["by_seed"]] == [
+        f.mean() for f in flags.values()
+    ]
+    assert (scores["seeds"], scores["samples"], scores["problems"]) == (3, 2, 30)
+    other = ArmResults.collect([traces(0.5, 2, problems=29)])
+    with pytest.raises(UserError, match="different problems"):
+        arms_module.score_seeds({**runs, 4: other})
 
 
 def test_blocks_in_any_order_give_the_same_results() -> None:

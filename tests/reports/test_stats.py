@@ -123,6 +123,40 @@ def test_blocks_of_resamples_do_not_change_their_law(monkeypatch: pytest.MonkeyP
     np.testing.assert_array_equal(whole, split)
 
 
+# ------------------------------------------------------------------------------------------ training seeds
+
+
+def test_the_parts_of_the_variance_by_hand() -> None:
+    # Seed means .25, .5; problem means .5, .25; interaction -+.125 in all four cells.
+    values = np.array([[0.5, 0.0], [0.5, 0.5]])
+    seed_part, problem_part, noise = stats.seed_variance(values)
+    assert seed_part == pytest.approx(2 * 0.125**2 / 2)
+    assert problem_part == pytest.approx(2 * 0.125**2 / 2)
+    assert noise == pytest.approx(4 * 0.125**2 / 4)
+
+
+def test_one_seed_is_the_interval_over_problems() -> None:
+    values = np.random.default_rng(0).beta(1, 1, 50)
+    assert stats.over_seeds(values[None]) == stats.mean_interval(values)
+    with pytest.raises(ValueError, match="every seed"):
+        stats.over_seeds([[0.5, float("nan")]])
+
+
+def test_intervals_over_seeds_cover_and_those_over_problems_do_not() -> None:
+    """Three seeds, a spread of 3 points between them, 256 problems that stay the same."""
+    rng, trials, hits, alone = np.random.default_rng(4), 300, 0, 0
+    for _ in range(trials):
+        chance = rng.beta(1.0, 1.5, 256)
+        moved = np.clip(chance + rng.normal(0, 0.03, (3, 1)), 0, 1)
+        values = rng.binomial(4, moved) / 4
+        together = stats.over_seeds(values)
+        hits += together.low <= 0.4 <= together.high
+        pooled = stats.wilson(float(values.sum() * 4), values.size * 4)
+        alone += pooled.low <= 0.4 <= pooled.high
+    assert hits / trials > 0.92
+    assert alone / trials < 0.75
+
+
 # ---------------------------------------------------------------------------------------------- maj@k
 
 
