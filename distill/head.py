@@ -28,7 +28,7 @@ from torch import Tensor
 
 from distill.kernels import OUTSIDE as OUTSIDE
 from distill.kernels import HeadForm as HeadForm
-from distill.kernels import Rest, Sweep
+from distill.kernels import Rest, Sweep, fused
 from distill.kernels.plain import PlainSweep
 from distill.kernels.products import Chunk, chunk_rows, gathered, over_chunks, wide_dtype
 from distill.records import Batch
@@ -159,6 +159,8 @@ def _clean(targets: Targets, device: torch.device) -> Targets:
 def _sweep(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm) -> Sweep:
     weight_VD = weight_VD.detach()[: form.vocab_size]
     bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
+    if fused.usable(hidden_TD, form):
+        return fused.FusedSweep(weight_VD, bias_V, form)
     return PlainSweep(weight_VD, bias_V, form, wide_dtype(hidden_TD))
 
 

@@ -5,39 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from head_problems import as_taught_by, problem, replace, softmax
 
 from distill.head import HeadForm, Student, Targets, head_loss
+from distill.kernels import products
 from distill.records import TopK
 from distill.training.losses import cross_entropy, forward_kl
-
-
-def problem(T=7, D=5, V=31, K=4, seed=0, dtype=torch.float64, spread=2.0):
-    """Random hidden states, head and a teacher's top-K with its tail; the teacher's full distribution besides."""
-    rng = np.random.default_rng(seed)
-    hidden, weight = rng.normal(size=(T, D)), rng.normal(size=(V, D)) * spread / np.sqrt(D)
-    teacher_logits = rng.normal(size=(T, V)) * spread
-    teacher = np.exp(teacher_logits) / np.exp(teacher_logits).sum(1, keepdims=True)
-    ids = np.argsort(-teacher, axis=1)[:, :K]
-    kept = np.take_along_axis(teacher, ids, 1)
-    with np.errstate(divide="ignore"):
-        tail = np.log(np.maximum(1 - kept.sum(1), 0)) if K < V else np.full(T, -np.inf)
-    targets = Targets(
-        label_T=torch.from_numpy(rng.integers(0, V, T)),
-        weight_T=torch.from_numpy(rng.uniform(0.1, 1, T)).to(dtype),
-        teacher_ids_TK=torch.from_numpy(ids),
-        teacher_logp_TK=torch.from_numpy(np.log(kept)).to(dtype),
-        teacher_tail_T=torch.from_numpy(tail).to(dtype),
-    )
-    return (
-        torch.from_numpy(hidden).to(dtype).requires_grad_(),
-        torch.from_numpy(weight).to(dtype).requires_grad_(),
-        targets,
-    )
-
-
-def softmax(z):
-    e = np.exp(z - z.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
 
 
 def oracle(hidden, weight, targets, loss):
@@ -179,10 +152,7 @@ def test_known_values():
 
 def test_teacher_equal_to_student_gives_zero_loss_and_gradient():
     hidden, weight, targets = problem(T=9, V=40, K=6)
-    logq = (hidden @ weight.T).log_softmax(1).detach()
-    top = logq.topk(6, dim=1)
-    tail = logq.scatter(1, top.indices, -torch.inf).logsumexp(1)
-    same = Targets(targets.label_T, targets.weight_T, top.indices, top.values, tail)
+    same = as_taught_by(hidden @ weight.T, targets, 6)
     out = head_loss(hidden, weight, forward_kl, same, chunk=4)
     out.loss.backward()
     assert out.loss.item() == pytest.approx(0, abs=1e-12)
@@ -251,11 +221,7 @@ def test_no_tokens_and_zero_weights_give_zero_and_finite_gradients():
     assert empty.loss.item() == 0
     assert weight.grad.abs().max() == 0
     hidden, weight, targets = problem(T=4)
-    masked = Targets(
-        targets.label_T,
-        torch.zeros(4, dtype=torch.float64),
-        *[getattr(targets, n) for n in ("teacher_ids_TK", "teacher_logp_TK", "teacher_tail_T")],
-    )
+    masked = replace(targets, weight_T=torch.zeros(4, dtype=torch.float64))
     out = head_loss(hidden, weight, forward_kl, masked)
     out.loss.backward()
     assert out.loss.item() == 0
@@ -331,3 +297,102 @@ def test_support_and_tail_bound_the_full_divergence_from_below():
         assert (loss_T <= full + 1e-6).all()
         previous = loss_T
     np.testing.assert_allclose(previous, full, atol=1e-5)
+
+
+def test_exact_entropy_and_the_best_id_outside():
+    for V, K in ((20, 5), (6, 6), (50, 1)):
+        hidden, weight, targets = problem(T=9, V=V, K=K)
+        out = head_loss(
+            hidden, weight, forward_kl, targets, form=HeadForm(V, scale=0.5, softcap=3.0), chunk=4, entropy=True,
+            measure=lambda s, t: {"agrees": s.best_outside_T < s.top_TK[:, 0]},
+        )  # fmt: skip
+        logq = (3 * torch.tanh((hidden @ weight.T) * 0.5 / 3)).log_softmax(1).detach()
+        torch.testing.assert_close(out.entropy_T, -(logq.exp() * logq).sum(1))
+        ids = targets.teacher_ids_TK
+        outside = logq.scatter(1, ids, -torch.inf).amax(1)
+        expected = outside < logq.gather(1, ids[:, :1])[:, 0]
+        assert out.measures["agrees"].tolist() == expected.tolist()
+        assert not out.entropy_T.requires_grad
+
+
+def test_a_second_backward_gives_the_same_gradients_and_upstream_scales_them():
+    hidden, weight, targets = problem()
+    loss = head_loss(hidden, weight, forward_kl, targets, chunk=3).loss
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(3 * loss, (hidden, weight))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(3 * a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_without_gradients_the_loss_is_the_same_and_no_product_is_made(monkeypatch):
+    hidden, weight, targets = problem()
+    expected = head_loss(hidden, weight, forward_kl, targets).loss.item()
+    monkeypatch.setattr(products, "_add_product", None)
+    with torch.no_grad():
+        out = head_loss(hidden, weight, forward_kl, targets, chunk=3)
+    assert out.loss.item() == pytest.approx(expected, rel=1e-12)
+    assert not out.loss.requires_grad
+
+
+def test_qwens_padded_vocabulary():
+    """151936 rows of weight, a tokenizer of 151665; another size of the same family pads to 152064."""
+    vocab, ids = 151665, torch.tensor([[7, 151000, 3]])
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(152064, 4, generator=generator)
+    hidden = torch.randn(2, 4, generator=generator)
+    targets = Targets(
+        torch.tensor([5, 151000]),
+        torch.ones(2),
+        ids.expand(2, 3),
+        torch.tensor([[0.5, 0.2, 0.1]]).log().expand(2, 3),
+        torch.full((2,), 0.2).log(),
+    )
+    seen = [
+        head_loss(hidden, weight[:rows], forward_kl, targets, form=HeadForm(vocab)).loss_T
+        for rows in (vocab, 151936, 152064)
+    ]
+    logq = (hidden.double() @ weight[:vocab].double().T).log_softmax(1)
+    kept = (targets.teacher_logp_TK.exp() * (targets.teacher_logp_TK - logq[:, ids[0]])).sum(1)
+    rest = logq.scatter(1, ids.expand(2, 3), -torch.inf).logsumexp(1)
+    expected = kept + 0.2 * (np.log(0.2) - rest)
+    for loss_T in seen:
+        torch.testing.assert_close(loss_T.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_equal_and_within_the_memory(monkeypatch):
+    cpu = torch.device("cpu")
+    assert products.chunk_rows(0, 100, cpu) == 1
+    assert products.chunk_rows(10, 100, cpu) == 10
+    monkeypatch.setattr(products, "CHUNK_BYTES", 1000)
+    assert products.chunk_rows(25, 100, cpu) == 9  # three chunks of at most ten
+    assert products.chunk_rows(25, 5000, cpu) == 1
+    monkeypatch.setattr(products, "CHUNK_BYTES", 1 << 30)
+    assert products.chunk_rows(4096, 100, cpu) == products.CPU_ROWS
+
+
+def _shard_worker(rank: int, world: int, folder: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    store = dist.FileStore(f"{folder}/store", world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+    hidden, weight, targets = problem(T=8, V=30, K=3)
+    rows = slice(rank * 4, rank * 4 + 4)
+    sharded = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
+    mine = hidden.detach()[rows].clone().requires_grad_()
+    out = head_loss(mine, sharded, forward_kl, targets[rows], chunk=3)
+    (out.loss * world).backward()
+    torch.save((mine.grad, sharded.grad.full_tensor()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_a_sharded_weight_is_gathered_and_its_gradient_is_everybodys(tmp_path):
+    """Two processes with half of the tokens and half of the rows each, as one process with all of them."""
+    torch.multiprocessing.spawn(_shard_worker, (2, str(tmp_path)), nprocs=2)
+    hidden, weight, targets = problem(T=8, V=30, K=3)
+    head_loss(hidden, weight, forward_kl, targets).loss.backward()
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]) / 2, hidden.grad)
+    for _, dweight in parts:
+        torch.testing.assert_close(dweight, weight.grad)

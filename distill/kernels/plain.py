@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.kernels import OUTSIDE, HeadForm, Rest
+from distill.kernels.products import wide_product
 
 CACHE_BYTES = 1 << 20
 """Rows worked on together on a CPU: about what a core's own cache holds."""
@@ -103,18 +104,10 @@ class PlainSweep:
     def _product(self, hidden_CD: Tensor) -> Tensor:
         """hidden W^T [C, V] in the wide dtype, in the chunk's memory."""
         z_CV = self._buffer("z", hidden_CD, self.wide)
-        weight_DV = self.weight_VD.t()
-        if hidden_CD.dtype == self.wide:
-            torch.mm(hidden_CD, weight_DV, out=z_CV)
-        elif hidden_CD.is_cuda:
-            torch.mm(hidden_CD, weight_DV, out_dtype=self.wide, out=z_CV)
-        else:  # no CPU product of bf16 has an fp32 result: the logits are rounded, as transformers' and vLLM's are
-            z_CV.copy_(
-                torch.mm(
-                    hidden_CD, weight_DV, out=self._buffer("narrow", hidden_CD, hidden_CD.dtype)
-                )
-            )
-        return z_CV
+        narrow_CV = None
+        if hidden_CD.dtype != self.wide:
+            narrow_CV = self._buffer("narrow", hidden_CD, hidden_CD.dtype)
+        return wide_product(hidden_CD, self.weight_VD.t(), z_CV, narrow_CV)
 
     def _shape(self, z_RV: Tensor, slope_RV: Tensor | None) -> None:
         if self.form.scale != 1.0:

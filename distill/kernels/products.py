@@ -50,6 +50,18 @@ def wide_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
+def wide_product(
+    hidden_CD: Tensor, weight_DV: Tensor, out_CV: Tensor, scratch_CV: Tensor | None = None
+) -> Tensor:
+    """hidden W^T [C, V] in the wide dtype, written to out_CV; scratch_CV takes the product where it has to be narrow."""
+    if hidden_CD.dtype == out_CV.dtype:
+        return torch.mm(hidden_CD, weight_DV, out=out_CV)
+    if hidden_CD.is_cuda:
+        return torch.mm(hidden_CD, weight_DV, out_dtype=out_CV.dtype, out=out_CV)
+    # No CPU product of bf16 has an fp32 result: the logits are rounded, as transformers' and vLLM's are.
+    return out_CV.copy_(torch.mm(hidden_CD, weight_DV, out=scratch_CV))
+
+
 def chunk_rows(num_tokens: int, row_bytes: int, device: torch.device) -> int:
     """Tokens in a chunk: as many as a quarter of the free memory and CHUNK_BYTES hold, in chunks of about one size."""
     room = CHUNK_BYTES
@@ -112,9 +124,10 @@ class _OverChunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
+        hidden_TD, weight_VD, bias_V = inputs = ctx.saved_tensors
         # Handed out and not kept, so that autograd takes them as they are; a second backward makes them again.
-        grads, ctx.gradients = ctx.gradients or _run(*inputs, ctx.walk)[2], None
+        grads = ctx.gradients or _run(hidden_TD, weight_VD, bias_V, ctx.walk)[2]
+        ctx.gradients = None
         # On a CPU looking at a number is free; a step's upstream is mostly 1.
         if upstream.is_cuda or upstream != 1:
             for grad in grads:

@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from distill.head import HeadForm, HeadOutput, Targets
-from distill.kernels.products import Chunk, chunk_rows, gathered, over_chunks, wide_dtype
+from distill.kernels.products import (
+    Chunk,
+    chunk_rows,
+    gathered,
+    over_chunks,
+    wide_dtype,
+    wide_product,
+)
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """(log p [R, V], log q [R, V]) -> [R], as in `divergences`, options bound."""
@@ -137,12 +144,7 @@ class _Source:
                 len(hidden_CD), len(self.weight_VD), dtype=self.wide
             )
         x_CV = self.held[: len(hidden_CD)]
-        weight_DV = self.weight_VD.t()
-        if hidden_CD.dtype == self.wide:
-            return torch.mm(hidden_CD, weight_DV, out=x_CV)
-        if hidden_CD.is_cuda:
-            return torch.mm(hidden_CD, weight_DV, out_dtype=self.wide, out=x_CV)
-        return x_CV.copy_(torch.mm(hidden_CD, weight_DV))
+        return wide_product(hidden_CD, self.weight_VD.t(), x_CV)
 
     def logits(self, x_RV: Tensor) -> Tensor:
         z_RV = x_RV if self.bias_V is None else x_RV + self.bias_V
