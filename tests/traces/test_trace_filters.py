@@ -88,6 +88,39 @@ def test_the_near_of_a_dropped_text_is_measured_against_what_was_kept():
     assert flags(filters.near_duplicates(group(completion=[*texts, "d", "e", "f"]))) == "+-++++"
 
 
+def common(a: list[str], b: list[str]) -> int:
+    """Length of the longest common subsequence, by the table."""
+    row = [0] * (len(b) + 1)
+    for x in a:
+        before = row
+        row = [0]
+        for n, y in enumerate(b):
+            row.append(before[n] + 1 if x == y else max(before[n + 1], row[n]))
+    return row[-1]
+
+
+def test_near_duplicates_against_the_table_on_random_texts():
+    rng = np.random.default_rng(3)
+    dropped = 0
+    for _ in range(150):
+        threshold = float(rng.choice([0.55, 0.71, 0.83]))
+        texts = [rng.choice(list("abcd"), rng.integers(0, 9)).tolist() for _ in range(6)]
+        kept: list[list[str]] = []
+        want = ""
+        for words in texts:
+            total = [len(words) + len(other) for other in kept]
+            near = any(
+                num == 0 or 2 * common(words, other) / num >= threshold
+                for num, other in zip(total, kept, strict=True)
+            )
+            want += "-" if near else "+"
+            kept += [] if near else [words]
+        shown = group(completion=[" ".join(words) for words in texts])
+        assert flags(filters.near_duplicates(shown, threshold=threshold)) == want
+        dropped += want.count("-")
+    assert 80 < dropped < 600
+
+
 ENGLISH = "We are asked how many apples are left, so we take three away from the seven that he had."
 CHINESE = "我们需要先计算苹果的总数，然后再减去他吃掉的三个苹果，最后得到答案。"
 
