@@ -34,7 +34,7 @@ def run_python(body: str, *arguments: object, **options) -> subprocess.Completed
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(body), *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=100, **options,
+        capture_output=True, text=True, env=environment, timeout=600, **options,
     )  # fmt: skip
 
 
@@ -233,6 +233,69 @@ def test_killed_again_and_again_the_rows_are_those_of_an_uninterrupted_run(
     assert report.ok, report
     assert not report.notes, report
     assert not list((tmp_path / "killed").glob(".*"))
+
+
+# The same with a model: the parent loads it once, every child generates what is missing with the reference engine.
+GENERATOR = """
+    import json, os, random, sys, time
+    import numpy as np, pandas, torch
+    torch.set_num_threads(1)
+    import trace_samples as samples
+    from pathlib import Path
+    from distill import engines
+    from distill.recipe import EngineConfig
+    from distill.records import Ragged, Request, Sampling, Traces
+    from distill.traces.writer import TraceWriter
+    model, out, num_kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    engine = engines.open_engine(EngineConfig(fn="reference"), model, max_model_len=64, max_top_k=16)
+    requests = [Request(f"trace{n:03d}", np.array([1, 5, n + 7]), seed=n) for n in range(60)]
+    draw = random.Random(2)
+
+    def write():
+        with TraceWriter(out, samples.metadata(), shard_rows=4, flush_every=0.05) as writer:
+            missing = [r for r in requests if r.request_id not in writer]
+            for c in engine.generate(missing, Sampling(max_tokens=6), top_k=16):
+                n = int(c.request_id[5:])
+                writer.add(Traces([c.request_id], [f"p{n}"], np.array([0]), ["[]"], [""], [None], [None],
+                    Ragged.from_rows([requests[n].prompt_ids], np.int64), Ragged.from_rows([c.ids_T], np.int64),
+                    Ragged.from_rows([c.logprob_T], np.float32), c.top.truncate(mass=0.9), [None], {}, [None],
+                    [c.finish_reason]))
+
+    killed = 0
+    for attempt in range(num_kills + 1):
+        child = os.fork()
+        if child == 0:
+            try:
+                write()
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if attempt < num_kills:
+            time.sleep(draw.uniform(0.0, 0.4))
+            os.kill(child, 9)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status):
+            killed += 1
+        elif os.WEXITSTATUS(status):
+            sys.exit("a writer failed")
+    print("killed", killed)
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_a_model_writes_the_traces_are_those_of_an_uninterrupted_run(
+    tiny_dir, tmp_path
+):
+    whole = run_python(GENERATOR, tiny_dir, tmp_path / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    killed = run_python(GENERATOR, tiny_dir, tmp_path / "killed", 24)
+    assert killed.returncode == 0, killed.stderr
+    assert int(re.search(r"killed (\d+)", killed.stdout)[1]) >= 5
+    assert len(samples.row_digests(tmp_path / "whole")) == 60
+    assert samples.row_digests(tmp_path / "killed") == samples.row_digests(tmp_path / "whole")
+    assert verify(tmp_path / "killed").ok
 
 
 def test_leftovers_of_a_killed_writer_are_put_in_order(tmp_path):
