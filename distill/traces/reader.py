@@ -128,8 +128,7 @@ class TraceReader:
             if columns is not None:
                 table = table.select(_column_names(columns, with_id=False))
             for start in range(skip, num_mine, rows):
-                block = table.take(pa.array(order[start : start + rows]))
-                yield codec.from_table(block, self.metadata)
+                yield codec.from_table(_take(table, order[start : start + rows]), self.metadata)
             skip = 0
 
     def where(self, keep: Array) -> TraceReader:
@@ -324,6 +323,25 @@ def _column_names(columns: Sequence[str] | None, with_id: bool) -> list[str]:
     if not wanted.isdisjoint(VALUE_COLUMNS):
         wanted |= {*VALUE_COLUMNS}
     return [name for name in COLUMNS if name in wanted]
+
+
+def _take(table: pa.Table, index: Array) -> pa.Table:
+    """Rows of a table whose columns are whole. Arrow's own `take` moves lists an element at a time; here, a row."""
+    columns = []
+    for column in table.columns:
+        array = column.chunk(0)
+        if not pa.types.is_large_list(array.type) or array.null_count:
+            columns.append(array.take(pa.array(index)))
+            continue
+        offsets, values = array.offsets.to_numpy(), array.values.to_numpy()
+        rows = [values[offsets[n] : offsets[n + 1]] for n in index]
+        bounds = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+        columns.append(
+            pa.LargeListArray.from_arrays(
+                pa.array(bounds), pa.array(np.concatenate(rows)), type=array.type
+            )
+        )
+    return pa.Table.from_arrays(columns, schema=table.schema)
 
 
 def _hash_order(seed: int, names: Sequence[str]) -> Array:
