@@ -118,10 +118,12 @@ def _run(
 def _write_report(resolved: Any, folder: Path, source: Path) -> None:
     from distill import pipeline
     from distill.reports import pages
+    from distill.stages import card
     from distill.stages.collect import collect
 
     report = collect(resolved, folder, [node.name for node in pipeline.nodes(resolved)], source)
     written = pages.write_report(report, folder)
+    card.write_all(resolved, folder, report)
     typer.echo("")
     _show(pages.read_report(folder / "report.json"))
     typer.echo(f"\nreport: {written['report.md']}  {written['report.html']}")
@@ -258,6 +260,20 @@ def inspect(
     for note in notes:
         typer.echo(note)
     typer.echo(f"{target}  ({target.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command("push")
+def push_model(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL|RUN/STAGE", help="A checkpoint's folder, or a stage's.")
+    ],
+    repo: Annotated[str, typer.Argument(help="The model on the hub: owner/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
+) -> None:
+    """Publish a checkpoint and its card on the hub, private unless asked."""
+    from distill.stages import card
+
+    typer.echo(card.push(model, repo, private=not public))
 
 
 def _show(report: Any) -> None:

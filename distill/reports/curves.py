@@ -37,23 +37,31 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def panels(stage: StageRow) -> list[tuple[str, str, str]]:
-    """(file stem, description, SVG) of every quantity that the stage has logged and that moved at least once."""
+    """(file stem, description, SVG) of every quantity that the stage has logged."""
     curves = stage.get("curves", {})
-    steps = stage.get("curve_steps")
+    found = []
+    for stem, title, keys in _shown(stage):
+        label = f"{seen(stage['name'])}: {title}"
+        lines = {key: curves[key] for key in keys}
+        found.append((stem, label, _panel(label, title, lines, stage.get("curve_steps"))))
+    return found
+
+
+def shown_keys(stage: StageRow) -> list[str]:
+    """The curves that are worth a look, in the panels' order."""
+    return [key for _, _, keys in _shown(stage) for key in keys]
+
+
+def _shown(stage: StageRow) -> list[tuple[str, str, list[str]]]:
+    """Panels with the keys of each that hold a number; each named reward beside the total."""
+    curves = stage.get("curves", {})
     found = []
     for stem, title, keys in PANELS:
-        lines = {key: curves[key] for key in keys if _known(curves.get(key, []))}
-        if stem == "reward":
-            lines |= {
-                key: values
-                for key, values in curves.items()
-                if key.startswith(REWARD) and _known(values)
-            }
-        if stem == "nll" and curves.get("label_nll") == curves.get("loss"):
-            continue  # the loss is the label's surprise
-        if lines:
-            label = f"{seen(stage['name'])}: {title}"
-            found.append((stem, label, _panel(label, title, lines, steps)))
+        wanted = [*keys, *(key for key in curves if stem == "reward" and key.startswith(REWARD))]
+        known = [key for key in wanted if _known(curves.get(key, []))]
+        # Where the loss is the label's surprise, once is enough.
+        if known and not (stem == "nll" and curves["label_nll"] == curves.get("loss")):
+            found.append((stem, title, known))
     return found
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distill.reports.curves import shown_keys
 from distill.reports.schema import RunReport, measured
 from distill.reports.wording import duration, interval_text, percent, reading, scaled, seen, verdict
 
@@ -31,15 +32,18 @@ def show(report: RunReport, console: Console | None = None) -> None:
     console = console or Console()
     console.print(_text(report["name"], "bold"))
     console.print(_text(report.get("verdict") or verdict(report)))
-    console.print()
-    console.print(stage_table(report))
-    curves = curve_table(report)
-    if curves.row_count:
-        console.print(curves)
     if report["arms"]:
+        console.print()
         console.print(arm_table(report))
     if report["comparisons"]:
+        console.print()
         console.print(comparison_table(report))
+    curves = curve_table(report)
+    if curves.row_count:
+        console.print()
+        console.print(curves)
+    console.print()
+    console.print(stage_table(report))
 
 
 def sparkline(values: Sequence[float | None], width: int = 40) -> str:
@@ -95,33 +99,39 @@ def stage_table(report: RunReport) -> Table:
 
 
 def curve_table(report: RunReport) -> Table:
+    """The quantities that the report has panels of, a sparkline each."""
     table = _table("stage", "curve", "", ">first", ">last")
     for stage in report["stages"]:
-        for name, values in stage.get("curves", {}).items():
+        before = None
+        for name in shown_keys(stage):
+            values = stage["curves"][name]
             known = [value for value in values if value is not None]
-            if known:
-                line = _text(sparkline(values), "cyan")
-                ends = (f"{known[0]:.4g}", f"{known[-1]:.4g}")
-                table.add_row(_text(stage["name"]), _text(name), line, *ends)
+            line = _text(sparkline(values), "cyan" if "/" not in name else "dim")
+            ends = (f"{known[0]:.4g}", f"{known[-1]:.4g}")
+            table.add_row(_text("" if before else stage["name"]), _text(name), line, *ends)
+            before = name
     return table
 
 
 def arm_table(report: RunReport) -> Table:
+    """The verdict's table: every arm with its interval, best first."""
     arms = report["arms"]
     end = min(1.0, max(arm["accuracy"]["high"] for arm in arms.values()) * 1.1) or 1.0
-    table = _table("arm", f"0 to {percent(end)}", ">accuracy", ">truncated", ">FLOPs", ">time")
+    ks = sorted({int(k) for arm in arms.values() for k in arm["pass_at"]} - {1})[-1:]
+    header = ["arm", f"0 to {percent(end)}", ">accuracy", *(f">pass@{k}" for k in ks), ">truncated"]
+    table = _table(*header, ">seeds", ">FLOPs", ">with teacher", ">time")
     for name, arm in sorted(arms.items(), key=lambda item: -item[1]["accuracy"]["value"]):
+        more = [arm["pass_at"].get(str(k)) for k in ks]
+        bar = {key: arm["accuracy"][key] for key in ("low", "value", "high")}  # type: ignore[literal-required]
         table.add_row(
             _text(name),
-            Text(
-                interval_bar(
-                    {key: arm["accuracy"][key] for key in ("low", "value", "high")}, end=end
-                ),
-                "cyan" if arm["role"] == "student" else "dim",
-            ),
+            Text(interval_bar(bar, end=end), "cyan" if arm["role"] == "student" else "dim"),
             Text(interval_text(arm["accuracy"])),
+            *(percent(one["value"]) if one else "–" for one in more),
             percent(arm["truncation"]),
+            str(arm["seeds"]),
             scaled(arm["flops"], "FLOP"),
+            scaled(arm["cost"]["with_teacher"]["flops"], "FLOP"),
             duration(arm["seconds"]),
         )
     return table

@@ -112,7 +112,7 @@ def _mean(values: list[float]) -> float | None:
 
 def _arms(recipe: Recipe, states: dict[str, state.State]) -> dict[str, ArmRow]:
     costs = {
-        name: StageCost(standing.kind, _cost(standing.cost))
+        name: StageCost(standing.kind, _cost(standing.cost), _cost(standing.teacher_cost))
         for name, standing in states.items()
         if "." not in name
     }
@@ -171,14 +171,48 @@ def _arm(
 
 
 def role_of(recipe: Recipe, model: str) -> Any:
-    """A model that writes traces is a teacher; one that nothing was trained into is a start."""
-    if any(
-        config.kind in ("generate", "score") and config.model == model
-        for config in recipe.stages.values()
-    ):
-        return "teacher"
-    trained = model in recipe.stages and recipe.stages[model].kind in ("train", "grpo")
+    """A model that teaches another is a teacher; of the others, one that nothing was trained into is a start.
+
+    To teach is to be an input called `teacher`, or to have written the traces of a stage whose model is not of its own
+    line: what a model learns from its own completions is its own doing.
+    """
+    for name, config in recipe.stages.items():
+        inputs = list(config.inputs())
+        if any(key.startswith("teacher") and value == model for key, value in inputs):
+            return "teacher"
+        writers = {
+            value
+            for stage in _data_above(recipe, name)
+            for key, value in recipe.stages[stage].inputs()
+            if key == "model"
+        }
+        if model in writers and model not in line(recipe, name):
+            return "teacher"
+    trained = model in recipe.stages and recipe.stages[model].kind != "prune"
     return "student" if trained else "start"
+
+
+def line(recipe: Recipe, model: str) -> list[str]:
+    """A model and those that it was trained from, the last one first; a pruned model begins a line."""
+    found = [model]
+    while found[-1] in recipe.stages and recipe.stages[found[-1]].kind != "prune":
+        before = dict(recipe.stages[found[-1]].inputs()).get("model")
+        if before is None:
+            break
+        found.append(before)
+    return found
+
+
+def _data_above(recipe: Recipe, name: str) -> list[str]:
+    """The stages that the data of a stage comes from."""
+    found: list[str] = []
+    frontier = [name]
+    while frontier:
+        for key, value in recipe.stages[frontier.pop()].inputs():
+            if key == "data" and value in recipe.stages and value not in found:
+                found.append(value)
+                frontier.append(value)
+    return found
 
 
 def _cost(tree: dict[str, Any]) -> Cost:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 
-from distill.recipe import CompareStage
+from distill.recipe import CompareStage, Recipe
 from distill.records import Cost, stable_hash
 from distill.reports.arms import examples
-from distill.reports.compare import compare_arms
+from distill.reports.compare import check_same_start, compare_arms
 from distill.reports.schema import comparison_row
+from distill.stages.collect import line, role_of
 from distill.stages.context import Context, Result
 from distill.stages.eval import read_results
 
 
 def run(config: CompareStage, context: Context) -> Result:
+    check_start(config, context.recipe)
     arms = {
         arm: read_results(context.run / f"{context.name}.{arm}" / "traces") for arm in config.arms
     }
@@ -25,6 +27,15 @@ def run(config: CompareStage, context: Context) -> Result:
         for key, messages in results.messages.items()
     }
     # A recipe writes its students last: theirs are the problems won and lost that the report shows.
-    students = list(arms)[-2:]
+    roles = {arm: role_of(context.recipe, model) for arm, model in config.arms.items()}
+    students = sorted(arms, key=lambda arm: roles[arm] == "student")[-2:]
     metrics = {"comparisons": rows, "examples": examples(arms, students[0], students[1], questions)}
     return Result(Cost(), metrics, stable_hash(json.dumps(metrics, sort_keys=True)))
+
+
+def check_start(config: CompareStage, recipe: Recipe) -> None:
+    """Raise UserError where the students among the arms were not trained from one start checkpoint."""
+    students = {
+        arm: model for arm, model in config.arms.items() if role_of(recipe, model) == "student"
+    }
+    check_same_start({arm: line(recipe, model)[-1] for arm, model in students.items()})

@@ -209,7 +209,7 @@ def test_a_problem_that_was_not_judged_is_left_out_of_every_arm() -> None:
 
 def test_false_positives_of_trained_arms_through_samples() -> None:
     """Equal arms, 3 training seeds with a 3-point spread, three pairs, Holm: some pair supported in at most 5%."""
-    rng, trials, wrong = np.random.default_rng(21), 150, 0
+    rng, trials, wrong = np.random.default_rng(21), 100, 0
     for trial in range(trials):
         chance = 1 / (1 + np.exp(-rng.normal(-0.5, 1.5, 128)))
         arms = {}

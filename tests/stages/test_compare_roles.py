@@ -1,0 +1,127 @@
+"""Who is teacher, start and student of a comparison; arms that do not start together are refused; curves as logged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from project import SUMS
+
+from distill import recipe
+from distill.records import UserError
+from distill.stages.collect import MAX_POINTS, line, read_curves, role_of
+from distill.stages.compare import check_start
+
+
+def resolved(arms: dict[str, str], **more: Any) -> recipe.Recipe:
+    def train(model: str, data: str) -> dict[str, Any]:
+        return {
+            "kind": "train",
+            "model": model,
+            "data": data,
+            "steps": 2,
+            "loss": {"fn": "cross_entropy"},
+        }
+
+    def generate(model: str) -> dict[str, Any]:
+        return {"kind": "generate", "model": model, "task": "sums", "problems": 4}
+
+    def grpo(model: str) -> dict[str, Any]:
+        return {
+            "kind": "grpo",
+            "model": model,
+            "task": "sums",
+            "rewards": [{"fn": "accuracy"}],
+            "steps": 2,
+        }
+
+    stages = {
+        "cold": train("base", "data/gold.jsonl"),
+        "teacher": grpo("cold"),
+        "traces": generate("teacher"),
+        "clean": {"kind": "filter", "data": "traces", "keep": [{"fn": "correct"}]},
+        "student": {"kind": "prune", "model": "base", "layers": 2},
+        "own": generate("student"),
+        "sft_own": train("student", "own"),
+        "kl": train("student", "clean"),
+        "rl": grpo("student"),
+        "kl_rl": grpo("kl"),
+        **more,
+        "verdict": {"kind": "compare", "arms": arms, "task": "sums"},
+    }
+    tree = {
+        "name": "roles",
+        "models": {"base": "some/model"},
+        "tasks": {"sums": SUMS},
+        "stages": stages,
+    }
+    return recipe.validate(tree)
+
+
+ARMS = {name: name for name in ("student", "teacher", "sft_own", "kl", "rl", "kl_rl")}
+
+
+def test_roles_of_the_ten_arms() -> None:
+    made = resolved(ARMS)
+    assert {name: role_of(made, name) for name in (*ARMS, "base")} == {
+        "student": "start",  # it wrote traces, but for its own line only
+        "teacher": "teacher",
+        "sft_own": "student",
+        "kl": "student",
+        "rl": "student",
+        "kl_rl": "student",
+        "base": "start",
+    }
+
+
+def test_a_line_ends_at_the_start() -> None:
+    made = resolved(ARMS)
+    assert line(made, "kl_rl") == ["kl_rl", "kl", "student"]
+    assert line(made, "teacher") == ["teacher", "cold", "base"]
+
+
+def test_students_of_one_start_are_compared_whatever_the_teacher_started_from() -> None:
+    made = resolved(ARMS)
+    check_start(made.stages["verdict"], made)  # type: ignore[arg-type]
+
+
+def test_students_of_different_starts_are_refused() -> None:
+    other = {
+        "kind": "train",
+        "model": "base",
+        "data": "clean",
+        "steps": 2,
+        "loss": {"fn": "cross_entropy"},
+    }
+    made = resolved({**ARMS, "whole": "whole"}, whole=other)
+    with pytest.raises(
+        UserError,
+        match=r"'sft_own' and 'whole' start from different checkpoints \('student' and 'base'\)",
+    ):
+        check_start(made.stages["verdict"], made)  # type: ignore[arg-type]
+
+
+def test_curves_hold_whatever_was_logged(tmp_path: Path) -> None:
+    lines = tmp_path / "metrics.jsonl"
+    rows = [{"step": n, "loss": float(n), "note": "text", "ok": True} for n in range(1, 6)]
+    rows[1]["reward/accuracy"] = 0.25
+    rows[2]["loss"] = float("nan")
+    lines.write_text("\n".join(json.dumps(row) for row in rows) + '\n{"step": 6, "lo')
+    steps, curves = read_curves(lines)
+    assert steps == [1, 2, 3, 4, 5]
+    assert curves == {
+        "loss": [1, 2, None, 4, 5],
+        "reward/accuracy": [None, 0.25, None, None, None],
+    }
+
+
+def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
+    lines = tmp_path / "metrics.jsonl"
+    num = 5 * MAX_POINTS
+    lines.write_text("\n".join(json.dumps({"step": n + 1, "loss": n}) for n in range(num)))
+    steps, curves = read_curves(lines)
+    assert len(steps) == MAX_POINTS
+    assert steps[:2] == [5, 10]
+    assert curves["loss"][:2] == [2, 7]
