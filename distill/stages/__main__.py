@@ -24,7 +24,7 @@ import yaml
 from distill import __version__, recipe
 from distill.recipe import CompareStage
 from distill.records import Cost, UserError
-from distill.stages import state
+from distill.stages import card, state
 from distill.stages.context import Context, Result
 
 
@@ -71,6 +71,7 @@ def _run(run: Path, name: str, screen: TextIO) -> None:
     standing.metrics = dict(result.metrics)
     standing.version = __version__
     state.write(run / name, standing)
+    card.write(resolved, run, name)
 
 
 def stage_config(resolved: recipe.Recipe, name: str) -> recipe.StageConfig:
