@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.records import Array, Ragged, TopK, Traces
+from distill.records import Array, Ragged, TopK, Traces, UserError
 from distill.traces import distribution
 from distill.traces.schema import ARROW_SCHEMA, DISTRIBUTION_COLUMNS, METADATA_KEY, Metadata
 
@@ -268,6 +268,10 @@ def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
         return _ragged(column[name], metadata).values
 
     count_T, ids_E, tail_T = flat("top_count"), flat("top_ids"), flat("tail_logprob")
+    if int(count_T.sum(dtype=np.int64)) != len(ids_E) or len(count_T) != len(tail_T):
+        raise UserError(
+            "top_count does not add up to top_ids: damaged, or written by something else."
+        )
     if metadata.exact:
         return TopK(count_T, ids_E, flat("top_logprobs"), tail_T)
     return TopK(count_T, ids_E, distribution.dequantise(count_T, flat("top_steps"), tail_T), tail_T)

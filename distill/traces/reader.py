@@ -228,6 +228,14 @@ def content_fingerprint(path: str | Path) -> str:
 
 
 def _open_file(path: Path) -> TraceReader:
+    """A shard alone: as its manifest has it where that lies beside it, else as it says itself."""
+    for manifest in folder.read_manifests(path.parent):
+        for shard in manifest.shards:
+            if shard.file == path.name:
+                fingerprint = stable_hash(shard.sha256)
+                return TraceReader(
+                    path, path.parent, manifest.metadata, (shard,), None, fingerprint
+                )
     data = path.read_bytes()
     try:
         file = pq.ParquetFile(pa.BufferReader(data))

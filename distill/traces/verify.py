@@ -200,8 +200,10 @@ def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
         positions = lengths("completion_ids")
         if not all(np.array_equal(lengths(n), positions) for n in ("top_count", "tail_logprob")):
             faults.append("top_count, tail_logprob and completion_ids differ in length")
-        entries = [sum(row or ()) for row in table.column("top_count").to_pylist()]
-        if not np.array_equal(entries, lengths("top_ids")):
+        counts = pc.list_flatten(table.column("top_count")).to_numpy()
+        running = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        bounds = np.concatenate([[0], np.cumsum(lengths("top_count"))])
+        if not np.array_equal(np.diff(running[bounds]), lengths("top_ids")):
             faults.append("top_count does not add up to the entries of its trace")
     if faults:
         return faults

@@ -56,10 +56,23 @@ def test_only_the_columns_asked_for_come(stored):
         next(open_traces(stored).blocks(columns=["completion_id"]))
 
 
-def test_a_single_shard_reads_alone(stored):
+def test_a_single_shard_reads_alone(stored, tmp_path):
     reader = open_traces(stored / "shard-0-00002.parquet")
     assert ids(reader.blocks()) == [f"trace{n:06d}" for n in range(32, 48)]
     assert reader.metadata == samples.metadata()
+    alone = tmp_path / "alone.parquet"
+    alone.write_bytes((stored / "shard-0-00002.parquet").read_bytes())
+    assert samples.row_digests(alone) == samples.expected_digests(range(32, 48))
+    assert open_traces(alone).fingerprint == reader.fingerprint
+
+
+def test_a_single_shard_is_held_against_the_manifest_beside_it(tmp_path):
+    path = samples.write(tmp_path / "traces", 16) / "shard-0-00000.parquet"
+    good, draw = path.read_bytes(), random.Random(1)
+    for _ in range(100):
+        path.write_bytes(flipped(good, draw))
+        with pytest.raises(UserError, match=r"shard-0-00000"):
+            list(open_traces(path).blocks())
 
 
 def test_lengths_are_those_of_the_ids_in_the_order_of_blocks(stored):
@@ -373,6 +386,8 @@ def test_verify_finds_columns_that_contradict_each_other_under_a_right_checksum(
     assert not faults("good", lambda rows: {})
     fault = faults("count", lambda rows: {"top_count": first(rows["top_count"], 9)})
     assert "does not add up to the entries" in fault[0]
+    with pytest.raises(UserError, match="does not add up"):
+        list(open_traces(tmp_path / "count").blocks())
     fault = faults("length", lambda rows: {"logprob": [row[1:] for row in rows["logprob"]]})
     assert "logprob and completion_tokens differ" in fault[0]
     fault = faults("steps", lambda rows: {"top_steps": [row[1:] for row in rows["top_steps"]]})
