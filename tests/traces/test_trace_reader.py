@@ -384,7 +384,7 @@ def test_verify_finds_columns_that_contradict_each_other_under_a_right_checksum(
         return [[value, *row[1:]] if row else row for row in rows]
 
     assert not faults("good", lambda rows: {})
-    fault = faults("count", lambda rows: {"top_count": first(rows["top_count"], 9)})
+    fault = faults("count", lambda rows: {"top_count": first(rows["top_count"], 5)})
     assert "does not add up to the entries" in fault[0]
     with pytest.raises(UserError, match="does not add up"):
         list(open_traces(tmp_path / "count").blocks())
