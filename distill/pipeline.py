@@ -35,7 +35,7 @@ from distill.recipe import (
     Config,
     EvalStage,
     GenerateStage,
-    GrpoStage,
+    PolicyStage,
     Recipe,
     ScoreStage,
     StageConfig,
@@ -300,7 +300,7 @@ class Runner:
         # everything many times slower as soon as something else runs on one of its cores.
         mine = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
         mine = {key: value for key, value in mine.items() if key not in os.environ}
-        if isinstance(node.config, GenerateStage | ScoreStage | EvalStage | GrpoStage):
+        if isinstance(node.config, GenerateStage | ScoreStage | EvalStage | PolicyStage):
             from distill import engines
 
             mine |= engines.environment(node.config.engine)

@@ -30,6 +30,9 @@ FinishReason = Literal["stop", "length"]
 Message = Mapping[str, str]
 Array = npt.NDArray[Any]
 
+SHORT = 256
+"""Tokens of prompt and completion up to which plain attention products are quick, and traces of one prompt share it."""
+
 NO_TAIL = 1e-6
 """Tail masses below this are rounding noise of fp32 log-probabilities and count as no tail at all."""
 

@@ -23,12 +23,17 @@ from distill.recipe.stages import (
     EvalStage,
     FilterStage,
     GenerateStage,
-    GrpoStage,
-    OptimStage,
     PruneStage,
     ScoreStage,
     Stage,
+)
+from distill.recipe.training import (
+    GrpoStage,
+    OnPolicyStage,
+    OptimStage,
+    PolicyStage,
     TrainStage,
+    teachers_of,
 )
 from distill.recipe.tree import Recipe, order
 
@@ -44,8 +49,10 @@ __all__ = [
     "GrpoStage",
     "LoraConfig",
     "ModelConfig",
+    "OnPolicyStage",
     "OptimStage",
     "PlugConfig",
+    "PolicyStage",
     "PruneStage",
     "Recipe",
     "RewardConfig",
@@ -58,5 +65,6 @@ __all__ = [
     "load",
     "order",
     "parse_overrides",
+    "teachers_of",
     "validate",
 ]

@@ -66,7 +66,7 @@ def check_references(recipe: Recipe, where: str) -> None:
                     raise UserError(
                         f"{here}: there is no model or stage {value!r}.{nearest(value, known)}"
                     )
-                _check_kind(recipe, here, value, ("train", "grpo", "prune"))
+                _check_kind(recipe, here, value, ("train", "grpo", "on_policy", "prune"))
     order(recipe, where)
 
 

@@ -68,6 +68,7 @@ def _run(run: Path, name: str, screen: TextIO) -> None:
     standing.cost = asdict(
         replace(result.cost, wall_seconds=standing.seconds, cpu_seconds=_cpu_seconds(standing.cost))
     )
+    standing.teacher_cost = asdict(result.teacher_cost)
     standing.metrics = dict(result.metrics)
     standing.version = __version__
     state.write(run / name, standing)

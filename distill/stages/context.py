@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,11 +18,12 @@ PROJECT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """cost: what the stage took. metrics: what it reports. fingerprint: of its content, what later stages go by."""
+    """cost: what the stage took; teacher_cost: what its teachers took while they looked on. metrics: what it reports. fingerprint: of its content, what later stages go by."""
 
     cost: Cost
     metrics: Mapping[str, Any]
     fingerprint: str
+    teacher_cost: Cost = field(default_factory=Cost)
 
 
 @dataclass(slots=True)

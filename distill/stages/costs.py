@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from distill.recipe import OptimStage
 from distill.records import Cost
 from distill.reports.flops import ModelShape, forward_flops, generate_flops, train_flops
 from distill.training.loop import Tally
+from distill.training.policy import Teacher
 
 
 def tally_cost(config: OptimStage, shape: ModelShape, tally: Tally) -> Cost:
@@ -42,3 +45,17 @@ def tally_cost(config: OptimStage, shape: ModelShape, tally: Tally) -> Cost:
 def _mean_context(squared_lengths: int, tokens: int) -> float:
     """Positions a token attends to on average, itself included: of causal traces with this sum of squares."""
     return (squared_lengths / tokens + 1) / 2 if tokens else 0.0
+
+
+def teachers_cost(teachers: Sequence[Teacher], tally: Tally) -> Cost:
+    """Of teachers in the trainer: each reads every token that is trained on."""
+    flops = sum(
+        forward_flops(
+            ModelShape.from_config(teacher.model.config.to_dict()),
+            tally.tokens,
+            _mean_context(tally.squared_lengths, tally.tokens),
+            tally.head_tokens,
+        )
+        for teacher in teachers
+    )
+    return Cost(tokens_scored=len(teachers) * tally.tokens, flops=flops)

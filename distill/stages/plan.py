@@ -22,13 +22,16 @@ from distill.recipe import (
     GenerateStage,
     GrpoStage,
     ModelConfig,
+    OnPolicyStage,
+    PolicyStage,
     PruneStage,
     Recipe,
     ScoreStage,
     TrainStage,
     order,
+    teachers_of,
 )
-from distill.records import Task, UserError
+from distill.records import SHORT, Task, UserError
 from distill.reports import estimate, flops
 from distill.reports.flops import ModelShape
 from distill.stages.context import find_data, make_task
@@ -41,8 +44,6 @@ KEPT_BY_CORRECT = 0.7
 ENTRIES = 1.2
 """Guess at the candidates kept a position at mass .98, for a teacher that is mostly sure."""
 SAMPLE = 16
-SHORT = 256
-"""Tokens of prompt and completion up to which packing lets a group's completions share their prompt."""
 ASSUMED_ROWS = (1000.0, 200.0, 2000.0)
 """Traces, and tokens of a prompt and a reply, of a hub dataset that is not looked up."""
 
@@ -126,8 +127,8 @@ def predict(recipe: Recipe, machine: estimate.Machine | None = None) -> list[Row
             amounts = _filter(name, config, known)
         elif isinstance(config, TrainStage):
             amounts = _train(name, config, known, machine)
-        elif isinstance(config, GrpoStage):
-            amounts = _grpo(name, config, known, machine)
+        elif isinstance(config, PolicyStage):
+            amounts = _policy(name, config, known, machine)
         else:
             for arm, child in config.children().items():
                 rows.append(
@@ -224,6 +225,10 @@ def _train(
         lora=config.lora is not None,
         checkpointing=config.gradient_checkpointing,
     )
+    total += sum(
+        flops.forward_flops(known.shape(teacher), tokens, (prompt + reply + 1) / 2, head_tokens)
+        for teacher in teachers_of(config.teacher)
+    )
     known.shapes[name], known.replies[name] = shape, reply
     memory = flops.train_memory(
         shape,
@@ -235,8 +240,8 @@ def _train(
     return _amounts(tokens=tokens, flops=total, memory=memory.total, seconds=seconds)
 
 
-def _grpo(
-    name: str, config: GrpoStage, known: _Known, machine: estimate.Machine
+def _policy(
+    name: str, config: PolicyStage, known: _Known, machine: estimate.Machine
 ) -> dict[str, float]:
     """Its own sampling and its training; every group is taken to have something to learn from."""
     from distill.stages.resolve import resolve_objective
@@ -244,13 +249,18 @@ def _grpo(
     shape, (_, prompt) = known.shape(config.model), known.task(config.task)
     learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
     reply = min(learned, config.sampling.max_tokens)
-    rollouts = config.steps // (config.mini_batches * config.passes)
-    sampled = rollouts * config.mini_batches * config.prompts * config.group_size
-    trained = sampled * config.passes
+    sampled = config.rollouts * config.prompts_a_rollout * config.group_size
+    passes, scorings, teachers = 1, 0, []
+    if isinstance(config, GrpoStage):
+        passes = config.passes
+        reference = resolve_objective(config, f"stages.{name}").reference
+        scorings = (config.mini_batches * config.passes > 1) + reference
+    elif isinstance(config, OnPolicyStage):
+        teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
+    trained = sampled * passes
     # Short completions of a group share the computation of their prompt.
     share = config.group_size if prompt + reply <= SHORT else 1
     prompt_trained = prompt / share + (share > 1)
-    scorings = (config.mini_batches * config.passes > 1) + resolve_objective(config, name).reference
     training = flops.train_flops(
         shape,
         trained * (prompt_trained + reply),
@@ -259,8 +269,11 @@ def _grpo(
         lora=config.lora is not None,
         checkpointing=config.gradient_checkpointing,
     )
-    scoring = scorings * flops.forward_flops(
-        shape, sampled * (prompt_trained + reply), (prompt + reply + 1) / 2, sampled * reply
+    scoring = sum(
+        flops.forward_flops(
+            scorer, sampled * (prompt_trained + reply), (prompt + reply + 1) / 2, sampled * reply
+        )
+        for scorer in [*[shape] * scorings, *teachers]
     )
     generation = flops.generate_flops(shape, sampled * prompt, sampled * reply, sampled)
     seconds = estimate.predict_train_seconds(
@@ -394,24 +407,18 @@ def _gguf_shape(path: Path) -> ModelShape:
 
 def check_plugs(recipe: Recipe) -> None:
     """Every loss, filter, reward and engine named in a recipe exists and takes the options given. Raises UserError."""
-    from distill.stages.resolve import resolve_objective, resolve_rewards
+    from distill.stages.resolve import resolve_loss, resolve_objective, resolve_rewards
 
     for name, config in recipe.stages.items():
-        if isinstance(config, TrainStage):
-            plug.bind(
-                config.loss.fn,
-                config.loss.options,
-                "distill.training.losses",
-                f"stages.{name}.loss",
-            )
+        if isinstance(config, TrainStage | OnPolicyStage):
+            resolve_loss(config, f"stages.{name}")
         elif isinstance(config, GrpoStage):
             resolve_objective(config, f"stages.{name}")
             resolve_rewards(config, f"stages.{name}")
-            plug.find(config.engine.fn, "distill.engines.kinds", f"stages.{name}.engine.fn")
         elif isinstance(config, FilterStage):
             for number, keep in enumerate(config.keep):
                 plug.bind(
                     keep.fn, keep.options, "distill.traces.filters", f"stages.{name}.keep.{number}"
                 )
-        elif isinstance(config, GenerateStage | ScoreStage | EvalStage | CompareStage):
+        if isinstance(config, PolicyStage | GenerateStage | ScoreStage | EvalStage | CompareStage):
             plug.find(config.engine.fn, "distill.engines.kinds", f"stages.{name}.engine.fn")

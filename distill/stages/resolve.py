@@ -1,14 +1,72 @@
-"""The plugs that a stage names, found and with their options checked; loads no model."""
+"""What a stage names, found and with its options checked: losses, objectives, rewards, teachers."""
 
 from __future__ import annotations
 
-from distill import plug
-from distill.recipe import GrpoStage
-from distill.records import Reward
-from distill.training.objective import PolicyObjective
+from typing import TYPE_CHECKING, Any
+
+from distill import models, plug
+from distill.recipe import GrpoStage, OnPolicyStage, TrainStage, teachers_of
+from distill.records import Reward, UserError
+from distill.training.objective import Objective, Online, PolicyObjective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from distill.stages.context import Context
+    from distill.training.policy import Teacher
 
 OBJECTIVES = "distill.training.objectives"
 REWARDS = "distill.tasks.rewards"
+LOSSES = "distill.training.losses"
+DIVERGENCES = "distill.training.divergences"
+
+
+def resolve_loss(config: TrainStage | OnPolicyStage, where: str) -> Objective:
+    """The loss that a stage names: on stored targets, or, with teachers in the trainer, over the whole vocabulary.
+
+    Raises UserError for an unknown one, a wrong option, and one that has no form with teachers in the trainer.
+    """
+    from distill.training.measures import watch
+
+    fn, options = config.loss.fn, dict(config.loss.options)
+    loss = plug.bind(fn, options, LOSSES, f"{where}.loss")
+    beside = config.teacher is not None and getattr(config, "scoring", "trainer") == "trainer"
+    if not beside:
+        return Objective(loss, watch)
+    ce_weight, scale = 0.0, 1.0
+    if fn == "ce_kl":
+        ce_weight, scale = options.get("ce_weight", 0.5), options.get("kl_weight", 0.5)
+        fn, options = "forward_kl", {}
+    if fn not in plug.names(DIVERGENCES):
+        known = ", ".join(sorted([*plug.names(DIVERGENCES), "ce_kl"]))
+        raise UserError(
+            f"{where}.loss: {fn} has no form with a teacher in the trainer; there are: {known}."
+        )
+    divergence = plug.bind(fn, options, DIVERGENCES, f"{where}.loss")
+
+    def scaled(logp_TN: Tensor, logq_TN: Tensor) -> Tensor:
+        compared: Tensor = scale * divergence(logp_TN, logq_TN)
+        return compared
+
+    return Objective(loss, watch, online=Online(scaled, config.temperature, ce_weight))
+
+
+def load_teachers(
+    config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any
+) -> list[Teacher]:
+    """The models that teach in the trainer; raises UserError for one with another tokenizer than the student's."""
+    from distill.training.policy import Teacher
+
+    teachers = []
+    for name, share in teachers_of(config.teacher).items():
+        folder, trust = context.model_dir(name), context.trusts(name)
+        theirs = models.load_tokenizer(folder, trust_remote_code=trust)
+        written_by = models.tokenizer_fingerprint(theirs)
+        where = f"stages.{context.name}.teacher"
+        models.check_same_tokenizer(written_by, len(theirs), tokenizer, where)
+        model = models.load(folder, dtype=config.dtype, trust_remote_code=trust)
+        teachers.append(Teacher(model, share))
+    return teachers
 
 
 def resolve_objective(config: GrpoStage, where: str) -> PolicyObjective:

@@ -23,6 +23,7 @@ class State:
     status: Literal["running", "done", "failed"] = "running"
     fingerprint: str = ""
     cost: dict[str, Any] = field(default_factory=dict)
+    teacher_cost: dict[str, Any] = field(default_factory=dict)
     predicted: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0

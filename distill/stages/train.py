@@ -11,27 +11,25 @@ from typing import Any
 import numpy as np
 
 from distill import jsonl, models, plug
-from distill.head import LossFn
 from distill.recipe import TrainStage
 from distill.records import Template, UserError, draw_seed
 from distill.reports.flops import ModelShape
 from distill.stages.context import Context, Result, fingerprint_of, save_model
-from distill.stages.costs import tally_cost
+from distill.stages.costs import tally_cost, teachers_cost
+from distill.stages.resolve import LOSSES, load_teachers, resolve_loss
 from distill.traces.reader import TraceReader, open_traces
 from distill.training import loop, losses
 from distill.training.loop import Step
-from distill.training.objective import Objective
 from distill.training.packing import Example, Source, examples_of, pack, steps, steps_per_epoch
 from distill.training.policy import Policy
-
-LOSSES = "distill.training.losses"
 
 
 def run(config: TrainStage, context: Context) -> Result:
     where = f"stages.{context.name}"
-    loss_fn: LossFn = plug.bind(config.loss.fn, config.loss.options, LOSSES, f"{where}.loss")
+    objective = resolve_loss(config, where)
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
+    teachers = load_teachers(config, context, tokenizer)
     source = open_source(config, context, tokenizer)
     num_steps = config.steps or (config.epochs or 1) * steps_per_epoch(
         source.num_examples, config.batch_traces
@@ -56,11 +54,12 @@ def run(config: TrainStage, context: Context) -> Result:
     tally = loop.train(
         model,
         source_steps,
-        Objective(loss_fn),
+        objective,
         config,
         num_steps=num_steps,
         vocab_size=len(tokenizer),
         folder=context.folder,
+        teachers=teachers,
         name=context.name,
         show=show,
     )
@@ -73,6 +72,7 @@ def run(config: TrainStage, context: Context) -> Result:
         tally_cost(config, shape, tally),
         _metrics(context.folder, tally, source, num_steps),
         fingerprint,
+        teachers_cost(teachers, tally),
     )
 
 
@@ -168,8 +168,8 @@ def _shard_source(
 
 
 def _wants_teacher(config: TrainStage) -> bool:
-    """Whether the loss reads the teacher's distribution: every loss but cross entropy may."""
-    return plug.find(config.loss.fn, LOSSES) is not losses.cross_entropy
+    """Whether the loss reads a stored distribution: every loss but cross entropy may, without a teacher in the trainer."""
+    return config.teacher is None and plug.find(config.loss.fn, LOSSES) is not losses.cross_entropy
 
 
 def _say_dropped(context: Context, **reasons: int) -> None:

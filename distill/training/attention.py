@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from distill.records import SHORT
+
 PACKED = "packed"
-SHORT = 256
 SMALLEST = 16
 
 
@@ -163,7 +164,9 @@ def packed_attention(
             kp, vp = (
                 x.view(B, -1, *own.shape[1::2]).transpose(1, 2)
                 for x, own in zip(
-                    shared.index_select(0, block.prefix).split(widths[1:], 1), (k, v), strict=True
+                    shared.index_select(0, block.prefix).tensor_split([widths[1]], 1),
+                    (k, v),
+                    strict=True,
                 )
             )
             k, v = torch.cat([kp, k], 2), torch.cat([vp, v], 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from distill.records import Batch, UserError
 from distill.training import checkpoint
 from distill.training.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
-from distill.training.policy import Policy, Trainee
+from distill.training.policy import Policy, Teacher, Trainee
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Tally:
     """What a stage computed.
 
     tokens through the body and head_tokens through the head, forward and backward, with the sum over traces of
-    length squared; scored_*: the same, forward only; prompt_tokens and generated_tokens of completions sampled.
+    length squared; scored_*: the same, forward only; taught_*: through a teacher's engine; prompt_tokens and generated_tokens of completions sampled.
     """
 
     tokens: int = 0
@@ -42,6 +42,8 @@ class Tally:
     scored_tokens: int = 0
     scored_head_tokens: int = 0
     scored_squared_lengths: int = 0
+    taught_tokens: int = 0
+    taught_head_tokens: int = 0
     completions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -82,6 +84,7 @@ def train(
     num_steps: int,
     vocab_size: int,
     folder: Path,
+    teachers: Sequence[Teacher] = (),
     name: str = "train",
     show: Callable[[int, dict[str, float]], None] | None = None,
 ) -> Tally:
@@ -94,8 +97,10 @@ def train(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
+    for teacher in teachers:
+        teacher.model.eval().requires_grad_(False).to(accelerator.device)
     trainee = accelerator.prepare_model(
-        Trainee(model, objective, vocab_size).to(accelerator.device)
+        Trainee(model, objective, vocab_size, teachers).to(accelerator.device)
     )
     policy = Policy(model, trainee, accelerator.device, objective, vocab_size)
     optimizer = MasterAdamW(
@@ -154,7 +159,8 @@ def train(
                     keep=config.keep_checkpoints,
                 )
                 due = False
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return tally
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.head import LossFn, Targets
+from distill.head import LossFn, Measure, Student, Targets
 from distill.records import Array
+from distill.training.online import Divergence
 
 Kl = Literal["k3", "k2", "k3_ratio"]
 Truncated = Literal["mask", "penalise"]
@@ -26,9 +27,18 @@ Couple = Callable[[Tensor, Targets, Tensor], Tensor]
 ADVANTAGE_EPS = 1e-4
 
 
-def label_nll(logp_T: Tensor, targets: Targets) -> dict[str, Tensor]:
-    """-log q(label), nats: what every loss on stored traces is watched by."""
-    return {"label_nll": -logp_T}
+def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
+    """-log q(label), nats."""
+    return {"label_nll": -student.label_T}
+
+
+@dataclass(frozen=True, slots=True)
+class Online:
+    """Exact comparison with teachers in the trainer, over the whole vocabulary: temperature^2 * divergence + ce_weight * -log q(label)."""
+
+    divergence: Divergence
+    temperature: float = 1.0
+    ce_weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +46,15 @@ class Objective:
     """loss: unreduced, [T]. watch: per-token numbers to log, averaged with the loss's weights.
 
     couple: a first pass over whole traces, for losses that couple their tokens; it fills Targets.coupled_T.
-    reference: whether the loss reads the log-probabilities of a frozen reference.
+    reference: whether the loss reads the log-probabilities of a frozen reference. online: instead of the loss, the
+    comparison with teachers in the trainer.
     """
 
     loss: LossFn
-    watch: Callable[[Tensor, Targets], dict[str, Tensor]] = label_nll
+    watch: Measure = label_nll
     couple: Couple | None = None
     reference: bool = False
+    online: Online | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,7 +145,8 @@ def cispo(
         policy_T = -ratio_T * advantage_T * logp_T
         return _total(policy_T, logp_T, targets, beta, kl, engine_cap)
 
-    def watch(logp_T: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
+        logp_T = student.label_T
         clipped_T = (logp_T - old_logp(logp_T, targets)).exp() > ratio_max
         return {"clip_fraction": clipped_T.to(logp_T.dtype), **_distances(logp_T, targets)}
 
@@ -174,12 +175,22 @@ def _clipped(
         policy_T = -torch.minimum(ratio_T * advantage_T, ratio_T.clamp(low, high) * advantage_T)
         return _total(policy_T, logp_T, targets, beta, kl, engine_cap)
 
-    def watch(logp_T: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
+        logp_T = student.label_T
         ratio_T, advantage_T = _log_ratio(logp_T, targets).exp(), stream(targets.advantage_T)
         clipped_T = ((ratio_T < low) & (advantage_T < 0)) | ((ratio_T > high) & (advantage_T > 0))
         return {"clip_fraction": clipped_T.to(logp_T.dtype), **_distances(logp_T, targets)}
 
-    return PolicyObjective(loss, watch, couple, beta > 0, scale, normalise, truncated, resample)
+    return PolicyObjective(
+        loss,
+        watch,
+        couple,
+        reference=beta > 0,
+        scale=scale,
+        normalise=normalise,
+        truncated=truncated,
+        resample=resample,
+    )
 
 
 # --------------------------------------------------------------------------------------------------- parts

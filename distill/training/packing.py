@@ -22,22 +22,21 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from distill.records import Array, Batch, TopK, Traces
-from distill.training.attention import SHORT
+from distill.records import SHORT, Array, Batch, TopK, Traces
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
     """What is learned from one trace. prompt_ids and completion_ids int [P], [C]; top has C rows or is None.
 
-    Of a rollout also: its advantage, and the engine's log-probability of each completion token, float32 [C].
+    Of a rollout also: its advantage (one number, or one a completion token), and the engine's log-probability of each completion token, float32 [C].
     """
 
     trace_id: str
     prompt_ids: Array
     completion_ids: Array
     top: TopK | None = None
-    advantage: float | None = None
+    advantage: float | Array | None = None
     engine_logp: Array | None = None
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,12 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from distill import models
-from distill.head import HeadForm, HeadOutput, LossFn, Student, Targets, head_loss
+from distill.head import HeadForm, Student, Targets, head_loss
 from distill.records import Array, Batch
 from distill.training.attention import PACKED, Layout
-from distill.training.objective import Objective
+from distill.training.objective import Objective, Online
+from distill.training.online import Logits, online_head_loss
 
 REFERENCE = "reference/"
+
+
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """A model that teaches in the trainer, frozen, and its share of the mixture."""
+
+    model: Any
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,43 +38,97 @@ class Output:
     """loss: the weighted sum, differentiable. watched and weight_T [T]: by row, detached."""
 
     loss: Tensor
-    watched: dict[str, Tensor]
+    watched: Mapping[str, Tensor]
     weight_T: Tensor
 
 
 class Trainee(nn.Module):
-    """A causal language model with the loss on its head."""
+    """A causal language model with the loss on its head. The teachers are no part of it: nothing of theirs is trained or wrapped."""
 
-    def __init__(self, model: Any, objective: Objective, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective,
+        vocab_size: int,
+        teachers: Sequence[Teacher] = (),
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        self.vocab_size = vocab_size
         self.form = HeadForm.of(model.config, vocab_size)
-        _base(model).set_attn_implementation(PACKED)
+        self.teachers = tuple(teachers)
+        for each in (model, *(teacher.model for teacher in teachers)):
+            _base(each).set_attn_implementation(PACKED)
 
     def forward(self, batch: Batch, rows: Tensor) -> Output:
         """rows: indices of the tokens that have a weight; only they reach the head."""
-        hidden_TD, targets = self._hidden(batch, rows), Targets.of(batch, rows)
+        hidden_TD, targets = self._hidden(self.model, batch, rows), Targets.of(batch, rows)
+        if self.objective.online is not None:
+            return self._beside_teachers(self.objective.online, hidden_TD, batch, rows, targets)
         if self.objective.couple is not None and targets.old_logp_T is not None:
-            with torch.no_grad():
-                logp_T = self._head(hidden_TD, _label_only, targets, frozen=True).label_logp_T
+            logp_T = self._label_logp(hidden_TD, targets)
             trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
             targets = replace(targets, coupled_T=self.objective.couple(logp_T, targets, trace_T))
-        out = self._head(hidden_TD, self.objective.loss, targets)
+        head = _base(self.model).get_output_embeddings()
+        out = head_loss(
+            hidden_TD,
+            head.weight,
+            self.objective.loss,
+            targets,
+            form=self.form,
+            bias_V=getattr(head, "bias", None),
+            measure=self.objective.watch,
+        )
+        return Output(out.loss, out.measures, targets.weight_T)
+
+    def _beside_teachers(
+        self, online: Online, hidden_TD: Tensor, batch: Batch, rows: Tensor, targets: Targets
+    ) -> Output:
         with torch.no_grad():
-            watched = self.objective.watch(out.label_logp_T, targets)
+            teachers = [
+                self._logits(t.model, self._hidden(t.model, batch, rows), t.share)
+                for t in self.teachers
+            ]
+        out = online_head_loss(
+            self._logits(self.model, hidden_TD),
+            teachers,
+            online.divergence,
+            targets,
+            temperature=online.temperature,
+            ce_weight=online.ce_weight,
+        )
+        watched = {"label_nll": -out.label_logp_T, "divergence": out.loss_T.detach()}
         return Output(out.loss, watched, targets.weight_T)
+
+    def _logits(self, model: Any, hidden_TD: Tensor, share: float = 1.0) -> Logits:
+        head = _base(model).get_output_embeddings()
+        form = HeadForm.of(model.config, self.vocab_size)
+        return Logits(hidden_TD, head.weight, form, getattr(head, "bias", None), share)
 
     @torch.no_grad()
     def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
         """Log-probability of the label at each of the rows, nats [rows]."""
         targets = Targets(batch.label_T[rows], batch.weight_T[rows])
-        hidden_TD = self._hidden(batch, rows)
-        return self._head(hidden_TD, _label_only, targets, frozen=True).label_logp_T
+        return self._label_logp(self._hidden(self.model, batch, rows), targets)
 
-    def _hidden(self, batch: Batch, rows: Tensor) -> Tensor:
+    @torch.no_grad()
+    def _label_logp(self, hidden_TD: Tensor, targets: Targets) -> Tensor:
+        head = _base(self.model).get_output_embeddings()
+        bias_V = getattr(head, "bias", None)
+        return head_loss(
+            hidden_TD.detach(),
+            head.weight.detach(),
+            _label_only,
+            targets,
+            form=self.form,
+            bias_V=None if bias_V is None else bias_V.detach(),
+        ).label_logp_T
+
+    @staticmethod
+    def _hidden(model: Any, batch: Batch, rows: Tensor) -> Tensor:
         hidden_TD: Tensor = (
-            _base(self.model)
+            _base(model)
             .get_decoder()(
                 input_ids=batch.ids_T[None],
                 position_ids=batch.position_T[None],
@@ -75,16 +138,6 @@ class Trainee(nn.Module):
             .last_hidden_state[0]
         )
         return hidden_TD.index_select(0, rows)
-
-    def _head(
-        self, hidden_TD: Tensor, loss: LossFn, targets: Targets, frozen: bool = False
-    ) -> HeadOutput:
-        head = _base(self.model).get_output_embeddings()
-        weight, bias = head.weight, getattr(head, "bias", None)
-        if frozen:
-            hidden_TD, weight = hidden_TD.detach(), weight.detach()
-            bias = None if bias is None else bias.detach()
-        return head_loss(hidden_TD, weight, loss, targets, form=self.form, bias_V=bias)
 
 
 class Policy:

@@ -1,6 +1,6 @@
 """Rollouts: problems through an engine, rewards and advantages, into the same batches that stored traces become.
 
-In: an engine, problems, a judge and rewards (all handed in: this room knows none of theirs). Out: `Step`s for the
+In: a sampler and rewards (handed in: this room knows none of theirs). Out: `Step`s for the
 loop, with `advantage_T`, `engine_logp_T` and, where the loss needs them, `old_logp_T` and `ref_logp_T`. A rollout is
 prompts x mini_batches problems with group_size completions each; it gives mini_batches x passes steps. With one step
 a rollout the policy that learns is the one that wrote: no old log-probabilities, no forward pass for them.
@@ -11,49 +11,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from distill.recipe import GrpoStage
-from distill.records import (
-    Array,
-    Batch,
-    Completion,
-    Engine,
-    Group,
-    Problem,
-    Request,
-    Scores,
-    Template,
-    Verdict,
-    draw_seed,
-)
+from distill.records import Array, Batch, Group, Scores, draw_seed
 from distill.training.loop import Step, Tally
 from distill.training.objective import PolicyObjective, advantages
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
-
-JUDGES = 4
-"""Threads that wait for verdicts while the engine goes on."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prompt:
-    """A problem as the engine is asked it."""
-
-    problem: Problem
-    ids: Array
+from distill.training.sampler import Sampler, Written, written_metrics
 
 
 @dataclass(slots=True, eq=False)
 class Sampled:
-    """A prompt's completions, judged and rewarded. advantage [G]; counted [G]: takes part in the loss."""
+    """A group with what it earned. advantage [G]; counted [G]: takes part in the loss."""
 
-    prompt: Prompt
-    completions: list[Completion]
-    group: Group
+    written: Written
     scores: Scores
     advantage: Array
     counted: Array
@@ -75,19 +50,12 @@ class Rollout:
 class Rollouts:
     """A source of steps (see loop.Source).
 
-    prompts(rollout, attempt, num): the problems to sample; attempt counts from 0 where groups are sampled again.
-    judge: the task's verdict on a completion's text, the template's prefill in front. decode: completion ids to
-    text. rewards: scores a group each. watch(step, rollout): called for each rollout before it is learned from.
-    Raises RuntimeError when the engine answers with other weights than it was given.
+    rewards: scores a group each. watch(step, rollout): called for each rollout before it is learned from.
     """
 
-    engine: Engine
+    sampler: Sampler
     config: GrpoStage
     objective: PolicyObjective
-    template: Template
-    prompts: Callable[[int, int, int], Sequence[Prompt]]
-    judge: Callable[[Problem, str, bool], Verdict]
-    decode: Callable[[Array], str]
     rewards: Callable[[Sequence[Group]], list[Scores]]
     seed: int
     watch: Callable[[int, Rollout], None] | None = None
@@ -100,7 +68,7 @@ class Rollouts:
             if config.reference_every and first and first % config.reference_every == 0:
                 policy.refresh_reference()
             began = time.perf_counter()
-            self.engine.sync(policy.weights(), version=first)
+            self.sampler.engine.sync(policy.weights(), version=first)
             sync_seconds = time.perf_counter() - began
             rollout = self.sample(first // a_rollout, version=first)
             if self.watch is not None:
@@ -137,29 +105,14 @@ class Rollouts:
     def _groups(
         self, index: int, attempt: int, num: int, version: int, rollout: Rollout
     ) -> list[Sampled]:
-        prompts = self.prompts(index, attempt, num)
         began = time.perf_counter()
-        completions, texts, verdicts = self._generate(prompts, index, attempt, version, rollout)
+        written = self.sampler.groups(
+            index, num, version=version, tally=rollout.tally, attempt=attempt
+        )
         rollout.generate_seconds += time.perf_counter() - began
         began = time.perf_counter()
-        groups = [
-            Group(
-                problem=prompt.problem,
-                template=self.template,
-                texts=tuple(texts[n]),
-                num_tokens=tuple(len(c.ids_T) for c in completions[n]),
-                finished=tuple(c.finish_reason == "stop" for c in completions[n]),
-                verdicts=tuple(verdict.result() for verdict in verdicts[n]),
-                max_tokens=self.config.sampling.max_tokens,
-                seed=draw_seed(self.seed, index, attempt, "reward"),
-            )
-            for n, prompt in enumerate(prompts)
-        ]
-        scores = self.rewards(groups)
-        sampled = [
-            self._advantages(*parts)
-            for parts in zip(prompts, completions, groups, scores, strict=True)
-        ]
+        scores = self.rewards([w.group for w in written])
+        sampled = [self._advantages(w, s) for w, s in zip(written, scores, strict=True)]
         seconds = time.perf_counter() - began
         rollout.reward_seconds += seconds
         rollout.tally.verifier_seconds += seconds
@@ -167,45 +120,8 @@ class Rollouts:
         rollout.num_all_equal += sum(not s.advantage.any() for s in sampled)
         return sampled
 
-    def _generate(
-        self, prompts: Sequence[Prompt], index: int, attempt: int, version: int, rollout: Rollout
-    ) -> tuple[list[list[Completion]], list[list[str]], list[list[Future[Verdict]]]]:
-        """Completions, texts and verdicts to come, by prompt and sample; verdicts are made while the engine goes on."""
-        size = self.config.group_size
-        requests = [
-            Request(
-                f"{n}/{sample}",
-                prompt.ids,
-                draw_seed(self.seed, index, attempt, prompt.problem.problem_id, sample, "rollout"),
-            )
-            for n, prompt in enumerate(prompts)
-            for sample in range(size)
-        ]
-        found: dict[str, tuple[Completion, str, Future[Verdict]]] = {}
-        with ThreadPoolExecutor(JUDGES) as pool:
-            for completion in self.engine.generate(requests, self.config.sampling.record()):
-                if completion.version != version:
-                    raise RuntimeError(
-                        f"the engine wrote a completion with weights of version {completion.version}; the policy is at "
-                        f"{version}."
-                    )
-                n = int(completion.request_id.partition("/")[0])
-                text = self.template.prefill + self.decode(completion.ids_T)
-                finished = completion.finish_reason == "stop"
-                verdict = pool.submit(self.judge, prompts[n].problem, text, finished)
-                found[completion.request_id] = completion, text, verdict
-                rollout.tally.completions += 1
-                rollout.tally.prompt_tokens += len(prompts[n].ids)
-                rollout.tally.generated_tokens += len(completion.ids_T)
-        rows = [[found[f"{n}/{sample}"] for sample in range(size)] for n in range(len(prompts))]
-        completions, texts, verdicts = (
-            [[row[part] for row in group] for group in rows] for part in range(3)
-        )
-        return completions, texts, verdicts  # type: ignore[return-value]
-
-    def _advantages(
-        self, prompt: Prompt, completions: list[Completion], group: Group, scores: Scores
-    ) -> Sampled:
+    def _advantages(self, written: Written, scores: Scores) -> Sampled:
+        group = written.group
         counted = np.ones(len(group), bool)
         if self.objective.truncated == "mask":
             counted = np.array(group.finished, bool)
@@ -213,7 +129,7 @@ class Rollouts:
             total if counts else None for total, counts in zip(scores.total, counted, strict=True)
         ]
         advantage = advantages(known, scale=self.objective.scale)
-        return Sampled(prompt, completions, group, scores, advantage, counted)
+        return Sampled(written, scores, advantage, counted)
 
     # -------------------------------------------------------------------------------------------- batches
 
@@ -253,12 +169,12 @@ class Rollouts:
         return parts
 
     def _examples(self, sampled: Sampled, rollout: str) -> Iterator[Example]:
-        for n, completion in enumerate(sampled.completions):
+        for n, completion in enumerate(sampled.written.completions):
             learns = sampled.advantage[n] != 0 or self.objective.reference
             if sampled.counted[n] and learns and len(completion.ids_T):
                 yield Example(
-                    f"{rollout}/{sampled.prompt.problem.problem_id}/{n}",
-                    sampled.prompt.ids,
+                    f"{rollout}/{sampled.written.prompt.problem.problem_id}/{n}",
+                    sampled.written.prompt.ids,
                     completion.ids_T,
                     advantage=float(sampled.advantage[n]),
                     engine_logp=completion.logprob_T,
@@ -269,12 +185,14 @@ class Rollouts:
         lengths = [
             length
             for sampled in chosen
-            for length, counts in zip(sampled.group.num_tokens, sampled.counted, strict=True)
+            for length, counts in zip(
+                sampled.written.group.num_tokens, sampled.counted, strict=True
+            )
             if counts
         ]
         match self.objective.normalise:
             case "fixed":
-                num = sum(len(sampled.group) for sampled in chosen)
+                num = sum(len(sampled.written.group) for sampled in chosen)
                 return float(num * self.config.sampling.max_tokens)
             case "token":
                 return max(float(sum(lengths)), 1.0)
@@ -289,26 +207,19 @@ def _count_scored(tally: Tally, batch: Batch) -> None:
 
 
 def _metrics(rollout: Rollout) -> dict[str, float]:
-    """What one watches in RL, over all completions of the rollout that take part.
+    """What one watches in RL, over all completions of the rollout: `written_metrics`, and:
 
-    reward and reward/<name>: means of what could be judged, left out where nothing could. length: mean tokens. truncated: share cut at the
-    limit. entropy: mean of -log pi at the sampled tokens, which is the policy's entropy in expectation, nats a
-    token. all_equal: share of the sampled groups without any advantage. unjudged: share of completions without
-    a total.
+    reward and reward/<name>: means of what could be judged, left out where nothing could. all_equal: share of the
+    sampled groups without any advantage. unjudged: share of completions without a total.
     """
-    groups = [s.group for s in rollout.sampled]
-    completions = [c for s in rollout.sampled for c in s.completions]
     totals = [t for s in rollout.sampled for t in s.scores.total]
-    tokens = sum(len(c.ids_T) for c in completions)
     scores = {"reward": totals}
     for name in rollout.sampled[0].scores.parts:
         scores[f"reward/{name}"] = [v for s in rollout.sampled for v in s.scores.parts[name]]
     known = {key: [v for v in values if v is not None] for key, values in scores.items()}
     metrics = {key: float(np.mean(values)) for key, values in known.items() if values}
     return metrics | {
-        "length": tokens / len(completions),
-        "truncated": 1.0 - float(np.mean([f for g in groups for f in g.finished])),
-        "entropy": -float(sum(c.logprob_T.sum(dtype=np.float64) for c in completions)) / tokens,
+        **written_metrics([s.written for s in rollout.sampled]),
         "all_equal": rollout.num_all_equal / rollout.num_groups,
         "groups": float(rollout.num_groups),
         "unjudged": sum(t is None for t in totals) / len(totals),

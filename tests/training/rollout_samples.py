@@ -6,7 +6,8 @@ import numpy as np
 
 from distill.records import Completion, Group, Problem, Scores, Verdict
 from distill.tasks.templates import raw
-from distill.training.rollout import Prompt, Rollout, Rollouts, Sampled
+from distill.training.rollout import Rollout, Rollouts
+from distill.training.sampler import Prompt, Written
 
 MAX_TOKENS = 9
 
@@ -55,9 +56,9 @@ class Numbers:
                 (Verdict(True, 1.0, "1"),) * size,
                 MAX_TOKENS,
             )
-            prompt = Prompt(problem, np.array([3, 4], np.int32))
+            written = Written(Prompt(problem, np.array([3, 4], np.int32)), completions, group)
             scores = Scores(list(rewards), {"r": list(rewards)})
-            out.append(scale_of._advantages(prompt, completions, group, scores))
+            out.append(scale_of._advantages(written, scores))
         return out
 
     def stub(self):
@@ -96,12 +97,11 @@ def by_row(batch, table):
 
 def rollouts(objective, config):
     """A source without an engine: only its conventions are asked for."""
-    nothing = dict.fromkeys(("engine", "template", "prompts", "judge", "decode", "rewards"))
-    return Rollouts(**nothing, config=config, objective=objective, seed=1)
+    return Rollouts(sampler=None, rewards=None, config=config, objective=objective, seed=1)
 
 
 def rollout_of(numbers, source):
     return Rollout(numbers.sampled(source), num_groups=len(numbers.rewards))
 
 
-__all__ = ["MAX_TOKENS", "Numbers", "Sampled", "by_row", "key_of", "rollout_of", "rollouts"]
+__all__ = ["MAX_TOKENS", "Numbers", "by_row", "key_of", "rollout_of", "rollouts"]

@@ -15,7 +15,8 @@ from distill.recipe import EngineConfig, GrpoStage, LoraConfig
 from distill.records import Problem, Scores, UserError, Verdict
 from distill.tasks.templates import raw
 from distill.training import loop, objectives
-from distill.training.rollout import Prompt, Rollouts
+from distill.training.rollout import Rollouts
+from distill.training.sampler import Prompt, Sampler
 
 
 def problems(num=6):
@@ -84,16 +85,22 @@ def stage(**changes):
 
 def source(engine, config, objective, reward, seed=1, **changes):
     pool = problems()
-    defaults = {
-        "engine": engine,
-        "config": config,
-        "objective": objective,
-        "template": raw,
-        "prompts": lambda rollout, attempt, num: [
+    sampler = Sampler(
+        engine=engine,
+        template=raw,
+        prompts=lambda rollout, attempt, num: [
             pool[(rollout + n + attempt) % 6] for n in range(num)
         ],
-        "judge": lambda problem, text, finished: Verdict(True, 1.0, text),
-        "decode": lambda ids: " ".join(str(i) for i in ids),
+        judge=lambda problem, text, finished: Verdict(True, 1.0, text),
+        decode=lambda ids: " ".join(str(i) for i in ids),
+        sampling=config.sampling.record(),
+        group_size=config.group_size,
+        seed=seed,
+    )
+    defaults = {
+        "sampler": sampler,
+        "config": config,
+        "objective": objective,
         "rewards": lambda groups: [Scores(reward(g), {"r": reward(g)}) for g in groups],
         "seed": seed,
     }
@@ -182,8 +189,8 @@ def test_passes_reuse_the_rollout_and_its_old_log_probs(tiny_dir, engine, tmp_pa
     seen = []
     objective = objectives.grpo(beta=0.0, truncated="penalise")
 
-    def watch(logp_T, targets):
-        seen.append((logp_T - targets.old_logp_T).abs().max().item())
+    def watch(student, targets):
+        seen.append((student.label_T - targets.old_logp_T).abs().max().item())
         return {}
 
     run(tiny_dir, tmp_path, source(spy, config, replace(objective, watch=watch), share))
