@@ -117,6 +117,7 @@ class _Offline:
             task=config.task,
             loss=config.loss,
             teacher=beside,
+            truncated="keep",
             steps=1,
         )
         self.source = open_source(stored, context, tokenizer)

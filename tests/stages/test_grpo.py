@@ -190,3 +190,24 @@ def test_a_reward_that_never_works_stops_the_stage_by_name(tiny_dir, tmp_path, r
     assert done.returncode == 2
     assert f"rewards.{reward}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_on_the_real_engine_it_samples_with_the_weights_it_trains(tiny_dir, tmp_path):
+    """A large learning rate: with old weights anywhere in the engine, the tied head included, kl_engine would jump."""
+    made = project(
+        tmp_path / "vllm",
+        tiny_dir,
+        engine={"fn": "vllm", "dtype": "float32", "batch_size": 16},
+        mini_batches=1,
+        steps=3,
+        prompts=4,
+        lr=2e-2,
+    )
+    done = made.run("--only", "rl")
+    assert done.returncode == 0, done.stderr
+    metrics = lines(made)
+    assert len(metrics) == 3
+    assert max(m["kl_engine"] for m in metrics) < 1e-4
+    assert metrics[-1]["kl_ref"] > 1e-2  # the weights did move
+    assert (made.run_dir / "rl" / "model" / "model.safetensors").is_file()

@@ -1,0 +1,129 @@
+"""on_policy and train with a teacher in the trainer, through the real command line on the tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from project import REFERENCE, SUMS, Project
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_dir, tmp_path_factory):
+    train = {"kind": "train", "model": "base", "steps": 2, "batch_traces": 3, "dtype": "float32"}
+    policy = {
+        "kind": "on_policy",
+        "model": "base",
+        "task": "sums",
+        "steps": 2,
+        "prompts": 2,
+        "group_size": 2,
+        "sampling": {"max_tokens": 5},
+        "engine": REFERENCE,
+        "dtype": "float32",
+        "samples_every": 1,
+    }
+    tree = {
+        "name": "taught",
+        "models": {"base": str(tiny_dir)},
+        "tasks": {"sums": SUMS},
+        "stages": {
+            "traces": {
+                "kind": "generate",
+                "model": "base",
+                "task": "sums",
+                "problems": 6,
+                "sampling": {"max_tokens": 6},
+                "top_k": 8,
+                "engine": REFERENCE,
+            },
+            "teacher": {
+                **train,
+                "data": "traces",
+                "loss": {"fn": "cross_entropy"},
+                "truncated": "keep",
+                "lr": 3e-3,
+            },
+            "warm": {
+                **train,
+                "data": "traces",
+                "loss": {"fn": "ce_kl", "ce_weight": 0.2, "kl_weight": 0.8},
+                "teacher": {"teacher": 0.75, "base": 0.25},
+                "temperature": 2.0,
+                "truncated": "keep",
+            },
+            "beside": {
+                **policy,
+                "teacher": "teacher",
+                "loss": {"fn": "jsd", "beta": 0.3},
+                "data": "traces",
+                "mix": 0.5,
+            },
+            "asked": {**policy, "teacher": "teacher", "scoring": "engine", "top_k": 8},
+            "gradient": {
+                **policy,
+                "teacher": "teacher",
+                "scoring": "engine",
+                "loss": {"fn": "policy_gradient"},
+            },
+            "verdict": {
+                "kind": "compare",
+                "arms": {"start": "base", "beside": "beside"},
+                "task": "sums",
+                "problems": 4,
+                "sampling": {"max_tokens": 6, "temperature": 0},
+                "engine": REFERENCE,
+            },
+        },
+    }
+    made = Project(tmp_path_factory.mktemp("taught"), tree)
+    done = made.run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return made
+
+
+def lines(project, stage):
+    text = (project.run_dir / stage / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_way_of_being_taught_trains_and_is_accounted_for(finished):
+    for stage in ("warm", "beside", "asked", "gradient"):
+        standing = finished.state(stage)
+        assert standing["cost"]["tokens_trained"] > 0
+        assert standing["teacher_cost"]["tokens_scored"] > 0, stage
+        assert standing["teacher_cost"]["flops"] > 0
+        assert len(lines(finished, stage)) == 2
+    warm = finished.state("warm")
+    assert warm["teacher_cost"]["tokens_scored"] == 2 * warm["cost"]["tokens_trained"]
+    assert lines(finished, "warm")[0]["divergence"] > 0
+    assert "kl_teacher" in lines(finished, "asked")[0]
+    assert (finished.run_dir / "beside" / "samples.jsonl").stat().st_size > 0
+
+
+def test_the_ledger_puts_the_teachers_opinion_under_inference(finished):
+    report = json.loads((finished.run_dir / "report.json").read_text())
+    cost = report["arms"]["beside"]["cost"]
+    scored = finished.state("beside")["teacher_cost"]["flops"]
+    assert cost["with_inference"]["flops"] - cost["student"]["flops"] >= scored
+    assert cost["with_teacher"]["flops"] > cost["with_inference"]["flops"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "stages.warm.loss={fn: sampled_kd}",
+            "sampled_kd has no form with a teacher in the trainer",
+        ),
+        ("stages.beside.loss={fn: jsd, beta: 0}", "stages.beside.loss.beta"),
+        ("stages.beside.teacher=nobody", "there is no model or stage 'nobody'"),
+        ("stages.teacher.temperature=2", "temperature: only 1 with stored distributions"),
+        ("stages.asked.temperature=2", "only 1 with scoring: engine"),
+    ],
+)
+def test_mistakes_are_one_message(finished, override, message):
+    done = finished.distill("check", "taught.yaml", override)
+    assert done.returncode == 2, done.stdout
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
