@@ -126,20 +126,29 @@ def write_whole(path: Path, data: Any) -> None:
     """
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
-        with open(temporary, "wb") as file:
+        with _room_for(path), open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, UserError):
         temporary.unlink(missing_ok=True)
-        if error.errno in _FULL:
-            raise UserError(
-                f"{path}: no room to write it ({error.strerror}, {free_space(path.parent):,} bytes free). "
-                "What was written before is whole; make room and run again to add what is missing."
-            ) from error
         raise
+
+
+@contextlib.contextmanager
+def _room_for(path: Path) -> Iterator[None]:
+    """Says in words that the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise UserError(
+            f"{path}: no room to write it ({error.strerror}, {free_space(path.parent):,} bytes free). "
+            "What was written before is whole; make room and run again to add what is missing."
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -203,8 +212,11 @@ def writer_lock(folder: Path, writer: str) -> Iterator[None]:
         raise _held(path, {"pid": os.getpid(), "host": socket.gethostname()})
     _locks_held.add(path)
     try:
-        with open(path, "a+b") as file:
-            _acquire(path, file)
+        with _room_for(path):
+            file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        with file:
+            with _room_for(path):
+                _acquire(path, file)
             try:
                 yield
             finally:
@@ -227,7 +239,6 @@ def _acquire(path: Path, file: Any) -> None:
         raise _held(path, holder)
     file.truncate(0)
     file.write(json.dumps({"pid": os.getpid(), "host": here}).encode())
-    file.flush()
 
 
 def _holder(file: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -352,6 +353,20 @@ def test_a_full_disk_stops_cleanly_and_what_was_there_stays(small_disk):
     assert 0 < kept < 3000
     assert sorted(samples.row_digests(small_disk)) == [f"trace{n:06d}" for n in range(kept)]
     assert not list(small_disk.glob(".*"))
+
+
+def test_a_writer_does_not_open_on_a_disk_without_a_byte(small_disk):
+    if not os.path.ismount(small_disk):
+        pytest.skip("needs a file system of its own, which this process may not mount")
+    samples.write(small_disk, 8)
+    with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with pytest.raises(UserError, match="no room to write"):
+        TraceWriter(small_disk, samples.metadata())
+    (small_disk / "ballast").unlink()
+    with TraceWriter(small_disk, samples.metadata()) as writer:
+        assert writer.num_rows == 8
 
 
 def test_a_disk_too_small_can_be_foreseen(tmp_path):
