@@ -15,7 +15,7 @@ ls $$links/torch-*.whl >/dev/null 2>&1 || export UV_TORCH_BACKEND="$${UV_TORCH_B
 $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 endef
 
-.PHONY: setup setup-dev quickstart test test-fast bench lint clean
+.PHONY: setup setup-dev quickstart test test-fast bench bench-gpu lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make test         set up, then run every check and test"
 	@echo "make test-fast    the tests without the real model and engine"
 	@echo "make bench        measure against the peers; tables, and JSON in tests/bench/out"
+	@echo "make bench-gpu    the same on a GPU"
 	@echo "make lint         formatter, linter, types, import rules"
 
 $(VENV)/.uv:
@@ -60,6 +61,9 @@ test-fast: $(VENV)/.setup-dev
 
 bench: $(VENV)/.setup-dev
 	@for script in tests/bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+bench-gpu: $(VENV)/.setup-dev
+	@for script in tests/bench/gpu_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) runs
