@@ -221,11 +221,14 @@ def show(
     from distill.reports import pages
 
     folder = run if run.is_dir() else Path("runs") / run
-    if not (folder / "report.json").is_file():
-        raise UserError(
-            f"{folder} holds no report.json; a report is written when `distill run` ends."
-        )
-    _show(pages.read_report(folder / "report.json"))
+    if (folder / "resolved.yaml").is_file():
+        from distill.stages.collect import collect_run
+
+        _show(collect_run(folder))
+    elif (folder / "report.json").is_file():
+        _show(pages.read_report(folder / "report.json"))
+    else:
+        raise UserError(f"{folder} holds no report.json and no run that has begun.")
     if html:
         typer.echo(str((folder / "report.html").resolve()))
         if sys.stdout.isatty() and shutil.which("xdg-open"):

@@ -245,7 +245,7 @@ def _ranks(ids_TA: Array, among_TB: Array) -> Array:
     wanted = (position_T << 32) + ids_TA
     found = np.minimum(np.searchsorted(ordered, wanted), max(len(ordered) - 1, 0))
     hit = (ids_TA >= 0) & (ordered[found] == wanted) if len(ordered) else ids_TA < -1
-    return np.where(hit, order[found] % among_TB.shape[1], among_TB.shape[1])
+    return np.asarray(np.where(hit, order[found] % among_TB.shape[1], among_TB.shape[1]))
 
 
 def _taken(values_TB: Array, rank_TA: Array) -> Array:

@@ -122,7 +122,7 @@ def arm_table(report: RunReport) -> Table:
     table = _table(*header, ">seeds", ">FLOPs", ">with teacher", ">time")
     for name, arm in sorted(arms.items(), key=lambda item: -item[1]["accuracy"]["value"]):
         more = [arm["pass_at"].get(str(k)) for k in ks]
-        bar = {key: arm["accuracy"][key] for key in ("low", "value", "high")}  # type: ignore[literal-required]
+        bar = {key: arm["accuracy"][key] for key in ("low", "value", "high")}
         table.add_row(
             _text(name),
             Text(interval_bar(bar, end=end), "cyan" if arm["role"] == "student" else "dim"),

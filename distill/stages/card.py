@@ -66,10 +66,10 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         seed=resolved.seed,
         versions={"distill": versions.get("distill", ""), **versions.get("packages", {})},
-        reproduce=(report or {}).get("reproduce") or [f"distill run {run / 'recipe.yaml'}"],
+        reproduce=report["reproduce"] if report else [f"distill run {run / 'recipe.yaml'}"],
         task=report["task"] if report else "",
         scores=scores,
-        cost={view: first["cost"][view] for view in VIEWS} if first else {},  # type: ignore[literal-required]
+        cost={view: first["cost"][view] for view in VIEWS} if first else {},  # type: ignore[index]
         readings=readings,
     )
 

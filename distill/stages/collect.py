@@ -12,9 +12,9 @@ from typing import Any, cast
 
 import yaml
 
-from distill.recipe import CompareStage, EvalStage, Recipe
+from distill.recipe import CompareStage, EvalStage, Recipe, validate
 from distill.records import Cost
-from distill.reports.ledger import StageCost, arm_cost
+from distill.reports.ledger import ArmCost, StageCost, arm_cost
 from distill.reports.schema import ArmRow, RunReport, StageRow, view
 from distill.stages import state
 
@@ -49,6 +49,20 @@ def collect(recipe: Recipe, run: Path, names: list[str], source: Path) -> RunRep
         reproduce=[f"distill run {source}"],
         notes=_notes(states),
     )
+
+
+def collect_run(run: Path) -> RunReport:
+    """What a run's folder holds, finished or half way."""
+    resolved = yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))
+    recipe = validate(resolved, str(run / "resolved.yaml"))
+    names = [name for stage in recipe.stages for name in (*_children(recipe, stage), stage)]
+    return collect(recipe, run, names, run / "recipe.yaml")
+
+
+def _children(recipe: Recipe, stage: str) -> list[str]:
+    """The evaluations that a compare stage expands into, by their folders."""
+    config = recipe.stages[stage]
+    return [f"{stage}.{arm}" for arm in config.arms] if isinstance(config, CompareStage) else []
 
 
 def _stage_row(name: str, standing: state.State | None, recipe: Recipe, run: Path) -> StageRow:
@@ -117,30 +131,27 @@ def _arms(recipe: Recipe, states: dict[str, state.State]) -> dict[str, ArmRow]:
         if "." not in name
     }
     parents = {name: list(config.inputs()) for name, config in recipe.stages.items()}
-    arms: dict[str, ArmRow] = {}
+    found: list[tuple[str, str, str]] = []
     for name, config in recipe.stages.items():
         if isinstance(config, CompareStage):
-            entries = [(arm, f"{name}.{arm}", model) for arm, model in config.arms.items()]
+            found += [(arm, f"{name}.{arm}", model) for arm, model in config.arms.items()]
         elif isinstance(config, EvalStage):
-            entries = [(name, name, config.model)]
-        else:
-            continue
-        for arm, node, model in entries:
-            if node in states and states[node].status == "done":
-                arms[arm if arm not in arms else node] = _arm(
-                    recipe, model, states[node].metrics, costs, parents
-                )
+            found.append((name, name, config.model))
+    # A teacher that was trained once has as many students as there are to share its cost.
+    taught = {
+        model
+        for _, _, model in found
+        if role_of(recipe, model) == "student" and arm_cost(model, costs, parents).stages["teacher"]
+    }
+    arms: dict[str, ArmRow] = {}
+    for arm, node, model in found:
+        if node in states and states[node].status == "done":
+            cost = arm_cost(model, costs, parents, students=max(1, len(taught)))
+            arms[arm if arm not in arms else node] = _arm(recipe, model, states[node].metrics, cost)
     return arms
 
 
-def _arm(
-    recipe: Recipe,
-    model: str,
-    metrics: dict[str, Any],
-    costs: dict[str, StageCost],
-    parents: dict[str, list[tuple[str, str]]],
-) -> ArmRow:
-    cost = arm_cost(model, costs, parents)
+def _arm(recipe: Recipe, model: str, metrics: dict[str, Any], cost: ArmCost) -> ArmRow:
     scores = {
         key: metrics[key]
         for key in (

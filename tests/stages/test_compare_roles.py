@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from project import SUMS
+from rich.console import Console
 
 from distill import recipe
 from distill.records import UserError
-from distill.stages.collect import MAX_POINTS, line, read_curves, role_of
+from distill.reports import pages, terminal
+from distill.stages import state
+from distill.stages.collect import MAX_POINTS, collect_run, line, read_curves, role_of
 from distill.stages.compare import check_start
 
 
@@ -125,3 +130,50 @@ def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
     assert len(steps) == MAX_POINTS
     assert steps[:2] == [5, 10]
     assert curves["loss"][:2] == [2, 7]
+
+
+def test_a_run_half_way_and_a_teacher_shared_by_its_students(tmp_path: Path) -> None:
+    """kl and kl_rl learned from the teacher: each carries half of what training it cost."""
+    made = resolved({name: name for name in ("student", "teacher", "kl", "rl", "kl_rl")})
+    run = tmp_path / "roles"
+    flops = {"cold": 1e12, "teacher": 9e12, "traces": 3e12, "kl": 2e12, "rl": 7e12, "kl_rl": 4e12}
+    interval = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 256}
+    scores = {"accuracy": interval, "pass_at": {"1": interval}, "maj_at": {}, "truncation": 0.0, "mean_length": 9.0,
+              "problems": 256, "samples": 1, "unjudged": 0}  # fmt: skip
+    for name, config in made.stages.items():
+        if name in flops or config.kind in ("prune", "filter"):
+            standing = state.State(kind=config.kind, config={}, inputs={}, status="done")
+            standing.cost = {"flops": flops.get(name, 0.0)}
+            state.write(run / name, standing)
+    for arm in ("student", "teacher", "kl", "rl"):
+        standing = state.State(kind="eval", config={}, inputs={}, status="done", metrics=scores)
+        state.write(run / f"verdict.{arm}", standing)
+    (run / "resolved.yaml").write_text(
+        yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False)
+    )
+    (run / "kl" / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+    )
+
+    report = collect_run(run)
+    assert list(report["arms"]) == [
+        "student",
+        "teacher",
+        "kl",
+        "rl",
+    ]  # kl_rl has not been evaluated
+    cost = {
+        name: {view: one["flops"] for view, one in arm["cost"].items()}
+        for name, arm in report["arms"].items()
+    }
+    assert cost["kl"] == {"student": 2e12, "with_inference": 5e12, "with_teacher": 10e12}
+    assert cost["rl"] == {"student": 7e12, "with_inference": 7e12, "with_teacher": 7e12}
+    assert cost["teacher"]["student"] == 10e12
+    status = {stage["name"]: stage["status"] for stage in report["stages"]}
+    assert (status["kl"], status["verdict.kl"], status["verdict.kl_rl"], status["verdict"]) == (
+        "done", "done", "pending", "pending",
+    )  # fmt: skip
+    out = io.StringIO()
+    terminal.show(report, Console(file=out, width=140, color_system=None))
+    assert "█▁" in out.getvalue()
+    assert "plots/compute_with_teacher.svg" in pages.write_report(report, tmp_path / "out")
