@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,9 @@ from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
 
 BLOCK_ROWS = 32
+JUDGES = 4
+"""Threads that wait for verdicts."""
+WAITING = 64
 ROOM = 64
 """Context lengths are rounded up to this, so that a slightly longer prompt does not change the engine."""
 
@@ -200,44 +205,80 @@ def _run(
             )
             yield Request(trace_id, asked.prompt_ids, seed)
 
-    done_before = len(wanted) - len(missing)
-    live = context.live(len(wanted), "traces", done_before)
-    rows, began = Rows(), time.monotonic()
-    for completion in engine.generate(requests(), config.sampling.record(), top_k=top_k):
-        asked = wanted[completion.request_id]
-        text = completion_text(tokenizer, completion.ids_T)
-        started = time.monotonic()
-        verdict = task.verify(
-            asked.problem, task.template.prefill + text, completion.finish_reason == "stop"
-        )
-        counts.verifier_seconds += time.monotonic() - started
-        if completion.top is not None:
-            completion = Completion(
-                completion.request_id,
-                completion.ids_T,
-                completion.logprob_T,
-                completion.top.truncate(top_k=top_k, mass=mass),
-                completion.finish_reason,
-                completion.version,
+    live = context.live(len(wanted), "traces", len(wanted) - len(missing))
+    began = time.monotonic()
+    with ThreadPoolExecutor(JUDGES) as pool:
+        desk = _Desk(context, task, tokenizer, writer, counts, pool)
+        for completion in engine.generate(requests(), config.sampling.record(), top_k=top_k):
+            if completion.top is not None:
+                top = completion.top.truncate(top_k=top_k, mass=mass)
+                completion = replace(completion, top=top)
+            desk.take(wanted[completion.request_id], completion)
+            live.update(
+                live.first + counts.completions,
+                correct=f"{counts.correct / max(counts.completions, 1):.0%}",
+                tokens_per_second=counts.tokens_generated / (time.monotonic() - began),
             )
-        rows.asked.append(asked)
-        rows.completions.append(completion)
-        rows.texts.append(text)
-        rows.verdicts.append(verdict)
-        _count(counts, completion, verdict)
-        if counts.completions == 1:
-            context.say(f"first trace: {' '.join(text.split())[:160]}")
-        if len(rows.asked) >= BLOCK_ROWS:
-            writer.add(rows.traces())
-            rows = Rows()
-        live.update(
-            done_before + counts.completions,
-            correct=f"{counts.correct / counts.completions:.0%}",
-            tokens_per_second=counts.tokens_generated / (time.monotonic() - began),
-        )
-    if rows.asked:
-        writer.add(rows.traces())
+        desk.close()
+    live.update(
+        live.first + counts.completions,
+        correct=f"{counts.correct / max(counts.completions, 1):.0%}",
+        tokens_per_second=counts.tokens_generated / (time.monotonic() - began),
+    )
     live.close()
+
+
+@dataclass(slots=True)
+class _Desk:
+    """Has completions judged while the engine goes on, and hands them to the writer in blocks, in the order they came.
+
+    A verdict may take its time (a program that runs until its limit), so at most WAITING of them are open.
+    """
+
+    context: Context
+    task: Task
+    tokenizer: Any
+    writer: TraceWriter
+    counts: Counts
+    pool: ThreadPoolExecutor
+    waiting: deque[tuple[Asked, Completion, str, Future[tuple[Verdict, float]]]] = field(
+        default_factory=deque
+    )
+    rows: Rows = field(default_factory=Rows)
+
+    def take(self, asked: Asked, completion: Completion) -> None:
+        text = completion_text(self.tokenizer, completion.ids_T)
+        finished = completion.finish_reason == "stop"
+        verdict = self.pool.submit(self._judge, asked.problem, text, finished)
+        self.waiting.append((asked, completion, text, verdict))
+        while self.waiting and (len(self.waiting) > WAITING or self.waiting[0][3].done()):
+            self._settle()
+
+    def close(self) -> None:
+        while self.waiting:
+            self._settle()
+        if self.rows.asked:
+            self.writer.add(self.rows.traces())
+
+    def _judge(self, problem: Problem, text: str, finished: bool) -> tuple[Verdict, float]:
+        started = time.monotonic()
+        verdict = self.task.verify(problem, self.task.template.prefill + text, finished)
+        return verdict, time.monotonic() - started
+
+    def _settle(self) -> None:
+        asked, completion, text, judged = self.waiting.popleft()
+        verdict, seconds = judged.result()
+        self.counts.verifier_seconds += seconds
+        self.rows.asked.append(asked)
+        self.rows.completions.append(completion)
+        self.rows.texts.append(text)
+        self.rows.verdicts.append(verdict)
+        _count(self.counts, completion, verdict)
+        if self.counts.completions == 1:
+            self.context.say(f"first trace: {' '.join(text.split())[:160]}")
+        if len(self.rows.asked) >= BLOCK_ROWS:
+            self.writer.add(self.rows.traces())
+            self.rows = Rows()
 
 
 def _count(counts: Counts, completion: Completion, verdict: Verdict) -> None:
