@@ -111,7 +111,7 @@ def test_traces_hold_what_the_engine_saw_and_the_student_trains_on_it(finished):
     assert len(rows) == 6
     for row in rows:
         assert len(row["completion_ids"]) == len(row["logprob"]) == len(row["top_count"]) == 6
-        assert len(row["top_ids"]) == len(row["top_logprobs"]) == sum(row["top_count"])
+        assert len(row["top_ids"]) == len(row["top_steps"]) == sum(row["top_count"])
     losses = finished.losses("kl")
     assert len(losses) == 6
     assert losses[-1] < losses[0]

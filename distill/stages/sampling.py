@@ -135,7 +135,7 @@ def sample(
 
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     with TraceWriter(folder, metadata, shard_rows=shard_rows) as writer:
-        missing = [trace_id for trace_id in wanted if trace_id not in writer.done_ids()]
+        missing = [trace_id for trace_id in wanted if trace_id not in writer]
         if missing:
             longest = (
                 max(len(wanted[trace_id].prompt_ids) for trace_id in missing)

@@ -12,7 +12,7 @@ Left out on purpose: files and folders (`folder.py`), how a distribution is roun
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,7 +74,7 @@ def to_table(traces: Traces, metadata: Metadata) -> pa.Table:
 def encode(table: pa.Table, metadata: Metadata) -> pa.Buffer:
     """The table as the bytes of one Parquet file, checksums on every page; the same bytes for the same table."""
     split = [*_SPLIT, "tail_logprob"] if metadata.exact else _SPLIT
-    words = ["finish_reason", "rewards.key_value.key"]
+    words = ["finish_reason", "rewards.list.element.name"]
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.combine_chunks(),
@@ -203,9 +203,10 @@ def _rewards(rewards: dict[str, list[float | None]], num: int) -> pa.Array:
     names = sorted(rewards)
     offsets = np.arange(num + 1, dtype=np.int32) * len(names)
     values = [rewards[name][row] for row in range(num) for name in names]
-    return pa.MapArray.from_arrays(
-        pa.array(offsets), pa.array(names * num, pa.string()), pa.array(values, pa.float64())
+    named = pa.StructArray.from_arrays(
+        [pa.array(names * num, pa.string()), pa.array(values, pa.float64())], ["name", "value"]
     )
+    return pa.ListArray.from_arrays(pa.array(offsets), named)
 
 
 # ------------------------------------------------------------------------------------------ bytes -> Traces
@@ -278,8 +279,8 @@ def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
 
 
 def _reward_columns(
-    rows: Iterable[Iterable[tuple[str, float | None]]],
+    rows: Iterable[Iterable[Mapping[str, Any]]],
 ) -> dict[str, list[float | None]]:
-    maps = [dict(row) for row in rows]
+    maps = [{each["name"]: each["value"] for each in row} for row in rows]
     names = sorted({name for row in maps for name in row})
     return {name: [row.get(name) for row in maps] for name in names}

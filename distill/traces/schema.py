@@ -72,7 +72,8 @@ ARROW_SCHEMA = pa.schema(
         pa.field("top_logprobs", _LOGPROBS),
         pa.field("tail_logprob", _LOGPROBS),
         pa.field("reward", pa.float64()),
-        pa.field("rewards", pa.map_(pa.string(), pa.float64())),
+        # A list of structs rather than a map, which the `datasets` library cannot read.
+        pa.field("rewards", pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))),
         pa.field("correct", pa.bool_()),
         pa.field("finish_reason", pa.string()),
     ]

@@ -236,7 +236,7 @@ def test_duckdb_alone_reads_verdicts(tmp_path):
     path = samples.write(tmp_path / "traces", 16) / "*.parquet"
     block = samples.traces(range(16))
     verdicts = duckdb.sql(
-        f"select count(*), sum(rewards['accuracy']), sum(correct::int) from '{path}'"
+        f"select count(*), sum(list_filter(rewards, lambda x: x.name = 'accuracy')[1].value), sum(correct::int) from '{path}'"
     ).fetchall()
     assert verdicts == [
         (
