@@ -74,6 +74,11 @@ for _name, _kinds, _text in (
     ("prune", ("prune",), "Run a recipe's prune stages."),
     ("train", ("train",), "Run a recipe's train stages."),
     ("grpo", ("grpo",), "Run a recipe's grpo stages: reinforcement learning."),
+    (
+        "on-policy",
+        ("on_policy",),
+        "Run a recipe's on_policy stages: a teacher's opinion of the student's own words.",
+    ),
     ("eval", ("eval",), "Run a recipe's eval stages, those of its comparisons included."),
     ("compare", ("compare",), "Run a recipe's compare stages."),
 ):
