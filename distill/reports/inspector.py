@@ -279,7 +279,7 @@ def _kl(
 def _log(mass_T: Array) -> Array:
     """Log of a mass; masses within rounding of none are none."""
     with np.errstate(divide="ignore"):
-        return np.log(np.where(mass_T > NO_TAIL, mass_T, 0.0))
+        return np.asarray(np.log(np.where(mass_T > NO_TAIL, mass_T, 0.0)))
 
 
 # ------------------------------------------------------------------------------------------------ packing
