@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from distill.records import Completion, TopK
-from distill.reports import inspector, tokens
+from distill.reports import candidates, inspector, tokens
 from distill.reports.inspector import Page, Row
 
 HOSTILE = (
@@ -147,7 +147,7 @@ def test_where_thinking_ends(prompt: bytes, spelled: list[bytes], expected: int)
 
 
 def test_entropy_by_hand() -> None:
-    two = inspector.entropy(top({3: 0.5, 4: 0.5}, {3: 0.5, 4: 0.25}, {3: 1.0}))
+    two = candidates.entropy(top({3: 0.5, 4: 0.5}, {3: 0.5, 4: 0.25}, {3: 1.0}))
     assert two == pytest.approx([math.log(2), 1.5 * math.log(2), 0.0], abs=1e-6)
 
 
@@ -155,7 +155,7 @@ def test_kl_and_candidates_by_hand() -> None:
     """Stored by both: 3 and 4; 5 is the teacher's only, 6 the student's only, so they are in the rest of both."""
     teacher = top({3: 0.6, 4: 0.2, 5: 0.1})
     student = top({6: 0.5, 3: 0.3, 4: 0.1})
-    found = inspector.match(teacher, student)
+    found = candidates.match(teacher, student)
     by_hand = 0.6 * math.log(2) + 0.2 * math.log(2) + 0.2 * math.log(0.2 / 0.6)
     assert found.kl_T == pytest.approx([by_hand], abs=1e-6)
     shown = found.candidates(8)
@@ -178,17 +178,17 @@ def test_kl_is_a_lower_bound_and_zero_for_the_teacher_itself() -> None:
     full = TopK.from_dense(ids, np.log(p))
     other = TopK.from_dense(ids, np.log(q))
     exact = (p * np.log(p / q)).sum(1)
-    whole = inspector.match(full, other).kl_T
+    whole = candidates.match(full, other).kl_T
     assert whole == pytest.approx(exact, rel=1e-4, abs=1e-4)
-    cut = inspector.match(full.truncate(mass=0.9), other.truncate(top_k=40)).kl_T
+    cut = candidates.match(full.truncate(mass=0.9), other.truncate(top_k=40)).kl_T
     assert (cut <= exact + 1e-4).all()
     assert cut.mean() > 0.3 * exact.mean()
-    assert inspector.match(full.truncate(mass=0.9), full).kl_T == pytest.approx(0, abs=1e-5)
+    assert candidates.match(full.truncate(mass=0.9), full).kl_T == pytest.approx(0, abs=1e-5)
 
 
 def test_ids_are_matched_within_their_own_position() -> None:
     teacher, student = top({3: 0.9}, {4: 0.8}), top({4: 0.7}, {3: 0.6})
-    found = inspector.match(teacher, student).candidates(8)
+    found = candidates.match(teacher, student).candidates(8)
     assert found.ids_E.tolist() == [3, 4, 4, 3]
     assert np.isnan(found.student_E[0])
     assert np.isnan(found.teacher_E[1])
