@@ -22,7 +22,6 @@ from distill.reports.flops import ModelShape, causal_context, forward_flops
 from distill.stages.context import Context, Result
 from distill.stages.sampling import ROOM, context_limit, package_versions
 from distill.stages.sources import Given, LeftOut, open_given
-from distill.traces import notes
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
 from distill.traces.stats import stats
@@ -111,7 +110,6 @@ def _fill(
     """Score what the folder does not hold yet."""
     folder = context.folder / "traces"
     with TraceWriter(folder, metadata, shard_rows=config.shard_rows) as writer:
-        notes.write_text_from(folder, given.text_from)
         missing = wanted.keys() - writer.done_ids()
         if not missing:
             return
@@ -230,5 +228,6 @@ def _metadata(config: ScoreStage, given: Given, model_dir: Path, tokenizer: Any)
         mass=config.mass,
         exact=config.exact,
         engine=config.engine.fn,
+        source=given.text_from,
         versions=package_versions(),
     )

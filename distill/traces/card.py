@@ -66,7 +66,7 @@ def _lineage(reader: TraceReader) -> list[tuple[str, str]]:
     meta = reader.metadata
     sampling = ", ".join(f"{key} {value}" for key, value in meta.model_dump()["sampling"].items())
     writer = notes.text_from(reader)
-    scored = (reader.base / notes.TEXT_FROM).is_file()
+    scored = bool(meta.source)
     rows = [
         ("text written by", _code(writer)),
         ("distributions of", f"{_code(meta.model)}, weights {_code(meta.weights)}"),

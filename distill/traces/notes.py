@@ -1,4 +1,4 @@
-"""What stands beside a manifest and is no row: who wrote the text, and what an audit found."""
+"""Who wrote the text of a folder of traces, and what an audit found, which stands beside the manifest."""
 
 from __future__ import annotations
 
@@ -8,21 +8,13 @@ from typing import Any
 from distill.traces import folder
 from distill.traces.reader import TraceReader, open_traces
 
-TEXT_FROM = "text_from.json"
 CERTIFICATE = "audit.json"
 
 
-def write_text_from(path: Path, text_from: str) -> None:
-    """Note who wrote the text of traces whose distributions are another model's."""
-    folder.write_json(path / TEXT_FROM, {"text_from": text_from})
-
-
 def text_from(reader: TraceReader) -> str:
-    """Who wrote the traces' text: what was noted, or else the model that their distributions are of."""
-    path = reader.base / TEXT_FROM
-    if path.is_file():
-        return str(folder.read_json(path)["text_from"])
-    return f"{reader.metadata.model} (weights {reader.metadata.weights})"
+    """Who wrote the traces' text: the metadata's `source`, or else the model that their distributions are of."""
+    metadata = reader.metadata
+    return metadata.source or f"{metadata.model} (weights {metadata.weights})"
 
 
 def write_certificate(path: Path, tree: dict[str, Any]) -> None:

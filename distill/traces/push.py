@@ -90,10 +90,9 @@ def _published(path: Path) -> list[Path]:
 
 def _link_notes(path: Path, out: Path) -> None:
     for folder in (open_traces(path).base, path):
-        for name in (notes.TEXT_FROM, notes.CERTIFICATE):
-            if (folder / name).is_file():
-                (out / name).unlink(missing_ok=True)
-                _link(folder / name, out / name)
+        if (folder / notes.CERTIFICATE).is_file():
+            (out / notes.CERTIFICATE).unlink(missing_ok=True)
+            _link(folder / notes.CERTIFICATE, out / notes.CERTIFICATE)
 
 
 def _link(source: Path, target: Path) -> None:

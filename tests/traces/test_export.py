@@ -99,14 +99,18 @@ def test_the_card_says_who_how_much_and_how_whole(stored):
                  "No audit was made", "kept while it was sampled"):  # fmt: skip
         assert said in text, said
     notes.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
-    notes.write_text_from(stored, "somebody (weights `x|y`)\n# Not a heading")
     text = card(stored, name="me/sums <script>|", licence="cc-by-4.0")
     assert "| log-probability of the trace's token | 0.0012 | 0.034 |" in text
     assert "500 random positions of 30 traces" in text
-    assert "scored, teacher-forced, on that text" in text
     assert "<script>" not in text.partition("\n---\n")[2]
-    assert "\n# Not" not in text
     assert front_matter(text)["pretty_name"] == "me/sums <script>|"
+
+
+def test_the_card_says_who_wrote_text_that_was_only_scored(tmp_path):
+    source = "somebody (weights `x|y`)\n# Not a heading"
+    text = card(samples.write(tmp_path / "scored", 4, source=source), name="x")
+    assert "scored, teacher-forced, on that text" in text
+    assert "\n# Not" not in text
 
 
 def test_a_certificate_of_other_content_is_not_shown_and_one_of_the_source_is(stored):

@@ -75,9 +75,11 @@ def traces(
     )  # fmt: skip
 
 
-def write(path: Path, num: int, *, shard_rows: int = 16, block: int = 5, **options) -> Path:
+def write(
+    path: Path, num: int, *, shard_rows: int = 16, block: int = 5, source: str = "", **options
+) -> Path:
     """A folder of traces 0..num, added in blocks that do not fit the shards."""
-    with TraceWriter(path, metadata(), shard_rows=shard_rows) as writer:
+    with TraceWriter(path, metadata(source=source), shard_rows=shard_rows) as writer:
         for start in range(0, num, block):
             writer.add(traces(range(start, min(start + block, num)), **options))
     return path
