@@ -200,8 +200,8 @@ class Runner:
                 f"{self.run} is in use by another `distill run`; wait for it, or give this run another name."
             ) from None
         with lock:
-            self._refuse_early()
             wanted = list(wanted)
+            self._refuse_early(wanted)
             predictions = self._predictions()
             self._write_recipe()
             for number, node in enumerate(wanted, 1):
@@ -212,13 +212,18 @@ class Runner:
 
         return {row.name: row.amounts for row in plan.predict(self.recipe)}
 
-    def _refuse_early(self) -> None:
+    def _refuse_early(self, wanted: list[Node]) -> None:
         """Everything is decided before anything is written or moved, so that a refusal changes nothing."""
         for node in nodes(self.recipe):
             if all(
                 state.read(self.run / ref) for _, ref in node.inputs if ref in self.recipe.stages
             ):
                 decide(node, self.recipe, self.run, self.redo)
+        standing = [state.read(self.run / node.name) for node in wanted]
+        if any(stage is None or stage.status != "done" for stage in standing):
+            from distill.stages import plan
+
+            plan.check_plugs(self.recipe)
 
     def _write_recipe(self) -> None:
         write_atomic(self.run / "recipe.yaml", self.source.read_text(encoding="utf-8"))

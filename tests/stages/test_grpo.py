@@ -8,6 +8,10 @@ import re
 import pytest
 from project import REFERENCE, SUMS, Project
 
+from distill import recipe
+from distill.records import UserError
+from distill.stages.plan import check_plugs
+
 REWARDS = '''
 def even(group):
     """An even number of letters: something a random model does half of the time."""
@@ -167,13 +171,20 @@ def test_more_steps_go_on_from_the_last(finished, tiny_dir, tmp_path):
         ({"rewards": [{"fn": "nomodule:nothing"}]}, "cannot import 'nomodule:nothing'"),
     ],
 )
-def test_mistakes_are_one_message_before_anything_loads(tiny_dir, tmp_path, changes, message):
-    made = project(tmp_path / "bad", tiny_dir, **changes)
-    done = made.distill("check", "rl.yaml")
-    assert done.returncode == 2, done.stdout
-    assert re.search(message, done.stderr), done.stderr
+def test_mistakes_are_one_message_before_anything_loads(tiny_dir, changes, message):
+    with pytest.raises(UserError) as caught:
+        check_plugs(recipe.validate(tree(tiny_dir, **changes)))
+    assert re.search(message, str(caught.value))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_mistake_ends_the_command_with_its_message_alone(tiny_dir, tmp_path):
+    made = project(tmp_path / "bad", tiny_dir, rewards=[{"fn": "acuracy"}])
+    done = made.run()
+    assert done.returncode == 2
+    assert "there is no 'acuracy'" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not made.run_dir.exists()
+    assert not (made.run_dir / "rl").exists()
 
 
 @pytest.mark.parametrize(("reward", "seconds"), [("broken", 60), ("hangs", 0.2)])
