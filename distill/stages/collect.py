@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import yaml
 
-from distill.recipe import CompareStage, EvalStage, Recipe, validate
+from distill.recipe import CompareStage, EvalStage, GrpoStage, Recipe, validate
 from distill.records import Cost
 from distill.reports.ledger import ArmCost, StageCost, arm_cost
 from distill.reports.schema import ArmRow, RunReport, StageRow, view
@@ -47,7 +47,7 @@ def collect(recipe: Recipe, run: Path, names: list[str], source: Path) -> RunRep
         examples=examples,
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         reproduce=[f"distill run {source}"],
-        notes=_notes(states),
+        notes=[*_notes(states), *_sandboxes(recipe)],
     )
 
 
@@ -240,3 +240,18 @@ def _notes(states: dict[str, state.State]) -> list[str]:
                 f"{name}: {bad} steps were skipped because loss or gradient was not finite"
             )
     return notes
+
+
+def _sandboxes(recipe: Recipe) -> list[str]:
+    """Where the programs that the recipe's tasks and rewards judge are run, in words."""
+    from distill.tasks import sandbox
+
+    rewards = [
+        r for stage in recipe.stages.values() if isinstance(stage, GrpoStage) for r in stage.rewards
+    ]
+    options = [plug.options for plug in recipe.tasks.values() if plug.fn == "humaneval"]
+    options += [reward.options for reward in rewards if reward.fn == "code"]
+    levels = {
+        sandbox.describe(bool(o.get("unsafe", False)), o.get("sandbox_command")) for o in options
+    }
+    return [f"programs run in: {level}" for level in sorted(levels)]

@@ -407,6 +407,7 @@ def _gguf_shape(path: Path) -> ModelShape:
 
 def check_plugs(recipe: Recipe) -> None:
     """Every loss, filter, reward and engine named in a recipe exists and takes the options given. Raises UserError."""
+    from distill.stages.compare import check_start
     from distill.stages.resolve import resolve_loss, resolve_objective, resolve_rewards
 
     for name, config in recipe.stages.items():
@@ -420,5 +421,7 @@ def check_plugs(recipe: Recipe) -> None:
                 plug.bind(
                     keep.fn, keep.options, "distill.traces.filters", f"stages.{name}.keep.{number}"
                 )
+        elif isinstance(config, CompareStage):
+            check_start(config, recipe)
         if isinstance(config, PolicyStage | GenerateStage | ScoreStage | EvalStage | CompareStage):
             plug.find(config.engine.fn, "distill.engines.kinds", f"stages.{name}.engine.fn")
