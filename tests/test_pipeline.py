@@ -214,6 +214,8 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(finished, tmp_path):
     process = subprocess.Popen(
         project.command("run", "road.yaml", "stages.traces.problems=300", "stages.traces.shard_rows=8"),
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Whoever runs the tests in the background hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not any(folder.glob("*.parquet")):
         assert process.poll() is None, process.communicate()

@@ -183,7 +183,7 @@ def test_every_process_draws_the_same_problems():
 
 
 def test_the_room_offers_exactly_its_tasks():
-    assert set(plug.names("distill.tasks")) == {"reasoning_gym", "jsonl", "hub"}
+    assert set(plug.names("distill.tasks")) == {"humaneval", "hub", "jsonl", "reasoning_gym"}
     make = plug.bind("reasoning_gym", {"dataset": "chain_sum"}, "distill.tasks")
     assert make("sums").template.name == "think_answer"
     with pytest.raises(UserError, match=r"datset: unknown key\. Did you mean 'dataset'"):
