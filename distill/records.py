@@ -292,6 +292,10 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+JUDGES = 4
+"""Threads that wait for verdicts while an engine goes on."""
+
+
 @runtime_checkable
 class Verifier(Protocol):
     """Judges a completion's text (see Task.verify)."""

@@ -10,11 +10,11 @@ import numpy as np
 from distill import models
 from distill.recipe import GrpoStage
 from distill.records import draw_seed
-from distill.reports.flops import ModelShape
-from distill.stages.context import Context, Result, save_model
+from distill.stages.context import Context, Result
 from distill.stages.costs import tally_cost
 from distill.stages.resolve import resolve_objective, resolve_rewards
-from distill.stages.rollouts import Progress, Samples, first_and_last, open_sampler
+from distill.stages.rollouts import Progress, Samples, open_sampler, policy_metrics
+from distill.stages.trainee import keep_trainee, load_trainee
 from distill.tasks.scoring import Rewards
 from distill.training import loop
 from distill.training.rollout import Rollout, Rollouts
@@ -38,9 +38,7 @@ def run(config: GrpoStage, context: Context) -> Result:
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     with open_sampler(config, context, tokenizer) as (sampler, pool):
-        model = models.load(folder, dtype=config.dtype, trust_remote_code=trust)
-        if config.lora is not None:
-            model = models.add_lora(model, config.lora)
+        model = load_trainee(config, context)
         samples = Samples(context, config)
         rollouts = Rollouts(
             sampler=sampler,
@@ -63,19 +61,9 @@ def run(config: GrpoStage, context: Context) -> Result:
             show=progress,
         )
         progress.close()
-    if config.lora is not None:
-        model = model.merge_and_unload()
-    fingerprint = save_model(model, tokenizer, context.folder)
-    shape = ModelShape.from_config(models.config_of(context.folder / "model"))
-    metrics = {
-        "steps": config.steps,
-        "completions": tally.completions,
-        "bad_steps": tally.bad_steps,
-        "seconds_a_step": tally.seconds / config.steps,
-        "prompts_too_long": pool.too_long,
-        "rewards_failed": rewards.failures,
-        **first_and_last(context.folder, WATCHED),
-    }
+    fingerprint, shape = keep_trainee(model, tokenizer, config, context)
+    metrics = policy_metrics(config, context, tally, pool, WATCHED)
+    metrics["rewards_failed"] = rewards.failures
     return Result(tally_cost(config, shape, tally), metrics, fingerprint)
 
 

@@ -10,11 +10,12 @@ from distill import engines, models
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
 from distill.records import Cost, Engine
 from distill.reports.flops import ModelShape, forward_flops
-from distill.stages.context import Context, Result, save_model
+from distill.stages.context import Context, Result
 from distill.stages.costs import tally_cost, teachers_cost
-from distill.stages.resolve import load_teachers, resolve_loss
-from distill.stages.rollouts import Progress, Samples, first_and_last, open_sampler
+from distill.stages.resolve import load_teachers, resolve_loss, teacher_dir
+from distill.stages.rollouts import Progress, Samples, open_sampler, policy_metrics
 from distill.stages.train import open_source
+from distill.stages.trainee import keep_trainee, load_trainee
 from distill.training import loop
 from distill.training.on_policy import OnPolicy
 from distill.training.packing import Example
@@ -34,9 +35,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
         open_sampler(config, context, tokenizer) as (sampler, pool),
         _teacher_engine(config, context, tokenizer, sampler.engine.max_model_len) as engine,
     ):
-        model = models.load(folder, dtype=config.dtype, trust_remote_code=trust)
-        if config.lora is not None:
-            model = models.add_lora(model, config.lora)
+        model = load_trainee(config, context)
         samples = Samples(context, config)
         source = OnPolicy(
             sampler=sampler,
@@ -59,18 +58,8 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             show=progress,
         )
         progress.close()
-    if config.lora is not None:
-        model = model.merge_and_unload()
-    fingerprint = save_model(model, tokenizer, context.folder)
-    shape = ModelShape.from_config(models.config_of(context.folder / "model"))
-    metrics = {
-        "steps": config.steps,
-        "completions": tally.completions,
-        "bad_steps": tally.bad_steps,
-        "seconds_a_step": tally.seconds / config.steps,
-        "prompts_too_long": pool.too_long,
-        **first_and_last(context.folder, WATCHED),
-    }
+    fingerprint, shape = keep_trainee(model, tokenizer, config, context)
+    metrics = policy_metrics(config, context, tally, pool, WATCHED)
     teaching = teachers_cost(teachers, tally)
     if engine is not None:
         (name,) = teachers_of(config.teacher)
@@ -90,11 +79,7 @@ def _teacher_engine(
         yield None
         return
     (name,) = teachers_of(config.teacher)
-    folder = context.model_dir(name)
-    theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
-    where = f"stages.{context.name}.teacher"
-    written_by = models.tokenizer_fingerprint(theirs)
-    models.check_same_tokenizer(written_by, len(theirs), tokenizer, where)
+    folder = teacher_dir(name, context, tokenizer)
     context.say(f"starting the {config.engine.fn} engine of the teacher")
     engine = engines.open_engine(
         config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_k

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from distill import models, plug
@@ -10,6 +11,8 @@ from distill.records import Reward, UserError
 from distill.training.objective import Objective, Online, PolicyObjective
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from distill.stages.context import Context
@@ -30,12 +33,13 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str) -> Objective:
 
     fn, options = config.loss.fn, dict(config.loss.options)
     loss = plug.bind(fn, options, LOSSES, f"{where}.loss")
-    beside = config.teacher is not None and getattr(config, "scoring", "trainer") == "trainer"
-    if not beside:
+    asked_by_engine = isinstance(config, OnPolicyStage) and config.scoring == "engine"
+    if config.teacher is None or asked_by_engine:
         return Objective(loss, watch)
     ce_weight, scale = 0.0, 1.0
     if fn == "ce_kl":
-        ce_weight, scale = options.get("ce_weight", 0.5), options.get("kl_weight", 0.5)
+        weights = inspect.signature(loss).parameters  # with what the recipe says as defaults
+        ce_weight, scale = weights["ce_weight"].default, weights["kl_weight"].default
         fn, options = "forward_kl", {}
     if fn not in plug.names(DIVERGENCES):
         known = ", ".join(sorted([*plug.names(DIVERGENCES), "ce_kl"]))
@@ -59,14 +63,20 @@ def load_teachers(
 
     teachers = []
     for name, share in teachers_of(config.teacher).items():
-        folder, trust = context.model_dir(name), context.trusts(name)
-        theirs = models.load_tokenizer(folder, trust_remote_code=trust)
-        written_by = models.tokenizer_fingerprint(theirs)
-        where = f"stages.{context.name}.teacher"
-        models.check_same_tokenizer(written_by, len(theirs), tokenizer, where)
-        model = models.load(folder, dtype=config.dtype, trust_remote_code=trust)
+        folder = teacher_dir(name, context, tokenizer)
+        model = models.load(folder, dtype=config.dtype, trust_remote_code=context.trusts(name))
         teachers.append(Teacher(model, share))
     return teachers
+
+
+def teacher_dir(name: str, context: Context, tokenizer: Any) -> Path:
+    """Where a teacher is; raises UserError for one with another tokenizer than the student's."""
+    folder = context.model_dir(name)
+    theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
+    written_by = models.tokenizer_fingerprint(theirs)
+    where = f"stages.{context.name}.teacher"
+    models.check_same_tokenizer(written_by, len(theirs), tokenizer, where)
+    return folder
 
 
 def resolve_objective(config: GrpoStage, where: str) -> PolicyObjective:

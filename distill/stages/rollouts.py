@@ -25,7 +25,7 @@ MISMATCH_ALARM = 0.01
 
 @contextmanager
 def open_sampler(
-    config: PolicyStage, context: Context, tokenizer: Any, max_top_k: int = 0
+    config: PolicyStage, context: Context, tokenizer: Any
 ) -> Iterator[tuple[Sampler, PromptPool]]:
     """The policy's engine, started on the stage's model, with the train problems it will be asked; closed at the end."""
     folder = context.model_dir(config.model)
@@ -39,7 +39,7 @@ def open_sampler(
         config.engine,
         folder,
         max_model_len=min(limit, -(-longest // ROOM) * ROOM),
-        max_top_k=max_top_k,
+        max_top_k=0,
     )
 
     def decode(ids_T: Array) -> str:
@@ -111,7 +111,8 @@ class PromptPool:
         """`num` prompts of a rollout; the same for the same arguments."""
         size = len(self.prompts)
         first = range(rollout * self.a_rollout, (rollout + 1) * self.a_rollout)
-        regular = [self._order(slot // size)[slot % size] for slot in first]
+        orders = {epoch: self._order(epoch) for epoch in {slot // size for slot in first}}
+        regular = [orders[slot // size][slot % size] for slot in first]
         if attempt == 0:
             return [self.prompts[n] for n in regular[:num]]
         others = np.setdiff1d(np.arange(size), regular)
@@ -173,7 +174,25 @@ class Progress:
         self.live.close()
 
 
-def first_and_last(folder: Path, keys: Sequence[str]) -> dict[str, float | None]:
+def policy_metrics(
+    config: PolicyStage,
+    context: Context,
+    tally: loop.Tally,
+    pool: PromptPool,
+    watched: Sequence[str],
+) -> dict[str, Any]:
+    """What such a stage reports: its counts, and the course of what one watches."""
+    return {
+        "steps": config.steps,
+        "completions": tally.completions,
+        "bad_steps": tally.bad_steps,
+        "seconds_a_step": tally.seconds / config.steps,
+        "prompts_too_long": pool.too_long,
+        **_first_and_last(context.folder, watched),
+    }
+
+
+def _first_and_last(folder: Path, keys: Sequence[str]) -> dict[str, float | None]:
     """Of metrics.jsonl: each key's mean over the first tenth of the steps and over the last."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]

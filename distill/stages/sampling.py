@@ -21,6 +21,7 @@ import numpy as np
 from distill import engines, models
 from distill.recipe import EngineConfig, EvalStage, GenerateStage
 from distill.records import (
+    JUDGES,
     Array,
     Completion,
     Cost,
@@ -42,8 +43,6 @@ from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
 
 BLOCK_ROWS = 32
-JUDGES = 4
-"""Threads that wait for verdicts."""
 WAITING = 64
 ROOM = 64
 """Context lengths are rounded up to this, so that a slightly longer prompt does not change the engine."""
@@ -207,6 +206,14 @@ def _run(
 
     live = context.live(len(wanted), "traces", len(wanted) - len(missing))
     began = time.monotonic()
+
+    def show() -> None:
+        live.update(
+            live.first + counts.completions,
+            correct=f"{counts.correct / max(counts.completions, 1):.0%}",
+            tokens_per_second=counts.tokens_generated / (time.monotonic() - began),
+        )
+
     with ThreadPoolExecutor(JUDGES) as pool:
         desk = _Desk(context, task, tokenizer, writer, counts, pool)
         for completion in engine.generate(requests(), config.sampling.record(), top_k=top_k):
@@ -214,17 +221,9 @@ def _run(
                 top = completion.top.truncate(top_k=top_k, mass=mass)
                 completion = replace(completion, top=top)
             desk.take(wanted[completion.request_id], completion)
-            live.update(
-                live.first + counts.completions,
-                correct=f"{counts.correct / max(counts.completions, 1):.0%}",
-                tokens_per_second=counts.tokens_generated / (time.monotonic() - began),
-            )
+            show()
         desk.close()
-    live.update(
-        live.first + counts.completions,
-        correct=f"{counts.correct / max(counts.completions, 1):.0%}",
-        tokens_per_second=counts.tokens_generated / (time.monotonic() - began),
-    )
+    show()
     live.close()
 
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from distill import jsonl, models, plug
 from distill.recipe import TrainStage
-from distill.records import Template, UserError, draw_seed
-from distill.reports.flops import ModelShape
-from distill.stages.context import Context, Result, fingerprint_of, save_model
+from distill.records import UserError, draw_seed
+from distill.stages.context import Context, Result, fingerprint_of
 from distill.stages.costs import tally_cost, teachers_cost
 from distill.stages.resolve import LOSSES, load_teachers, resolve_loss
+from distill.stages.sources import AS_IT_IS
+from distill.stages.trainee import keep_trainee, load_trainee
 from distill.traces.reader import TraceReader, open_traces
 from distill.training import loop, losses
 from distill.training.loop import Step
@@ -35,9 +36,7 @@ def run(config: TrainStage, context: Context) -> Result:
         source.num_examples, config.batch_traces
     )
 
-    model = models.load(folder, dtype=config.dtype, trust_remote_code=trust)
-    if config.lora is not None:
-        model = models.add_lora(model, config.lora)
+    model = load_trainee(config, context)
 
     def source_steps(start: int, _: Policy) -> Iterator[Step]:
         for examples in steps(
@@ -64,10 +63,7 @@ def run(config: TrainStage, context: Context) -> Result:
         show=show,
     )
     live.close()
-    if config.lora is not None:
-        model = model.merge_and_unload()
-    fingerprint = save_model(model, tokenizer, context.folder)
-    shape = ModelShape.from_config(models.config_of(context.folder / "model"))
+    fingerprint, shape = keep_trainee(model, tokenizer, config, context)
     return Result(
         tally_cost(config, shape, tally),
         _metrics(context.folder, tally, source, num_steps),
@@ -254,7 +250,7 @@ def _file_source(
                 f"{where}: line {number} is one of the task's held-out problems; learning from it would spoil every "
                 "evaluation. Remove the row."
             )
-        prompt = models.render_prompt(tokenizer, task.template if task else _AS_IT_IS, messages)
+        prompt = models.render_prompt(tokenizer, task.template if task else AS_IT_IS, messages)
         example = Example(
             f"{path.name}:{number}", prompt, models.render_completion(tokenizer, reply)
         )
@@ -266,7 +262,3 @@ def _file_source(
         context.say(f"{path}: line {line} left out: {reason}")
     _say_dropped(context, longer=longer, rejected=len(rejected))
     return ListSource(examples, seed, fingerprint_of(path))
-
-
-_AS_IT_IS = Template(name="as it is", system=None, plain="{question}", extract=str)
-"""A conversation under the tokenizer's own chat template, nothing added."""

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from distill.records import (
+    JUDGES,
     Array,
     Completion,
     Engine,
@@ -22,9 +23,6 @@ from distill.records import (
     draw_seed,
 )
 from distill.training.loop import Tally
-
-JUDGES = 4
-"""Threads that wait for verdicts while the engine goes on."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
