@@ -39,6 +39,7 @@ from distill.recipe import (
     Recipe,
     ScoreStage,
     StageConfig,
+    base_name,
     order,
 )
 from distill.records import UserError, stable_hash
@@ -77,7 +78,7 @@ def nodes(recipe: Recipe) -> list[Node]:
         if isinstance(config, CompareStage):
             for arm, child in config.children().items():
                 found.append(Node(f"{name}.{arm}", name, child, tuple(child.inputs())))
-            evaluations = tuple((f"arms.{arm}", f"{name}.{arm}") for arm in config.arms)
+            evaluations = tuple((f"arms.{arm}", f"{name}.{arm}") for arm in config.children())
             found.append(Node(name, name, config, evaluations))
         else:
             found.append(Node(name, name, config, tuple(config.inputs())))
@@ -113,11 +114,14 @@ def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
 
 
 def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> Decision:
-    """What to do with a node now that its inputs stand. Raises UserError when an identity field changed."""
+    """What to do with a node now that its inputs stand. Raises UserError when an identity field changed.
+
+    redo: nodes, stages, or stages of which all copies are meant.
+    """
     standing = state.read(run / node.name)
     if standing is None or (standing.status != "done" and not _made_anything(run / node.name)):
         return Decision("run")
-    if node.stage in redo or node.name in redo:
+    if {node.name, node.stage, base_name(node.stage)} & {*redo}:
         return Decision("redo", "as asked")
     changed = _changed(node, standing)
     if identity := [text for role, text in changed if role == "identity"]:
@@ -383,12 +387,15 @@ def select(
     """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it."""
     every = nodes(recipe)
     for name in (only, start):
-        if name is not None and name not in recipe.stages:
-            raise UserError(f"there is no stage {name!r}.{plug.nearest(name, recipe.stages)}")
+        known = {node.stage for node in every} | {base_name(node.stage) for node in every}
+        if name is not None and name not in known:
+            raise UserError(f"there is no stage {name!r}.{plug.nearest(name, known)}")
     if only is not None:
-        return [node for node in every if node.stage == only]
+        return [node for node in every if only in (node.stage, base_name(node.stage))]
     if start is not None:
-        first = next(i for i, node in enumerate(every) if node.stage == start)
+        first = next(
+            i for i, node in enumerate(every) if start in (node.stage, base_name(node.stage))
+        )
         return every[first:]
     if kinds:
         return [

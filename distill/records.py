@@ -126,6 +126,10 @@ class Task(Protocol):
         """Judge the text of a completion; an unfinished one is never correct."""
         ...
 
+    def same_answer(self, one: str, other: str) -> bool:
+        """Whether two extracted answers are one and the same, whatever is right: what a majority vote counts."""
+        ...
+
 
 # ------------------------------------------------------------------------------------------- distributions
 
@@ -434,6 +438,7 @@ class Batch:
     teacher_tail_T               float32 [T], log of the teacher's mass outside teacher_ids_TK
     advantage_T, old_logp_T, ref_logp_T, engine_logp_T   float32 [T], of label_T; rollouts only
     version                      of the weights that wrote the rollout
+    beside                       the same texts in a teacher's own tokens, where those are others
     """
 
     ids_T: Any
@@ -452,6 +457,7 @@ class Batch:
     ref_logp_T: Any = None
     engine_logp_T: Any = None
     version: int = 0
+    beside: Beside | None = None
 
     @property
     def squared_lengths(self) -> int:
@@ -464,15 +470,53 @@ class Batch:
 
     def to_torch(self, device: str | torch.device = "cpu") -> Batch:
         """The same batch with torch tensors on a device."""
-        import torch
+        return Batch(**_moved(self, device))
 
-        moved = {
-            f.name: torch.from_numpy(value).to(device)
-            if isinstance(value := getattr(self, f.name), np.ndarray)
-            else value
-            for f in fields(self)
-        }
-        return Batch(**moved)  # type: ignore[arg-type]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Beside:
+    """A batch's texts as a teacher with another tokenizer reads them, and where both tokenizers cut them at the same byte.
+
+    Between two such cuts lies a span, G of them in all. Rows count the tokens that have a weight, in order, on the side
+    they are of. Numpy as packed, torch tensors after `to_torch`.
+
+    batch: in the teacher's tokens; rows int64: its tokens that have a weight
+    student_start_G, teacher_start_G int64: the row of each side's first token in a span
+    split_G bool: whether either side cuts a span in pieces
+    student_piece_M, student_span_M; teacher_piece_N, teacher_span_N int64: rows of the tokens in such spans, and their span
+    weight_G float32; the loss is sum(weight * loss_G) / denominator, of the whole optimiser step
+    """
+
+    batch: Batch
+    rows: Any
+    student_start_G: Any
+    teacher_start_G: Any
+    split_G: Any
+    student_piece_M: Any
+    student_span_M: Any
+    teacher_piece_N: Any
+    teacher_span_N: Any
+    weight_G: Any
+    denominator: float
+
+    def to_torch(self, device: str | torch.device = "cpu") -> Beside:
+        """The same with torch tensors on a device."""
+        return Beside(**_moved(self, device))
+
+
+def _moved(record: Batch | Beside, device: str | torch.device) -> dict[str, Any]:
+    """A record's fields, numpy arrays as torch tensors on a device."""
+    import torch
+
+    moved: dict[str, Any] = {}
+    for f in fields(record):
+        value = getattr(record, f.name)
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value).to(device)
+        elif isinstance(value, Batch | Beside):
+            value = value.to_torch(device)
+        moved[f.name] = value
+    return moved
 
 
 # --------------------------------------------------------------------------------------------------- cost
@@ -493,6 +537,11 @@ class Cost:
     verifier_seconds: float = 0.0
     samples_failed: int = 0
     samples_filtered: int = 0
+
+    @staticmethod
+    def of(tree: Mapping[str, Any]) -> Cost:
+        """From a mapping that may lack fields, or have others."""
+        return Cost(**{f.name: tree[f.name] for f in fields(Cost) if f.name in tree})
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(

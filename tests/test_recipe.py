@@ -51,7 +51,7 @@ def test_a_good_recipe_and_its_overrides(tmp_path):
         ("stages.kl.model=kl", "kl -> kl goes round"),
         ("stages.traces.model=kl", "goes round in a circle"),
         ("stages.traces.task=sum", "Did you mean 'sums'"),
-        ("stages.kl.steps=4", "either epochs or steps"),
+        ("stages.kl.steps=4", "say one of epochs, steps and budget"),
         ("stages.test.pass_at=[8]", "at least as many samples"),
         ("nmae=x", "Did you mean 'name'"),
         ("name=../up", "name:"),

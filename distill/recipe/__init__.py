@@ -17,6 +17,7 @@ from distill.recipe.fields import (
     StageConfig,
 )
 from distill.recipe.load import load, parse_overrides, validate
+from distill.recipe.seeds import base_name
 from distill.recipe.stages import (
     KINDS,
     CompareStage,
@@ -62,6 +63,7 @@ __all__ = [
     "Stage",
     "StageConfig",
     "TrainStage",
+    "base_name",
     "load",
     "order",
     "parse_overrides",

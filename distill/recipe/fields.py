@@ -10,13 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from distill.records import Sampling
 
 Role = Literal["identity", "growth", "execution"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+StageName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*(@\d+)?$")]
+"""A stage, or its copy for one training seed (`kl@2`)."""
 Dtype = Literal["bfloat16", "float32"]
+
+
+def _distinct(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds are distinct numbers from 0, not {seeds}")
+    return seeds
+
+
+Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)]
 
 
 def growth(default: Any = ..., **constraints: Any) -> Any:
@@ -93,6 +104,12 @@ class EngineConfig(Config):
     )
 
 
+class BudgetConfig(Config):
+    """How long to train, by what another stage's student took in FLOPs."""
+
+    flops_of: str
+
+
 class LoraConfig(Config):
     rank: PositiveInt = 16
     alpha: float = 32.0
@@ -103,6 +120,11 @@ class LoraConfig(Config):
 
 class StageConfig(Config):
     """What every stage has. Fields that name other stages, models or tasks are listed in `inputs`."""
+
+    seed: int | None = Field(None, ge=0, description="of its draws; None = the recipe's")
+    seeds: Seeds | None = Field(
+        None, description="a copy of the stage, and of all that reads it, for each of them"
+    )
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         """(field, name or path) of everything this stage reads."""

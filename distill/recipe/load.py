@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from distill.plug import nearest
 from distill.recipe.fields import ModelConfig
+from distill.recipe.seeds import expand
 from distill.recipe.stages import KINDS
 from distill.recipe.tree import Recipe, check_references
 from distill.records import UserError
@@ -40,7 +41,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
 
 
 def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """The tree as a Recipe, its references checked; raises UserError."""
+    """The tree as a Recipe, its references checked and its seeds written out; raises UserError."""
     try:
         recipe = Recipe.model_validate(tree)
     except pydantic.ValidationError as error:
@@ -48,7 +49,7 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
             "\n".join(_explain_one(mistake, tree, where) for mistake in error.errors())
         ) from None
     check_references(recipe, where)
-    return recipe
+    return expand(recipe, where)
 
 
 def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dict[str, Any]:

@@ -19,6 +19,10 @@ from distill.recipe.fields import (
 )
 from distill.recipe.training import GrpoStage, OnPolicyStage, TrainStage
 
+POINTS = (
+    "held-out problems on which each model kept along the way (points_every) is tried; 0 = none"
+)
+
 
 class PruneStage(StageConfig):
     """Keep `layers` decoder layers, evenly spaced, the first and the last among them."""
@@ -113,6 +117,7 @@ class EvalStage(StageConfig):
     samples: PositiveInt = growth(1)
     sampling: SamplingConfig = SamplingConfig()
     pass_at: list[PositiveInt] = [1]
+    points: int = growth(0, ge=0, description=POINTS)
     engine: EngineConfig = EngineConfig()
 
     @pydantic.model_validator(mode="after")
@@ -135,28 +140,49 @@ class CompareStage(StageConfig):
     """
 
     kind: Literal["compare"]
-    arms: dict[Name, str] = Field(min_length=2)
+    arms: dict[Name, str | dict[int, str]] = growth(
+        min_length=2, description="a model each, or one a training seed: {1: a, 2: b, 3: c}"
+    )
     task: str
     problems: PositiveInt = growth(256)
     samples: PositiveInt = growth(1)
     sampling: SamplingConfig = SamplingConfig()
     pass_at: list[PositiveInt] = [1]
+    points: int = growth(0, ge=0, description=POINTS)
     engine: EngineConfig = EngineConfig()
 
+    def runs(self) -> dict[str, dict[int, tuple[str, str]]]:
+        """By arm and training seed: the eval stage's name below this one's, and the model. The seed of an arm of one
+        model is 0."""
+        return {
+            arm: {0: (arm, models)}
+            if isinstance(models, str)
+            else {seed: (f"{arm}@{seed}", model) for seed, model in models.items()}
+            for arm, models in self.arms.items()
+        }
+
     def children(self) -> dict[str, EvalStage]:
-        """The eval stage of each arm."""
+        """The eval stages, by their names below this one's."""
         shared = {
             key: getattr(self, key)
-            for key in ("task", "problems", "samples", "sampling", "pass_at", "engine")
+            for key in ("task", "problems", "samples", "sampling", "pass_at", "points", "engine")
         }
         return {
-            arm: EvalStage(kind="eval", model=model, **shared) for arm, model in self.arms.items()
+            name: EvalStage(kind="eval", model=model, **shared)
+            for runs in self.runs().values()
+            for name, model in runs.values()
         }
 
     def inputs(self) -> Iterator[tuple[str, str]]:
-        for arm, model in self.arms.items():
-            yield f"arms.{arm}", model
+        for name, child in self.children().items():
+            yield f"arms.{name}", child.model
         yield "task", self.task
+
+    @pydantic.model_validator(mode="after")
+    def _not_copied(self) -> CompareStage:
+        if self.seeds is not None:
+            raise ValueError("seeds belong on the stages that are trained, not on the comparison")
+        return self
 
 
 Stage = Annotated[

@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field, PositiveInt
 
 from distill.recipe.fields import (
+    BudgetConfig,
     Dtype,
     EngineConfig,
     LoraConfig,
@@ -36,6 +37,13 @@ class OptimStage(StageConfig):
     lora: LoraConfig | None = None
     micro_tokens: PositiveInt = execution(2048, description="tokens packed into one forward pass")
     gradient_checkpointing: bool = execution(False)
+    budget: BudgetConfig | None = Field(
+        None,
+        description="instead of a number of steps: until the FLOPs of that stage's student are spent, own rollouts counted",
+    )
+    points_every: PositiveInt | None = execution(
+        None, description="optimiser steps between models kept for accuracy against cost"
+    )
     checkpoint_every: PositiveInt = execution(50, description="optimiser steps")
     keep_checkpoints: PositiveInt = execution(2)
     log_every: PositiveInt = execution(1)
@@ -79,8 +87,8 @@ class TrainStage(OptimStage):
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> TrainStage:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("say either epochs or steps")
+        if sum(length is not None for length in (self.epochs, self.steps, self.budget)) != 1:
+            raise ValueError("say one of epochs, steps and budget")
         if self.temperature != 1.0 and self.teacher is None:
             raise ValueError(
                 "temperature: only 1 with stored distributions: the tail's mass at another temperature cannot be known from the "
@@ -95,6 +103,8 @@ class TrainStage(OptimStage):
         yield "data", self.data
         if self.task is not None:
             yield "task", self.task
+        if self.budget is not None:
+            yield "budget", self.budget.flops_of
 
 
 class PolicyStage(OptimStage):
@@ -102,7 +112,7 @@ class PolicyStage(OptimStage):
 
     model: str
     task: str
-    steps: PositiveInt = growth()
+    steps: PositiveInt | None = growth(None)
     prompts: PositiveInt = Field(8, description="problems an optimiser step")
     group_size: int = Field(8, ge=1, description="completions a problem")
     problems: PositiveInt | None = Field(
@@ -115,13 +125,19 @@ class PolicyStage(OptimStage):
     )
 
     @property
-    def rollouts(self) -> int:
-        """How often the policy writes."""
-        return self.steps
+    def steps_a_rollout(self) -> int:
+        """Optimiser steps between one time that the policy writes and the next."""
+        return 1
 
     @property
     def prompts_a_rollout(self) -> int:
         return self.prompts
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> PolicyStage:
+        if (self.steps is None) == (self.budget is None):
+            raise ValueError("say either steps or budget")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _enough_problems(self) -> PolicyStage:
@@ -159,8 +175,8 @@ class GrpoStage(PolicyStage):
     reward_seconds: float = execution(60.0, gt=0, description="limit for one reward of one group")
 
     @property
-    def rollouts(self) -> int:
-        return self.steps // (self.mini_batches * self.passes)
+    def steps_a_rollout(self) -> int:
+        return self.mini_batches * self.passes
 
     @property
     def prompts_a_rollout(self) -> int:
@@ -168,8 +184,8 @@ class GrpoStage(PolicyStage):
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> GrpoStage:
-        a_rollout = self.mini_batches * self.passes
-        if self.steps % a_rollout:
+        a_rollout = self.steps_a_rollout
+        if self.steps is not None and self.steps % a_rollout:
             raise ValueError(
                 f"steps {self.steps} is not a multiple of mini_batches x passes = {a_rollout}: a rollout is that many "
                 "optimiser steps"
@@ -192,6 +208,8 @@ class GrpoStage(PolicyStage):
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "model", self.model
         yield "task", self.task
+        if self.budget is not None:
+            yield "budget", self.budget.flops_of
 
 
 class OnPolicyStage(PolicyStage):
@@ -246,6 +264,8 @@ class OnPolicyStage(PolicyStage):
         yield "task", self.task
         if self.data is not None:
             yield "data", self.data
+        if self.budget is not None:
+            yield "budget", self.budget.flops_of
 
 
 def teachers_of(teacher: str | dict[str, float] | None) -> dict[str, float]:

@@ -10,7 +10,7 @@ import pydantic
 from pydantic import Field
 
 from distill.plug import nearest
-from distill.recipe.fields import Config, ModelConfig, Name, PlugConfig
+from distill.recipe.fields import Config, ModelConfig, Name, PlugConfig, Seeds, StageName
 from distill.recipe.stages import Stage
 from distill.records import UserError
 
@@ -18,10 +18,11 @@ from distill.records import UserError
 class Recipe(Config):
     name: Name
     description: str = ""
-    seed: int = 17
+    seed: int = Field(17, ge=0)
+    seeds: Seeds | None = None
     models: dict[Name, ModelConfig] = {}
     tasks: dict[Name, PlugConfig] = {}
-    stages: dict[Name, Stage] = Field(min_length=1)
+    stages: dict[StageName, Stage] = Field(min_length=1)
 
     @pydantic.field_validator("models", mode="before")
     @classmethod
@@ -60,6 +61,12 @@ def check_references(recipe: Recipe, where: str) -> None:
                         "A file or folder is written as a path."
                     )
                 _check_kind(recipe, here, value, ("generate", "score", "filter"))
+            elif key == "budget":
+                if value not in recipe.stages:
+                    raise UserError(
+                        f"{here}.flops_of: there is no stage {value!r}.{nearest(value, recipe.stages)}"
+                    )
+                _check_kind(recipe, f"{here}.flops_of", value, ("train", "grpo", "on_policy"))
             else:
                 known = [*recipe.models, *recipe.stages]
                 if value not in known:

@@ -62,6 +62,17 @@ class ArmResults:
             samples.sort(key=lambda one: one.sample)
         return results
 
+    @staticmethod
+    def merge(several: Iterable[ArmResults]) -> ArmResults:
+        """As one, each problem with all its samples, those of the first first."""
+        merged = ArmResults({}, {}, {})
+        for results in several:
+            for key, samples in results.samples.items():
+                merged.samples.setdefault(key, []).extend(samples)
+            merged.gold.update(results.gold)
+            merged.messages.update(results.messages)
+        return merged
+
     @property
     def correct(self) -> dict[str, list[bool | None]]:
         """correct[problem_id][sample], as `compare_arms` takes it."""

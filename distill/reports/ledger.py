@@ -12,6 +12,11 @@ from dataclasses import dataclass, field, fields
 
 from distill.records import Cost
 
+NO_PARENTS = ("task", "budget")
+"""Inputs that no part of a model comes from."""
+VIEWS = ("student", "inference", "teacher")
+"""What each view adds, by the keys of ArmCost.stages."""
+
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
@@ -52,7 +57,7 @@ def arm_cost(
         return [
             value
             for key, value in parents.get(name, ())
-            if key != "task" and (not fields_wanted or key in fields_wanted)
+            if key not in NO_PARENTS and (not fields_wanted or key in fields_wanted)
         ]
 
     def reach(starts: Iterable[str], follow: Callable[[str], list[str]]) -> list[str]:
@@ -93,6 +98,16 @@ def arm_cost(
     )
 
 
+def mean_cost(costs: Sequence[ArmCost]) -> ArmCost:
+    """Of several training seeds of one arm. stages: of all of them."""
+    return ArmCost(
+        _share(_sum(cost.student for cost in costs), len(costs)),
+        _share(_sum(cost.with_inference for cost in costs), len(costs)),
+        _share(_sum(cost.with_teacher for cost in costs), len(costs)),
+        {view: list(dict.fromkeys(n for c in costs for n in c.stages[view])) for view in VIEWS},
+    )
+
+
 def _written_by(
     name: str, line: set[str], parents: Mapping[str, Sequence[tuple[str, str]]]
 ) -> bool:
@@ -102,7 +117,7 @@ def _written_by(
         for key, value in parents.get(frontier.pop(), ()):
             if key == "data":
                 frontier.append(value)
-            elif key != "task":
+            elif key not in NO_PARENTS:
                 models.append(value)
     return bool(models) and all(model in line for model in models)
 

@@ -56,6 +56,14 @@ class View(TypedDict):
     seconds: float
 
 
+class CheckpointRow(TypedDict):
+    """A model kept along a stage's way: the FLOPs that the stage had taken by then, and how the model did."""
+
+    step: float
+    flops: float
+    accuracy: IntervalRow
+
+
 class PointRow(TypedDict):
     """A checkpoint on an arm's way: the student's own FLOPs by then, accuracy and its interval."""
 

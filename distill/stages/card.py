@@ -17,6 +17,7 @@ from distill.recipe import Recipe
 from distill.records import UserError
 from distill.reports.card import FILE, Ancestor, Card, write_card
 from distill.reports.content import VIEWS
+from distill.reports.ledger import NO_PARENTS
 from distill.reports.schema import RunReport
 from distill.reports.wording import interval_text, reading
 from distill.stages import state
@@ -45,7 +46,9 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
     lineage = [_ancestor(resolved, run, one) for one in resolved.stages if one in above]
     base = _base(resolved, name)
     scores = {
-        arm: row for arm, row in (report["arms"] if report else {}).items() if row["stage"] == name
+        arm: row
+        for arm, row in (report["arms"] if report else {}).items()
+        if name in (row["stage"], *(one["stage"] for one in row.get("by_seed", [])))
     }
     readings = [
         f"{row['a']} − {row['b']}: {interval_text(row['difference'], signed=True)} points ({reading(row)})."
@@ -82,7 +85,8 @@ def _above(resolved: Recipe, name: str) -> Iterator[str]:
         if one in resolved.stages and one not in found:
             found.append(one)
             yield one
-            frontier += [value for key, value in resolved.stages[one].inputs() if key != "task"]
+            inputs = resolved.stages[one].inputs()
+            frontier += [value for key, value in inputs if key not in NO_PARENTS]
 
 
 def _base(resolved: Recipe, name: str) -> str | None:
@@ -102,7 +106,7 @@ def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
     return Ancestor(
         name=name,
         kind=config.kind,
-        made_from={key: value for key, value in config.inputs() if key != "task"},
+        made_from={key: value for key, value in config.inputs() if key not in NO_PARENTS},
         cost=standing.cost if standing else {},
         seconds=standing.seconds if standing else 0.0,
         facts=list(_facts(run / name / "traces")),

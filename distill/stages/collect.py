@@ -6,17 +6,17 @@ import itertools
 import json
 import math
 import time
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
-from distill.recipe import CompareStage, EvalStage, GrpoStage, Recipe, validate
-from distill.records import Cost
-from distill.reports.ledger import ArmCost, StageCost, arm_cost
-from distill.reports.schema import ArmRow, RunReport, StageRow, view
+from distill.recipe import CompareStage, EvalStage, GrpoStage, Recipe, base_name, validate
+from distill.reports.ledger import ArmCost, arm_cost, mean_cost
+from distill.reports.schema import ArmRow, PointRow, RunReport, SeedRow, StageRow, view
 from distill.stages import state
+from distill.stages.budget import parents_of, stage_costs
 
 MAX_POINTS = 240
 """Of a curve: longer ones are thinned to means of stretches."""
@@ -31,7 +31,7 @@ def collect(recipe: Recipe, run: Path, names: list[str], source: Path) -> RunRep
             comparisons += standing.metrics.get("comparisons", [])
             examples += standing.metrics.get("examples", [])
     environment = run / "environment.json"
-    arms = _arms(recipe, states)
+    arms = _arms(recipe, run, states)
     return RunReport(
         name=recipe.name,
         description=recipe.description,
@@ -62,7 +62,9 @@ def collect_run(run: Path) -> RunReport:
 def _children(recipe: Recipe, stage: str) -> list[str]:
     """The evaluations that a compare stage expands into, by their folders."""
     config = recipe.stages[stage]
-    return [f"{stage}.{arm}" for arm in config.arms] if isinstance(config, CompareStage) else []
+    if not isinstance(config, CompareStage):
+        return []
+    return [f"{stage}.{arm}" for arm in config.children()]
 
 
 def _stage_row(name: str, standing: state.State | None, recipe: Recipe, run: Path) -> StageRow:
@@ -124,34 +126,66 @@ def _mean(values: list[float]) -> float | None:
     return sum(finite) / len(finite) if finite else None
 
 
-def _arms(recipe: Recipe, states: dict[str, state.State]) -> dict[str, ArmRow]:
-    costs = {
-        name: StageCost(standing.kind, _cost(standing.cost), _cost(standing.teacher_cost))
-        for name, standing in states.items()
-        if "." not in name
-    }
-    parents = {name: list(config.inputs()) for name, config in recipe.stages.items()}
-    found: list[tuple[str, str, str]] = []
+def _arms(recipe: Recipe, run: Path, states: dict[str, state.State]) -> dict[str, ArmRow]:
+    costs = stage_costs(recipe, run)
+    parents = parents_of(recipe)
+    found: list[_Found] = []
     for name, config in recipe.stages.items():
         if isinstance(config, CompareStage):
-            found += [(arm, f"{name}.{arm}", model) for arm, model in config.arms.items()]
+            for arm, runs in config.runs().items():
+                nodes = {seed: f"{name}.{child}" for seed, (child, _) in runs.items()}
+                found.append(_Found(arm, name, nodes, [model for _, model in runs.values()]))
         elif isinstance(config, EvalStage):
-            found.append((name, name, config.model))
-    # A teacher that was trained once has as many students as there are to share its cost.
+            found.append(_Found(name, name, {0: name}, [config.model]))
+    # A teacher that was trained once has as many students as there are to share its cost; training seeds of one arm
+    # are one student.
     taught = {
-        model
-        for _, _, model in found
+        base_name(model)
+        for one in found
+        for model in one.models
         if role_of(recipe, model) == "student" and arm_cost(model, costs, parents).stages["teacher"]
     }
     arms: dict[str, ArmRow] = {}
-    for arm, node, model in found:
-        if node in states and states[node].status == "done":
-            cost = arm_cost(model, costs, parents, students=max(1, len(taught)))
-            arms[arm if arm not in arms else node] = _arm(recipe, model, states[node].metrics, cost)
+    for one in found:
+        metrics = one.metrics(states)
+        if metrics is not None:
+            students = max(1, len(taught))
+            spent = [arm_cost(m, costs, parents, students=students) for m in one.models]
+            cost = spent[0] if len(spent) == 1 else mean_cost(spent)
+            last = [costs[m].cost.flops for m in one.models if m in costs]
+            before = cost.student.flops - sum(last) / max(len(last), 1)
+            key = one.arm if one.arm not in arms else f"{one.stage}.{one.arm}"
+            arms[key] = _arm(recipe, one, metrics, cost, before)
     return arms
 
 
-def _arm(recipe: Recipe, model: str, metrics: dict[str, Any], cost: ArmCost) -> ArmRow:
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An arm: the stage that evaluates it, the evaluation of each training seed, and their models."""
+
+    arm: str
+    stage: str
+    nodes: dict[int, str]
+    models: list[str]
+
+    def metrics(self, states: dict[str, state.State]) -> dict[str, Any] | None:
+        """Its scores, over its training seeds where it has several; None before they are there."""
+        if any(node not in states or states[node].status != "done" for node in self.nodes.values()):
+            return None
+        if len(self.nodes) == 1:
+            return states[next(iter(self.nodes.values()))].metrics
+        standing = states.get(self.stage)
+        if standing is None or standing.status != "done":
+            return None
+        found: dict[str, Any] | None = standing.metrics["arms"].get(self.arm)
+        return found
+
+
+def _arm(
+    recipe: Recipe, found: _Found, metrics: dict[str, Any], cost: ArmCost, before: float
+) -> ArmRow:
+    """before: the student's FLOPs up to the stage that was evaluated."""
+    model = found.models[0]
     scores = {
         key: metrics[key]
         for key in (
@@ -166,10 +200,10 @@ def _arm(recipe: Recipe, model: str, metrics: dict[str, Any], cost: ArmCost) -> 
         )
     }
     row: dict[str, Any] = dict(
-        stage=model,
+        stage=model if len(found.models) == 1 else base_name(model),
         role=role_of(recipe, model),
         **scores,
-        seeds=1,
+        seeds=len(found.models),
         **view(cost.student),
         cost={
             "student": view(cost.student),
@@ -178,6 +212,22 @@ def _arm(recipe: Recipe, model: str, metrics: dict[str, Any], cost: ArmCost) -> 
         },
         cost_stages=cost.stages,
     )
+    if points := metrics.get("points"):
+        row["points"] = [
+            PointRow(
+                flops=before + point["flops"],
+                accuracy=point["accuracy"]["value"],
+                low=point["accuracy"]["low"],
+                high=point["accuracy"]["high"],
+            )
+            for point in points
+        ]
+    if len(found.models) > 1:
+        by_seed = {one["seed"]: one["accuracy"] for one in metrics["by_seed"]}
+        row["by_seed"] = [
+            SeedRow(seed=seed, stage=model, accuracy=by_seed[seed])
+            for seed, model in zip(found.nodes, found.models, strict=True)
+        ]
     return cast(ArmRow, row)
 
 
@@ -224,10 +274,6 @@ def _data_above(recipe: Recipe, name: str) -> list[str]:
                 found.append(value)
                 frontier.append(value)
     return found
-
-
-def _cost(tree: dict[str, Any]) -> Cost:
-    return Cost(**{f.name: tree[f.name] for f in fields(Cost) if f.name in tree})
 
 
 def _notes(states: dict[str, state.State]) -> list[str]:

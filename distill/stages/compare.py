@@ -3,39 +3,79 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from distill.recipe import CompareStage, Recipe
+from distill.recipe import CompareStage, Recipe, base_name
 from distill.records import Cost, stable_hash
-from distill.reports.arms import examples
-from distill.reports.compare import check_same_start, compare_arms
+from distill.reports.arms import ArmResults, examples, score_seeds
+from distill.reports.compare import check_same_start, compare_trained
 from distill.reports.schema import comparison_row
 from distill.stages.collect import line, role_of
 from distill.stages.context import Context, Result
-from distill.stages.eval import read_results
+from distill.stages.eval import checkpoints, read_results
+from distill.stages.points import points_of
 
 
 def run(config: CompareStage, context: Context) -> Result:
     check_start(config, context.recipe)
-    arms = {
-        arm: read_results(context.run / f"{context.name}.{arm}" / "traces") for arm in config.arms
+    folders = {
+        arm: {seed: context.run / f"{context.name}.{name}" for seed, (name, _) in runs.items()}
+        for arm, runs in config.runs().items()
     }
-    pairs = compare_arms({arm: results.correct for arm, results in arms.items()}, seed=context.seed)
+    arms = {
+        arm: {seed: read_results(folder / "traces") for seed, folder in by_seed.items()}
+        for arm, by_seed in folders.items()
+    }
+    correct = {
+        arm: {seed: results.correct for seed, results in runs.items()} for arm, runs in arms.items()
+    }
+    pairs = compare_trained(correct, seed=context.seed)
     rows = [comparison_row(a, b, result) for (a, b), result in pairs.items()]
+    merged = {arm: ArmResults.merge(runs.values()) for arm, runs in arms.items()}
     questions = {
         key: json.loads(messages)[-1]["content"]
-        for results in arms.values()
+        for results in merged.values()
         for key, messages in results.messages.items()
     }
     # A recipe writes its students last: theirs are the problems won and lost that the report shows.
-    roles = {arm: role_of(context.recipe, model) for arm, model in config.arms.items()}
+    roles = {arm: role_of(context.recipe, model) for arm, model in _models(config).items()}
     students = sorted(arms, key=lambda arm: roles[arm] == "student")[-2:]
-    metrics = {"comparisons": rows, "examples": examples(arms, students[0], students[1], questions)}
+    same = context.task(config.task).same_answer
+    metrics = {
+        "comparisons": rows,
+        "examples": examples(merged, students[0], students[1], questions),
+        "arms": {
+            arm: score_seeds(runs, config.pass_at, same)
+            | {"points": _points(config, context.run, arm, folders[arm])}
+            for arm, runs in arms.items()
+            if len(runs) > 1
+        },
+    }
     return Result(Cost(), metrics, stable_hash(json.dumps(metrics, sort_keys=True)))
 
 
+def _models(config: CompareStage) -> dict[str, str]:
+    """A model of each arm; those of its other training seeds are like it."""
+    return {arm: next(iter(runs.values()))[1] for arm, runs in config.runs().items()}
+
+
+def _points(
+    config: CompareStage, run: Path, arm: str, folders: dict[int, Path]
+) -> list[dict[str, object]]:
+    kept = [points_of(run / model) for _, model in config.runs()[arm].values()]
+    if not config.points:
+        return []
+    return [dict(row) for row in checkpoints(list(folders.values()), kept)]
+
+
 def check_start(config: CompareStage, recipe: Recipe) -> None:
-    """Raise UserError where the students among the arms were not trained from one start checkpoint."""
-    students = {
-        arm: model for arm, model in config.arms.items() if role_of(recipe, model) == "student"
-    }
-    check_same_start({arm: line(recipe, model)[-1] for arm, model in students.items()})
+    """Raise UserError where the students among the arms were not trained from one start checkpoint.
+
+    Copies of one start, a training seed each, are the same start where they go together seed by seed.
+    """
+    starts: dict[str, str] = {}
+    for arm, runs in config.runs().items():
+        for _, model in runs.values():
+            if role_of(recipe, model) == "student":
+                starts[arm] = base_name(line(recipe, model)[-1])
+    check_same_start(starts)

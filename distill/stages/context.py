@@ -44,7 +44,9 @@ class Context:
 
     @property
     def seed(self) -> int:
-        return self.recipe.seed
+        """Of the stage's draws: its own, or the recipe's."""
+        own = self.recipe.stages[self.name.partition(".")[0]].seed
+        return self.recipe.seed if own is None else own
 
     def live(self, total: int, unit: str, done: int = 0) -> Live:
         return Live(self.name, total, unit, stream=self.screen, done=done)

@@ -1,4 +1,7 @@
-"""eval: held-out accuracy of one model on one task. Every completion is kept, as traces without distributions."""
+"""eval: held-out accuracy of one model on one task, and of those that its stage kept along the way.
+
+Every completion is kept, as traces without distributions: of the model in `traces`, of a point in `points/<its step>`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distill.recipe import EvalStage
-from distill.reports.arms import ArmResults, score
+from distill.records import stable_hash
+from distill.reports.arms import ArmResults, score, score_seeds
+from distill.reports.schema import CheckpointRow
 from distill.stages.context import Context, Result
-from distill.stages.sampling import sample
+from distill.stages.points import FOLDER, Point, points_of
+from distill.stages.sampling import one_engine, sample
 from distill.traces.reader import content_fingerprint, open_traces
 
 COLUMNS = (
@@ -27,15 +33,48 @@ COLUMNS = (
 
 def run(config: EvalStage, context: Context) -> Result:
     folder = context.folder / "traces"
-    counts, cost, _ = sample(config, context, folder, "held_out")
-    metrics = score(read_results(folder), config.pass_at, seed=context.seed)
+    points = points_of(context.run / config.model) if config.points else []
+    fewer = config.model_copy(update={"problems": min(config.points, config.problems)})
+    with one_engine(config, context) as one:
+        counts, cost, _ = sample(config, context, folder, "held_out", one)
+        for point in points:
+            beside = context.folder / FOLDER / point.name
+            cost += sample(fewer, context, beside, "held_out", one, point)[1]
+    same = context.task(config.task).same_answer
+    metrics = score(read_results(folder), config.pass_at, same, seed=context.recipe.seed)
+    metrics["points"] = checkpoints([context.folder], [points])
     metrics["prompts_too_long"] = counts.prompts_too_long
     accuracy = metrics["accuracy"]
     context.say(
         f"accuracy {accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}] "
         f"on {accuracy['n']} held-out problems"
     )
-    return Result(cost, metrics, content_fingerprint(folder))
+    made = [content_fingerprint(context.folder / FOLDER / point.name) for point in points]
+    return Result(cost, metrics, stable_hash(content_fingerprint(folder), *made))
+
+
+def checkpoints(
+    evaluations: Sequence[Path], points: Sequence[Sequence[Point]]
+) -> list[CheckpointRow]:
+    """How the models along the way did: of one training seed, or over several that kept equally many.
+
+    evaluations: the folder of each seed's eval stage; points: what its training stage kept.
+    """
+    rows = []
+    for together in zip(*points, strict=False):
+        results = {
+            seed: read_results(folder / FOLDER / point.name)
+            for seed, (folder, point) in enumerate(zip(evaluations, together, strict=True))
+        }
+        scores = score(results[0]) if len(results) == 1 else score_seeds(results)
+        rows.append(
+            CheckpointRow(
+                step=sum(point.step for point in together) / len(together),
+                flops=sum(point.cost.flops for point in together) / len(together),
+                accuracy=scores["accuracy"],
+            )
+        )
+    return rows
 
 
 def read_results(folder: Path, columns: Sequence[str] = COLUMNS) -> ArmResults:

@@ -10,8 +10,10 @@ import numpy as np
 from distill import models
 from distill.recipe import GrpoStage
 from distill.records import draw_seed
+from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.costs import tally_cost
+from distill.stages.points import keep_points
 from distill.stages.resolve import resolve_objective, resolve_rewards
 from distill.stages.rollouts import Progress, Samples, open_sampler, policy_metrics
 from distill.stages.trainee import keep_trainee, load_trainee
@@ -54,15 +56,16 @@ def run(config: GrpoStage, context: Context) -> Result:
             rollouts.steps,
             objective,
             config,
-            num_steps=config.steps,
+            length=budget_of(config, context) or loop.Length(config.steps or 0),
             vocab_size=len(tokenizer),
             folder=context.folder,
             name=context.name,
             show=progress,
+            keep=keep_points(config, context),
         )
         progress.close()
     fingerprint, shape = keep_trainee(model, tokenizer, config, context)
-    metrics = policy_metrics(config, context, tally, pool, WATCHED)
+    metrics = policy_metrics(context, tally, pool, WATCHED)
     metrics["rewards_failed"] = rewards.failures
     return Result(tally_cost(config, shape, tally), metrics, fingerprint)
 

@@ -10,13 +10,16 @@ from distill import engines, models
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
 from distill.records import Cost, Engine
 from distill.reports.flops import ModelShape, forward_flops
+from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.costs import tally_cost, teachers_cost
+from distill.stages.examples import open_source, reader_for
+from distill.stages.points import keep_points
 from distill.stages.resolve import load_teachers, resolve_loss, teacher_dir
 from distill.stages.rollouts import Progress, Samples, open_sampler, policy_metrics
-from distill.stages.train import open_source
 from distill.stages.trainee import keep_trainee, load_trainee
 from distill.training import loop
+from distill.training.alignment import Reader
 from distill.training.on_policy import OnPolicy
 from distill.training.packing import Example
 from distill.training.sampler import Written
@@ -31,6 +34,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     teachers = load_teachers(config, context, tokenizer) if config.scoring == "trainer" else []
+    read = reader_for(config, context, tokenizer)
     with (
         open_sampler(config, context, tokenizer) as (sampler, pool),
         _teacher_engine(config, context, tokenizer, sampler.engine.max_model_len) as engine,
@@ -41,7 +45,8 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             sampler=sampler,
             config=config,
             teacher=engine,
-            offline=_Offline(config, context, tokenizer) if config.data else None,
+            offline=_Offline(config, context, tokenizer, read) if config.data else None,
+            read=read,
             watch=lambda step, groups: samples(step, lambda: _shown(groups)),
         )
         progress = Progress(context, config, ("loss", "kl_teacher", "correct", "length"))
@@ -50,16 +55,17 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             source.steps,
             objective,
             config,
-            num_steps=config.steps,
+            length=budget_of(config, context) or loop.Length(config.steps or 0),
             vocab_size=len(tokenizer),
             folder=context.folder,
             teachers=teachers,
             name=context.name,
             show=progress,
+            keep=keep_points(config, context),
         )
         progress.close()
     fingerprint, shape = keep_trainee(model, tokenizer, config, context)
-    metrics = policy_metrics(config, context, tally, pool, WATCHED)
+    metrics = policy_metrics(context, tally, pool, WATCHED)
     teaching = teachers_cost(teachers, tally)
     if engine is not None:
         (name,) = teachers_of(config.teacher)
@@ -79,7 +85,7 @@ def _teacher_engine(
         yield None
         return
     (name,) = teachers_of(config.teacher)
-    folder = teacher_dir(name, context, tokenizer)
+    folder = teacher_dir(name, config, context, tokenizer)
     context.say(f"starting the {config.engine.fn} engine of the teacher")
     engine = engines.open_engine(
         config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_k
@@ -93,7 +99,9 @@ def _teacher_engine(
 class _Offline:
     """Traces of `data` for each step, in their own order, epoch after epoch; the same for the same step."""
 
-    def __init__(self, config: OnPolicyStage, context: Context, tokenizer: Any) -> None:
+    def __init__(
+        self, config: OnPolicyStage, context: Context, tokenizer: Any, read: Reader | None
+    ) -> None:
         beside = config.teacher if config.scoring == "trainer" else None
         stored = TrainStage(
             kind="train",
@@ -105,7 +113,7 @@ class _Offline:
             truncated="keep",
             steps=1,
         )
-        self.source = open_source(stored, context, tokenizer)
+        self.source = open_source(stored, context, tokenizer, read)
         self.step = -1
         self.place = 0
         self.rows: Iterator[Example] = iter(())

@@ -67,7 +67,14 @@ class _Known:
     replies: dict[str, float] = field(default_factory=dict)
     traces: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     tasks: dict[str, tuple[Task, float]] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def budget(self, config: TrainStage | PolicyStage) -> float:
+        """The FLOPs that a stage's budget leaves it (see stages.budget)."""
+        assert config.budget is not None, "a length is given in steps, epochs or by a budget"
+        spent = self.spent[config.budget.flops_of] - self.spent.get(config.model, 0.0)
+        return max(spent, 0.0)
 
     def task(self, name: str) -> tuple[Task, float]:
         """The task, and the mean tokens of its prompts."""
@@ -215,19 +222,26 @@ def _train(
     shape = known.shape(config.model)
     rows, prompt, reply = known.traces.get(config.data) or _rows_of(config, known)
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
-    num_steps = config.steps or (config.epochs or 1) * steps_an_epoch
-    seen = (
-        num_steps * min(config.batch_traces, rows) if config.steps else rows * (config.epochs or 1)
-    )
+
+    def own_flops(traces: float) -> float:
+        return flops.train_flops(
+            shape,
+            traces * (prompt + reply),
+            (prompt + reply + 1) / 2,
+            traces * reply,
+            lora=config.lora is not None,
+            checkpointing=config.gradient_checkpointing,
+        )
+
+    if config.epochs is not None:
+        seen, num_steps = rows * config.epochs, float(config.epochs * steps_an_epoch)
+    else:
+        a_step = min(config.batch_traces, rows)
+        num_steps = config.steps or known.budget(config) / own_flops(a_step)
+        seen = num_steps * a_step
     tokens, head_tokens = seen * (prompt + reply), seen * reply
-    total = flops.train_flops(
-        shape,
-        tokens,
-        (prompt + reply + 1) / 2,
-        head_tokens,
-        lora=config.lora is not None,
-        checkpointing=config.gradient_checkpointing,
-    )
+    total = own_flops(seen)
+    known.spent[name] = known.spent.get(config.model, 0.0) + total
     total += sum(
         flops.forward_flops(known.shape(teacher), tokens, (prompt + reply + 1) / 2, head_tokens)
         for teacher in teachers_of(config.teacher)
@@ -239,7 +253,7 @@ def _train(
         dtype_bytes=2 if config.dtype == "bfloat16" else 4,
         checkpointing=config.gradient_checkpointing,
     )
-    seconds = estimate.predict_train_seconds(shape, total, num_steps, machine, config.dtype)
+    seconds = estimate.predict_train_seconds(shape, total, round(num_steps), machine, config.dtype)
     return _amounts(tokens=tokens, flops=total, memory=memory.total, seconds=seconds)
 
 
@@ -252,7 +266,6 @@ def _policy(
     shape, (_, prompt) = known.shape(config.model), known.task(config.task)
     learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
     reply = min(learned, config.sampling.max_tokens)
-    sampled = config.rollouts * config.prompts_a_rollout * config.group_size
     passes, scorings, teachers = 1, 0, []
     if isinstance(config, GrpoStage):
         passes = config.passes
@@ -260,30 +273,42 @@ def _policy(
         scorings = (config.mini_batches * config.passes > 1) + reference
     elif isinstance(config, OnPolicyStage):
         teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
-    trained = sampled * passes
     # Short completions of a group share the computation of their prompt.
     share = config.group_size if prompt + reply <= SHORT else 1
     prompt_trained = prompt / share + (share > 1)
-    training = flops.train_flops(
-        shape,
-        trained * (prompt_trained + reply),
-        (prompt + reply + 1) / 2,
-        trained * reply,
-        lora=config.lora is not None,
-        checkpointing=config.gradient_checkpointing,
-    )
-    scoring = sum(
-        flops.forward_flops(
-            scorer, sampled * (prompt_trained + reply), (prompt + reply + 1) / 2, sampled * reply
+    context = (prompt + reply + 1) / 2
+
+    def training_flops(sampled: float) -> float:
+        tokens, heads = sampled * (prompt_trained + reply), sampled * reply
+        trained = flops.train_flops(
+            shape,
+            passes * tokens,
+            context,
+            passes * heads,
+            lora=config.lora is not None,
+            checkpointing=config.gradient_checkpointing,
         )
-        for scorer in [*[shape] * scorings, *teachers]
+        return trained + scorings * flops.forward_flops(shape, tokens, context, heads)
+
+    def generation_flops(sampled: float) -> float:
+        return flops.generate_flops(shape, sampled * prompt, sampled * reply, sampled)
+
+    a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
+    num_steps = config.steps or known.budget(config) / (
+        training_flops(a_step) + generation_flops(a_step)
     )
-    generation = flops.generate_flops(shape, sampled * prompt, sampled * reply, sampled)
+    sampled = num_steps * a_step
+    own = training_flops(sampled) + generation_flops(sampled)
+    teaching = sum(
+        flops.forward_flops(teacher, sampled * (prompt_trained + reply), context, sampled * reply)
+        for teacher in teachers
+    )
+    known.spent[name] = known.spent.get(config.model, 0.0) + own
     seconds = estimate.predict_train_seconds(
-        shape, training + scoring, config.steps, machine, config.dtype
+        shape, training_flops(sampled) + teaching, round(num_steps), machine, config.dtype
     ) + estimate.predict_generate_seconds(
         shape,
-        sampled,
+        round(sampled),
         sampled * prompt,
         sampled * reply,
         machine,
@@ -301,8 +326,8 @@ def _policy(
     )
     known.shapes[name], known.replies[name] = shape, reply
     return _amounts(
-        tokens=sampled * (prompt + reply) + trained * (prompt_trained + reply),
-        flops=training + scoring + generation,
+        tokens=sampled * (prompt + reply) + passes * sampled * (prompt_trained + reply),
+        flops=own + teaching,
         memory=memory,
         seconds=seconds,
     )

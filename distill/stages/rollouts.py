@@ -19,6 +19,8 @@ from distill.stages.sampling import ROOM, completion_text, context_limit
 from distill.training import loop
 from distill.training.sampler import Prompt, Sampler
 
+UNKNOWN_ROLLOUTS = 64
+"""Rollouts that a budget is given fresh problems for; then they come round again."""
 MISMATCH_ALARM = 0.01
 """KL between engine and trainer, nats a token, above which the user is told."""
 
@@ -82,7 +84,8 @@ class PromptPool:
     ) -> PromptPool:
         """Rendered problems that leave room for a completion in the context; UserError where too few do."""
         a_rollout = config.prompts_a_rollout
-        num = config.problems or config.rollouts * a_rollout
+        rollouts = config.steps // config.steps_a_rollout if config.steps else UNKNOWN_ROLLOUTS
+        num = config.problems or rollouts * a_rollout
         try:
             problems = list(task.problems("train", num, context.seed))
         except UserError as error:
@@ -135,7 +138,7 @@ class Samples:
 
     def __init__(self, context: Context, config: PolicyStage) -> None:
         self.path = context.folder / "samples.jsonl"
-        self.every = config.samples_every * (config.steps // config.rollouts)
+        self.every = config.samples_every * config.steps_a_rollout
         self.fresh = True
 
     def __call__(self, step: int, rows: Callable[[], list[Mapping[str, Any]]]) -> None:
@@ -156,11 +159,12 @@ class Progress:
 
     def __init__(self, context: Context, config: PolicyStage, shown: Sequence[str]) -> None:
         self.context, self.shown = context, shown
-        self.live = context.live(config.steps, "steps")
+        self.live = context.live(config.steps or 0, "steps")
         self.warned = False
 
-    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+    def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:
         shown = {key: metrics[key] for key in self.shown if key in metrics}
+        self.live.total = num_steps
         self.live.update(step, **shown, seconds=metrics["seconds"])
         if not self.warned and metrics.get("kl_engine", 0.0) > MISMATCH_ALARM:
             self.warned = True
@@ -175,7 +179,6 @@ class Progress:
 
 
 def policy_metrics(
-    config: PolicyStage,
     context: Context,
     tally: loop.Tally,
     pool: PromptPool,
@@ -183,10 +186,10 @@ def policy_metrics(
 ) -> dict[str, Any]:
     """What such a stage reports: its counts, and the course of what one watches."""
     return {
-        "steps": config.steps,
+        "steps": tally.steps,
         "completions": tally.completions,
         "bad_steps": tally.bad_steps,
-        "seconds_a_step": tally.seconds / config.steps,
+        "seconds_a_step": tally.seconds / max(tally.steps, 1),
         "prompts_too_long": pool.too_long,
         **_first_and_last(context.folder, watched),
     }

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from distill.records import (
 )
 from distill.reports.flops import ModelShape, generate_flops
 from distill.stages.context import Context
+from distill.stages.points import Point
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
@@ -100,17 +102,62 @@ class Rows:
         )
 
 
+@dataclass(slots=True)
+class OneEngine:
+    """The engine of a stage, started when it is first needed, on the stage's model; it may then be given others' weights."""
+
+    config: EngineConfig
+    model_dir: Path
+    max_top_k: int
+    engine: Any = None
+    holds: str = ""
+
+    def open(self, max_model_len: int, point: Point | None) -> Any:
+        """The engine, holding a point's weights or the model's own. A later opening may not need a longer context."""
+        if self.engine is None:
+            self.engine = engines.open_engine(
+                self.config, self.model_dir, max_model_len=max_model_len, max_top_k=self.max_top_k
+            )
+        if point is not None and self.holds != point.name:
+            self.engine.sync(point.weights(), version=point.step)
+            self.holds = point.name
+        return self.engine
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.close()
+
+
+@contextmanager
+def one_engine(config: GenerateStage | EvalStage, context: Context) -> Iterator[OneEngine]:
+    top_k = config.top_k if isinstance(config, GenerateStage) else 0
+    one = OneEngine(config.engine, context.model_dir(config.model), top_k)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
 def sample(
-    config: GenerateStage | EvalStage, context: Context, folder: Path, split: Split
+    config: GenerateStage | EvalStage,
+    context: Context,
+    folder: Path,
+    split: Split,
+    one: OneEngine,
+    point: Point | None = None,
 ) -> tuple[Counts, Cost, list[str]]:
-    """Fill `folder` with every trace the stage wants; returns counts, cost and the wanted ids, in problem order."""
+    """Fill `folder` with every trace the stage wants; returns counts, cost and the wanted ids, in problem order.
+
+    point: the weights that write, instead of the model's own; those of the end must have written before.
+    """
     model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
     task = context.task(config.task)
     models.check_template(tokenizer, task.template, f"tasks.{config.task}")
     top_k = config.top_k if isinstance(config, GenerateStage) else 0
     mass = config.mass if isinstance(config, GenerateStage) else 1.0
-    metadata = _metadata(config, model_dir, tokenizer, task, top_k, mass)
+    weights = models.weights_fingerprint(model_dir) if point is None else point.fingerprint
+    metadata = _metadata(config, model_dir, weights, tokenizer, task, top_k, mass)
     mark = stable_hash(
         metadata.weights, metadata.tokenizer, metadata.template, metadata.sampling, metadata.task
     )
@@ -118,7 +165,9 @@ def sample(
     limit = context_limit(config.engine, model_dir)
     wanted: dict[str, Asked] = {}
     counts = Counts()
-    for problem in task.problems(split, config.problems, context.seed):
+    # Which problems are held out for an evaluation does not depend on a training seed.
+    seed = context.recipe.seed if split == "held_out" else context.seed
+    for problem in task.problems(split, config.problems, seed):
         prompt_ids = models.render_prompt(tokenizer, task.template, problem.messages)
         if len(prompt_ids) >= limit:
             counts.prompts_too_long += config.samples
@@ -140,29 +189,24 @@ def sample(
                 max(len(wanted[trace_id].prompt_ids) for trace_id in missing)
                 + config.sampling.max_tokens
             )
-            context.say(f"starting the {config.engine.fn} engine for {len(missing)} completions")
-            engine = engines.open_engine(
-                config.engine,
-                model_dir,
-                max_model_len=min(limit, -(-longest // ROOM) * ROOM),
-                max_top_k=top_k,
-            )
-            try:
-                _run(
-                    config,
-                    context,
-                    engine,
-                    task,
-                    tokenizer,
-                    writer,
-                    wanted,
-                    missing,
-                    counts,
-                    top_k,
-                    mass,
+            if one.engine is None:
+                context.say(
+                    f"starting the {config.engine.fn} engine for {len(missing)} completions"
                 )
-            finally:
-                engine.close()
+            engine = one.open(min(limit, -(-longest // ROOM) * ROOM), point)
+            _run(
+                config,
+                context,
+                engine,
+                task,
+                tokenizer,
+                writer,
+                wanted,
+                missing,
+                counts,
+                top_k,
+                mass,
+            )
     return counts, _cost(folder, model_dir, counts), list(wanted)
 
 
@@ -304,6 +348,7 @@ def context_limit(engine: EngineConfig, model_dir: Path) -> int:
 def _metadata(
     config: GenerateStage | EvalStage,
     model_dir: Path,
+    weights: str,
     tokenizer: Any,
     task: Task,
     top_k: int,
@@ -311,7 +356,7 @@ def _metadata(
 ) -> Metadata:
     return Metadata(
         model=config.model,
-        weights=models.weights_fingerprint(model_dir),
+        weights=weights,
         tokenizer=models.tokenizer_fingerprint(tokenizer),
         chat_template=models.template_hash(tokenizer),
         vocab_size=len(tokenizer),

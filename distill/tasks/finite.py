@@ -115,6 +115,9 @@ class FiniteTask:
 
         return judge(self.template, completion, finished, score)
 
+    def same_answer(self, one: str, other: str) -> bool:
+        return self._compare(one, other).correct is True
+
 
 def describe(rejected: Rejected) -> str:
     """' 3 rows were rejected: row 2: ...', or nothing."""

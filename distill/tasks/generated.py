@@ -28,7 +28,7 @@ from typing import Any
 from distill.plug import nearest
 from distill.records import Problem, Split, Template, UserError, Verdict, draw_seed, stable_hash
 from distill.tasks import pool, splits, templates
-from distill.tasks.verify import judge
+from distill.tasks.verify import exact_verdict, judge, math_verdict
 
 BLOCK = 256
 """Items drawn from one generator seed. Part of the stream's definition: another value is another stream."""
@@ -168,6 +168,10 @@ class GeneratedTask:
 
     def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         return judge(self.template, completion, finished, functools.partial(self._verdict, problem))
+
+    def same_answer(self, one: str, other: str) -> bool:
+        """Word for word, or as mathematics: a generator's own scorer only knows its gold answer."""
+        return exact_verdict(one, other).correct is True or math_verdict(one, other).correct is True
 
     def _verdict(self, problem: Problem, answer: str) -> Verdict:
         if len(answer) > MAX_ANSWER_CHARS:

@@ -27,13 +27,16 @@ from distill.training.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.policy import Policy, Teacher, Trainee
 
+FIRST_GUESS = 50
+"""Steps that a budget is taken to last for before the first one has shown what a step costs."""
+
 
 @dataclass(slots=True)
 class Tally:
-    """What a stage computed.
+    """What a stage computed, in how many optimiser steps.
 
     tokens through the body and head_tokens through the head, forward and backward, with the sum over traces of
-    length squared; scored_*: the same, forward only; taught_*: through a teacher's engine; prompt_tokens and generated_tokens of completions sampled.
+    length squared; scored_*: the same, forward only; taught_*: through a teacher's engine, or a teacher with tokens of its own; prompt_tokens and generated_tokens of completions sampled.
     """
 
     tokens: int = 0
@@ -44,11 +47,13 @@ class Tally:
     scored_squared_lengths: int = 0
     taught_tokens: int = 0
     taught_head_tokens: int = 0
+    taught_squared_lengths: int = 0
     completions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
     samples_failed: int = 0
     verifier_seconds: float = 0.0
+    steps: int = 0
     bad_steps: int = 0
     seconds: float = 0.0
 
@@ -75,23 +80,59 @@ Source = Callable[[int, Policy], Iterator[Step]]
 """(first step, the model in training) -> the steps from there on; the next is asked for after the last was taken."""
 
 
+@dataclass(frozen=True, slots=True)
+class Length:
+    """Train for so many optimiser steps."""
+
+    num_steps: int
+
+    def steps(self, tally: Tally) -> int:
+        """How many there will be, as it looks by now."""
+        return self.num_steps
+
+    def reached(self, tally: Tally) -> bool:
+        return tally.steps >= self.num_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Train until so many FLOPs are spent, as `count` reckons them; the nearest step to it is the last."""
+
+    flops: float
+    count: Callable[[Tally], float]
+
+    def steps(self, tally: Tally) -> int:
+        """How many there will be, as it looks by now."""
+        if not tally.steps:
+            return FIRST_GUESS
+        return max(tally.steps, round(self.flops / self.count(tally) * tally.steps))
+
+    def reached(self, tally: Tally) -> bool:
+        if not tally.steps:
+            return False
+        spent = self.count(tally)
+        return spent + spent / tally.steps / 2 >= self.flops
+
+
 def train(
     model: Any,
     source: Source,
     objective: Objective,
     config: OptimStage,
     *,
-    num_steps: int,
+    length: Length | Budget,
     vocab_size: int,
     folder: Path,
     teachers: Sequence[Teacher] = (),
     name: str = "train",
-    show: Callable[[int, dict[str, float]], None] | None = None,
+    show: Callable[[int, int, dict[str, float]], None] | None = None,
+    keep: Callable[[int, Tally, Policy], None] | None = None,
 ) -> Tally:
-    """Train in place for num_steps optimiser steps, from the newest checkpoint in `folder` when there is one.
+    """Train in place to the end of `length`, from the newest checkpoint in `folder` when there is one.
 
-    Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. Raises UserError after
-    config.max_bad_steps steps in a row whose loss or gradient is not finite.
+    Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. show(step, steps there will be, metrics): for steps that are logged;
+    keep: after every step. Raises UserError after config.max_bad_steps steps in a row whose loss or gradient is not
+    finite.
     """
     accelerator = _accelerator(config, folder, name)
     if config.gradient_checkpointing:
@@ -111,7 +152,9 @@ def train(
     bad_in_a_row, due = 0, False
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
         began = time.perf_counter()
-        for done, step in enumerate(source(start, policy), start + 1):
+        steps = iter(()) if length.reached(tally) else source(start, policy)
+        for done, step in enumerate(steps, start + 1):
+            num_steps = length.steps(tally)
             tally.add(step.tally)
             metrics = _accumulate(accelerator, trainee, optimizer, step.batches, tally)
             norm = float(optimizer.clip(config.clip_norm))
@@ -141,13 +184,14 @@ def train(
                 "tokens_per_second": tokens * accelerator.num_processes / seconds,
                 **step.metrics,
             }
-            last = done == num_steps
+            tally.steps = done
+            last = step.resumable and length.reached(tally)
             if accelerator.is_main_process and (done % config.log_every == 0 or last):
                 lines.write(json.dumps({"step": done, **metrics}) + "\n")
                 lines.flush()
                 accelerator.log(metrics, step=done)
                 if show is not None:
-                    show(done, metrics)
+                    show(done, num_steps, metrics)
             due = due or done % config.checkpoint_every == 0 or last
             if accelerator.is_main_process and due and step.resumable:
                 tensors = {**optimizer.state(), **policy.state()}
@@ -156,9 +200,14 @@ def train(
                     done,
                     tensors,
                     asdict(tally),
-                    keep=config.keep_checkpoints,
+                    # The last one alone is of use once the model is there: to go on from.
+                    keep=1 if last else config.keep_checkpoints,
                 )
                 due = False
+            if accelerator.is_main_process and keep is not None:
+                keep(done, tally, policy)
+            if last:
+                break
     for tracker in accelerator.trackers:
         tracker.finish()
     return tally
@@ -201,6 +250,10 @@ def _accumulate(
         tally.tokens += len(batch.ids_T)
         tally.head_tokens += len(rows)
         tally.squared_lengths += batch.squared_lengths
+        if batch.beside is not None:
+            tally.taught_tokens += len(batch.beside.batch.ids_T)
+            tally.taught_head_tokens += len(batch.beside.rows)
+            tally.taught_squared_lengths += batch.beside.batch.squared_lengths
         out = trainee(batch.to_torch(accelerator.device), rows.to(accelerator.device))
         # Data parallelism averages gradients over processes; the denominator is already everybody's.
         accelerator.backward(out.loss * accelerator.num_processes)
@@ -227,7 +280,7 @@ def _resume(folder: Path, optimizer: MasterAdamW, policy: Policy) -> tuple[Tally
     optimizer.load(tensors)
     policy.load(tensors)
     start = int(progress.pop("step"))
-    return Tally(**progress), start
+    return Tally(**{**progress, "steps": start}), start
 
 
 def drop_lines_after(path: Path, step: int) -> None:

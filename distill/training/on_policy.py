@@ -8,6 +8,7 @@ reverse KL. A share of the traces may come from elsewhere (GKD's lambda, arXiv 2
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 
 from distill.recipe import OnPolicyStage
 from distill.records import Array, Completion, Engine, Request
+from distill.training.alignment import Reader
 from distill.training.loop import Step, Tally
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
@@ -26,19 +28,21 @@ from distill.training.sampler import Sampler, Written, written_metrics
 class OnPolicy:
     """A source of steps (see loop.Source), one rollout each.
 
-    teacher: scores the student's completions (None: the trainer does). offline(step, num): traces from elsewhere, the same
+    teacher: scores the student's completions (None: the trainer does). read: for a teacher with another tokenizer; what
+    it cannot read is left out. offline(step, num): traces from elsewhere, the same
     for the same arguments. watch(step, groups): called for each rollout before it is learned from.
     """
 
     sampler: Sampler
     config: OnPolicyStage
     teacher: Engine | None = None
+    read: Reader | None = None
     offline: Callable[[int, int], list[Example]] | None = None
     watch: Callable[[int, list[Written]], None] | None = None
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
-        """Optimiser steps from `start` on."""
-        for step in range(start, self.config.steps):
+        """Optimiser steps from `start` on, without end."""
+        for step in itertools.count(start):
             began = time.perf_counter()
             self.sampler.engine.sync(policy.weights(), version=step)
             sync_seconds = time.perf_counter() - began
@@ -86,7 +90,11 @@ class OnPolicy:
             for i, own in enumerate(group.completions):
                 name = f"rollout-{step}/{group.prompt.problem.problem_id}/{i}"
                 if scored is None:
-                    yield Example(name, group.prompt.ids, own.ids_T)
+                    reading = None
+                    if self.read is not None:
+                        reading = self.read(group.prompt.problem.messages, own.ids_T)
+                    if reading is not None or self.read is None:
+                        yield Example(name, group.prompt.ids, own.ids_T, reading=reading)
                     continue
                 said = scored[n][i]
                 top = said.top

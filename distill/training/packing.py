@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 
-from distill.records import SHORT, Array, Batch, TopK, Traces
+from distill.records import SHORT, Array, Batch, Beside, TopK, Traces
+from distill.training.alignment import Alignment, Reading
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +31,7 @@ class Example:
     """What is learned from one trace. prompt_ids and completion_ids int [P], [C]; top has C rows or is None.
 
     Of a rollout also: its advantage (one number, or one a completion token), and the engine's log-probability of each completion token, float32 [C].
+    reading: the trace in the tokens of a teacher that has others.
     """
 
     trace_id: str
@@ -38,6 +40,7 @@ class Example:
     top: TopK | None = None
     advantage: float | Array | None = None
     engine_logp: Array | None = None
+    reading: Reading | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -64,18 +67,14 @@ def examples_of(traces: Traces, *, with_top: bool = True) -> Iterator[Example]:
         yield Example(trace_id, traces.prompt_ids[n], traces.completion_ids[n], top)
 
 
-def steps(
-    source: Source, *, batch_traces: int, num_steps: int, start: int = 0
-) -> Iterator[list[Example]]:
-    """The examples of optimiser steps start, start + 1, ... of `num_steps`; the last of an epoch may be smaller."""
-    per_epoch = steps_per_epoch(source.num_examples, batch_traces)
-    step = start
-    while step < num_steps:
-        epoch, within = divmod(step, per_epoch)
+def steps(source: Source, *, batch_traces: int, start: int = 0) -> Iterator[list[Example]]:
+    """The examples of optimiser steps start, start + 1, ... without end; the last of an epoch may be smaller."""
+    first, within = divmod(start, steps_per_epoch(source.num_examples, batch_traces))
+    for epoch in itertools.count(first):
         examples = source.epoch(epoch, skip=within * batch_traces)
-        while step < num_steps and (taken := list(itertools.islice(examples, batch_traces))):
+        while taken := list(itertools.islice(examples, batch_traces)):
             yield taken
-            step += 1
+        within = 0
 
 
 def steps_per_epoch(num_examples: int, batch_traces: int) -> int:
@@ -97,7 +96,8 @@ def pack(
     denominator: None = what they count together.
     With several processes each gets every world-th micro-batch, and all get equally many: a process that
     runs out is given an empty one (weight 0), so that ranks stay in step.
-    An example longer than micro_tokens has a micro-batch of its own.
+    An example longer than micro_tokens has a micro-batch of its own. Examples with a reading (all or none): the spans
+    that both sides cut the text in are what counts equally, or share their trace's 1.
     """
     if denominator is None:
         counts = [len(e.completion_ids) for e in examples]
@@ -106,10 +106,17 @@ def pack(
     empty = [[min(examples, key=len)]] if examples else []
     while len(bins) % world:
         bins.append([])
-    return [
-        _batch(chosen or empty, normalise, max(denominator, 1.0), masked=not chosen)
-        for chosen in bins[rank::world]
-    ]
+    spans = [e.reading.alignment.num_spans for e in examples if e.reading is not None]
+    num_spans = float(sum(spans) if normalise == "token" else np.count_nonzero(spans))
+    batches = []
+    for chosen in bins[rank::world]:
+        batch = _batch(chosen or empty, normalise, max(denominator, 1.0), masked=not chosen)
+        if spans:
+            together = [e for unit in chosen or empty for e in unit]
+            beside = _beside(together, normalise, max(num_spans, 1.0), masked=not chosen)
+            batch = replace(batch, beside=beside)
+        batches.append(batch)
+    return batches
 
 
 Unit = list[Example]
@@ -215,4 +222,37 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
         teacher_tail_T=teacher_tail_T if has_top else None,
         advantage_T=advantage_T if rollout else None,
         engine_logp_T=engine_logp_T if rollout else None,
+    )
+
+
+def _beside(
+    examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool
+) -> Beside:
+    """The readings of a batch's examples, packed one after another in the same order."""
+    readings = [e.reading for e in examples if e.reading is not None]
+    theirs = [
+        Example(e.trace_id, r.prompt_ids, r.completion_ids)
+        for e, r in zip(examples, readings, strict=True)
+    ]
+    batch = _batch([[one] for one in theirs], normalise, denominator, masked=masked)
+    found = Alignment.concat([] if masked else [r.alignment for r in readings])
+    counts = [r.alignment.num_spans for r in readings if not masked]
+    each = [1.0 if normalise == "token" else 1.0 / max(count, 1) for count in counts]
+    split_G = found.is_split()
+    student_piece_M, teacher_piece_N = (
+        np.flatnonzero((span_T >= 0) & np.append(split_G, False)[span_T])
+        for span_T in (found.student_span_T, found.teacher_span_T)
+    )
+    return Beside(
+        batch=batch,
+        rows=batch.weight_T.nonzero()[0],
+        student_start_G=found.student_start_G,
+        teacher_start_G=found.teacher_start_G,
+        split_G=split_G,
+        student_piece_M=student_piece_M,
+        student_span_M=found.student_span_T[student_piece_M],
+        teacher_piece_N=teacher_piece_N,
+        teacher_span_N=found.teacher_span_T[teacher_piece_N],
+        weight_G=np.repeat(np.array(each, np.float32), counts),
+        denominator=denominator,
     )

@@ -9,6 +9,7 @@ A rollout depends on its number, the seed and the weights only, so a resumed run
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,10 +62,10 @@ class Rollouts:
     watch: Callable[[int, Rollout], None] | None = None
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
-        """Optimiser steps from `start` on, which begins a rollout."""
+        """Optimiser steps from `start` on, which begins a rollout, without end."""
         config = self.config
-        a_rollout = config.mini_batches * config.passes
-        for first in range(start, config.steps, a_rollout):
+        a_rollout = config.steps_a_rollout
+        for first in itertools.count(start, a_rollout):
             if config.reference_every and first and first % config.reference_every == 0:
                 policy.refresh_reference()
             began = time.perf_counter()

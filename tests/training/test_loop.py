@@ -12,7 +12,7 @@ import torch
 from distill import models
 from distill.recipe import TrainStage
 from distill.records import UserError
-from distill.training.loop import Step, train
+from distill.training.loop import Length, Step, train
 from distill.training.losses import cross_entropy
 from distill.training.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
@@ -52,7 +52,7 @@ def run(tiny_dir, folder, stop_after=None, loss=cross_entropy, **changes):
 
     def source(start, policy):
         for n, taken in enumerate(
-            steps(Copying(), batch_traces=cfg.batch_traces, num_steps=cfg.steps, start=start), start
+            steps(Copying(), batch_traces=cfg.batch_traces, start=start), start
         ):
             if n == stop_after:
                 raise KeyboardInterrupt
@@ -64,7 +64,7 @@ def run(tiny_dir, folder, stop_after=None, loss=cross_entropy, **changes):
             source,
             Objective(loss),
             cfg,
-            num_steps=cfg.steps,
+            length=Length(cfg.steps),
             vocab_size=49152,
             folder=folder,
         )
@@ -186,7 +186,7 @@ def test_lora_trains_only_the_adapter(tiny_dir, tmp_path):
     tmp_path.joinpath("l").mkdir()
 
     def source(start, policy):
-        for taken in steps(Copying(), batch_traces=8, num_steps=2, start=start):
+        for taken in steps(Copying(), batch_traces=8, start=start):
             yield Step(pack(taken, micro_tokens=512))
 
     train(
@@ -194,7 +194,7 @@ def test_lora_trains_only_the_adapter(tiny_dir, tmp_path):
         source,
         Objective(cross_entropy),
         cfg,
-        num_steps=2,
+        length=Length(2),
         vocab_size=49152,
         folder=tmp_path / "l",
     )

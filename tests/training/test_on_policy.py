@@ -112,7 +112,7 @@ def run(tiny_dir, folder, on_policy, objective, teachers=(), stop_before=None):
             steps,
             objective,
             config,
-            num_steps=config.steps,
+            length=loop.Length(config.steps),
             vocab_size=49152,
             folder=folder,
             teachers=teachers,

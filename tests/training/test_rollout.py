@@ -128,7 +128,7 @@ def run(tiny_dir, folder, rollouts, *, lora=None, stop_before=None):
             steps,
             rollouts.objective,
             config,
-            num_steps=config.steps,
+            length=loop.Length(config.steps),
             vocab_size=49152,
             folder=folder,
         )

@@ -1,0 +1,86 @@
+"""`seeds: [1, 2, 3]` on a stage, or on the recipe: a copy a seed of it, and of everything below it.
+
+The copies of stage `kl` are `kl@1`, `kl@2`, `kl@3`, each with that seed for its draws; what reads them is copied
+with them. A compare stage is not copied: it has all copies of an arm's model as that arm's training seeds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distill.recipe.stages import CompareStage, Stage
+from distill.recipe.tree import Recipe, order
+from distill.records import UserError
+
+REFERENCES = ("model", "data", "teacher", "budget")
+"""The fields by which a stage names other stages."""
+
+
+def base_name(name: str) -> str:
+    """The stage of the recipe that a copy is of: `kl` of `kl@2`."""
+    return name.partition("@")[0]
+
+
+def copy_name(name: str, seed: int) -> str:
+    return f"{name}@{seed}"
+
+
+def expand(recipe: Recipe, where: str) -> Recipe:
+    """The recipe with its copies written out; itself where it has no seeds. Raises UserError."""
+    if recipe.seeds is None and all(stage.seeds is None for stage in recipe.stages.values()):
+        return recipe
+    seeds: dict[str, list[int]] = {}
+    stages: dict[str, Stage] = {}
+    for name in order(recipe, where):
+        stage = recipe.stages[name]
+        if isinstance(stage, CompareStage):
+            arms = {arm: _runs(model, seeds) for arm, model in stage.arms.items()}
+            stages[name] = stage.model_copy(update={"arms": arms})
+            continue
+        wanted = _seeds_of(name, stage, recipe, seeds, where)
+        if wanted is None:
+            stages[name] = stage
+            continue
+        seeds[name] = wanted
+        for seed in wanted:
+            names = {other: copy_name(other, seed) for other in seeds}
+            renamed = {
+                field: _renamed(getattr(stage, field), names)
+                for field in REFERENCES
+                if field in type(stage).model_fields
+            }
+            changed = stage.model_dump() | renamed | {"seed": seed, "seeds": None}
+            stages[copy_name(name, seed)] = type(stage).model_validate(changed)
+    return recipe.model_copy(update={"stages": stages, "seeds": None})
+
+
+def _seeds_of(
+    name: str, stage: Stage, recipe: Recipe, seeds: dict[str, list[int]], where: str
+) -> list[int] | None:
+    """Its own, the recipe's, or those of what it reads, which must be the same."""
+    inherited = {value: seeds[value] for _, value in stage.inputs() if value in seeds}
+    wanted = stage.seeds or recipe.seeds or next(iter(inherited.values()), None)
+    for other, theirs in inherited.items():
+        if theirs != wanted:
+            raise UserError(
+                f"{where}: stages.{name}: has seeds {wanted}, and reads {other!r}, which has {theirs}; copies go "
+                "together seed by seed, so the lists must be the same."
+            )
+    return wanted
+
+
+def _runs(model: Any, seeds: dict[str, list[int]]) -> Any:
+    if isinstance(model, str) and model in seeds:
+        return {seed: copy_name(model, seed) for seed in seeds[model]}
+    return model
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """The value with every stage name in it, keys included, put as its copy's."""
+    if isinstance(value, str):
+        return names.get(value, value)
+    if isinstance(value, dict):
+        return {names.get(key, key): _renamed(inner, names) for key, inner in value.items()}
+    if hasattr(value, "model_dump"):
+        return _renamed(value.model_dump(), names)
+    return value

@@ -1,0 +1,56 @@
+"""`budget: {flops_of: OTHER}`: train until as much compute is spent as another stage's student took.
+
+What is counted on both sides is the student's own: training, its rollouts, scoring by itself or its reference; not what
+teachers took. Compute that both models have in common (the way to one start) cancels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from distill import models
+from distill.recipe import GrpoStage, OnPolicyStage, Recipe, TrainStage
+from distill.records import Cost, UserError
+from distill.reports.flops import ModelShape
+from distill.reports.ledger import StageCost, arm_cost
+from distill.stages import state
+from distill.stages.context import Context
+from distill.stages.costs import tally_cost
+from distill.training.loop import Budget
+
+
+def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
+    """What each stage of the run has cost, those that are not done by what their last attempt left."""
+    costs = {}
+    for name in recipe.stages:
+        if (standing := state.read(run / name)) is not None:
+            costs[name] = StageCost(
+                standing.kind, Cost.of(standing.cost), Cost.of(standing.teacher_cost)
+            )
+    return costs
+
+
+def parents_of(recipe: Recipe) -> Mapping[str, list[tuple[str, str]]]:
+    return {name: list(config.inputs()) for name, config in recipe.stages.items()}
+
+
+def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Budget | None:
+    """The FLOPs that the stage may spend; None where its length is given in steps. Raises UserError where none are left."""
+    if config.budget is None:
+        return None
+    other = config.budget.flops_of
+    costs, parents = stage_costs(context.recipe, context.run), parents_of(context.recipe)
+
+    def spent(model: str) -> float:
+        return arm_cost(model, costs, parents).student.flops
+
+    flops = spent(other) - spent(config.model)
+    if flops <= 0:
+        raise UserError(
+            f"stages.{context.name}.budget: {other!r} took {spent(other):.3g} FLOPs in all, and {config.model!r}, which "
+            f"this stage goes on from, {spent(config.model):.3g} already; nothing is left to spend."
+        )
+    shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
+    context.say(f"budget: {flops:.3g} FLOPs, as {other} took")
+    return Budget(flops, lambda tally: tally_cost(config, shape, tally).flops)
