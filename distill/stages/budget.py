@@ -1,7 +1,7 @@
 """`budget: {flops_of: OTHER}`: train until as much compute is spent as another stage's student took.
 
 What is counted on both sides is the student's own: training, its rollouts, scoring by itself or its reference; not what
-teachers took. Compute that both models have in common (the way to one start) cancels out.
+teachers took. What both rest on (the way to one start, traces that the start wrote) cancels out.
 """
 
 from __future__ import annotations
@@ -41,15 +41,16 @@ def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) 
         return None
     other = config.budget.flops_of
     costs, parents = stage_costs(context.recipe, context.run), parents_of(context.recipe)
+    costs[context.name] = StageCost(config.kind, Cost())  # what it rests on, not an earlier attempt
 
     def spent(model: str) -> float:
         return arm_cost(model, costs, parents).student.flops
 
-    flops = spent(other) - spent(config.model)
+    flops = spent(other) - spent(context.name)
     if flops <= 0:
         raise UserError(
-            f"stages.{context.name}.budget: {other!r} took {spent(other):.3g} FLOPs in all, and {config.model!r}, which "
-            f"this stage goes on from, {spent(config.model):.3g} already; nothing is left to spend."
+            f"stages.{context.name}.budget: {other!r} took {spent(other):.3g} FLOPs in all, and what this stage goes on "
+            f"from {spent(context.name):.3g} already; nothing is left to spend."
         )
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
     context.say(f"budget: {flops:.3g} FLOPs, as {other} took")

@@ -20,6 +20,7 @@ from distill import models
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
 from distill.records import Cost
 from distill.reports.flops import ModelShape
+from distill.stages import state
 from distill.stages.context import Context
 from distill.stages.costs import tally_cost
 from distill.training.loop import Tally
@@ -76,9 +77,12 @@ def keep_points(
 
 
 def points_of(folder: Path) -> list[Point]:
-    """The models that a stage kept along the way, by step; its end is not one of them."""
+    """The models that a stage kept along the way, by step; its end, which is its model, is not one of them."""
+    standing = state.read(folder)
+    end = standing.metrics.get("steps") if standing is not None else None
     found = []
     for one in sorted((folder / FOLDER).glob("step-*")):
         facts = json.loads((one / FACTS).read_text(encoding="utf-8"))
-        found.append(Point(one, facts["step"], Cost(**facts["cost"])))
+        if facts["step"] != end:
+            found.append(Point(one, facts["step"], Cost.of(facts["cost"])))
     return found
