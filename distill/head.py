@@ -39,7 +39,7 @@ class Targets:
     """What a loss compares the student with: the rows of a Batch that have a weight.
 
     label_T int64; weight_T float32, the denominator already divided in; teacher_ids_TK int64 (-1 = none) with
-    teacher_logp_TK (-inf there), teacher_tail_T; the rollout streams as in Batch. coupled_T: what a first pass over the tokens'
+    teacher_logp_TK (-inf there), teacher_tail_T, each_logp_TMK and each_tail_TM; the rollout streams as in Batch. coupled_T: what a first pass over the tokens'
     log-probabilities gave, for losses that couple the tokens of a trace. All by row, so they can be sliced.
     """
 
@@ -48,6 +48,8 @@ class Targets:
     teacher_ids_TK: Tensor | None = None
     teacher_logp_TK: Tensor | None = None
     teacher_tail_T: Tensor | None = None
+    each_logp_TMK: Tensor | None = None
+    each_tail_TM: Tensor | None = None
     advantage_T: Tensor | None = None
     old_logp_T: Tensor | None = None
     ref_logp_T: Tensor | None = None

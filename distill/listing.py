@@ -10,12 +10,12 @@ from distill import plug
 from distill.records import UserError
 
 HOMES = {
-    "losses": "distill.training.losses",
-    "objectives": "distill.training.objectives",
-    "rewards": "distill.tasks.rewards",
-    "filters": "distill.traces.filters",
-    "tasks": "distill.tasks",
-    "engines": "distill.engines.kinds",
+    "losses": ("distill.training.losses", "distill.training.unlike"),
+    "objectives": ("distill.training.objectives",),
+    "rewards": ("distill.tasks.rewards",),
+    "filters": ("distill.traces.filters",),
+    "tasks": ("distill.tasks",),
+    "engines": ("distill.engines.kinds",),
 }
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -23,7 +23,8 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 def of(what: str) -> Iterator[tuple[str, str]]:
     """(name, one line) of everything of a sort. Raises UserError for an unknown sort."""
     if what in HOMES:
-        for name, function in sorted(plug.names(HOMES[what]).items()):
+        found = [item for home in HOMES[what] for item in plug.names(home).items()]
+        for name, function in sorted(found):
             yield name, f"{_options(function)}{_first_line(function)}"
     elif what == "stages":
         from distill.recipe import KINDS

@@ -113,6 +113,14 @@ def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
     return fingerprint_of(data) if data is not None else ""
 
 
+def input_fingerprints(node: Node, recipe: Recipe, run: Path) -> dict[str, str]:
+    """Of everything that a node reads, by field; a field that names several has one for them all."""
+    found: dict[str, list[str]] = {}
+    for key, reference in node.inputs:
+        found.setdefault(key, []).append(input_fingerprint(recipe, run, reference))
+    return {key: each[0] if len(each) == 1 else stable_hash(*each) for key, each in found.items()}
+
+
 def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> Decision:
     """What to do with a node now that its inputs stand. Raises UserError when an identity field changed.
 
@@ -131,10 +139,10 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
             + f"\nThese decide the result. Take the change back, give the run another name, or do the stage and what "
             f"rests on it again with --redo {node.stage}."
         )
-    inputs = {key: input_fingerprint(recipe, run, reference) for key, reference in node.inputs}
+    inputs = input_fingerprints(node, recipe, run)
     if moved := [key for key in inputs if inputs[key] != standing.inputs.get(key)]:
-        references = dict(node.inputs)
-        why = ", ".join(f"{key} ({references[key]}) changed" for key in moved)
+        named = {key: " or ".join(ref for k, ref in node.inputs if k == key) for key in moved}
+        why = ", ".join(f"{key} ({named[key]}) changed" for key in moved)
         # A score stage keeps what it has of the new data: its traces' ids say what they are.
         adds = node.kind == "score" and moved == ["data"]
         return Decision("grow" if adds else "redo", why)
@@ -247,10 +255,7 @@ class Runner:
             self._put_away(node.name)
         why = f" ({decision.action}: {decision.why})" if decision.why else ""
         print(f"{label} {node.name}: {node.kind}{why}", flush=True)
-        inputs = {
-            key: input_fingerprint(self.recipe, self.run, reference)
-            for key, reference in node.inputs
-        }
+        inputs = input_fingerprints(node, self.recipe, self.run)
         standing = state.read(folder)
         if standing is None or decision.action == "run":
             standing = state.State(kind=node.kind, config={}, inputs={})

@@ -182,6 +182,11 @@ class TopK:
             *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(TopK))
         )
 
+    @property
+    def width(self) -> int:
+        """The most entries that a position has."""
+        return int(self.count_T.max(initial=0))
+
     @cached_property
     def offsets(self) -> Array:
         """[T+1] where each position's entries start in the flat columns."""
@@ -219,7 +224,7 @@ class TopK:
 
     def dense(self, width: int | None = None) -> tuple[Array, Array]:
         """Rectangular ids [T, K] (padding -1) and log-probs [T, K] (padding -inf)."""
-        width = int(self.count_T.max(initial=0)) if width is None else width
+        width = self.width if width is None else width
         ids_TK = np.full((len(self), width), -1, np.int64)
         logp_TK = np.full((len(self), width), -np.inf, np.float32)
         filled_TK = np.arange(width) < np.asarray(self.count_T)[:, None]
@@ -436,6 +441,7 @@ class Batch:
     denominator                  of the whole optimiser step: all micro-batches on all ranks
     teacher_ids_TK               int64 [T, K], -1 = no entry;  teacher_logp_TK float32, -inf there
     teacher_tail_T               float32 [T], log of the teacher's mass outside teacher_ids_TK
+    each_logp_TMK, each_tail_TM  float32 [T, M, K], [T, M]: of each of several teachers, where teacher_* are their mixture
     advantage_T, old_logp_T, ref_logp_T, engine_logp_T   float32 [T], of label_T; rollouts only
     version                      of the weights that wrote the rollout
     beside                       the same texts in a teacher's own tokens, where those are others
@@ -452,6 +458,8 @@ class Batch:
     teacher_ids_TK: Any = None
     teacher_logp_TK: Any = None
     teacher_tail_T: Any = None
+    each_logp_TMK: Any = None
+    each_tail_TM: Any = None
     advantage_T: Any = None
     old_logp_T: Any = None
     ref_logp_T: Any = None

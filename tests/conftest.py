@@ -77,3 +77,15 @@ def vllm_engine(smollm2_dir: Path):
     )
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def mistral():
+    """Mistral's first tokenizer (sentencepiece, 32000 tokens), which a package that vLLM needs carries."""
+    import mistral_common
+    from transformers import LlamaTokenizer
+    from transformers.tokenization_utils_sentencepiece import SentencePieceExtractor
+
+    model = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    vocabulary, _, merges = SentencePieceExtractor(str(model)).extract()
+    return LlamaTokenizer(vocab=vocabulary, merges=merges)

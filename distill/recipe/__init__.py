@@ -34,6 +34,7 @@ from distill.recipe.training import (
     OptimStage,
     PolicyStage,
     TrainStage,
+    data_of,
     teachers_of,
 )
 from distill.recipe.tree import Recipe, order
@@ -64,6 +65,7 @@ __all__ = [
     "StageConfig",
     "TrainStage",
     "base_name",
+    "data_of",
     "load",
     "order",
     "parse_overrides",

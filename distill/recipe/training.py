@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import pydantic
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from distill.recipe.fields import (
     BudgetConfig,
@@ -64,7 +64,9 @@ class TrainStage(OptimStage):
 
     kind: Literal["train"]
     model: str
-    data: str
+    data: str | dict[str, PositiveFloat] = Field(
+        description="traces or a JSONL file; or the same traces as several teachers scored them, by share"
+    )
     task: str | None = None
     loss: PlugConfig = PlugConfig(fn="forward_kl")
     teacher: str | dict[str, float] | None = Field(
@@ -89,6 +91,13 @@ class TrainStage(OptimStage):
     def _one_length(self) -> TrainStage:
         if sum(length is not None for length in (self.epochs, self.steps, self.budget)) != 1:
             raise ValueError("say one of epochs, steps and budget")
+        if isinstance(self.data, dict) and not self.data:
+            raise ValueError("data: names no set of traces")
+        if isinstance(self.data, dict) and self.teacher is not None:
+            raise ValueError(
+                "data: several sets are there for their stored distributions, which a teacher in the trainer takes the place "
+                "of. Name one set, or no teacher"
+            )
         if self.temperature != 1.0 and self.teacher is None:
             raise ValueError(
                 "temperature: only 1 with stored distributions: the tail's mass at another temperature cannot be known from the "
@@ -100,7 +109,8 @@ class TrainStage(OptimStage):
         yield "model", self.model
         for teacher in teachers_of(self.teacher):
             yield "teacher", teacher
-        yield "data", self.data
+        for data in data_of(self.data):
+            yield "data", data
         if self.task is not None:
             yield "task", self.task
         if self.budget is not None:
@@ -273,3 +283,8 @@ def teachers_of(teacher: str | dict[str, float] | None) -> dict[str, float]:
     if teacher is None:
         return {}
     return {teacher: 1.0} if isinstance(teacher, str) else teacher
+
+
+def data_of(data: str | dict[str, float]) -> dict[str, float]:
+    """Trace sets (or a file), and their shares."""
+    return {data: 1.0} if isinstance(data, str) else data

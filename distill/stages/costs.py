@@ -48,14 +48,18 @@ def _mean_context(squared_lengths: int, tokens: int) -> float:
 
 
 def teachers_cost(teachers: Sequence[Teacher], tally: Tally) -> Cost:
-    """Of teachers in the trainer: each reads every token that is trained on."""
+    """Of teachers in the trainer: each reads every token that is trained on, or the same texts in its own tokens."""
+    tokens, head, squared = tally.tokens, tally.head_tokens, tally.squared_lengths
+    if any(teacher.shared is not None for teacher in teachers):
+        tokens, head = tally.taught_tokens, tally.taught_head_tokens
+        squared = tally.taught_squared_lengths
     flops = sum(
         forward_flops(
             ModelShape.from_config(teacher.model.config.to_dict()),
-            tally.tokens,
-            _mean_context(tally.squared_lengths, tally.tokens),
-            tally.head_tokens,
+            tokens,
+            _mean_context(squared, tokens),
+            head,
         )
         for teacher in teachers
     )
-    return Cost(tokens_scored=len(teachers) * tally.tokens, flops=flops)
+    return Cost(tokens_scored=len(teachers) * tokens, flops=flops)

@@ -28,6 +28,7 @@ from distill.recipe import (
     Recipe,
     ScoreStage,
     TrainStage,
+    data_of,
     order,
     teachers_of,
 )
@@ -68,6 +69,7 @@ class _Known:
     traces: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     tasks: dict[str, tuple[Task, float]] = field(default_factory=dict)
     spent: dict[str, float] = field(default_factory=dict)
+    points: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def budget(self, config: TrainStage | PolicyStage) -> float:
@@ -163,6 +165,9 @@ def _sampling(
     learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
     reply = min(learned, config.sampling.max_tokens)
     sequences = config.problems * config.samples
+    if isinstance(config, EvalStage):
+        tried = min(config.points, config.problems) * known.points.get(config.model, 0)
+        sequences += tried * config.samples
     captured = isinstance(config, GenerateStage) and config.top_k > 0
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     known.traces[name] = (sequences, prompt, reply)
@@ -192,7 +197,7 @@ def _score(
     name: str, config: ScoreStage, known: _Known, machine: estimate.Machine
 ) -> dict[str, float]:
     shape = known.shape(config.model)
-    rows, prompt, reply = known.traces.get(config.data) or _rows_of(config, known)
+    rows, prompt, reply = known.traces.get(config.data) or _rows_of(config, config.data, known)
     known.traces[name] = rows, prompt, reply
     tokens = rows * (prompt + reply)
     total = flops.forward_flops(shape, tokens, (prompt + reply + 1) / 2, rows * reply)
@@ -209,6 +214,11 @@ def _score(
     )
 
 
+def _points(config: TrainStage | PolicyStage, num_steps: float) -> int:
+    """Models kept along the way, the end not counted."""
+    return int((num_steps - 1) // config.points_every) if config.points_every else 0
+
+
 def _filter(name: str, config: FilterStage, known: _Known) -> dict[str, float]:
     rows, prompt, reply = known.traces.get(config.data) or _stored(config.data)
     kept = rows * KEPT_BY_CORRECT if any(f.fn == "correct" for f in config.keep) else rows
@@ -220,7 +230,10 @@ def _train(
     name: str, config: TrainStage, known: _Known, machine: estimate.Machine
 ) -> dict[str, float]:
     shape = known.shape(config.model)
-    rows, prompt, reply = known.traces.get(config.data) or _rows_of(config, known)
+    # Of several sets that hold the same traces, the one with fewest is the most there can be in common.
+    rows, prompt, reply = min(
+        known.traces.get(data) or _rows_of(config, data, known) for data in data_of(config.data)
+    )
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
 
     def own_flops(traces: float) -> float:
@@ -242,6 +255,7 @@ def _train(
     tokens, head_tokens = seen * (prompt + reply), seen * reply
     total = own_flops(seen)
     known.spent[name] = known.spent.get(config.model, 0.0) + total
+    known.points[name] = _points(config, num_steps)
     total += sum(
         flops.forward_flops(known.shape(teacher), tokens, (prompt + reply + 1) / 2, head_tokens)
         for teacher in teachers_of(config.teacher)
@@ -304,6 +318,7 @@ def _policy(
         for teacher in teachers
     )
     known.spent[name] = known.spent.get(config.model, 0.0) + own
+    known.points[name] = _points(config, num_steps)
     seconds = estimate.predict_train_seconds(
         shape, training_flops(sampled) + teaching, round(num_steps), machine, config.dtype
     ) + estimate.predict_generate_seconds(
@@ -333,17 +348,19 @@ def _policy(
     )
 
 
-def _rows_of(config: TrainStage | ScoreStage, known: _Known) -> tuple[float, float, float]:
+def _rows_of(
+    config: TrainStage | ScoreStage, data: str, known: _Known
+) -> tuple[float, float, float]:
     """(rows, prompt tokens, reply tokens) of a file or dataset, from its first rows; of a folder of shards, exactly."""
-    path = find_data(config.data)
-    if path is None and isinstance(config, ScoreStage) and is_hub_id(config.data):
-        known.notes.append(f"data {config.data!r} unverified: {ASSUMED_ROWS[0]} traces are assumed")
+    path = find_data(data)
+    if path is None and isinstance(config, ScoreStage) and is_hub_id(data):
+        known.notes.append(f"data {data!r} unverified: {ASSUMED_ROWS[0]} traces are assumed")
         return ASSUMED_ROWS
     if path is None:
-        raise UserError(f"data: {config.data!r} does not exist (looked in {Path.cwd()}).")
+        raise UserError(f"data: {data!r} does not exist (looked in {Path.cwd()}).")
     if is_traces(path) or not (isinstance(config, ScoreStage) or path.suffix == ".jsonl"):
-        return _stored(config.data)
-    source = open_rows(config.data, config.split if isinstance(config, ScoreStage) else "", "data")
+        return _stored(data)
+    source = open_rows(data, config.split if isinstance(config, ScoreStage) else "", "data")
     replies, prompts = [], []
     rejected: list[int] = []
     for _, row in itertools.islice(source.rows(lambda line, _: rejected.append(line)), 200):
@@ -354,7 +371,7 @@ def _rows_of(config: TrainStage | ScoreStage, known: _Known) -> tuple[float, flo
         prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
         replies.append(count_tokens(reply or "") + 1)
     if not replies:
-        raise UserError(f"data: {config.data!r} holds no usable row.")
+        raise UserError(f"data: {data!r} holds no usable row.")
     extra = count_tokens(known.task(config.task)[0].template.system or "") if config.task else 0
     return source.count(), extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
 

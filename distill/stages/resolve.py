@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from distill import models, plug
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage, teachers_of
 from distill.records import Reward, UserError
+from distill.training import losses
+from distill.training.alignment import VocabularyMap
 from distill.training.objective import Objective, Online, PolicyObjective
+from distill.training.several import over_teachers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,6 +25,12 @@ OBJECTIVES = "distill.training.objectives"
 REWARDS = "distill.tasks.rewards"
 LOSSES = "distill.training.losses"
 DIVERGENCES = "distill.training.divergences"
+UNLIKE = "distill.training.unlike"
+
+
+def is_unlike(config: TrainStage | OnPolicyStage) -> bool:
+    """Whether the loss is one between models with different tokenizers."""
+    return config.loss.fn in plug.names(UNLIKE)
 
 
 def resolve_loss(config: TrainStage | OnPolicyStage, where: str) -> Objective:
@@ -32,8 +41,19 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str) -> Objective:
     from distill.training.measures import watch
 
     fn, options = config.loss.fn, dict(config.loss.options)
-    loss = plug.bind(fn, options, LOSSES, f"{where}.loss")
     asked_by_engine = isinstance(config, OnPolicyStage) and config.scoring == "engine"
+    if is_unlike(config):
+        if asked_by_engine or len(teachers_of(config.teacher)) != 1 or config.temperature != 1.0:
+            raise UserError(
+                f"{where}.loss: {fn} compares with one teacher in the trainer, at temperature 1: name it in `teacher`"
+                f"{' with scoring: trainer' if asked_by_engine else ''}."
+            )
+        unlike = plug.bind(fn, options, UNLIKE, f"{where}.loss")
+        return Objective(losses.cross_entropy, unlike=unlike)
+    loss = plug.bind(fn, options, LOSSES, f"{where}.loss")
+    if isinstance(config, TrainStage) and isinstance(config.data, dict):
+        total = sum(config.data.values())
+        loss = over_teachers(loss, [share / total for share in config.data.values()])
     if config.teacher is None or asked_by_engine:
         return Objective(loss, watch)
     ce_weight, scale = 0.0, 1.0
@@ -42,7 +62,7 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str) -> Objective:
         ce_weight, scale = weights["ce_weight"].default, weights["kl_weight"].default
         fn, options = "forward_kl", {}
     if fn not in plug.names(DIVERGENCES):
-        known = ", ".join(sorted([*plug.names(DIVERGENCES), "ce_kl"]))
+        known = ", ".join(sorted([*plug.names(DIVERGENCES), *plug.names(UNLIKE), "ce_kl"]))
         raise UserError(
             f"{where}.loss: {fn} has no form with a teacher in the trainer; there are: {known}."
         )
@@ -58,24 +78,38 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str) -> Objective:
 def load_teachers(
     config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any
 ) -> list[Teacher]:
-    """The models that teach in the trainer; raises UserError for one with another tokenizer than the student's."""
+    """The models that teach in the trainer; raises UserError for one whose tokenizer the loss cannot do with."""
     from distill.training.policy import Teacher
 
     teachers = []
     for name, share in teachers_of(config.teacher).items():
-        folder = teacher_dir(name, context, tokenizer)
+        folder = teacher_dir(name, config, context, tokenizer)
         model = models.load(folder, dtype=config.dtype, trust_remote_code=context.trusts(name))
-        teachers.append(Teacher(model, share))
+        size, shared = None, None
+        if is_unlike(config):
+            theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
+            student = models.config_of(context.model_dir(config.model))
+            size = min(len(theirs), model.config.vocab_size)
+            shared = VocabularyMap.of_tokenizers(
+                tokenizer, min(len(tokenizer), student["vocab_size"]), theirs, size
+            )
+        teachers.append(Teacher(model, share, size, shared))
     return teachers
 
 
-def teacher_dir(name: str, context: Context, tokenizer: Any) -> Path:
-    """Where a teacher is; raises UserError for one with another tokenizer than the student's."""
+def teacher_dir(
+    name: str, config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any
+) -> Path:
+    """Where a teacher is; raises UserError for one with another tokenizer than the student's, unless the loss is made for that."""
     folder = context.model_dir(name)
     theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
-    written_by = models.tokenizer_fingerprint(theirs)
-    where = f"stages.{context.name}.teacher"
-    models.check_same_tokenizer(written_by, len(theirs), tokenizer, where)
+    same = models.tokenizer_fingerprint(theirs) == models.tokenizer_fingerprint(tokenizer)
+    if not same and not is_unlike(config):
+        raise UserError(
+            f"stages.{context.name}.loss: {config.loss.fn} compares ids, and the teacher {name!r} has another tokenizer "
+            f"({len(theirs)} tokens) than the student ({len(tokenizer)} tokens). Use one of the losses that compare by text, "
+            f"{' or '.join(sorted(plug.names(UNLIKE)))}, or a teacher that shares the student's tokenizer."
+        )
     return folder
 
 

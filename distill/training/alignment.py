@@ -1,19 +1,21 @@
 """What two tokenizers have in common: where both cut a text, and which tokens have the same text.
 
-Everything is in bytes: a token stands for the bytes it decodes to, wherever it stands, so ids are aligned as they
-were sampled and nothing is encoded again. The end of the text is a token of both vocabularies.
+Everything is in bytes: a token stands for the bytes it decodes to, wherever it stands. The student's ids are those
+that were sampled; only the teacher, who reads the text, gets ids of its own. The end of the text is a token of both
+vocabularies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from distill import models
 from distill.errors import UserError
-from distill.records import Array
+from distill.records import Array, Message, Template
 
 END = b"\xff\xffend"
 """Stands for the end-of-text token; no text and no token of one byte is like it."""
@@ -72,6 +74,18 @@ class VocabularyMap:
     teacher_other: Array
 
     @staticmethod
+    def of_tokenizers(
+        student: Any, student_size: int, teacher: Any, teacher_size: int
+    ) -> VocabularyMap:
+        """From two tokenizers, for heads of these sizes: ids past a head are no outcome, ids without a token have no text."""
+
+        def texts(tokenizer: Any, size: int) -> list[bytes]:
+            found = token_bytes(tokenizer)[:size]
+            return found + [b""] * (size - len(found))
+
+        return VocabularyMap.of(texts(student, student_size), texts(teacher, teacher_size))
+
+    @staticmethod
     def of(student: Sequence[bytes], teacher: Sequence[bytes]) -> VocabularyMap:
         """From the bytes of every id. Of several ids with the same bytes the lowest counts."""
         by_bytes = _lowest(teacher)
@@ -102,6 +116,35 @@ class Alignment:
     student_span_T: Array
     teacher_span_T: Array
 
+    @property
+    def num_spans(self) -> int:
+        return len(self.student_start_G)
+
+    def is_split(self) -> Array:
+        """Whether either side cuts a span in pieces, bool [G]."""
+        student_G, teacher_G = (
+            np.bincount(span_T[span_T >= 0], minlength=self.num_spans)
+            for span_T in (self.student_span_T, self.teacher_span_T)
+        )
+        return np.asarray((student_G > 1) | (teacher_G > 1))
+
+    @staticmethod
+    def concat(parts: Sequence[Alignment]) -> Alignment:
+        """Texts one after another: tokens and spans are counted through."""
+        columns: list[list[Array]] = [[np.empty(0, np.int64)] for _ in fields(Alignment)]
+        num_student = num_teacher = num_spans = 0
+        for part in parts:
+            columns[0].append(part.student_start_G + num_student)
+            columns[1].append(part.teacher_start_G + num_teacher)
+            for column, span_T in zip(
+                columns[2:], (part.student_span_T, part.teacher_span_T), strict=True
+            ):
+                column.append(np.where(span_T < 0, -1, span_T + num_spans))
+            num_student += len(part.student_span_T)
+            num_teacher += len(part.teacher_span_T)
+            num_spans += part.num_spans
+        return Alignment(*(np.concatenate(column) for column in columns))
+
 
 def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
     """Align one text's tokens on both sides, given as bytes.
@@ -124,3 +167,54 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
     start_s, span_s = side(ends_s)
     start_t, span_t = side(ends_t)
     return Alignment(start_s, start_t, span_s, span_t)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """One trace as a teacher with another tokenizer reads it: prompt and completion in its ids, and the completions aligned."""
+
+    prompt_ids: Array
+    completion_ids: Array
+    alignment: Alignment
+
+
+class Reader:
+    """Reads a student's traces in a teacher's tokens, under the teacher's own chat template."""
+
+    def __init__(self, student: Any, teacher: Any, template: Template) -> None:
+        self._student, self._teacher, self._template = student, teacher, template
+        self._student_bytes, self._teacher_bytes = token_bytes(student), token_bytes(teacher)
+
+    def __call__(self, messages: Sequence[Message], completion_ids: Array) -> Reading | None:
+        """The reading of a prompt's messages and a completion in the student's ids.
+
+        None where the two sides' tokens do not spell the same text: a completion cut inside a character, or a tokenizer that
+        rewrites what it reads.
+        """
+        ids = [int(i) for i in completion_ids]
+        text = self._student.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        theirs = models.render_completion(self._teacher, text)
+        mine = _spelling(self._student_bytes, ids, text)
+        if not mine or mine[-1] != END:
+            theirs = theirs[: len(theirs) - (self._teacher.eos_token_id is not None)]
+        spelled = _spelling(self._teacher_bytes, [int(i) for i in theirs], text)
+        if mine is None or spelled is None:
+            return None
+        prompt = models.render_prompt(self._teacher, self._template, messages)
+        return Reading(prompt, theirs, align(mine, spelled))
+
+
+def _spelling(table: Sequence[bytes], ids: Sequence[int], text: str) -> list[bytes] | None:
+    """The bytes of each token where together they are the text, with or without its end; None where they are not.
+
+    A space before the whole, which sentencepiece-like tokenizers write and do not mean, belongs to no text.
+    """
+    parts = [table[i] for i in ids]
+    whole, wanted = b"".join(part for part in parts if part != END), text.encode()
+    if parts and whole == b" " + wanted:
+        first = next(n for n, part in enumerate(parts) if part)
+        parts[first] = parts[first][1:]
+        return parts
+    return parts if whole == wanted else None

@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.head import LossFn, Measure, Student, Targets
+from distill.head import HeadOutput, LossFn, Measure, Student, Targets
 from distill.records import Array
 from distill.training.online import Divergence
+from distill.training.unlike import Pair
 
 Kl = Literal["k3", "k2", "k3_ratio"]
 Truncated = Literal["mask", "penalise"]
 Couple = Callable[[Tensor, Targets, Tensor], Tensor]
 """(log-probs of the labels [T], targets, trace index [T]) -> what the loss needs of the whole trace, [T]."""
+Unlike = Callable[[Pair], HeadOutput]
+"""A loss of `unlike`, options bound."""
 
 
 ADVANTAGE_EPS = 1e-4
@@ -46,8 +49,8 @@ class Objective:
     """loss: unreduced, [T]. watch: per-token numbers to log, averaged with the loss's weights.
 
     couple: a first pass over whole traces, for losses that couple their tokens; it fills Targets.coupled_T.
-    reference: whether the loss reads the log-probabilities of a frozen reference. online: instead of the loss, the
-    comparison with teachers in the trainer.
+    reference: whether the loss reads the log-probabilities of a frozen reference. Instead of the loss, with teachers in the trainer:
+    online, the comparison over one vocabulary; unlike, the comparison with a teacher that has another tokenizer.
     """
 
     loss: LossFn
@@ -55,6 +58,7 @@ class Objective:
     couple: Couple | None = None
     reference: bool = False
     online: Online | None = None
+    unlike: Unlike | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,12 @@ import numpy as np
 
 from distill.records import SHORT, Array, Batch, Beside, TopK, Traces
 from distill.training.alignment import Alignment, Reading
+from distill.training.several import Blend
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """What is learned from one trace. prompt_ids and completion_ids int [P], [C]; top has C rows or is None.
+    """What is learned from one trace. prompt_ids and completion_ids int [P], [C]; top, of one teacher or several, has C rows or is None.
 
     Of a rollout also: its advantage (one number, or one a completion token), and the engine's log-probability of each completion token, float32 [C].
     reading: the trace in the tokens of a teacher that has others.
@@ -37,7 +38,7 @@ class Example:
     trace_id: str
     prompt_ids: Array
     completion_ids: Array
-    top: TopK | None = None
+    top: TopK | Blend | None = None
     advantage: float | Array | None = None
     engine_logp: Array | None = None
     reading: Reading | None = None
@@ -177,13 +178,15 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
     total = int(offsets[-1])
     ids_T, label_T = np.empty(total, np.int64), np.zeros(total, np.int64)
     weight_T = np.zeros(total, np.float32)
-    has_top = all(e.top is not None for e in examples)
-    width = max(
-        (int(e.top.count_T.max(initial=0)) for e in examples if e.top is not None), default=0
-    )
+    tops = [e.top for e in examples if e.top is not None]
+    has_top = len(tops) == len(examples)
+    width = max((top.width for top in tops), default=0)
+    num_teachers = next((len(t.each_tail_CM.T) for t in tops if isinstance(t, Blend)), 0)
     teacher_ids_TK = np.full((total, width), -1, np.int64)
     teacher_logp_TK = np.full((total, width), -np.inf, np.float32)
     teacher_tail_T = np.full(total, -np.inf, np.float32)
+    each_logp_TMK = np.full((total, num_teachers, width), -np.inf, np.float32)
+    each_tail_TM = np.full((total, num_teachers), -np.inf, np.float32)
     rollout = all(e.advantage is not None for e in examples)
     advantage_T, engine_logp_T = np.zeros((2, total), np.float32)
     for prefix, start in zip(prefixes, offsets[len(examples) :], strict=False):
@@ -204,6 +207,9 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
         if has_top and example.top is not None:
             teacher_ids_TK[rows], teacher_logp_TK[rows] = example.top.dense(width)
             teacher_tail_T[rows] = example.top.tail_T
+            if isinstance(example.top, Blend):
+                each_logp_TMK[rows] = example.top.each(width)
+                each_tail_TM[rows] = example.top.each_tail_CM
         if rollout:
             advantage_T[rows], engine_logp_T[rows] = example.advantage, example.engine_logp
     starts = [*ahead, *[0] * len(prefixes)]
@@ -220,6 +226,8 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
         teacher_ids_TK=teacher_ids_TK if has_top else None,
         teacher_logp_TK=teacher_logp_TK if has_top else None,
         teacher_tail_T=teacher_tail_T if has_top else None,
+        each_logp_TMK=each_logp_TMK if num_teachers else None,
+        each_tail_TM=each_tail_TM if num_teachers else None,
         advantage_T=advantage_T if rollout else None,
         engine_logp_T=engine_logp_T if rollout else None,
     )

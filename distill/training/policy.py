@@ -17,20 +17,28 @@ from torch import Tensor, nn
 
 from distill import models
 from distill.head import HeadForm, Student, Targets, head_loss
+from distill.kernels.products import gathered
 from distill.records import Array, Batch
+from distill.training.alignment import VocabularyMap
 from distill.training.attention import PACKED, Layout
-from distill.training.objective import Objective, Online
+from distill.training.objective import Objective, Online, Unlike
 from distill.training.online import Logits, online_head_loss
+from distill.training.unlike import Pair
 
 REFERENCE = "reference/"
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """A model that teaches in the trainer, frozen, and its share of the mixture."""
+    """A model that teaches in the trainer, frozen, and its share of the mixture.
+
+    vocab_size: its tokenizer's length, and shared: the tokens it has in common with the student; None for the student's own tokenizer.
+    """
 
     model: Any
     share: float = 1.0
+    vocab_size: int | None = None
+    shared: VocabularyMap | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +74,8 @@ class Trainee(nn.Module):
         hidden_TD, targets = self._hidden(self.model, batch, rows), Targets.of(batch, rows)
         if self.objective.online is not None:
             return self._beside_teachers(self.objective.online, hidden_TD, batch, rows, targets)
+        if self.objective.unlike is not None:
+            return self._beside_another(self.objective.unlike, hidden_TD, batch, targets)
         if self.objective.couple is not None and targets.old_logp_T is not None:
             logp_T = self._label_logp(hidden_TD, targets)
             trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
@@ -101,10 +111,33 @@ class Trainee(nn.Module):
         watched = {"label_nll": -out.label_logp_T, "divergence": out.loss_T.detach()}
         return Output(out.loss, watched, targets.weight_T)
 
-    def _logits(self, model: Any, hidden_TD: Tensor, share: float = 1.0) -> Logits:
+    def _beside_another(
+        self, unlike: Unlike, hidden_TD: Tensor, batch: Batch, targets: Targets
+    ) -> Output:
+        """The teacher reads the same texts in its own tokens."""
+        (teacher,), spans = self.teachers, batch.beside
+        assert spans is not None, "such a teacher's batches come with its readings"
+        assert teacher.shared is not None, "and it with what it shares"
+        with torch.no_grad():
+            theirs_TE = self._hidden(teacher.model, spans.batch, spans.rows)
+        pair = Pair(
+            self._logits(self.model, hidden_TD),
+            self._logits(teacher.model, theirs_TE, vocab_size=teacher.vocab_size),
+            targets.label_T,
+            spans.batch.label_T[spans.rows],
+            spans,
+            teacher.shared,
+        )
+        out = unlike(pair)
+        watched = {"label_nll": -out.label_logp_T, "divergence": out.loss_T.detach()}
+        return Output(out.loss, watched, pair.weights)
+
+    def _logits(
+        self, model: Any, hidden_TD: Tensor, share: float = 1.0, vocab_size: int | None = None
+    ) -> Logits:
         head = _base(model).get_output_embeddings()
-        form = HeadForm.of(model.config, self.vocab_size)
-        return Logits(hidden_TD, head.weight, form, getattr(head, "bias", None), share)
+        form = HeadForm.of(model.config, vocab_size or self.vocab_size)
+        return Logits(hidden_TD, gathered(head.weight), form, getattr(head, "bias", None), share)
 
     @torch.no_grad()
     def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:

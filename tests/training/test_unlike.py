@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 
 import numpy as np
 import pytest
@@ -15,10 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 from distill.errors import UserError
 from distill.head import HeadForm, Targets
+from distill.records import Template
 from distill.training import divergences
-from distill.training.alignment import END, VocabularyMap, align, token_bytes
+from distill.training.across import by_text, sorted_gap
+from distill.training.alignment import END, Reader, Reading, VocabularyMap, align, token_bytes
 from distill.training.online import Logits, dense_head_loss
-from distill.training.unlike import aligned, aligned_head_loss, uld
+from distill.training.packing import Example, pack
+from distill.training.unlike import Pair, aligned, uld
 
 TEXT = "Zoë adds 12345 and 678: the naïve sum is 13023 — première réponse. \n\n日本語 also works, twice as slowly."
 
@@ -43,9 +46,14 @@ def small():
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="<pad>")
 
 
+def ids_of(tokenizer, text):
+    """Ids of a text with the end after it."""
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
 def pieces(tokenizer, text):
-    """Ids of a text with the end after it, and their bytes."""
-    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    """The same, and their bytes."""
+    ids = ids_of(tokenizer, text)
     table = token_bytes(tokenizer)
     return ids, [table[i] for i in ids]
 
@@ -136,9 +144,9 @@ def numpy_gap(p, q):
 
 
 @pytest.mark.parametrize(("V", "U"), [(7, 7), (31, 12), (3, 47)])
-def test_uld_equals_numpy(V, U):
+def test_the_sorted_gap_equals_numpy(V, U):
     p, q = rows_of(V, U)
-    got = uld(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)))
+    got = sorted_gap(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)))
     np.testing.assert_allclose(
         got.numpy(), [numpy_gap(a, b) for a, b in zip(p, q, strict=True)], atol=1e-12
     )
@@ -155,9 +163,9 @@ def numpy_aligned(p, q, sorted_weight):
 
 
 @pytest.mark.parametrize("sorted_weight", [0.0, 0.5])
-def test_aligned_equals_numpy(sorted_weight):
+def test_comparison_by_text_equals_numpy(sorted_weight):
     p, q = rows_of(6, 5)
-    got = aligned(
+    got = by_text(
         torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)), toy_map(), divergences.forward_kl,
         sorted_weight=sorted_weight,
     )  # fmt: skip
@@ -177,11 +185,22 @@ def models(T_s, T_t, V, U, seed=1):
     )
 
 
-def test_uld_through_the_chunks_equals_the_dense_graph():
+def pair_of(student, teacher, found, labels_s, labels_t, weight_G, shared):
+    """What the trainer makes of one trace, with weights of the test's own."""
+    reading = Reading(np.array([0]), np.array(labels_t), found)
+    (batch,) = pack(
+        [Example("t", np.array([0]), np.array(labels_s), reading=reading)], micro_tokens=99
+    )
+    spans = dataclasses.replace(batch.beside.to_torch(), weight_G=weight_G, denominator=1.0)
+    assert spans.batch.label_T[spans.rows].tolist() == list(labels_t)
+    return Pair(student, teacher, torch.tensor(labels_s), torch.tensor(labels_t), spans, shared)
+
+
+def test_the_sorted_gap_through_the_chunks_equals_the_dense_graph():
     student, teacher = models(9, 9, 31, 17)
     weight_T = torch.linspace(0.1, 1, 9, dtype=torch.float64)
     out = dense_head_loss(
-        student, [teacher], uld, Targets(torch.zeros(9, dtype=torch.long), weight_T), chunk=4
+        student, [teacher], sorted_gap, Targets(torch.zeros(9, dtype=torch.long), weight_T), chunk=4
     )
     q = (student.hidden_TD @ student.weight_VD.T).softmax(1)
     p = (teacher.hidden_TD @ teacher.weight_VD.T).softmax(1)
@@ -225,10 +244,12 @@ def test_aligned_spans_through_the_chunks_equal_the_dense_graph(span_weight):
     found = align(student_parts, teacher_parts)
     groups = brute_force(student_parts, teacher_parts)
     weight_G = torch.linspace(0.2, 1, len(groups), dtype=torch.float64)
-    out = aligned_head_loss(
-        student, teacher, found, torch.tensor(labels_s), torch.tensor(labels_t), weight_G, toy_map(),
-        divergences.forward_kl, sorted_weight=0.5, span_weight=span_weight,
-    )  # fmt: skip
+    pair = pair_of(student, teacher, found, labels_s, labels_t, weight_G, toy_map())
+    out = aligned(pair, sorted_weight=0.5, span_weight=span_weight)
+    gaps = uld(pair).loss_T.numpy()
+    q, p = (softmax((m.hidden_TD @ m.weight_VD.T).detach().numpy()) for m in (student, teacher))
+    by_hand = [numpy_gap(p[t[0]], q[s[0]]) for s, t in groups]
+    np.testing.assert_allclose(gaps, by_hand, atol=1e-12)
     expected = whole_aligned_loss(
         student, teacher, labels_s, labels_t, groups, weight_G, sorted_weight=0.5, span_weight=span_weight
     )  # fmt: skip
@@ -246,11 +267,11 @@ def test_a_student_with_the_teachers_tokenizer_and_weights_is_left_alone(tokeniz
     table = [b"a", b"b", END]
     student, _ = models(4, 4, 3, 3)
     found = align([b"a", b"b", b"a", END], [b"a", b"b", b"a", END])
-    labels = torch.tensor([0, 1, 0, 2])
-    out = aligned_head_loss(
-        student, Logits(student.hidden_TD.detach(), student.weight_VD.detach(), HeadForm(3)), found, labels, labels,
-        torch.ones(4, dtype=torch.float64), VocabularyMap.of(table, table), divergences.jsd,
-    )  # fmt: skip
+    labels = [0, 1, 0, 2]
+    same = Logits(student.hidden_TD.detach(), student.weight_VD.detach(), HeadForm(3))
+    weight_G = torch.ones(4, dtype=torch.float64)
+    pair = pair_of(student, same, found, labels, labels, weight_G, VocabularyMap.of(table, table))
+    out = aligned(pair, divergence="jsd")
     assert len(align(parts, parts).student_start_G) == len(parts)
     assert out.loss.abs() < 1e-12
     for grad in torch.autograd.grad(out.loss, (student.hidden_TD, student.weight_VD)):
@@ -264,17 +285,93 @@ def test_real_vocabularies_and_text_lower_the_loss_by_its_own_gradient(tokenizer
     student, teacher = models(len(ids_s), len(ids_t), len(small), len(tokenizer))
     found = align(parts_s, parts_t)
     shared = VocabularyMap.of(token_bytes(small), token_bytes(tokenizer))
-    loss = functools.partial(
-        aligned_head_loss, teacher=teacher, alignment=found, student_label_T=torch.tensor(ids_s),
-        teacher_label_T=torch.tensor(ids_t),
-        weight_G=torch.full((len(found.student_start_G),), 1 / len(found.student_start_G)).double(),
-        shared=shared, divergence=divergences.forward_kl,
-    )  # fmt: skip
-    before = loss(student).loss
+    weight_G = torch.full((len(found.student_start_G),), 1 / len(found.student_start_G)).double()
+    pair = pair_of(student, teacher, found, ids_s, ids_t, weight_G, shared)
+    before = aligned(pair).loss
     grad_h, grad_w = torch.autograd.grad(before, (student.hidden_TD, student.weight_VD))
     size = 1e-5
-    after = loss(
-        Logits(student.hidden_TD.detach() - size * grad_h, student.weight_VD.detach() - size * grad_w, student.form)
-    ).loss  # fmt: skip
+    moved = Logits(student.hidden_TD.detach() - size * grad_h, student.weight_VD.detach() - size * grad_w, student.form)  # fmt: skip
+    after = aligned(dataclasses.replace(pair, student=moved)).loss
     slope = (before - after).item() / size
     assert slope == pytest.approx((grad_h.square().sum() + grad_w.square().sum()).item(), rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------------- reading and packing
+
+
+PLAIN = Template(name="plain", system=None, plain="Q: {question}\nA: ", extract=str, chat=False)
+QUESTION = [{"role": "user", "content": "how much?"}]
+
+
+def test_a_teacher_reads_what_the_student_sampled_whichever_way_it_was_cut(
+    tokenizer, small, mistral
+):
+    """Ids that no encoder would give: the text is theirs, and its end only where the student ended."""
+    single = [tokenizer.convert_tokens_to_ids(c) for c in "3+4=7"]
+    for other in (small, mistral):
+        read = Reader(tokenizer, other, PLAIN)
+        for ids in ([*single, tokenizer.eos_token_id], single, ids_of(tokenizer, TEXT)):
+            reading = read(QUESTION, np.array(ids))
+            ended = ids[-1] == tokenizer.eos_token_id
+            assert (reading.completion_ids[-1] == other.eos_token_id) == ended
+            assert other.decode(reading.completion_ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)  # fmt: skip
+            assert other.decode(reading.prompt_ids) == "Q: how much?\nA: "
+            assert len(reading.alignment.student_span_T) == len(ids)
+            assert (reading.alignment.student_span_T >= 0).all()
+            assert (reading.alignment.teacher_span_T >= 0).all()
+
+
+def test_a_student_with_sentencepiece_is_read_without_the_space_it_never_meant(tokenizer, mistral):
+    ids = [
+        *mistral("3 + 4 = 7 wie schön", add_special_tokens=False)["input_ids"],
+        mistral.eos_token_id,
+    ]
+    assert token_bytes(mistral)[ids[0]][:1] == b" "
+    reading = Reader(mistral, tokenizer, PLAIN)(QUESTION, np.array(ids))
+    assert (
+        tokenizer.decode(reading.completion_ids, skip_special_tokens=True) == "3 + 4 = 7 wie schön"
+    )
+
+
+def test_a_completion_cut_inside_a_character_is_not_read(tokenizer, small):
+    ids = ids_of(tokenizer, TEXT)
+    cut = next(ids[:n] for n in range(1, len(ids)) if "\ufffd" in tokenizer.decode(ids[:n]))
+    assert Reader(tokenizer, small, PLAIN)(QUESTION, np.array(cut)) is None
+
+
+@pytest.mark.parametrize("normalise", ["token", "sequence"])
+def test_readings_are_packed_with_their_batch_whatever_the_split(tokenizer, small, normalise):
+    """Every span of every trace once, between the same texts, with the same weight, however the step is split."""
+    texts = ["3+4=7", "naïve sum", "12345 and 678", "a", "première réponse"]
+    read = Reader(tokenizer, small, PLAIN)
+    texts_s, texts_t = token_bytes(tokenizer), token_bytes(small)
+    prompt = tokenizer("Q: ", add_special_tokens=False)["input_ids"]
+    examples = []
+    for n, text in enumerate(texts):
+        ids = np.array(ids_of(tokenizer, text))
+        examples.append(Example(str(n), np.array(prompt), ids, reading=read(QUESTION, ids)))
+    found = []
+    for micro_tokens in (8, 25, 999):
+        spans = {}
+        for batch in pack(examples, micro_tokens=micro_tokens, normalise=normalise):
+            beside, rows = batch.beside, batch.weight_T.nonzero()[0]
+            for g, weight in enumerate(beside.weight_G / beside.denominator):
+                starts = [
+                    ids_T[row] for ids_T, row in (
+                        (batch.label_T, rows[beside.student_start_G[g]]),
+                        (beside.batch.label_T, beside.rows[beside.teacher_start_G[g]]),
+                    )
+                ]  # fmt: skip
+                a, b = texts_s[starts[0]], texts_t[starts[1]]
+                assert a.startswith(b) or b.startswith(a)
+                spans.setdefault((a, b), []).append(round(float(weight), 6))
+            for rows_M, span_M, starts_G in (
+                (beside.student_piece_M, beside.student_span_M, beside.student_start_G),
+                (beside.teacher_piece_N, beside.teacher_span_N, beside.teacher_start_G),
+            ):
+                assert beside.split_G[span_M].all()
+                assert set(span_M) == set(np.flatnonzero(beside.split_G))
+                assert (rows_M >= starts_G[span_M]).all()
+        found.append({key: sorted(weights) for key, weights in spans.items()})
+        assert sum(map(sum, spans.values())) == pytest.approx(1.0, abs=1e-4)
+    assert found[0] == found[1] == found[2]
