@@ -257,11 +257,15 @@ class Runner:
         print(f"{label} {node.name}: {node.kind}{why}", flush=True)
         inputs = input_fingerprints(node, self.recipe, self.run)
         standing = state.read(folder)
+        if standing is not None:
+            state.settle(folder, standing)
         if standing is None or decision.action == "run":
-            standing = state.State(kind=node.kind, config={}, inputs={})
+            lost = standing.seconds if standing is not None else 0.0
+            standing = state.State(kind=node.kind, config={}, inputs={}, seconds=lost)
         standing.config, standing.inputs = node.config.model_dump(mode="json"), inputs
         standing.status, standing.predicted = "running", predicted
         standing.attempts += 1
+        standing.began = time.time()
         state.write(folder, standing)
         began = time.monotonic()
         self._spawn(node)
@@ -307,6 +311,7 @@ class Runner:
         standing = state.read(self.run / node.name)
         if standing is not None and standing.status == "running":
             standing.status = "failed"
+            standing.seconds += time.time() - standing.began
             state.write(self.run / node.name, standing)
 
     def _environment(self, node: Node) -> dict[str, str]:

@@ -15,7 +15,8 @@ FILE = "stage.json"
 
 @dataclass(slots=True)
 class State:
-    """config: as resolved. inputs: fingerprint by field. seconds: wall time of the attempts that came to an end."""
+    """config: as resolved. inputs: fingerprint by field. seconds: wall time of all attempts, the one under way left out,
+    which began at `began` (seconds since 1970). A killed one counts up to the last file that it wrote."""
 
     kind: str
     config: dict[str, Any]
@@ -27,6 +28,7 @@ class State:
     predicted: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    began: float = 0.0
     attempts: int = 0
     version: str = ""
 
@@ -38,6 +40,14 @@ def read(folder: Path) -> State | None:
         return None
     tree: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return State(**tree)
+
+
+def settle(folder: Path, state: State) -> None:
+    """Add to `seconds` what a killed attempt took: nobody was left to say so."""
+    if state.status == "running" and state.began:
+        signs = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
+        state.seconds += max(0.0, max(signs, default=state.began) - state.began)
+        state.began = 0.0
 
 
 def write(folder: Path, state: State) -> None:
