@@ -269,13 +269,15 @@ def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
         return _ragged(column[name], metadata).values
 
     count_T, ids_E, tail_T = flat("top_count"), flat("top_ids"), flat("tail_logprob")
-    if int(count_T.sum(dtype=np.int64)) != len(ids_E) or len(count_T) != len(tail_T):
+    value_E = flat("top_logprobs" if metadata.exact else "top_steps")
+    adds_up = int(count_T.sum(dtype=np.int64)) == len(ids_E) == len(value_E)
+    if not adds_up or len(count_T) != len(tail_T) or (len(count_T) and count_T.min() < 1):
         raise UserError(
             "top_count does not add up to top_ids: damaged, or written by something else."
         )
-    if metadata.exact:
-        return TopK(count_T, ids_E, flat("top_logprobs"), tail_T)
-    return TopK(count_T, ids_E, distribution.dequantise(count_T, flat("top_steps"), tail_T), tail_T)
+    if not metadata.exact:
+        value_E = distribution.dequantise(count_T, value_E, tail_T)
+    return TopK(count_T, ids_E, value_E, tail_T)
 
 
 def _reward_columns(

@@ -17,14 +17,19 @@ import json
 import math
 import re
 from collections import Counter
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from distill.language import language_share
 from distill.records import Array, Traces
 from distill.traces.contamination import HeldOut
+
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 _PARAGRAPH = re.compile(r"\n[^\S\n]*\n")
 _FENCE = re.compile(r"^[^\S\n]*(`{3,}|~{3,})", re.MULTILINE)
@@ -40,7 +45,7 @@ def finished(group: Traces) -> Array:
     return np.array([reason == "stop" for reason in group.finish_reason], bool)
 
 
-def length(group: Traces, *, min_tokens: int = 0, max_tokens: int | None = None) -> Array:
+def length(group: Traces, *, min_tokens: Count = 0, max_tokens: Count | None = None) -> Array:
     """completion shorter than min_tokens or longer than max_tokens"""
     tokens = group.completion_ids.lengths
     upper = np.inf if max_tokens is None else max_tokens
@@ -53,7 +58,9 @@ def duplicates(group: Traces) -> Array:
     return np.array([first[text] == row for row, text in enumerate(group.completion)], bool)
 
 
-def near_duplicates(group: Traces, *, threshold: float = 0.9) -> Array:
+def near_duplicates(
+    group: Traces, *, threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
+) -> Array:
     """nearly the same text as an earlier sample of the problem that was kept
 
     Similarity of two texts: 2 L / (words of one + words of the other), L the length of their longest common
@@ -79,7 +86,7 @@ def near_duplicates(group: Traces, *, threshold: float = 0.9) -> Array:
     return flags
 
 
-def language(group: Traces, *, target: str = "en", min_share: float = 0.9) -> Array:
+def language(group: Traces, *, target: str = "en", min_share: Share = 0.9) -> Array:
     """reasoning with too few words of the target language
 
     Reasoning that cannot be judged (figures and formulas only) is kept: no other language is in it.
@@ -89,7 +96,7 @@ def language(group: Traces, *, target: str = "en", min_share: float = 0.9) -> Ar
 
 
 def paragraphs(
-    group: Traces, *, max_chars: int | None = 2000, max_words: int | None = None
+    group: Traces, *, max_chars: Count | None = 2000, max_words: Count | None = None
 ) -> Array:
     """reasoning with a paragraph longer than max_chars or max_words
 
@@ -109,7 +116,7 @@ def paragraphs(
     )
 
 
-def code_blocks(group: Traces, *, max_blocks: int = 0) -> Array:
+def code_blocks(group: Traces, *, max_blocks: Count = 0) -> Array:
     """reasoning with more than max_blocks fenced code blocks
 
     A block stands between lines that start with three or more backticks or tildes; one that is never closed
@@ -120,7 +127,7 @@ def code_blocks(group: Traces, *, max_blocks: int = 0) -> Array:
     )
 
 
-def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: int = 10) -> Array:
+def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: Count = 10) -> Array:
     """the problem, or ngram words in a row of it, is in the evaluation set `against`
 
     against: a task of the recipe (its held-out problems) or a JSONL file of problems; what it names arrives as
@@ -135,7 +142,7 @@ def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: int 
     return np.array([not any(known[text] for text in _questions(p)) for p in prompts], bool)
 
 
-def best_of_n(group: Traces, *, n: int = 1) -> Array:
+def best_of_n(group: Traces, *, n: Annotated[int, Field(ge=1)] = 1) -> Array:
     """not among the n of highest reward (equal rewards: correct first, then the earlier sample)"""
     rewards = [math.nan if reward is None else reward for reward in group.reward]
     judged = [row for row, reward in enumerate(rewards) if not math.isnan(reward)]
@@ -145,7 +152,7 @@ def best_of_n(group: Traces, *, n: int = 1) -> Array:
     return flags
 
 
-def pass_rate(group: Traces, *, low: float = 0.0, high: float = 1.0) -> Array:
+def pass_rate(group: Traces, *, low: Share = 0.0, high: Share = 1.0) -> Array:
     """share of the problem's correct samples outside low..high"""
     judged = [flag for flag in group.correct if flag is not None]
     rate = sum(judged) / len(judged) if judged else math.nan

@@ -1,13 +1,15 @@
 """open_traces: a folder of shards, a selection of its rows, or a single shard file, streamed as Traces.
 
-Memory is one block (or one shuffle buffer), however much there is. Every page's checksum is verified as it is
-read; reading a distribution also compares the shard's SHA-256 with the manifest's. What is missing, cut,
-empty or changed is a UserError that names the file and the fix, never wrong numbers.
+Memory is one block (or one shuffle buffer), however much there is. Before anything of a shard is decoded its SHA-256
+is compared with the manifest's (once a process where only some columns are read), for the checksums of Parquet's pages
+leave out their headers; they are verified too. What is missing, cut, empty or changed is a UserError that names the
+file and the fix, never wrong numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -291,7 +293,7 @@ def damaged(path: Path, why: str) -> UserError:
 def _read(
     path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names: list[str]
 ) -> Iterator[pa.Table]:
-    """The columns of a shard file, `rows` at a time, checked as far as what is read allows."""
+    """The columns of a shard file, `rows` at a time, once the file is known to be what was written."""
     source = _checked_source(path, shard, whole=any(name in DISTRIBUTION_COLUMNS for name in names))
     with source:
         try:
@@ -306,18 +308,29 @@ def _read(
 
 
 def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
-    """The file, its size and (when it is read whole) its SHA-256 compared with the manifest's."""
+    """The file, its size and SHA-256 compared with the manifest's; in memory where all of it is wanted."""
     if not path.exists():
         raise UserError(f"{path}: is listed in the manifest, but missing. {_HEAL}")
-    size = path.stat().st_size
-    if size != shard.bytes:
+    found = path.stat()
+    if found.st_size != shard.bytes:
+        size = found.st_size
         raise damaged(path, f"{size:,} bytes instead of {shard.bytes:,}" if size else "it is empty")
-    if not whole:
-        return pa.OSFile(str(path))
-    data = path.read_bytes()
-    if folder.sha256(data) != shard.sha256:
+    data = path.read_bytes() if whole else None
+    digest = (
+        folder.sha256(data)
+        if data is not None
+        else _file_digest(path, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
+    )
+    if digest != shard.sha256:
         raise damaged(path, "its SHA-256 is not the manifest's (bits have changed)")
-    return pa.BufferReader(data)
+    return pa.OSFile(str(path)) if data is None else pa.BufferReader(data)
+
+
+@functools.lru_cache(maxsize=65536)
+def _file_digest(path: Path, inode: int, modified: int, changed: int) -> str:
+    """SHA-256 of a file, read once as long as the file system calls it the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _column_names(columns: Sequence[str] | None, with_id: bool) -> list[str]:

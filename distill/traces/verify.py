@@ -14,9 +14,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill.records import Array, UserError
+from distill.records import Array, TopK, UserError
 from distill.traces import codec, folder, reader, writer
 from distill.traces.schema import Metadata
+
+_NEVER_NULL = ("messages", "completion", "prompt_tokens", "completion_tokens", "prompt_ids", "completion_ids",
+               "logprob", "rewards", "finish_reason")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +188,7 @@ def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
     def lengths(name: str) -> Array:
         return np.asarray(pc.list_value_length(table.column(name)).fill_null(0).to_numpy())
 
-    faults = []
+    faults = [f"{name} is null in some rows" for name in _nulls(table)]
     for name, other in (
         ("prompt_ids", "prompt_tokens"),
         ("completion_ids", "completion_tokens"),
@@ -208,7 +211,26 @@ def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
     if faults:
         return faults
     try:
-        codec.check(codec.from_table(table, metadata), metadata)
-    except ValueError as error:
+        traces = codec.from_table(table, metadata)
+        codec.check(traces, metadata)
+    except (UserError, ValueError) as error:
         return [str(error)]
+    if traces.top is not None and (twice := _num_twice(traces.top)):
+        return [f"{twice} positions have an id twice among their entries"]
     return []
+
+
+def _nulls(table: pa.Table) -> list[str]:
+    """The columns with a null that the writer never leaves, in a turn's text or a reward's name either."""
+    columns = {name: table.column(name) for name in _NEVER_NULL}
+    for name, field in (("messages", "role"), ("messages", "content"), ("rewards", "name")):
+        items = pc.list_flatten(table.column(name))
+        columns |= {f"{name} items": items, f"{name}.{field}": pc.struct_field(items, field)}
+    return [name for name, column in columns.items() if column.null_count]
+
+
+def _num_twice(top: TopK) -> int:
+    """Positions in which some id has more than one entry."""
+    position_E = np.repeat(np.arange(len(top), dtype=np.int64), top.count_T)
+    key_E = np.sort(position_E << 32 | top.ids_E)
+    return len(np.unique(key_E[1:][key_E[1:] == key_E[:-1]] >> 32))

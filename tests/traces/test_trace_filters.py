@@ -142,6 +142,12 @@ def test_language_judges_the_reasoning_alone():
         filters.language(mixed, target="klingon")
 
 
+@pytest.mark.timeout(60)
+def test_a_model_that_repeats_a_letter_for_ever_is_judged_in_time():
+    texts = ["a" * 100_000, "a." * 50_000, "a@" * 50_000, "\n" * 100_000, ""]
+    assert flags(filters.language(group(completion=texts))) == "+++++"
+
+
 def test_paragraphs_and_code_blocks_of_the_reasoning():
     long = group(
         completion=[
@@ -318,6 +324,9 @@ def nonsense(group: Traces) -> list[int]:
         (keep("corect"), "Did you mean 'correct'"),
         (keep("length", max_token=3), "Did you mean 'max_tokens'"),
         (keep("length", max_tokens="many"), "keep.length.max_tokens"),
+        (keep("length", min_tokens=-1), "keep.length.min_tokens"),
+        (keep("best_of_n", n=0), "keep.best_of_n.n"),
+        (keep("pass_rate", low=20), "keep.pass_rate.low"),
         (keep("length", min_tokens=10**6), "no trace is left"),
         (keep("test_trace_filters:nonsense"), "4 booleans for 4 traces"),
         (keep("decontaminate", against="sums"), "keep.decontaminate.against: is required"),

@@ -220,26 +220,30 @@ def test_a_thousand_flipped_bits_are_all_caught_naming_the_file_and_none_is_deco
     assert samples.row_digests(tmp_path) == samples.expected_digests(range(16))
 
 
-def test_without_a_manifest_page_checksums_catch_what_they_cover(tmp_path):
-    """A shard alone, or columns without the distribution: the checksum of the whole is not compared."""
+@pytest.mark.parametrize("columns", [LIGHT, ["trace_id", "completion_ids", "logprob"]])
+def test_flipped_bits_are_caught_where_they_are_not_read_too(tmp_path, columns):
     path = samples.write(tmp_path / "traces", 16)
     shard = path / "shard-0-00000.parquet"
-    good, draw, caught = shard.read_bytes(), random.Random(8), 0
-
-    def read():
-        blocks = list(open_traces(path).blocks(columns=LIGHT))
-        return [
-            (b.trace_id, b.problem_id, b.completion_ids.values.tobytes(), b.correct) for b in blocks
-        ]
-
-    want = read()
-    for _ in range(400):
+    good, draw = shard.read_bytes(), random.Random(8)
+    for _ in range(300):
         shard.write_bytes(flipped(good, draw))
+        with pytest.raises(UserError, match=r"shard-0-00000\.parquet.*--repair"):
+            next(open_traces(path).blocks(columns=columns))
+
+
+def test_without_a_manifest_page_checksums_catch_what_they_cover(tmp_path):
+    path = samples.write(tmp_path / "traces", 16)
+    good, draw, caught = (path / "shard-0-00000.parquet").read_bytes(), random.Random(8), 0
+    alone = tmp_path / "alone.parquet"
+    alone.write_bytes(good)
+    want = list(samples.row_digests(alone).values())
+    for _ in range(400):
+        alone.write_bytes(flipped(good, draw))
         try:
-            assert read() == want
+            assert list(samples.row_digests(alone).values()) == want
         except UserError as error:
-            caught += shard.name in str(error)
-    assert caught > 100
+            caught += alone.name in str(error)
+    assert caught > 300
 
 
 def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
@@ -396,6 +400,14 @@ def test_verify_finds_columns_that_contradict_each_other_under_a_right_checksum(
     assert "above 0" in fault[0]
     fault = faults("ids", lambda rows: {"top_ids": first(rows["top_ids"], samples.VOCAB)})
     assert "vocabulary" in fault[0]
+    fault = faults("twice", lambda rows: {"top_ids": [r[1:2] + r[1:] for r in rows["top_ids"]]})
+    assert "positions have an id twice" in fault[0]
+    fault = faults("null", lambda rows: {"rewards": [None, *rows["rewards"][1:]]})
+    assert "rewards is null in some rows" in fault[0]
+    fault = faults("steps null", lambda rows: {"top_steps": [None, None, None]})
+    assert "top_ids and top_steps differ" in fault[0]
+    with pytest.raises(UserError, match="does not add up"):
+        list(open_traces(tmp_path / "steps null").blocks())
 
 
 def test_stats_are_those_of_the_traces(stored):
