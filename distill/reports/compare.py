@@ -278,8 +278,9 @@ def difference_over_seeds(
     drawn_R = _resample_both(a_SP, b_SP, resamples, seed)
     spread = float(drawn_R.std())
     if variance <= 1e-24 or spread <= 1e-12:
-        p_value = 1.0 if abs(value) < 1e-12 else 0.0
-        low = high = value
+        # Nothing varied, which says less than that nothing varies: as wide as one pair of checkpoints would be.
+        pair = _paired(a_SP.mean(0) - b_SP.mean(0), level, resamples, seed)
+        p_value, low, high = pair.p_value, pair.difference.low, pair.difference.high
     else:
         t = float(distributions.t.ppf(0.5 + level / 2, freedom))
         stretch = t / z_value(level) * math.sqrt(variance) / spread

@@ -197,13 +197,16 @@ def _differs(arm: Any, view: str) -> bool:
 
 def curve_blocks(stages: Sequence[StageRow]) -> list[Block]:
     found: list[Block] = []
-    for stage in stages:
-        figures = [
-            Figure(f"plots/{stage['name']}_{stem}.svg", svg, label)
-            for stem, label, svg in curves.panels(stage)
-        ]
+    for copies in curves.by_stage(stages):
+        name, kind = copies[0]["name"].partition("@")[0], copies[0]["kind"]
+        if len(copies) == 1:
+            drawn, title = curves.panels(copies[0]), f"{name} ({kind})"
+        else:
+            drawn = curves.seed_panels(copies)
+            title = f"{name} ({kind}, {len(copies)} training seeds)"
+        figures = [Figure(f"plots/{name}_{stem}.svg", svg, label) for stem, label, svg in drawn]
         if figures:
-            found.append(Panels(f"{stage['name']} ({stage['kind']})", figures))
+            found.append(Panels(title, figures))
     return [Heading("Training curves"), *found] if found else []
 
 

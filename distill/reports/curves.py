@@ -47,6 +47,28 @@ def panels(stage: StageRow) -> list[tuple[str, str, str]]:
     return found
 
 
+def seed_panels(copies: Sequence[StageRow]) -> list[tuple[str, str, str]]:
+    """The same of one stage trained with several seeds: a line a seed, their mean at the end beside the title."""
+    found = []
+    for stem, title, keys in _shown(copies[0]):
+        lines = {
+            stage["name"].partition("@")[2]: (stage["curve_steps"], stage["curves"][keys[0]])
+            for stage in copies
+            if _known(stage.get("curves", {}).get(keys[0], []))
+        }
+        label = f"{seen(copies[0]['name'].partition('@')[0])}: {title}"
+        found.append((stem, label, _seeds_panel(label, title, lines)))
+    return found
+
+
+def by_stage(stages: Sequence[StageRow]) -> list[list[StageRow]]:
+    """Stages in order, the copies of one (`kl@1`, `kl@2`) together."""
+    found: dict[str, list[StageRow]] = {}
+    for stage in stages:
+        found.setdefault(stage["name"].partition("@")[0], []).append(stage)
+    return list(found.values())
+
+
 def shown_keys(stage: StageRow) -> list[str]:
     """The curves that are worth a look, in the panels' order."""
     return [key for _, _, keys in _shown(stage) for key in keys]
@@ -76,6 +98,32 @@ def smooth(values: Values, window: int) -> list[float | None]:
         near = _known(values[max(0, i - half) : i + half + 1])
         found.append(sum(near) / len(near) if near else None)
     return found
+
+
+def _seeds_panel(
+    label: str, title: str, lines: Mapping[str, tuple[Sequence[float], Values]]
+) -> str:
+    """lines: (steps, values) by seed; runs of different lengths share the axis of the longest."""
+    known = {seed: _known(values) for seed, (_, values) in lines.items()}
+    described = f"{label}; " + ", ".join(
+        f"seed {seed} from {values[0]:.3g} to {values[-1]:.3g}" for seed, values in known.items()
+    )
+    canvas = Canvas(WIDTH, HEIGHT, described, left=40, right=12, top=28, bottom=24)
+    low, high = _range([value for values in known.values() for value in values])
+    at = sorted({step for steps, _ in lines.values() for step in steps})
+    x = linear(at[0], at[-1] if at[-1] > at[0] else at[0] + 1, canvas.left + 2, canvas.end)
+    y = linear(low, high, canvas.floor, canvas.top)
+    canvas.text(0, 12, title, bold=True)
+    mean = sum(values[-1] for values in known.values()) / len(known)
+    canvas.text(canvas.end, 12, f"mean {mean:.3g}", "end", "quiet")
+    canvas.y_axis([(y(t), _tick(t)) for t in linear_ticks(low, high, 3)])
+    x_ticks = [t for t in linear_ticks(at[0], at[-1], 4) if t == int(t)]
+    canvas.x_axis([(x(t), f"{t:.0f}") for t in x_ticks], "", grid=False)
+    for seed, (steps, values) in lines.items():
+        canvas.add(group("arm", f"seed {seed}: {known[seed][-1]:.3g}"))
+        line = smooth(values, len(values) // 20 | 1) if len(values) >= LONG else values
+        canvas.add(f'<path class="line seed" d="{_path(steps, line, x, y)}"/></g>')
+    return canvas.render()
 
 
 def _panel(

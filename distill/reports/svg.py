@@ -16,7 +16,7 @@ STYLE = """
 .dp{font:12.5px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif;font-variant-numeric:tabular-nums}
 .dp text{fill:#33363a}.dp .quiet{fill:#6c7075;font-size:11.5px}.dp .grid{stroke:#ececee}.dp .axis{stroke:#b9bcc0}
 .dp .line{stroke:#2b62c0;fill:none;stroke-width:1.8;stroke-linejoin:round}.dp .bar{stroke:#2b62c0;stroke-width:1.6}
-.dp .mark{fill:#2b62c0;stroke:#fff;stroke-width:1.2}.dp .faint{stroke:#2b62c0;fill:none;opacity:.28}
+.dp .mark{fill:#2b62c0;stroke:#fff;stroke-width:1.2}.dp .faint{stroke:#2b62c0;fill:none;opacity:.28}.dp .seed{stroke-width:1.3;opacity:.62}
 .dp .other .line,.dp .other .bar{stroke:#9a9ea4}.dp .other .mark{fill:#9a9ea4}.dp .lead{stroke:#b9bcc0}
 .dp .other text{fill:#6c7075}.dp .level{stroke:#9a9ea4;stroke-dasharray:3 3}
 .dp .small{opacity:.4}

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distill.reports.curves import shown_keys
+from distill.reports.curves import by_stage, shown_keys
 from distill.reports.schema import RunReport, measured
 from distill.reports.wording import duration, interval_text, percent, reading, scaled, seen, verdict
 
@@ -99,9 +99,9 @@ def stage_table(report: RunReport) -> Table:
 
 
 def curve_table(report: RunReport) -> Table:
-    """The quantities that the report has panels of, a sparkline each."""
+    """The quantities that the report has panels of, a sparkline each; of several training seeds, the first one's."""
     table = _table("stage", "curve", "", ">first", ">last")
-    for stage in report["stages"]:
+    for stage in (copies[0] for copies in by_stage(report["stages"])):
         before = None
         for name in shown_keys(stage):
             values = stage["curves"][name]

@@ -240,3 +240,13 @@ def test_ragged_seeds_are_refused() -> None:
         compare.difference_over_seeds([[0.1, 0.2]], [[0.1]])
     with pytest.raises(ValueError, match="no judged sample"):
         compare.difference_over_seeds([[0.1, float("nan")]], [[0.1, 0.2]])
+
+
+def test_seeds_without_any_variation_are_not_certainty() -> None:
+    """All wrong in every seed of both arms says no more than one pair of checkpoints that are all wrong."""
+    nothing = [[0.0] * 5] * 3
+    none = compare.difference_over_seeds(nothing, nothing)
+    pair = compare.paired_difference([[False]] * 5, [[False]] * 5)
+    assert none.difference.low == pytest.approx(pair.difference.low)
+    assert none.difference.high == pytest.approx(pair.difference.high)
+    assert none.p_value == 1.0

@@ -524,6 +524,26 @@ def test_curves_show_whatever_was_logged() -> None:
     assert lines[-1].get("d", "").count("M") == 2  # a gap where nothing was logged
 
 
+def test_copies_of_a_stage_share_a_panel_with_a_line_a_seed() -> None:
+    def copy(seed: int, values: list[float]) -> StageRow:
+        return {
+            "name": f"rl@{seed}", "kind": "grpo", "status": "done", "seconds": 1.0, "cost": {},
+            "curve_steps": [float(n + 1) for n in range(len(values))], "curves": {"reward": values},
+        }  # fmt: skip
+
+    stages = [copy(1, [0.1, 0.2]), copy(2, [0.1, 0.3, 0.5])]
+    blocks = content.curve_blocks([*stages, copy(1, [0.5]) | {"name": "other"}])
+    assert [getattr(block, "title", "") for block in blocks[1:]] == [
+        "rl (grpo, 2 training seeds)",
+        "other (grpo)",
+    ]
+    (found,) = curves.seed_panels(stages)
+    assert (found[0], found[1]) == ("reward", "rl: reward")
+    tree = ElementTree.fromstring(found[2])
+    assert len([p for p in tree.iter(f"{SVG}path") if p.get("class") == "line seed"]) == 2
+    assert "mean 0.35" in {t.text for t in tree.iter(f"{SVG}text")}
+
+
 def test_smoothing_by_hand() -> None:
     assert curves.smooth([0.0, 3.0, 6.0, None], 3) == [1.5, 3.0, 4.5, 6.0]
     assert curves.smooth([None, None], 1) == [None, None]
