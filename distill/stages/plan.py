@@ -164,17 +164,21 @@ def _sampling(
     shape, (_, prompt) = known.shape(config.model), known.task(config.task)
     learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
     reply = min(learned, config.sampling.max_tokens)
-    sequences = config.problems * config.samples
-    if isinstance(config, EvalStage):
-        tried = min(config.points, config.problems) * known.points.get(config.model, 0)
-        sequences += tried * config.samples
+    folders = [config.problems * config.samples]
+    if isinstance(config, EvalStage) and config.points:
+        tried = min(config.points, config.problems) * config.samples
+        folders += [tried] * known.points.get(config.model, 0)
+    sequences = sum(folders)
     captured = isinstance(config, GenerateStage) and config.top_k > 0
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     known.traces[name] = (sequences, prompt, reply)
     return _amounts(
         tokens=sequences * (prompt + reply),
-        bytes=estimate.predict_trace_bytes(
-            sequences, sequences * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows
+        bytes=sum(
+            estimate.predict_trace_bytes(
+                rows, rows * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows
+            )
+            for rows in folders
         ),
         flops=flops.generate_flops(shape, sequences * prompt, sequences * reply, sequences),
         memory=flops.generate_memory(
