@@ -105,9 +105,10 @@ class EngineConfig(Config):
 
 
 class BudgetConfig(Config):
-    """How long to train, by what another stage's student took in FLOPs."""
+    """How long to train: until this student has taken `times` the FLOPs of that stage's student, in all."""
 
     flops_of: str
+    times: float = Field(1.0, gt=0)
 
 
 class LoraConfig(Config):

@@ -46,12 +46,13 @@ def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) 
     def spent(model: str) -> float:
         return arm_cost(model, costs, parents).student.flops
 
-    flops = spent(other) - spent(context.name)
+    allowed = config.budget.times * spent(other)
+    flops = allowed - spent(context.name)
     if flops <= 0:
         raise UserError(
-            f"stages.{context.name}.budget: {other!r} took {spent(other):.3g} FLOPs in all, and what this stage goes on "
-            f"from {spent(context.name):.3g} already; nothing is left to spend."
+            f"stages.{context.name}.budget: {allowed:.3g} FLOPs in all, by {other!r}, and what this stage goes on from "
+            f"took {spent(context.name):.3g} already; nothing is left to spend."
         )
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
-    context.say(f"budget: {flops:.3g} FLOPs, as {other} took")
+    context.say(f"budget: {flops:.3g} FLOPs, by what {other} took")
     return Budget(flops, lambda tally: tally_cost(config, shape, tally).flops)

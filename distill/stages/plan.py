@@ -75,8 +75,8 @@ class _Known:
     def budget(self, config: TrainStage | PolicyStage) -> float:
         """The FLOPs that a stage's budget leaves it (see stages.budget)."""
         assert config.budget is not None, "a length is given in steps, epochs or by a budget"
-        spent = self.spent[config.budget.flops_of] - self.spent.get(config.model, 0.0)
-        return max(spent, 0.0)
+        allowed = config.budget.times * self.spent[config.budget.flops_of]
+        return max(allowed - self.spent.get(config.model, 0.0), 0.0)
 
     def task(self, name: str) -> tuple[Task, float]:
         """The task, and the mean tokens of its prompts."""
