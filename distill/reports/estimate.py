@@ -24,7 +24,7 @@ Dtype = Literal["bfloat16", "float32"]
 
 PROCESS_START = 12.0
 """Seconds for a stage's own process to import torch and transformers and to load a small model."""
-ENGINE_START = {"vllm": 30.0, "transformers": 4.0, "reference": 1.0}
+ENGINE_START = {"vllm": 20.0, "transformers": 4.0, "reference": 1.0}
 """Seconds from a loaded process to an engine's first token (import, weights, cache, warm-up)."""
 LIGHT_START = 3.0
 """Seconds for a stage that loads no model."""
