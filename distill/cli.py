@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -101,12 +102,11 @@ def _run(
     resolved = recipe.load(path, overrides or [])
     wanted = pipeline.select(resolved, kinds=kinds, only=only, start=start)
     folder = runs / resolved.name
-    if unknown := [name for name in redo if name not in resolved.stages]:
+    known = {*resolved.stages, *map(recipe.base_name, resolved.stages)}
+    if unknown := [name for name in redo if name not in known]:
         from distill.plug import nearest
 
-        raise UserError(
-            f"--redo: there is no stage {unknown[0]!r}.{nearest(unknown[0], resolved.stages)}"
-        )
+        raise UserError(f"--redo: there is no stage {unknown[0]!r}.{nearest(unknown[0], known)}")
     if dry_run:
         _print_plan(resolved, folder, redo)
         return
@@ -117,16 +117,16 @@ def _run(
     except KeyboardInterrupt:
         typer.echo("\nstopped; run the same command again to go on", err=True)
         raise typer.Exit(130) from None
-    _write_report(resolved, folder, path)
+    _write_report(resolved, folder, shlex.join(["distill", "run", str(path), *(overrides or [])]))
 
 
-def _write_report(resolved: Any, folder: Path, source: Path) -> None:
+def _write_report(resolved: Any, folder: Path, command: str) -> None:
     from distill import pipeline
     from distill.reports import pages
     from distill.stages import card
     from distill.stages.collect import collect
 
-    report = collect(resolved, folder, [node.name for node in pipeline.nodes(resolved)], source)
+    report = collect(resolved, folder, [node.name for node in pipeline.nodes(resolved)], command)
     written = pages.write_report(report, folder)
     card.write_all(resolved, folder, report)
     typer.echo("")

@@ -22,8 +22,8 @@ MAX_POINTS = 240
 """Of a curve: longer ones are thinned to means of stretches."""
 
 
-def collect(recipe: Recipe, run: Path, names: list[str], source: Path) -> RunReport:
-    """Everything the run holds by now. names: of its nodes, in order."""
+def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunReport:
+    """Everything the run holds by now. names: of its nodes, in order. command: that makes it again."""
     states = {name: standing for name in names if (standing := state.read(run / name)) is not None}
     comparisons, examples = [], []
     for standing in states.values():
@@ -46,7 +46,7 @@ def collect(recipe: Recipe, run: Path, names: list[str], source: Path) -> RunRep
         comparisons=comparisons,
         examples=examples,
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        reproduce=[f"distill run {source}"],
+        reproduce=[command],
         notes=[*_notes(states), *_sandboxes(recipe)],
     )
 
@@ -56,7 +56,7 @@ def collect_run(run: Path) -> RunReport:
     resolved = yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))
     recipe = validate(resolved, str(run / "resolved.yaml"))
     names = [name for stage in recipe.stages for name in (*_children(recipe, stage), stage)]
-    return collect(recipe, run, names, run / "recipe.yaml")
+    return collect(recipe, run, names, f"distill run {run / 'resolved.yaml'}")
 
 
 def _children(recipe: Recipe, stage: str) -> list[str]:

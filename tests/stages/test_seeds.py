@@ -211,3 +211,19 @@ def test_another_seed_adds_its_copies_only(finished):
     assert "verdict.rl@2: done already" in done.stdout
     report = json.loads((finished.run_dir / "report.json").read_text())
     assert report["arms"]["rl"]["seeds"] == 3
+
+
+def test_a_stage_s_name_means_all_its_copies(finished):
+    shown = finished.run("--redo", "rl", "--dry-run", "seed=17")
+    assert shown.returncode == 0, shown.stderr
+    redone = [line.split()[0] for line in shown.stdout.splitlines() if " redo " in line]
+    assert {"rl@1", "rl@2"} <= {*redone}
+    assert not any(name.startswith("kl") for name in redone)
+    wrong = finished.run("--redo", "rll", "--dry-run")
+    assert wrong.returncode == 2
+    assert "no stage 'rll'" in wrong.stderr
+
+
+def test_the_report_says_the_command_that_was_typed(finished):
+    report = json.loads((finished.run_dir / "report.json").read_text())
+    assert report["reproduce"] == ["distill run seeds.yaml"]
