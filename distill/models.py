@@ -315,7 +315,7 @@ def check_same_tokenizer(written_by: str, vocab_size: int, tokenizer: Any, where
     written_by, vocab_size: the tokenizer fingerprint and length in the traces' metadata.
     """
     mine = tokenizer_fingerprint(tokenizer)
-    if written_by != mine:
+    if (written_by, vocab_size) != (mine, len(tokenizer)):
         raise UserError(
             f"{where}: the traces' distributions are over another tokenizer ({written_by}, {vocab_size} tokens) than "
             f"the student's ({mine}, {len(tokenizer)} tokens): their ids mean other text. Learn from the text instead, "

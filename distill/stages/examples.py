@@ -131,6 +131,12 @@ def _open_scored(config: TrainStage, data: str, context: Context, tokenizer: Any
     models.check_same_tokenizer(
         reader.metadata.tokenizer, reader.metadata.vocab_size, tokenizer, where
     )
+    if reader.metadata.logprob_temperature != 1:
+        raise UserError(
+            f"{where}.data: {data!r} holds distributions at temperature {reader.metadata.logprob_temperature:g}; a "
+            "student learns those at 1. They cannot be had from these, for the mass of the tail at another temperature "
+            "is not known: score the traces again."
+        )
     return reader
 
 

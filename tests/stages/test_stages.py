@@ -20,6 +20,7 @@ from distill.stages.context import Context
 from distill.tasks import reasoning_gym
 from distill.tasks.splits import split_of
 from distill.traces.reader import open_traces
+from distill.traces.writer import TraceWriter
 
 
 def context(
@@ -130,6 +131,22 @@ def test_kl_on_another_tokenizer_is_refused_and_sft_on_the_text_works(tiny_dir, 
     result, ctx = run_train(tmp_path, other, loss={"fn": "cross_entropy"}, task="sums")
     assert result.metrics["examples"] == 5
     assert "in the student's own tokens" in ctx.screen.getvalue()
+
+
+def test_distributions_of_another_temperature_or_vocabulary_are_refused(tiny_dir, tmp_path):
+    _, ctx = run_generate(tmp_path, tiny_dir)
+    written = open_traces(ctx.folder / "traces")
+    blocks = list(written.blocks())
+    for changes, says in (
+        ({"logprob_temperature": 2.0}, r"student\.data: 'traces' .* temperature 2;"),
+        ({"vocab_size": written.metadata.vocab_size + 1}, "49153 tokens"),
+    ):
+        shutil.rmtree(written.path)
+        with TraceWriter(written.path, written.metadata.model_copy(update=changes)) as writer:
+            for block in blocks:
+                writer.add(block)
+        with pytest.raises(UserError, match=says):
+            run_train(tmp_path, tiny_dir)
 
 
 def test_kl_on_traces_without_distributions_is_refused(tiny_dir, tmp_path):
