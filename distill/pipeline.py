@@ -27,7 +27,7 @@ from typing import Any, Literal
 import filelock
 import yaml
 
-from distill import __version__, plug
+from distill import __version__, hub, plug
 from distill.models import PACKAGE, package_file
 from distill.progress import clock
 from distill.recipe import (
@@ -89,7 +89,7 @@ def nodes(recipe: Recipe) -> list[Node]:
 
 
 def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
-    """Content fingerprint of what a node reads: a stage's output, a model, a task, a file."""
+    """Content fingerprint of what a node reads: a stage's output, a model, a task, a file, a hub dataset's commit."""
     if reference in recipe.stages or (
         "." in reference and reference.split(".")[0] in recipe.stages
     ):
@@ -109,8 +109,10 @@ def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
         files = [Path(str(value)) for value in task.options.values() if isinstance(value, str)]
         contents = [fingerprint_of(file) for file in files if file.is_file()]
         return stable_hash(task.model_dump_json(), *contents)
-    data = find_data(reference)
-    return fingerprint_of(data) if data is not None else ""
+    if (data := find_data(reference)) is not None:
+        return fingerprint_of(data)
+    on_hub = hub.dataset_id(reference)
+    return hub.dataset_commit(*on_hub) if on_hub is not None else ""
 
 
 def input_fingerprints(node: Node, recipe: Recipe, run: Path) -> dict[str, str]:
@@ -140,7 +142,8 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
             f"rests on it again with --redo {node.stage}."
         )
     inputs = input_fingerprints(node, recipe, run)
-    if moved := [key for key in inputs if inputs[key] != standing.inputs.get(key)]:
+    # What cannot be told from here is not called changed.
+    if moved := [k for k in inputs if inputs[k] not in (standing.inputs.get(k), hub.UNVERIFIED)]:
         named = {key: " or ".join(ref for k, ref in node.inputs if k == key) for key in moved}
         why = ", ".join(f"{key} ({named[key]}) changed" for key in moved)
         # A score stage keeps what it has of the new data: its traces' ids say what they are.

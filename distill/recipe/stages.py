@@ -62,7 +62,7 @@ class GenerateStage(StageConfig):
 class ScoreStage(StageConfig):
     """This model's distributions over traces that exist, teacher-forced: a stage's, a folder's, a file's, a hub dataset's.
 
-    A JSONL file, a folder that `datasets` saved and a hub dataset (owner/name) are in chat form: rows with
+    A JSONL file, a folder that `datasets` saved and a hub dataset (owner/name, or owner/name@revision) are in chat form: rows with
     `messages`, whose last is the assistant's. Trace ids do not depend on the model, so several models may score the
     same traces.
     """

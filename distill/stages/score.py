@@ -10,6 +10,7 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def run(config: ScoreStage, context: Context) -> Result:
     if not wanted:
         raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to score.")
     metadata = _metadata(config, given, model_dir, tokenizer)
-    carry_over(context, folder, metadata, wanted)
+    carry_over(context, folder, metadata, {i: (row.sample, row.gold) for i, row in wanted.items()})
     _fill(config, context, given, metadata, wanted)
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
@@ -58,24 +59,39 @@ def run(config: ScoreStage, context: Context) -> Result:
     return Result(_cost(folder, model_dir, left_out), metrics, content_fingerprint(folder))
 
 
-def _survey(given: Given, limit: int, left_out: LeftOut) -> dict[str, int]:
-    """The ids of the traces to be scored, with their tokens; the others are counted."""
-    wanted: dict[str, int] = {}
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is known of a trace before it is scored. tokens: of prompt and completion."""
+
+    tokens: int
+    sample: int
+    gold: str | None
+
+
+def _survey(given: Given, limit: int, left_out: LeftOut) -> dict[str, _Wanted]:
+    """The traces to be scored by id; the others are counted."""
+    wanted: dict[str, _Wanted] = {}
     for block in given.blocks(left_out):
         tokens_N = block.prompt_ids.lengths + block.completion_ids.lengths
         empty_N = block.completion_ids.lengths == 0
         left_out.add("longer than the limit", int((tokens_N > limit).sum()))
         left_out.add("an empty completion", int((empty_N & (tokens_N <= limit)).sum()))
         for n in np.flatnonzero(~empty_N & (tokens_N <= limit)):
-            wanted[block.trace_id[n]] = int(tokens_N[n])
+            wanted[block.trace_id[n]] = _Wanted(
+                int(tokens_N[n]), int(block.sample[n]), block.gold[n]
+            )
     return wanted
 
 
-def carry_over(context: Context, folder: Path, metadata: Metadata, wanted: Container[str]) -> None:
+def carry_over(
+    context: Context, folder: Path, metadata: Metadata, wanted: Mapping[str, tuple[int, str | None]]
+) -> None:
     """Make a folder of an earlier attempt one that can be added to, without scoring anything twice.
 
-    Data that changed may ask for fewer traces, or for traces of another kind. What is still wanted moves to a new
-    folder, the former one goes to RUN/.old. Killed at any instant, nothing is lost.
+    Data that changed may ask for fewer traces, for some with another answer, or for traces of another kind; where it
+    comes from (a file names its content) may change alone, for a trace's id says what its text is. What is still wanted
+    moves to a new folder, the former one goes to RUN/.old. Killed at any instant, nothing is lost. wanted: trace id ->
+    (sample, gold).
     """
     carrying = folder.with_name(".carrying")
     if folder.is_dir():
@@ -85,12 +101,22 @@ def carry_over(context: Context, folder: Path, metadata: Metadata, wanted: Conta
     if not any(folder.glob("manifest-*.json")):
         return
     former = open_traces(folder)
-    same = not former.metadata.differences(metadata)
-    ids = [i for table in former.tables(4096, ["trace_id"]) for i in table["trace_id"].to_pylist()]
-    keep_N = np.array([same and i in wanted for i in ids], bool)
-    if keep_N.all() and same:
+    from_here = former.metadata.model_copy(update={"source": metadata.source})
+    same = not from_here.differences(metadata)
+    keep_N = np.array(
+        [
+            same and wanted.get(trace_id) == (int(sample), gold)
+            for block in former.blocks(4096, ["trace_id", "sample", "gold"])
+            for trace_id, sample, gold in zip(block.trace_id, block.sample, block.gold, strict=True)
+        ],
+        bool,
+    )
+    if keep_N.all() and former.metadata.source == metadata.source and same:
         return
-    context.say(f"{int((~keep_N).sum())} traces of an earlier attempt are not asked for any more")
+    if not keep_N.all():
+        context.say(
+            f"{int((~keep_N).sum())} traces of an earlier attempt are not asked for any more"
+        )
     with TraceWriter(carrying, metadata) as writer:
         for block in former.where(keep_N).blocks():
             writer.add(block)
@@ -105,7 +131,7 @@ def _fill(
     context: Context,
     given: Given,
     metadata: Metadata,
-    wanted: Mapping[str, int],
+    wanted: Mapping[str, _Wanted],
 ) -> None:
     """Score what the folder does not hold yet."""
     folder = context.folder / "traces"
@@ -114,7 +140,7 @@ def _fill(
         if not missing:
             return
         context.say(f"starting the {config.engine.fn} engine for {len(missing)} traces")
-        longest = max(wanted[trace_id] for trace_id in missing)
+        longest = max(wanted[trace_id].tokens for trace_id in missing)
         model_dir = context.model_dir(config.model)
         limit = context_limit(config.engine, model_dir)
         engine = engines.open_engine(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from distill import jsonl, models
-from distill.hub import offline_unless_reachable
+from distill import hub, jsonl, models
 from distill.plug import nearest
 from distill.recipe import ScoreStage
 from distill.records import (
@@ -151,19 +149,22 @@ def open_rows(data: str, split: str, where: str, subset: str | None = None) -> R
             lambda reject: jsonl.read_rows(path, reject),
             lambda: sum(1 for _ in jsonl.read_rows(path, lambda number, reason: None)),
         )
-    if path is None and not is_hub_id(data):
-        raise UserError(f"{where}: {data!r} is no stage, file, folder or hub dataset (owner/name).")
-    table = _saved(path, split, where) if path else _from_hub(data, split, subset, where)
+    if path is not None:
+        table = _saved(path, split, where)
+        name = f"{path.name}, split {split}"
+    else:
+        table = _from_hub(data, split, subset, where)
+        name = f"{data.partition('@')[0]} ({hub.loaded_commit(table)[:16]}), split {split}"
     return RowSource(
-        f"{path.name if path else data}, split {split}",
+        name,
         lambda _: ((number, dict(row)) for number, row in enumerate(table, 1)),
         lambda: len(table),
     )
 
 
 def is_hub_id(data: str) -> bool:
-    """Whether a name could be a dataset's on the hub: owner/name."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", data) is not None
+    """Whether a name could be a dataset's on the hub: owner/name, or owner/name@revision."""
+    return hub.dataset_id(data) is not None
 
 
 def _saved(path: Path, split: str, where: str) -> Any:
@@ -179,18 +180,34 @@ def _saved(path: Path, split: str, where: str) -> Any:
     return _split_of(found, split, where)
 
 
-def _from_hub(name: str, split: str, subset: str | None, where: str) -> Any:
+def _from_hub(data: str, split: str, subset: str | None, where: str) -> Any:
+    """A split of a hub dataset at the commit that the stage's inputs are recorded with."""
     import datasets
 
-    with offline_unless_reachable():
+    found = hub.dataset_id(data)
+    if found is None:
+        raise UserError(
+            f"{where}: {data!r} is no stage, file, folder or hub dataset (owner/name, or owner/name@revision)."
+        )
+    name, revision = found
+    commit = hub.dataset_commit(name, revision)
+    with hub.offline_unless_reachable():
         try:
-            found = datasets.load_dataset(name, subset)
+            loaded = datasets.load_dataset(
+                name, subset, revision=revision if commit == hub.UNVERIFIED else commit
+            )
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{where}: {name!r} cannot be loaded: {' '.join(str(error).split())} Without a network, give a JSONL file "
+                f"{where}: {data!r} cannot be loaded: {' '.join(str(error).split())} Without a network, give a JSONL file "
                 "or a folder that `datasets` saved."
             ) from None
-    return _split_of(found, split, where)
+    table = _split_of(loaded, split, where)
+    if revision is not None and hub.loaded_commit(table) not in (commit, hub.UNVERIFIED):
+        raise UserError(
+            f"{where}: {data!r} is asked for, and without a network there is only {name}@{hub.loaded_commit(table)} in the "
+            "cache. Take that one, or run where the hub can be reached."
+        )
+    return table
 
 
 def _split_of(found: Any, split: str, where: str) -> Any:

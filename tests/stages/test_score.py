@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scored_runs import context
 
-from distill import models, pipeline, recipe
+from distill import hub, models, pipeline, recipe
 from distill.engines.transformers import CHUNK, TransformersEngine
 from distill.records import Cost, Request, Template, Traces, UserError
 from distill.reports.ledger import StageCost, arm_cost
@@ -202,8 +202,10 @@ def test_carrying_over_survives_a_kill_between_its_two_renames(
     folder = tmp_path / "scored" / "traces"
     shutil.copytree(written / "traces", folder)
     reader = open_traces(folder)
-    ids = list(rows_of(folder))
     want = rows_of(folder)
+    ids = list(want)
+    known = {i: (int(block.sample[n]), block.gold[n]) for i, (block, n) in want.items()}
+    last = {i: known[i] for i in ids[3:]}
     renames: list[Path] = []
     real = Path.rename
 
@@ -216,16 +218,126 @@ def test_carrying_over_survives_a_kill_between_its_two_renames(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "rename", killed)
         with pytest.raises(KeyboardInterrupt):
-            score.carry_over(ctx, folder, reader.metadata, set(ids[3:]))
+            score.carry_over(ctx, folder, reader.metadata, last)
     assert not folder.exists()
-    score.carry_over(ctx, folder, reader.metadata, set(ids[3:]))
+    score.carry_over(ctx, folder, reader.metadata, last)
     _same({i: want[i] for i in ids[3:]}, rows_of(folder))
     (folder.with_name(".carrying")).mkdir()
-    score.carry_over(ctx, folder, reader.metadata, set(ids[3:]))
+    score.carry_over(ctx, folder, reader.metadata, last)
     assert not folder.with_name(".carrying").exists()
     other = reader.metadata.model_copy(update={"weights": "others"})
-    score.carry_over(ctx, folder, other, set(ids))
+    score.carry_over(ctx, folder, other, known)
     assert not list(folder.glob("*.parquet"))
+
+
+def test_a_file_that_grew_or_was_corrected_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_path):
+    rows = [{"question": q, "completion": f"{q}!", "answer": q} for q in "abc"]
+    ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data=str(tmp_path / "rows.jsonl"))
+    real, seen = TransformersEngine.score, []
+    for correct, more, new in (
+        ({}, [], "abc"),
+        ({}, ["d"], "d"),
+        ({"b": "B"}, [], "b"),
+        ({}, [], ""),
+    ):
+        rows = [row | {"answer": correct.get(row["question"], row["answer"])} for row in rows]
+        rows += [{"question": q, "completion": f"{q}!", "answer": q} for q in more]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        scored: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TransformersEngine, "score", _noting(real, scored))
+            run_score(ctx)
+        there = {
+            block.completion[n][0]: (block, n)
+            for block, n in rows_of(ctx.folder / "traces").values()
+        }
+        assert {block.trace_id[n] for block, n in (there[q] for q in new)} == set(scored)
+        assert {q: block.gold[n] for q, (block, n) in there.items()} == {
+            row["question"]: row["answer"] for row in rows
+        }
+        seen.append(open_traces(ctx.folder / "traces").metadata.source)
+    assert len(set(seen)) == 3
+
+
+COMMITS = ("1" * 40, "2" * 40)
+
+
+@pytest.fixture
+def cached_dataset(tmp_path, monkeypatch):
+    """A hub dataset that was loaded before, as its library leaves it; the second call is a newer commit."""
+    import datasets.config
+    from datasets.arrow_writer import ArrowWriter
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    hub.dataset_commit.cache_clear()
+
+    def cache(commit: str, questions: str) -> None:
+        folder = tmp_path / "cache" / "some___chats" / "default" / "0.0.0" / commit
+        folder.mkdir(parents=True)
+        features = datasets.Features(
+            dict.fromkeys(("question", "completion"), datasets.Value("string"))
+        )
+        with ArrowWriter(path=str(folder / "chats-train.arrow"), features=features) as writer:
+            for question in questions:
+                writer.write({"question": question, "completion": f"{question}!"})
+            num, size = writer.finalize()
+        split = datasets.SplitInfo("train", num_bytes=size, num_examples=num, dataset_name="chats")
+        info = datasets.DatasetInfo(
+            features=features, builder_name="parquet", dataset_name="chats", config_name="default",
+            version="0.0.0", splits=datasets.SplitDict({"train": split}),
+        )  # fmt: skip
+        info.write_to_directory(str(folder))
+        hub.dataset_commit.cache_clear()
+
+    yield cache
+    hub.dataset_commit.cache_clear()
+
+
+def test_a_hub_dataset_counts_by_the_commit_that_is_read(
+    tiny_dir, other_dir, tmp_path, cached_dataset
+):
+    ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data="some/chats")
+    node = next(n for n in pipeline.nodes(ctx.recipe) if n.name == "scored")
+
+    def decide() -> str:
+        return pipeline.decide(node, ctx.recipe, tmp_path).action
+
+    def finish() -> str:
+        run_score(ctx)
+        inputs = pipeline.input_fingerprints(node, ctx.recipe, tmp_path)
+        config = node.config.model_dump(mode="json")
+        state.write(ctx.folder, state.State("score", config, inputs, status="done"))
+        return inputs["data"]
+
+    assert pipeline.input_fingerprints(node, ctx.recipe, tmp_path)["data"] == hub.UNVERIFIED
+    cached_dataset(COMMITS[0], "ab")
+    assert finish() == COMMITS[0]
+    assert (
+        open_traces(ctx.folder / "traces").metadata.source
+        == f"some/chats ({COMMITS[0][:16]}), split train"
+    )
+    assert decide() == "skip"
+    cached_dataset(COMMITS[1], "abc")
+    assert decide() == "grow"
+    assert finish() == COMMITS[1]
+    assert open_traces(ctx.folder / "traces").num_rows == 3
+    # What is not there any more cannot have changed.
+    shutil.rmtree(tmp_path / "cache")
+    hub.dataset_commit.cache_clear()
+    assert decide() == "skip"
+
+
+def test_a_hub_dataset_at_a_revision(tmp_path, cached_dataset):
+    cached_dataset(COMMITS[0], "ab")
+    assert hub.dataset_id(f"some/chats@{COMMITS[0]}") == ("some/chats", COMMITS[0])
+    assert hub.dataset_commit("some/chats", COMMITS[1]) == COMMITS[1]
+    assert hub.dataset_commit("some/chats", "main") == hub.UNVERIFIED
+    source = sources.open_rows(f"some/chats@{COMMITS[0]}", "train", "data")
+    assert source.count() == 2
+    with pytest.raises(UserError, match=f"there is only some/chats@{COMMITS[0]}"):
+        sources.open_rows(f"some/chats@{COMMITS[1]}", "train", "data")
+    with pytest.raises(UserError, match="Without a network, give a JSONL"):
+        sources.open_rows("some/others", "train", "data")
 
 
 def test_only_moved_data_is_added_to(tiny_dir, other_dir, tmp_path):
