@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from distill.records import UserError
 from distill.traces import codec, folder
-from distill.traces.reader import open_traces
+from distill.traces.reader import SELECTION_FILE, open_traces
 from distill.traces.writer import TraceWriter
 
 Style = Literal["chat", "text"]
@@ -27,7 +27,7 @@ def export_sft(source: str | Path, out: str | Path, style: Style = "chat") -> in
     contents of the turns joined by blank lines.
     """
     out, num = Path(out), 0
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder.make_folder(out.parent)
     temporary = out.with_name(f".{out.name}{folder.TEMPORARY}")
     with open(temporary, "w", encoding="utf-8") as file:
         for row in _sft_rows(str(source), style):
@@ -40,15 +40,17 @@ def export_sft(source: str | Path, out: str | Path, style: Style = "chat") -> in
 def export_dataset(source: str | Path, out: str | Path, style: Style = "chat") -> int:
     """The same rows as a folder that `datasets.load_from_disk` opens; returns how many. Memory stays flat.
 
-    Raises UserError where `out` holds something already.
+    Raises UserError where `out` holds something already, or there is no trace.
     """
     import datasets
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something already; name a new folder.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder.make_folder(out.parent)
     reader = open_traces(source)
+    if not reader.num_rows:
+        raise UserError(f"{source}: holds no trace, of which `datasets` makes no folder.")
     text = datasets.Value("string")
     said = (
         {"messages": datasets.List({"role": text, "content": text})}
@@ -91,6 +93,8 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> int:
     readers = [open_traces(source) for source in sources]
     if not readers:
         raise UserError(f"{out}: nothing to merge.")
+    if (Path(out) / SELECTION_FILE).exists():
+        raise UserError(f"{out}: is a selection of other traces; name another folder.")
     metadata = readers[0].metadata
     for reader in readers[1:]:
         folder.refuse_differences(readers[0].path, metadata, reader.metadata, str(reader.path))

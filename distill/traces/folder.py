@@ -151,6 +151,14 @@ def _room_for(path: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(folder: Path) -> None:
+    """The folder and those above it. Raises UserError where something else is in the way, or nothing may be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made a folder: {error.strerror}.") from None
+
+
 def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -183,8 +191,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_bytes())
         checksum = tree.pop("checksum")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
     except (ValueError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path}: damaged (not the JSON that was written).") from None
     if stable_hash(json.dumps(tree, sort_keys=True), length=64) != checksum:

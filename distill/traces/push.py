@@ -64,7 +64,7 @@ def push(path: Path, repo: str, *, licence: str, private: bool = False) -> str:
 def build(path: Path, out: Path, *, name: str, licence: str) -> Path:
     """The folder that is uploaded: a folder of traces with its card. Raises UserError where `out` is there already."""
     path, out = Path(path), Path(out)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something already; name a new folder.")
     if not path.is_dir():
         raise UserError(f"{path}: push a folder of traces, or a selection.")

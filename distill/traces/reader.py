@@ -216,6 +216,10 @@ def open_traces(path: str | Path) -> TraceReader:
         return _open_selection(path)
     manifests = folder.read_manifests(path) if path.is_dir() else []
     if not manifests:
+        if path.is_dir() and folder.shard_files(path):
+            raise UserError(
+                f"{path}: there are shards, but no manifest says what they are. {_HEAL}"
+            )
         raise UserError(
             f"{path}: no traces here (a folder with a manifest, a selection, or a .parquet shard)."
         )

@@ -237,7 +237,7 @@ def _write(
     result: Selection,
 ) -> None:
     """The rows first, `selection.json` last; a stale one goes before, so that half a selection is none."""
-    out.mkdir(parents=True, exist_ok=True)
+    folder.make_folder(out)
     (out / SELECTION_FILE).unlink(missing_ok=True)
     table = pa.table(
         {

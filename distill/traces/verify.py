@@ -97,9 +97,13 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
     if missing:
         findings.append(Finding(str(path), f"{len(missing)} traces are missing: {missing[:3]}"))
     listed = {shard.file for manifest in manifests for shard in manifest.shards}
-    notes = [
-        Finding(n, "not in a manifest (a writer was killed)") for n in names if n not in listed
+    unlisted = [name for name in names if name not in listed]
+    there = {manifest_path.name for manifest_path in manifest_paths}
+    findings += [
+        Finding(manifest, "missing: nothing says what its writer's shards are")
+        for manifest in sorted({folder.manifest_name(_writer_of(name)) for name in names} - there)
     ]
+    notes = [Finding(name, "not in a manifest (a writer was killed)") for name in unlisted]
     notes += [
         Finding(p.name, "a half-written file") for p in sorted(path.glob(f".*{folder.TEMPORARY}"))
     ]
@@ -107,24 +111,21 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
 
 
 def repair(path: str | Path) -> Report:
-    """Drop the shards that are bad and rebuild a manifest that is; returns what `verify` had found before.
+    """Drop the shards that are bad and rebuild a manifest that is bad or missing; returns what `verify` had found.
 
     Raises UserError while a writer is open there.
     """
     path = _base(Path(path))
     report = verify(path)
     bad = {finding.file for finding in report.findings}
-    known = {path.name.split("-")[1].removesuffix(".json") for path in path.glob("manifest-*.json")}
-    known |= {name.split("-")[1] for name in folder.shard_files(path)}
+    known = {_writer_of(manifest.name) for manifest in path.glob("manifest-*.json")}
+    known |= {_writer_of(name) for name in folder.shard_files(path)}
     for name in sorted(known):
         with folder.writer_lock(path, name):
             if folder.manifest_name(name) in bad:
                 _rebuild(path, name)
                 continue
-            manifest_path = path / folder.manifest_name(name)
-            if not manifest_path.exists():
-                continue
-            manifest = folder.read_manifest(manifest_path)
+            manifest = folder.read_manifest(path / folder.manifest_name(name))
             good = tuple(shard for shard in manifest.shards if shard.file not in bad)
             if good != manifest.shards:
                 folder.Manifest(name, manifest.metadata, good).write(path)
@@ -136,6 +137,11 @@ def repair(path: str | Path) -> Report:
 def _base(path: Path) -> Path:
     """The folder of the shards."""
     return reader.open_traces(path).base if (path / reader.SELECTION_FILE).exists() else path
+
+
+def _writer_of(name: str) -> str:
+    """The writer that a shard's or a manifest's name tells."""
+    return name.split("-")[1].removesuffix(".json")
 
 
 def _rebuild(path: Path, name: str) -> None:
@@ -151,7 +157,7 @@ def _rebuild(path: Path, name: str) -> None:
         metadata = metadata or own
         shards.append(writer.describe(file, data, table))
     if metadata is None:
-        (path / folder.manifest_name(name)).unlink()
+        (path / folder.manifest_name(name)).unlink(missing_ok=True)
     else:
         folder.Manifest(name, metadata, tuple(shards)).write(path)
 

@@ -69,7 +69,7 @@ class TraceWriter:
         self._closing = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        folder.make_folder(self.folder)
         with contextlib.ExitStack() as stack:
             stack.enter_context(folder.writer_lock(self.folder, writer))
             self._open()

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pytest
 import trace_samples as samples
 
+from distill.recipe import PlugConfig
 from distill.records import UserError
-from distill.traces import codec, folder
+from distill.traces import codec, export, folder, push
 from distill.traces import reader as reader_module
 from distill.traces.reader import content_fingerprint, decode_file, open_traces
+from distill.traces.selection import select
 from distill.traces.stats import stats
 from distill.traces.verify import repair, verify
 from distill.traces.writer import TraceWriter, describe
@@ -344,6 +346,41 @@ def test_a_damaged_manifest_is_rebuilt_from_the_shards(tmp_path):
     repair(path)
     assert verify(path).ok
     assert content_fingerprint(path) == before
+
+
+def test_a_missing_manifest_is_a_fault_and_written_anew(tmp_path):
+    path = samples.write(tmp_path / "traces", 48)
+    before = content_fingerprint(path)
+    (path / "manifest-0.json").unlink()
+    with pytest.raises(UserError, match=r"no manifest says what they are.*--repair"):
+        open_traces(path)
+    assert [finding.file for finding in repair(path).findings] == ["manifest-0.json"]
+    assert verify(path).ok
+    assert content_fingerprint(path) == before
+    (path / "manifest-0.json").unlink()
+    with TraceWriter(path, samples.metadata()) as writer:
+        assert len(writer.done_ids()) == 48
+    assert content_fingerprint(path) == before
+
+
+def test_what_is_in_the_way_is_said(tmp_path):
+    path = samples.write(tmp_path / "traces", 3)
+    (tmp_path / "file").write_text("")
+    for use in (
+        lambda: TraceWriter(tmp_path / "file", samples.metadata()),
+        lambda: export.export_sft(path, tmp_path / "file" / "rows.jsonl"),
+        lambda: export.export_dataset(path, tmp_path / "file" / "rows"),
+        lambda: push.build(path, tmp_path / "file", name="a/b", licence="mit"),
+    ):
+        with pytest.raises(UserError, match="file: "):
+            use()
+    select(path, tmp_path / "clean", [PlugConfig(fn="finished")])
+    with pytest.raises(UserError, match="clean: is a selection"):
+        export.merge([path], tmp_path / "clean")
+    (path / "shard-0-00000.parquet").unlink()
+    repair(path)
+    with pytest.raises(UserError, match="holds no trace"):
+        export.export_dataset(path, tmp_path / "rows")
 
 
 def test_nothing_there_is_said(tmp_path):
