@@ -53,8 +53,8 @@ lint: $(VENV)/.setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# Two workers, whole files each, in the order that tests/conftest.py gives; it also leaves each worker its share of the cores.
-PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+# Two workers, which take up whole files; tests/conftest.py gives the order, and each worker its share of the cores.
+PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: lint
 	$(BIN)/pytest $(PARALLEL)

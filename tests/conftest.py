@@ -30,12 +30,23 @@ FIRST = (
     "test_score.py",
     "test_vllm_engine.py",
 )
-"""The files that take longest, longest first: workers that share the tests take up whole files in this order."""
+"""The files that take longest, longest first."""
 
 
+SANDBOXES = (
+    "test_sandbox.py", "test_code.py", "test_humaneval.py", "test_generated.py", "test_scoring.py",
+)  # fmt: skip
+"""Files that run programs in sandboxes: one after another, for some look whether any such process is left on the machine."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order, and what a worker takes as a whole (`--dist loadgroup`)."""
     rank = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    for item in items:
+        group = "sandboxes" if item.path.name in SANDBOXES else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
