@@ -38,9 +38,10 @@ from distill.records import Batch
 class Targets:
     """What a loss compares the student with: the rows of a Batch that have a weight.
 
-    label_T int64; weight_T float32, the denominator already divided in; teacher_ids_TK int64 (-1 = none) with
+    label_T int64; weight_T float32, the denominator already divided in; place_T int64; teacher_ids_TK int64 (-1 = none) with
     teacher_logp_TK (-inf there), teacher_tail_T, each_logp_TMK and each_tail_TM; the rollout streams as in Batch. coupled_T: what a first pass over the tokens'
-    log-probabilities gave, for losses that couple the tokens of a trace. All by row, so they can be sliced.
+    log-probabilities gave, for losses that couple the tokens of a trace. All by row, so they can be sliced; and progress, as in
+    Batch, for losses that change while training goes on.
     """
 
     label_T: Tensor
@@ -55,19 +56,24 @@ class Targets:
     ref_logp_T: Tensor | None = None
     engine_logp_T: Tensor | None = None
     coupled_T: Tensor | None = None
+    place_T: Tensor | None = None
+    progress: float = 0.0
 
     @staticmethod
     def of(batch: Batch, rows: Tensor) -> Targets:
         """The chosen rows [T] (indices) of a batch of tensors."""
         streams = {f.name: getattr(batch, f.name, None) for f in fields(Targets)}
-        picked: dict[str, Any] = {k: None if v is None else v[rows] for k, v in streams.items()}
+        picked = _rows(streams, rows)
         picked["weight_T"] = picked["weight_T"] / batch.denominator
         return Targets(**picked)
 
     def __getitem__(self, rows: slice) -> Targets:
-        streams = {f.name: getattr(self, f.name) for f in fields(Targets)}
-        picked: dict[str, Any] = {k: None if v is None else v[rows] for k, v in streams.items()}
-        return Targets(**picked)
+        return Targets(**_rows({f.name: getattr(self, f.name) for f in fields(Targets)}, rows))
+
+
+def _rows(streams: Mapping[str, Any], rows: Tensor | slice) -> dict[str, Any]:
+    """The chosen rows of what goes by row; the rest as it is."""
+    return {k: v[rows] if isinstance(v, Tensor) else v for k, v in streams.items()}
 
 
 @dataclass(frozen=True, slots=True)

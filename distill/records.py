@@ -438,12 +438,14 @@ class Batch:
     parent                       int64 [N]: the doc that a doc goes on from and sees whole, -1 = none. Completions of
                                  one prompt share it so; docs of traces come first, in the order of trace_ids
     weight_T                     float32 [T]; the loss is sum(weight * loss_T) / denominator
+    place_T                      int64 [T]: which token of its completion label_T is, from 0; 0 where the weight is 0
     denominator                  of the whole optimiser step: all micro-batches on all ranks
     teacher_ids_TK               int64 [T, K], -1 = no entry;  teacher_logp_TK float32, -inf there
     teacher_tail_T               float32 [T], log of the teacher's mass outside teacher_ids_TK
     each_logp_TMK, each_tail_TM  float32 [T, M, K], [T, M]: of each of several teachers, where teacher_* are their mixture
     advantage_T, old_logp_T, ref_logp_T, engine_logp_T   float32 [T], of label_T; rollouts only
     version                      of the weights that wrote the rollout
+    progress                     share of the steps that were done before this one: 0 at the first, 1 at the last
     beside                       the same texts in a teacher's own tokens, where those are others
     """
 
@@ -455,6 +457,7 @@ class Batch:
     denominator: float
     trace_ids: tuple[str, ...]
     parent: Any = None
+    place_T: Any = None
     teacher_ids_TK: Any = None
     teacher_logp_TK: Any = None
     teacher_tail_T: Any = None
@@ -465,6 +468,7 @@ class Batch:
     ref_logp_T: Any = None
     engine_logp_T: Any = None
     version: int = 0
+    progress: float = 0.0
     beside: Beside | None = None
 
     @property

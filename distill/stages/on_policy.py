@@ -8,7 +8,7 @@ from typing import Any
 
 from distill import engines, models
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
-from distill.records import Cost, Engine
+from distill.records import Cost, Engine, draw_seed
 from distill.reports.flops import ModelShape, forward_flops
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
@@ -30,7 +30,7 @@ WATCHED = ("loss", "kl_teacher", "correct", "length", "truncated", "entropy")
 
 def run(config: OnPolicyStage, context: Context) -> Result:
     where = f"stages.{context.name}"
-    objective = resolve_loss(config, where)
+    objective = resolve_loss(config, where, draw_seed(context.seed, context.name, "draws"))
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     teachers = load_teachers(config, context, tokenizer) if config.scoring == "trainer" else []

@@ -10,13 +10,20 @@ from distill.recipe import GrpoStage, OnPolicyStage, TrainStage, teachers_of
 from distill.records import Reward, UserError
 from distill.training import losses
 from distill.training.alignment import VocabularyMap
-from distill.training.objective import Objective, Online, PolicyObjective
+from distill.training.objective import (
+    FULL,
+    NONE,
+    Drawn,
+    Objective,
+    Online,
+    PolicyObjective,
+    label_nll,
+)
+from distill.training.schedule import Ramp
 from distill.training.several import over_teachers
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from torch import Tensor
 
     from distill.stages.context import Context
     from distill.training.policy import Teacher
@@ -33,8 +40,10 @@ def is_unlike(config: TrainStage | OnPolicyStage) -> bool:
     return config.loss.fn in plug.names(UNLIKE)
 
 
-def resolve_loss(config: TrainStage | OnPolicyStage, where: str) -> Objective:
+def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) -> Objective:
     """The loss that a stage names: on stored targets, or, with teachers in the trainer, over the whole vocabulary.
+
+    seed: of the ids that a loss draws from its teachers.
 
     Raises UserError for an unknown one, a wrong option, and one that has no form with teachers in the trainer.
     """
@@ -54,25 +63,34 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str) -> Objective:
     if isinstance(config, TrainStage) and isinstance(config.data, dict):
         total = sum(config.data.values())
         loss = over_teachers(loss, [share / total for share in config.data.values()])
+    if plug.find(fn, LOSSES) is losses.sampled_kd:
+        if config.teacher is None or asked_by_engine or config.temperature != 1.0:
+            raise UserError(
+                f"{where}.loss: sampled_kd draws from the whole distribution of a teacher in the trainer, at temperature 1; "
+                "stored entries are the likeliest, not draws. Name a teacher, or use forward_kl."
+            )
+        draws = inspect.signature(loss).parameters["draws"].default
+        return Objective(loss, label_nll, drawn=Drawn(draws, seed))
     if config.teacher is None or asked_by_engine:
         return Objective(loss, watch)
-    ce_weight, scale = 0.0, 1.0
+    kl, ce = FULL, NONE
     if fn == "ce_kl":
-        weights = inspect.signature(loss).parameters  # with what the recipe says as defaults
-        ce_weight, scale = weights["ce_weight"].default, weights["kl_weight"].default
+        given = inspect.signature(loss).parameters  # with what the recipe says as defaults
+        kl, ce = (
+            Ramp(given[name].default, given[f"final_{name}"].default)
+            for name in ("kl_weight", "ce_weight")
+        )
         fn, options = "forward_kl", {}
     if fn not in plug.names(DIVERGENCES):
-        known = ", ".join(sorted([*plug.names(DIVERGENCES), *plug.names(UNLIKE), "ce_kl"]))
+        known = ", ".join(
+            sorted([*plug.names(DIVERGENCES), *plug.names(UNLIKE), "ce_kl", "sampled_kd"])
+        )
         raise UserError(
             f"{where}.loss: {fn} has no form with a teacher in the trainer; there are: {known}."
         )
     divergence = plug.bind(fn, options, DIVERGENCES, f"{where}.loss")
 
-    def scaled(logp_TN: Tensor, logq_TN: Tensor) -> Tensor:
-        compared: Tensor = scale * divergence(logp_TN, logq_TN)
-        return compared
-
-    return Objective(loss, watch, online=Online(scaled, config.temperature, ce_weight))
+    return Objective(loss, watch, online=Online(divergence, config.temperature, kl, ce))
 
 
 def load_teachers(

@@ -9,6 +9,7 @@ from typing import Any
 
 from distill import models
 from distill.recipe import TrainStage
+from distill.records import draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.costs import tally_cost, teachers_cost
@@ -24,7 +25,7 @@ from distill.training.policy import Policy
 
 def run(config: TrainStage, context: Context) -> Result:
     where = f"stages.{context.name}"
-    objective = resolve_loss(config, where)
+    objective = resolve_loss(config, where, draw_seed(context.seed, context.name, "draws"))
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     teachers = load_teachers(config, context, tokenizer)

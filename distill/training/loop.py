@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from distill.recipe import OptimStage
 from distill.records import Batch, UserError
 from distill.training import checkpoint
+from distill.training.measures import mean_sums
 from distill.training.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.policy import Policy, Teacher, Trainee
@@ -156,7 +157,9 @@ def train(
         for done, step in enumerate(steps, start + 1):
             num_steps = length.steps(tally)
             tally.add(step.tally)
-            metrics = _accumulate(accelerator, trainee, optimizer, step.batches, tally)
+            progress = min(1.0, (done - 1) / max(num_steps - 1, 1))
+            batches = [replace(batch, progress=progress) for batch in step.batches]
+            metrics = _accumulate(accelerator, trainee, optimizer, batches, tally)
             norm = float(optimizer.clip(config.clip_norm))
             lr = learning_rate(
                 done - 1,
@@ -243,7 +246,6 @@ def _accumulate(
 ) -> dict[str, float]:
     """Gradients of one step's micro-batches; returns its loss and the means of what is watched, over all processes."""
     loss = torch.zeros((), device=accelerator.device)
-    weight = torch.zeros((), device=accelerator.device)
     sums: dict[str, Tensor] = {}
     for batch in micro_batches:
         rows = torch.from_numpy(batch.weight_T.nonzero()[0])
@@ -259,17 +261,14 @@ def _accumulate(
         accelerator.backward(out.loss * accelerator.num_processes)
         optimizer.accumulate()
         loss += out.loss.detach().float()
-        weight += out.weight_T.sum()
-        for key, values_T in out.watched.items():
-            sums[key] = sums.get(key, 0.0) + (values_T * out.weight_T).sum().float()
+        for key, sum_2 in mean_sums(out.watched, out.weight_T).items():
+            sums[key] = sums.get(key, 0.0) + sum_2
     if not micro_batches:
         optimizer.no_gradient()
-    totals = accelerator.reduce(torch.stack([loss, weight, *sums.values()]), reduction="sum")
-    loss_sum, weight_sum, *rest = totals.tolist()
-    return {
-        "loss": loss_sum,
-        **{k: v / weight_sum for k, v in zip(sums, rest, strict=True) if weight_sum},
-    }
+    totals = accelerator.reduce(torch.cat([loss[None], *sums.values()]), reduction="sum")
+    loss_sum, *rest = totals.tolist()
+    pairs = zip(sums, rest[::2], rest[1::2], strict=True)
+    return {"loss": loss_sum, **{key: total / weight for key, total, weight in pairs if weight}}
 
 
 def _resume(folder: Path, optimizer: MasterAdamW, policy: Policy) -> tuple[Tally, int]:

@@ -4,23 +4,22 @@ p is the teacher, q the student, S the teacher's kept ids; everything outside S 
 T and student mass P. Each divergence (`divergences`) over these outcomes is a true one: zero exactly when student and
 teacher agree on them, never negative, and a lower bound of the same divergence over the whole vocabulary. A loss is used in
 a recipe by its name; its keyword-only parameters are its options.
-
-A teacher's tail below 1e-6 is rounding noise and counts as no mass; where S is the whole vocabulary there is no tail.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from distill.head import OUTSIDE, Student, Targets
+from distill.head import Student, Targets
 from distill.records import NO_TAIL, UserError
 from distill.training import divergences
 from distill.training.divergences import Alpha, Beta
+from distill.training.outcomes import kept, outcomes, stored
+from distill.training.schedule import Ramp
 
 REFUSED_OPTIONS = {
     "temperature": "stored distributions have temperature 1. At any other, the mass outside the stored ids cannot be "
@@ -39,7 +38,7 @@ def cross_entropy(student: Student, targets: Targets) -> Tensor:
 
 def forward_kl(student: Student, targets: Targets) -> Tensor:
     """KL(p || q) over S and the tail, nats [T]:  sum_S p log(p/q) + T log(T/P)."""
-    return divergences.forward_kl(*_outcomes(student, targets))
+    return divergences.forward_kl(*outcomes(student, targets))
 
 
 def reverse_kl(student: Student, targets: Targets) -> Tensor:
@@ -48,34 +47,45 @@ def reverse_kl(student: Student, targets: Targets) -> Tensor:
     A teacher's tail below 1e-6 counts as 1e-6. As nothing at all it would make the loss infinite, and left out it would
     pay the student to move mass there; at 1e-6 the loss is finite and above -1e-6.
     """
-    return divergences.reverse_kl(*_outcomes(student, targets, least_tail=NO_TAIL))
+    return divergences.reverse_kl(*outcomes(student, targets, least_tail=NO_TAIL))
 
 
 def jsd(student: Student, targets: Targets, *, beta: Beta = 0.5) -> Tensor:
     """Jensen-Shannon divergence over S and the tail, nats [T]; beta is the teacher's share of the mixture."""
-    return divergences.jsd(*_outcomes(student, targets), beta=beta)
+    return divergences.jsd(*outcomes(student, targets), beta=beta)
 
 
 def tvd(student: Student, targets: Targets) -> Tensor:
     """Total variation distance over S and the tail, in [0, 1], [T]."""
-    return divergences.tvd(*_outcomes(student, targets))
+    return divergences.tvd(*outcomes(student, targets))
 
 
 def skewed_forward_kl(student: Student, targets: Targets, *, alpha: Alpha = 0.1) -> Tensor:
     """KL(p || alpha p + (1 - alpha) q) over S and the tail, nats [T]."""
-    return divergences.skewed_forward_kl(*_outcomes(student, targets), alpha=alpha)
+    return divergences.skewed_forward_kl(*outcomes(student, targets), alpha=alpha)
 
 
 def skewed_reverse_kl(student: Student, targets: Targets, *, alpha: Alpha = 0.1) -> Tensor:
     """KL(q || (1 - alpha) p + alpha q) over S and the tail, nats [T]."""
-    return divergences.skewed_reverse_kl(*_outcomes(student, targets), alpha=alpha)
+    return divergences.skewed_reverse_kl(*outcomes(student, targets), alpha=alpha)
 
 
 def ce_kl(
-    student: Student, targets: Targets, *, ce_weight: Weight = 0.5, kl_weight: Weight = 0.5
+    student: Student,
+    targets: Targets,
+    *,
+    ce_weight: Weight = 0.5,
+    kl_weight: Weight = 0.5,
+    final_ce_weight: Weight | None = None,
+    final_kl_weight: Weight | None = None,
 ) -> Tensor:
-    """ce_weight * cross entropy + kl_weight * forward KL, nats [T] (Hinton et al. 2015, at temperature 1)."""
-    return ce_weight * cross_entropy(student, targets) + kl_weight * forward_kl(student, targets)
+    """ce_weight * cross entropy + kl_weight * forward KL, nats [T] (Hinton et al. 2015, at temperature 1).
+
+    A final weight is what the weight has become at the last step, in a straight line from the first; None: it stays.
+    """
+    ce = Ramp(ce_weight, final_ce_weight).at(targets.progress)
+    kl = Ramp(kl_weight, final_kl_weight).at(targets.progress)
+    return ce * cross_entropy(student, targets) + kl * forward_kl(student, targets)
 
 
 def renormalised_kl(student: Student, targets: Targets) -> Tensor:
@@ -85,23 +95,24 @@ def renormalised_kl(student: Student, targets: Targets) -> Tensor:
     S. Measured on SmolLM2 with 64 ids (tests/bench/bench_gradients.py), its gradient is off by 71% to 233% of the
     whole KL's, forward_kl's by 11% to 14%.
     """
-    logp_TK, _ = _teacher(targets)
-    kept_TK = (logp_TK - logp_TK.logsumexp(1, keepdim=True)).masked_fill(
+    logp_TK, _ = stored(targets)
+    whole_TK = (logp_TK - logp_TK.logsumexp(1, keepdim=True)).masked_fill(
         logp_TK == -torch.inf, -torch.inf
     )
-    return divergences.forward_kl(kept_TK, _kept(student.top_TK, logp_TK))
+    return divergences.forward_kl(whole_TK, kept(student.top_TK, logp_TK))
 
 
-def sampled_kd(student: Student, targets: Targets) -> Tensor:
-    """Cross entropy under ids drawn from the teacher, nats [T]: sum over the drawn ids of count / n * (-log q).
+def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -> Tensor:
+    """Cross entropy under ids drawn from the teacher, nats [T]: sum over the drawn ids of count / draws * (-log q).
 
-    Reads targets whose entries are n draws from p with repetition: teacher_ids_TK the distinct ids drawn,
-    teacher_logp_TK = log(count / n). The tail is not read: no mass is missing, an id that was not drawn weighs 0. Its gradient is that
-    of the KL over the whole vocabulary in expectation, however few the draws, with their noise on top (random
-    sampling KD, arXiv 2503.16870). On top-k entries it would be biased: use forward_kl there.
+    For comparison, with a teacher in the trainer, from whose whole distribution as many ids are drawn at each token, with
+    repetition (`online.draw`): teacher_ids_TK the distinct ids drawn, teacher_logp_TK = log count. No mass is missing, an id that was not
+    drawn weighs 0. Its gradient is that of the KL over the whole vocabulary in expectation, however few the draws, with their
+    noise on top (random sampling KD, arXiv 2503.16870).
     """
-    logp_TK, _ = _teacher(targets)
-    return -(logp_TK.exp() * torch.where(logp_TK > -torch.inf, student.top_TK, 0.0)).sum(1)
+    logp_TK, _ = stored(targets)
+    drawn_TK = torch.where(logp_TK > -torch.inf, student.top_TK, 0.0)
+    return -(logp_TK.exp() / draws * drawn_TK).sum(1)
 
 
 def policy_gradient(
@@ -120,30 +131,3 @@ def policy_gradient(
     own_T = student.label_T.detach()
     weight_T = (own_T - targets.engine_logp_T).exp().clamp(max=engine_cap)
     return -weight_T * targets.advantage_T * (student.label_T - own_T).exp()
-
-
-def _outcomes(
-    student: Student, targets: Targets, *, least_tail: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """log p and log q [T, K+1] over S and the tail; -inf in both where there is no such outcome."""
-    logp_TK, tail_T = _teacher(targets)
-    tail_T = torch.where(tail_T > math.log(NO_TAIL), tail_T, -torch.inf)
-    if least_tail:
-        tail_T = tail_T.clamp(min=math.log(least_tail))
-    outside_T = student.tail_T > OUTSIDE / 2
-    logp_TN = torch.cat([logp_TK, torch.where(outside_T, tail_T, -torch.inf)[:, None]], dim=1)
-    logq_TN = torch.cat([_kept(student.top_TK, logp_TK), student.tail_T[:, None]], dim=1)
-    return logp_TN, logq_TN
-
-
-def _kept(top_TK: Tensor, logp_TK: Tensor) -> Tensor:
-    return torch.where(logp_TK > -torch.inf, top_TK, -torch.inf)
-
-
-def _teacher(targets: Targets) -> tuple[Tensor, Tensor]:
-    if targets.teacher_logp_TK is None or targets.teacher_tail_T is None:
-        raise UserError(
-            "this loss learns from the teacher's distributions, and the data hold none. Use data from a generate "
-            "stage with top_k > 0, or loss: {fn: cross_entropy}."
-        )
-    return targets.teacher_logp_TK, targets.teacher_tail_T

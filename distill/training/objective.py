@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.head import HeadOutput, LossFn, Measure, Student, Targets
 from distill.records import Array
 from distill.training.online import Divergence
+from distill.training.schedule import Ramp
 from distill.training.unlike import Pair
 
 Kl = Literal["k3", "k2", "k3_ratio"]
@@ -35,13 +36,25 @@ def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
     return {"label_nll": -student.label_T}
 
 
+FULL, NONE = Ramp(1.0), Ramp(0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class Online:
-    """Exact comparison with teachers in the trainer, over the whole vocabulary: temperature^2 * divergence + ce_weight * -log q(label)."""
+    """Exact comparison with teachers in the trainer, over the whole vocabulary: kl * temperature^2 * divergence + ce * -log q(label)."""
 
     divergence: Divergence
     temperature: float = 1.0
-    ce_weight: float = 0.0
+    kl: Ramp = FULL
+    ce: Ramp = NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The loss gets ids drawn from teachers in the trainer, so many a token; the seed, trace ids and step decide them."""
+
+    draws: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +62,8 @@ class Objective:
     """loss: unreduced, [T]. watch: per-token numbers to log, averaged with the loss's weights.
 
     couple: a first pass over whole traces, for losses that couple their tokens; it fills Targets.coupled_T.
-    reference: whether the loss reads the log-probabilities of a frozen reference. Instead of the loss, with teachers in the trainer:
-    online, the comparison over one vocabulary; unlike, the comparison with a teacher that has another tokenizer.
+    reference: whether the loss reads the log-probabilities of a frozen reference. With teachers in the trainer, instead of the loss on what is stored:
+    online, the comparison over one vocabulary; drawn, the loss on ids drawn from them; unlike, the comparison with a teacher that has another tokenizer.
     """
 
     loss: LossFn
@@ -58,6 +71,7 @@ class Objective:
     couple: Couple | None = None
     reference: bool = False
     online: Online | None = None
+    drawn: Drawn | None = None
     unlike: Unlike | None = None
 
 

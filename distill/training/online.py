@@ -13,8 +13,8 @@ Shapes: T tokens with a loss, C of them in a chunk, R of those worked on togethe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from distill.kernels.products import (
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """(log p [R, V], log q [R, V]) -> [R], as in `divergences`, options bound."""
+
+RowMeasure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
+"""(log p [R, V], log q [R, V]) -> numbers by row, [R] each."""
 
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 """Logits worked on together between the products; the divergence takes a few times as much beside them."""
@@ -57,14 +60,17 @@ def online_head_loss(
     targets: Targets,
     *,
     temperature: float = 1.0,
+    kl_weight: float = 1.0,
     ce_weight: float = 0.0,
     chunk: int | None = None,
+    measure: RowMeasure | None = None,
 ) -> HeadOutput:
-    """Sum over tokens of weight * (temperature^2 * divergence + ce_weight * -log q(label)).
+    """Sum over tokens of weight * (kl_weight * temperature^2 * divergence + ce_weight * -log q(label)).
 
     Both distributions are taken at the temperature, the label's log-probability at 1. The factor temperature^2
     keeps the gradient's size (Hinton et al. 2015). Gradients go to the student's hidden, weight and bias only. Of `targets`,
-    label_T and weight_T are read. chunk: tokens at a time; None takes what fits the memory.
+    label_T and weight_T are read. chunk: tokens at a time; None takes what fits the memory. measure: further numbers by row,
+    from the same two distributions.
     """
     if any(t.form.vocab_size != student.form.vocab_size for t in teachers):
         sizes = [m.form.vocab_size for m in (student, *teachers)]
@@ -75,8 +81,10 @@ def online_head_loss(
         divergence,
         targets,
         temperature=temperature,
+        kl_weight=kl_weight,
         ce_weight=ce_weight,
         chunk=chunk,
+        measure=measure,
     )
 
 
@@ -87,28 +95,24 @@ def dense_head_loss(
     targets: Targets,
     *,
     temperature: float = 1.0,
+    kl_weight: float = 1.0,
     ce_weight: float = 0.0,
     chunk: int | None = None,
+    measure: RowMeasure | None = None,
 ) -> HeadOutput:
     """The same for any comparison of whole rows; with one teacher its vocabulary may be another than the student's."""
     weight_VD = gathered(student.weight_VD)
     bias_V = None if student.bias_V is None else gathered(student.bias_V)
     wide = wide_dtype(student.hidden_TD)
-    total = sum(t.share for t in teachers)
     calls = _DensePass(
         _Source(weight_VD, bias_V, student.form, wide),
-        [
-            (
-                t.hidden_TD.detach(),
-                math.log(t.share / total),
-                _Source(gathered(t.weight_VD), t.bias_V, t.form, wide),
-            )
-            for t in teachers
-        ],
+        _Mixture(teachers, wide, temperature),
         compare,
         targets,
         temperature,
+        kl_weight,
         ce_weight,
+        measure,
     )
     if chunk is None:
         bytes_each = sum(wide.itemsize * m.form.vocab_size for m in (student, *teachers))
@@ -124,7 +128,8 @@ def dense_head_loss(
         student.form.vocab_size,
         chunk,
     )
-    return HeadOutput(loss, loss_T, label_T)
+    rows = {name: torch.cat(parts) for name, parts in calls.seen.items()}
+    return HeadOutput(loss, loss_T, label_T, rows)
 
 
 class _Source:
@@ -156,15 +161,18 @@ class _Source:
 @dataclass(frozen=True, slots=True)
 class _DensePass:
     student: _Source
-    teachers: list[tuple[Tensor, float, _Source]]
+    teachers: _Mixture
     compare: Divergence
     targets: Targets
     temperature: float
+    kl_weight: float
     ce_weight: float
+    measure: RowMeasure | None
+    seen: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def chunk(self, hidden_CD: Tensor, rows: slice, grads: bool) -> Chunk:
         x_CV = self.student.product(hidden_CD)
-        logp_CV = self._teacher(rows)
+        logp_CV = self.teachers.logp(rows)
         label_C1, weight_C = self.targets.label_T[rows, None], self.targets.weight_T[rows]
         loss_C = x_CV.new_empty(len(x_CV))
         label_logp_C = torch.empty_like(loss_C)
@@ -174,18 +182,68 @@ class _DensePass:
                 z_RV = self.student.logits(x_RV)
                 label_R = (z_RV.gather(1, label_C1[block]) - z_RV.logsumexp(1, True)).squeeze(1)
                 logq_RV = (z_RV / self.temperature).log_softmax(1)
-                loss_R = self.temperature**2 * self.compare(logp_CV[block], logq_RV)
+                loss_R = self.compare(logp_CV[block], logq_RV) * (
+                    self.kl_weight * self.temperature**2
+                )
                 if self.ce_weight:
                     loss_R = loss_R - self.ce_weight * label_R
                 if grads:
                     x_CV[block] = torch.autograd.grad((loss_R * weight_C[block]).sum(), x_RV)[0]
             loss_C[block], label_logp_C[block] = loss_R.detach(), label_R.detach()
+            if self.measure is not None:
+                for name, value_R in self.measure(logp_CV[block], logq_RV.detach()).items():
+                    self.seen.setdefault(name, []).append(value_R)
         return Chunk(loss_C, label_logp_C, x_CV.to(hidden_CD.dtype) if grads else None)
 
-    def _teacher(self, rows: slice) -> Tensor:
-        """log p [C, V] of the mixture, in the first teacher's memory."""
+    def close(self) -> None:
+        self.student.held = None
+        self.teachers.close()
+
+
+@torch.no_grad()
+def draw(teachers: Sequence[Logits], num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`num` ids a row from the teachers' mixture over the whole vocabulary, with repetition.
+
+    As (the distinct ids drawn [T, num], -1 = none; log of how often each [T, num], -inf there).
+    """
+    hidden_TE = teachers[0].hidden_TD
+    wide = wide_dtype(hidden_TE)
+    mixture = _Mixture(teachers, wide, 1.0)
+    bytes_each = sum(wide.itemsize * t.form.vocab_size for t in teachers)
+    size = chunk_rows(len(hidden_TE), bytes_each, hidden_TE.device)
+    parts = [hidden_TE.new_empty(0, num, dtype=torch.long)]
+    for start in range(0, len(hidden_TE), size):
+        p_CV = mixture.logp(slice(start, start + size)).exp_()
+        parts.append(torch.multinomial(p_CV, num, replacement=True, generator=generator))
+    mixture.close()
+    sorted_TN = torch.cat(parts).sort(1).values
+    first_TN = torch.ones_like(sorted_TN, dtype=torch.bool)
+    first_TN[:, 1:] = sorted_TN[:, 1:] != sorted_TN[:, :-1]
+    place_TN = first_TN.cumsum(1) - 1
+    count_TN = torch.zeros_like(sorted_TN).scatter_add(1, place_TN, torch.ones_like(sorted_TN))
+    ids_TN = torch.full_like(sorted_TN, -1).scatter(1, place_TN, sorted_TN)
+    return ids_TN, count_TN.to(wide).log()
+
+
+class _Mixture:
+    """Teachers of one vocabulary as a single distribution."""
+
+    def __init__(self, teachers: Sequence[Logits], wide: torch.dtype, temperature: float) -> None:
+        total = sum(t.share for t in teachers)
+        self.temperature = temperature
+        self.parts = [
+            (
+                t.hidden_TD.detach(),
+                math.log(t.share / total),
+                _Source(gathered(t.weight_VD), t.bias_V, t.form, wide),
+            )
+            for t in teachers
+        ]
+
+    def logp(self, rows: slice) -> Tensor:
+        """log p [C, V], in the first teacher's memory."""
         mixed_CV: Tensor | None = None
-        for hidden_TE, log_share, source in self.teachers:
+        for hidden_TE, log_share, source in self.parts:
             t_CV = source.product(hidden_TE[rows])
             for block in blocks(t_CV):
                 logp_RV = (source.logits(t_CV[block]) / self.temperature).log_softmax(1) + log_share
@@ -198,7 +256,7 @@ class _DensePass:
         return mixed_CV
 
     def close(self) -> None:
-        for source in (self.student, *(source for *_, source in self.teachers)):
+        for _, _, source in self.parts:
             source.held = None
 
 

@@ -177,7 +177,7 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     total = int(offsets[-1])
     ids_T, label_T = np.empty(total, np.int64), np.zeros(total, np.int64)
-    weight_T = np.zeros(total, np.float32)
+    weight_T, place_T = np.zeros(total, np.float32), np.zeros(total, np.int64)
     tops = [e.top for e in examples if e.top is not None]
     has_top = len(tops) == len(examples)
     width = max((top.width for top in tops), default=0)
@@ -204,6 +204,7 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
             weight_T[rows] = (
                 1.0 if normalise == "token" else 1.0 / max(len(example.completion_ids), 1)
             )
+        place_T[rows] = np.arange(len(example.completion_ids))
         if has_top and example.top is not None:
             teacher_ids_TK[rows], teacher_logp_TK[rows] = example.top.dense(width)
             teacher_tail_T[rows] = example.top.tail_T
@@ -219,6 +220,7 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
         position_T=position_T,
         doc_offsets=offsets,
         parent=np.array(parent, np.int64),
+        place_T=place_T,
         label_T=label_T,
         weight_T=weight_T,
         denominator=denominator,

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from distill import models
 from distill.head import HeadForm, Student, Targets, head_loss
 from distill.kernels.products import gathered
-from distill.records import Array, Batch
+from distill.records import Array, Batch, draw_seed
 from distill.training.alignment import VocabularyMap
 from distill.training.attention import PACKED, Layout
-from distill.training.objective import Objective, Online, Unlike
-from distill.training.online import Logits, online_head_loss
+from distill.training.measures import by_place, watch_rows
+from distill.training.objective import Drawn, Objective, Online, Unlike
+from distill.training.online import Logits, draw, online_head_loss
 from distill.training.unlike import Pair
 
 REFERENCE = "reference/"
@@ -76,6 +77,8 @@ class Trainee(nn.Module):
             return self._beside_teachers(self.objective.online, hidden_TD, batch, rows, targets)
         if self.objective.unlike is not None:
             return self._beside_another(self.objective.unlike, hidden_TD, batch, targets)
+        if self.objective.drawn is not None:
+            targets = self._drawn(self.objective.drawn, batch, rows, targets)
         if self.objective.couple is not None and targets.old_logp_T is not None:
             logp_T = self._label_logp(hidden_TD, targets)
             trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
@@ -95,21 +98,41 @@ class Trainee(nn.Module):
     def _beside_teachers(
         self, online: Online, hidden_TD: Tensor, batch: Batch, rows: Tensor, targets: Targets
     ) -> Output:
-        with torch.no_grad():
-            teachers = [
-                self._logits(t.model, self._hidden(t.model, batch, rows), t.share)
-                for t in self.teachers
-            ]
+        teachers = self._taught(batch, rows)
         out = online_head_loss(
             self._logits(self.model, hidden_TD),
             teachers,
             online.divergence,
             targets,
             temperature=online.temperature,
-            ce_weight=online.ce_weight,
+            kl_weight=online.kl.at(batch.progress),
+            ce_weight=online.ce.at(batch.progress),
+            measure=watch_rows,
         )
-        watched = {"label_nll": -out.label_logp_T, "divergence": out.loss_T.detach()}
+        watched = {"label_nll": -out.label_logp_T, "divergence": out.loss_T, **out.measures}
+        if "kl" in watched:  # not where there is no token at all
+            watched |= by_place("kl", watched["kl"], targets.place_T)
         return Output(out.loss, watched, targets.weight_T)
+
+    def _drawn(self, drawn: Drawn, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
+        """The targets with ids drawn from the teachers."""
+        seed = draw_seed(drawn.seed, batch.progress, *batch.trace_ids)
+        generator = torch.Generator(rows.device).manual_seed(seed)
+        ids_TK, log_count_TK = draw(self._taught(batch, rows), drawn.draws, generator)
+        nothing_T = torch.full_like(log_count_TK[:, 0], -torch.inf)
+        return replace(
+            targets,
+            teacher_ids_TK=ids_TK,
+            teacher_logp_TK=log_count_TK,
+            teacher_tail_T=nothing_T,
+        )
+
+    @torch.no_grad()
+    def _taught(self, batch: Batch, rows: Tensor) -> list[Logits]:
+        return [
+            self._logits(t.model, self._hidden(t.model, batch, rows), t.share)
+            for t in self.teachers
+        ]
 
     def _beside_another(
         self, unlike: Unlike, hidden_TD: Tensor, batch: Batch, targets: Targets
@@ -129,7 +152,14 @@ class Trainee(nn.Module):
             teacher.shared,
         )
         out = unlike(pair)
-        watched = {"label_nll": -out.label_logp_T, "divergence": out.loss_T.detach()}
+        assert targets.place_T is not None, "every packed batch has it"
+        place_G = targets.place_T[spans.student_start_G]
+        loss_G = out.loss_T.detach()
+        watched = {
+            "label_nll": -out.label_logp_T,
+            "divergence": loss_G,
+            **by_place("divergence", loss_G, place_G),
+        }
         return Output(out.loss, watched, pair.weights)
 
     def _logits(

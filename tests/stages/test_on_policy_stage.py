@@ -51,7 +51,7 @@ def finished(tiny_dir, tmp_path_factory):
             "warm": {
                 **train,
                 "data": "traces",
-                "loss": {"fn": "ce_kl", "ce_weight": 0.2, "kl_weight": 0.8},
+                "loss": {"fn": "ce_kl", "ce_weight": 0.2, "kl_weight": 0.8, "final_kl_weight": 0.0},
                 "teacher": {"teacher": 0.75, "base": 0.25},
                 "temperature": 2.0,
                 "truncated": "keep",
@@ -100,7 +100,11 @@ def test_every_way_of_being_taught_trains_and_is_accounted_for(finished):
         assert len(lines(finished, stage)) == 2
     warm = finished.state("warm")
     assert warm["teacher_cost"]["tokens_scored"] == 2 * warm["cost"]["tokens_trained"]
-    assert lines(finished, "warm")[0]["divergence"] > 0
+    first, last = lines(finished, "warm")
+    assert first["divergence"] > 0
+    assert first["kl"] > 0
+    assert first["kl/0-15"] == pytest.approx(first["kl"])
+    assert last["loss"] == pytest.approx(0.2 * last["label_nll"], rel=1e-4)
     assert "kl_teacher" in lines(finished, "asked")[0]
     assert (finished.run_dir / "beside" / "samples.jsonl").stat().st_size > 0
 
@@ -117,12 +121,13 @@ def test_the_ledger_puts_the_teachers_opinion_under_inference(finished):
     ("override", "message"),
     [
         (
-            "stages.warm.loss={fn: sampled_kd}",
-            "sampled_kd has no form with a teacher in the trainer",
+            "stages.warm.loss={fn: renormalised_kl}",
+            "renormalised_kl has no form with a teacher in the trainer",
         ),
         ("stages.beside.loss={fn: jsd, beta: 0}", "stages.beside.loss.beta"),
         ("stages.beside.teacher=nobody", "there is no model or stage 'nobody'"),
         ("stages.teacher.temperature=2", "temperature: only 1 with stored distributions"),
+        ("stages.asked.loss={fn: sampled_kd}", "sampled_kd draws from the whole distribution"),
         ("stages.asked.temperature=2", "only 1 with scoring: engine"),
     ],
 )

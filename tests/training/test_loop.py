@@ -107,6 +107,14 @@ def test_it_learns_and_any_micro_batch_split_gives_the_same_metrics(tiny_dir, tm
     )
 
 
+def test_a_loss_is_told_how_far_training_is(tiny_dir, tmp_path):
+    def progress(student, targets):
+        return 0 * student.label_T + targets.progress
+
+    run(tiny_dir, tmp_path / "whole", loss=progress, steps=5)
+    assert [m["loss"] for m in metrics(tmp_path / "whole")] == [0, 0.25, 0.5, 0.75, 1]
+
+
 def test_bf16_masters_keep_updates_that_bf16_would_round_away():
     parameter = torch.nn.Parameter(torch.full((4, 4), 256.0, dtype=torch.bfloat16))
     optimizer = MasterAdamW([("w", parameter)], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)

@@ -11,9 +11,10 @@ from head_problems import as_taught_by, problem, replace, softmax
 from trl.experimental.sdpo.loss_utils import add_tail_bucket, compute_divergence
 
 from distill import plug
-from distill.head import Targets, head_loss
+from distill.head import HeadForm, Targets, head_loss
 from distill.records import NO_TAIL, UserError
 from distill.training import divergences, losses
+from distill.training.online import Logits, draw
 
 HOME = "distill.training.losses"
 
@@ -348,29 +349,60 @@ def test_ce_kl_is_the_weighted_sum():
     torch.testing.assert_close(both, 0.25 * ce + 2 * kl)
 
 
+@pytest.mark.parametrize(
+    ("progress", "ce", "kl"), [(0.0, 1.0, 0.5), (0.25, 0.75, 0.5), (1.0, 0.0, 0.5)]
+)
+def test_weights_go_to_their_final_values_in_a_straight_line(progress, ce, kl):
+    hidden, weight, targets = problem(T=6)
+    ramped = functools.partial(losses.ce_kl, ce_weight=1.0, final_ce_weight=0.0)
+    plain = functools.partial(losses.ce_kl, ce_weight=ce, kl_weight=kl)
+    moved = replace(targets, progress=progress)
+    torch.testing.assert_close(
+        head_loss(hidden, weight, ramped, moved, chunk=2).loss_T,
+        head_loss(hidden, weight, plain, targets).loss_T,
+    )
+
+
 def test_draws_give_the_gradient_of_the_whole_kl_in_expectation():
     """20000 positions of the same teacher and student, five draws each: the mean gradient is q - p, to five sigma."""
     rng = np.random.default_rng(0)
     V, n, trials = 12, 5, 20_000
     p, logits = softmax(rng.normal(size=(1, V)) * 2)[0], rng.normal(size=(1, V))
-    draws = rng.choice(V, size=(trials, n), p=p)
-    ids, logp = np.full((trials, n), -1), np.full((trials, n), -np.inf)
-    for t, row in enumerate(draws):
-        values, counts = np.unique(row, return_counts=True)
-        ids[t, : len(values)], logp[t, : len(values)] = values, np.log(counts / n)
+    eye = torch.eye(V, dtype=torch.float64)
+    teacher = Logits(torch.from_numpy(np.log(p)).expand(trials, V), eye, HeadForm(V))
+    ids, log_count = draw([teacher], n, torch.Generator().manual_seed(0))
+    assert (log_count.exp().sum(1).round(decimals=6) == n).all()
+    assert ((ids < 0) == (log_count == -torch.inf)).all()
+    assert all(len(set(row)) == len(row) for row in (r[r >= 0].tolist() for r in ids[:100]))
     hidden = torch.from_numpy(np.repeat(logits, trials, 0)).requires_grad_()
     targets = Targets(
         torch.zeros(trials, dtype=torch.long),
         torch.full((trials,), 1 / trials, dtype=torch.float64),
-        torch.from_numpy(ids),
-        torch.from_numpy(logp),
+        ids,
+        log_count,
         torch.full((trials,), -torch.inf, dtype=torch.float64),
     )
-    eye = torch.eye(V, dtype=torch.float64)
-    head_loss(hidden, eye, losses.sampled_kd, targets).loss.backward()
+    loss = functools.partial(losses.sampled_kd, draws=n)
+    head_loss(hidden, eye, loss, targets).loss.backward()
     exact = softmax(logits)[0] - p
     spread = np.sqrt(p * (1 - p) / n / trials)
     assert (np.abs(hidden.grad.sum(0).numpy() - exact) < 5 * spread + 1e-12).all()
+
+
+def test_draws_are_from_the_mixture_and_the_same_for_the_same_seed():
+    """Two teachers that are each sure of one id: three draws of four are the first's."""
+    eye = torch.eye(5, dtype=torch.float64)
+    sure = [
+        Logits(40 * eye[[i]].expand(4000, 5), eye, HeadForm(5), share=share)
+        for i, share in ((1, 3.0), (4, 1.0))
+    ]
+    ids, log_count = draw(sure, 8, torch.Generator().manual_seed(1))
+    again, _ = draw(sure, 8, torch.Generator().manual_seed(1))
+    other, _ = draw(sure, 8, torch.Generator().manual_seed(2))
+    assert torch.equal(ids, again)
+    assert not torch.equal(ids, other)
+    share = torch.where(ids == 1, log_count.exp(), 0.0).sum() / 32000
+    assert abs(share.item() - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 32000)
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "cross_entropy"])
