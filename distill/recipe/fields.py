@@ -117,6 +117,10 @@ class LoraConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
     modules_to_save: list[str] | None = None
+    quantised: Literal["nf4", "int8"] | None = Field(
+        None,
+        description="of the frozen weights beneath the adapter while it is trained (QLoRA), by bitsandbytes",
+    )
 
 
 class StageConfig(Config):

@@ -37,6 +37,9 @@ class OptimStage(StageConfig):
     lora: LoraConfig | None = None
     micro_tokens: PositiveInt = execution(2048, description="tokens packed into one forward pass")
     gradient_checkpointing: bool = execution(False)
+    liger: bool = execution(
+        False, description="liger-kernel's kernels in the body, on a GPU; the head has its own"
+    )
     budget: BudgetConfig | None = Field(
         None,
         description="instead of a number of steps: until the FLOPs of that stage's student are spent, own rollouts counted",
@@ -53,6 +56,14 @@ class OptimStage(StageConfig):
     max_bad_steps: PositiveInt = execution(
         5, description="steps in a row with a loss or gradient that is not finite"
     )
+
+    @pydantic.model_validator(mode="after")
+    def _whole_points(self) -> OptimStage:
+        if self.points_every is not None and self.lora is not None and self.lora.quantised:
+            raise ValueError(
+                "points_every: weights on the way cannot be written from a quantised base; leave out one of the two"
+            )
+        return self
 
 
 class TrainStage(OptimStage):
@@ -147,6 +158,15 @@ class PolicyStage(OptimStage):
     def _one_length(self) -> PolicyStage:
         if (self.steps is None) == (self.budget is None):
             raise ValueError("say either steps or budget")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _whole_weights(self) -> PolicyStage:
+        if self.lora is not None and self.lora.quantised:
+            raise ValueError(
+                "lora.quantised: the engine that writes gets the policy's whole weights after every step, which a quantised "
+                "base does not have. Remove it; stages of kind train take it"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
