@@ -7,7 +7,7 @@ import pytest
 
 from distill.jsonl import conversation, read_rows
 from distill.records import UserError
-from distill.tasks import hub, jsonl, splits
+from distill.tasks import hub, jsonl, reasoning_gym, splits
 
 
 def write(path, rows):
@@ -242,3 +242,19 @@ def test_an_unknown_dataset_names_the_nearest():
         hub("g", dataset="gsm8")
     with pytest.raises(UserError, match=r"no such folder"):
         hub("g", dataset="gsm8k", folder="nowhere")
+
+
+def test_a_vote_counts_answers_by_what_they_mean(tmp_path):
+    path = write(tmp_path / "a.jsonl", map(addition, range(20)))
+    as_mathematics, word_for_word = (
+        jsonl("adds", path=path),
+        jsonl("adds", path=path, verify="exact"),
+    )
+    assert as_mathematics.same_answer("7/2", "3.5")
+    assert as_mathematics.same_answer(r"\frac{1}{2}", "0.5")
+    assert not as_mathematics.same_answer("7", "8")
+    assert word_for_word.same_answer(" a  b", "a b")
+    assert not word_for_word.same_answer("7/2", "3.5")
+    generated = reasoning_gym("sums", dataset="chain_sum", options={})
+    assert generated.same_answer("12", "12.0")
+    assert not generated.same_answer("12", "21")
