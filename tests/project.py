@@ -98,7 +98,7 @@ class Project:
             cwd=self.folder,
             stdout=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not ready():
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline

@@ -8,6 +8,7 @@ the terminal belongs to the live line. Exit status: 0 done, 2 a user's error (it
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import os
 import resource
@@ -59,9 +60,7 @@ def _run(run: Path, name: str, screen: TextIO) -> None:
     assert standing is not None, "the pipeline writes stage.json before it starts a stage"
     context = Context(recipe=resolved, run=run, name=name, screen=screen)
     began = time.monotonic()
-    # Plain attribute access would need every stage's heavy imports at start-up.
-    module: Any = importlib.import_module(f"distill.stages.{standing.kind}")
-    result: Result = module.run(config, context)
+    result: Result = _load(standing.kind).run(config, context)
     standing.seconds += time.monotonic() - began
     standing.status = "done"
     standing.fingerprint = result.fingerprint
@@ -73,6 +72,19 @@ def _run(run: Path, name: str, screen: TextIO) -> None:
     standing.version = __version__
     state.write(run / name, standing)
     card.write(resolved, run, name)
+
+
+def _load(kind: str) -> Any:
+    """A stage's module, by name: plain attribute access would need every stage's heavy imports at start-up.
+
+    Thousands of modules come with it and stay: no use looking through them for garbage, now or later.
+    """
+    gc.disable()
+    try:
+        return importlib.import_module(f"distill.stages.{kind}")
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def stage_config(resolved: recipe.Recipe, name: str) -> recipe.StageConfig:

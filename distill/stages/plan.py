@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distill import jsonl, plug
+from distill import gguf, jsonl, plug
 from distill.models import PACKAGE, config_of, package_file
 from distill.recipe import (
     CompareStage,
@@ -429,16 +429,13 @@ def _cached_config(model: ModelConfig) -> dict[str, Any] | None:
 
 
 def _gguf_shape(path: Path) -> ModelShape:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    architecture = str(reader.fields["general.architecture"].contents())
+    values, tensors = gguf.header(path)
+    architecture = values["general.architecture"]
 
     def size(key: str) -> int | None:
-        found = reader.fields.get(f"{architecture}.{key}")
-        return int(found.contents()) if found is not None else None
+        return values.get(f"{architecture}.{key}")
 
-    vocab = size("vocab_size") or len(reader.fields["tokenizer.ggml.tokens"].data)
+    vocab = size("vocab_size") or values["tokenizer.ggml.tokens"]
     shape = ModelShape.from_config(
         {
             "num_hidden_layers": size("block_count"),
@@ -450,8 +447,7 @@ def _gguf_shape(path: Path) -> ModelShape:
             "model_type": architecture,
         }
     )
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    return replace(shape, tied=tied)
+    return replace(shape, tied="output.weight" not in tensors)
 
 
 def check_plugs(recipe: Recipe) -> None:
