@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -178,17 +178,7 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
     total = int(offsets[-1])
     ids_T, label_T = np.empty(total, np.int64), np.zeros(total, np.int64)
     weight_T, place_T = np.zeros(total, np.float32), np.zeros(total, np.int64)
-    tops = [e.top for e in examples if e.top is not None]
-    has_top = len(tops) == len(examples)
-    width = max((top.width for top in tops), default=0)
-    num_teachers = next((len(t.each_tail_CM.T) for t in tops if isinstance(t, Blend)), 0)
-    teacher_ids_TK = np.full((total, width), -1, np.int64)
-    teacher_logp_TK = np.full((total, width), -np.inf, np.float32)
-    teacher_tail_T = np.full(total, -np.inf, np.float32)
-    each_logp_TMK = np.full((total, num_teachers, width), -np.inf, np.float32)
-    each_tail_TM = np.full((total, num_teachers), -np.inf, np.float32)
-    rollout = all(e.advantage is not None for e in examples)
-    advantage_T, engine_logp_T = np.zeros((2, total), np.float32)
+    rows_of: list[slice] = []
     for prefix, start in zip(prefixes, offsets[len(examples) :], strict=False):
         ids_T[start : start + len(prefix)] = prefix
     for example, done, start, stop in zip(examples, ahead, offsets, offsets[1:], strict=False):
@@ -205,14 +195,7 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
                 1.0 if normalise == "token" else 1.0 / max(len(example.completion_ids), 1)
             )
         place_T[rows] = np.arange(len(example.completion_ids))
-        if has_top and example.top is not None:
-            teacher_ids_TK[rows], teacher_logp_TK[rows] = example.top.dense(width)
-            teacher_tail_T[rows] = example.top.tail_T
-            if isinstance(example.top, Blend):
-                each_logp_TMK[rows] = example.top.each(width)
-                each_tail_TM[rows] = example.top.each_tail_CM
-        if rollout:
-            advantage_T[rows], engine_logp_T[rows] = example.advantage, example.engine_logp
+        rows_of.append(rows)
     starts = [*ahead, *[0] * len(prefixes)]
     position_T = np.arange(total) - np.repeat(offsets[:-1] - starts, lengths)
     return Batch(
@@ -225,14 +208,46 @@ def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked:
         weight_T=weight_T,
         denominator=denominator,
         trace_ids=tuple(e.trace_id for e in examples),
-        teacher_ids_TK=teacher_ids_TK if has_top else None,
-        teacher_logp_TK=teacher_logp_TK if has_top else None,
-        teacher_tail_T=teacher_tail_T if has_top else None,
-        each_logp_TMK=each_logp_TMK if num_teachers else None,
-        each_tail_TM=each_tail_TM if num_teachers else None,
-        advantage_T=advantage_T if rollout else None,
-        engine_logp_T=engine_logp_T if rollout else None,
+        **_taught(examples, rows_of, total),
+        **_rolled_out(examples, rows_of, total),
     )
+
+
+def _taught(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
+    """The teacher's streams, where every example has them; rows_of: where each example's completion is predicted."""
+    tops = [e.top for e in examples if e.top is not None]
+    if len(tops) < len(examples):
+        return {}
+    width = max((top.width for top in tops), default=0)
+    found: dict[str, Any] = {
+        "teacher_ids_TK": np.full((total, width), -1, np.int64),
+        "teacher_logp_TK": np.full((total, width), -np.inf, np.float32),
+        "teacher_tail_T": np.full(total, -np.inf, np.float32),
+    }
+    blends = [top for top in tops if isinstance(top, Blend)]
+    if blends:
+        num = blends[0].each_tail_CM.shape[1]
+        found["each_logp_TMK"] = np.full((total, num, width), -np.inf, np.float32)
+        found["each_tail_TM"] = np.full((total, num), -np.inf, np.float32)
+    for top, rows in zip(tops, rows_of, strict=True):
+        found["teacher_ids_TK"][rows], found["teacher_logp_TK"][rows] = top.dense(width)
+        found["teacher_tail_T"][rows] = top.tail_T
+        if isinstance(top, Blend):
+            found["each_logp_TMK"][rows] = top.each(width)
+            found["each_tail_TM"][rows] = top.each_tail_CM
+    return found
+
+
+def _rolled_out(
+    examples: Sequence[Example], rows_of: Sequence[slice], total: int
+) -> dict[str, Any]:
+    """A rollout's streams, where every example is one."""
+    if any(e.advantage is None for e in examples):
+        return {}
+    advantage_T, engine_logp_T = np.zeros((2, total), np.float32)
+    for example, rows in zip(examples, rows_of, strict=True):
+        advantage_T[rows], engine_logp_T[rows] = example.advantage, example.engine_logp
+    return {"advantage_T": advantage_T, "engine_logp_T": engine_logp_T}
 
 
 def _beside(

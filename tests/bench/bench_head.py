@@ -1,8 +1,10 @@
-"""The head's loss and gradients on a CPU: time in matrix products, memory, ours against dense torch and TRL.
+"""The head's loss and gradients on a CPU: time in matrix products, memory, ours against dense torch, TRL and Liger.
 
 Each contestant runs in a process of its own, and in it every step is preceded by one product [N, H] x [H, V], the unit of time. Memory is
 the peak of the resident set, above what was there before the first step and above the gradients themselves. KL steps of the stored kind
-read k = 64 ids of a teacher that does not run; TRL's has no such kind: its teacher runs beside, as in ours called online.
+read k = 64 ids of a teacher that does not run; TRL's and Liger's have no such kind: their teacher runs beside, as in ours called
+online. Liger's chunked losses are plain torch; they take part where liger-kernel is installed (pip install liger-kernel), uncompiled.
+"Watched" is with the numbers that training logs at every step.
 
     python tests/bench/bench_head.py [--rounds 5] [--tokens 512] [--hidden 576] [--vocab 49152 151936]
 """
@@ -10,6 +12,7 @@ read k = 64 ids of a teacher that does not run; TRL's has no such kind: its teac
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -23,22 +26,34 @@ import torch
 from torch import Tensor
 
 from distill.head import HeadForm, Targets, head_loss
-from distill.training import divergences, losses
+from distill.training import divergences, losses, measures
 from distill.training.online import Logits, online_head_loss
 
 K = 64
 NAMES = {
     "ours, cross entropy": "stored",
     "ours, forward KL": "stored",
+    "ours, forward KL, watched": "stored",
     "ours, jsd": "stored",
     "ours, forward KL, frozen head": "stored",
     "dense, cross entropy": "stored",
     "dense, forward KL": "stored",
     "ours online, forward KL": "live",
+    "ours online, forward KL, watched": "live",
     "TRL chunked, forward KL": "live",
+    "Liger chunked, forward KL": "live",
     "ours online, jsd": "live",
     "TRL chunked, jsd": "live",
+    "Liger chunked, jsd": "live",
 }
+RATIOS = (
+    ("ours, forward KL", "ours, cross entropy"),
+    ("TRL chunked, forward KL", "ours online, forward KL"),
+    ("Liger chunked, forward KL", "ours online, forward KL"),
+    ("TRL chunked, jsd", "ours online, jsd"),
+    ("Liger chunked, jsd", "ours online, jsd"),
+)
+"""Steps that are to be read against one another: time, in matrix products, and peak memory."""
 
 
 def dense_kl(hidden: Tensor, weight: Tensor, targets: Targets) -> Tensor:
@@ -67,6 +82,7 @@ def contestant(
         ids,
         logp,
         torch.full((tokens,), 0.02).log(),
+        place_T=torch.arange(tokens),
     )
     form = HeadForm(vocab)
     if NAMES[name] == "live":
@@ -74,7 +90,19 @@ def contestant(
         teacher_w = torch.randn(vocab, size, generator=generator) * 0.05
         beta = 0.5 if name.endswith("jsd") else 0.0
         divergence = divergences.jsd if name.endswith("jsd") else divergences.forward_kl
-        if name.startswith("TRL"):
+        measure = measures.watch_rows if name.endswith("watched") else None
+        if name.startswith("Liger"):
+            from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+
+            def loss() -> Tensor:
+                # No bias, no hard loss, all of the soft one, nothing ignored, temperature 1, not compiled.
+                options = (None, None, 0.0, 1.0, beta, -100, 1.0, False)
+                mean: Tensor = LigerFusedLinearJSDFunction.apply(
+                    hidden, weight, teacher_h, teacher_w, targets.label_T, *options
+                )
+                return mean
+
+        elif name.startswith("TRL"):
             from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
             def loss() -> Tensor:
@@ -87,7 +115,7 @@ def contestant(
 
             def loss() -> Tensor:
                 return online_head_loss(
-                    Logits(hidden, weight, form), [teacher], divergence, targets
+                    Logits(hidden, weight, form), [teacher], divergence, targets, measure=measure
                 ).loss
 
         return loss, [hidden, weight]
@@ -97,6 +125,7 @@ def contestant(
     return {
         "ours, cross entropy": lambda: head_loss(hidden, weight, losses.cross_entropy, targets).loss,
         "ours, forward KL": lambda: head_loss(hidden, weight, losses.forward_kl, targets).loss,
+        "ours, forward KL, watched": lambda: head_loss(hidden, weight, losses.forward_kl, targets, measure=measures.watch).loss,
         "ours, jsd": lambda: head_loss(hidden, weight, losses.jsd, targets).loss,
         "dense, cross entropy": lambda: torch.nn.functional.cross_entropy(hidden @ weight.T, targets.label_T),
         "dense, forward KL": lambda: dense_kl(hidden, weight, targets),
@@ -158,6 +187,9 @@ def main() -> None:
     rows = []
     for vocab in asked.vocab:
         for name in NAMES:
+            if name.startswith("Liger") and importlib.util.find_spec("liger_kernel") is None:
+                print(f"{name}: liger-kernel is not installed, left out", flush=True)
+                continue
             sizes = {
                 "rounds": asked.rounds,
                 "tokens": asked.tokens,
@@ -169,6 +201,16 @@ def main() -> None:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             rows.append({"what": name, **sizes, **json.loads(done.stdout.splitlines()[-1])})
             print(rows[-1], flush=True)
+    for vocab in asked.vocab:
+        found = {row["what"]: row for row in rows if row["vocab"] == vocab}
+        for one, other in RATIOS:
+            if one in found and other in found:
+                time_ratio, memory_ratio = (
+                    found[one][key] / found[other][key] for key in ("matmul_times", "peak_mb")
+                )
+                print(
+                    f"V={vocab}: {one} / {other}: {time_ratio:.2f} in time, {memory_ratio:.2f} in memory"
+                )
     chunk_mb = {v: min(asked.tokens, 512) * v * 4 / 1e6 for v in asked.vocab}
     print(
         f"one chunk of fp32 logits, MB at most: {chunk_mb}; torch threads: {torch.get_num_threads()}"
