@@ -113,7 +113,7 @@ def make(tokens: int) -> dict[str, Array]:
     }
     model = models.load(model_dir, dtype="float32").eval()
     kept["head"] = model.get_output_embeddings().weight.detach().numpy().copy()
-    kept["teacher"] = _hidden(model, prompts, ids)
+    kept["teacher"] = hidden(model, prompts, ids)
     for name, noise in NOISE.items():
         generator = torch.Generator().manual_seed(1)
         student = models.load(model_dir, dtype="float32").eval()
@@ -122,12 +122,12 @@ def make(tokens: int) -> dict[str, Array]:
                 if weight.ndim == 2 and "embed" not in path and "lm_head" not in path:
                     scale = noise * weight.std()
                     weight += scale * torch.randn(weight.shape, generator=generator)
-        kept[f"student_{name}"] = _hidden(student, prompts, ids)
+        kept[f"student_{name}"] = hidden(student, prompts, ids)
         print(name, "scored", flush=True)
     return kept
 
 
-def _hidden(model: Any, prompts: list[Array], completions: list[Array]) -> Array:
+def hidden(model: Any, prompts: list[Array], completions: list[Array]) -> Array:
     """[T, D] final hidden states; row t is what token t of the completions is predicted from."""
     import torch
 
@@ -135,8 +135,8 @@ def _hidden(model: Any, prompts: list[Array], completions: list[Array]) -> Array
     with torch.inference_mode():
         for prompt, completion in zip(prompts, completions, strict=True):
             whole = torch.as_tensor(np.concatenate([prompt, completion]), dtype=torch.long)
-            hidden = model.model(input_ids=whole[None], use_cache=False).last_hidden_state[0]
-            rows.append(hidden[len(prompt) - 1 : -1].numpy())
+            states = model.model(input_ids=whole[None], use_cache=False).last_hidden_state[0]
+            rows.append(states[len(prompt) - 1 : -1].numpy())
     return np.concatenate(rows)
 
 
