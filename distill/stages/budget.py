@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distill import models
 from distill.recipe import GrpoStage, OnPolicyStage, Recipe, TrainStage
@@ -17,7 +18,9 @@ from distill.reports.ledger import StageCost, arm_cost
 from distill.stages import state
 from distill.stages.context import Context
 from distill.stages.costs import tally_cost
-from distill.training.loop import Budget
+
+if TYPE_CHECKING:
+    from distill.training.loop import Budget
 
 
 def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
@@ -37,6 +40,9 @@ def parents_of(recipe: Recipe) -> Mapping[str, list[tuple[str, str]]]:
 
 def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Budget | None:
     """The FLOPs that the stage may spend; None where its length is given in steps. Raises UserError where none are left."""
+    # Reports and checks read costs here too, and load nothing that trains.
+    from distill.training.loop import Budget
+
     if config.budget is None:
         return None
     other = config.budget.flops_of

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from distill.recipe import OptimStage
 from distill.records import Cost
 from distill.reports.flops import ModelShape, forward_flops, generate_flops, train_flops
-from distill.training.loop import Tally
-from distill.training.policy import Teacher
+
+if TYPE_CHECKING:
+    from distill.training.loop import Tally
+    from distill.training.policy import Teacher
 
 
 def tally_cost(config: OptimStage, shape: ModelShape, tally: Tally) -> Cost:

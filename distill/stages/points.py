@@ -11,10 +11,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from distill import models
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
@@ -23,8 +22,10 @@ from distill.reports.flops import ModelShape
 from distill.stages import state
 from distill.stages.context import Context
 from distill.stages.costs import tally_cost
-from distill.training.loop import Tally
-from distill.training.policy import Policy
+
+if TYPE_CHECKING:
+    from distill.training.loop import Tally
+    from distill.training.policy import Policy
 
 FOLDER = "points"
 WEIGHTS = "model.safetensors"
@@ -57,6 +58,8 @@ def keep_points(
     config: TrainStage | GrpoStage | OnPolicyStage, context: Context
 ) -> Callable[[int, Tally, Policy], None]:
     """For the loop to call after each step: keeps the model every `points_every` steps."""
+    from safetensors.torch import save_file
+
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
 
     def keep(step: int, tally: Tally, policy: Policy) -> None:
