@@ -54,7 +54,7 @@ lint: $(VENV)/.setup-dev
 	$(BIN)/lint-imports --no-logo
 
 # Two workers, which take up whole files; tests/conftest.py gives the order, and each worker its share of the cores.
-PARALLEL := -n 2 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n 2 --no-loadscope-reorder
 
 test: lint
 	$(BIN)/pytest $(PARALLEL)

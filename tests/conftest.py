@@ -39,14 +39,22 @@ SANDBOXES = (
 """Files that run programs in sandboxes: one after another, for some look whether any such process is left on the machine."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order, and what a worker takes as a whole (`--dist loadgroup`)."""
     rank = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
-    for item in items:
-        group = "sandboxes" if item.path.name in SANDBOXES else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A worker takes whole files, and the files with sandboxes as if they were one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(super()._split_scope(nodeid))
+            return "sandboxes" if file.name in SANDBOXES else str(file)
+
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")
