@@ -5,8 +5,10 @@ Comes in: raw numbers and rows of the report. Goes out: short text. `seen` makes
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from distill.reports.schema import ComparisonRow, IntervalRow, RunReport
@@ -72,7 +74,7 @@ def reading(row: ComparisonRow) -> str:
 
 
 def verdict(report: RunReport) -> str:
-    """The run in one sentence: the best student, the next, their difference and how far it carries."""
+    """The run in one sentence: its students, best first, how they differ and how far that carries."""
     arms = report["arms"]
     if not arms:
         return "No arm of this run has been evaluated yet."
@@ -82,36 +84,82 @@ def verdict(report: RunReport) -> str:
 
     ranked = sorted(arms, key=lambda name: -arms[name]["accuracy"]["value"])
     students = [name for name in ranked if arms[name]["role"] == "student"] or ranked
-    others = [name for name in ranked if name not in students]
+    compared = {row[key] for row in report["comparisons"] for key in ("a", "b")} or {*ranked}
+    others = [name for name in ranked if name not in students and name in compared]
     named = [said(n) if n == arms[n]["role"] else f"{arms[n]['role']} {said(n)}" for n in others]
     beside = f" ({', '.join(named)})" if named else ""
-    best = students[0]
-    start = f"On {arms[best]['accuracy']['n']} held-out problems {said(best)}"
+    start = f"On {arms[students[0]]['accuracy']['n']} held-out problems {_listed([said(n) for n in students])}{beside}"
     if len(students) == 1:
-        return f"{start}{beside}."
-    second = students[1]
-    start = f"{start} and {said(second)}{beside}"
+        return f"{start}."
+    # Of many, the best against each; of three, the two others as well.
+    pairs = list(itertools.combinations(students, 2))
+    found = [
+        _reading_of(report, *pair)
+        for pair in (pairs if len(students) <= 3 else pairs[: len(students) - 1])
+    ]
+    readings = [reading for reading in found if reading is not None]
+    if not readings:
+        return f"{start}; {'the two' if len(students) == 2 else 'they'} were not compared."
+    over_seeds = [reading for reading in readings if reading.seeds]
+    if over_seeds:
+        seeds = " and ".join(str(n) for n in sorted({n for one in over_seeds for n in one.seeds}))
+        return f"{start}; over {seeds} training seeds an arm {_evidence(over_seeds, SEEDS_WORDS)}."
+    return (
+        f"{start}; {_evidence(readings, CHECKPOINT_WORDS)}, and one training seed an arm says nothing about the ways "
+        "of training in general."
+    )
+
+
+SEEDS_WORDS = {
+    "supported": ("the difference is supported", "these differences are supported"),
+    "inconclusive": ("the difference is inconclusive", "these are inconclusive"),
+}
+CHECKPOINT_WORDS = {
+    "differ": ("these two checkpoints differ", "these checkpoints differ"),
+    "not shown": (
+        "no difference between these two checkpoints is shown",
+        "no difference is shown between these",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A pair of arms, the better one first, as it is said. seeds: how many of each; none for checkpoints."""
+
+    verdict: str
+    text: str
+    seeds: tuple[int, ...]
+
+
+def _reading_of(report: RunReport, best: str, second: str) -> _Reading | None:
+    """What the report has on two arms, training seeds before checkpoints."""
     found = [row for row in report["comparisons"] if {row["a"], row["b"]} == {best, second}]
     row = next(
         (row for row in found if row["unit"] == "training seeds"), found[0] if found else None
     )
     if row is None:
-        return f"{start}; the two were not compared."
+        return None
     sign = 1 if row["a"] == best else -1
     ends = sorted(sign * row["difference"][key] for key in ("low", "high"))
     points = interval_text(
         {"value": sign * row["difference"]["value"], "low": ends[0], "high": ends[1]}, signed=True
     )
-    evidence = f"{best} − {second} {points} points, p {_p_said(row['p_holm'])}"
-    if row["unit"] == "training seeds":
-        seeds = " and ".join(str(n) for n in sorted(set(row.get("seeds", []))))
-        return f"{start}; over {seeds} training seeds an arm the difference is {row['verdict']} ({evidence})."
-    differ = (
-        "these two checkpoints differ"
-        if row["verdict"] == "differ"
-        else ("no difference between these two checkpoints is shown")
-    )
-    return (
-        f"{start}; {differ} ({evidence}), and one training seed an arm says nothing about the ways "
-        "of training in general."
-    )
+    text = f"{best} − {second} {points} points, p {_p_said(row['p_holm'])}"
+    seeds = tuple(row.get("seeds", ())) if row["unit"] == "training seeds" else ()
+    return _Reading(row["verdict"], text, seeds)
+
+
+def _evidence(readings: list[_Reading], words: Mapping[str, tuple[str, str]]) -> str:
+    """The readings under their verdicts, the firm ones first."""
+    parts = []
+    for verdict, (one, several) in words.items():
+        texts = [reading.text for reading in readings if reading.verdict == verdict]
+        if texts:
+            said = one if len(readings) == 1 else several
+            parts.append(f"{said} ({'; '.join(texts)})")
+    return ", ".join(parts)
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

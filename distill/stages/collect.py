@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -145,6 +146,7 @@ def _arms(recipe: Recipe, run: Path, states: dict[str, state.State]) -> dict[str
         for model in one.models
         if role_of(recipe, model) == "student" and arm_cost(model, costs, parents).stages["teacher"]
     }
+    roles = roles_of(recipe, [one.models[0] for one in found])
     arms: dict[str, ArmRow] = {}
     for one in found:
         metrics = one.metrics(states)
@@ -155,7 +157,7 @@ def _arms(recipe: Recipe, run: Path, states: dict[str, state.State]) -> dict[str
             last = [costs[m].cost.flops for m in one.models if m in costs]
             before = cost.student.flops - sum(last) / max(len(last), 1)
             key = one.arm if one.arm not in arms else f"{one.stage}.{one.arm}"
-            arms[key] = _arm(recipe, one, metrics, cost, before)
+            arms[key] = _arm(one, roles[one.models[0]], metrics, cost, before)
     return arms
 
 
@@ -181,9 +183,7 @@ class _Found:
         return found
 
 
-def _arm(
-    recipe: Recipe, found: _Found, metrics: dict[str, Any], cost: ArmCost, before: float
-) -> ArmRow:
+def _arm(found: _Found, role: Any, metrics: dict[str, Any], cost: ArmCost, before: float) -> ArmRow:
     """before: the student's FLOPs up to the stage that was evaluated."""
     model = found.models[0]
     scores = {
@@ -201,7 +201,7 @@ def _arm(
     }
     row: dict[str, Any] = dict(
         stage=model if len(found.models) == 1 else base_name(model),
-        role=role_of(recipe, model),
+        role=role,
         **scores,
         seeds=len(found.models),
         **view(cost.student),
@@ -251,6 +251,17 @@ def role_of(recipe: Recipe, model: str) -> Any:
             return "teacher"
     trained = model in recipe.stages and recipe.stages[model].kind != "prune"
     return "student" if trained else "start"
+
+
+def roles_of(recipe: Recipe, models: Iterable[str]) -> dict[str, Any]:
+    """The role of each model beside the others: a trained one that all other students go on from is their start."""
+    roles = {model: role_of(recipe, model) for model in models}
+    students = [model for model in roles if roles[model] == "student"]
+    for model in students:
+        others = [other for other in students if base_name(other) != base_name(model)]
+        if others and all(model in line(recipe, other) for other in others):
+            roles[model] = "start"
+    return roles
 
 
 def line(recipe: Recipe, model: str) -> list[str]:

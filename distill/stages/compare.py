@@ -10,7 +10,7 @@ from distill.records import Cost, stable_hash
 from distill.reports.arms import ArmResults, examples, score_seeds
 from distill.reports.compare import check_same_start, compare_trained
 from distill.reports.schema import comparison_row
-from distill.stages.collect import line, role_of
+from distill.stages.collect import line, role_of, roles_of
 from distill.stages.context import Context, Result
 from distill.stages.eval import checkpoints, read_results
 from distill.stages.points import points_of
@@ -38,8 +38,9 @@ def run(config: CompareStage, context: Context) -> Result:
         for key, messages in results.messages.items()
     }
     # A recipe writes its students last: theirs are the problems won and lost that the report shows.
-    roles = {arm: role_of(context.recipe, model) for arm, model in _models(config).items()}
-    students = sorted(arms, key=lambda arm: roles[arm] == "student")[-2:]
+    models = {arm: next(iter(runs.values()))[1] for arm, runs in config.runs().items()}
+    roles = roles_of(context.recipe, models.values())
+    students = sorted(arms, key=lambda arm: roles[models[arm]] == "student")[-2:]
     same = context.task(config.task).same_answer
     metrics = {
         "comparisons": rows,
@@ -52,11 +53,6 @@ def run(config: CompareStage, context: Context) -> Result:
         },
     }
     return Result(Cost(), metrics, stable_hash(json.dumps(metrics, sort_keys=True)))
-
-
-def _models(config: CompareStage) -> dict[str, str]:
-    """A model of each arm; those of its other training seeds are like it."""
-    return {arm: next(iter(runs.values()))[1] for arm, runs in config.runs().items()}
 
 
 def _points(

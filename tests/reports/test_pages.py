@@ -375,6 +375,30 @@ def test_verdict_over_seeds(report: RunReport) -> None:
     assert "is inconclusive" in wording.verdict({**report, "comparisons": [equal]})
 
 
+def test_verdict_of_three_students_says_each_pair_under_what_is_known_of_it(
+    report: RunReport,
+) -> None:
+    rng = np.random.default_rng(0)
+    runs = {name: rng.normal(mean, 0.05, (3, 40)) for name, mean in (("kl", 0.6), ("rl", 0.2))}
+    runs["sft"] = runs["kl"] + rng.normal(0, 0.1, (3, 1))
+    some = next(arm for arm in report["arms"].values() if arm["role"] == "student")
+    arms = {
+        name: {**some, "accuracy": {**some["accuracy"], "value": float(values.mean())}}
+        for name, values in runs.items()
+    }
+    rows = [
+        comparison_row(a, b, compare.difference_over_seeds(runs[a].tolist(), runs[b].tolist()))
+        for a, b in (("kl", "rl"), ("kl", "sft"), ("rl", "sft"))
+    ]
+    said = wording.verdict({**report, "arms": arms, "comparisons": rows})  # type: ignore[typeddict-item]
+    supported, inconclusive = said.split("these are inconclusive")
+    assert "over 3 training seeds an arm these differences are supported" in supported
+    assert "kl − rl +" in supported
+    assert "sft − rl +" in supported
+    assert "rl" not in inconclusive
+    assert "and rl " in said  # students by accuracy, the worst one last
+
+
 def test_a_run_without_arms_still_reports(report: RunReport, tmp_path: Path) -> None:
     bare: RunReport = {**report, "arms": {}, "comparisons": [], "examples": []}
     assert "plots/accuracy.svg" not in pages.write_report(bare, tmp_path)

@@ -16,7 +16,7 @@ from distill import recipe
 from distill.records import UserError
 from distill.reports import pages, terminal
 from distill.stages import state
-from distill.stages.collect import MAX_POINTS, collect_run, line, read_curves, role_of
+from distill.stages.collect import MAX_POINTS, collect_run, line, read_curves, role_of, roles_of
 from distill.stages.compare import check_start
 
 
@@ -66,6 +66,16 @@ def resolved(arms: dict[str, str], **more: Any) -> recipe.Recipe:
 
 
 ARMS = {name: name for name in ("student", "teacher", "sft_own", "kl", "rl", "kl_rl")}
+
+
+def test_a_trained_model_that_the_other_students_go_on_from_is_their_start() -> None:
+    warm = {"kind": "train", "model": "student", "data": "clean", "steps": 2}
+    made = resolved(ARMS, warm=warm, a={**warm, "model": "warm"}, b={**warm, "model": "warm"})
+    assert roles_of(made, ["warm", "a", "b", "teacher"]) == {
+        "warm": "start", "a": "student", "b": "student", "teacher": "teacher",
+    }  # fmt: skip
+    assert roles_of(made, ["warm", "a", "kl"])["warm"] == "student"  # kl does not go on from it
+    assert roles_of(made, ["warm"])["warm"] == "student"
 
 
 def test_roles_of_the_ten_arms() -> None:
