@@ -405,6 +405,6 @@ def test_two_hundred_traces_of_500_tokens(
           return took.sort((a, b) => a - b);
         }"""
     )
-    # 50 ms is the aim on an idle machine; the median on a shared one is given room.
-    assert took[10] < 200, took
+    # The quickest says what the page costs; the others, what else the machine was doing.
+    assert took[0] < 50, took
     assert page.locator(".tokens span").count() == 500
