@@ -392,19 +392,24 @@ def test_two_hundred_traces_of_500_tokens(
     assert path.stat().st_size < 5_000_000
     page = ready(visit(path))
     assert page.locator("#list button").count() == 200
-    took = page.evaluate(
+    took, known = page.evaluate(
         """async () => {
-          const took = [];
+          const took = [], known = [];
           for (let i = 0; i < 21; i++) {
+            const started = performance.now();
+            let sum = 0;
+            for (let n = 0; n < 4e6; n++) sum += Math.sqrt(n);
+            known.push(sum > 0 ? performance.now() - started : 0);
             const began = performance.now();
             document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "j", bubbles: true }));
             document.body.offsetHeight;
             took.push(performance.now() - began);
             await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
           }
-          return took.sort((a, b) => a - b);
+          const median = values => values.sort((a, b) => a - b)[10];
+          return [median(took), median(known)];
         }"""
     )
-    # The quickest says what the page costs; the others, what else the machine was doing.
-    assert took[0] < 50, took
+    # Beside known work on the same machine at the same time (four million square roots, some 10 ms on an idle one).
+    assert took < 6 * known, (took, known)
     assert page.locator(".tokens span").count() == 500
