@@ -34,7 +34,10 @@ def expand(recipe: Recipe, where: str) -> Recipe:
     for name in order(recipe, where):
         stage = recipe.stages[name]
         if isinstance(stage, CompareStage):
-            arms = {arm: _runs(model, seeds) for arm, model in stage.arms.items()}
+            here = f"{where}: stages.{name}.arms"
+            arms = {
+                arm: _runs(models, seeds, f"{here}.{arm}") for arm, models in stage.arms.items()
+            }
             stages[name] = stage.model_copy(update={"arms": arms})
             continue
         wanted = _seeds_of(name, stage, recipe, seeds, where)
@@ -69,10 +72,22 @@ def _seeds_of(
     return wanted
 
 
-def _runs(model: Any, seeds: dict[str, list[int]]) -> Any:
-    if isinstance(model, str) and model in seeds:
-        return {seed: copy_name(model, seed) for seed in seeds[model]}
-    return model
+def _runs(
+    models: str | dict[int, str], seeds: dict[str, list[int]], here: str
+) -> str | dict[int, str]:
+    """An arm's models: all copies of the one it names, or the copy of each that it names by seed."""
+    if isinstance(models, str):
+        if models not in seeds:
+            return models
+        return {seed: copy_name(models, seed) for seed in seeds[models]}
+    for seed, model in models.items():
+        if model in seeds and seed not in seeds[model]:
+            raise UserError(
+                f"{here}: {seed} is none of the seeds that {model!r} is trained with: {seeds[model]}."
+            )
+    return {
+        seed: copy_name(model, seed) if model in seeds else model for seed, model in models.items()
+    }
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:

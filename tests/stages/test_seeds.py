@@ -110,6 +110,16 @@ def test_of_the_recipe_copies_everything_but_the_comparison(tiny_dir):
     assert sum("@" in name for name in made.stages) == 6
 
 
+def test_an_arm_may_name_its_seeds_one_by_one(tiny_dir):
+    named = tree(str(tiny_dir))
+    named["stages"]["verdict"]["arms"] = {"kl": {1: "kl"}, "mixed": {2: "rl", 7: "start"}}
+    arms = recipe.validate(named).stages["verdict"].arms
+    assert arms == {"kl": {1: "kl@1"}, "mixed": {2: "rl@2", 7: "start"}}
+    named["stages"]["verdict"]["arms"]["kl"] = {3: "kl"}
+    with pytest.raises(UserError, match=r"arms\.kl: 3 is none of the seeds .* \[1, 2\]"):
+        recipe.validate(named)
+
+
 def test_a_budget_needs_a_stage_that_trains(tiny_dir):
     wrong = tree(str(tiny_dir))
     wrong["stages"]["rl"]["budget"] = {"flops_of": "traces"}
