@@ -13,7 +13,6 @@ from distill.records import UserError
 from distill.stages.context import Context
 from distill.stages.trainee import keep_trainee, load_trainee
 
-BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 LIGER = importlib.util.find_spec("liger_kernel") is not None and torch.cuda.is_available()
 
 
@@ -46,14 +45,16 @@ def test_an_adapter_on_chosen_modules_is_merged_into_plain_weights(tiny_dir, tok
     assert fingerprint == models.weights_fingerprint(context.folder / "model")
 
 
-@pytest.mark.skipif(BITSANDBYTES, reason="bitsandbytes is there")
-def test_a_quantised_base_without_bitsandbytes_is_refused(tiny_dir, tmp_path):
+def test_a_quantised_base_without_bitsandbytes_is_refused(tiny_dir, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
+    )
     context, config = context_of(tiny_dir, tmp_path, lora={"quantised": "nf4"})
     with pytest.raises(UserError, match=r"stages\.kl\.lora\.quantised: nf4 needs bitsandbytes"):
         load_trainee(config, context)
 
 
-@pytest.mark.skipif(not BITSANDBYTES, reason="needs bitsandbytes")
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_what_a_quantised_base_learned_is_put_on_the_whole_one(tiny_dir, tokenizer, tmp_path, kind):
     context, config = context_of(tiny_dir, tmp_path, lora={"rank": 2, "quantised": kind})
