@@ -122,8 +122,11 @@ def refuse_differences(folder: Path, there: Metadata, new: Metadata, what: str) 
 def write_whole(path: Path, data: Any) -> None:
     """A file that appears under its name only when all of it is on the disk.
 
-    Raises UserError when the disk is full; nothing of the new file is left then, and an old one stays.
+    Raises UserError when the disk is full, or a folder has that name; nothing of the new file is left then, and an old
+    one stays.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, where a file should be written. Move it away.")
     temporary = path.with_name(f".{path.name}{TEMPORARY}")
     try:
         with _room_for(path), open(temporary, "wb") as file:
