@@ -125,7 +125,7 @@ def plot(stored: dict[Arm, dict[str, Any]], found: dict[Arm, Array], path: Path)
         bar = [[more.value - more.low], [more.high - more.value]]
         below.errorbar(row["bytes"], exact + more.value, bar, fmt="o", color="#1f5fa8", capsize=3)
         place = {"textcoords": "offset points", "ha": "left", "va": "center", "fontsize": 7}
-        name = f"{arm.top_k}, {arm.mass:g}"
+        name = f"{arm.top_k}, {arm.mass:g}".replace("0.", ".")
         below.annotate(name, (row["bytes"], exact + more.value), (6, 0), **place)
     below.axhline(exact, color="#3b7d3b", linestyle="--", label="online: exact targets")
     below.axhline(found[TEXT].mean(), color="#888888", linestyle=":", label="text alone (SFT)")

@@ -376,6 +376,12 @@ JSON = st.recursive(
 BUILT_IN = {type(None), bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict}
 
 
+@pytest.mark.parametrize("tag", list("ifcbltszdx"))
+def test_a_reply_without_its_value_is_a_fault(tag):
+    with pytest.raises(FaultError, match="bad reply"):
+        wire.decode([tag])
+
+
 @given(JSON)
 def test_whatever_is_replied_becomes_a_builtin_value_or_a_fault(reply):
     try:

@@ -69,7 +69,7 @@ def decode(value: Any) -> Any:
     """The value that the child's `encode` wrote, of built-in types exactly. FaultError for anything else."""
     try:
         return _Decoder().decode(value)
-    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+    except (ValueError, TypeError, LookupError, RecursionError, OverflowError):
         raise FaultError("bad reply") from None
 
 
