@@ -102,7 +102,7 @@ def _run(
     resolved = recipe.load(path, overrides or [])
     wanted = pipeline.select(resolved, kinds=kinds, only=only, start=start)
     folder = runs / resolved.name
-    known = {*resolved.stages, *map(recipe.base_name, resolved.stages)}
+    known = {name for node in pipeline.nodes(resolved) for name in node.stages}
     if unknown := [name for name in redo if name not in known]:
         from distill.plug import nearest
 

@@ -61,6 +61,11 @@ class Node:
     def kind(self) -> str:
         return str(self.config.kind)  # type: ignore[attr-defined]
 
+    @property
+    def stages(self) -> set[str]:
+        """What a user may call its stage: by its own name, or by that of the stage it is a copy of."""
+        return {self.stage, base_name(self.stage)}
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -131,7 +136,7 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
     standing = state.read(run / node.name)
     if standing is None or (standing.status != "done" and not _made_anything(run / node.name)):
         return Decision("run")
-    if {node.name, node.stage, base_name(node.stage)} & {*redo}:
+    if {node.name, *node.stages} & {*redo}:
         return Decision("redo", "as asked")
     changed = _changed(node, standing)
     if identity := [text for role, text in changed if role == "identity"]:
@@ -399,16 +404,14 @@ def select(
 ) -> list[Node]:
     """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it."""
     every = nodes(recipe)
+    known = {name for node in every for name in node.stages}
     for name in (only, start):
-        known = {node.stage for node in every} | {base_name(node.stage) for node in every}
         if name is not None and name not in known:
             raise UserError(f"there is no stage {name!r}.{plug.nearest(name, known)}")
     if only is not None:
-        return [node for node in every if only in (node.stage, base_name(node.stage))]
+        return [node for node in every if only in node.stages]
     if start is not None:
-        first = next(
-            i for i, node in enumerate(every) if start in (node.stage, base_name(node.stage))
-        )
+        first = next(i for i, node in enumerate(every) if start in node.stages)
         return every[first:]
     if kinds:
         return [

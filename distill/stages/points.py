@@ -56,14 +56,16 @@ class Point:
 
 def keep_points(
     config: TrainStage | GrpoStage | OnPolicyStage, context: Context
-) -> Callable[[int, Tally, Policy], None]:
-    """For the loop to call after each step: keeps the model every `points_every` steps."""
+) -> Callable[[int, Tally, Policy], None] | None:
+    """For the loop to call after each step: keeps the model every `points_every` steps; None where none are kept."""
+    if (every := config.points_every) is None:
+        return None
     from safetensors.torch import save_file
 
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
 
     def keep(step: int, tally: Tally, policy: Policy) -> None:
-        if config.points_every is None or step % config.points_every:
+        if step % every:
             return
         folder = context.folder / FOLDER
         temporary, final = folder / ".building", folder / f"step-{step:08d}"
