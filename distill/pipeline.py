@@ -28,6 +28,7 @@ import filelock
 import yaml
 
 from distill import __version__, hub, plug
+from distill.files import write_atomic
 from distill.models import PACKAGE, package_file
 from distill.progress import clock
 from distill.recipe import (
@@ -43,7 +44,6 @@ from distill.recipe import (
     order,
 )
 from distill.records import UserError, stable_hash
-from distill.reports.pages import write_atomic
 from distill.stages import state
 from distill.stages.context import find_data, fingerprint_of
 

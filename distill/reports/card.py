@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill.files import write_atomic
 from distill.reports.content import VIEWS, Block, Code, Heading, Table, Text
-from distill.reports.pages import markdown, write_atomic
+from distill.reports.pages import markdown
 from distill.reports.schema import ArmRow, View
 from distill.reports.wording import duration, interval_text, percent, scaled, seen
 

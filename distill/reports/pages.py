@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
+from distill.files import write_atomic
 from distill.reports.content import (
     Answer,
     Block,
@@ -68,22 +67,6 @@ def figures(content: list[Block]) -> list[Figure]:
         elif isinstance(block, Views | Panels):
             found += block.figures
     return found
-
-
-def write_atomic(path: Path, text: str) -> Path:
-    """Write a file by temp, fsync and rename: readers see the old one or the new one, never a part."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
 
 
 def read_report(path: str | Path) -> RunReport:

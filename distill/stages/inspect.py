@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from distill import engines, models, recipe
+from distill.files import write_atomic
 from distill.progress import Live
 from distill.recipe import EngineConfig, ModelConfig, Recipe
 from distill.records import Completion, Request, Traces, UserError, stable_hash
 from distill.reports import inspector, tokens
-from distill.reports.pages import write_atomic
 from distill.traces.reader import TraceReader, open_traces
 from distill.traces.schema import Metadata
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from distill import gguf, jsonl, plug
-from distill.models import PACKAGE, config_of, package_file
+from distill import machine as machines
+from distill.machine import Machine
+from distill.models import PACKAGE, cache_home, config_of, package_file
 from distill.recipe import (
     CompareStage,
     EvalStage,
@@ -108,6 +110,13 @@ class _Known:
             if note:
                 self.notes.append(f"models.{name} {note}")
         return self.shapes[name]
+
+
+def measured(recipe: Recipe) -> Machine:
+    """This machine, measured at the width of every model of the recipe whose sizes can be looked up."""
+    shapes = [model_shape(model)[0] for model in recipe.models.values()]
+    widths = [(shape.hidden, shape.intermediate) for shape in shapes]
+    return machines.measured(widths, cache_home() / "machine")
 
 
 def predict(recipe: Recipe, machine: estimate.Machine | None = None) -> list[Row]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.reports.pages import write_atomic
+from distill.files import write_atomic
 
 FILE = "stage.json"
 

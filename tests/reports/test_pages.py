@@ -187,14 +187,6 @@ def test_report_json_has_what_is_promised(report: RunReport, tmp_path: Path) -> 
     )
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
-    path = pages.write_atomic(tmp_path / "report.md", "old")
-    with pytest.raises(UnicodeEncodeError):
-        pages.write_atomic(path, "new \ud800")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_hostile_text_stays_text_in_markdown(report: RunReport) -> None:
     text = pages.markdown(report["name"], content.blocks(report))
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)

@@ -1,0 +1,303 @@
+"""What this machine can do, measured: matrix products by dtype, memory and its bandwidth; and the dtype that follows.
+
+`python -m distill.machine 576x1536 ...` measures in a process of its own and prints JSON, so that the command line does not
+import torch. A measurement is kept for an hour in the user's cache and, for each run, in its environment.json.
+
+The products are the three of a layer in training at the model's own width: forward (x W^T), by the input (g W) and by the weight
+(g^T x). No list of processor features decides: a processor with AVX2 alone multiplies bfloat16 10 to 100 times slower than float32,
+one with AMX or AVX-512-BF16 four times faster, and the libraries between differ too.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from distill.files import write_atomic
+from distill.records import UserError, stable_hash
+
+Dtype = Literal["bfloat16", "float32"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+Width = tuple[int, int]
+"""(hidden, intermediate) of a model."""
+
+ROWS = 256
+"""Tokens in the products of training and prefill."""
+DECODE_ROWS = 64
+"""Sequences in a decoding step."""
+PRODUCT_FLOPS = 0.45e9
+"""One product's size at most: a wide matrix is cut in its output, so that the slowest dtype is measured within a second."""
+REPEATS = 12
+HOPELESS = 10.0
+"""A dtype that is this many times slower at its first run is not run again."""
+KEPT_SECONDS = 3600.0
+SETTINGS = ("ONEDNN_", "DNNL_", "ATEN_", "MKL_", "OMP_", "KMP_", "GOMP_", "CUDA_VISIBLE_DEVICES")
+"""Environment variables that change how fast products are, by their beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """FLOP/s of one dtype at one width: the products of training, and the forward product of a decoding step."""
+
+    forward: float
+    by_input: float
+    by_weight: float
+    decode: float
+
+    @property
+    def training(self) -> float:
+        """FLOP/s over the three products together."""
+        return 3.0 / (1 / self.forward + 1 / self.by_input + 1 / self.by_weight)
+
+    @property
+    def engine(self) -> float:
+        """FLOP/s of a forward product, half of the work in prefill and half in decoding."""
+        return 2.0 / (1 / self.forward + 1 / self.decode)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """device: cpu or cuda. memory: bytes, of the GPU where there is one. bandwidth: bytes/s. rates: by width "576x1536" and dtype."""
+
+    key: str
+    device: str
+    name: str
+    cores: int
+    memory: float
+    bandwidth: float
+    rates: dict[str, dict[Dtype, Rates]] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(tree: Mapping[str, Any]) -> Machine:
+        rates = {
+            width: {dtype: Rates(**each) for dtype, each in by_dtype.items()}
+            for width, by_dtype in tree["rates"].items()
+        }
+        return Machine(**{**tree, "rates": rates})
+
+    def at(self, width: Width) -> dict[Dtype, Rates]:
+        """Rates by dtype at a model's width, or at the nearest one measured."""
+        if named := self.rates.get(name_of(width)):
+            return named
+        return min(
+            self.rates.items(), key=lambda item: abs(int(item[0].partition("x")[0]) - width[0])
+        )[1]
+
+    def best(self, width: Width) -> float:
+        """FLOP/s of the faster dtype in training."""
+        return max(rates.training for rates in self.at(width).values())
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A dtype, and why, in words for the user."""
+
+    dtype: Dtype
+    why: str
+
+
+def choose(
+    machine: Machine, width: Width, wish: str, purpose: Literal["training", "engine"]
+) -> Choice:
+    """The dtype of a stage's trainer or engine: as wished, or for "auto" the one whose products are measured to be faster.
+
+    On a GPU auto is bfloat16 wherever the GPU has it.
+    """
+    speed = {dtype: getattr(rates, purpose) for dtype, rates in machine.at(width).items()}
+    # bfloat16 first: of equals it takes half the memory.
+    fastest = max(sorted(speed), key=lambda dtype: speed[dtype])
+    figures = ", ".join(f"{dtype} {speed[dtype] / 1e9:.3g}" for dtype in sorted(speed))
+    measured = f"measured at width {name_of(width)}: {figures} GFLOP/s"
+    if wish == "auto" and machine.device == "cuda":
+        dtype: Dtype = "bfloat16" if "bfloat16" in speed else "float32"
+        has = "has" if dtype == "bfloat16" else "lacks"
+        return Choice(dtype, f"the GPU ({machine.name}) {has} bfloat16")
+    if wish == "auto":
+        return Choice(fastest, measured)
+    asked: Dtype = "bfloat16" if wish == "bfloat16" else "float32"
+    if asked not in speed:
+        return Choice(asked, f"as the recipe says; {machine.name} has no {asked} of its own")
+    slower = speed[fastest] / speed[asked]
+    if slower < 1.5:
+        return Choice(asked, "as the recipe says")
+    return Choice(
+        asked,
+        f"as the recipe says, which costs time: its products are {slower:.3g} times slower here than {fastest} ({measured}); "
+        "dtype: auto takes the faster one",
+    )
+
+
+def name_of(width: Width) -> str:
+    return f"{width[0]}x{width[1]}"
+
+
+# ----------------------------------------------------------------------------------------------- measuring
+
+
+def measure(widths: Iterable[Width]) -> Machine:
+    """Measure in this process, about half a second a width. Imports torch."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = DTYPES
+    memory, name = memory_bytes(), processor()
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        memory, name = float(properties.total_memory), str(properties.name)
+        dtypes = DTYPES if torch.cuda.is_bf16_supported(including_emulation=False) else ("float32",)
+    source = torch.ones(32 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copying = min(_seconds(lambda: target.copy_(source), device) for _ in range(REPEATS))
+    with torch.inference_mode():
+        rates = {name_of(width): _rates(width, dtypes, device) for width in widths}
+    return Machine(
+        key=key(),
+        device=device,
+        name=name,
+        cores=cores(),
+        memory=memory,
+        bandwidth=2.0 * source.nbytes / copying,
+        rates=rates,
+    )
+
+
+def _rates(width: Width, dtypes: tuple[Dtype, ...], device: str) -> dict[Dtype, Rates]:
+    import torch
+
+    hidden, inner = width
+    inner = min(inner, max(256, int(PRODUCT_FLOPS / (2 * ROWS * hidden))))
+    operands = {}
+    for dtype in dtypes:
+        kind = getattr(torch, dtype)
+        operands[dtype] = tuple(
+            torch.randn(shape, device=device).to(kind)
+            for shape in ((ROWS, hidden), (inner, hidden), (ROWS, inner))
+        )
+
+    def product(name: str, dtype: Dtype) -> Callable[[], object]:
+        x, w, g = operands[dtype]
+        works: dict[str, Callable[[], object]] = {
+            "forward": lambda: x @ w.t(),
+            "by_input": lambda: g @ w,
+            "by_weight": lambda: g.t() @ x,
+            "decode": lambda: x[:DECODE_ROWS] @ w.t(),
+        }
+        return works[name]
+
+    found: dict[Dtype, dict[str, float]] = {dtype: {} for dtype in dtypes}
+    for name in ("forward", "by_input", "by_weight", "decode"):
+        rows = DECODE_ROWS if name == "decode" else ROWS
+        best = _best({dtype: product(name, dtype) for dtype in dtypes}, device)
+        for dtype in dtypes:
+            found[dtype][name] = 2.0 * rows * hidden * inner / best[dtype]
+    return {dtype: Rates(**each) for dtype, each in found.items()}
+
+
+def _best(works: Mapping[Dtype, Callable[[], object]], device: str) -> dict[Dtype, float]:
+    """Seconds of each, the least of a few runs taken in turns; one that is hopelessly slow runs once."""
+    times = {dtype: _seconds(work, device) for dtype, work in works.items()}
+    for _ in range(REPEATS):
+        for dtype, work in works.items():
+            if times[dtype] < HOPELESS * min(times.values()):
+                times[dtype] = min(times[dtype], _seconds(work, device))
+    return times
+
+
+def _seconds(work: Callable[[], object], device: str) -> float:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return max(time.perf_counter() - start, 1e-9)
+
+
+# ------------------------------------------------------------------------------------------ measured once
+
+
+def measured(widths: Iterable[Width], cache: Path) -> Machine:
+    """This machine, from the cache where it is fresh and has these widths, else measured in a process of its own.
+
+    cache: a folder for measurements. Raises UserError where torch cannot multiply at all.
+    """
+    wanted = sorted({*widths}) or [(1024, 4096)]
+    file = cache / f"{key()}.json"
+    known: Machine | None = None
+    if file.is_file() and time.time() - file.stat().st_mtime < KEPT_SECONDS:
+        try:
+            known = Machine.from_json(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError):
+            known = None  # cut short or of another version: measured again
+    missing = [width for width in wanted if known is None or name_of(width) not in known.rates]
+    if known is not None and not missing:
+        return known
+    done = subprocess.run(
+        [sys.executable, "-m", "distill.machine", *map(name_of, missing)],
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UserError(f"this machine's speed cannot be measured: {done.stderr.strip()[-500:]}")
+    fresh = Machine.from_json(json.loads(done.stdout.splitlines()[-1]))
+    if known is not None:
+        fresh.rates.update({k: v for k, v in known.rates.items() if k not in fresh.rates})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, json.dumps(asdict(fresh), indent=1))
+    return fresh
+
+
+def key() -> str:
+    """What a measurement holds for: this processor, its cores, this torch, these settings."""
+    settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)}
+    settings.pop("OMP_WAIT_POLICY", None)  # stages set it
+    torch = importlib.metadata.version("torch")
+    return stable_hash(platform.node(), processor(), cores(), torch, json.dumps(settings))
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor() -> str:
+    """The processor's name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_bytes() -> float:
+    """Memory that this process may use: the machine's, or its control group's where that is less."""
+    limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        path = Path(file)
+        if path.is_file() and (text := path.read_text(encoding="ascii").strip()).isdigit():
+            limits.append(float(text))
+    return min(limits)
+
+
+def main(arguments: list[str]) -> None:
+    pairs = [argument.partition("x") for argument in arguments]
+    print(json.dumps(asdict(measure([(int(a), int(b)) for a, _, b in pairs]))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
