@@ -34,7 +34,7 @@ ROWS = 256
 """Tokens in the products of training and prefill."""
 DECODE_ROWS = 64
 """Sequences in a decoding step."""
-PRODUCT_FLOPS = 0.45e9
+PRODUCT_FLOPS = 0.5e9
 """One product's size at most: a wide matrix is cut in its output, so that the slowest dtype is measured within a second."""
 REPEATS = 12
 HOPELESS = 10.0
@@ -174,7 +174,8 @@ def _rates(width: Width, dtypes: tuple[Dtype, ...], device: str) -> dict[Dtype, 
     import torch
 
     hidden, inner = width
-    inner = min(inner, max(256, int(PRODUCT_FLOPS / (2 * ROWS * hidden))))
+    most = int(PRODUCT_FLOPS / (2 * ROWS * hidden)) // 64 * 64
+    inner = min(inner, max(256, most))
     operands = {}
     for dtype in dtypes:
         kind = getattr(torch, dtype)
