@@ -136,6 +136,21 @@ def choose(
     )
 
 
+def _width(name: str) -> Width:
+    hidden, _, inner = name.partition("x")
+    return int(hidden), int(inner)
+
+
+def width_of(config: Mapping[str, Any]) -> Width:
+    """(hidden, intermediate) from a transformers config.json; four times hidden where the MLP's size is not said."""
+    config = config.get("text_config") or config
+    hidden = int(
+        next((config[k] for k in ("hidden_size", "n_embd", "d_model") if config.get(k)), 1024)
+    )
+    inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
+    return hidden, int(inner if isinstance(inner, int) else 4 * hidden)
+
+
 def name_of(width: Width) -> str:
     return f"{width[0]}x{width[1]}"
 
@@ -260,6 +275,20 @@ def measured(widths: Iterable[Width], cache: Path) -> Machine:
     return fresh
 
 
+def of_run(run: Path, widths: Iterable[Width], cache: Path) -> Machine:
+    """This machine as the run's environment.json has it; measured, and added there, where it is another or lacks a width."""
+    file, wanted = run / "environment.json", list(widths)
+    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if tree.get("machine", {}).get("key") == key():
+        known = Machine.from_json(tree["machine"])
+        if all(name_of(width) in known.rates for width in wanted):
+            return known
+        wanted += [_width(name) for name in known.rates]
+    found = measured(wanted, cache)
+    write_atomic(file, json.dumps({**tree, "machine": asdict(found)}, indent=1))
+    return found
+
+
 def key() -> str:
     """What a measurement holds for: this processor, its cores, this torch, these settings."""
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)}
@@ -296,8 +325,7 @@ def memory_bytes() -> float:
 
 
 def main(arguments: list[str]) -> None:
-    pairs = [argument.partition("x") for argument in arguments]
-    print(json.dumps(asdict(measure([(int(a), int(b)) for a, _, b in pairs]))))
+    print(json.dumps(asdict(measure(map(_width, arguments)))))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from distill import machine
 from distill.records import Array, Message, Template, UserError, stable_hash
 
 if TYPE_CHECKING:
@@ -180,6 +181,20 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Weights as safetensors, config, tokenizer and chat template: what transformers and vLLM load as it is."""
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
+
+
+def auto_dtype(folder: str | Path) -> Literal["bfloat16", "float32"]:
+    """The dtype in which this machine runs the model of a local folder fastest, measured (see `machine`)."""
+    width = machine.width_of(config_of(folder))
+    measured = machine.measured([width], cache_home() / "machine")
+    return machine.choose(measured, width, "auto", "engine").dtype
+
+
+def cast(model: Any, dtype: str) -> Any:
+    """The model in a dtype ("bfloat16", "float32"), changed in place."""
+    import torch
+
+    return model.to(getattr(torch, dtype))
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:

@@ -20,16 +20,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import filelock
 import yaml
 
-from distill import __version__, hub, plug
+from distill import __version__, hub, machine, plug
 from distill.files import write_atomic
-from distill.models import PACKAGE, package_file
+from distill.machine import Machine, cores, processor
+from distill.models import PACKAGE, cache_home, package_file
 from distill.progress import clock
 from distill.recipe import (
     CompareStage,
@@ -172,9 +173,22 @@ def _changed(node: Node, standing: state.State) -> list[tuple[str, str]]:
     """(role, what changed) for every field that differs from what the stage was made with."""
     if standing.kind != node.kind:
         return [("identity", f"kind: {standing.kind} -> {node.kind}")]
-    return list(
-        _differences(type(node.config), standing.config, node.config.model_dump(mode="json"), "")
-    )
+    before, now = standing.config, node.config.model_dump(mode="json")
+    for key, decided in standing.decided.items():
+        before, now = _as_decided(before, now, key.split("."), decided["value"])
+    return list(_differences(type(node.config), before, now, ""))
+
+
+def _as_decided(
+    before: dict[str, Any], now: dict[str, Any], key: list[str], value: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both configs with what a field came to in place of "auto": a stage goes on with that, wherever it goes on."""
+    first, *rest = key
+    if rest:
+        inner = _as_decided(before.get(first) or {}, now.get(first) or {}, rest, value)
+        return {**before, first: inner[0]}, {**now, first: inner[1]}
+    before = {**before, first: value}
+    return before, {**now, first: value} if now.get(first) == "auto" else now
 
 
 def _differences(
@@ -232,6 +246,12 @@ class Runner:
 
         return {row.name: row.amounts for row in plan.predict(self.recipe)}
 
+    def _machine(self) -> Machine:
+        """Measured once a run, unless it goes on elsewhere."""
+        from distill.stages import plan
+
+        return machine.of_run(self.run, plan.widths(self.recipe), cache_home() / "machine")
+
     def _refuse_early(self, wanted: list[Node]) -> None:
         """Everything is decided before anything is written or moved, so that a refusal changes nothing."""
         for node in nodes(self.recipe):
@@ -251,7 +271,10 @@ class Runner:
         write_atomic(
             self.run / "resolved.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         )
-        write_atomic(self.run / "environment.json", json.dumps(environment(), indent=1))
+        write_atomic(
+            self.run / "environment.json",
+            json.dumps({**environment(), "machine": asdict(self._machine())}, indent=1),
+        )
 
     def _do_one(self, node: Node, label: str, predicted: dict[str, float]) -> None:
         decision = decide(node, self.recipe, self.run, self.redo)
@@ -378,21 +401,10 @@ def environment() -> dict[str, Any]:
         "distill": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "processor": processor(),
+        "cores": cores(),
         "packages": versions,
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def select(

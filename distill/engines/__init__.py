@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import cast
 
-from distill import plug
+from distill import models, plug
 from distill.recipe import EngineConfig
 from distill.records import Engine
 
@@ -31,6 +31,8 @@ def open_engine(
     will be asked for. seed: of whatever the engine draws for itself; completions depend on their requests'
     seeds alone. Raises UserError for an unknown engine, and where the model or the machine is too small.
     """
+    if config.dtype == "auto":
+        config = config.model_copy(update={"dtype": models.auto_dtype(model_dir)})
     function = plug.find(config.fn, KINDS, "engine.fn")
     engine = function(
         model_dir, config, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed

@@ -18,7 +18,9 @@ Role = Literal["identity", "growth", "execution"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*(@\d+)?$")]
 """A stage, or its copy for one training seed (`kl@2`)."""
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
+SavedDtype = Literal["bfloat16", "float32"]
+AUTO_DTYPE = "auto: bfloat16 on a GPU that has it; on a CPU, whichever of bfloat16 and float32 multiplies faster here, as measured"
 
 
 def _distinct(seeds: list[int]) -> list[int]:
@@ -91,7 +93,7 @@ class EngineConfig(Config):
     """Which engine runs a model, and how much of the machine it may take."""
 
     fn: str = "vllm"
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = Field("auto", description=AUTO_DTYPE)
     max_model_len: PositiveInt | None = Field(
         None, description="tokens; None = what the stage needs"
     )

@@ -108,6 +108,9 @@ def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
         return f"{where}: {key}.kind: there is no stage kind {kind!r}.{nearest(kind, KINDS)}"
     if mistake["type"] == "union_tag_not_found":
         return f"{where}: {key}.kind: is required. There are: {', '.join(sorted(KINDS))}."
+    if mistake["type"] == "literal_error" and isinstance(mistake["input"], str):
+        known = re.findall(r"'([^']+)'", mistake["ctx"]["expected"])
+        return f"{where}: {key}: there is no {loc[-1]} {mistake['input']!r}.{nearest(mistake['input'], known)}"
     if mistake["type"] == "missing":
         return f"{where}: {key}: is required."
     if mistake["type"] == "value_error":

@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from distill.recipe.fields import (
+    AUTO_DTYPE,
     BudgetConfig,
     Dtype,
     EngineConfig,
@@ -16,6 +17,7 @@ from distill.recipe.fields import (
     PlugConfig,
     RewardConfig,
     SamplingConfig,
+    SavedDtype,
     StageConfig,
     execution,
     growth,
@@ -33,7 +35,8 @@ class OptimStage(StageConfig):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0)
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = Field("auto", description=f"of the computation; {AUTO_DTYPE}")
+    save_dtype: SavedDtype = Field("bfloat16", description="of the weights that the stage writes")
     lora: LoraConfig | None = None
     micro_tokens: PositiveInt = execution(2048, description="tokens packed into one forward pass")
     gradient_checkpointing: bool = execution(False)

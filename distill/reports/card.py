@@ -108,7 +108,10 @@ def body(card: Card) -> list[Block]:
     ]
     facts = [[one.name, key, value] for one in card.lineage for key, value in one.facts]
     if facts:
-        found += [Heading("Data and teacher"), Table(["stage", "what", "value"], facts, "lll")]
+        found += [
+            Heading("Data, teacher and dtype"),
+            Table(["stage", "what", "value"], facts, "lll"),
+        ]
     found += [Heading("Settings"), Code(card.settings, "yaml"), Text(f"Seed {card.seed}.")]
     if card.cost:
         rows = [

@@ -307,6 +307,7 @@ def stage_table(report: RunReport) -> Table:
                 stage["name"],
                 stage["kind"],
                 stage["status"],
+                stage.get("dtype") or "–",
                 duration(took["seconds"]),
                 scaled(took["tokens"]),
                 scaled(rate) if rate else "–",
@@ -316,8 +317,8 @@ def stage_table(report: RunReport) -> Table:
                 f"{stage['cost'].get('samples_failed', 0):.0f}",
             ]
         )
-    header = ["stage", "kind", "status", "time", "tokens", "tokens/s", "FLOPs", "written"]
-    return Table([*header, "filtered", "failed"], rows, "lllrrrrrrr")
+    header = ["stage", "kind", "status", "dtype", "time", "tokens", "tokens/s", "FLOPs", "written"]
+    return Table([*header, "filtered", "failed"], rows, "llllrrrrrrr")
 
 
 def prediction_table(report: RunReport) -> Table:

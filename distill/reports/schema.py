@@ -42,6 +42,7 @@ class StageRow(TypedDict):
     status: Literal["done", "skipped", "running", "failed", "pending"]
     seconds: float
     cost: dict[str, float]
+    dtype: NotRequired[str]
     predicted: NotRequired[Amounts]
     metrics: NotRequired[dict[str, float | str]]
     curves: NotRequired[dict[str, list[float | None]]]

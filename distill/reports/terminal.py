@@ -82,7 +82,9 @@ def interval_bar(interval: Mapping[str, float], width: int = 20, end: float = 1.
 
 
 def stage_table(report: RunReport) -> Table:
-    table = _table("stage", "kind", "status", ">time", ">predicted", ">tokens", ">tokens/s")
+    table = _table(
+        "stage", "kind", "status", "dtype", ">time", ">predicted", ">tokens", ">tokens/s"
+    )
     for stage in report["stages"]:
         took = measured(stage)
         rate = took["tokens"] / took["seconds"] if took["seconds"] > 0 else 0.0
@@ -90,6 +92,7 @@ def stage_table(report: RunReport) -> Table:
             _text(stage["name"]),
             stage["kind"],
             Text(stage["status"], STATUS_STYLES.get(stage["status"], "")),
+            stage.get("dtype") or "–",
             duration(took["seconds"]),
             duration(stage["predicted"]["seconds"]) if "predicted" in stage else "–",
             scaled(took["tokens"]),

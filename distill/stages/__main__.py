@@ -25,7 +25,7 @@ import yaml
 from distill import __version__, recipe
 from distill.recipe import CompareStage
 from distill.records import Cost, UserError
-from distill.stages import card, state
+from distill.stages import card, dtypes, state
 from distill.stages.context import Context, Result
 
 
@@ -60,7 +60,9 @@ def _run(run: Path, name: str, screen: TextIO) -> None:
     assert standing is not None, "the pipeline writes stage.json before it starts a stage"
     context = Context(recipe=resolved, run=run, name=name, screen=screen)
     began = time.monotonic()
+    config = dtypes.settle(config, context)
     result: Result = _load(standing.kind).run(config, context)
+    standing.decided = (state.read(run / name) or standing).decided
     standing.seconds += time.monotonic() - began
     standing.status = "done"
     standing.fingerprint = result.fingerprint

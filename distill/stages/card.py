@@ -103,13 +103,17 @@ def _base(resolved: Recipe, name: str) -> str | None:
 
 def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
     config, standing = resolved.stages[name], state.read(run / name)
+    decided = standing.decided if standing else {}
     return Ancestor(
         name=name,
         kind=config.kind,
         made_from={key: value for key, value in config.inputs() if key not in NO_PARENTS},
         cost=standing.cost if standing else {},
         seconds=standing.seconds if standing else 0.0,
-        facts=list(_facts(run / name / "traces")),
+        facts=[
+            *((key, f"{one['value']}: {one['why']}") for key, one in decided.items()),
+            *_facts(run / name / "traces"),
+        ],
     )
 
 
@@ -125,6 +129,8 @@ def _facts(traces: Path) -> Iterator[tuple[str, str]]:
     yield "traces", f"{len(reader):,}"
     yield "written by", f"{metadata.model}, weights {metadata.weights}"
     yield "tokenizer", metadata.tokenizer
+    if metadata.dtype:
+        yield "dtype", metadata.dtype
     if metadata.top_k:
         yield "distribution", f"at most {metadata.top_k} entries, {metadata.mass:g} of the mass"
 

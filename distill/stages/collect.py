@@ -85,6 +85,8 @@ def _stage_row(name: str, standing: state.State | None, recipe: Recipe, run: Pat
             if isinstance(value, int | float | str)
         },
     )
+    if standing.dtypes:
+        row["dtype"] = standing.dtypes
     if standing.predicted:
         row["predicted"] = {
             key: standing.predicted[key] for key in ("tokens", "bytes", "flops", "seconds")
@@ -288,7 +290,11 @@ def _data_above(recipe: Recipe, name: str) -> list[str]:
 
 
 def _notes(states: dict[str, state.State]) -> list[str]:
-    notes = []
+    decided: dict[str, list[str]] = {}
+    for name, standing in states.items():
+        for key, one in standing.decided.items():
+            decided.setdefault(f"{key} {one['value']} ({one['why']})", []).append(name)
+    notes = [f"{what}: {', '.join(names)}" for what, names in decided.items()]
     for name, standing in states.items():
         if skipped := standing.metrics.get("prompts_too_long"):
             notes.append(f"{name}: {skipped} prompts were longer than the context and skipped")

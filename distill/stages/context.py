@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from distill import models, plug
+from distill import machine, models, plug
+from distill.machine import Machine, Width
 from distill.progress import Live
 from distill.recipe import PlugConfig, Recipe
 from distill.records import Cost, Task, UserError, stable_hash
@@ -77,6 +78,10 @@ class Context:
             )
         return path
 
+    def machine(self, width: Width) -> Machine:
+        """This machine as the run's environment.json has it; measured now where it lacks the width."""
+        return machine.of_run(self.run, [width], models.cache_home() / "machine")
+
     def task(self, reference: str) -> Task:
         return make_task(reference, self.recipe.tasks[reference])
 
@@ -94,11 +99,11 @@ def make_task(name: str, config: PlugConfig) -> Task:
     return task
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> str:
-    """Write folder/model whole or not at all; returns the weights' fingerprint."""
+def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> str:
+    """Write folder/model whole or not at all, in a dtype; returns the weights' fingerprint. The model itself changes to it."""
     temporary, final = folder / ".model", folder / "model"
     shutil.rmtree(temporary, ignore_errors=True)
-    models.save(model, tokenizer, temporary)
+    models.save(models.cast(model, dtype), tokenizer, temporary)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)

@@ -15,7 +15,7 @@ from typing import Any
 
 from distill import gguf, jsonl, plug
 from distill import machine as machines
-from distill.machine import Machine
+from distill.machine import Machine, Width
 from distill.models import PACKAGE, cache_home, config_of, package_file
 from distill.recipe import (
     CompareStage,
@@ -112,11 +112,15 @@ class _Known:
         return self.shapes[name]
 
 
-def measured(recipe: Recipe) -> Machine:
-    """This machine, measured at the width of every model of the recipe whose sizes can be looked up."""
+def widths(recipe: Recipe) -> list[Width]:
+    """Of every model of the recipe; of one that cannot be looked up, as its number of parameters suggests."""
     shapes = [model_shape(model)[0] for model in recipe.models.values()]
-    widths = [(shape.hidden, shape.intermediate) for shape in shapes]
-    return machines.measured(widths, cache_home() / "machine")
+    return [(shape.hidden, shape.intermediate) for shape in shapes]
+
+
+def measured(recipe: Recipe) -> Machine:
+    """This machine, measured at the width of every model of the recipe."""
+    return machines.measured(widths(recipe), cache_home() / "machine")
 
 
 def predict(recipe: Recipe, machine: estimate.Machine | None = None) -> list[Row]:

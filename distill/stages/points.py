@@ -60,7 +60,10 @@ def keep_points(
     """For the loop to call after each step: keeps the model every `points_every` steps; None where none are kept."""
     if (every := config.points_every) is None:
         return None
+    import torch
     from safetensors.torch import save_file
+
+    saved_in = getattr(torch, config.save_dtype)
 
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
 
@@ -71,7 +74,7 @@ def keep_points(
         temporary, final = folder / ".building", folder / f"step-{step:08d}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        weights = {name: weight.cpu().contiguous() for name, weight in policy.weights()}
+        weights = {n: w.to("cpu", saved_in).contiguous() for n, w in policy.weights()}
         save_file(weights, temporary / WEIGHTS)
         facts = {"step": step, "cost": asdict(tally_cost(config, shape, tally))}
         (temporary / FACTS).write_text(json.dumps(facts), encoding="utf-8")

@@ -7,15 +7,17 @@ from distill.recipe import PruneStage
 from distill.records import Cost
 from distill.stages.context import Context, Result, save_model
 
+SAVED = "bfloat16"
+
 
 def run(config: PruneStage, context: Context) -> Result:
     folder = context.model_dir(config.model)
     trust = context.trusts(config.model)
-    model = models.load(folder, trust_remote_code=trust)
+    model = models.load(folder, dtype=SAVED, trust_remote_code=trust)
     before = model.config.num_hidden_layers
     kept = models.prune_layers(model, config.layers)
     fingerprint = save_model(
-        model, models.load_tokenizer(folder, trust_remote_code=trust), context.folder
+        model, models.load_tokenizer(folder, trust_remote_code=trust), context.folder, SAVED
     )
     params = sum(p.numel() for p in model.parameters())
     context.say(f"kept {len(kept)} of {before} layers: {params / 1e6:.0f}M parameters")

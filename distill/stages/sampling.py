@@ -368,6 +368,7 @@ def _metadata(
         mass=mass,
         exact=isinstance(config, GenerateStage) and config.exact,
         engine=config.engine.fn,
+        dtype=config.engine.dtype,
         versions=package_versions(),
     )
 

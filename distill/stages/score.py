@@ -254,6 +254,7 @@ def _metadata(config: ScoreStage, given: Given, model_dir: Path, tokenizer: Any)
         mass=config.mass,
         exact=config.exact,
         engine=config.engine.fn,
+        dtype=config.engine.dtype,
         source=given.text_from,
         versions=package_versions(),
     )

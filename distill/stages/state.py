@@ -6,17 +6,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from distill.files import write_atomic
 
 FILE = "stage.json"
 
 
+class Decided(TypedDict):
+    """What a field came to on the machine where the stage began, and why."""
+
+    value: str
+    why: str
+
+
 @dataclass(slots=True)
 class State:
     """config: as resolved. inputs: fingerprint by field. seconds: wall time of all attempts, the one under way left out,
-    which began at `began` (seconds since 1970). A killed one counts up to the last file that it wrote."""
+    which began at `began` (seconds since 1970). A killed one counts up to the last file that it wrote. decided: by dotted
+    field, what a field that the recipe leaves to the machine ("auto") came to, and why."""
 
     kind: str
     config: dict[str, Any]
@@ -31,6 +39,13 @@ class State:
     began: float = 0.0
     attempts: int = 0
     version: str = ""
+    decided: dict[str, Decided] = field(default_factory=dict)
+
+    @property
+    def dtypes(self) -> str:
+        """The dtypes of trainer and engine in a word each, for tables."""
+        found = [d["value"] for key, d in self.decided.items() if key.endswith("dtype")]
+        return " / ".join(dict.fromkeys(found))
 
 
 def read(folder: Path) -> State | None:

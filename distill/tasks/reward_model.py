@@ -19,7 +19,7 @@ from distill.records import Message, UserError
 _loading = threading.Lock()
 
 
-def load(path: str, dtype: Dtype = "bfloat16") -> RewardModel:
+def load(path: str, dtype: Dtype = "auto") -> RewardModel:
     """The reward model of a folder or hub id, loaded at the first call, on the GPU where there is one."""
     with _loading:
         return _load(path, dtype)
@@ -28,6 +28,8 @@ def load(path: str, dtype: Dtype = "bfloat16") -> RewardModel:
 @functools.cache
 def _load(path: str, dtype: Dtype) -> RewardModel:
     folder = models.resolve(ModelConfig(source=path))
+    if dtype == "auto":
+        dtype = models.auto_dtype(folder)
     return RewardModel(_classifier(folder, dtype, path), models.load_tokenizer(folder))
 
 

@@ -86,7 +86,7 @@ def model(
     path: str,
     sigmoid: bool = False,
     batch_size: pydantic.PositiveInt = 8,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
 ) -> list[float | None]:
     """The one logit r(prompt, completion) of a reward model that was trained with the Bradley-Terry loss
     -log sigmoid(r_chosen - r_rejected) (InstructGPT, arXiv 2203.02155, eq. 1).

@@ -88,8 +88,8 @@ Fingerprint = str
 
 
 class Metadata(pydantic.BaseModel):
-    """What a folder of traces says about itself. All of it but `versions` is identity: rows whose metadata
-    differs in it never share a folder."""
+    """What a folder of traces says about itself. All of it but `dtype` and `versions` is identity: rows whose
+    metadata differs in it never share a folder."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -120,13 +120,17 @@ class Metadata(pydantic.BaseModel):
     """Entries kept at a position at most; 0: no distribution was captured."""
     mass: float = Field(gt=0, le=1)
     engine: str
+    dtype: str = ""
+    """In which the engine computed: recorded, never compared. Empty: not recorded."""
     versions: dict[str, str] = {}
     """Of the packages that wrote it: recorded, never compared."""
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for rows to share a folder, flat: dotted key -> value."""
         return {
-            key: value for key, value in _flat(self.model_dump()) if not key.startswith("versions")
+            key: value
+            for key, value in _flat(self.model_dump())
+            if key.partition(".")[0] not in ("dtype", "versions")
         }
 
     def differences(self, other: Metadata) -> list[str]:

@@ -1,0 +1,44 @@
+"""The dtype of a stage's trainer and of its engine: what the recipe leaves to the machine, settled before anything loads.
+
+A stage goes on in the dtype that it began with, also on another machine: stage.json keeps it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from distill import machine, models
+from distill.recipe import EngineConfig, OptimStage
+from distill.stages import state
+from distill.stages.context import Context
+
+
+def settle(config: Any, context: Context) -> Any:
+    """The stage's config with a dtype in place of every "auto"; says which and why, and writes both to stage.json."""
+    if isinstance(config, OptimStage):
+        config = config.model_copy(
+            update={"dtype": _settled("dtype", config.dtype, "training", config, context)}
+        )
+    engine = getattr(config, "engine", None)
+    if isinstance(engine, EngineConfig) and config.kind != "compare":
+        wish = "float32" if engine.fn == "reference" else engine.dtype
+        dtype = _settled("engine.dtype", wish, "engine", config, context)
+        config = config.model_copy(update={"engine": engine.model_copy(update={"dtype": dtype})})
+    return config
+
+
+def _settled(
+    key: str, wish: str, purpose: Literal["training", "engine"], config: Any, context: Context
+) -> str:
+    standing = state.read(context.folder)
+    assert standing is not None, "the pipeline writes stage.json before it starts a stage"
+    before = standing.decided.get(key)
+    if before is not None and wish in ("auto", before["value"]):
+        context.say(f"{key} {before['value']}: as this stage began ({before['why']})")
+        return before["value"]
+    width = machine.width_of(models.config_of(context.model_dir(config.model)))
+    choice = machine.choose(context.machine(width), width, wish, purpose)
+    context.say(f"{key} {choice.dtype}: {choice.why}")
+    standing.decided[key] = {"value": choice.dtype, "why": choice.why}
+    state.write(context.folder, standing)
+    return choice.dtype
