@@ -11,9 +11,11 @@ from distill.stages.context import Context, Result, save_model
 def run(config: PruneStage, context: Context) -> Result:
     folder = context.model_dir(config.model)
     trust = context.trusts(config.model)
+    context.phase(f"loading {config.model}")
     model = models.load(folder, trust_remote_code=trust)
     before = model.config.num_hidden_layers
     kept = models.prune_layers(model, config.layers)
+    context.phase("saving the model")
     fingerprint = save_model(
         model, models.load_tokenizer(folder, trust_remote_code=trust), context.folder
     )
