@@ -97,7 +97,7 @@ def _run(
     kinds: tuple[str, ...] = (),
     dry_run: bool = False,
 ) -> None:
-    from distill import pipeline, recipe
+    from distill import interrupt, pipeline, recipe
 
     resolved = recipe.load(path, overrides or [])
     wanted = pipeline.select(resolved, kinds=kinds, only=only, start=start)
@@ -112,23 +112,28 @@ def _run(
         return
     pipeline.require_inputs(resolved, folder, wanted)
     runner = pipeline.Runner(resolved, path, folder, redo)
+    command = shlex.join(["distill", "run", str(path), *(overrides or [])])
     try:
-        runner.do(wanted)
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; run the same command again to go on", err=True)
-        raise typer.Exit(130) from None
-    _write_report(resolved, folder, shlex.join(["distill", "run", str(path), *(overrides or [])]))
+        with interrupt.interruptible():
+            runner.do(wanted)
+            _write_report(resolved, folder, command)
+    except interrupt.Interrupted as stopped:
+        where = f" {stopped.kept}" if stopped.kept else ""
+        typer.echo(f"\ninterrupted{where}; run the same command again to continue", err=True)
+        raise typer.Exit(stopped.status) from None
 
 
 def _write_report(resolved: Any, folder: Path, command: str) -> None:
-    from distill import pipeline
+    from distill import pipeline, progress
     from distill.reports import pages
     from distill.stages import card
     from distill.stages.collect import collect
 
-    report = collect(resolved, folder, [node.name for node in pipeline.nodes(resolved)], command)
-    written = pages.write_report(report, folder)
-    card.write_all(resolved, folder, report)
+    with progress.working("writing the report"):
+        stages = [node.name for node in pipeline.nodes(resolved)]
+        report = collect(resolved, folder, stages, command)
+        written = pages.write_report(report, folder)
+        card.write_all(resolved, folder, report)
     typer.echo("")
     _show(pages.read_report(folder / "report.json"))
     typer.echo(f"\nreport: {written['report.md']}  {written['report.html']}")
@@ -147,12 +152,13 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from distill import pipeline
+    from distill import pipeline, progress
     from distill.reports.wording import duration, scaled
     from distill.stages import plan
 
-    plan.check_plugs(resolved)
-    rows = plan.predict(resolved)
+    with progress.working("checking the recipe"):
+        plan.check_plugs(resolved)
+        rows = plan.predict(resolved)
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "kind", "", "tokens", "bytes", "FLOPs", "memory", "time"):
         table.add_column(column, justify="left" if column in ("stage", "kind", "") else "right")
@@ -262,9 +268,12 @@ def inspect(
     ] = None,
 ) -> None:
     """A page that shows traces with the teacher's distribution behind every token."""
-    from distill.stages import inspect as inspecting
+    from distill import progress
 
-    target, notes = inspecting.write(path, out, student, sample, tokenizer)
+    with progress.working("reading the traces") as screen:
+        from distill.stages import inspect as inspecting
+
+        target, notes = inspecting.write(path, out, student, sample, tokenizer, screen=screen)
     for note in notes:
         typer.echo(note)
     typer.echo(f"{target}  ({target.stat().st_size / 1e6:.1f} MB)")
@@ -279,9 +288,12 @@ def push_model(
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
 ) -> None:
     """Publish a checkpoint and its card on the hub, private unless asked."""
+    from distill import progress
     from distill.stages import card
 
-    typer.echo(card.push(model, repo, private=not public))
+    with progress.working("uploading the model"):
+        pushed = card.push(model, repo, private=not public)
+    typer.echo(pushed)
 
 
 def _show(report: Any) -> None:
@@ -313,16 +325,19 @@ def verify(
     ] = None,
 ) -> None:
     """Is everything there, and whole? Exit status 1 when it is not."""
+    from distill import progress
     from distill.traces import verify as verification
 
-    report = verification.repair(folder) if repair else verification.verify(folder)
+    with progress.working(f"reading every shard of {folder}"):
+        report = verification.repair(folder) if repair else verification.verify(folder)
     typer.echo(str(report))
     if not report.ok:
         raise typer.Exit(1)
     if audit is not None:
-        from distill.stages.audit import audit as score_again
+        with progress.working("loading the libraries") as screen:
+            from distill.stages.audit import audit as score_again
 
-        certificate = score_again(folder, audit, model=model, engine=engine)
+            certificate = score_again(folder, audit, model=model, engine=engine, screen=screen)
         typer.echo(str(certificate))
         if not certificate.ok:
             raise typer.Exit(1)
@@ -333,9 +348,12 @@ def stats(
     folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
 ) -> None:
     """What a folder holds, in numbers."""
+    from distill import progress
     from distill.traces.stats import stats as count
 
-    typer.echo(str(count(folder)))
+    with progress.working(f"reading {folder}"):
+        counted = count(folder)
+    typer.echo(str(counted))
 
 
 @traces_app.command()
@@ -346,9 +364,12 @@ def merge(
     ],
 ) -> None:
     """Several folders as one."""
+    from distill import progress
     from distill.traces import export
 
-    typer.echo(f"{export.merge(sources, out)} traces in {out}")
+    with progress.working(f"copying into {out}"):
+        count = export.merge(sources, out)
+    typer.echo(f"{count} traces in {out}")
 
 
 @traces_app.command()
@@ -362,12 +383,15 @@ def export(
     ] = "chat",
 ) -> None:
     """The traces' text, the reply included, for other trainers."""
+    from distill import progress
     from distill.traces import export as exporting
 
     if style not in ("chat", "text"):
         raise UserError(f"--style: {style!r} is neither chat nor text.")
     write = exporting.export_sft if out.suffix == ".jsonl" else exporting.export_dataset
-    typer.echo(f"{write(folder, out, style)} traces in {out}")  # type: ignore[arg-type]
+    with progress.working(f"writing {out}"):
+        count = write(folder, out, style)  # type: ignore[arg-type]
+    typer.echo(f"{count} traces in {out}")
 
 
 @traces_app.command()
@@ -383,13 +407,17 @@ def push(
     ] = None,
 ) -> None:
     """Publish traces on the hub, with a data card."""
+    from distill import progress
     from distill.traces import push as pushing
 
     if build is not None:
-        pushing.build(folder, build, name=repo, licence=licence)
+        with progress.working("building the data set"):
+            pushing.build(folder, build, name=repo, licence=licence)
         typer.echo(f"built in {build}; its card is {build / pushing.README}")
     else:
-        typer.echo(pushing.push(folder, repo, licence=licence, private=private))
+        with progress.working("building and uploading the data set"):
+            pushed = pushing.push(folder, repo, licence=licence, private=private)
+        typer.echo(pushed)
 
 
 def main() -> None:

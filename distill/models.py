@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,13 +46,13 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill"
 
 
-def resolve(model: ModelConfig) -> Path:
+def resolve(model: ModelConfig, say: Callable[[str], None] | None = None) -> Path:
     """The local folder of a model, downloaded or dequantised first where needed.
 
-    Raises UserError when the source cannot be reached, and names the ways that work offline.
+    say: is told what begins, where that may take seconds. Raises UserError when the source cannot be reached, and names the ways that work offline.
     """
     if model.source.startswith(PACKAGE):
-        return _dequantised(model.source)
+        return _dequantised(model.source, say)
     folder = Path(model.source).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -62,6 +62,8 @@ def resolve(model: ModelConfig) -> Path:
         return folder
     if model.source.startswith((".", "/", "~")) or model.source.count("/") > 1:
         raise UserError(f"model folder {model.source!r} does not exist.")
+    if say is not None:
+        say(f"looking for {model.source} in the local cache and on the hub")
     return _from_hub(model)
 
 
@@ -104,7 +106,7 @@ def package_file(source: str) -> tuple[str, Path]:
     return f"{distributions[0]} {importlib.metadata.version(distributions[0])}", path
 
 
-def _dequantised(source: str) -> Path:
+def _dequantised(source: str, say: Callable[[str], None] | None) -> Path:
     """The bf16 safetensors copy of a GGUF file, made once under a lock and renamed into place."""
     import filelock
     import transformers
@@ -115,6 +117,8 @@ def _dequantised(source: str) -> Path:
     target = cache_home() / "models" / f"{path.stem}-{key}"
     if target.is_dir():
         return target
+    if say is not None:
+        say(f"dequantising {path.name} into {target}, once")
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{target}.lock"):
         if not target.is_dir():

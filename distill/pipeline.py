@@ -27,11 +27,11 @@ from typing import Any, Literal
 import filelock
 import yaml
 
-from distill import __version__, hub, machine, plug
+from distill import __version__, hub, interrupt, machine, plug
 from distill.files import write_atomic
 from distill.machine import Machine, cores, processor
 from distill.models import PACKAGE, cache_home, package_file
-from distill.progress import clock
+from distill.progress import clock, working
 from distill.recipe import (
     CompareStage,
     Config,
@@ -47,6 +47,7 @@ from distill.recipe import (
 from distill.records import UserError, stable_hash
 from distill.stages import state
 from distill.stages.context import find_data, fingerprint_of
+from distill.stages.kept import kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,8 +236,9 @@ class Runner:
             ) from None
         with lock:
             wanted = list(wanted)
-            self._refuse_early(wanted)
-            predictions = self._predictions()
+            with working("checking the recipe"):
+                self._refuse_early(wanted)
+                predictions = self._predictions()
             self._write_recipe()
             for number, node in enumerate(wanted, 1):
                 self._do_one(node, f"[{number}/{len(wanted)}]", predictions.get(node.name, {}))
@@ -277,7 +279,8 @@ class Runner:
         )
 
     def _do_one(self, node: Node, label: str, predicted: dict[str, float]) -> None:
-        decision = decide(node, self.recipe, self.run, self.redo)
+        with working(f"checking what {node.name} reads"):
+            decision = decide(node, self.recipe, self.run, self.redo)
         folder = self.run / node.name
         if decision.action == "skip":
             print(f"{label} {node.name}: done already")
@@ -312,21 +315,27 @@ class Runner:
 
     def _spawn(self, node: Node) -> None:
         command = [sys.executable, "-m", "distill.stages", str(self.run), node.name]
-        process = subprocess.Popen(command, env={**os.environ, **self._environment(node)})
+        env = {**os.environ, **self._environment(node)}
+        process = None
         try:
+            with interrupt.held_back():
+                process = subprocess.Popen(command, env=env)
             status = process.wait()
-        except KeyboardInterrupt:
-            _stop(process)
+        except KeyboardInterrupt as stopped:
+            if process is not None:
+                interrupt.end(process)
             self._fail(node)
-            raise
+            number = getattr(stopped, "number", signal.SIGINT)
+            raise interrupt.Interrupted(number, self._kept(node)) from None
         if status == 0:
             return
         self._fail(node)
         message_file = self.run / node.name / "error.txt"
         message = message_file.read_text(encoding="utf-8") if message_file.is_file() else ""
         log = self.run / node.name / "log.txt"
-        if status == 130 or status == -signal.SIGINT:
-            raise KeyboardInterrupt
+        for number in interrupt.SIGNALS:
+            if status in (128 + number, -number):
+                raise interrupt.Interrupted(number, self._kept(node))
         if status == 2 and message:
             raise UserError(message)
         if status == -signal.SIGKILL:
@@ -337,6 +346,10 @@ class Runner:
         raise StageError(
             f"stage {node.name!r} failed with status {status}. {message}\nThe last lines of {log}:\n{_tail(log)}"
         )
+
+    def _kept(self, node: Node) -> str:
+        found = kept(self.run / node.name, node.config)
+        return f"in {node.name}{', which keeps ' if found else ''}{found}"
 
     def _fail(self, node: Node) -> None:
         standing = state.read(self.run / node.name)
@@ -359,15 +372,6 @@ class Runner:
 
 class StageError(Exception):
     """A stage failed for a reason that is not the user's: a bug, or the machine."""
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The interrupt reached the stage too; give it time to leave things in order."""
-    try:
-        process.wait(20)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.kill()
-        process.wait()
 
 
 def _tail(log: Path, lines: int = 15) -> str:

@@ -1,67 +1,197 @@
-"""One live line on a terminal, plain lines elsewhere: what is done, of how much, how fast, how long still."""
+"""What a person sees of work under way: one live line on a terminal, plain lines elsewhere.
+
+A `Screen` owns a stream and shows one thing at a time: a phase ("loading base") or a count that grows (`Live`). On a
+terminal its line is redrawn in place; elsewhere it is printed when it begins, and again, with the time that it has
+taken, whenever nothing else was printed for QUIET seconds. `ticking` starts the thread that sees to both, so that they
+hold inside a slow step too.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TextIO
 
+QUIET = 25.0
+"""Seconds without a line, not on a terminal, after which what is under way is said again."""
+PLAIN_EVERY = 15.0
+"""Seconds between two lines of a count that grows, not on a terminal."""
+REDRAW = 0.2
+"""Seconds between two drawings of a count that grows, on a terminal."""
+TICK = 1.0
+SLOW = 2.0
+"""Seconds without an advance after which a live line says how long the next one has been under way."""
+PATIENCE = 2.0
+"""Seconds after which a command that is usually quick says what it is doing."""
+LABEL = 12
+CLEAR = "\x1b[2K"
 
-class Live:
-    """Progress of one piece of work. `update` may be called as often as one likes; it draws a few times a second.
 
-    On a terminal the line is redrawn in place; elsewhere one is printed every `plain_every` seconds, and the last.
-    """
+class Screen:
+    """The lines of one process. label: the name in front of what is under way, a stage's for example."""
 
     def __init__(
         self,
-        label: str,
-        total: int,
-        unit: str,
-        *,
         stream: TextIO | None = None,
-        done: int = 0,
-        plain_every: float = 15.0,
+        label: str = "",
+        *,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.label, self.total, self.unit = label, total, unit
         self.stream = stream or sys.stdout
+        self.label = label
         self.terminal = self.stream.isatty()
-        self.first = done
-        self.done = done
+        self.now = now
+        self._lock = threading.RLock()
+        self._current: _Phase | Live | None = None
+        self._shown_at = now()
+        self._silent_until = now()
+
+    def say(self, text: str) -> None:
+        """Print a plain line; what is under way stays below it."""
+        with self._lock:
+            self._print(f"  {text}")
+            if self.terminal:
+                self._draw(0.0)
+
+    def phase(self, text: str, *, after: float = 0.0) -> None:
+        """Say what begins now; it is under way until the next phase or live line begins.
+
+        after: seconds for which it is not shown, for work that is usually over by then.
+        """
+        with self._lock:
+            self._current = _Phase(text, self.now())
+            self._silent_until = self.now() + after
+            self._draw(0.0)
+
+    def live(self, total: int, unit: str, done: int = 0) -> Live:
+        """A count from `done` to `total`, shown at once; unit: what is counted, in the plural."""
+        with self._lock:
+            live = Live(self, total, unit, done)
+            self._current = live
+            self._silent_until = self.now()
+            self._draw(0.0)
+        return live
+
+    def tick(self) -> None:
+        """Show again what is under way: on a terminal always, elsewhere after QUIET seconds without a line."""
+        self._draw(0.0 if self.terminal else QUIET)
+
+    @contextmanager
+    def ticking(self) -> Iterator[Screen]:
+        """Tick every second in a thread of its own; the end clears the terminal's last line."""
+        ended = threading.Event()
+
+        def run() -> None:
+            while not ended.wait(TICK):
+                self.tick()
+
+        threading.Thread(target=run, daemon=True, name="screen").start()
+        try:
+            yield self
+        finally:
+            ended.set()
+            with self._lock:
+                if self.terminal and self._current is not None:
+                    self.stream.write(CLEAR)
+                    self.stream.flush()
+                self._current = None
+
+    def _draw(self, every: float) -> None:
+        """Show what is under way unless something was shown less than `every` seconds ago."""
+        with self._lock:
+            now = self.now()
+            if self._current is None or now < self._silent_until or now - self._shown_at < every:
+                return
+            label = f"{self.label:<{LABEL}}  " if self.label else ""
+            text = f"  {label}{self._current.text(now)}"
+            if self.terminal:
+                self._shown_at = now
+                self.stream.write(f"{CLEAR}{text[: self._columns() - 1]}\r")
+                self.stream.flush()
+            else:
+                self._print(text)
+
+    def _print(self, line: str) -> None:
+        self._shown_at = self.now()
+        self.stream.write(f"{CLEAR if self.terminal else ''}{line}\n")
+        self.stream.flush()
+
+    def _columns(self) -> int:
+        return os.get_terminal_size(self.stream.fileno()).columns or 80
+
+    def _advanced(self, live: Live) -> None:
+        finished = live.done >= live.total
+        self._draw(0.0 if finished else REDRAW if self.terminal else PLAIN_EVERY)
+
+    def _closed(self, live: Live) -> None:
+        """Leave the last state of a live line standing on a terminal; elsewhere it has been printed."""
+        with self._lock:
+            if self.terminal and live.done > live.first:
+                self._draw(0.0)
+                self.stream.write("\n")
+            self._current = _Phase("finishing", self.now())
+            if self.terminal:
+                self._draw(0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Phase:
+    """Work without a count, and when it began."""
+
+    what: str
+    began: float
+
+    def text(self, now: float) -> str:
+        seconds = now - self.began
+        return f"{self.what}  {clock(seconds)}" if seconds >= 1 else self.what
+
+
+class Live:
+    """A count that grows. `update` may be called as often as one likes: it draws a few times a second at most."""
+
+    def __init__(self, screen: Screen, total: int, unit: str, done: int = 0) -> None:
+        self.screen, self.total, self.unit = screen, total, unit
+        self.first = self.done = done
         self.metrics: dict[str, float | str] = {}
-        self.began = time.monotonic()
-        self.every = 0.2 if self.terminal else plain_every
-        self.drawn = self.began - self.every
+        self.began = self.advanced = screen.now()
 
     def update(self, done: int, **metrics: float | str) -> None:
         """`metrics` are shown by name; a rate is called for example tokens_per_second."""
-        self.done, self.metrics = done, metrics
-        now = time.monotonic()
-        if now - self.drawn >= self.every or done >= self.total:
-            self.drawn = now
-            self._draw(end="\r" if self.terminal else "\n")
+        self.done, self.metrics, self.advanced = done, metrics, self.screen.now()
+        self.screen._advanced(self)
 
     def close(self) -> None:
-        """Leave the last state standing."""
-        if self.terminal and self.done > self.first:
-            self._draw(end="\n")
+        """End the live line; its last state stays."""
+        self.screen._closed(self)
 
-    def line(self) -> str:
-        elapsed = time.monotonic() - self.began
-        share = f"{self.done}/{self.total} {self.unit}"
-        shown = [
+    def text(self, now: float) -> str:
+        shown = [f"{self.done}/{self.total} {self.unit}"]
+        shown += [
             f"{name.replace('_per_second', '/s').replace('_', ' ')} {_number(v)}"
             for name, v in self.metrics.items()
         ]
-        fresh = self.done - self.first
+        fresh, waited = self.done - self.first, now - self.advanced
         if fresh > 0 and self.done < self.total:
-            shown.append(f"ETA {clock(elapsed / fresh * (self.total - self.done))}")
-        return "  ".join([f"{self.label:<12}", share, *shown])
+            seconds = (self.advanced - self.began) / fresh * (self.total - self.done)
+            shown.append(f"ETA {clock(seconds)}")
+        if self.done < self.total and (not fresh or waited >= SLOW):
+            which = "next" if self.done else "first"
+            shown.append(f"{which} under way" + (f" for {clock(waited)}" if waited >= 1 else ""))
+        return "  ".join(shown)
 
-    def _draw(self, end: str) -> None:
-        clear = "\x1b[2K" if self.terminal else ""
-        self.stream.write(f"{clear}  {self.line()}{end}")
-        self.stream.flush()
+
+@contextmanager
+def working(text: str) -> Iterator[Screen]:
+    """For a command whose output is its result: what it does is said on stderr, where it takes its time."""
+    screen = Screen(sys.stderr)
+    with screen.ticking():
+        screen.phase(text, after=PATIENCE)
+        yield screen
 
 
 def clock(seconds: float) -> str:

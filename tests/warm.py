@@ -35,10 +35,10 @@ class Stage:
 
         *_, module, run, stage = command
         assert module == "distill.stages"
-        self._pid = fork(lambda: main(Path(run), stage), env)
+        self.pid = fork(lambda: main(Path(run), stage), env)
 
     def wait(self) -> int:
-        return os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
 def fork(work: Callable[[], int], env: Mapping[str, str]) -> int:

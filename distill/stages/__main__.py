@@ -2,7 +2,7 @@
 
 Reads RUN/resolved.yaml, runs the stage, writes its stage.json. What libraries print goes to the stage's log.txt;
 the terminal belongs to the live line. Exit status: 0 done, 2 a user's error (its text in error.txt), 1 a bug,
-130 interrupted.
+130 or 143 interrupted by SIGINT or SIGTERM. What takes long to import is imported after the first line is out.
 """
 
 from __future__ import annotations
@@ -18,31 +18,34 @@ import time
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import yaml
+from distill import __version__, interrupt
+from distill.errors import UserError
+from distill.progress import Screen
 
-from distill import __version__, recipe
-from distill.recipe import CompareStage
-from distill.records import Cost, UserError
-from distill.stages import card, dtypes, state
-from distill.stages.context import Context, Result
+if TYPE_CHECKING:
+    from distill import recipe
+    from distill.stages.context import Result
 
 
 def main(run: Path, name: str) -> int:
     _die_with_parent()
+    interrupt.receive()
     folder = run / name
     folder.mkdir(parents=True, exist_ok=True)
     error_file = folder / "error.txt"
     error_file.unlink(missing_ok=True)
-    screen = _redirect_output(folder / "log.txt")
+    screen = Screen(_redirect_output(folder / "log.txt"), label=name)
     try:
-        _run(run, name, screen)
+        with screen.ticking():
+            screen.phase("loading the libraries")
+            _run(run, name, screen)
     except UserError as error:
         error_file.write_text(str(error), encoding="utf-8")
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except interrupt.Interrupted as stopped:
+        return stopped.status
     except BaseException as error:
         traceback.print_exc()
         hint = _memory_hint(error)
@@ -51,7 +54,13 @@ def main(run: Path, name: str) -> int:
     return 0
 
 
-def _run(run: Path, name: str, screen: TextIO) -> None:
+def _run(run: Path, name: str, screen: Screen) -> None:
+    import yaml
+
+    from distill import recipe
+    from distill.stages import card, dtypes, state
+    from distill.stages.context import Context
+
     resolved = recipe.validate(
         yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")), "resolved.yaml"
     )
@@ -91,6 +100,8 @@ def _load(kind: str) -> Any:
 
 def stage_config(resolved: recipe.Recipe, name: str) -> recipe.StageConfig:
     """Of a stage, or of one evaluation of a compare stage (`<stage>.<arm>`)."""
+    from distill.recipe import CompareStage
+
     parent, _, arm = name.partition(".")
     config = resolved.stages[parent]
     return config.children()[arm] if arm and isinstance(config, CompareStage) else config
@@ -100,7 +111,7 @@ def _cpu_seconds(before: dict[str, Any]) -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     mine = used.ru_utime + used.ru_stime + children.ru_utime + children.ru_stime
-    return float(before.get("cpu_seconds", Cost().cpu_seconds)) + mine
+    return float(before.get("cpu_seconds", 0.0)) + mine
 
 
 def _redirect_output(log: Path) -> TextIO:

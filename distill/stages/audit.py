@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from distill import engines, models, recipe
-from distill.progress import Live
+from distill.progress import PATIENCE, Screen
 from distill.recipe import EngineConfig, GenerateStage, ModelConfig, ScoreStage
 from distill.records import Array, Completion, Engine, Request, TopK, Traces, UserError
 from distill.stages.sampling import ROOM, package_versions
@@ -84,20 +84,29 @@ class Certificate:
 
 
 def audit(
-    path: Path, num: int, *, model: str | None = None, engine: str | None = None, seed: int = 0
+    path: Path,
+    num: int,
+    *,
+    model: str | None = None,
+    engine: str | None = None,
+    seed: int = 0,
+    screen: Screen | None = None,
 ) -> Certificate:
     """Score `num` random positions again (all, where there are fewer) and keep the certificate beside the traces.
 
     model: a folder, hub id or package:// source; None: what the run's recipe says. engine: by name; None: the one
-    that wrote the traces. Raises UserError where the model cannot be found or has other weights than the traces name.
+    that wrote the traces. screen: shows what is under way; None: one on stdout. Raises UserError where the model cannot
+    be found or has other weights than the traces name.
     """
+    screen = screen or Screen()
     reader = open_traces(path)
     if not path.is_dir():
         raise UserError(f"{path}: audit a folder: the certificate stands beside its manifest.")
     claim = reader.metadata
-    model_dir, config = _model(reader, model)
+    model_dir, config = _model(reader, model, screen)
     if engine is not None and engine != config.fn:
         config = config.model_copy(update={"fn": engine})
+    screen.phase(f"reading the weights of {model_dir.name}", after=PATIENCE)
     found = models.weights_fingerprint(model_dir)
     if found != claim.weights:
         raise UserError(
@@ -107,7 +116,7 @@ def audit(
     chosen = _choose(reader, num, seed)
     # Before the engine's first import of vLLM.
     os.environ.update(engines.environment(config))
-    differences = _differences(reader, chosen, config, model_dir)
+    differences = _differences(reader, chosen, config, model_dir, screen)
     certificate = Certificate(
         positions=len(differences.token),
         traces=len(chosen),
@@ -134,14 +143,14 @@ def audit(
 # ------------------------------------------------------------------------------------------------ the model
 
 
-def _model(reader: TraceReader, model: str | None) -> tuple[Path, EngineConfig]:
+def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path, EngineConfig]:
     """The model's folder, and the engine that wrote the traces as far as it is known."""
     made = _stage(reader)
     config = made[1].engine if made is not None else EngineConfig(fn=reader.metadata.engine)
     if reader.metadata.dtype:
         config = config.model_copy(update={"dtype": reader.metadata.dtype})
     if model is not None:
-        return models.resolve(ModelConfig(source=model)), config
+        return models.resolve(ModelConfig(source=model), screen.phase), config
     if made is None:
         raise UserError(
             f"{reader.path}: does not lie in a run, so nothing says where its model {reader.metadata.model!r} is. Name it "
@@ -151,7 +160,7 @@ def _model(reader: TraceReader, model: str | None) -> tuple[Path, EngineConfig]:
     run = reader.base.parent.parent
     if stage.model in tree.stages:
         return run / stage.model / "model", config
-    return models.resolve(tree.models[stage.model]), config
+    return models.resolve(tree.models[stage.model], screen.phase), config
 
 
 def _stage(reader: TraceReader) -> tuple[recipe.Recipe, GenerateStage | ScoreStage] | None:
@@ -190,17 +199,22 @@ class _Differences:
 
 
 def _differences(
-    reader: TraceReader, chosen: dict[int, Array], config: EngineConfig, model_dir: Path
+    reader: TraceReader,
+    chosen: dict[int, Array],
+    config: EngineConfig,
+    model_dir: Path,
+    screen: Screen,
 ) -> _Differences:
     lengths = reader.lengths()
     longest = max(int(lengths.prompt[n]) + int(p[-1]) + 1 for n, p in chosen.items())
     limit = models.config_of(model_dir).get("max_position_embeddings") or 1 << 60
     top_k = reader.metadata.top_k
     top_k = min(top_k + MARGIN, reader.metadata.vocab_size) if top_k else 0
+    screen.phase(f"starting the {config.fn} engine")
     engine = engines.open_engine(
         config, model_dir, max_model_len=min(limit, -(-longest // ROOM) * ROOM), max_top_k=top_k
     )
-    live = Live("audit", len(chosen), "traces")
+    live = screen.live(len(chosen), "traces")
     found = _Differences([], [], [])
     try:
         for number, (block, n, positions) in enumerate(_rows(reader, chosen), 1):

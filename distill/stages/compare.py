@@ -17,6 +17,7 @@ from distill.stages.points import points_of
 
 
 def run(config: CompareStage, context: Context) -> Result:
+    context.phase("comparing the evaluations")
     check_start(config, context.recipe)
     folders = {
         arm: {seed: context.run / f"{context.name}.{name}" for seed, (name, _) in runs.items()}

@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from distill import machine, models, plug
 from distill.machine import Machine, Width
-from distill.progress import Live
+from distill.progress import Live, Screen
 from distill.recipe import PlugConfig, Recipe
 from distill.records import Cost, Task, UserError, stable_hash
 
@@ -37,7 +37,7 @@ class Context:
     recipe: Recipe
     run: Path
     name: str
-    screen: TextIO
+    screen: Screen
 
     @property
     def folder(self) -> Path:
@@ -50,18 +50,21 @@ class Context:
         return self.recipe.seed if own is None else own
 
     def live(self, total: int, unit: str, done: int = 0) -> Live:
-        return Live(self.name, total, unit, stream=self.screen, done=done)
+        return self.screen.live(total, unit, done)
+
+    def phase(self, text: str) -> None:
+        """Say what begins now and may take seconds; it is under way until the next phase or live line."""
+        self.screen.phase(text)
 
     def say(self, text: str) -> None:
         """A plain line for the user."""
-        self.screen.write(f"  {text}\n")
-        self.screen.flush()
+        self.screen.say(text)
 
     def model_dir(self, reference: str) -> Path:
         """The folder of a model of the recipe, or of the model that a stage made."""
         if reference in self.recipe.stages:
             return self.run / reference / "model"
-        return models.resolve(self.recipe.models[reference])
+        return models.resolve(self.recipe.models[reference], self.phase)
 
     def trusts(self, reference: str) -> bool:
         """Whether the recipe allows a model's own code to run."""

@@ -20,6 +20,7 @@ from distill.traces.selection import select
 def run(config: FilterStage, context: Context) -> Result:
     out = context.folder / "traces"
     shutil.rmtree(out, ignore_errors=True)
+    context.phase("reading and filtering the traces")
     selection = select(
         context.data_path(config.data), out, config.keep, lambda name: held_out(name, context)
     )

@@ -50,13 +50,14 @@ def run(config: GrpoStage, context: Context) -> Result:
             seed=draw_seed(context.seed, context.name, "rollouts"),
             watch=lambda step, rollout: samples(step, lambda: _shown(rollout)),
         )
-        progress = Progress(context, config, ("reward", "length"))
+        length = budget_of(config, context) or loop.Length(config.steps or 0)
+        progress = Progress(context, length, ("reward", "length"))
         tally = loop.train(
             model,
             rollouts.steps,
             objective,
             config,
-            length=budget_of(config, context) or loop.Length(config.steps or 0),
+            length=length,
             vocab_size=len(tokenizer),
             folder=context.folder,
             name=context.name,

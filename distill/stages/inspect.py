@@ -17,7 +17,7 @@ import yaml
 
 from distill import engines, models, recipe
 from distill.files import write_atomic
-from distill.progress import Live
+from distill.progress import Screen
 from distill.recipe import EngineConfig, ModelConfig, Recipe
 from distill.records import Completion, Request, Traces, UserError, stable_hash
 from distill.reports import inspector, tokens
@@ -46,12 +46,14 @@ def write(
     sample: int = 200,
     tokenizer: str | None = None,
     max_bytes: int = inspector.MAX_BYTES,
+    screen: Screen | None = None,
 ) -> tuple[Path, list[str]]:
     """Write the page; returns where it is, and what the user should know.
 
     path: traces (a folder of shards, a selection, a shard), a stage's folder or a run's. out: the file, or a
     folder for `inspect.html` (default: beside the traces). student: a checkpoint's folder, a stage of the run or a
     hub id. sample: at most so many traces, picked by a hash of their ids: a fair draw, and the same every time.
+    screen: shows what is under way; None: one on stdout.
     Raises UserError where there are no traces, or no tokenizer or student that fits them.
     """
     found = find(path)
@@ -62,7 +64,7 @@ def write(
     own = _tokenizer(found, reader.metadata, tokenizer, student)
     scores: Mapping[str, Completion] = {}
     if student is not None:
-        scores = score(blocks, _folder(found, student), reader.metadata)
+        scores = score(blocks, _folder(found, student), reader.metadata, screen or Screen())
     rows = [row for block in blocks for row in inspector.rows_of(block, scores)]
     notes = [f"other traces of this run: {', '.join(found.others)}"] if found.others else []
     page = inspector.Page(
@@ -196,7 +198,9 @@ def _sampled(reader: TraceReader, sample: int) -> TraceReader:
     return reader.where([one in chosen for one in ids])  # type: ignore[arg-type]
 
 
-def score(blocks: Sequence[Traces], folder: Path, metadata: Metadata) -> dict[str, Completion]:
+def score(
+    blocks: Sequence[Traces], folder: Path, metadata: Metadata, screen: Screen
+) -> dict[str, Completion]:
     """The student's log-probabilities of every stored completion, by trace id, teacher-forced.
 
     Raises UserError where its tokenizer is not the one that the ids are of.
@@ -213,10 +217,11 @@ def score(blocks: Sequence[Traces], folder: Path, metadata: Metadata) -> dict[st
     longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in requests)  # type: ignore[arg-type]
     config = EngineConfig(fn="transformers")
     os.environ.update(engines.environment(config))
+    screen.phase("loading the student")
     engine = engines.open_engine(
         config, folder, max_model_len=longest + ROOM, max_top_k=STUDENT_TOP_K
     )
-    live, scores = Live("student", len(requests), "traces"), {}
+    live, scores = screen.live(len(requests), "traces"), {}
     try:
         for completion in engine.score(requests, top_k=STUDENT_TOP_K):
             scores[completion.request_id] = completion

@@ -49,13 +49,14 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             read=read,
             watch=lambda step, groups: samples(step, lambda: _shown(groups)),
         )
-        progress = Progress(context, config, ("loss", "kl_teacher", "correct", "length"))
+        length = budget_of(config, context) or loop.Length(config.steps or 0)
+        progress = Progress(context, length, ("loss", "kl_teacher", "correct", "length"))
         tally = loop.train(
             model,
             source.steps,
             objective,
             config,
-            length=budget_of(config, context) or loop.Length(config.steps or 0),
+            length=length,
             vocab_size=len(tokenizer),
             folder=context.folder,
             teachers=teachers,
@@ -86,7 +87,7 @@ def _teacher_engine(
         return
     (name,) = teachers_of(config.teacher)
     folder = teacher_dir(name, config, context, tokenizer)
-    context.say(f"starting the {config.engine.fn} engine of the teacher")
+    context.phase(f"starting the {config.engine.fn} engine of the teacher")
     engine = engines.open_engine(
         config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_k
     )

@@ -13,9 +13,11 @@ SAVED = "bfloat16"
 def run(config: PruneStage, context: Context) -> Result:
     folder = context.model_dir(config.model)
     trust = context.trusts(config.model)
+    context.phase(f"loading {config.model}")
     model = models.load(folder, dtype=SAVED, trust_remote_code=trust)
     before = model.config.num_hidden_layers
     kept = models.prune_layers(model, config.layers)
+    context.phase("saving the model")
     fingerprint = save_model(
         model, models.load_tokenizer(folder, trust_remote_code=trust), context.folder, SAVED
     )

@@ -102,6 +102,7 @@ def load_teachers(
     teachers = []
     for name, share in teachers_of(config.teacher).items():
         folder = teacher_dir(name, config, context, tokenizer)
+        context.phase(f"loading the teacher {name}")
         model = models.load(folder, dtype=config.dtype, trust_remote_code=context.trusts(name))
         size, shared = None, None
         if is_unlike(config):

@@ -16,6 +16,7 @@ from distill.recipe import PolicyStage
 from distill.records import Array, Task, UserError, draw_seed
 from distill.stages.context import Context
 from distill.stages.sampling import ROOM, completion_text, context_limit
+from distill.stages.trainee import live_steps
 from distill.training import loop
 from distill.training.sampler import Prompt, Sampler
 
@@ -34,9 +35,10 @@ def open_sampler(
     task = context.task(config.task)
     models.check_template(tokenizer, task.template, f"tasks.{config.task}")
     limit = context_limit(config.engine, folder)
+    context.phase(f"reading the task {config.task}")
     pool = PromptPool.of(config, context, task, tokenizer, limit)
     longest = max(len(prompt.ids) for prompt in pool.prompts) + config.sampling.max_tokens
-    context.say(f"starting the {config.engine.fn} engine")
+    context.phase(f"starting the {config.engine.fn} engine")
     engine = engines.open_engine(
         config.engine,
         folder,
@@ -157,9 +159,11 @@ class Samples:
 class Progress:
     """The live line, and one word of warning where engine and trainer disagree."""
 
-    def __init__(self, context: Context, config: PolicyStage, shown: Sequence[str]) -> None:
+    def __init__(
+        self, context: Context, length: loop.Length | loop.Budget, shown: Sequence[str]
+    ) -> None:
         self.context, self.shown = context, shown
-        self.live = context.live(config.steps or 0, "steps")
+        self.live = live_steps(context, length)
         self.warned = False
 
     def __call__(self, step: int, num_steps: int, metrics: dict[str, float]) -> None:

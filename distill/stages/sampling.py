@@ -151,6 +151,7 @@ def sample(
     point: the weights that write, instead of the model's own; those of the end must have written before.
     """
     model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
+    context.phase(f"reading the task {config.task} and the weights of {config.model}")
     tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
     task = context.task(config.task)
     models.check_template(tokenizer, task.template, f"tasks.{config.task}")
@@ -190,9 +191,11 @@ def sample(
                 + config.sampling.max_tokens
             )
             if one.engine is None:
-                context.say(
+                context.phase(
                     f"starting the {config.engine.fn} engine for {len(missing)} completions"
                 )
+            elif point is not None:
+                context.phase(f"loading the weights of {point.name} into the engine")
             engine = one.open(min(limit, -(-longest // ROOM) * ROOM), point)
             _run(
                 config,

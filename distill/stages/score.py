@@ -33,6 +33,7 @@ def run(config: ScoreStage, context: Context) -> Result:
     folder = context.folder / "traces"
     model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
+    context.phase("reading the traces")
     given = open_given(config, context, tokenizer)
     context.say(
         f"the text is by {given.text_from}; "
@@ -139,7 +140,7 @@ def _fill(
         missing = wanted.keys() - writer.done_ids()
         if not missing:
             return
-        context.say(f"starting the {config.engine.fn} engine for {len(missing)} traces")
+        context.phase(f"starting the {config.engine.fn} engine for {len(missing)} traces")
         longest = max(wanted[trace_id].tokens for trace_id in missing)
         model_dir = context.model_dir(config.model)
         limit = context_limit(config.engine, model_dir)

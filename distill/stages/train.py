@@ -16,7 +16,7 @@ from distill.stages.costs import tally_cost, teachers_cost
 from distill.stages.examples import open_source, reader_for
 from distill.stages.points import keep_points
 from distill.stages.resolve import load_teachers, resolve_loss
-from distill.stages.trainee import keep_trainee, load_trainee
+from distill.stages.trainee import keep_trainee, live_steps, load_trainee
 from distill.training import loop
 from distill.training.loop import Step
 from distill.training.packing import Source, pack, steps, steps_per_epoch
@@ -29,6 +29,7 @@ def run(config: TrainStage, context: Context) -> Result:
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     teachers = load_teachers(config, context, tokenizer)
+    context.phase("reading the traces")
     source = open_source(config, context, tokenizer, reader_for(config, context, tokenizer))
     an_epoch = steps_per_epoch(source.num_examples, config.batch_traces)
     length = budget_of(config, context) or loop.Length(
@@ -41,7 +42,7 @@ def run(config: TrainStage, context: Context) -> Result:
         for examples in steps(source, batch_traces=config.batch_traces, start=start):
             yield Step(pack(examples, micro_tokens=config.micro_tokens, normalise=config.normalise))
 
-    live = context.live(length.steps(loop.Tally()), "steps")
+    live = live_steps(context, length)
 
     def show(step: int, num_steps: int, metrics: dict[str, float]) -> None:
         shown = {key: metrics[key] for key in ("loss", "tokens_per_second")}

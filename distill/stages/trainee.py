@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill import models
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
 from distill.records import UserError
 from distill.reports.flops import ModelShape
 from distill.stages.context import Context, save_model
+
+if TYPE_CHECKING:
+    from distill.progress import Live
+    from distill.training.loop import Budget, Length
 
 
 def load_trainee(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Any:
@@ -19,6 +23,7 @@ def load_trainee(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
     """
     where = f"stages.{context.name}"
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
+    context.phase(f"loading {config.model}")
     options = {}
     if config.lora is not None and config.lora.quantised is not None:
         options = _quantisation(config.lora.quantised, config.dtype, where)
@@ -32,12 +37,22 @@ def keep_trainee(
     model: Any, tokenizer: Any, config: TrainStage | GrpoStage | OnPolicyStage, context: Context
 ) -> tuple[str, ModelShape]:
     """Write the trained model, its adapter merged; returns the weights' fingerprint and the model's shape."""
+    context.phase("saving the model")
     if config.lora is not None:
         if config.lora.quantised is not None:
             model = _on_whole_base(model, config, context)
         model = model.merge_and_unload()
     fingerprint = save_model(model, tokenizer, context.folder, config.save_dtype)
     return fingerprint, ModelShape.from_config(models.config_of(context.folder / "model"))
+
+
+def live_steps(context: Context, length: Length | Budget) -> Live:
+    """The live line of a stage's optimiser steps, from the step that its newest checkpoint holds."""
+    from distill.training import checkpoint
+    from distill.training.loop import Tally
+
+    done = checkpoint.newest_step(context.folder / "checkpoints")
+    return context.live(max(length.steps(Tally()), done), "steps", done)
 
 
 def _quantisation(kind: str, dtype: str, where: str) -> dict[str, Any]:

@@ -60,6 +60,12 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def newest_step(folder: Path) -> int:
+    """The step of the newest whole checkpoint; 0 where there is none."""
+    found = newest(folder)
+    return 0 if found is None else int(found.name.removeprefix("step-"))
+
+
 def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors, progress) of a checkpoint; sets the random state to what it was."""
     tensors = load_file(checkpoint / "state.safetensors")

@@ -131,8 +131,8 @@ def train(
 ) -> Tally:
     """Train in place to the end of `length`, from the newest checkpoint in `folder` when there is one.
 
-    Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. show(step, steps there will be, metrics): for steps that are logged;
-    keep: after every step. Raises UserError after config.max_bad_steps steps in a row whose loss or gradient is not
+    Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. show(step, steps there will be, metrics)
+    and keep: after every step. Raises UserError after config.max_bad_steps steps in a row whose loss or gradient is not
     finite.
     """
     accelerator = _accelerator(config, folder, name)
@@ -193,8 +193,8 @@ def train(
                 lines.write(json.dumps({"step": done, **metrics}) + "\n")
                 lines.flush()
                 accelerator.log(metrics, step=done)
-                if show is not None:
-                    show(done, num_steps, metrics)
+            if accelerator.is_main_process and show is not None:
+                show(done, num_steps, metrics)
             due = due or done % config.checkpoint_every == 0 or last
             if accelerator.is_main_process and due and step.resumable:
                 tensors = {**optimizer.state(), **policy.state()}

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 from distill import recipe
+from distill.progress import Screen
 from distill.stages.context import Context
 
 SUMS = {
@@ -30,6 +31,6 @@ def context(run: Path, teachers: dict[str, Path], name: str = "scored", **change
         "tasks": {"sums": SUMS},
         "stages": stages,
     }
-    ctx = Context(recipe=recipe.validate(tree), run=run, name=name, screen=io.StringIO())
+    ctx = Context(recipe=recipe.validate(tree), run=run, name=name, screen=Screen(io.StringIO()))
     ctx.folder.mkdir(parents=True, exist_ok=True)
     return ctx

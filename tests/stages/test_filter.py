@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from distill import pipeline, recipe
+from distill.progress import Screen
 from distill.records import Problem, UserError
 from distill.stages.context import Context, make_task
 from distill.stages.filter import held_out
@@ -37,7 +38,9 @@ def context(run: Path, against: str, *, test: bool = True, tasks: dict | None = 
         "tasks": {"sums": SUMS, **(tasks or {})},
         "stages": stages,
     }
-    return Context(recipe=recipe.validate(tree), run=run, name="clean", screen=io.StringIO())
+    return Context(
+        recipe=recipe.validate(tree), run=run, name="clean", screen=Screen(io.StringIO())
+    )
 
 
 def questions(ctx: Context, split: str, num: int) -> list[Problem]:

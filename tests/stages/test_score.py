@@ -15,6 +15,7 @@ from scored_runs import context
 
 from distill import hub, models, pipeline, recipe
 from distill.engines.transformers import CHUNK, TransformersEngine
+from distill.progress import Screen
 from distill.records import Cost, Request, Template, Traces, UserError
 from distill.reports.ledger import StageCost, arm_cost
 from distill.stages import score, sources, state
@@ -100,7 +101,7 @@ def test_scored_traces_are_the_same_rows_with_the_other_models_numbers(
         notes.text_from(open_traces(ctx.folder / "traces"))
         == f"a (weights {models.weights_fingerprint(tiny_dir)})"
     )
-    assert "its ids as they were sampled" in ctx.screen.getvalue()
+    assert "its ids as they were sampled" in ctx.screen.stream.getvalue()
 
 
 def test_the_writer_scored_again_says_what_it_said_while_it_wrote(tiny_dir, tmp_path, written):
@@ -190,7 +191,9 @@ def test_data_that_changed_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_pa
         assert verify(ctx.folder / "traces").ok
         want = {i: row for i, row in rows_of(whole.folder / "traces").items() if i in wanted}
         _same(want, rows_of(ctx.folder / "traces"))
-    assert "5 traces of an earlier attempt are not asked for any more" in ctx.screen.getvalue()
+    assert (
+        "5 traces of an earlier attempt are not asked for any more" in ctx.screen.stream.getvalue()
+    )
     (former,) = (tmp_path / ".old").iterdir()
     assert set(rows_of(former)) == set(ids)
 
@@ -411,7 +414,7 @@ def test_a_file_of_conversations_is_rendered_and_scored(tiny_dir, other_dir, tok
         "longer than the limit": 1,
     }
     assert result.cost.samples_failed == 4
-    said = ctx.screen.getvalue()
+    said = ctx.screen.stream.getvalue()
     assert "row 3 left out: there is no reply to score" in said
     assert "row 7 left out: not JSON" in said
     assert "1 traces left out: longer than the limit" in said
@@ -507,7 +510,9 @@ def test_verdicts_by_the_tasks_judge_and_its_held_out_problems_left_out(
     tree = ctx.recipe.model_dump(mode="json")
     tree["tasks"]["exam"] = {"fn": "jsonl", "path": str(exam), "held_out": "all"}
     tree["stages"]["scored"] |= {"data": str(rows), "task": "exam"}
-    ctx = Context(recipe=recipe.validate(tree), run=tmp_path, name="scored", screen=io.StringIO())
+    ctx = Context(
+        recipe=recipe.validate(tree), run=tmp_path, name="scored", screen=Screen(io.StringIO())
+    )
     result = run_score(ctx)
     (block,) = open_traces(ctx.folder / "traces").blocks()
     assert block.correct == [True, False, None]

@@ -13,6 +13,7 @@ from project import REFERENCE as ENGINE
 from project import SUMS
 
 from distill import models, recipe
+from distill.progress import Screen
 from distill.records import UserError
 from distill.stages import eval as evaluation
 from distill.stages import generate, train
@@ -27,7 +28,7 @@ def context(
     run: Path, name: str, models_: dict, stages: dict, tasks: dict | None = None
 ) -> Context:
     tree = {"name": "t", "models": models_, "tasks": tasks or {"sums": SUMS}, "stages": stages}
-    return Context(recipe=recipe.validate(tree), run=run, name=name, screen=io.StringIO())
+    return Context(recipe=recipe.validate(tree), run=run, name=name, screen=Screen(io.StringIO()))
 
 
 def generate_stage(**changes) -> dict:
@@ -106,7 +107,7 @@ def test_a_prompt_that_fills_the_context_is_skipped_and_counted(tiny_dir, tmp_pa
     result, ctx = run_generate(tmp_path, tiny_dir, tasks, problems=len(in_train))
     assert result.metrics["prompts_too_long"] == 1
     assert open_traces(ctx.folder / "traces").num_rows == len(in_train) - 1
-    assert "1 prompts skipped" in ctx.screen.getvalue()
+    assert "1 prompts skipped" in ctx.screen.stream.getvalue()
 
 
 def test_too_few_problems_is_an_error_that_says_how_many_there_are(tiny_dir, tmp_path):
@@ -130,7 +131,7 @@ def test_kl_on_another_tokenizer_is_refused_and_sft_on_the_text_works(tiny_dir, 
         run_train(tmp_path, other, loss={"fn": "cross_entropy"})
     result, ctx = run_train(tmp_path, other, loss={"fn": "cross_entropy"}, task="sums")
     assert result.metrics["examples"] == 5
-    assert "in the student's own tokens" in ctx.screen.getvalue()
+    assert "in the student's own tokens" in ctx.screen.stream.getvalue()
 
 
 def test_distributions_of_another_temperature_or_vocabulary_are_refused(tiny_dir, tmp_path):
@@ -185,7 +186,7 @@ def test_bad_lines_are_left_out_by_number_and_the_rest_is_learned(tiny_dir, tmp_
     rows.write_bytes(good.encode() + b'\n\xff\xfe\n{"a": 1}\n' + good.encode() + b"\n")
     result, ctx = run_train(tmp_path, tiny_dir, data=str(rows), loss={"fn": "cross_entropy"})
     assert result.metrics["examples"] == 2
-    said = ctx.screen.getvalue()
+    said = ctx.screen.stream.getvalue()
     assert "line 2 left out" in said
     assert "line 3 left out" in said
     assert "2 traces left out: not usable" in said

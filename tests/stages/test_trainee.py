@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill import models, recipe
+from distill.progress import Screen
 from distill.records import UserError
 from distill.stages.context import Context
 from distill.stages.trainee import keep_trainee, load_trainee
@@ -19,7 +20,9 @@ LIGER = importlib.util.find_spec("liger_kernel") is not None and torch.cuda.is_a
 def context_of(tiny_dir, run, **changes):
     stage = {"kind": "train", "model": "base", "data": "./none", "steps": 1, "dtype": "float32", **changes}  # fmt: skip
     tree = {"name": "t", "models": {"base": str(tiny_dir)}, "stages": {"kl": stage}}
-    context = Context(recipe=recipe.validate(tree), run=run, name="kl", screen=io.StringIO())
+    context = Context(
+        recipe=recipe.validate(tree), run=run, name="kl", screen=Screen(io.StringIO())
+    )
     context.folder.mkdir(parents=True)
     return context, context.recipe.stages["kl"]
 

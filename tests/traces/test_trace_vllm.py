@@ -23,6 +23,7 @@ STAGE = """
     import pandas, torch
     torch.set_num_threads(1)
     from distill import engines, recipe
+    from distill.progress import Screen
     from distill.stages import generate, sampling
     from distill.stages.context import Context
     model, out, num_kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
@@ -48,7 +49,7 @@ STAGE = """
         child = os.fork()
         if child == 0:
             try:
-                generate.run(config, Context(recipe=tree, run=run, name="traces", screen=io.StringIO()))
+                generate.run(config, Context(recipe=tree, run=run, name="traces", screen=Screen(io.StringIO())))
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)

@@ -1,0 +1,25 @@
+"""What an unfinished stage has kept, in words: what running again does not do again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def kept(folder: Path, config: Any) -> str:
+    """For example "the checkpoint of step 10 of 24" or "320 of 640 traces"; empty where there is nothing.
+
+    folder: the stage's. config: its section of the recipe, which says of how many where it can.
+    """
+    steps = sorted(folder.glob("checkpoints/step-*/state.json"))
+    if steps:
+        step = int(steps[-1].parent.name.removeprefix("step-"))
+        total = getattr(config, "steps", None)
+        return f"the checkpoint of step {step}{f' of {total}' if total else ''}"
+    manifests = [json.loads(path.read_bytes()) for path in folder.glob("traces/manifest-*.json")]
+    rows = sum(shard["rows"] for manifest in manifests for shard in manifest["shards"])
+    if not rows:
+        return ""
+    problems, samples = getattr(config, "problems", None), getattr(config, "samples", None)
+    return f"{rows}{f' of {problems * samples}' if problems and samples else ''} traces"
