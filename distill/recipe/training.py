@@ -36,7 +36,10 @@ class OptimStage(StageConfig):
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0)
     dtype: Dtype = Field("auto", description=f"of the computation; {AUTO_DTYPE}")
-    save_dtype: SavedDtype = Field("bfloat16", description="of the weights that the stage writes")
+    save_dtype: SavedDtype | None = Field(
+        None,
+        description="of the weights that the stage writes; None = dtype where that is said, else bfloat16",
+    )
     lora: LoraConfig | None = None
     micro_tokens: PositiveInt = execution(2048, description="tokens packed into one forward pass")
     gradient_checkpointing: bool = execution(False)
@@ -59,6 +62,11 @@ class OptimStage(StageConfig):
     max_bad_steps: PositiveInt = execution(
         5, description="steps in a row with a loss or gradient that is not finite"
     )
+
+    @property
+    def saved_in(self) -> SavedDtype:
+        """The dtype of the weights that the stage writes."""
+        return self.save_dtype or ("bfloat16" if self.dtype == "auto" else self.dtype)
 
     @pydantic.model_validator(mode="after")
     def _whole_points(self) -> OptimStage:

@@ -16,9 +16,8 @@ from distill.stages.context import Context
 def settle(config: Any, context: Context) -> Any:
     """The stage's config with a dtype in place of every "auto"; says which and why, and writes both to stage.json."""
     if isinstance(config, OptimStage):
-        config = config.model_copy(
-            update={"dtype": _settled("dtype", config.dtype, "training", config, context)}
-        )
+        dtype = _settled("dtype", config.dtype, "training", config, context)
+        config = config.model_copy(update={"save_dtype": config.saved_in, "dtype": dtype})
     engine = getattr(config, "engine", None)
     if isinstance(engine, EngineConfig) and config.kind != "compare":
         wish = "float32" if engine.fn == "reference" else engine.dtype

@@ -63,7 +63,7 @@ def keep_points(
     import torch
     from safetensors.torch import save_file
 
-    saved_in = getattr(torch, config.save_dtype)
+    saved_in = getattr(torch, config.saved_in)
 
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
 

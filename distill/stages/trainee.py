@@ -42,7 +42,7 @@ def keep_trainee(
         if config.lora.quantised is not None:
             model = _on_whole_base(model, config, context)
         model = model.merge_and_unload()
-    fingerprint = save_model(model, tokenizer, context.folder, config.save_dtype)
+    fingerprint = save_model(model, tokenizer, context.folder, config.saved_in)
     return fingerprint, ModelShape.from_config(models.config_of(context.folder / "model"))
 
 
