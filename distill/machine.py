@@ -275,11 +275,15 @@ def measured(widths: Iterable[Width], cache: Path) -> Machine:
     return fresh
 
 
-def of_run(run: Path, widths: Iterable[Width], cache: Path) -> Machine:
-    """This machine as the run's environment.json has it; measured, and added there, where it is another or lacks a width."""
+def of_run(run: Path, widths: Iterable[Width], cache: Path, *, here: bool = True) -> Machine:
+    """The machine as the run's environment.json has it; measured, and added there, where it lacks a width.
+
+    here: measure also where environment.json has another machine than this one. A stage leaves that to its parent, which
+    has looked already: the stage's own environment has other settings.
+    """
     file, wanted = run / "environment.json", list(widths)
     tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if tree.get("machine", {}).get("key") == key():
+    if "machine" in tree and (not here or tree["machine"]["key"] == key()):
         known = Machine.from_json(tree["machine"])
         if all(name_of(width) in known.rates for width in wanted):
             return known

@@ -83,7 +83,8 @@ class Context:
 
     def machine(self, width: Width) -> Machine:
         """This machine as the run's environment.json has it; measured now where it lacks the width."""
-        return machine.of_run(self.run, [width], models.cache_home() / "machine")
+        cache = models.cache_home() / "machine"
+        return machine.of_run(self.run, [width], cache, here=False)
 
     def task(self, reference: str) -> Task:
         return make_task(reference, self.recipe.tasks[reference])
