@@ -11,6 +11,7 @@ A half-done stage goes on where it stood.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ from distill import __version__, hub, interrupt, machine, plug
 from distill.files import write_atomic
 from distill.machine import Machine, cores, processor
 from distill.models import PACKAGE, cache_home, package_file
-from distill.progress import clock, working
+from distill.progress import working
 from distill.recipe import (
     CompareStage,
     Config,
@@ -240,8 +241,15 @@ class Runner:
                 self._refuse_early(wanted)
                 predictions = self._predictions()
             self._write_recipe()
-            for number, node in enumerate(wanted, 1):
-                self._do_one(node, f"[{number}/{len(wanted)}]", predictions.get(node.name, {}))
+            numbered = [(node, f"[{n}/{len(wanted)}]") for n, node in enumerate(wanted, 1)]
+            for _, together in itertools.groupby(numbered, lambda pair: _process(pair[0])):
+                doing = [
+                    node
+                    for node, label in together
+                    if self._prepare(node, label, predictions.get(node.name, {}))
+                ]
+                if doing:
+                    self._spawn(doing)
 
     def _predictions(self) -> dict[str, dict[str, float]]:
         from distill.stages import plan
@@ -278,13 +286,14 @@ class Runner:
             json.dumps({**environment(), "machine": asdict(self._machine())}, indent=1),
         )
 
-    def _do_one(self, node: Node, label: str, predicted: dict[str, float]) -> None:
+    def _prepare(self, node: Node, label: str, predicted: dict[str, float]) -> bool:
+        """Write down what a node is to be done with; whether there is anything to do."""
         with working(f"checking what {node.name} reads"):
             decision = decide(node, self.recipe, self.run, self.redo)
         folder = self.run / node.name
         if decision.action == "skip":
             print(f"{label} {node.name}: done already")
-            return
+            return False
         if decision.action == "redo":
             self._put_away(node.name)
         why = f" ({decision.action}: {decision.why})" if decision.why else ""
@@ -299,11 +308,9 @@ class Runner:
         standing.config, standing.inputs = node.config.model_dump(mode="json"), inputs
         standing.status, standing.predicted = "running", predicted
         standing.attempts += 1
-        standing.began = time.time()
+        standing.began = 0.0  # its process writes when its turn comes
         state.write(folder, standing)
-        began = time.monotonic()
-        self._spawn(node)
-        print(f"    {node.name} took {clock(time.monotonic() - began)}", flush=True)
+        return True
 
     def _put_away(self, name: str) -> None:
         """Keep what a stage made before it is done again."""
@@ -313,9 +320,10 @@ class Runner:
         shutil.move(self.run / name, attic / f"{name}-{number}")
         print(f"    the former {name} is kept in {attic / f'{name}-{number}'}")
 
-    def _spawn(self, node: Node) -> None:
-        command = [sys.executable, "-m", "distill.stages", str(self.run), node.name]
-        env = {**os.environ, **self._environment(node)}
+    def _spawn(self, nodes: list[Node]) -> None:
+        names = [node.name for node in nodes]
+        command = [sys.executable, "-m", "distill.stages", str(self.run), *names]
+        env = {**os.environ, **self._environment(nodes[0])}
         process = None
         try:
             with interrupt.held_back():
@@ -324,12 +332,12 @@ class Runner:
         except KeyboardInterrupt as stopped:
             if process is not None:
                 interrupt.end(process)
-            self._fail(node)
+            node = self._fail(nodes)
             number = getattr(stopped, "number", signal.SIGINT)
             raise interrupt.Interrupted(number, self._kept(node)) from None
         if status == 0:
             return
-        self._fail(node)
+        node = self._fail(nodes)
         message_file = self.run / node.name / "error.txt"
         message = message_file.read_text(encoding="utf-8") if message_file.is_file() else ""
         log = self.run / node.name / "log.txt"
@@ -351,12 +359,17 @@ class Runner:
         found = kept(self.run / node.name, node.config)
         return f"in {node.name}{', which keeps ' if found else ''}{found}"
 
-    def _fail(self, node: Node) -> None:
-        standing = state.read(self.run / node.name)
-        if standing is not None and standing.status == "running":
-            standing.status = "failed"
-            standing.seconds += time.time() - standing.began
-            state.write(self.run / node.name, standing)
+    def _fail(self, nodes: list[Node]) -> Node:
+        """Write down that the nodes which a process did not finish failed; the one that it was at."""
+        unfinished = []
+        for node in nodes:
+            standing = state.read(self.run / node.name)
+            if standing is not None and standing.status == "running":
+                unfinished.append(node)
+                standing.status = "failed"
+                standing.seconds += time.time() - standing.began if standing.began else 0.0
+                state.write(self.run / node.name, standing)
+        return unfinished[0] if unfinished else nodes[-1]
 
     def _environment(self, node: Node) -> dict[str, str]:
         # Threads that spin at the end of each parallel region cost a few percent less on an idle machine, and make
@@ -368,6 +381,11 @@ class Runner:
 
             mine |= engines.environment(node.config.engine)
         return mine
+
+
+def _process(node: Node) -> str:
+    """Nodes with the same one, next to each other, share a process: the evaluations of a comparison share its engine."""
+    return node.stage if node.kind == "eval" else node.name
 
 
 class StageError(Exception):

@@ -33,9 +33,9 @@ class Stage:
     def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
         from distill.stages.__main__ import main
 
-        *_, module, run, stage = command
+        _, _, module, run, *stages = command
         assert module == "distill.stages"
-        self.pid = fork(lambda: main(Path(run), stage), env)
+        self.pid = fork(lambda: main(Path(run), *stages), env)
 
     def wait(self) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])

@@ -1,6 +1,7 @@
-"""`python -m distill.stages RUN STAGE`: the process of one stage.
+"""`python -m distill.stages RUN STAGE [STAGE ...]`: the process of one stage, or of a comparison's evaluations one after another.
 
-Reads RUN/resolved.yaml, runs the stage, writes its stage.json. What libraries print goes to the stage's log.txt;
+Reads RUN/resolved.yaml, runs the stage, writes its stage.json. Evaluations in one process share its engine, which is given
+each model's weights. The first stage that fails ends the process. What libraries print goes to the stage's log.txt;
 the terminal belongs to the live line. Exit status: 0 done, 2 a user's error (its text in error.txt), 1 a bug,
 130 or 143 interrupted by SIGINT or SIGTERM. What takes long to import is imported after the first line is out.
 """
@@ -18,29 +19,40 @@ import time
 import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from distill import __version__, interrupt
 from distill.errors import UserError
-from distill.progress import Screen
+from distill.progress import Screen, clock
 
 if TYPE_CHECKING:
     from distill import recipe
     from distill.stages.context import Result
+    from distill.stages.engine import OneEngine
 
 
-def main(run: Path, name: str) -> int:
+def main(run: Path, *names: str) -> int:
     _die_with_parent()
     interrupt.receive()
-    folder = run / name
-    folder.mkdir(parents=True, exist_ok=True)
-    error_file = folder / "error.txt"
+    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
+    engines: list[OneEngine] = []
+    for name in names:
+        (run / name).mkdir(parents=True, exist_ok=True)
+        _redirect_output(run / name / "log.txt")
+        status = _guarded(run, name, Screen(terminal, label=name), engines, last=name == names[-1])
+        if status:
+            return status
+    return 0
+
+
+def _guarded(run: Path, name: str, screen: Screen, engines: list[OneEngine], *, last: bool) -> int:
+    """Run one stage; its exit status, with the reason in error.txt. engines: the process's one, once there is one."""
+    error_file = run / name / "error.txt"
     error_file.unlink(missing_ok=True)
-    screen = Screen(_redirect_output(folder / "log.txt"), label=name)
     try:
         with screen.ticking():
             screen.phase("loading the libraries")
-            _run(run, name, screen)
+            _run(run, name, screen, engines, last)
     except UserError as error:
         error_file.write_text(str(error), encoding="utf-8")
         return 2
@@ -54,12 +66,13 @@ def main(run: Path, name: str) -> int:
     return 0
 
 
-def _run(run: Path, name: str, screen: Screen) -> None:
+def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: bool) -> None:
     import yaml
 
     from distill import recipe
     from distill.stages import card, dtypes, state
     from distill.stages.context import Context
+    from distill.stages.engine import OneEngine
 
     resolved = recipe.validate(
         yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")), "resolved.yaml"
@@ -67,22 +80,34 @@ def _run(run: Path, name: str, screen: Screen) -> None:
     config = stage_config(resolved, name)
     standing = state.read(run / name)
     assert standing is not None, "the pipeline writes stage.json before it starts a stage"
-    context = Context(recipe=resolved, run=run, name=name, screen=screen)
-    began = time.monotonic()
+    if not engines:
+        engines.append(OneEngine())
+    (engine,) = engines
+    context = Context(recipe=resolved, run=run, name=name, screen=screen, engine=engine)
+    began, cpu_before = time.monotonic(), _cpu_seconds()
+    standing.began = time.time()
+    state.write(run / name, standing)
     config = dtypes.settle(config, context)
     result: Result = _load(standing.kind).run(config, context)
+    if last:
+        engine.close()
     standing.decided = (state.read(run / name) or standing).decided
     standing.seconds += time.monotonic() - began
     standing.status = "done"
     standing.fingerprint = result.fingerprint
     standing.cost = asdict(
-        replace(result.cost, wall_seconds=standing.seconds, cpu_seconds=_cpu_seconds(standing.cost))
+        replace(
+            result.cost,
+            wall_seconds=standing.seconds,
+            cpu_seconds=standing.cost.get("cpu_seconds", 0.0) + _cpu_seconds() - cpu_before,
+        )
     )
     standing.teacher_cost = asdict(result.teacher_cost)
     standing.metrics = dict(result.metrics)
     standing.version = __version__
     state.write(run / name, standing)
     card.write(resolved, run, name)
+    screen.say(f"  {name} took {clock(time.monotonic() - began)}")
 
 
 def _load(kind: str) -> Any:
@@ -107,22 +132,20 @@ def stage_config(resolved: recipe.Recipe, name: str) -> recipe.StageConfig:
     return config.children()[arm] if arm and isinstance(config, CompareStage) else config
 
 
-def _cpu_seconds(before: dict[str, Any]) -> float:
+def _cpu_seconds() -> float:
+    """Of this process and its ended children so far."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
-    mine = used.ru_utime + used.ru_stime + children.ru_utime + children.ru_stime
-    return float(before.get("cpu_seconds", 0.0)) + mine
+    return used.ru_utime + used.ru_stime + children.ru_utime + children.ru_stime
 
 
-def _redirect_output(log: Path) -> TextIO:
-    """Send stdout and stderr, of C code too, to the log; returns the terminal (or whatever stdout was)."""
-    screen = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
+def _redirect_output(log: Path) -> None:
+    """Send stdout and stderr, of C code too, to the log."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    return screen
 
 
 def _die_with_parent() -> None:
@@ -144,4 +167,4 @@ def _memory_hint(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -13,6 +13,7 @@ from distill.machine import Machine, Width
 from distill.progress import Live, Screen
 from distill.recipe import PlugConfig, Recipe
 from distill.records import Cost, Task, UserError, stable_hash
+from distill.stages.engine import OneEngine
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -31,13 +32,15 @@ class Result:
 class Context:
     """One stage of one run.
 
-    folder: the stage's own, kept between attempts, so that what is there is not done again.
+    folder: the stage's own, kept between attempts, so that what is there is not done again. engine: of the process, which
+    stages after this one may use as well.
     """
 
     recipe: Recipe
     run: Path
     name: str
     screen: Screen
+    engine: OneEngine = field(default_factory=OneEngine)
 
     @property
     def folder(self) -> Path:

@@ -14,7 +14,7 @@ from distill.reports.arms import ArmResults, score, score_seeds
 from distill.reports.schema import CheckpointRow
 from distill.stages.context import Context, Result
 from distill.stages.points import FOLDER, Point, points_of
-from distill.stages.sampling import one_engine, sample
+from distill.stages.sampling import sample
 from distill.traces.reader import content_fingerprint, open_traces
 
 COLUMNS = (
@@ -35,11 +35,10 @@ def run(config: EvalStage, context: Context) -> Result:
     folder = context.folder / "traces"
     points = points_of(context.run / config.model) if config.points else []
     fewer = config.model_copy(update={"problems": min(config.points, config.problems)})
-    with one_engine(config, context) as one:
-        counts, cost, _ = sample(config, context, folder, "held_out", one)
-        for point in points:
-            beside = context.folder / FOLDER / point.name
-            cost += sample(fewer, context, beside, "held_out", one, point)[1]
+    counts, cost, _ = sample(config, context, folder, "held_out")
+    for point in points:
+        beside = context.folder / FOLDER / point.name
+        cost += sample(fewer, context, beside, "held_out", point)[1]
     same = context.task(config.task).same_answer
     metrics = score(read_results(folder), config.pass_at, same, seed=context.recipe.seed)
     metrics["points"] = checkpoints([context.folder], [points])

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from distill.recipe import GenerateStage
 from distill.stages.context import Context, Result
-from distill.stages.sampling import one_engine, sample
+from distill.stages.sampling import sample
 from distill.traces.reader import content_fingerprint
 from distill.traces.stats import stats
 
 
 def run(config: GenerateStage, context: Context) -> Result:
     folder = context.folder / "traces"
-    with one_engine(config, context) as one:
-        counts, cost, _ = sample(config, context, folder, "train", one)
+    counts, cost, _ = sample(config, context, folder, "train")
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
     metrics = {**held.as_dict(), "prompts_too_long": counts.prompts_too_long}

@@ -12,14 +12,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill import engines, models
+from distill import models
 from distill.recipe import EngineConfig, EvalStage, GenerateStage
 from distill.records import (
     JUDGES,
@@ -102,48 +101,11 @@ class Rows:
         )
 
 
-@dataclass(slots=True)
-class OneEngine:
-    """The engine of a stage, started when it is first needed, on the stage's model; it may then be given others' weights."""
-
-    config: EngineConfig
-    model_dir: Path
-    max_top_k: int
-    engine: Any = None
-    holds: str = ""
-
-    def open(self, max_model_len: int, point: Point | None) -> Any:
-        """The engine, holding a point's weights or the model's own. A later opening may not need a longer context."""
-        if self.engine is None:
-            self.engine = engines.open_engine(
-                self.config, self.model_dir, max_model_len=max_model_len, max_top_k=self.max_top_k
-            )
-        if point is not None and self.holds != point.name:
-            self.engine.sync(point.weights(), version=point.step)
-            self.holds = point.name
-        return self.engine
-
-    def close(self) -> None:
-        if self.engine is not None:
-            self.engine.close()
-
-
-@contextmanager
-def one_engine(config: GenerateStage | EvalStage, context: Context) -> Iterator[OneEngine]:
-    top_k = config.top_k if isinstance(config, GenerateStage) else 0
-    one = OneEngine(config.engine, context.model_dir(config.model), top_k)
-    try:
-        yield one
-    finally:
-        one.close()
-
-
 def sample(
     config: GenerateStage | EvalStage,
     context: Context,
     folder: Path,
     split: Split,
-    one: OneEngine,
     point: Point | None = None,
 ) -> tuple[Counts, Cost, list[str]]:
     """Fill `folder` with every trace the stage wants; returns counts, cost and the wanted ids, in problem order.
@@ -190,13 +152,16 @@ def sample(
                 max(len(wanted[trace_id].prompt_ids) for trace_id in missing)
                 + config.sampling.max_tokens
             )
-            if one.engine is None:
+            length = min(limit, -(-longest // ROOM) * ROOM)
+            if not context.engine.serves(config.engine, model_dir, top_k, length):
                 context.phase(
                     f"starting the {config.engine.fn} engine for {len(missing)} completions"
                 )
             elif point is not None:
                 context.phase(f"loading the weights of {point.name} into the engine")
-            engine = one.open(min(limit, -(-longest // ROOM) * ROOM), point)
+            engine = context.engine.open(
+                config.engine, model_dir, max_model_len=length, max_top_k=top_k, point=point
+            )
             _run(
                 config,
                 context,
