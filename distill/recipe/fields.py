@@ -18,7 +18,7 @@ Role = Literal["identity", "growth", "execution"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*(@\d+)?$")]
 """A stage, or its copy for one training seed (`kl@2`)."""
-Dtype = Literal["bfloat16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float32"]
 
 
 def _distinct(seeds: list[int]) -> list[int]:
@@ -91,7 +91,7 @@ class EngineConfig(Config):
     """Which engine runs a model, and how much of the machine it may take."""
 
     fn: str = "vllm"
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
     max_model_len: PositiveInt | None = Field(
         None, description="tokens; None = what the stage needs"
     )

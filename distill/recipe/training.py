@@ -33,7 +33,7 @@ class OptimStage(StageConfig):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0)
-    dtype: Dtype = "bfloat16"
+    dtype: Dtype = "auto"
     lora: LoraConfig | None = None
     micro_tokens: PositiveInt = execution(2048, description="tokens packed into one forward pass")
     gradient_checkpointing: bool = execution(False)
