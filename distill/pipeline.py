@@ -222,15 +222,24 @@ class Runner:
         with lock:
             wanted = list(wanted)
             self._refuse_early(wanted)
-            predictions = self._predictions()
+            predictions = self._predictions(wanted)
             self._write_recipe()
             for number, node in enumerate(wanted, 1):
                 self._do_one(node, f"[{number}/{len(wanted)}]", predictions.get(node.name, {}))
 
-    def _predictions(self) -> dict[str, dict[str, float]]:
-        from distill.stages import plan
+    def _predictions(self, wanted: list[Node]) -> dict[str, dict[str, float]]:
+        """What every node will cost. Says so where it takes long; refuses what this machine's memory cannot hold."""
+        from distill.stages import advice, plan
 
-        return {row.name: row.amounts for row in plan.predict(self.recipe)}
+        machine = plan.measured(self.recipe)
+        rows = plan.predict(self.recipe, machine)
+        standing = {node.name: state.read(self.run / node.name) for node in wanted}
+        due = {name for name, stage in standing.items() if stage is None or stage.status != "done"}
+        ahead = [row for row in rows if row.name in due]
+        advice.refuse(ahead, machine)
+        for line in (*advice.memory_lines(ahead, machine), *advice.short_lines(ahead)):
+            print(line, flush=True)
+        return {row.name: row.amounts for row in rows}
 
     def _refuse_early(self, wanted: list[Node]) -> None:
         """Everything is decided before anything is written or moved, so that a refusal changes nothing."""

@@ -68,7 +68,7 @@ def _run(run: Path, name: str, screen: TextIO) -> None:
         replace(result.cost, wall_seconds=standing.seconds, cpu_seconds=_cpu_seconds(standing.cost))
     )
     standing.teacher_cost = asdict(result.teacher_cost)
-    standing.metrics = dict(result.metrics)
+    standing.metrics = {**result.metrics, "peak_memory": _peak_memory()}
     standing.version = __version__
     state.write(run / name, standing)
     card.write(resolved, run, name)
@@ -99,6 +99,15 @@ def _cpu_seconds(before: dict[str, Any]) -> float:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     mine = used.ru_utime + used.ru_stime + children.ru_utime + children.ru_stime
     return float(before.get("cpu_seconds", Cost().cpu_seconds)) + mine
+
+
+def _peak_memory() -> int:
+    """Bytes that this process held at most: of the GPU where one was used, else of the machine's memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _redirect_output(log: Path) -> TextIO:
