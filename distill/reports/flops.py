@@ -247,6 +247,7 @@ def train_memory(
     frozen_params: float = 0.0,
     checkpointing: bool = False,
     head_rows: int = 512,
+    on_cpu: bool = True,
 ) -> Memory:
     """Training with AdamW: a parameter takes 20 bytes in bfloat16 and 16 in float32 while gradients are there.
 
@@ -282,7 +283,7 @@ def train_memory(
         activations=micro_tokens * kept,
         head=(4.0 + (size if size == 2 else 0)) * rows * shape.vocab
         + 8.0 * micro_tokens * shape.hidden,
-        process=PROCESS_BYTES,
+        process=PROCESS_BYTES if on_cpu else 0.0,
     )
 
 
@@ -313,7 +314,7 @@ def generate_memory(
         weights=float(size * shape.params_total),
         head=head + 4.0 * LOGIT_COPIES * shape.vocab * rows,
         cache=cache,
-        process=PROCESS_BYTES + ENGINE_BYTES.get(engine, 0.0),
+        process=PROCESS_BYTES + ENGINE_BYTES.get(engine, 0.0) if on_cpu else 0.0,
     )
 
 

@@ -7,20 +7,16 @@ Lengths are guessed from a few of the task's own problems and from the texts the
 from __future__ import annotations
 
 import importlib.util
-import itertools
-import json
 import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from distill import gguf, jsonl, plug
 from distill import machine as machines
+from distill import plug
 from distill.machine import Choice, Dtype, Machine
-from distill.models import PACKAGE, cache_home, config_of, package_file
+from distill.models import cache_home
 from distill.recipe import (
     CompareStage,
     EngineConfig,
@@ -28,7 +24,6 @@ from distill.recipe import (
     FilterStage,
     GenerateStage,
     GrpoStage,
-    ModelConfig,
     OnPolicyStage,
     OptimStage,
     PolicyStage,
@@ -40,21 +35,15 @@ from distill.recipe import (
     order,
     teachers_of,
 )
-from distill.records import SHORT, Task, UserError
+from distill.records import SHORT, UserError
 from distill.reports import estimate, flops
 from distill.reports.flops import Memory, ModelShape
-from distill.stages.context import find_data, make_task
-from distill.stages.sources import is_hub_id, is_traces, open_rows
+from distill.stages.known import Known, model_shape, rows_of, stored
 
-CHAT_TOKENS = 12
-"""Tokens that a chat template puts around a system message and a question."""
 KEPT_BY_CORRECT = 0.7
 """Guess at the share of traces that a `correct` filter keeps."""
 ENTRIES = 1.2
 """Guess at the candidates kept a position at mass .98, for a teacher that is mostly sure."""
-SAMPLE = 16
-ASSUMED_ROWS = (1000.0, 200.0, 2000.0)
-"""Traces, and tokens of a prompt and a reply, of a hub dataset that is not looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,57 +75,6 @@ class Row:
     parts: tuple[Part, ...] = ()
 
 
-@dataclass(slots=True)
-class _Known:
-    """What is known of the recipe's models, data and tasks while its stages are gone through in order."""
-
-    recipe: Recipe
-    shapes: dict[str, ModelShape] = field(default_factory=dict)
-    replies: dict[str, float] = field(default_factory=dict)
-    traces: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    tasks: dict[str, tuple[Task, float]] = field(default_factory=dict)
-    spent: dict[str, float] = field(default_factory=dict)
-    points: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def budget(self, config: TrainStage | PolicyStage) -> float:
-        """The FLOPs that a stage's budget leaves it (see stages.budget)."""
-        assert config.budget is not None, "a length is given in steps, epochs or by a budget"
-        allowed = config.budget.times * self.spent[config.budget.flops_of]
-        return max(allowed - self.spent.get(config.model, 0.0), 0.0)
-
-    def task(self, name: str) -> tuple[Task, float]:
-        """The task, and the mean tokens of its prompts."""
-        if name not in self.tasks:
-            task = make_task(name, self.recipe.tasks[name])
-            self.tasks[name] = task, self._prompt_tokens(name, task)
-        return self.tasks[name]
-
-    def _prompt_tokens(self, name: str, task: Task) -> float:
-        extra = count_tokens(task.template.system or "") + CHAT_TOKENS
-        for split in ("train", "held_out"):
-            try:
-                problems = list(
-                    itertools.islice(task.problems(split, SAMPLE, self.recipe.seed), SAMPLE)
-                )
-            except UserError as error:
-                reason = str(error)
-                continue
-            return extra + sum(count_tokens(p.messages[-1]["content"]) for p in problems) / len(
-                problems
-            )
-        self.notes.append(f"tasks.{name} unverified: {reason}")
-        return extra + 100.0
-
-    def shape(self, name: str) -> ModelShape:
-        if name not in self.shapes:
-            shape, note = model_shape(self.recipe.models[name])
-            self.shapes[name] = shape
-            if note:
-                self.notes.append(f"models.{name} {note}")
-        return self.shapes[name]
-
-
 def measured(recipe: Recipe) -> Machine:
     """This machine, measured at the width of every model of the recipe whose sizes can be looked up."""
     shapes = [model_shape(model)[0] for model in recipe.models.values()]
@@ -150,13 +88,13 @@ def predict(recipe: Recipe, machine: Machine | None = None) -> list[Row]:
     Raises UserError for what is wrong in a way that can be told now.
     """
     machine = machine or measured(recipe)
-    known = _Known(recipe)
+    known = Known(recipe)
     rows: list[Row] = []
     for name in order(recipe):
         config = recipe.stages[name]
         before = len(known.notes)
         if isinstance(config, PruneStage):
-            row = _prune(name, config, known)
+            row = _prune(name, config, known, machine)
         elif isinstance(config, GenerateStage | EvalStage):
             row = _sampling(name, config, known, machine)
         elif isinstance(config, ScoreStage):
@@ -242,7 +180,7 @@ def _engine_memory(
     )
 
 
-def _prune(name: str, config: PruneStage, known: _Known) -> Row:
+def _prune(name: str, config: PruneStage, known: Known, machine: Machine) -> Row:
     shape = known.shape(config.model)
     if config.layers > shape.layers:
         raise UserError(
@@ -254,16 +192,17 @@ def _prune(name: str, config: PruneStage, known: _Known) -> Row:
     amounts = _amounts(
         seconds=estimate.predict_prune_seconds(known.shapes[name]), memory=held.total
     )
-    return Row(name, "prune", amounts, least=held.least)
+    # It works in the machine's memory, which is not what `machine.memory` says where there is a GPU.
+    return Row(name, "prune", amounts, least=held.least if machine.device == "cpu" else 0.0)
 
 
-def _reply(config: GenerateStage | EvalStage | PolicyStage, known: _Known) -> float:
+def _reply(config: GenerateStage | EvalStage | PolicyStage, known: Known) -> float:
     """Tokens of a completion: as many as what the model learned from has, or a part of what it may write."""
     learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
     return min(learned, config.sampling.max_tokens)
 
 
-def _sampling(name: str, config: GenerateStage | EvalStage, known: _Known, machine: Machine) -> Row:
+def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machine: Machine) -> Row:
     shape, (_, prompt) = known.shape(config.model), known.task(config.task)
     reply = _reply(config, known)
     folders = [config.problems * config.samples]
@@ -307,9 +246,9 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: _Known, machi
     return Row(name, config.kind, amounts, least=memory.least, parts=(part,))
 
 
-def _score(name: str, config: ScoreStage, known: _Known, machine: Machine) -> Row:
+def _score(name: str, config: ScoreStage, known: Known, machine: Machine) -> Row:
     shape = known.shape(config.model)
-    rows, prompt, reply = known.traces.get(config.data) or _rows_of(config, config.data, known)
+    rows, prompt, reply = known.traces.get(config.data) or rows_of(config, config.data, known)
     known.traces[name] = rows, prompt, reply
     tokens = rows * (prompt + reply)
     total = flops.forward_flops(shape, tokens, (prompt + reply + 1) / 2, rows * reply)
@@ -341,8 +280,8 @@ def _points(config: TrainStage | PolicyStage, num_steps: float) -> int:
     return int((num_steps - 1) // config.points_every) if config.points_every else 0
 
 
-def _filter(name: str, config: FilterStage, known: _Known) -> Row:
-    rows, prompt, reply = known.traces.get(config.data) or _stored(config.data)
+def _filter(name: str, config: FilterStage, known: Known) -> Row:
+    rows, prompt, reply = known.traces.get(config.data) or stored(config.data)
     kept = rows * KEPT_BY_CORRECT if any(f.fn == "correct" for f in config.keep) else rows
     known.traces[name] = (kept, prompt, reply)
     return Row(name, "filter", _amounts(seconds=estimate.predict_filter_seconds(int(rows))))
@@ -392,7 +331,7 @@ class _Training:
             for shape, taught, tokens in read
         )
 
-    def memory(self, dtype: Dtype) -> Memory:
+    def memory(self, dtype: Dtype, machine: Machine) -> Memory:
         lora = self.config.lora
         frozen = sum(shape.params_total for shape, _ in self.taught)
         if self.reference and lora is None:
@@ -405,14 +344,15 @@ class _Training:
             quantised=None if lora is None else lora.quantised,
             frozen_params=frozen,
             checkpointing=self.config.gradient_checkpointing,
+            on_cpu=machine.device == "cpu",
         )
 
 
-def _train(name: str, config: TrainStage, known: _Known, machine: Machine) -> Row:
+def _train(name: str, config: TrainStage, known: Known, machine: Machine) -> Row:
     shape = known.shape(config.model)
     # Of several sets that hold the same traces, the one with fewest is the most there can be in common.
     rows, prompt, reply = min(
-        known.traces.get(data) or _rows_of(config, data, known) for data in data_of(config.data)
+        known.traces.get(data) or rows_of(config, data, known) for data in data_of(config.data)
     )
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
 
@@ -446,7 +386,7 @@ def _train(name: str, config: TrainStage, known: _Known, machine: Machine) -> Ro
         config, shape, total, tokens, num_steps, a_step * (prompt + reply), taught=taught
     )
     part = training.part(machine)
-    memory = training.memory(part.choice.dtype)
+    memory = training.memory(part.choice.dtype, machine)
     amounts = _amounts(
         tokens=tokens,
         flops=total + sum(each for _, each in taught),
@@ -456,7 +396,7 @@ def _train(name: str, config: TrainStage, known: _Known, machine: Machine) -> Ro
     return Row(name, config.kind, amounts, least=memory.least, parts=(part,))
 
 
-def _policy(name: str, config: PolicyStage, known: _Known, machine: Machine) -> Row:
+def _policy(name: str, config: PolicyStage, known: Known, machine: Machine) -> Row:
     """Its own sampling and its training; every group is taken to have something to learn from."""
     from distill.stages.resolve import resolve_objective
 
@@ -531,9 +471,12 @@ def _policy(name: str, config: PolicyStage, known: _Known, machine: Machine) -> 
         shape, config.engine, writing.choice.dtype, prompt + config.sampling.max_tokens, machine
     )
     # The engine's process is the trainer's.
-    memory = training.memory(learning.choice.dtype) + replace(
-        held, process=held.process - flops.PROCESS_BYTES
+    memory = training.memory(learning.choice.dtype, machine) + replace(
+        held, process=max(0.0, held.process - flops.PROCESS_BYTES)
     )
+    if isinstance(config, OnPolicyStage) and config.scoring == "engine":
+        # Teachers that read in engines of their own have their caches there; their weights are counted.
+        memory += Memory(cache=len(teachers) * held.cache)
     known.shapes[name], known.replies[name] = shape, reply
     amounts = _amounts(
         tokens=sampled * (prompt + reply) + training.tokens,
@@ -543,104 +486,6 @@ def _policy(name: str, config: PolicyStage, known: _Known, machine: Machine) -> 
     )
     kind = "grpo" if isinstance(config, GrpoStage) else "on_policy"
     return Row(name, kind, amounts, least=memory.least, parts=(learning, writing))
-
-
-def _rows_of(
-    config: TrainStage | ScoreStage, data: str, known: _Known
-) -> tuple[float, float, float]:
-    """(rows, prompt tokens, reply tokens) of a file or dataset, from its first rows; of a folder of shards, exactly."""
-    path = find_data(data)
-    if path is None and isinstance(config, ScoreStage) and is_hub_id(data):
-        known.notes.append(f"data {data!r} unverified: {ASSUMED_ROWS[0]} traces are assumed")
-        return ASSUMED_ROWS
-    if path is None:
-        raise UserError(f"data: {data!r} does not exist (looked in {Path.cwd()}).")
-    if is_traces(path) or not (isinstance(config, ScoreStage) or path.suffix == ".jsonl"):
-        return _stored(data)
-    source = open_rows(data, config.split if isinstance(config, ScoreStage) else "", "data")
-    replies, prompts = [], []
-    rejected: list[int] = []
-    for _, row in itertools.islice(source.rows(lambda line, _: rejected.append(line)), 200):
-        try:
-            messages, reply = jsonl.conversation(row)
-        except ValueError:
-            continue
-        prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
-        replies.append(count_tokens(reply or "") + 1)
-    if not replies:
-        raise UserError(f"data: {data!r} holds no usable row.")
-    extra = count_tokens(known.task(config.task)[0].template.system or "") if config.task else 0
-    return source.count(), extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
-
-
-def _stored(reference: str) -> tuple[float, float, float]:
-    from distill.traces.reader import open_traces
-
-    lengths = open_traces(Path(reference).expanduser()).lengths()
-    rows = max(len(lengths.prompt), 1)
-    return rows, float(lengths.prompt.sum()) / rows, float(lengths.completion.sum()) / rows
-
-
-def count_tokens(text: str) -> float:
-    """Roughly, without a tokenizer: a token for every digit and sign, 1.2 for a word (numbers and code are not prose)."""
-    words = len(re.findall(r"[^\W\d_]+", text))
-    others = len(re.findall(r"\d|[^\w\s]|_", text))
-    return 1.2 * words + 0.9 * others
-
-
-def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
-    """A model's sizes, and a note where they are only assumed."""
-    if model.source.startswith(PACKAGE):
-        return _gguf_shape(package_file(model.source)[1]), ""
-    folder = Path(model.source).expanduser()
-    if folder.is_dir():
-        return ModelShape.from_config(config_of(folder)), ""
-    cached = _cached_config(model)
-    if cached is not None:
-        return ModelShape.from_config(cached), ""
-    if model.params is None:
-        return ModelShape.from_params(1e9), (
-            f"unverified: {model.source!r} is not in the local cache; say its `params` for a better estimate "
-            "(one billion is assumed)"
-        )
-    return ModelShape.from_params(
-        model.params
-    ), f"unverified: {model.source!r} is not in the local cache"
-
-
-def _cached_config(model: ModelConfig) -> dict[str, Any] | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
-    except HFValidationError:
-        raise UserError(
-            f"model {model.source!r} is neither a folder nor a valid hub id (owner/name)."
-        ) from None
-    return json.loads(Path(found).read_text(encoding="utf-8")) if isinstance(found, str) else None
-
-
-def _gguf_shape(path: Path) -> ModelShape:
-    values, tensors = gguf.header(path)
-    architecture = values["general.architecture"]
-
-    def size(key: str) -> int | None:
-        return values.get(f"{architecture}.{key}")
-
-    vocab = size("vocab_size") or values["tokenizer.ggml.tokens"]
-    shape = ModelShape.from_config(
-        {
-            "num_hidden_layers": size("block_count"),
-            "hidden_size": size("embedding_length"),
-            "intermediate_size": size("feed_forward_length"),
-            "num_attention_heads": size("attention.head_count"),
-            "num_key_value_heads": size("attention.head_count_kv"),
-            "vocab_size": vocab,
-            "model_type": architecture,
-        }
-    )
-    return replace(shape, tied="output.weight" not in tensors)
 
 
 def check_plugs(recipe: Recipe) -> None:

