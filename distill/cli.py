@@ -154,16 +154,18 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
 
     from distill import pipeline, progress
     from distill.reports.wording import duration, scaled
-    from distill.stages import plan
+    from distill.stages import advice, plan
 
     with progress.working("checking the recipe"):
         plan.check_plugs(resolved)
-        rows = plan.predict(resolved)
+        machine = plan.measured(resolved)
+        rows = plan.predict(resolved, machine)
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "kind", "", "tokens", "bytes", "FLOPs", "memory", "time"):
         table.add_column(column, justify="left" if column in ("stage", "kind", "") else "right")
     by_name = {node.name: node for node in pipeline.nodes(resolved)}
     total: dict[str, float] = {}
+    ahead = []
     for row in rows:
         decision = pipeline.decide(by_name[row.name], resolved, folder, redo)
         cells = [
@@ -171,6 +173,8 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
             for key in ("tokens", "bytes", "flops", "memory")
         ]
         word = {"skip": "done", "run": ""}.get(decision.action, decision.action)
+        if decision.action != "skip":
+            ahead.append(row)
         table.add_row(row.name, row.kind, word, *cells, duration(row.amounts["seconds"]))
         for key, value in row.amounts.items():
             total[key] = (
@@ -181,6 +185,13 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
     Console().print(table)
     for note in (note for row in rows for note in row.notes):
         typer.echo(note)
+    for line in advice.machine_lines(rows, machine):
+        typer.echo(line)
+    for line in advice.memory_lines(ahead, machine):
+        typer.echo(line)
+    for line in advice.long_lines(resolved, ahead, machine):
+        typer.echo(line)
+    advice.refuse(ahead, machine)
 
 
 @app.command("ls")

@@ -229,15 +229,23 @@ def _best(works: Mapping[Dtype, Callable[[], object]], device: str) -> dict[Dtyp
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
+    """Seconds that the work takes with nothing else running.
+
+    On a CPU: the main thread's CPU time, or that of all threads over the cores where it is more. The threads wait passively for
+    one another, so wall time on a busy machine can be several times as long while CPU time stays the same.
+    """
     import torch
 
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device == "cuda":
+        start = time.perf_counter()
+        work()
         torch.cuda.synchronize()
-    return max(time.perf_counter() - start, 1e-9)
+        return max(time.perf_counter() - start, 1e-9)
+    mine, everybody = time.thread_time(), time.process_time()
+    work()
+    mine, everybody = time.thread_time() - mine, time.process_time() - everybody
+    return max(mine, everybody / torch.get_num_threads(), 1e-9)
 
 
 # ------------------------------------------------------------------------------------------ measured once

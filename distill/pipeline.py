@@ -20,10 +20,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 import yaml
@@ -49,6 +49,9 @@ from distill.records import UserError, stable_hash
 from distill.stages import state
 from distill.stages.context import find_data, fingerprint_of
 from distill.stages.kept import kept
+
+if TYPE_CHECKING:
+    from distill.stages.plan import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +242,9 @@ class Runner:
             wanted = list(wanted)
             with working("checking the recipe"):
                 self._refuse_early(wanted)
-                predictions = self._predictions()
+                rows = self._predictions()
+            self._weigh(wanted, rows)
+            predictions = {row.name: row.amounts for row in rows}
             self._write_recipe()
             numbered = [(node, f"[{n}/{len(wanted)}]") for n, node in enumerate(wanted, 1)]
             for _, together in itertools.groupby(numbered, lambda pair: _process(pair[0])):
@@ -251,10 +256,22 @@ class Runner:
                 if doing:
                     self._spawn(doing)
 
-    def _predictions(self) -> dict[str, dict[str, float]]:
+    def _predictions(self) -> list[Row]:
+        """What every node will cost."""
         from distill.stages import plan
 
-        return {row.name: row.amounts for row in plan.predict(self.recipe)}
+        return plan.predict(self.recipe, self._machine())
+
+    def _weigh(self, wanted: list[Node], rows: Sequence[Row]) -> None:
+        """Say where what is due takes long; refuse what this machine's memory cannot hold."""
+        from distill.stages import advice
+
+        standing = {node.name: state.read(self.run / node.name) for node in wanted}
+        due = {name for name, stage in standing.items() if stage is None or stage.status != "done"}
+        ahead, here = [row for row in rows if row.name in due], self._machine()
+        advice.refuse(ahead, here)
+        for line in (*advice.memory_lines(ahead, here), *advice.short_lines(ahead)):
+            print(line, flush=True)
 
     def _machine(self) -> Machine:
         """Measured once a run, unless it goes on elsewhere."""

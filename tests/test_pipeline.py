@@ -16,6 +16,7 @@ import torch
 from project import REFERENCE, SUMS, Project
 
 from distill import models, pipeline, recipe
+from distill.machine import memory_bytes
 from distill.records import UserError
 from distill.stages import state
 
@@ -104,6 +105,8 @@ def test_the_report_holds_every_arm_with_its_interval_and_cost(finished):
     for name in ("traces", "kl", "verdict.kl"):
         assert measured[name]["predicted"]["tokens"] > 0
         assert measured[name]["cost"]["flops"] > 0
+        # A process with torch in it, and less than the machine has.
+        assert 1e8 < measured[name]["metrics"]["peak_memory"] < memory_bytes()
 
 
 def test_traces_hold_what_the_engine_saw_and_the_student_trains_on_it(finished):

@@ -340,11 +340,19 @@ def prediction_table(report: RunReport) -> Table:
             scaled(guess["tokens"]) if guess["tokens"] else "–",
             scaled(took["tokens"]) if guess["tokens"] else "–",
             *(_ratio(guess[key], took[key]) for key in ("tokens", "flops", "bytes")),
+            *_memory_cells(guess, took),
         ]
         for name, guess, took in pairs
     ]
     header = ["stage", "predicted", "time", "×", "predicted", "tokens", "×", "FLOPs ×", "bytes ×"]
-    return Table(header, rows, "lrrrrrrrr")
+    return Table([*header, "predicted", "memory", "×"], rows, "lrrrrrrrrrrr")
+
+
+def _memory_cells(guess: Amounts, took: Amounts) -> list[str]:
+    expected, peak = guess.get("memory", 0.0), took.get("memory", 0.0)
+    if not expected or not peak:
+        return ["–", "–", "–"]
+    return [scaled(expected, "B"), scaled(peak, "B"), _ratio(expected, peak)]
 
 
 def _ratio(guess: float, took: float) -> str:
@@ -357,6 +365,7 @@ def _total(amounts: Sequence[Amounts]) -> Amounts:
         "bytes": sum(one["bytes"] for one in amounts),
         "flops": sum(one["flops"] for one in amounts),
         "seconds": sum(one["seconds"] for one in amounts),
+        "memory": max((one.get("memory", 0.0) for one in amounts), default=0.0),
     }
 
 

@@ -1,42 +1,58 @@
-"""How long work will take: this machine's speed, measured in under a second, and counts turned into seconds.
+"""How long work will take: counts turned into seconds, on a measured `Machine`.
 
-Comes in: token counts, FLOPs (`flops`) and a `Machine`. Goes out: seconds and bytes. The constants below
-describe one two-core CPU machine and carry over to others only through the measured speeds: an estimate is
-meant to be right within a factor of two, and every report prints it beside what was measured.
-Left out on purpose: measuring accelerators (no torch here); a caller that has one builds its `Machine`.
+Comes in: token counts, FLOPs (`flops`) and a `Machine` (`distill.machine`). Goes out: seconds with nothing else running, and bytes.
+
+Seconds are those of matrix products at the measured rate of their dtype, and of the rest, which does not become faster with
+them: a term a token for elementwise work, one a parameter for the optimiser and files, one a step for Python. The constants were
+fitted to SmolLM2-135M on two cores, in bfloat16 where that is fast and in float32 where it is not; tests/bench/bench_predictions.py
+measures them again. Estimates are meant to be right within a factor of two, and every report prints them beside what was
+measured. The elementwise work of a GPU is counted as memory traffic and has not been measured.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-import numpy as np
+from distill.machine import Dtype, Machine, Rates
+from distill.reports.flops import BYTES, ModelShape, generate_flops
 
-from distill.reports.flops import ModelShape, generate_flops
-
-Dtype = Literal["bfloat16", "float32"]
-
-PROCESS_START = 12.0
+PROCESS_START = 5.0
 """Seconds for a stage's own process to import torch and transformers and to load a small model."""
-ENGINE_START = {"vllm": 20.0, "transformers": 4.0, "reference": 1.0}
+ENGINE_START = {"vllm": 8.0, "transformers": 1.0, "reference": 1.0}
 """Seconds from a loaded process to an engine's first token (import, weights, cache, warm-up)."""
-LIGHT_START = 3.0
+LIGHT_START = 1.5
 """Seconds for a stage that loads no model."""
-TRAIN_EFFICIENCY = 0.45
-"""Share of the matmul rate that a packed forward and backward pass reaches."""
-PREFILL_EFFICIENCY = 0.35
-DECODE_EFFICIENCY = 0.12
-"""Share of the matmul rate in decoding: matmuls of a few dozen rows."""
-DECODE_STEP_OVERHEAD = 0.008
-"""Seconds a decoding step spends outside the model: scheduling, sampling, collecting log-probabilities."""
+FILE_RATE = 0.6e9
+"""Bytes/s at which weights and optimiser state are serialised, written and hashed."""
+
+TRAIN_EFFICIENCY = 0.95
+"""Share of the measured product rates that the products of a packed forward and backward pass reach."""
+TRAIN_ELEMENTS = 2000.0
+"""Elementwise work of training, in float32 product FLOPs a token, layer and unit of width (hidden + intermediate)."""
+LORA_ELEMENTS = 1.6
+"""Times as much elementwise work where adapters are trained."""
+ACCUMULATE_BYTES = 18
+"""Bytes moved a parameter and micro-batch: a bf16 gradient read and added to the fp32 sum, in fresh memory."""
 OPTIMISER_BYTES = 36
 """Bytes moved a parameter and optimiser step: fp32 weight, two moments and gradient read and written, bf16 copy."""
+STREAMING = 0.35
+"""Share of the measured bandwidth that passes over the whole model reach."""
+STATE_BYTES = 12
+"""Bytes of a checkpoint a trained parameter: fp32 weight and two moments."""
+
+PREFILL_EFFICIENCY = 0.9
+DECODE_EFFICIENCY = 0.9
+"""Share of the measured rates in prefill and scoring, and in decoding: matmuls of a few dozen rows."""
+FORWARD_ELEMENTS = 600.0
+"""Elementwise work of a forward pass, as TRAIN_ELEMENTS."""
+DECODE_STEP_OVERHEAD = {"vllm": 0.02, "transformers": 0.05}
+"""Seconds a decoding step spends outside the model: scheduling, sampling, the calls of thirty layers."""
+TOKEN_SECONDS = 2e-9
+"""Seconds a generated token and id of the vocabulary: logits turned into probabilities, the sampler's passes."""
+SYNC_BYTES = 4
+"""Bytes moved a parameter when a policy's weights are handed to its engine."""
+GPU_ELEMENT_BYTES = 60.0
+"""On a GPU: bytes of memory traffic a token, layer and unit of width in training; a third of it forward. Not measured."""
 VERIFY_SECONDS = 0.002
 """A rule-based verdict on one completion."""
 SHARD_BYTES = 8000
@@ -50,83 +66,52 @@ CAPTURED_BYTES = 1.4
 ENTRY_BYTES = 2.0
 """Bytes of one kept candidate: its id and log-probability. 0.8 where a model is sure and repeats itself, 2.6 where not."""
 
-BF16_FACTORS = {"amx_bf16": 4.0, "avx512_bf16": 1.5, "": 0.6}
-"""bf16 matmul rate over fp32's, by the CPU's flag; without either, bf16 is emulated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What decides how long work takes here.
-
-    matmul_flops: fp32 matmul rate, FLOP/s, with all threads. bf16_factor: bf16's rate over it. bandwidth:
-    memory, bytes/s. memory: bytes.
-    """
-
-    device: str
-    cores: int
-    matmul_flops: float
-    bf16_factor: float
-    bandwidth: float
-    memory: float
-
-    def rate(self, dtype: Dtype) -> float:
-        """Matmul FLOP/s in a dtype."""
-        return self.matmul_flops * (self.bf16_factor if dtype == "bfloat16" else 1.0)
-
-
-def calibrate(size: int = 1024, repeats: int = 4) -> Machine:
-    """Measure this machine's CPU: the best of a few fp32 matmuls and memory copies, well under a second."""
-    rng = np.random.default_rng(0)
-    a, b = (rng.random((size, size), np.float32) for _ in range(2))
-    source = np.ones(32 << 20, np.uint8)
-    target = np.empty_like(source)
-
-    def best(work: Callable[..., object], *args: object) -> float:
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work(*args)
-            times.append(time.perf_counter() - start)
-        return max(min(times), 1e-9)
-
-    return Machine(
-        device="cpu",
-        cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
-        matmul_flops=2.0 * size**3 / best(np.matmul, a, b),
-        bf16_factor=bf16_factor(_cpu_flags()),
-        bandwidth=2.0 * source.nbytes / best(np.copyto, target, source),
-        memory=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-    )
-
-
-def bf16_factor(flags: set[str]) -> float:
-    """bf16's matmul rate over fp32's on a CPU with these flags."""
-    return next(factor for flag, factor in BF16_FACTORS.items() if not flag or flag in flags)
-
-
-def _cpu_flags() -> set[str]:
-    """Flags of the first CPU; empty where the system does not list them."""
-    listing = Path("/proc/cpuinfo")
-    if not listing.is_file():
-        return set()
-    for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.partition(":")[2].split())
-    return set()
-
 
 # ------------------------------------------------------------------------------------------------ seconds
 
 
-def predict_train_seconds(
-    shape: ModelShape, flops: float, steps: int, machine: Machine, dtype: Dtype = "bfloat16"
+def rates(shape: ModelShape, machine: Machine, dtype: Dtype) -> Rates:
+    """Of a dtype at a model's width; the slowest known where the machine lacks the dtype."""
+    known = machine.at((shape.hidden, shape.intermediate))
+    return known.get(dtype) or min(known.values(), key=lambda each: each.training)
+
+
+def _elements_seconds(
+    shape: ModelShape, tokens: float, machine: Machine, flops_each: float
 ) -> float:
-    """A train stage: its process, `flops` (as `train_flops` counts them) and `steps` optimiser steps."""
-    passes = flops / (machine.rate(dtype) * TRAIN_EFFICIENCY)
-    optimiser = steps * OPTIMISER_BYTES * shape.params_total / machine.bandwidth
-    return PROCESS_START + passes + optimiser
+    """The work that is no matrix product: norms, rotary embeddings, activations, residuals, casts, Python's calls."""
+    units = tokens * shape.layers * (shape.hidden + shape.intermediate)
+    if machine.device == "cuda":
+        share = flops_each / TRAIN_ELEMENTS
+        return units * share * GPU_ELEMENT_BYTES / machine.bandwidth
+    return units * flops_each / rates(shape, machine, "float32").training
+
+
+def predict_train_seconds(
+    shape: ModelShape,
+    flops: float,
+    tokens: float,
+    steps: int,
+    machine: Machine,
+    dtype: Dtype = "bfloat16",
+    *,
+    micro_batches: int = 1,
+    trained: float | None = None,
+    checkpoints: int = 1,
+) -> float:
+    """A train stage: its process, `flops` (as `train_flops` counts them) over `tokens`, `steps` optimiser steps, its files.
+
+    micro_batches: forward and backward passes a step. trained: parameters with a gradient (None: all; LoRA: the adapters).
+    """
+    lora = trained is not None
+    trained = float(shape.params_total) if trained is None else trained
+    products = flops / (rates(shape, machine, dtype).training * TRAIN_EFFICIENCY)
+    each = TRAIN_ELEMENTS * (LORA_ELEMENTS if lora else 1.0)
+    elements = _elements_seconds(shape, tokens, machine, each)
+    moved = OPTIMISER_BYTES + ACCUMULATE_BYTES * micro_batches
+    optimiser = steps * moved * trained / (machine.bandwidth * STREAMING)
+    written = checkpoints * STATE_BYTES * trained + 2.0 * shape.params_total
+    return PROCESS_START + products + elements + optimiser + written / FILE_RATE
 
 
 def predict_generate_seconds(
@@ -145,37 +130,111 @@ def predict_generate_seconds(
 
     A decoding step yields one token of each sequence that runs; it cannot be quicker than reading the weights.
     """
-    start = PROCESS_START + ENGINE_START.get(engine, ENGINE_START["vllm"])
+    start = PROCESS_START + engine_start(engine)
     if sequences <= 0:
         return start
+    return start + sampling_seconds(
+        shape,
+        sequences,
+        prompt_tokens,
+        new_tokens,
+        machine,
+        batch_size=batch_size,
+        dtype=dtype,
+        engine=engine,
+        verify_seconds=verify_seconds,
+    )
+
+
+def engine_start(engine: str) -> float:
+    return ENGINE_START.get(engine, ENGINE_START["vllm"])
+
+
+def sampling_seconds(
+    shape: ModelShape,
+    sequences: float,
+    prompt_tokens: float,
+    new_tokens: float,
+    machine: Machine,
+    *,
+    batch_size: int,
+    dtype: Dtype,
+    engine: str,
+    verify_seconds: float = VERIFY_SECONDS,
+) -> float:
+    """Prefill, decoding and verdicts by an engine that runs already."""
+    rate = rates(shape, machine, dtype)
     decode_flops = generate_flops(shape, prompt_tokens, new_tokens, sequences)
     prefill_flops = 2.0 * shape.params_body * prompt_tokens
     width = min(batch_size, sequences)
     decode_steps = math.ceil(new_tokens / width)
-    weights = shape.params_total * (2 if dtype == "bfloat16" else 4)
-    arithmetic = (decode_flops - prefill_flops) / (machine.rate(dtype) * DECODE_EFFICIENCY)
+    weights = shape.params_total * BYTES[dtype]
+    arithmetic = (decode_flops - prefill_flops) / (rate.decode * DECODE_EFFICIENCY)
     decode = max(arithmetic, decode_steps * weights / machine.bandwidth)
-    prefill = prefill_flops / (machine.rate(dtype) * PREFILL_EFFICIENCY)
-    return (
-        start + prefill + decode + decode_steps * DECODE_STEP_OVERHEAD + sequences * verify_seconds
+    prefill = prefill_flops / (rate.forward * PREFILL_EFFICIENCY)
+    elements = _elements_seconds(shape, prompt_tokens + new_tokens, machine, FORWARD_ELEMENTS)
+    logits = 0.0 if machine.device == "cuda" else new_tokens * shape.vocab * TOKEN_SECONDS
+    overhead = DECODE_STEP_OVERHEAD.get(engine, DECODE_STEP_OVERHEAD["vllm"])
+    verdicts = sequences * verify_seconds
+    return prefill + decode + elements + logits + decode_steps * overhead + verdicts
+
+
+def predict_rollouts_seconds(
+    shape: ModelShape,
+    rollouts: float,
+    sequences: float,
+    prompt: float,
+    reply: float,
+    machine: Machine,
+    *,
+    batch_size: int,
+    dtype: Dtype,
+    engine: str,
+) -> float:
+    """The engine of a stage that trains on what it writes: its start, and for each of `rollouts` its `sequences` completions and
+    the new weights. prompt, reply: tokens of each."""
+    each = sampling_seconds(
+        shape,
+        sequences,
+        sequences * prompt,
+        sequences * reply,
+        machine,
+        batch_size=batch_size,
+        dtype=dtype,
+        engine=engine,
     )
+    sync = SYNC_BYTES * shape.params_total / (machine.bandwidth * STREAMING)
+    return engine_start(engine) + rollouts * (each + sync)
+
+
+def forward_seconds(
+    shape: ModelShape, flops: float, tokens: float, machine: Machine, dtype: Dtype
+) -> float:
+    """A forward pass in the trainer: of a teacher, a reference, the policy of the rollout."""
+    products = flops / (rates(shape, machine, dtype).forward * TRAIN_EFFICIENCY)
+    return products + _elements_seconds(shape, tokens, machine, FORWARD_ELEMENTS)
 
 
 def predict_score_seconds(
     shape: ModelShape,
     flops: float,
+    tokens: float,
+    scored: float,
     machine: Machine,
     dtype: Dtype = "bfloat16",
     engine: str = "vllm",
 ) -> float:
-    """A score stage: process, engine start and one forward pass of `flops` (as `forward_flops` counts them)."""
-    start = PROCESS_START + ENGINE_START.get(engine, ENGINE_START["vllm"])
-    return start + flops / (machine.rate(dtype) * PREFILL_EFFICIENCY)
+    """A score stage: process, engine start and one forward pass of `flops` (as `forward_flops` counts them) over `tokens`, of
+    which `scored` have their logits read."""
+    products = flops / (rates(shape, machine, dtype).forward * PREFILL_EFFICIENCY)
+    elements = _elements_seconds(shape, tokens, machine, FORWARD_ELEMENTS)
+    logits = 0.0 if machine.device == "cuda" else scored * shape.vocab * TOKEN_SECONDS
+    return PROCESS_START + engine_start(engine) + products + elements + logits
 
 
-def predict_prune_seconds(shape: ModelShape, machine: Machine) -> float:
-    """Read a model and write it: its weights pass memory a few times."""
-    return PROCESS_START + 4 * 2.0 * shape.params_total / machine.bandwidth
+def predict_prune_seconds(shape: ModelShape) -> float:
+    """Read a model and write it, in bfloat16."""
+    return PROCESS_START + 2.0 * shape.params_total / FILE_RATE
 
 
 def predict_filter_seconds(traces: int, seconds_a_trace: float = 1e-3) -> float:

@@ -25,12 +25,13 @@ class IntervalRow(TypedDict):
 
 
 class Amounts(TypedDict):
-    """What `check` predicts of a stage, and what is measured beside it."""
+    """What `check` predicts of a stage, and what is measured beside it. memory: bytes at the peak; absent where not measured."""
 
     tokens: float
     bytes: float
     flops: float
     seconds: float
+    memory: NotRequired[float]
 
 
 class StageRow(TypedDict):
@@ -211,9 +212,12 @@ def measured(stage: StageRow) -> Amounts:
     """What a stage took, in the units of its prediction."""
     cost = stage["cost"]
     kinds = ("tokens_trained", "tokens_scored", "tokens_generated", "tokens_prompt")
-    return {
+    found: Amounts = {
         "tokens": sum(cost.get(kind, 0) for kind in kinds),
         "bytes": cost.get("bytes_written", 0),
         "flops": cost.get("flops", 0),
         "seconds": stage["seconds"],
     }
+    if peak := stage.get("metrics", {}).get("peak_memory"):
+        found["memory"] = float(peak)
+    return found

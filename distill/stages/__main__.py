@@ -103,7 +103,7 @@ def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: b
         )
     )
     standing.teacher_cost = asdict(result.teacher_cost)
-    standing.metrics = dict(result.metrics)
+    standing.metrics = {**result.metrics, "peak_memory": _peak_memory()}
     standing.version = __version__
     state.write(run / name, standing)
     card.write(resolved, run, name)
@@ -137,6 +137,15 @@ def _cpu_seconds() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _peak_memory() -> int:
+    """Bytes that this process held at most: of the GPU where one was used, else of the machine's memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _redirect_output(log: Path) -> None:

@@ -89,7 +89,8 @@ def _stage_row(name: str, standing: state.State | None, recipe: Recipe, run: Pat
         row["dtype"] = standing.dtypes
     if standing.predicted:
         row["predicted"] = {
-            key: standing.predicted[key] for key in ("tokens", "bytes", "flops", "seconds")
+            key: standing.predicted[key]
+            for key in ("tokens", "bytes", "flops", "seconds", "memory")
         }  # type: ignore[typeddict-item]
     lines = run / name / "metrics.jsonl"
     if lines.is_file():

@@ -6,25 +6,26 @@ Lengths are guessed from a few of the task's own problems and from the texts the
 
 from __future__ import annotations
 
-import itertools
-import json
-import re
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
-from distill import gguf, jsonl, plug
 from distill import machine as machines
-from distill.machine import Machine, Width
-from distill.models import PACKAGE, cache_home, config_of, package_file
+from distill import plug
+from distill.machine import Choice, Dtype, Machine, Width
+from distill.models import cache_home
 from distill.recipe import (
     CompareStage,
+    EngineConfig,
     EvalStage,
     FilterStage,
     GenerateStage,
     GrpoStage,
-    ModelConfig,
     OnPolicyStage,
+    OptimStage,
     PolicyStage,
     PruneStage,
     Recipe,
@@ -34,21 +35,31 @@ from distill.recipe import (
     order,
     teachers_of,
 )
-from distill.records import SHORT, Task, UserError
+from distill.records import SHORT, UserError
 from distill.reports import estimate, flops
-from distill.reports.flops import ModelShape
-from distill.stages.context import find_data, make_task
-from distill.stages.sources import is_hub_id, is_traces, open_rows
+from distill.reports.flops import Memory, ModelShape
+from distill.stages.known import Known, model_shape, rows_of, stored
 
-CHAT_TOKENS = 12
-"""Tokens that a chat template puts around a system message and a question."""
 KEPT_BY_CORRECT = 0.7
 """Guess at the share of traces that a `correct` filter keeps."""
 ENTRIES = 1.2
 """Guess at the candidates kept a position at mass .98, for a teacher that is mostly sure."""
-SAMPLE = 16
-ASSUMED_ROWS = (1000.0, 200.0, 2000.0)
-"""Traces, and tokens of a prompt and a reply, of a hub dataset that is not looked up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A trainer or an engine of a node: the dtype that it runs in, why, and its seconds.
+
+    slower: seconds that the dtype of the recipe's choice costs over dtype: auto. engine: its name, and by_vllm: the seconds that
+    vLLM would take where the engine is transformers and vLLM is missing or not asked for.
+    """
+
+    purpose: Literal["training", "engine"]
+    choice: Choice
+    seconds: float
+    slower: float = 0.0
+    engine: str = ""
+    by_vllm: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,57 +70,9 @@ class Row:
     kind: str
     amounts: dict[str, float]
     notes: tuple[str, ...] = ()
-
-
-@dataclass(slots=True)
-class _Known:
-    """What is known of the recipe's models, data and tasks while its stages are gone through in order."""
-
-    recipe: Recipe
-    shapes: dict[str, ModelShape] = field(default_factory=dict)
-    replies: dict[str, float] = field(default_factory=dict)
-    traces: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-    tasks: dict[str, tuple[Task, float]] = field(default_factory=dict)
-    spent: dict[str, float] = field(default_factory=dict)
-    points: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def budget(self, config: TrainStage | PolicyStage) -> float:
-        """The FLOPs that a stage's budget leaves it (see stages.budget)."""
-        assert config.budget is not None, "a length is given in steps, epochs or by a budget"
-        allowed = config.budget.times * self.spent[config.budget.flops_of]
-        return max(allowed - self.spent.get(config.model, 0.0), 0.0)
-
-    def task(self, name: str) -> tuple[Task, float]:
-        """The task, and the mean tokens of its prompts."""
-        if name not in self.tasks:
-            task = make_task(name, self.recipe.tasks[name])
-            self.tasks[name] = task, self._prompt_tokens(name, task)
-        return self.tasks[name]
-
-    def _prompt_tokens(self, name: str, task: Task) -> float:
-        extra = count_tokens(task.template.system or "") + CHAT_TOKENS
-        for split in ("train", "held_out"):
-            try:
-                problems = list(
-                    itertools.islice(task.problems(split, SAMPLE, self.recipe.seed), SAMPLE)
-                )
-            except UserError as error:
-                reason = str(error)
-                continue
-            return extra + sum(count_tokens(p.messages[-1]["content"]) for p in problems) / len(
-                problems
-            )
-        self.notes.append(f"tasks.{name} unverified: {reason}")
-        return extra + 100.0
-
-    def shape(self, name: str) -> ModelShape:
-        if name not in self.shapes:
-            shape, note = model_shape(self.recipe.models[name])
-            self.shapes[name] = shape
-            if note:
-                self.notes.append(f"models.{name} {note}")
-        return self.shapes[name]
+    least: float = 0.0
+    """Bytes of weights, masters and moments alone: with less memory the stage cannot run."""
+    parts: tuple[Part, ...] = ()
 
 
 def widths(recipe: Recipe) -> list[Width]:
@@ -123,41 +86,34 @@ def measured(recipe: Recipe) -> Machine:
     return machines.measured(widths(recipe), cache_home() / "machine")
 
 
-def predict(recipe: Recipe, machine: estimate.Machine | None = None) -> list[Row]:
-    """One row a node, inputs first. Raises UserError for what is wrong in a way that can be told now."""
-    machine = machine or estimate.calibrate()
-    known = _Known(recipe)
+def predict(recipe: Recipe, machine: Machine | None = None) -> list[Row]:
+    """One row a node, inputs first. machine: None measures this one.
+
+    Raises UserError for what is wrong in a way that can be told now.
+    """
+    machine = machine or measured(recipe)
+    known = Known(recipe)
     rows: list[Row] = []
     for name in order(recipe):
         config = recipe.stages[name]
         before = len(known.notes)
         if isinstance(config, PruneStage):
-            shape = known.shape(config.model)
-            if config.layers > shape.layers:
-                raise UserError(
-                    f"stages.{name}.layers: {config.layers} of a model that has {shape.layers}."
-                )
-            known.shapes[name] = shape.with_layers(config.layers)
-            known.replies[name] = known.replies.get(config.model, 0.0)
-            seconds = estimate.predict_prune_seconds(known.shapes[name], machine)
-            amounts = _amounts(seconds=seconds, memory=2.0 * shape.params_total)
+            row = _prune(name, config, known, machine)
         elif isinstance(config, GenerateStage | EvalStage):
-            amounts = _sampling(name, config, known, machine)
+            row = _sampling(name, config, known, machine)
         elif isinstance(config, ScoreStage):
-            amounts = _score(name, config, known, machine)
+            row = _score(name, config, known, machine)
         elif isinstance(config, FilterStage):
-            amounts = _filter(name, config, known)
+            row = _filter(name, config, known)
         elif isinstance(config, TrainStage):
-            amounts = _train(name, config, known, machine)
+            row = _train(name, config, known, machine)
         elif isinstance(config, PolicyStage):
-            amounts = _policy(name, config, known, machine)
+            row = _policy(name, config, known, machine)
         else:
             for arm, child in config.children().items():
-                rows.append(
-                    Row(f"{name}.{arm}", "eval", _sampling(f"{name}.{arm}", child, known, machine))
-                )
-            amounts = _amounts(seconds=estimate.LIGHT_START)
-        rows.append(Row(name, config.kind, amounts, tuple(known.notes[before:])))
+                rows.append(_sampling(f"{name}.{arm}", child, known, machine))
+            row = Row(name, config.kind, _amounts(seconds=estimate.LIGHT_START))
+        rows.append(replace(row, notes=tuple(known.notes[before:])))
     return rows
 
 
@@ -171,12 +127,88 @@ def _amounts(
     return {"tokens": tokens, "bytes": bytes, "flops": flops, "memory": memory, "seconds": seconds}
 
 
-def _sampling(
-    name: str, config: GenerateStage | EvalStage, known: _Known, machine: estimate.Machine
-) -> dict[str, float]:
-    shape, (_, prompt) = known.shape(config.model), known.task(config.task)
+def _part(
+    purpose: Literal["training", "engine"],
+    shape: ModelShape,
+    wish: str,
+    machine: Machine,
+    seconds: Callable[[Dtype], float],
+) -> Part:
+    """A trainer's or engine's dtype as `machine.choose` has it, and its seconds beside those of dtype: auto."""
+    width = shape.hidden, shape.intermediate
+    choice = machines.choose(machine, width, wish, purpose)
+    best = machines.choose(machine, width, "auto", purpose)
+    took = seconds(choice.dtype)
+    slower = took - seconds(best.dtype) if best.dtype != choice.dtype else 0.0
+    return Part(purpose, choice, took, slower)
+
+
+def _engine_part(
+    shape: ModelShape,
+    config: EngineConfig,
+    machine: Machine,
+    seconds: Callable[[Dtype, str], float],
+) -> Part:
+    """seconds: by dtype and engine."""
+    name = engine_name(config)
+    part = _part("engine", shape, config.dtype, machine, lambda dtype: seconds(dtype, name))
+    by_vllm = seconds(part.choice.dtype, "vllm") if name == "transformers" else None
+    return replace(part, engine=name, by_vllm=by_vllm)
+
+
+def engine_name(config: EngineConfig) -> str:
+    """The engine that `auto` stands for here."""
+    if config.fn != "auto":
+        return config.fn
+    return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+
+
+def _engine_memory(
+    shape: ModelShape,
+    config: EngineConfig,
+    dtype: Dtype,
+    length: float,
+    machine: Machine,
+    **more: bool,
+) -> Memory:
+    cache = config.memory_gib or (1.0 if machine.device == "cpu" else None)
+    return flops.generate_memory(
+        shape,
+        config.batch_size,
+        int(length),
+        dtype=dtype,
+        engine=engine_name(config),
+        cache_gib=cache,
+        on_cpu=machine.device == "cpu",
+        **more,
+    )
+
+
+def _prune(name: str, config: PruneStage, known: Known, machine: Machine) -> Row:
+    shape = known.shape(config.model)
+    if config.layers > shape.layers:
+        raise UserError(
+            f"stages.{name}.layers: {config.layers} of a model that has {shape.layers}."
+        )
+    known.shapes[name] = shape.with_layers(config.layers)
+    known.replies[name] = known.replies.get(config.model, 0.0)
+    held = Memory(weights=2.0 * shape.params_total, process=flops.PROCESS_BYTES)
+    amounts = _amounts(
+        seconds=estimate.predict_prune_seconds(known.shapes[name]), memory=held.total
+    )
+    # It works in the machine's memory, which is not what `machine.memory` says where there is a GPU.
+    return Row(name, "prune", amounts, least=held.least if machine.device == "cpu" else 0.0)
+
+
+def _reply(config: GenerateStage | EvalStage | PolicyStage, known: Known) -> float:
+    """Tokens of a completion: as many as what the model learned from has, or a part of what it may write."""
     learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
-    reply = min(learned, config.sampling.max_tokens)
+    return min(learned, config.sampling.max_tokens)
+
+
+def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machine: Machine) -> Row:
+    shape, (_, prompt) = known.shape(config.model), known.task(config.task)
+    reply = _reply(config, known)
     folders = [config.problems * config.samples]
     if isinstance(config, EvalStage) and config.points:
         tried = min(config.points, config.problems) * config.samples
@@ -185,7 +217,25 @@ def _sampling(
     captured = isinstance(config, GenerateStage) and config.top_k > 0
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     known.traces[name] = (sequences, prompt, reply)
-    return _amounts(
+    part = _engine_part(
+        shape,
+        config.engine,
+        machine,
+        lambda dtype, engine: estimate.predict_generate_seconds(
+            shape,
+            sequences,
+            sequences * prompt,
+            sequences * reply,
+            machine,
+            batch_size=config.engine.batch_size,
+            dtype=dtype,
+            engine=engine,
+        ),
+    )
+    memory = _engine_memory(
+        shape, config.engine, part.choice.dtype, prompt + config.sampling.max_tokens, machine
+    )
+    amounts = _amounts(
         tokens=sequences * (prompt + reply),
         bytes=sum(
             estimate.predict_trace_bytes(
@@ -194,41 +244,39 @@ def _sampling(
             for rows in folders
         ),
         flops=flops.generate_flops(shape, sequences * prompt, sequences * reply, sequences),
-        memory=flops.generate_memory(
-            shape, config.engine.batch_size, int(prompt + config.sampling.max_tokens)
-        ).total,
-        seconds=estimate.predict_generate_seconds(
-            shape,
-            sequences,
-            sequences * prompt,
-            sequences * reply,
-            machine,
-            batch_size=config.engine.batch_size,
-            dtype=config.engine.dtype,
-            engine=config.engine.fn,
-        ),
+        memory=memory.total,
+        seconds=part.seconds,
     )
+    return Row(name, config.kind, amounts, least=memory.least, parts=(part,))
 
 
-def _score(
-    name: str, config: ScoreStage, known: _Known, machine: estimate.Machine
-) -> dict[str, float]:
+def _score(name: str, config: ScoreStage, known: Known, machine: Machine) -> Row:
     shape = known.shape(config.model)
-    rows, prompt, reply = known.traces.get(config.data) or _rows_of(config, config.data, known)
+    rows, prompt, reply = known.traces.get(config.data) or rows_of(config, config.data, known)
     known.traces[name] = rows, prompt, reply
     tokens = rows * (prompt + reply)
     total = flops.forward_flops(shape, tokens, (prompt + reply + 1) / 2, rows * reply)
-    return _amounts(
+    part = _engine_part(
+        shape,
+        config.engine,
+        machine,
+        lambda dtype, engine: estimate.predict_score_seconds(
+            shape, total, tokens, rows * reply, machine, dtype, engine
+        ),
+    )
+    memory = _engine_memory(
+        shape, config.engine, part.choice.dtype, prompt + reply, machine, scored=True
+    )
+    amounts = _amounts(
         tokens=tokens,
         bytes=estimate.predict_trace_bytes(
             int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows
         ),
         flops=total,
-        memory=flops.generate_memory(shape, config.engine.batch_size, int(prompt + reply)).total,
-        seconds=estimate.predict_score_seconds(
-            shape, total, machine, config.engine.dtype, config.engine.fn
-        ),
+        memory=memory.total,
+        seconds=part.seconds,
     )
+    return Row(name, config.kind, amounts, least=memory.least, parts=(part,))
 
 
 def _points(config: TrainStage | PolicyStage, num_steps: float) -> int:
@@ -236,20 +284,79 @@ def _points(config: TrainStage | PolicyStage, num_steps: float) -> int:
     return int((num_steps - 1) // config.points_every) if config.points_every else 0
 
 
-def _filter(name: str, config: FilterStage, known: _Known) -> dict[str, float]:
-    rows, prompt, reply = known.traces.get(config.data) or _stored(config.data)
+def _filter(name: str, config: FilterStage, known: Known) -> Row:
+    rows, prompt, reply = known.traces.get(config.data) or stored(config.data)
     kept = rows * KEPT_BY_CORRECT if any(f.fn == "correct" for f in config.keep) else rows
     known.traces[name] = (kept, prompt, reply)
-    return _amounts(seconds=estimate.predict_filter_seconds(int(rows)))
+    return Row(name, "filter", _amounts(seconds=estimate.predict_filter_seconds(int(rows))))
 
 
-def _train(
-    name: str, config: TrainStage, known: _Known, machine: estimate.Machine
-) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """The optimiser steps of a stage: its model, and how many tokens go through it.
+
+    step_tokens: of one step. taught: the teachers' (shape, FLOPs), over tokens of the whole stage.
+    """
+
+    config: OptimStage
+    shape: ModelShape
+    flops: float
+    tokens: float
+    steps: float
+    step_tokens: float
+    scored_flops: float = 0.0
+    scored_tokens: float = 0.0
+    taught: tuple[tuple[ModelShape, float], ...] = ()
+    reference: bool = False
+
+    def part(self, machine: Machine) -> Part:
+        return _part(
+            "training", self.shape, self.config.dtype, machine, partial(self._seconds, machine)
+        )
+
+    def _seconds(self, machine: Machine, dtype: Dtype) -> float:
+        config = self.config
+        lora = None if config.lora is None else flops.lora_params(self.shape, config.lora.rank)
+        own = estimate.predict_train_seconds(
+            self.shape,
+            self.flops,
+            self.tokens,
+            round(self.steps),
+            machine,
+            dtype,
+            micro_batches=math.ceil(self.step_tokens / config.micro_tokens),
+            trained=lora,
+            checkpoints=math.ceil(self.steps / config.checkpoint_every),
+        )
+        read = [(self.shape, self.scored_flops, self.scored_tokens)]
+        read += [(shape, taught, self.tokens) for shape, taught in self.taught]
+        return own + sum(
+            estimate.forward_seconds(shape, taught, tokens, machine, dtype)
+            for shape, taught, tokens in read
+        )
+
+    def memory(self, dtype: Dtype, machine: Machine) -> Memory:
+        lora = self.config.lora
+        frozen = sum(shape.params_total for shape, _ in self.taught)
+        if self.reference and lora is None:
+            frozen += self.shape.params_total
+        return flops.train_memory(
+            self.shape,
+            int(min(self.config.micro_tokens, self.step_tokens)),
+            dtype=dtype,
+            lora_rank=None if lora is None else lora.rank,
+            quantised=None if lora is None else lora.quantised,
+            frozen_params=frozen,
+            checkpointing=self.config.gradient_checkpointing,
+            on_cpu=machine.device == "cpu",
+        )
+
+
+def _train(name: str, config: TrainStage, known: Known, machine: Machine) -> Row:
     shape = known.shape(config.model)
     # Of several sets that hold the same traces, the one with fewest is the most there can be in common.
     rows, prompt, reply = min(
-        known.traces.get(data) or _rows_of(config, data, known) for data in data_of(config.data)
+        known.traces.get(data) or rows_of(config, data, known) for data in data_of(config.data)
     )
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
 
@@ -263,41 +370,44 @@ def _train(
             checkpointing=config.gradient_checkpointing,
         )
 
+    a_step = min(config.batch_traces, rows)
     if config.epochs is not None:
         seen, num_steps = rows * config.epochs, float(config.epochs * steps_an_epoch)
     else:
-        a_step = min(config.batch_traces, rows)
         num_steps = config.steps or known.budget(config) / own_flops(a_step)
         seen = num_steps * a_step
     tokens, head_tokens = seen * (prompt + reply), seen * reply
     total = own_flops(seen)
     known.spent[name] = known.spent.get(config.model, 0.0) + total
     known.points[name] = _points(config, num_steps)
-    total += sum(
-        flops.forward_flops(known.shape(teacher), tokens, (prompt + reply + 1) / 2, head_tokens)
-        for teacher in teachers_of(config.teacher)
+    teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
+    taught = tuple(
+        (each, flops.forward_flops(each, tokens, (prompt + reply + 1) / 2, head_tokens))
+        for each in teachers
     )
     known.shapes[name], known.replies[name] = shape, reply
-    memory = flops.train_memory(
-        shape,
-        int(min(config.micro_tokens, config.batch_traces * (prompt + reply))),
-        dtype_bytes=2 if config.dtype == "bfloat16" else 4,
-        checkpointing=config.gradient_checkpointing,
+    training = _Training(
+        config, shape, total, tokens, num_steps, a_step * (prompt + reply), taught=taught
     )
-    seconds = estimate.predict_train_seconds(shape, total, round(num_steps), machine, config.dtype)
-    return _amounts(tokens=tokens, flops=total, memory=memory.total, seconds=seconds)
+    part = training.part(machine)
+    memory = training.memory(part.choice.dtype, machine)
+    amounts = _amounts(
+        tokens=tokens,
+        flops=total + sum(each for _, each in taught),
+        memory=memory.total,
+        seconds=part.seconds,
+    )
+    return Row(name, config.kind, amounts, least=memory.least, parts=(part,))
 
 
-def _policy(
-    name: str, config: PolicyStage, known: _Known, machine: estimate.Machine
-) -> dict[str, float]:
+def _policy(name: str, config: PolicyStage, known: Known, machine: Machine) -> Row:
     """Its own sampling and its training; every group is taken to have something to learn from."""
     from distill.stages.resolve import resolve_objective
 
     shape, (_, prompt) = known.shape(config.model), known.task(config.task)
-    learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
-    reply = min(learned, config.sampling.max_tokens)
-    passes, scorings, teachers = 1, 0, []
+    reply = _reply(config, known)
+    passes, scorings, reference = 1, 0, False
+    teachers: list[ModelShape] = []
     if isinstance(config, GrpoStage):
         passes = config.passes
         reference = resolve_objective(config, f"stages.{name}").reference
@@ -309,158 +419,77 @@ def _policy(
     prompt_trained = prompt / share + (share > 1)
     context = (prompt + reply + 1) / 2
 
-    def training_flops(sampled: float) -> float:
-        tokens, heads = sampled * (prompt_trained + reply), sampled * reply
-        trained = flops.train_flops(
+    def trained(sampled: float) -> float:
+        return flops.train_flops(
             shape,
-            passes * tokens,
+            passes * sampled * (prompt_trained + reply),
             context,
-            passes * heads,
+            passes * sampled * reply,
             lora=config.lora is not None,
             checkpointing=config.gradient_checkpointing,
         )
-        return trained + scorings * flops.forward_flops(shape, tokens, context, heads)
 
-    def generation_flops(sampled: float) -> float:
-        return flops.generate_flops(shape, sampled * prompt, sampled * reply, sampled)
+    def read(by: ModelShape, sampled: float) -> float:
+        return flops.forward_flops(by, sampled * (prompt_trained + reply), context, sampled * reply)
+
+    def own_flops(sampled: float) -> float:
+        written = flops.generate_flops(shape, sampled * prompt, sampled * reply, sampled)
+        return trained(sampled) + scorings * read(shape, sampled) + written
 
     a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
-    num_steps = config.steps or known.budget(config) / (
-        training_flops(a_step) + generation_flops(a_step)
-    )
+    num_steps = config.steps or known.budget(config) / own_flops(a_step)
     sampled = num_steps * a_step
-    own = training_flops(sampled) + generation_flops(sampled)
-    teaching = sum(
-        flops.forward_flops(teacher, sampled * (prompt_trained + reply), context, sampled * reply)
-        for teacher in teachers
-    )
-    known.spent[name] = known.spent.get(config.model, 0.0) + own
+    known.spent[name] = known.spent.get(config.model, 0.0) + own_flops(sampled)
     known.points[name] = _points(config, num_steps)
-    seconds = estimate.predict_train_seconds(
-        shape, training_flops(sampled) + teaching, round(num_steps), machine, config.dtype
-    ) + estimate.predict_generate_seconds(
+    training = _Training(
+        config,
         shape,
-        round(sampled),
-        sampled * prompt,
-        sampled * reply,
+        trained(sampled),
+        passes * sampled * (prompt_trained + reply),
+        num_steps,
+        passes * a_step * (prompt_trained + reply),
+        scorings * read(shape, sampled),
+        scorings * sampled * (prompt_trained + reply),
+        tuple((each, read(each, sampled)) for each in teachers),
+        reference,
+    )
+    rollouts = num_steps / config.steps_a_rollout
+    writing = _engine_part(
+        shape,
+        config.engine,
         machine,
-        batch_size=config.engine.batch_size,
-        dtype=config.engine.dtype,
-        engine=config.engine.fn,
+        lambda dtype, engine: estimate.predict_rollouts_seconds(
+            shape,
+            rollouts,
+            sampled / rollouts,
+            prompt,
+            reply,
+            machine,
+            batch_size=config.engine.batch_size,
+            dtype=dtype,
+            engine=engine,
+        ),
     )
-    memory = (
-        flops.train_memory(
-            shape, config.micro_tokens, checkpointing=config.gradient_checkpointing
-        ).total
-        + flops.generate_memory(
-            shape, config.engine.batch_size, int(prompt + config.sampling.max_tokens)
-        ).total
+    learning = training.part(machine)
+    held = _engine_memory(
+        shape, config.engine, writing.choice.dtype, prompt + config.sampling.max_tokens, machine
     )
+    # The engine's process is the trainer's.
+    memory = training.memory(learning.choice.dtype, machine) + replace(
+        held, process=max(0.0, held.process - flops.PROCESS_BYTES)
+    )
+    if isinstance(config, OnPolicyStage) and config.scoring == "engine":
+        # Teachers that read in engines of their own have their caches there; their weights are counted.
+        memory += Memory(cache=len(teachers) * held.cache)
     known.shapes[name], known.replies[name] = shape, reply
-    return _amounts(
-        tokens=sampled * (prompt + reply) + passes * sampled * (prompt_trained + reply),
-        flops=own + teaching,
-        memory=memory,
-        seconds=seconds,
+    amounts = _amounts(
+        tokens=sampled * (prompt + reply) + training.tokens,
+        flops=own_flops(sampled) + sum(each for _, each in training.taught),
+        memory=memory.total,
+        seconds=learning.seconds + writing.seconds,
     )
-
-
-def _rows_of(
-    config: TrainStage | ScoreStage, data: str, known: _Known
-) -> tuple[float, float, float]:
-    """(rows, prompt tokens, reply tokens) of a file or dataset, from its first rows; of a folder of shards, exactly."""
-    path = find_data(data)
-    if path is None and isinstance(config, ScoreStage) and is_hub_id(data):
-        known.notes.append(f"data {data!r} unverified: {ASSUMED_ROWS[0]} traces are assumed")
-        return ASSUMED_ROWS
-    if path is None:
-        raise UserError(f"data: {data!r} does not exist (looked in {Path.cwd()}).")
-    if is_traces(path) or not (isinstance(config, ScoreStage) or path.suffix == ".jsonl"):
-        return _stored(data)
-    source = open_rows(data, config.split if isinstance(config, ScoreStage) else "", "data")
-    replies, prompts = [], []
-    rejected: list[int] = []
-    for _, row in itertools.islice(source.rows(lambda line, _: rejected.append(line)), 200):
-        try:
-            messages, reply = jsonl.conversation(row)
-        except ValueError:
-            continue
-        prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
-        replies.append(count_tokens(reply or "") + 1)
-    if not replies:
-        raise UserError(f"data: {data!r} holds no usable row.")
-    extra = count_tokens(known.task(config.task)[0].template.system or "") if config.task else 0
-    return source.count(), extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
-
-
-def _stored(reference: str) -> tuple[float, float, float]:
-    from distill.traces.reader import open_traces
-
-    lengths = open_traces(Path(reference).expanduser()).lengths()
-    rows = max(len(lengths.prompt), 1)
-    return rows, float(lengths.prompt.sum()) / rows, float(lengths.completion.sum()) / rows
-
-
-def count_tokens(text: str) -> float:
-    """Roughly, without a tokenizer: a token for every digit and sign, 1.2 for a word (numbers and code are not prose)."""
-    words = len(re.findall(r"[^\W\d_]+", text))
-    others = len(re.findall(r"\d|[^\w\s]|_", text))
-    return 1.2 * words + 0.9 * others
-
-
-def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
-    """A model's sizes, and a note where they are only assumed."""
-    if model.source.startswith(PACKAGE):
-        return _gguf_shape(package_file(model.source)[1]), ""
-    folder = Path(model.source).expanduser()
-    if folder.is_dir():
-        return ModelShape.from_config(config_of(folder)), ""
-    cached = _cached_config(model)
-    if cached is not None:
-        return ModelShape.from_config(cached), ""
-    if model.params is None:
-        return ModelShape.from_params(1e9), (
-            f"unverified: {model.source!r} is not in the local cache; say its `params` for a better estimate "
-            "(one billion is assumed)"
-        )
-    return ModelShape.from_params(
-        model.params
-    ), f"unverified: {model.source!r} is not in the local cache"
-
-
-def _cached_config(model: ModelConfig) -> dict[str, Any] | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
-    except HFValidationError:
-        raise UserError(
-            f"model {model.source!r} is neither a folder nor a valid hub id (owner/name)."
-        ) from None
-    return json.loads(Path(found).read_text(encoding="utf-8")) if isinstance(found, str) else None
-
-
-def _gguf_shape(path: Path) -> ModelShape:
-    values, tensors = gguf.header(path)
-    architecture = values["general.architecture"]
-
-    def size(key: str) -> int | None:
-        return values.get(f"{architecture}.{key}")
-
-    vocab = size("vocab_size") or values["tokenizer.ggml.tokens"]
-    shape = ModelShape.from_config(
-        {
-            "num_hidden_layers": size("block_count"),
-            "hidden_size": size("embedding_length"),
-            "intermediate_size": size("feed_forward_length"),
-            "num_attention_heads": size("attention.head_count"),
-            "num_key_value_heads": size("attention.head_count_kv"),
-            "vocab_size": vocab,
-            "model_type": architecture,
-        }
-    )
-    return replace(shape, tied="output.weight" not in tensors)
+    kind = "grpo" if isinstance(config, GrpoStage) else "on_policy"
+    return Row(name, kind, amounts, least=memory.least, parts=(learning, writing))
 
 
 def check_plugs(recipe: Recipe) -> None:

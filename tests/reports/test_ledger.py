@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from distill.machine import DTYPES, Dtype, Machine, Rates
 from distill.records import Cost, UserError
 from distill.reports import estimate, flops
 from distill.reports.flops import ModelShape
@@ -111,17 +112,40 @@ def test_generation_is_two_n_a_token() -> None:
     assert flops.generate_flops(shape(), 0, 0, 0) == 0
 
 
-def test_memory_of_smollm2() -> None:
-    memory = flops.train_memory(shape(), 2048)
+def test_bytes_a_parameter_in_training() -> None:
     p = 134_515_008
-    assert (memory.weights, memory.gradients, memory.optimiser) == (2 * p, 4 * p, 12 * p)
-    assert memory.total > 18 * p
+    # 2 weight + 4 master + 8 moments + 4 fp32 and 2 bf16 gradient; a float32 weight is its own master.
+    narrow, wide = (flops.train_memory(shape(), 2048, dtype=d) for d in ("bfloat16", "float32"))
+    held = ("weights", "masters", "moments", "gradients")
+    assert [getattr(narrow, each) / p for each in held] == [2, 4, 8, 6]
+    assert [getattr(wide, each) / p for each in held] == [4, 0, 8, 4]
+    assert (narrow.least, wide.least) == (14 * p, 12 * p)
+    assert narrow.total > 20 * p + flops.PROCESS_BYTES
     thin = flops.train_memory(shape(), 2048, checkpointing=True)
-    assert thin.activations < memory.activations / 5
-    adapters = flops.train_memory(shape(), 2048, trained_params=1e6)
-    assert (adapters.weights, adapters.optimiser) == (2 * p, 12e6)
+    assert thin.activations < narrow.activations / 5
+    taught = flops.train_memory(shape(), 2048, frozen_params=1e9)
+    assert taught.total - narrow.total == 2e9
+
+
+def test_adapters_alone_have_moments() -> None:
+    # Rank 8: q and o 8 x 2 x 576 each, k and v 8 x (576 + 192), three of the MLP 8 x (576 + 1536).
+    adapter = 30 * 8 * (2 * 2 * 576 + 2 * (576 + 192) + 3 * (576 + 1536))
+    assert flops.lora_params(shape(), 8) == adapter
+    memory = flops.train_memory(shape(), 2048, lora_rank=8)
+    assert (memory.masters, memory.moments, memory.gradients) == (0, 8 * adapter, 4 * adapter)
+    assert memory.weights == 2 * 134_515_008 + 4 * adapter
+    packed = flops.train_memory(shape(), 2048, lora_rank=8, quantised="int8")
+    assert memory.weights - packed.weights == 30 * 3_538_944
+
+
+def test_the_key_value_cache_holds_each_head_of_a_group_once() -> None:
     # 30 layers x (k, v) x 3 heads x 64 x 2 bytes = 23,040 a token.
-    assert flops.generate_memory(shape(), 64, 128).cache == 23_040 * 64 * 128
+    plain = flops.generate_memory(shape(), 64, 128, engine="transformers")
+    assert plain.cache == 23_040 * 64 * 128
+    # vLLM takes the cache that it is given, whatever is asked of it.
+    assert flops.generate_memory(shape(), 64, 128, engine="vllm").cache == 2**30
+    scoring = flops.generate_memory(shape(), 64, 128, scored=True)
+    assert scoring.head > flops.generate_memory(shape(), 64, 128).head
 
 
 # --------------------------------------------------------------------------------------------- lineage
@@ -222,15 +246,31 @@ def test_every_stage_is_in_one_view_only() -> None:
 # -------------------------------------------------------------------------------------------- estimates
 
 
-MACHINE = estimate.Machine("cpu", 2, 5e10, 4.0, 1e10, 16 * 2**30)
+def rates(speed: float) -> Rates:
+    return Rates(speed, speed, speed, speed)
+
+
+MACHINE = Machine(
+    key="",
+    device="cpu",
+    name="two cores",
+    cores=2,
+    memory=16 * 2**30,
+    bandwidth=1e10,
+    rates={"576x1536": {"bfloat16": rates(2e11), "float32": rates(5e10)}},
+)
 
 
 def test_seconds_grow_with_the_work() -> None:
-    def train(flops_spent: float, steps: int) -> float:
-        return estimate.predict_train_seconds(shape(), flops_spent, steps, MACHINE)
+    def train(flops_spent: float, steps: int, dtype: Dtype = "bfloat16") -> float:
+        return estimate.predict_train_seconds(shape(), flops_spent, 1000.0, steps, MACHINE, dtype)
 
     assert train(2e13, 10) - train(1e13, 10) == pytest.approx(
         1e13 / (2e11 * estimate.TRAIN_EFFICIENCY)
+    )
+    # The dtype changes how long the products take and nothing else.
+    assert train(1e13, 10, "float32") - train(1e13, 10) == pytest.approx(
+        (1e13 / 5e10 - 1e13 / 2e11) / estimate.TRAIN_EFFICIENCY
     )
     assert train(1e13, 20) > train(1e13, 10) > estimate.PROCESS_START
 
@@ -243,14 +283,18 @@ def test_seconds_grow_with_the_work() -> None:
     assert generate(256, batch_size=8) > generate(256)
 
 
-def test_calibration_is_quick_and_sane() -> None:
-    machine = estimate.calibrate(size=256, repeats=2)
-    assert machine.matmul_flops > 1e8
-    assert machine.bandwidth > 1e8
-    assert machine.cores >= 1
-    assert machine.rate("bfloat16") == machine.matmul_flops * machine.bf16_factor
+def test_work_that_is_no_product_takes_as_long_in_either_dtype() -> None:
+    def train(tokens: float, dtype: Dtype) -> float:
+        return estimate.predict_train_seconds(shape(), 1e12, tokens, 1, MACHINE, dtype)
+
+    # 1000 tokens x 30 layers x (576 + 1536) at float32's rate.
+    more = 1000 * 30 * 2112 * estimate.TRAIN_ELEMENTS / 5e10
+    for dtype in DTYPES:
+        assert train(2000, dtype) - train(1000, dtype) == pytest.approx(more)
 
 
-def test_bf16_by_flags() -> None:
-    assert estimate.bf16_factor({"avx512_bf16", "amx_bf16"}) > estimate.bf16_factor({"avx512_bf16"})
-    assert estimate.bf16_factor({"avx2"}) < 1
+def test_a_dtype_that_the_machine_lacks_is_taken_as_its_slowest() -> None:
+    old = replace(MACHINE, rates={"576x1536": {"float32": rates(5e10)}})
+    assert estimate.predict_train_seconds(
+        shape(), 1e13, 1.0, 1, old, "bfloat16"
+    ) == estimate.predict_train_seconds(shape(), 1e13, 1.0, 1, old, "float32")

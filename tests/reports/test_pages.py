@@ -83,7 +83,14 @@ def report() -> RunReport:
         "status": "done",
         "seconds": 95.4,
         "cost": {"tokens_trained": 120_000, "flops": 8.1e13, "bytes_written": 5_000_000},
-        "predicted": {"tokens": 110_000, "bytes": 0, "flops": 7.5e13, "seconds": 80.0},
+        "predicted": {
+            "tokens": 110_000,
+            "bytes": 0,
+            "flops": 7.5e13,
+            "seconds": 80.0,
+            "memory": 4e9,
+        },
+        "metrics": {"peak_memory": 5e9},
         "curves": {"loss": [2.0, 1.5, 1.2, 1.1, 1.0]},
     }
     return {
@@ -324,6 +331,14 @@ def test_markdown_and_html_agree(report: RunReport) -> None:
     assert wording.verdict(report) in " ".join(
         re.sub("<[^>]*>", "", html).replace("&lt;", "<").replace("&gt;", ">").split()
     )
+
+
+def test_predicted_and_measured_memory_stand_side_by_side(report: RunReport) -> None:
+    table = content.prediction_table(report)
+    assert table.header[-3:] == ["predicted", "memory", "×"]
+    assert [row[-3:] for row in table.rows] == [["4 GB", "5 GB", "1.25"]] * 3  # both, and the most
+    unmeasured = {**report, "stages": [{**report["stages"][0], "metrics": {}}]}
+    assert content.prediction_table(unmeasured).rows[0][-3:] == ["–", "–", "–"]
 
 
 def test_the_plot_is_wellformed_and_ordered(report: RunReport) -> None:
