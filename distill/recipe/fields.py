@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from distill.records import Sampling
 
@@ -90,9 +90,11 @@ class SamplingConfig(Config):
 
 
 class EngineConfig(Config):
-    """Which engine runs a model, and how much of the machine it may take."""
+    """Which engine runs a model, and how much of the machine it may take. A name alone stands for `{fn: name}`."""
 
-    fn: str = "vllm"
+    fn: str = Field(
+        "auto", description="auto: vllm where it is installed and can be used, else transformers"
+    )
     dtype: Dtype = Field("auto", description=AUTO_DTYPE)
     max_model_len: PositiveInt | None = Field(
         None, description="tokens; None = what the stage needs"
@@ -104,6 +106,11 @@ class EngineConfig(Config):
     eager: bool = execution(
         True, description="no compilation: quick to start, a little slower to run"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"fn": value} if isinstance(value, str) else value
 
 
 class BudgetConfig(Config):

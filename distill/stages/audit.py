@@ -147,6 +147,8 @@ def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path
     """The model's folder, and the engine that wrote the traces as far as it is known."""
     made = _stage(reader)
     config = made[1].engine if made is not None else EngineConfig(fn=reader.metadata.engine)
+    if config.fn == engines.AUTO:
+        config = config.model_copy(update={"fn": reader.metadata.engine})
     if reader.metadata.dtype:
         config = config.model_copy(update={"dtype": reader.metadata.dtype})
     if model is not None:

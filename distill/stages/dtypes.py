@@ -11,15 +11,17 @@ from distill import machine, models
 from distill.recipe import EngineConfig, OptimStage
 from distill.stages import state
 from distill.stages.context import Context
+from distill.stages.engine_choice import settle_engine
 
 
 def settle(config: Any, context: Context) -> Any:
-    """The stage's config with a dtype in place of every "auto"; says which and why, and writes both to stage.json."""
+    """The stage's config with an engine and a dtype in place of every "auto"; says which and why, and writes both to stage.json."""
     if isinstance(config, OptimStage):
         dtype = _settled("dtype", config.dtype, "training", config, context)
         config = config.model_copy(update={"save_dtype": config.saved_in, "dtype": dtype})
     engine = getattr(config, "engine", None)
     if isinstance(engine, EngineConfig) and config.kind != "compare":
+        engine = settle_engine(engine, config.model, context)
         wish = "float32" if engine.fn == "reference" else engine.dtype
         dtype = _settled("engine.dtype", wish, "engine", config, context)
         config = config.model_copy(update={"engine": engine.model_copy(update={"dtype": dtype})})
