@@ -187,11 +187,13 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def auto_dtype(folder: str | Path) -> Literal["bfloat16", "float32"]:
-    """The dtype in which this machine runs the model of a local folder fastest, measured (see `machine`)."""
+def auto_dtype(
+    folder: str | Path, purpose: Literal["training", "engine"] = "engine"
+) -> Literal["bfloat16", "float32"]:
+    """The dtype in which this machine runs, or trains, the model of a local folder fastest, measured (see `machine`)."""
     width = machine.width_of(config_of(folder))
     measured = machine.measured([width], cache_home() / "machine")
-    return machine.choose(measured, width, "auto", "engine").dtype
+    return machine.choose(measured, width, "auto", purpose).dtype
 
 
 def cast(model: Any, dtype: str) -> Any:

@@ -161,7 +161,9 @@ def trl_steps(steps: int) -> list[dict[str, float]]:
             disable_tqdm=True,
         )
         trainer = GRPOTrainer(
-            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16),
+            model=AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, models.auto_dtype(folder, "training"))
+            ),
             args=config,
             reward_funcs=reward,
             processing_class=models.load_tokenizer(folder),

@@ -1,7 +1,7 @@
-"""Training SmolLM2-135M at bf16: the project's loop against a bare transformers loop on the same packed tokens.
+"""Training SmolLM2-135M in the dtype that is faster here: the project's loop against a bare transformers loop on the same packed tokens.
 
-The bare loop is what one writes by hand: bf16 parameters, transformers' own SDPA attention kept inside each trace by
-position ids, logits over the whole vocabulary, torch's cross entropy, AdamW on the bf16 parameters. Ours adds fp32 masters,
+The bare loop is what one writes by hand: parameters in that dtype, transformers' own SDPA attention kept inside each trace by
+position ids, logits over the whole vocabulary, torch's cross entropy, AdamW on the parameters. Ours adds fp32 masters,
 clipping, metrics and the chunked head. Steps alternate between the two, so that noise falls on both. Also measured: the
 KL step against the cross-entropy step of the same model.
 
@@ -58,7 +58,7 @@ def examples(vocab: int, seed: int) -> list[Example]:
 
 class Ours:
     def __init__(self, folder, loss) -> None:
-        self.model = models.load(folder)
+        self.model = models.load(folder, dtype=models.auto_dtype(folder, "training"))
         self.trainee = Trainee(self.model, Objective(loss), self.model.config.vocab_size).train()
         self.optimizer = MasterAdamW(
             self.model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0
@@ -74,7 +74,8 @@ class Ours:
 
 class Bare:
     def __init__(self, folder) -> None:
-        self.model = models.load(folder, attn_implementation="sdpa").train()
+        dtype = models.auto_dtype(folder, "training")
+        self.model = models.load(folder, dtype=dtype, attn_implementation="sdpa").train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
 
     def step(self, batch) -> None:

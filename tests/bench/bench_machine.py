@@ -1,0 +1,145 @@
+"""The share of this machine's multiplier that training, scoring and generation reach, on SmolLM2-135M.
+
+The multiplier: the better of float32 and bfloat16 over the three products of a layer at the model's width, measured between the
+rounds. A share is the FLOPs that the work needs (those of tokens really computed: 6N a trained token, 2N a scored or generated
+one, attention on top; norms, softmax, optimiser and sampling are not counted) over the seconds it took, by that rate. Everything in the dtype that
+`dtype: auto` takes here.
+
+    python tests/bench/bench_machine.py [--rounds 5]
+
+On a machine with quick bfloat16, ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 makes one with AVX2 alone of it. Run it with nothing
+else at work: it times the wall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import harness
+import numpy as np
+from bench_train import SMOLLM2, TOKENS, Ours, examples
+
+from distill import engines, machine, models
+from distill.recipe import EngineConfig, ModelConfig
+from distill.records import Request, Sampling
+from distill.reports.flops import ModelShape, forward_flops, generate_flops, train_flops
+from distill.training.losses import cross_entropy, forward_kl
+from distill.training.packing import pack
+
+BATCH, PROMPT, NEW = 64, 40, 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    os.environ.update(engines.environment(EngineConfig()))
+    folder = models.resolve(ModelConfig(source=SMOLLM2))
+    shape = ModelShape.from_config(models.config_of(folder))
+    width = machine.width_of(models.config_of(folder))
+    best = machine.measure([width]).best(width)
+    work = {**training(folder, shape), **generation(folder, shape)}
+    rates: list[float] = [best]
+    spent: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, (_, run) in work.items():
+            began = time.perf_counter()
+            run()
+            if number:
+                spent[name].append(time.perf_counter() - began)
+        rates.append(machine.measure([width]).best(width))
+    rate = statistics.median(rates)
+    rows: list[dict[str, Any]] = [
+        {"what": "multiplier, GFLOP/s", "figure": rate / 1e9},
+        *(
+            {
+                "what": name,
+                "figure": flops / statistics.median(spent[name]) / 1e9,
+                "share": flops / statistics.median(spent[name]) / rate,
+                "best share": flops / min(spent[name]) / max(rates),
+            }
+            for name, (flops, _) in work.items()
+        ),
+    ]
+    ratios = [a / b for a, b in zip(spent["train, KL"], spent["train, CE"], strict=True)]
+    rows.append({"what": "KL step over CE step", "share": statistics.median(ratios)})
+    dtypes = {purpose: models.auto_dtype(folder, purpose) for purpose in ("training", "engine")}
+    print(f"dtypes: {dtypes}")
+    harness.report("machine", rows, Path(__file__).parent / "out")
+
+
+Work = dict[str, tuple[float, Callable[[], object]]]
+"""By name: the FLOPs of one run, and the run."""
+
+
+def training(folder: Path, shape: ModelShape) -> Work:
+    """A step of one micro-batch with either loss, and the same tokens scored by the trainer."""
+    (batch,) = pack(examples(49152, 0), micro_tokens=TOKENS)
+    rows = int((batch.weight_T > 0).sum())
+    tokens = len(batch.ids_T)
+    # The mean over tokens of how many each attends to.
+    context = batch.squared_lengths / (2 * tokens)
+    ours = {loss.__name__: Ours(folder, loss) for loss in (cross_entropy, forward_kl)}
+    flops = train_flops(shape, tokens, context, rows)
+
+    def score() -> object:
+        import torch
+
+        index = torch.from_numpy(batch.weight_T.nonzero()[0])
+        return ours["cross_entropy"].trainee.label_logp(batch.to_torch(), index)
+
+    return {
+        "train, CE": (flops, lambda: ours["cross_entropy"].step(batch)),
+        "train, KL": (flops, lambda: ours["forward_kl"].step(batch)),
+        "score in the trainer": (forward_flops(shape, tokens, context, rows), score),
+    }
+
+
+def generation(folder: Path, shape: ModelShape) -> Work:
+    """The engine: a batch of completions, and the same number of given ones scored, both with the top 64."""
+    engine: Any = engines.open_engine(
+        EngineConfig(batch_size=BATCH), folder, max_model_len=128, max_top_k=64
+    )
+    engine._stop_ids = frozenset()
+    rng = np.random.default_rng(0)
+    count = iter(range(10**9))
+
+    def requests(new: int | None) -> list[Request]:
+        """Prompts that are no two the same, so that no prefix is there already."""
+        return [
+            Request(
+                str(next(count)),
+                rng.integers(100, 40000, PROMPT),
+                seed=n,
+                completion_ids=None if new is None else rng.integers(100, 40000, new),
+            )
+            for n in range(BATCH)
+        ]
+
+    def generate() -> object:
+        return list(engine.generate(requests(None), Sampling(max_tokens=NEW), top_k=64))
+
+    def score() -> object:
+        return list(engine.score(requests(NEW), top_k=64))
+
+    total = BATCH * (PROMPT + NEW)
+    return {
+        "generate, top 64": (generate_flops(shape, BATCH * PROMPT, BATCH * NEW, BATCH), generate),
+        # An engine applies the head to every position of what it scores.
+        "score in the engine, top 64": (
+            forward_flops(shape, total, (PROMPT + NEW + 1) / 2, total),
+            score,
+        ),
+    }
+
+
+if __name__ == "__main__":
+    main()
