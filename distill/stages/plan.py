@@ -32,7 +32,7 @@ from distill.recipe import (
     order,
     teachers_of,
 )
-from distill.records import SHORT, Task, UserError
+from distill.records import SHARED, Task, UserError
 from distill.reports import estimate, flops
 from distill.reports.flops import ModelShape
 from distill.stages.context import find_data, make_task
@@ -292,7 +292,7 @@ def _policy(
     elif isinstance(config, OnPolicyStage):
         teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
     # Short completions of a group share the computation of their prompt.
-    share = config.group_size if prompt + reply <= SHORT else 1
+    share = config.group_size if prompt + reply <= SHARED else 1
     prompt_trained = prompt / share + (share > 1)
     context = (prompt + reply + 1) / 2
 
