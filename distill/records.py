@@ -31,7 +31,10 @@ Message = Mapping[str, str]
 Array = npt.NDArray[Any]
 
 SHORT = 256
-"""Tokens of prompt and completion up to which plain attention products are quick, and traces of one prompt share it."""
+"""Tokens that a trace sees at most where plain attention products are quick."""
+
+SHARED = 2048
+"""Tokens of prompt and completion up to which traces share the beginning of their prompts."""
 
 NO_TAIL = 1e-6
 """Tail masses below this are rounding noise of fp32 log-probabilities and count as no tail at all."""
@@ -435,8 +438,9 @@ class Batch:
 
     ids_T, position_T, label_T   int64 [T]; positions restart at each trace
     doc_offsets                  int64 [N+1]; attention never crosses these, but for the next
-    parent                       int64 [N]: the doc that a doc goes on from and sees whole, -1 = none. Completions of
-                                 one prompt share it so; docs of traces come first, in the order of trace_ids
+    parent                       int64 [N]: the doc that a doc continues and sees whole, with that doc's own parents;
+                                 -1 = none. Docs of traces come first, in the order of trace_ids, then the beginnings of
+                                 prompts that they share
     weight_T                     float32 [T]; the loss is sum(weight * loss_T) / denominator
     place_T                      int64 [T]: which token of its completion label_T is, from 0; 0 where the weight is 0
     denominator                  of the whole optimiser step: all micro-batches on all ranks
@@ -473,11 +477,11 @@ class Batch:
 
     @property
     def squared_lengths(self) -> int:
-        """Sum over the docs (numpy) of length^2, twice what each sees of its parent added: what attention costs."""
-        lengths = np.diff(self.doc_offsets)
-        if self.parent is None:
-            return int((lengths**2).sum())
-        before = np.where(self.parent < 0, 0, lengths[self.parent])
+        """Sum over the docs (numpy) of length^2 + 2 * length * tokens before it in its parents: what attention costs.
+
+        position_T is 0 at the start of a doc without a parent, else the number of tokens before it.
+        """
+        lengths, before = np.diff(self.doc_offsets), self.position_T[self.doc_offsets[:-1]]
         return int((lengths**2 + 2 * lengths * before).sum())
 
     def to_torch(self, device: str | torch.device = "cpu") -> Batch:

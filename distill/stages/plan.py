@@ -35,7 +35,7 @@ from distill.recipe import (
     order,
     teachers_of,
 )
-from distill.records import SHORT, UserError
+from distill.records import SHARED, UserError
 from distill.reports import estimate, flops
 from distill.reports.flops import Memory, ModelShape
 from distill.stages.known import Known, model_shape, rows_of, stored
@@ -415,7 +415,7 @@ def _policy(name: str, config: PolicyStage, known: Known, machine: Machine) -> R
     elif isinstance(config, OnPolicyStage):
         teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
     # Short completions of a group share the computation of their prompt.
-    share = config.group_size if prompt + reply <= SHORT else 1
+    share = config.group_size if prompt + reply <= SHARED else 1
     prompt_trained = prompt / share + (share > 1)
     context = (prompt + reply + 1) / 2
 

@@ -1,11 +1,12 @@
-"""Causal attention over packed traces that never crosses from one into another, and builds no [T, T] mask.
+"""Causal attention over packed docs that never crosses from one into another, and builds no [T, T] mask.
 
-Traces of similar length are gathered into one padded [B, L] block and attended to there; causal masking keeps
-the padding at the end out of sight. Short completions of one prompt see it before them, computed once for all. Registered with transformers as the attention implementation "packed":
-`model.set_attn_implementation(PACKED)`, then `model(..., layout=Layout.of(doc_offsets))`.
+Docs of similar length are gathered into one padded [B, L] block and attended to there; causal masking hides the padding
+at the end. A doc that continues others (`Batch.parent`) also sees all of their tokens, which were computed once for all
+that continue them. Registered with transformers as the attention implementation "packed":
+`model.set_attn_implementation(PACKED)`, then `model(..., layout=Layout.of(doc_offsets, parent))`.
 
-On a CPU below SHORT tokens two plain batched products beat the fused kernel, whose backward is several times slower
-there. Left out on purpose: sliding windows shorter than a trace and attention soft-capping, which are refused.
+On a CPU, where a doc sees up to SHORT tokens, two plain batched products are used; fused kernels, which keep no scores,
+are used for all else. Sliding windows shorter than a trace and attention soft-capping are refused.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from distill.records import SHORT
@@ -25,16 +27,16 @@ SMALLEST = 16
 
 
 class Block(NamedTuple):
-    """Traces of similar length, padded to `length` tokens.
+    """B docs of similar length, padded to L tokens.
 
-    prefix [traces x prefix length]: the packed tokens before each trace's own; seen [traces, length, prefix + length]:
-    which of both a token attends to. None where every trace starts with its own first token.
+    prefix [B * P]: the packed tokens that each doc continues, padded to P; None where all docs start a trace.
+    hidden bool [B or 1, 1, L, P + L]: the tokens that a token does not see; None = causal by the fused kernel.
     """
 
-    traces: int
+    docs: int
     length: int
-    prefix: Tensor | None = None
-    seen: Tensor | None = None
+    prefix: Tensor | None
+    hidden: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +59,29 @@ class Layout:
         device = doc_offsets.device
         offsets = doc_offsets.cpu()
         starts, lengths = offsets[:-1], offsets.diff()
-        parents = torch.full_like(lengths, -1) if parent is None else parent.cpu()
-        before = torch.where(parents < 0, 0, lengths[parents])
+        prefixes = _prefixes(starts.tolist(), lengths.tolist(), parent)
+        before = torch.tensor([len(prefix) for prefix in prefixes])
         kinds = [
-            (int(p) >= 0, max(SMALLEST, 1 << (int(n) - 1).bit_length()))
-            for n, p in zip(lengths, parents, strict=True)
+            (int(num) > 0, max(SMALLEST, 1 << (int(n) - 1).bit_length()))
+            for n, num in zip(lengths, before, strict=True)
         ]
         blocks, parts = [], []
         for kind in sorted(set(kinds)):
-            chosen = torch.tensor([i for i, k in enumerate(kinds) if k == kind])
+            chosen = [i for i, k in enumerate(kinds) if k == kind]
             own = lengths[chosen, None]
             within = torch.arange(int(own.max()))[None]
             parts.append(torch.where(within < own, starts[chosen, None] + within, -1).flatten())
-            prefix = seen = None
+            num = within.shape[1]
+            prefix = hidden = None
             if kind[0]:
-                ahead = before[chosen, None]
-                place = torch.arange(int(ahead.max()))[None]
-                first = starts[parents[chosen]][:, None]
-                prefix = torch.where(place < ahead, first + place, 0).flatten().to(device)
-                seen = _seen(ahead, place, within).to(device)
-            blocks.append(Block(len(chosen), within.shape[1], prefix, seen))
+                tokens = [torch.tensor(prefixes[i]) for i in chosen]
+                prefix = pad_sequence(tokens, batch_first=True)
+                place = torch.arange(prefix.shape[1])
+                hidden = _hidden(before[chosen, None] <= place, num).to(device)
+                prefix = prefix.flatten().to(device)
+            elif num <= SHORT and device.type == "cpu":
+                hidden = _hidden(torch.empty(1, 0, dtype=torch.bool), num)
+            blocks.append(Block(len(chosen), num, prefix, hidden))
         gather = torch.cat(parts)
         real = gather >= 0
         scatter = torch.empty(int(offsets[-1]), dtype=torch.long)
@@ -91,12 +96,27 @@ class Layout:
         )
 
 
-def _seen(ahead_B1: Tensor, place_1P: Tensor, within_1L: Tensor) -> Tensor:
-    """[B, L, P + L]: all of the prefix and, causally, the own tokens."""
-    prefix_BP = place_1P < ahead_B1
-    own_LL = within_1L <= within_1L.T
-    B, L = len(ahead_B1), within_1L.shape[1]
-    return torch.cat([prefix_BP[:, None].expand(B, L, -1), own_LL.expand(B, L, L)], dim=2)
+def _prefixes(starts: list[int], lengths: list[int], parent: Tensor | None) -> list[list[int]]:
+    """For each doc the packed tokens before its own: those of its parent's parents, then its parent's."""
+    parents = [-1] * len(starts) if parent is None else parent.tolist()
+    found: dict[int, list[int]] = {-1: []}
+
+    def through(doc: int) -> list[int]:
+        """The tokens of a doc's parents and its own."""
+        if doc not in found:
+            own = range(starts[doc], starts[doc] + lengths[doc])
+            found[doc] = [*through(parents[doc]), *own]
+        return found[doc]
+
+    return [through(doc) for doc in parents]
+
+
+def _hidden(padding_BP: Tensor, num: int) -> Tensor:
+    """bool [B, 1, L, P + L]: the padding of the prefixes and, of the L = num own tokens, the later ones."""
+    later_LL = torch.ones(num, num, dtype=torch.bool).triu(1)
+    B = len(padding_BP)
+    both = [padding_BP[:, None].expand(B, num, -1), later_LL.expand(B, num, num)]
+    return torch.cat(both, dim=2)[:, None]
 
 
 class _Move(torch.autograd.Function):
@@ -148,14 +168,16 @@ def packed_attention(
     rows = [x[0].transpose(0, 1).reshape(x.shape[2], -1) for x in (query, key, value)]
     flat = torch.cat(rows, 1)
     padded = _Move.apply(flat, layout.gather, layout.padding, layout.scatter, nowhere)  # type: ignore[no-untyped-call]
+    # In fp32, so that the gradients of all docs that continue a prefix are added up in it.
     shared = flat[:, widths[0] :]
+    shared = shared.float() if shared.dtype.itemsize < 4 else shared
     outputs = []
     for part, block in zip(
-        padded.split([block.traces * block.length for block in layout.blocks]),
+        padded.split([block.docs * block.length for block in layout.blocks]),
         layout.blocks,
         strict=True,
     ):
-        B, L = block.traces, block.length
+        B, L = block.docs, block.length
         q, k, v = (
             x.view(B, L, -1, full.shape[3]).transpose(1, 2)
             for x, full in zip(part.split(widths, 1), (query, key, value), strict=True)
@@ -164,40 +186,66 @@ def packed_attention(
             kp, vp = (
                 x.view(B, -1, *own.shape[1::2]).transpose(1, 2)
                 for x, own in zip(
-                    shared.index_select(0, block.prefix).tensor_split([widths[1]], 1),
+                    shared.index_select(0, block.prefix).to(q.dtype).tensor_split([widths[1]], 1),
                     (k, v),
                     strict=True,
                 )
             )
             k, v = torch.cat([kp, k], 2), torch.cat([vp, v], 2)
-        if block.seen is not None or (L <= SHORT and not q.is_cuda and dropout == 0.0):
-            out = _short(q, k, v, scale, block.seen)
-        else:
-            grouped = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, scale=scale, is_causal=True, enable_gqa=grouped
-            )
+        out = _attend(q, k, v, block.hidden, scale, dropout)
         outputs.append(out.transpose(1, 2).reshape(B * L, -1))
     packed = _Move.apply(torch.cat(outputs), layout.scatter, nowhere, layout.gather, layout.padding)  # type: ignore[no-untyped-call]
     return packed.view(1, len(packed), -1, value.shape[3]), None
 
 
-def _short(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None) -> Tensor:
-    """Attention of q [B, H, L, d] to k and v [B, G, M, d] by plain products; the query heads of a group share theirs.
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """Attention of q [B, H, L, d] to k and v [B, G, M, d]; the query heads of a group share theirs."""
+    if hidden is None:
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, scale=scale, is_causal=True, enable_gqa=grouped
+        )
+    if k.shape[2] <= SHORT and not q.is_cuda and dropout == 0.0:
+        out: Tensor = _Plain.apply(q, k, v, hidden, scale)  # type: ignore[no-untyped-call]
+        return out
+    # No fused kernel takes both a mask and grouped heads on every device.
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, ~hidden, dropout_p=dropout, scale=scale)
 
-    seen [B, L, M]: who sees whom; None = causal, M = L.
+
+class _Plain(torch.autograd.Function):
+    """Attention by two batched products, with as few passes over the scores [B, H, L, M] as there can be.
+
+    Only the weights are kept for backward. Scores are rounded to the inputs' dtype, their softmax is fp32 inside.
     """
-    B, H, L, d = q.shape
-    G, M = k.shape[1:3]
-    products = torch.bmm(q.reshape(B * G, H // G * L, d), k.reshape(B * G, M, d).transpose(1, 2))
-    scores = products.view(B, H, L, M).float() * scale
-    if seen is None:
-        hidden = torch.ones(L, M, dtype=torch.bool, device=q.device).triu(1)
-    else:
-        hidden = ~seen[:, None]
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).to(q.dtype)
-    out = torch.bmm(weights.view(B * G, H // G * L, M), v.reshape(B * G, M, d))
-    return out.view(B, H, L, d)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
+        B, H, L, d = q.shape
+        G, M = k.shape[1:3]
+        q, k, v = (x.reshape(B * G, -1, d) for x in (q, k, v))
+        scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale)
+        weights = scores.view(B, H, L, M).masked_fill_(hidden, -torch.inf).softmax(-1)
+        weights = weights.view(B * G, -1, M)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale = scale
+        return torch.bmm(weights, v).view(B, H, L, d)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        B, _, L, d = gradients[0].shape
+        out = gradients[0].reshape(q.shape)
+        scores = torch.bmm(out, v.transpose(1, 2))
+        scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
+        dq = torch.bmm(scores, k).mul_(ctx.scale).view(B, -1, L, d)
+        dk = torch.bmm(scores.transpose(1, 2), q).mul_(ctx.scale)
+        dv = torch.bmm(weights.transpose(1, 2), out)
+        M = k.shape[1]
+        return dq, dk.view(B, -1, M, d), dv.view(B, -1, M, d), None, None
 
 
 AttentionInterface.register(

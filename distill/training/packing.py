@@ -6,8 +6,9 @@ positions restart at each trace, attention does not cross (`doc_offsets`), only 
 the final EOS is among them. Every micro-batch carries the same denominator, that of the whole step, so any
 split into micro-batches gives the same gradient.
 
-Short traces of one prompt share it: all but its last token is computed once (a doc of its own, the others' `parent`), and
-each trace goes on with the last one. It changes the work, not the numbers.
+Traces whose prompts begin alike share the beginning: it is computed once, as a doc of its own that the traces' docs name
+as their `parent`. Such a doc may have a parent itself: the system prompt of all traces, then one question's prompt, then
+its completions. Results are identical; only the amount of compute changes.
 
 Alignment: input token t predicts token t + 1. Completion token j (of a prompt of P tokens) stands at input
 P + j and is predicted at row P + j - 1, which gets its label, its weight and the teacher's row j.
@@ -22,9 +23,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from distill.records import SHORT, Array, Batch, Beside, TopK, Traces
+from distill.records import SHARED, Array, Batch, Beside, TopK, Traces
 from distill.training.alignment import Alignment, Reading
 from distill.training.several import Blend
+
+LEAST_SAVED = 16
+"""Tokens that sharing a prefix must save: about what the attention to one more doc costs."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,51 +108,123 @@ def pack(
         counts = [len(e.completion_ids) for e in examples]
         denominator = float(sum(counts) if normalise == "token" else np.count_nonzero(counts))
     bins = _bins(_units(examples, micro_tokens), micro_tokens)
-    empty = [[min(examples, key=len)]] if examples else []
+    empty = [Placed(min(examples, key=len))] if examples else []
     while len(bins) % world:
         bins.append([])
     spans = [e.reading.alignment.num_spans for e in examples if e.reading is not None]
     num_spans = float(sum(spans) if normalise == "token" else np.count_nonzero(spans))
     batches = []
     for chosen in bins[rank::world]:
-        batch = _batch(chosen or empty, normalise, max(denominator, 1.0), masked=not chosen)
+        unit = chosen or empty
+        batch = _batch(unit, normalise, max(denominator, 1.0), masked=not chosen)
         if spans:
-            together = [e for unit in chosen or empty for e in unit]
+            together = [placed.example for placed in unit]
             beside = _beside(together, normalise, max(num_spans, 1.0), masked=not chosen)
             batch = replace(batch, beside=beside)
         batches.append(batch)
     return batches
 
 
-Unit = list[Example]
-"""Examples that are computed together: one, or several of the same prompt."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """Prompt tokens that several examples share and that are computed once: ids, which follow those of `before`.
+
+    stop: the number of prompt tokens from the first one to the end of ids.
+    """
+
+    ids: Array
+    before: Prefix | None
+    stop: int
+
+    def chain(self) -> Iterator[Prefix]:
+        """This one and those before it, the last first."""
+        prefix: Prefix | None = self
+        while prefix is not None:
+            yield prefix
+            prefix = prefix.before
 
 
-def _size(unit: Unit) -> int:
-    """Tokens that a unit is computed with."""
-    if len(unit) == 1:
-        return len(unit[0])
-    return len(unit[0].prompt_ids) - 1 + sum(len(e.completion_ids) + 1 for e in unit)
+@dataclass(frozen=True, slots=True, eq=False)
+class Placed:
+    """An example, and the shared prefix that it continues."""
+
+    example: Example
+    prefix: Prefix | None = None
+
+    @property
+    def done(self) -> int:
+        """The number of its prompt tokens that the prefix covers."""
+        return self.prefix.stop if self.prefix is not None else 0
+
+    def chain(self) -> Iterator[Prefix]:
+        return iter(()) if self.prefix is None else self.prefix.chain()
+
+
+Unit = list[Placed]
+"""Examples that are computed together because they share a prefix, or one alone."""
 
 
 def _units(examples: Sequence[Example], micro_tokens: int) -> list[Unit]:
-    """Short examples of one prompt together, as many as fit a micro-batch; all others alone."""
+    """Examples that share a prefix together, as many as fit a micro-batch; all others alone."""
     units: list[Unit] = []
-    open_units: dict[bytes, Unit] = {}
-    for example in examples:
-        unit = open_units.get(key := example.prompt_ids.tobytes())
-        if unit is not None and len(example) <= SHORT and _size([*unit, example]) <= micro_tokens:
-            unit.append(example)
+    held: set[Prefix] = set()
+    size = 0
+    for placed in _share(examples):
+        added = [prefix for prefix in placed.chain() if prefix not in held]
+        more = len(placed.example) - placed.done + sum(len(prefix.ids) for prefix in added)
+        if not held.isdisjoint(placed.chain()) and size + more <= micro_tokens:
+            units[-1].append(placed)
+            size, held = size + more, held.union(added)
+        else:
+            units.append([placed])
+            size, held = len(placed.example), set(placed.chain())
+    return [unit if len(unit) > 1 else [Placed(unit[0].example)] for unit in units]
+
+
+def _share(examples: Sequence[Example]) -> list[Placed]:
+    """The examples sorted by prompt, so that those that share a prefix are neighbours, each with the longest worth sharing.
+
+    The prefixes form a tree: what all examples of a run have in common, then what parts of the run have in common beyond
+    that. A level is made where it saves LEAST_SAVED tokens. The last prompt token is never shared: it predicts the first
+    token of its own example's completion.
+    """
+    short = [e for e in examples if len(e) <= SHARED and len(e.prompt_ids)]
+    short.sort(key=lambda e: e.prompt_ids.astype(">u4").tobytes())
+    common = [_num_common(a.prompt_ids, b.prompt_ids) for a, b in itertools.pairwise(short)]
+    prefixes: list[Prefix | None] = [None] * len(short)
+    runs = [(0, len(short))] if short else []
+    while runs:
+        first, end = runs.pop()
+        if end - first < 2:
             continue
-        units.append([example])
-        if len(example) <= SHORT and len(example.prompt_ids) > 1:
-            open_units[key] = units[-1]
-    return units
+        shared, before = min(common[first : end - 1]), prefixes[first]
+        done = before.stop if before is not None else 0
+        if (shared - done) * (end - first - 1) >= LEAST_SAVED:
+            prefix = Prefix(short[first].prompt_ids[done:shared], before, shared)
+            prefixes[first:end] = [prefix] * (end - first)
+        cuts = [n + 1 for n in range(first, end - 1) if common[n] == shared]
+        runs += itertools.pairwise([first, *cuts, end])
+    placed = [Placed(e, prefix) for e, prefix in zip(short, prefixes, strict=True)]
+    return placed + [Placed(e) for e in examples if len(e) > SHARED or not len(e.prompt_ids)]
 
 
-def _bins(units: Sequence[Unit], micro_tokens: int) -> list[list[Unit]]:
+def _num_common(a: Array, b: Array) -> int:
+    """The number of leading tokens that two prompts have in common, without the last token of either."""
+    length = min(len(a), len(b)) - 1
+    differs = np.flatnonzero(a[:length] != b[:length])
+    return int(differs[0]) if len(differs) else length
+
+
+def _size(unit: Unit) -> int:
+    """The number of tokens that a unit is computed with."""
+    prefixes = {prefix for placed in unit for prefix in placed.chain()}
+    own = sum(len(placed.example) - placed.done for placed in unit)
+    return own + sum(len(prefix.ids) for prefix in prefixes)
+
+
+def _bins(units: Sequence[Unit], micro_tokens: int) -> list[Unit]:
     """First-fit decreasing; ties keep their order, so the result depends on nothing else."""
-    bins: list[list[Unit]] = []
+    bins: list[Unit] = []
     room: list[int] = []
     for unit in sorted(units, key=_size, reverse=True):
         size = _size(unit)
@@ -157,46 +233,42 @@ def _bins(units: Sequence[Unit], micro_tokens: int) -> list[list[Unit]]:
             bins.append([])
             room.append(micro_tokens)
             fitting = len(bins) - 1
-        bins[fitting].append(unit)
+        bins[fitting] += unit
         room[fitting] -= size
     return bins
 
 
-def _batch(units: Sequence[Unit], normalise: str, denominator: float, *, masked: bool) -> Batch:
-    examples = [e for unit in units for e in unit]
-    # What of its prompt each example has computed before it, by another doc, and which.
-    ahead = [len(e.prompt_ids) - 1 if len(unit) > 1 else 0 for unit in units for e in unit]
-    prefixes = [unit[0].prompt_ids[:-1] for unit in units if len(unit) > 1]
-    parent, shared = [], len(examples)
-    for unit in units:
-        parent += [shared if len(unit) > 1 else -1] * len(unit)
-        shared += len(unit) > 1
-    parent += [-1] * len(prefixes)
-    lengths = [len(e) - done for e, done in zip(examples, ahead, strict=True)]
-    lengths += [len(prefix) for prefix in prefixes]
+def _batch(unit: Unit, normalise: str, denominator: float, *, masked: bool) -> Batch:
+    """One micro-batch: a doc for each example, then one for each prefix that they share."""
+    prefixes = list(dict.fromkeys(prefix for placed in unit for prefix in placed.chain()))
+    index: dict[Prefix | None, int] = {p: n for n, p in enumerate(prefixes, len(unit))}
+    index[None] = -1
+    docs = [
+        np.concatenate([p.example.prompt_ids, p.example.completion_ids])[p.done :] for p in unit
+    ]
+    starts = [placed.done for placed in unit]
+    docs += [prefix.ids for prefix in prefixes]
+    starts += [prefix.stop - len(prefix.ids) for prefix in prefixes]
+    parent = [index[p.prefix] for p in unit] + [index[p.before] for p in prefixes]
+    lengths = [len(ids) for ids in docs]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     total = int(offsets[-1])
-    ids_T, label_T = np.empty(total, np.int64), np.zeros(total, np.int64)
+    ids_T = np.concatenate([np.empty(0, np.int64), *docs]).astype(np.int64)
+    label_T = np.zeros(total, np.int64)
     weight_T, place_T = np.zeros(total, np.float32), np.zeros(total, np.int64)
-    rows_of: list[slice] = []
-    for prefix, start in zip(prefixes, offsets[len(examples) :], strict=False):
-        ids_T[start : start + len(prefix)] = prefix
-    for example, done, start, stop in zip(examples, ahead, offsets, offsets[1:], strict=False):
-        ids_T[start:stop] = np.concatenate([example.prompt_ids[done:], example.completion_ids])
-        label_T[start : stop - 1] = ids_T[start + 1 : stop]
-        first = start + len(example.prompt_ids) - done - 1
-        if first < start and len(example.completion_ids):
+    examples, rows_of = [placed.example for placed in unit], []
+    for placed, start, stop in zip(unit, offsets, offsets[1:], strict=False):
+        example, num = placed.example, len(placed.example.completion_ids)
+        if num and not len(example.prompt_ids):
             raise ValueError(
                 f"trace {example.trace_id}: an empty prompt leaves nothing to predict the first token from"
             )
-        rows = slice(first, stop - 1)
+        label_T[start : stop - 1] = ids_T[start + 1 : stop]
+        rows = slice(stop - num - 1, stop - 1)
         if not masked:
-            weight_T[rows] = (
-                1.0 if normalise == "token" else 1.0 / max(len(example.completion_ids), 1)
-            )
-        place_T[rows] = np.arange(len(example.completion_ids))
+            weight_T[rows] = 1.0 if normalise == "token" else 1.0 / max(num, 1)
+        place_T[rows] = np.arange(num)
         rows_of.append(rows)
-    starts = [*ahead, *[0] * len(prefixes)]
     position_T = np.arange(total) - np.repeat(offsets[:-1] - starts, lengths)
     return Batch(
         ids_T=ids_T,
@@ -256,10 +328,10 @@ def _beside(
     """The readings of a batch's examples, packed one after another in the same order."""
     readings = [e.reading for e in examples if e.reading is not None]
     theirs = [
-        Example(e.trace_id, r.prompt_ids, r.completion_ids)
+        Placed(Example(e.trace_id, r.prompt_ids, r.completion_ids))
         for e, r in zip(examples, readings, strict=True)
     ]
-    batch = _batch([[one] for one in theirs], normalise, denominator, masked=masked)
+    batch = _batch(theirs, normalise, denominator, masked=masked)
     found = Alignment.concat([] if masked else [r.alignment for r in readings])
     counts = [r.alignment.num_spans for r in readings if not masked]
     each = [1.0 if normalise == "token" else 1.0 / max(count, 1) for count in counts]

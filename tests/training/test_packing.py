@@ -8,9 +8,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from distill import models
 from distill.records import TopK
+from distill.training import attention
 from distill.training.losses import cross_entropy, forward_kl
 from distill.training.objective import Objective
 from distill.training.packing import Example, pack, steps
@@ -159,21 +163,131 @@ def test_traces_of_one_prompt_share_it_and_nothing_else_changes(trainee_parts, m
         torch.testing.assert_close(got[1][name], grad, rtol=1e-3, atol=2e-6, msg=name)
     tokens = sum(len(b.ids_T) for b in shared)
     assert sorted(i for b in shared for i in b.trace_ids) == sorted(e.trace_id for e in examples)
-    if micro_tokens == 10_000:  # all but one of the five and the four compute 11 and 39 tokens less
-        assert tokens == sum(len(e) for e in examples) - 4 * 11 - 3 * 39
+    if (
+        micro_tokens == 10_000
+    ):  # all but one of the five, the four and the two: 11, 39 and 299 tokens less
+        assert tokens == sum(len(e) for e in examples) - 4 * 11 - 3 * 39 - 299
 
 
-def test_a_shared_prompt_by_hand():
-    a, b = example("a", [7, 8, 9], [20, 2]), example("b", [7, 8, 9], [30, 31, 2])
-    (batch,) = pack([a, b], micro_tokens=100)
-    assert batch.trace_ids == ("a", "b")
-    assert batch.ids_T.tolist() == [9, 20, 2, 9, 30, 31, 2, 7, 8]
-    assert batch.position_T.tolist() == [2, 3, 4, 2, 3, 4, 5, 0, 1]
-    assert batch.doc_offsets.tolist() == [0, 3, 7, 9]
-    assert batch.parent.tolist() == [2, 2, -1]
-    assert batch.weight_T.tolist() == [1, 1, 0, 1, 1, 1, 0, 0, 0]
-    assert batch.label_T[batch.weight_T > 0].tolist() == [20, 2, 30, 31, 2]
-    assert batch.squared_lengths == 9 + 2 * 3 * 2 + 16 + 2 * 4 * 2 + 4
+def test_a_tree_of_shared_prompts_by_hand():
+    """Eight tokens common to all four examples, four more to a and b: 8 * 3 and, of `wide`, 20 * 1 tokens are saved."""
+    frame, wide = list(range(10, 18)), list(range(30, 50))
+    a = example("a", [*frame, *wide, 7], [20, 2])
+    b = example("b", [*frame, *wide, 8], [21, 2])
+    c, d = example("c", [*frame, 60], [22, 2]), example("d", [*frame, 61, 62], [23, 24, 2])
+    (batch,) = pack([d, b, a, c], micro_tokens=100)
+    assert batch.trace_ids == ("a", "b", "c", "d")
+    own = [[7, 20, 2], [8, 21, 2], [60, 22, 2], [61, 62, 23, 24, 2]]
+    assert batch.ids_T.tolist() == [t for ids in [*own, wide, frame] for t in ids]
+    assert batch.doc_offsets.tolist() == [0, 3, 6, 9, 14, 34, 42]
+    assert batch.parent.tolist() == [4, 4, 5, 5, 5, -1]
+    assert batch.position_T[batch.doc_offsets[:-1]].tolist() == [28, 28, 8, 8, 8, 0]
+    assert batch.position_T[9:14].tolist() == [8, 9, 10, 11, 12]
+    assert batch.weight_T.tolist() == [1, 1, 0] * 3 + [0, 1, 1, 1, 0] + [0] * 28
+    assert batch.label_T[batch.weight_T > 0].tolist() == [20, 2, 21, 2, 22, 2, 23, 24, 2]
+    seen = [(3, 28), (3, 28), (3, 8), (5, 8), (20, 8), (8, 0)]
+    assert batch.squared_lengths == sum(own**2 + 2 * own * before for own, before in seen)
+    # A prefix that would save fewer than LEAST_SAVED tokens is not shared.
+    (plain,) = pack([c, d], micro_tokens=100)
+    assert (plain.parent == -1).all()
+
+
+def test_the_last_prompt_token_is_never_shared():
+    """It predicts the first token of each example's own completion, of one prompt and where one prompt begins another."""
+    prompt = list(range(10, 40))
+    examples = [
+        example("a", prompt, [5, 2]),
+        example("b", prompt, [6, 2]),
+        example("c", [*prompt, 50], [7, 2]),
+    ]
+    (batch,) = pack(examples, micro_tokens=100)
+    assert batch.parent.tolist() == [3, 3, 3, -1]
+    assert batch.ids_T[:10].tolist() == [39, 5, 2, 39, 6, 2, 39, 50, 7, 2]
+    assert batch.ids_T[10:].tolist() == prompt[:-1]
+
+
+@pytest.mark.parametrize("micro_tokens", [60, 100, 1000])
+def test_bins_count_tokens_after_sharing_and_hold_what_shares_together(micro_tokens):
+    """Sixteen groups of four with 20 tokens common to all and 10 to a group: 20 + 16 * (10 + 4 * 6) tokens in all."""
+    rng = np.random.default_rng(0)
+    frame = list(range(100, 120))
+    examples = [
+        example(f"{group}.{n}", [*frame, *range(group, group + 11)], [5, 6, 7, 8, 2])
+        for group in range(16)
+        for n in range(4)
+    ]
+    rng.shuffle(examples)
+    batches = pack(examples, micro_tokens=micro_tokens)
+    sizes = [len(batch.ids_T) for batch in batches]
+    assert max(sizes) <= micro_tokens
+    # What a micro-batch adds: the frame, a group that is continued, and room for less than an example.
+    assert len(batches) <= -(-(16 * (10 + 4 * 6)) // (micro_tokens - 20 - 10 - 6))
+    assert sum(sizes) <= 16 * (10 + 4 * 6) + len(batches) * (20 + 10)
+    if micro_tokens == 1000:
+        assert sizes == [20 + 16 * (10 + 4 * 6)]
+
+
+@st.composite
+def prompt_trees(draw):
+    """Prompts that begin with parts of one another, each with one or more completions, in any order."""
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    prompts = [rng.integers(3, 1000, draw(st.integers(1, 60)))]
+    for _ in range(draw(st.integers(1, 5))):
+        stem = draw(st.sampled_from(prompts))
+        kept = draw(st.integers(0, len(stem)))
+        prompts.append(np.append(stem[:kept], rng.integers(3, 1000, draw(st.integers(1, 40)))))
+    counts = draw(st.lists(st.integers(1, 4), min_size=len(prompts), max_size=len(prompts)))
+    lengths = [draw(st.integers(0, 25)) for _ in range(sum(counts))]
+    chosen = [prompt for prompt, count in zip(prompts, counts, strict=True) for _ in range(count)]
+    examples = [
+        example(str(n), prompt, [*rng.integers(3, 1000, length), 2])
+        for n, (prompt, length) in enumerate(zip(chosen, lengths, strict=True))
+    ]
+    return draw(st.permutations(examples))
+
+
+@pytest.fixture
+def in_fp64(tiny_dir, monkeypatch):
+    """Trainee and, as the oracle, the model with torch's own attention (transformers' eager one rounds to fp32, as its norms do)."""
+
+    def forward(norm, x):
+        return norm.weight * x * (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    plain = models.load(tiny_dir, dtype="float64", attn_implementation="sdpa")
+    trainee = Trainee(models.load(tiny_dir, dtype="float64"), Objective(cross_entropy), 49152)
+    return trainee, plain
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    prompt_trees(), st.sampled_from([1, 64, 150, 10_000]), st.sampled_from([attention.SHORT, 16])
+)
+def test_sharing_over_random_trees_changes_neither_loss_nor_gradients(
+    in_fp64, examples, micro_tokens, short
+):
+    """The oracle runs each trace alone through torch's attention and log-softmax; a low SHORT takes fused kernels."""
+    trainee, plain = in_fp64
+    # A power of two: weights are float32.
+    batches = pack(examples, micro_tokens=micro_tokens, denominator=64.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SHORT", short)
+        loss, grads = gradients(trainee, batches)
+    total = torch.zeros((), dtype=torch.float64)
+    for e in examples:
+        ids = torch.from_numpy(np.concatenate([e.prompt_ids, e.completion_ids])).long()
+        logq = plain(input_ids=ids[None]).logits[0].log_softmax(-1)
+        first = len(e.prompt_ids)
+        total = total - logq[first - 1 : -1].gather(1, ids[first:, None]).sum() / 64
+    plain.zero_grad()
+    total.backward()
+    assert loss == pytest.approx(total.item(), rel=1e-10)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(
+            grads[f"model.{name}"], parameter.grad, rtol=1e-10, atol=1e-10, msg=name
+        )
 
 
 def test_packed_attention_equals_transformers_own_on_each_trace_alone(tiny_dir):

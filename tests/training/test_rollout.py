@@ -160,7 +160,7 @@ def test_reward_rises_and_random_rewards_do_not_raise_it(tiny_dir, engine, tmp_p
     config = stage(steps=16, group_size=8, lr=1e-2)
     objective = objectives.grpo(truncated="penalise")
     run(tiny_dir, tmp_path / "real", source(engine, config, objective, share, seed=seed))
-    assert np.mean([m["reward"] for m in metrics(tmp_path / "real")][-3:]) > 0.75
+    assert np.mean([m["reward"] for m in metrics(tmp_path / "real")][-3:]) > 0.7
 
     def chance(group):
         return np.random.default_rng([seed, group.seed % 2**32]).integers(0, 2, len(group)).tolist()
@@ -261,7 +261,7 @@ def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(
 
 def test_cut_completions_leave_the_loss_or_stay_in_it(tiny_dir, engine, tmp_path, share):
     """All completions of four tokens are cut: masked there is nothing to learn, penalised there is."""
-    for truncated, tokens in (("mask", 0), ("penalise", 4 * (2 + 4 * (1 + 4)))):
+    for truncated, tokens in (("mask", 0), ("penalise", 4 * 4 * (3 + 4))):
         folder = tmp_path / truncated
         objective = objectives.grpo(beta=0.001, truncated=truncated)
         run(tiny_dir, folder, source(engine, stage(steps=1), objective, share))
