@@ -171,7 +171,7 @@ def measure(widths: Iterable[Width]) -> Machine:
         dtypes = DTYPES if torch.cuda.is_bf16_supported(including_emulation=False) else ("float32",)
     source = torch.ones(32 << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copying = min(_seconds(lambda: target.copy_(source), device) for _ in range(REPEATS))
+    copying = min(busy_seconds(lambda: target.copy_(source), device) for _ in range(REPEATS))
     with torch.inference_mode():
         rates = {name_of(width): _rates(width, dtypes, device) for width in widths}
     return Machine(
@@ -220,15 +220,15 @@ def _rates(width: Width, dtypes: tuple[Dtype, ...], device: str) -> dict[Dtype, 
 
 def _best(works: Mapping[Dtype, Callable[[], object]], device: str) -> dict[Dtype, float]:
     """Seconds of each, the least of a few runs taken in turns; one that is hopelessly slow runs once."""
-    times = {dtype: _seconds(work, device) for dtype, work in works.items()}
+    times = {dtype: busy_seconds(work, device) for dtype, work in works.items()}
     for _ in range(REPEATS):
         for dtype, work in works.items():
             if times[dtype] < HOPELESS * min(times.values()):
-                times[dtype] = min(times[dtype], _seconds(work, device))
+                times[dtype] = min(times[dtype], busy_seconds(work, device))
     return times
 
 
-def _seconds(work: Callable[[], object], device: str) -> float:
+def busy_seconds(work: Callable[[], object], device: str) -> float:
     """Seconds that the work takes with nothing else running.
 
     On a CPU: the main thread's CPU time, or that of all threads over the cores where it is more. The threads wait passively for

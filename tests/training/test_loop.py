@@ -41,6 +41,7 @@ def config(**changes):
         "batch_traces": 8,
         "lr": 1e-2,
         "checkpoint_every": 3,
+        "dtype": "bfloat16",
     }
     return TrainStage(**{**defaults, **changes})
 
