@@ -49,6 +49,7 @@ class Screen:
         self._lock = threading.RLock()
         self._current: _Phase | Live | None = None
         self._shown_at = now()
+        self._told = True
         self._silent_until = now()
 
     def say(self, text: str) -> None:
@@ -66,6 +67,7 @@ class Screen:
         with self._lock:
             self._current = _Phase(text, self.now())
             self._silent_until = self.now() + after
+            self._told = False
             self._draw(0.0)
 
     def live(self, total: int, unit: str, done: int = 0) -> Live:
@@ -79,7 +81,7 @@ class Screen:
 
     def tick(self) -> None:
         """Show again what is under way: on a terminal always, elsewhere after QUIET seconds without a line."""
-        self._draw(0.0 if self.terminal else QUIET)
+        self._draw(0.0 if self.terminal or not self._told else QUIET)
 
     @contextmanager
     def ticking(self) -> Iterator[Screen]:
@@ -107,6 +109,7 @@ class Screen:
             now = self.now()
             if self._current is None or now < self._silent_until or now - self._shown_at < every:
                 return
+            self._told = True
             label = f"{self.label:<{LABEL}}  " if self.label else ""
             text = f"  {label}{self._current.text(now)}"
             if self.terminal:
