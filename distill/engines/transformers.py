@@ -22,12 +22,16 @@ import torch.nn.functional as F
 
 from distill import models
 from distill.engines import rows
-from distill.engines.cache import growing
+from distill.engines.cache import GrowingCache, growing
 from distill.engines.head32 import Float32Head
 from distill.records import Array, Completion, Request, Sampling
 
 CHUNK = 256
-"""Positions scored at a time: bounds the logits to [CHUNK, vocabulary]."""
+"""Positions of one long completion scored at a time: bounds the logits to [CHUNK, vocabulary]."""
+SCORED = 1024
+"""Positions scored at a time where several completions are: bounds the logits to [SCORED, vocabulary]."""
+FED = 4096
+"""Tokens of those completions with their prompts: bounds the activations."""
 
 
 @dataclass(slots=True)
@@ -146,24 +150,29 @@ class TransformersEngine:
             )
             for request in batch
         ]
-        cache = growing(self._model.config)
         prompts: dict[bytes, int] = {}
         which_B = [prompts.setdefault(_key(request), len(prompts)) for request in batch]
         different = [np.frombuffer(key, np.int64) for key in prompts]
-        shared = _common(different) if cache is not None else 0
-        if cache is not None and shared:
-            first_1P = torch.tensor(different[0][None, :shared], device=self._device)
-            self._forward(first_1P, None, cache)
-            cache.batch_select_indices(
-                torch.zeros(len(different), dtype=torch.long, device=self._device)
-            )
-        ids_UP, mask_UP = _left_padded([ids[shared:] for ids in different], self._device)
-        mask_UP = torch.cat([mask_UP.new_ones(len(different), shared), mask_UP], dim=1)
-        joins = cache is not None
-        logits_UV, held = self._forward(ids_UP, mask_UP, cache)
+        logits_UV, mask_UP, cache = self._prefill(different)
         which = torch.tensor(which_B, device=self._device)
-        held.batch_select_indices(which)
-        return _Live(rows_B, mask_UP[which], logits_UV[which], held, joins)
+        cache.batch_select_indices(which)
+        joins = isinstance(cache, GrowingCache)
+        return _Live(rows_B, mask_UP[which], logits_UV[which], cache, joins)
+
+    def _prefill(self, ids: list[Array], keep: int = 1) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Logits [B * keep, V] of the last positions of several sequences, their mask [B, P] and the cache.
+
+        What all of them begin with is computed once, where the model's cache allows it.
+        """
+        cache = growing(self._model.config)
+        shared = 0 if cache is None else _common(ids, keep)
+        if cache is not None and shared:
+            self._forward(torch.tensor(ids[0][None, :shared], device=self._device), None, cache)
+            cache.batch_select_indices(torch.zeros(len(ids), dtype=torch.long, device=self._device))
+        ids_BP, mask_BP = _left_padded([each[shared:] for each in ids], self._device)
+        mask_BP = torch.cat([mask_BP.new_ones(len(ids), shared), mask_BP], dim=1)
+        logits_BV, held = self._forward(ids_BP, mask_BP, cache, keep)
+        return logits_BV, mask_BP, held
 
     def _completion(self, row: _Row, top_k: int) -> Completion:
         ids, logp = np.stack(row.ids), np.stack(row.logp)
@@ -178,19 +187,50 @@ class TransformersEngine:
         )
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
-        """The given completions' log-probabilities, teacher-forced, one request after another."""
+        """The given completions' log-probabilities, teacher-forced, in the order asked; a few at a time."""
+        for group in self._groups(requests):
+            for request, (ids, logp) in zip(group, self._score_group(group, top_k), strict=True):
+                yield rows.completion(
+                    request,
+                    rows.given(request, self.max_model_len),
+                    ids,
+                    logp,
+                    top_k=top_k,
+                    stop_ids=self._stop_ids,
+                    version=self.version,
+                )
+
+    def _groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
+        """Requests that are scored together, in the order asked: no more than FED tokens and SCORED of them scored."""
+        group: list[Request] = []
+        longest = whole = 0
         for request in requests:
-            given_T = rows.given(request, self.max_model_len)
-            parts = list(self._score_chunks(request.prompt_ids, given_T, top_k))
-            yield rows.completion(
-                request,
-                given_T,
-                np.concatenate([ids for ids, _ in parts]),
-                np.concatenate([logp for _, logp in parts]),
-                top_k=top_k,
-                stop_ids=self._stop_ids,
-                version=self.version,
-            )
+            length = len(rows.given(request, self.max_model_len))
+            longest = max(longest, length)
+            whole = max(whole, length + len(request.prompt_ids))
+            num = len(group) + 1
+            if group and (num > self._batch_size or num * longest > SCORED or num * whole > FED):
+                yield group
+                group, longest, whole = [], length, length + len(request.prompt_ids)
+            group.append(request)
+        if group:
+            yield group
+
+    def _score_group(self, group: list[Request], top_k: int) -> Iterator[tuple[Array, Array]]:
+        """ids and log-probs [T, 1 + K] of each request's completion."""
+        given = [rows.given(request, self.max_model_len) for request in group]
+        if len(group) == 1:
+            parts = list(self._score_chunks(group[0].prompt_ids, given[0], top_k))
+            yield tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+            return
+        # The last token is fed to nothing; the position before a token is about it.
+        ids = [np.concatenate([r.prompt_ids, g[:-1]]) for r, g in zip(group, given, strict=True)]
+        keep = max(map(len, given))
+        logits_BV, _, _ = self._prefill(ids, keep)
+        logits_BKV = logits_BV.reshape(len(group), keep, -1)
+        for row_KV, given_T in zip(logits_BKV, given, strict=True):
+            label_T = torch.as_tensor(given_T, dtype=torch.long, device=self._device)
+            yield _head_rows(row_KV[keep - len(given_T) :], label_T, top_k)
 
     def _score_chunks(
         self, prompt_ids: Array, given_T: Array, top_k: int
@@ -254,12 +294,12 @@ def _key(request: Request) -> bytes:
     return np.asarray(request.prompt_ids, np.int64).tobytes()
 
 
-def _common(prompts: list[Array]) -> int:
-    """How many tokens all the prompts begin with, each prompt's last token left out; 0 for one prompt alone."""
-    if len(prompts) < 2:
+def _common(sequences: list[Array], keep: int) -> int:
+    """How many tokens all the sequences begin with, each one's last `keep` left out; 0 for one alone."""
+    width = min(len(ids) for ids in sequences) - keep
+    if len(sequences) < 2 or width <= 0:
         return 0
-    width = min(len(ids) for ids in prompts) - 1
-    same = np.all(np.stack([ids[:width] for ids in prompts]) == prompts[0][:width], axis=0)
+    same = np.all(np.stack([ids[:width] for ids in sequences]) == sequences[0][:width], axis=0)
     return width if same.all() else int(same.argmin())
 
 

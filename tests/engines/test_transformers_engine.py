@@ -135,6 +135,32 @@ def test_scores_are_the_log_probabilities_of_generation(reference, monkeypatch, 
         assert got.finish_reason == want.finish_reason
 
 
+def test_completions_scored_together_are_scored_as_alone(reference, tiny_dir, monkeypatch):
+    """In the order asked, of several lengths, whether or not a long one stands between them."""
+    from distill.engines import transformers
+
+    monkeypatch.setattr(transformers, "SCORED", 40)
+    engine = start(tiny_dir, "transformers", batch_size=16)
+    sizes = []
+    together = engine._score_group
+    monkeypatch.setattr(
+        engine, "_score_group", lambda group, k: (sizes.append(len(group)), together(group, k))[1]
+    )
+    rng = np.random.default_rng(3)
+    asked = [
+        Request(r.request_id, r.prompt_ids[:60], completion_ids=rng.integers(100, 40000, length))
+        for r, length in zip(uneven(4), (3, 9, 1, 50, 7, 7, 2, 5), strict=True)
+    ]
+    got = list(engine.score(asked, top_k=8))
+    assert [c.request_id for c in got] == [r.request_id for r in asked]
+    # 3 x 9 fit into 40, the 50 stands alone, 4 x 7 fit.
+    assert sizes == [3, 1, 4]
+    for one, want in zip(got, reference.score(asked, top_k=8), strict=True):
+        np.testing.assert_array_equal(one.ids_T, want.ids_T)
+        np.testing.assert_allclose(one.logprob_T, want.logprob_T, atol=1e-4)
+        np.testing.assert_array_equal(one.top.ids_E, want.top.ids_E)
+
+
 def test_rows_are_the_models_own_distribution(reference, tiny_dir):
     model = models.load(tiny_dir, dtype="float32")
     (request,) = requests(1)
