@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# While packages are installed, not when each is first imported.
+COMPILE := --compile-bytecode
 # One of cpu and gpu: the two builds of vLLM exclude each other.
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
@@ -12,7 +14,7 @@ links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get g
 [ -n "$$links" ] && export UV_FIND_LINKS="$$links"; \
 [ -n "$$PIP_INDEX_URL" ] && export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}"; \
 ls $$links/torch-*.whl >/dev/null 2>&1 || export UV_TORCH_BACKEND="$${UV_TORCH_BACKEND:-auto}"; \
-$(BIN)/uv pip install --quiet --compile-bytecode --only-binary vllm --python $(BIN)/python
+$(BIN)/uv pip install --quiet $(COMPILE) --only-binary vllm --python $(BIN)/python
 endef
 
 .PHONY: setup setup-dev quickstart test test-fast bench bench-gpu lint clean

@@ -1,7 +1,8 @@
-"""Plain transformers as an engine: a batch is decoded together with a key-value cache until all its rows end.
+"""Plain transformers as an engine: a batch is decoded together with a key-value cache; rows leave as they finish.
 
-Prompts are padded on the left; rows leave the batch as they finish. Each request draws from its own
-generator, one uniform number a token. With a batch of one nothing depends on anything but the request:
+When half of them have left, others take their places. Prompts are padded on the left; what all prompts of a batch begin
+with is computed once, and so is a prompt that is asked several times. Each request draws from its own generator, one
+uniform number a token. With a batch of one nothing depends on anything but the request:
 that, in float32, is the reference engine. Log-probabilities are raw: before temperature and top-p.
 
 Shapes: B rows of the batch, V vocabulary, K candidates, T positions, P prompt tokens.
@@ -17,14 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from distill import models
 from distill.engines import rows
+from distill.engines.cache import GrowingCache, growing
 from distill.engines.head32 import Float32Head
 from distill.records import Array, Completion, Request, Sampling
 
 CHUNK = 256
-"""Positions scored at a time: bounds the logits to [CHUNK, vocabulary]."""
+"""Positions of one long completion scored at a time: bounds the logits to [CHUNK, vocabulary]."""
+SCORED = 1024
+"""Positions scored at a time where several completions are: bounds the logits to [SCORED, vocabulary]."""
+FED = 4096
+"""Tokens of those completions with their prompts: bounds the activations."""
 
 
 @dataclass(slots=True)
@@ -33,9 +40,46 @@ class _Row:
 
     request: Request
     limit: int
+    version: int
     generator: torch.Generator
     ids: list[Array] = field(default_factory=list)
     logp: list[Array] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Live:
+    """Rows being written, with the attention mask [B, P], the logits of their next tokens [B, V] and the cache.
+
+    joins: whether the cache can take up others.
+    """
+
+    rows: list[_Row]
+    mask_BP: torch.Tensor
+    logits_BV: torch.Tensor
+    cache: Any
+    joins: bool
+
+    def keep(self, kept: list[int], next_B: torch.Tensor) -> torch.Tensor:
+        """Only these rows, in this order; returns their next tokens."""
+        if len(kept) == len(self.rows):
+            return next_B
+        index_B = torch.tensor(kept, device=next_B.device)
+        self.rows = [self.rows[index] for index in kept]
+        self.mask_BP = self.mask_BP[index_B]
+        self.cache.batch_select_indices(index_B)
+        return next_B[index_B]
+
+    def join(self, new: _Live) -> _Live:
+        """These rows and new ones below them. Positions at the left that none of these rows has are dropped."""
+        skip = int(self.mask_BP.any(0).long().argmax())
+        self.cache.join(new.cache, skip)
+        mine, theirs = self.mask_BP[:, skip:], new.mask_BP
+        width = max(mine.shape[1], theirs.shape[1])
+        mask_BP = torch.cat(
+            [F.pad(mask, (width - mask.shape[1], 0)) for mask in (mine, theirs)], dim=0
+        )
+        logits_BV = torch.cat([self.logits_BV, new.logits_BV])
+        return _Live(self.rows + new.rows, mask_BP, logits_BV, self.cache, True)
 
 
 class TransformersEngine:
@@ -65,41 +109,72 @@ class TransformersEngine:
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0
     ) -> Iterator[Completion]:
-        """Completions as they finish; batch_size requests are drawn at a time."""
+        """Completions as they finish; at most batch_size requests are unfinished at a time."""
         source = iter(requests)
-        while batch := list(itertools.islice(source, self._batch_size)):
-            yield from self._decode(batch, sampling, top_k)
-
-    def _decode(self, batch: list[Request], sampling: Sampling, top_k: int) -> Iterator[Completion]:
-        version = self.version
-        limits = [rows.room(r, self.max_model_len, sampling.max_tokens) for r in batch]
-        live = [
-            _Row(r, limit, torch.Generator().manual_seed(r.seed))
-            for r, limit in zip(batch, limits, strict=True)
-        ]
-        ids_BP, mask_BP = _left_padded(batch, self._device)
-        cache: Any = None
-        while live:
-            logits_BV, cache = self._forward(ids_BP, mask_BP, cache)
-            next_B = _draw(logits_BV, sampling, [row.generator for row in live])
-            ids_BK, logp_BK = _head_rows(logits_BV, next_B, top_k)
-            kept = []
-            for index, row in enumerate(live):
+        live: _Live | None = None
+        while True:
+            if live is None or (live.joins and len(live.rows) <= self._batch_size // 2):
+                free = self._batch_size - (len(live.rows) if live else 0)
+                if batch := list(itertools.islice(source, free)):
+                    new = self._start(batch, sampling)
+                    live = new if live is None else live.join(new)
+            if live is None:
+                return
+            next_B = _draw(live.logits_BV, sampling, [row.generator for row in live.rows])
+            ids_BK, logp_BK = _head_rows(live.logits_BV, next_B, top_k)
+            kept = list(range(len(live.rows)))
+            for index in reversed(range(len(kept))):
+                row = live.rows[index]
                 row.ids.append(ids_BK[index])
                 row.logp.append(logp_BK[index])
                 if int(ids_BK[index, 0]) in self._stop_ids or len(row.ids) == row.limit:
-                    yield self._completion(row, top_k, version)
-                else:
-                    kept.append(index)
-            if len(kept) < len(live):
-                index_B = torch.tensor(kept, device=self._device, dtype=torch.long)
-                live = [live[index] for index in kept]
-                mask_BP, next_B = mask_BP[index_B], next_B[index_B]
-                cache.batch_select_indices(index_B)
-            ids_BP = next_B[:, None]
-            mask_BP = torch.cat([mask_BP, mask_BP.new_ones(len(live), 1)], dim=1)
+                    # The last row takes its place, so that few are moved.
+                    kept[index] = kept[-1]
+                    kept.pop()
+                    yield self._completion(row, top_k)
+            if not kept:
+                live = None
+                continue
+            next_B = live.keep(kept, next_B)
+            live.mask_BP = torch.cat([live.mask_BP, live.mask_BP.new_ones(len(kept), 1)], dim=1)
+            live.logits_BV, live.cache = self._forward(next_B[:, None], live.mask_BP, live.cache)
 
-    def _completion(self, row: _Row, top_k: int, version: int) -> Completion:
+    def _start(self, batch: list[Request], sampling: Sampling) -> _Live:
+        """New rows with their prompts computed, up to the logits of their first tokens."""
+        rows_B = [
+            _Row(
+                request,
+                rows.room(request, self.max_model_len, sampling.max_tokens),
+                self.version,
+                torch.Generator().manual_seed(request.seed),
+            )
+            for request in batch
+        ]
+        prompts: dict[bytes, int] = {}
+        which_B = [prompts.setdefault(_key(request), len(prompts)) for request in batch]
+        different = [np.frombuffer(key, np.int64) for key in prompts]
+        logits_UV, mask_UP, cache = self._prefill(different)
+        which = torch.tensor(which_B, device=self._device)
+        cache.batch_select_indices(which)
+        joins = isinstance(cache, GrowingCache)
+        return _Live(rows_B, mask_UP[which], logits_UV[which], cache, joins)
+
+    def _prefill(self, ids: list[Array], keep: int = 1) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Logits [B * keep, V] of the last positions of several sequences, their mask [B, P] and the cache.
+
+        What all of them begin with is computed once, where the model's cache allows it.
+        """
+        cache = growing(self._model.config)
+        shared = 0 if cache is None else _common(ids, keep)
+        if cache is not None and shared:
+            self._forward(torch.tensor(ids[0][None, :shared], device=self._device), None, cache)
+            cache.batch_select_indices(torch.zeros(len(ids), dtype=torch.long, device=self._device))
+        ids_BP, mask_BP = _left_padded([each[shared:] for each in ids], self._device)
+        mask_BP = torch.cat([mask_BP.new_ones(len(ids), shared), mask_BP], dim=1)
+        logits_BV, held = self._forward(ids_BP, mask_BP, cache, keep)
+        return logits_BV, mask_BP, held
+
+    def _completion(self, row: _Row, top_k: int) -> Completion:
         ids, logp = np.stack(row.ids), np.stack(row.logp)
         return rows.completion(
             row.request,
@@ -108,23 +183,54 @@ class TransformersEngine:
             logp,
             top_k=top_k,
             stop_ids=self._stop_ids,
-            version=version,
+            version=row.version,
         )
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
-        """The given completions' log-probabilities, teacher-forced, one request after another."""
+        """The given completions' log-probabilities, teacher-forced, in the order asked; a few at a time."""
+        for group in self._groups(requests):
+            for request, (ids, logp) in zip(group, self._score_group(group, top_k), strict=True):
+                yield rows.completion(
+                    request,
+                    rows.given(request, self.max_model_len),
+                    ids,
+                    logp,
+                    top_k=top_k,
+                    stop_ids=self._stop_ids,
+                    version=self.version,
+                )
+
+    def _groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
+        """Requests that are scored together, in the order asked: no more than FED tokens and SCORED of them scored."""
+        group: list[Request] = []
+        longest = whole = 0
         for request in requests:
-            given_T = rows.given(request, self.max_model_len)
-            parts = list(self._score_chunks(request.prompt_ids, given_T, top_k))
-            yield rows.completion(
-                request,
-                given_T,
-                np.concatenate([ids for ids, _ in parts]),
-                np.concatenate([logp for _, logp in parts]),
-                top_k=top_k,
-                stop_ids=self._stop_ids,
-                version=self.version,
-            )
+            length = len(rows.given(request, self.max_model_len))
+            longest = max(longest, length)
+            whole = max(whole, length + len(request.prompt_ids))
+            num = len(group) + 1
+            if group and (num > self._batch_size or num * longest > SCORED or num * whole > FED):
+                yield group
+                group, longest, whole = [], length, length + len(request.prompt_ids)
+            group.append(request)
+        if group:
+            yield group
+
+    def _score_group(self, group: list[Request], top_k: int) -> Iterator[tuple[Array, Array]]:
+        """ids and log-probs [T, 1 + K] of each request's completion."""
+        given = [rows.given(request, self.max_model_len) for request in group]
+        if len(group) == 1:
+            parts = list(self._score_chunks(group[0].prompt_ids, given[0], top_k))
+            yield tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+            return
+        # The last token is fed to nothing; the position before a token is about it.
+        ids = [np.concatenate([r.prompt_ids, g[:-1]]) for r, g in zip(group, given, strict=True)]
+        keep = max(map(len, given))
+        logits_BV, _, _ = self._prefill(ids, keep)
+        logits_BKV = logits_BV.reshape(len(group), keep, -1)
+        for row_KV, given_T in zip(logits_BKV, given, strict=True):
+            label_T = torch.as_tensor(given_T, dtype=torch.long, device=self._device)
+            yield _head_rows(row_KV[keep - len(given_T) :], label_T, top_k)
 
     def _score_chunks(
         self, prompt_ids: Array, given_T: Array, top_k: int
@@ -184,15 +290,27 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def _left_padded(batch: list[Request], device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _key(request: Request) -> bytes:
+    return np.asarray(request.prompt_ids, np.int64).tobytes()
+
+
+def _common(sequences: list[Array], keep: int) -> int:
+    """How many tokens all the sequences begin with, each one's last `keep` left out; 0 for one alone."""
+    width = min(len(ids) for ids in sequences) - keep
+    if len(sequences) < 2 or width <= 0:
+        return 0
+    same = np.all(np.stack([ids[:width] for ids in sequences]) == sequences[0][:width], axis=0)
+    return width if same.all() else int(same.argmin())
+
+
+def _left_padded(prompts: list[Array], device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompt ids and attention mask [B, P]."""
-    width = max(len(request.prompt_ids) for request in batch)
-    ids_BP = torch.zeros(len(batch), width, dtype=torch.long)
-    mask_BP = torch.zeros(len(batch), width, dtype=torch.long)
-    for index, request in enumerate(batch):
-        length = len(request.prompt_ids)
-        ids_BP[index, width - length :] = torch.as_tensor(request.prompt_ids, dtype=torch.long)
-        mask_BP[index, width - length :] = 1
+    width = max(map(len, prompts))
+    ids_BP = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask_BP = torch.zeros(len(prompts), width, dtype=torch.long)
+    for index, ids in enumerate(prompts):
+        ids_BP[index, width - len(ids) :] = torch.tensor(ids)
+        mask_BP[index, width - len(ids) :] = 1
     return ids_BP.to(device), mask_BP.to(device)
 
 

@@ -34,14 +34,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
-    os.environ.update(engines.environment(EngineConfig()))
+    os.environ.update(engines.environment(EngineConfig(fn="vllm")))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
     from distill import models
 
     model_dir = models.resolve(ModelConfig(source=SOURCE))
     started = time.perf_counter()
-    config = EngineConfig(batch_size=max(options.batch))
+    config = EngineConfig(fn="vllm", batch_size=max(options.batch))
     engine: Any = engines.open_engine(config, model_dir, max_model_len=512, max_top_k=TOP_K)
     start_seconds = time.perf_counter() - started
     rows: list[dict[str, Any]] = [{"what": "start, imports included", "seconds": start_seconds}]

@@ -70,6 +70,52 @@ def test_batched_decoding_draws_what_the_reference_draws(reference, batched):
         np.testing.assert_array_equal(got[key].top.ids_E, want.top.ids_E)
 
 
+def uneven(number: int) -> list[Request]:
+    """Prompts that all begin with the same 30 tokens, each asked twice, of lengths that leave room for 1 to 48 tokens."""
+    rng = np.random.default_rng(7)
+    common = rng.integers(100, 40000, 30)
+    prompts = [
+        np.concatenate([common, rng.integers(100, 40000, 50 + n * 29 % 48)]) for n in range(number)
+    ]
+    return [Request(f"r{n}", prompts[n // 2].astype(np.int32), seed=n) for n in range(2 * number)]
+
+
+def test_rows_that_join_a_running_batch_are_written_as_alone(reference, batched, monkeypatch):
+    """Rows end at different times, so others join at different lengths; every completion is the reference's."""
+    from distill.engines.cache import GrowingCache
+
+    joins: list[int] = []
+    join = GrowingCache.join
+    monkeypatch.setattr(
+        GrowingCache,
+        "join",
+        lambda self, other, skip: (joins.append(skip), join(self, other, skip)),
+    )
+    asked, sampling = uneven(8), Sampling(max_tokens=64)
+    expected = {c.request_id: c for c in reference.generate(asked, sampling, top_k=4)}
+    assert not joins
+    got = {c.request_id: c for c in batched.generate(asked, sampling, top_k=4)}
+    assert len(joins) >= 3
+    assert max(joins) > 0
+    assert got.keys() == expected.keys()
+    assert len({len(c.ids_T) for c in expected.values()}) > 4
+    for key, want in expected.items():
+        np.testing.assert_array_equal(got[key].ids_T, want.ids_T)
+        np.testing.assert_allclose(got[key].logprob_T, want.logprob_T, atol=1e-4)
+
+
+def test_what_prompts_share_is_computed_once(tiny_dir):
+    engine = start(tiny_dir, "transformers", batch_size=16)
+    asked = uneven(8)
+    fed = []
+    forward = engine._forward
+    engine._forward = lambda ids, *rest: (fed.append(ids.numel()), forward(ids, *rest))[1]
+    assert len(list(engine.generate(asked, Sampling(max_tokens=1)))) == 16
+    longest = max(len(request.prompt_ids) for request in asked)
+    # The common beginning once, then each of the eight prompts' rest, padded to the longest.
+    assert fed == [30, 8 * (longest - 30)]
+
+
 @pytest.mark.parametrize("sampling", [SAMPLING, Sampling(0.7, 0.8, 12), Sampling(0.0, 1.0, 12)])
 def test_scores_are_the_log_probabilities_of_generation(reference, monkeypatch, sampling):
     from distill.engines import transformers
@@ -87,6 +133,32 @@ def test_scores_are_the_log_probabilities_of_generation(reference, monkeypatch, 
         np.testing.assert_allclose(got.logprob_T, want.logprob_T, atol=1e-4)
         np.testing.assert_allclose(got.top.logp_E, want.top.logp_E, atol=1e-4)
         assert got.finish_reason == want.finish_reason
+
+
+def test_completions_scored_together_are_scored_as_alone(reference, tiny_dir, monkeypatch):
+    """In the order asked, of several lengths, whether or not a long one stands between them."""
+    from distill.engines import transformers
+
+    monkeypatch.setattr(transformers, "SCORED", 40)
+    engine = start(tiny_dir, "transformers", batch_size=16)
+    sizes = []
+    together = engine._score_group
+    monkeypatch.setattr(
+        engine, "_score_group", lambda group, k: (sizes.append(len(group)), together(group, k))[1]
+    )
+    rng = np.random.default_rng(3)
+    asked = [
+        Request(r.request_id, r.prompt_ids[:60], completion_ids=rng.integers(100, 40000, length))
+        for r, length in zip(uneven(4), (3, 9, 1, 50, 7, 7, 2, 5), strict=True)
+    ]
+    got = list(engine.score(asked, top_k=8))
+    assert [c.request_id for c in got] == [r.request_id for r in asked]
+    # 3 x 9 fit into 40, the 50 stands alone, 4 x 7 fit.
+    assert sizes == [3, 1, 4]
+    for one, want in zip(got, reference.score(asked, top_k=8), strict=True):
+        np.testing.assert_array_equal(one.ids_T, want.ids_T)
+        np.testing.assert_allclose(one.logprob_T, want.logprob_T, atol=1e-4)
+        np.testing.assert_array_equal(one.top.ids_E, want.top.ids_E)
 
 
 def test_rows_are_the_models_own_distribution(reference, tiny_dir):
