@@ -36,10 +36,12 @@ DECODE_ROWS = 64
 """Sequences in a decoding step."""
 PRODUCT_FLOPS = 0.5e9
 """One product's size at most: a wide matrix is cut in its output, so that the slowest dtype is measured within a second."""
-REPEATS = 12
+REPEATS = 24
 HOPELESS = 10.0
 """A dtype that is this many times slower at its first run is not run again."""
 KEPT_SECONDS = 3600.0
+METHOD = "CPU time"
+"""Of measuring: measurements taken in another way are not read."""
 SETTINGS = ("ONEDNN_", "DNNL_", "ATEN_", "MKL_", "OMP_", "KMP_", "GOMP_", "CUDA_VISIBLE_DEVICES")
 """Environment variables that change how fast products are, by their beginning."""
 
@@ -302,11 +304,11 @@ def of_run(run: Path, widths: Iterable[Width], cache: Path, *, here: bool = True
 
 
 def key() -> str:
-    """What a measurement holds for: this processor, its cores, this torch, these settings."""
+    """What a measurement holds for: this processor, its cores, this torch, these settings, and this way to measure."""
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)}
     settings.pop("OMP_WAIT_POLICY", None)  # stages set it
     torch = importlib.metadata.version("torch")
-    return stable_hash(platform.node(), processor(), cores(), torch, json.dumps(settings))
+    return stable_hash(METHOD, platform.node(), processor(), cores(), torch, json.dumps(settings))
 
 
 def cores() -> int:

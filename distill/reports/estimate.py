@@ -20,6 +20,8 @@ PROCESS_START = 5.0
 """Seconds for a stage's own process to import torch and transformers and to load a small model."""
 ENGINE_START = {"vllm": 8.0, "transformers": 1.0, "reference": 1.0}
 """Seconds from a loaded process to an engine's first token (import, weights, cache, warm-up)."""
+REOPENED = 0.5
+"""Share of that for another engine in the same process."""
 LIGHT_START = 1.5
 """Seconds for a stage that loads no model."""
 FILE_RATE = 0.6e9

@@ -15,7 +15,6 @@ from distill.recipe import (
     base_name,
 )
 from distill.records import UserError
-from distill.reports import estimate
 from distill.reports.wording import duration
 from distill.stages.plan import Part, Row
 
@@ -146,8 +145,7 @@ def _longest(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _fewer(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
     """What half of a stage's work would be, in its own keys, and what that saves; "" where it has no such key."""
     config = recipe.stages[rows[0].name.partition(".")[0]]
-    start = len(rows) * estimate.PROCESS_START
-    start += sum(estimate.engine_start(p.engine) for row in rows for p in row.parts if p.engine)
+    start = sum(row.start for row in rows)
     if isinstance(config, TrainStage | PolicyStage) and config.budget is not None:
         what = f"half the budget of {stage} (now {config.budget.times:g} times)"
     elif isinstance(config, PolicyStage):

@@ -73,6 +73,8 @@ class Row:
     least: float = 0.0
     """Bytes of weights, masters and moments alone: with less memory the stage cannot run."""
     parts: tuple[Part, ...] = ()
+    start: float = 0.0
+    """Seconds of the process's and the engine's start, which are the same however much there is to do."""
 
 
 def widths(recipe: Recipe) -> list[Width]:
@@ -110,8 +112,7 @@ def predict(recipe: Recipe, machine: Machine | None = None) -> list[Row]:
         elif isinstance(config, PolicyStage):
             row = _policy(name, config, known, machine)
         else:
-            for arm, child in config.children().items():
-                rows.append(_sampling(f"{name}.{arm}", child, known, machine))
+            rows += _evaluations(name, config, known, machine)
             row = Row(name, config.kind, _amounts(seconds=estimate.LIGHT_START))
         rows.append(replace(row, notes=tuple(known.notes[before:])))
     return rows
@@ -154,6 +155,12 @@ def _engine_part(
     part = _part("engine", shape, config.dtype, machine, lambda dtype: seconds(dtype, name))
     by_vllm = seconds(part.choice.dtype, "vllm") if name == "transformers" else None
     return replace(part, engine=name, by_vllm=by_vllm)
+
+
+def _start(*parts: Part) -> float:
+    return estimate.PROCESS_START + sum(
+        estimate.engine_start(part.engine) for part in parts if part.engine
+    )
 
 
 def engine_name(config: EngineConfig) -> str:
@@ -247,7 +254,30 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
         memory=memory.total,
         seconds=part.seconds,
     )
-    return Row(name, config.kind, amounts, least=memory.least, parts=(part,))
+    return Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=_start(part))
+
+
+def _evaluations(name: str, config: CompareStage, known: Known, machine: Machine) -> list[Row]:
+    """Of a comparison, one a model. They share a process, and its engine as long as the models are built alike."""
+    rows: list[Row] = []
+    before: ModelShape | None = None
+    for arm, child in config.children().items():
+        row, shape = _sampling(f"{name}.{arm}", child, known, machine), known.shape(child.model)
+        if before is not None:
+            (part,) = row.parts
+            start = (
+                0.0 if shape == before else estimate.REOPENED * estimate.engine_start(part.engine)
+            )
+            spared = row.start - start
+            row = replace(
+                row,
+                amounts={**row.amounts, "seconds": row.amounts["seconds"] - spared},
+                parts=(replace(part, seconds=part.seconds - spared),),
+                start=start,
+            )
+        rows.append(row)
+        before = shape
+    return rows
 
 
 def _score(name: str, config: ScoreStage, known: Known, machine: Machine) -> Row:
@@ -276,7 +306,7 @@ def _score(name: str, config: ScoreStage, known: Known, machine: Machine) -> Row
         memory=memory.total,
         seconds=part.seconds,
     )
-    return Row(name, config.kind, amounts, least=memory.least, parts=(part,))
+    return Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=_start(part))
 
 
 def _points(config: TrainStage | PolicyStage, num_steps: float) -> int:
@@ -397,7 +427,7 @@ def _train(name: str, config: TrainStage, known: Known, machine: Machine) -> Row
         memory=memory.total,
         seconds=part.seconds,
     )
-    return Row(name, config.kind, amounts, least=memory.least, parts=(part,))
+    return Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=_start(part))
 
 
 def _policy(name: str, config: PolicyStage, known: Known, machine: Machine) -> Row:
@@ -489,7 +519,8 @@ def _policy(name: str, config: PolicyStage, known: Known, machine: Machine) -> R
         seconds=learning.seconds + writing.seconds,
     )
     kind = "grpo" if isinstance(config, GrpoStage) else "on_policy"
-    return Row(name, kind, amounts, least=memory.least, parts=(learning, writing))
+    parts = (learning, writing)
+    return Row(name, kind, amounts, least=memory.least, parts=parts, start=_start(*parts))
 
 
 def check_plugs(recipe: Recipe) -> None:

@@ -115,6 +115,29 @@ def test_a_long_recipe_is_told_which_stages_and_what_would_change_it():
     assert "distill check" in advice.short_lines(rows)[0]
 
 
+def test_evaluations_of_one_comparison_start_one_engine():
+    arms = {"arms": {"a": "base", "b": "cold"}, "problems": 10_000}
+    compare = {"kind": "compare", "task": "sums", **arms}
+    tree = make().model_dump(mode="json", exclude_unset=True)
+    tree["stages"]["verdict"] = compare
+    tree["stages"]["short"] = {"kind": "prune", "model": "base", "layers": 20}
+    both = recipe.validate(tree, "test")
+    first, second = (row(plan.predict(both, machine()), f"verdict.{arm}") for arm in "ab")
+    start = estimate.PROCESS_START + estimate.engine_start("vllm")
+    assert (first.start, second.start) == (start, 0.0)
+    # A model that is built otherwise needs an engine of its own, in the same process.
+    compare["arms"] = {"a": "base", "b": "short"}
+    other = row(plan.predict(recipe.validate(tree, "test"), machine()), "verdict.b")
+    assert other.start == estimate.REOPENED * estimate.engine_start("vllm")
+    # Half the problems save half of what the evaluations take beyond their start.
+    rows = [first, second]
+    work = sum(each.amounts["seconds"] for each in rows) - start
+    assert work > advice.LONG
+    lines = advice.long_lines(both, rows, machine())
+    (line,) = [line for line in lines if "half the problems of verdict (now 10000)" in line]
+    assert advice.duration(work / 2) in line
+
+
 def test_vllm_is_named_where_it_would_help():
     plain = {"engine": {"fn": "transformers", "batch_size": 8}, "problems": 200_000}
     long, here = make(traces=plain), machine()
