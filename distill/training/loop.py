@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distill.recipe import OptimStage
 from distill.records import Batch, UserError
-from distill.training import checkpoint
+from distill.training import checkpoint, memory
 from distill.training.measures import mean_sums
 from distill.training.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
@@ -136,6 +136,8 @@ def train(
     finite.
     """
     accelerator = _accelerator(config, folder, name)
+    if accelerator.device.type == "cpu":
+        memory.keep_freed()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
