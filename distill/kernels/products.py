@@ -140,13 +140,18 @@ class _OverChunks(torch.autograd.Function):
 def _run(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, walk: _Walk
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """loss_T, log q(label) [T], and the gradients that are asked for, dweight and dbias in the wide dtype."""
+    """loss_T, log q(label) [T], and the gradients that are asked for, dweight and dbias in the wide dtype.
+
+    Of a single chunk on a CPU there is nothing to add up: dweight is the product in its own dtype.
+    """
     wide, vocab = wide_dtype(hidden_TD), walk.vocab_size
     weight_wanted = walk.grads and weight_VD.requires_grad
     bias_wanted = walk.grads and bias_V is not None and bias_V.requires_grad
     grads = weight_wanted or bias_wanted or (walk.grads and hidden_TD.requires_grad)
     dhidden_TD = torch.empty_like(hidden_TD) if grads else None
-    dweight_VD = torch.empty_like(weight_VD, dtype=wide) if weight_wanted else None
+    single = len(hidden_TD) <= walk.chunk and not hidden_TD.is_cuda
+    total = weight_VD.dtype if single else wide
+    dweight_VD = torch.empty_like(weight_VD, dtype=total) if weight_wanted else None
     dbias_V = torch.zeros_like(bias_V, dtype=wide) if bias_wanted and bias_V is not None else None
     if dweight_VD is not None:
         dweight_VD[vocab if len(hidden_TD) else 0 :].zero_()
