@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 1.0
+GRACE = 0.7
 """Seconds that a process is given to leave things in order."""
 
 
