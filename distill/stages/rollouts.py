@@ -136,10 +136,10 @@ class PromptPool:
 
 
 class Samples:
-    """Every few rollouts, some completions: in the log, and in samples.jsonl."""
+    """Every few rollouts, some completions: in the log, and in samples.jsonl; the first of all on the screen too."""
 
     def __init__(self, context: Context, config: PolicyStage) -> None:
-        self.path = context.folder / "samples.jsonl"
+        self.context, self.path = context, context.folder / "samples.jsonl"
         self.every = config.samples_every * config.steps_a_rollout
         self.fresh = True
 
@@ -150,7 +150,10 @@ class Samples:
             self.fresh = False
         if (step - 1) % self.every:
             return
-        lines = [json.dumps({"step": step, **row}) for row in rows()]
+        made = rows()
+        if step == 1 and made:
+            self.context.say(f"first completion: {' '.join(made[0]['completion'].split())[:160]}")
+        lines = [json.dumps({"step": step, **row}) for row in made]
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
         print("\n".join(lines), flush=True)
