@@ -88,7 +88,8 @@ def copy(tmp_path: Path) -> Iterator[Path]:
     )
     shutil.copytree(ROOT, tmp_path / "project", ignore=leave)
     yield tmp_path / "project"
-    shutil.rmtree(tmp_path, ignore_errors=True)
+    # Nobody waits for that: with other work on the disk it takes longer than the test.
+    subprocess.Popen(["rm", "-rf", tmp_path], start_new_session=True)
 
 
 @pytest.mark.slow
