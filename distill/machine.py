@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -285,22 +285,39 @@ def measured(widths: Iterable[Width], cache: Path) -> Machine:
     return fresh
 
 
-def of_run(run: Path, widths: Iterable[Width], cache: Path, *, here: bool = True) -> Machine:
-    """The machine as the run's environment.json has it; measured, and added there, where it lacks a width.
-
-    here: measure also where environment.json has another machine than this one. A stage leaves that to its parent, which
-    has looked already: the stage's own environment has other settings.
-    """
-    file, wanted = run / "environment.json", list(widths)
-    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if "machine" in tree and (not here or tree["machine"]["key"] == key()):
-        known = Machine.from_json(tree["machine"])
+def of_run(run: Path, widths: Iterable[Width], cache: Path) -> Machine:
+    """This machine as the run's environment.json has it; measured where that has another machine or lacks a width."""
+    wanted = list(widths)
+    known = recorded(run)
+    if known is not None and known.key == key():
         if all(name_of(width) in known.rates for width in wanted):
             return known
         wanted += [_width(name) for name in known.rates]
-    found = measured(wanted, cache)
+    return measured(wanted, cache)
+
+
+def in_stage(run: Path, width: Width, cache: Path) -> Machine:
+    """The machine as the run's environment.json has it; a width that it lacks is measured and added.
+
+    A stage's parent has seen to it that it is this machine; the stage's own environment has other settings.
+    """
+    known = recorded(run)
+    if known is not None and name_of(width) in known.rates:
+        return known
+    found = measured([width], cache)
+    if known is not None:
+        found = replace(known, rates={**known.rates, **found.rates})
+    file = run / "environment.json"
+    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     write_atomic(file, json.dumps({**tree, "machine": asdict(found)}, indent=1))
     return found
+
+
+def recorded(run: Path) -> Machine | None:
+    """The machine in a run's environment.json; None where there is none."""
+    file = run / "environment.json"
+    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return Machine.from_json(tree["machine"]) if "machine" in tree else None
 
 
 def key() -> str:

@@ -78,6 +78,8 @@ def test_a_measurement_is_taken_once_and_kept_by_cache_and_run(
     run.mkdir()
     (run / "environment.json").write_text(json.dumps({"distill": "1"}))
     first = machine.of_run(run, [(64, 256)], cache)
+    assert "machine" not in json.loads((run / "environment.json").read_text())
+    assert machine.in_stage(run, (64, 256), cache) == first
     kept = json.loads((run / "environment.json").read_text())
     assert kept["distill"] == "1"
     assert Machine.from_json(kept["machine"]) == first
@@ -89,6 +91,7 @@ def test_a_measurement_is_taken_once_and_kept_by_cache_and_run(
 
     monkeypatch.setattr(machine.subprocess, "run", refuse)
     assert machine.of_run(run, [(64, 256)], tmp_path / "no cache") == first
+    assert machine.in_stage(run, (64, 256), tmp_path / "no cache") == first
     assert machine.measured([(64, 256)], cache) == first
     for file in cache.iterdir():
         os.utime(file, (0, 0))
@@ -97,6 +100,10 @@ def test_a_measurement_is_taken_once_and_kept_by_cache_and_run(
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     with pytest.raises(AssertionError, match="second time"):
         machine.of_run(run, [(64, 256)], tmp_path / "no cache")
+    # A stage whose parent has set something goes by what the parent measured.
+    assert machine.in_stage(run, (64, 256), tmp_path / "no cache") == first
+    with pytest.raises(AssertionError, match="second time"):
+        machine.in_stage(run, (32, 64), tmp_path / "no cache")
 
 
 def test_measuring_takes_well_under_a_second_also_where_bfloat16_is_slow(

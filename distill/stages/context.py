@@ -86,8 +86,7 @@ class Context:
 
     def machine(self, width: Width) -> Machine:
         """This machine as the run's environment.json has it; measured now where it lacks the width."""
-        cache = models.cache_home() / "machine"
-        return machine.of_run(self.run, [width], cache, here=False)
+        return machine.in_stage(self.run, width, models.cache_home() / "machine")
 
     def task(self, reference: str) -> Task:
         return make_task(reference, self.recipe.tasks[reference])

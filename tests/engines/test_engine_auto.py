@@ -16,6 +16,7 @@ from project import SUMS, Project
 
 from distill import engines, models, recipe
 from distill.engines import choice
+from distill.progress import Screen
 from distill.recipe import EngineConfig
 from distill.records import UserError
 from distill.stages import plan, state
@@ -146,12 +147,12 @@ def test_a_run_without_vllm_says_the_engine_and_records_it(broken, tiny_dir, tmp
 def settled(tmp_path: Path, base: Path, engine: str, before: str | None) -> tuple[str, str, dict]:
     """What a stage's engine comes to, what is said, and what stage.json then has."""
     loaded = recipe.validate(tree(base, engine))
-    context = Context(recipe=loaded, run=tmp_path, name="traces", screen=io.StringIO())
+    context = Context(recipe=loaded, run=tmp_path, name="traces", screen=Screen(io.StringIO()))
     decided = {} if before is None else {"engine.fn": {"value": before, "why": "of then"}}
     state.write(context.folder, state.State(kind="generate", config={}, inputs={}, decided=decided))
     config = settle_engine(loaded.stages["traces"].engine, "base", context)
     after = state.read(context.folder).decided["engine.fn"]
-    return config.fn, context.screen.getvalue().strip(), after
+    return config.fn, context.screen.stream.getvalue().strip(), after
 
 
 def test_a_stage_goes_on_with_its_engine_where_it_can(without_vllm, tiny_dir, tmp_path):

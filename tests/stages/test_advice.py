@@ -180,7 +180,7 @@ def test_a_reference_and_an_engine_add_their_weights():
 
 
 def test_a_run_is_refused_before_anything_is_loaded_or_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(plan, "measured", lambda _: machine(memory=2**30))
+    monkeypatch.setattr(pipeline.machine, "measured", lambda *_: machine(memory=2**30))
     wanted = make()
     runner = pipeline.Runner(wanted, tmp_path / "r.yaml", tmp_path / "run")
     with pytest.raises(UserError, match=r"stages\.cold: its weights, fp32 masters and moments"):

@@ -10,6 +10,7 @@ import torch
 from project import REFERENCE, SUMS, Project
 
 from distill import models, recipe
+from distill.progress import Screen
 from distill.recipe import TrainStage
 from distill.records import Cost, UserError
 from distill.stages.budget import budget_of
@@ -158,7 +159,7 @@ def test_a_budget_counts_from_what_both_rest_on(finished, tiny_dir):
         other = {"steps": None, "budget": {"flops_of": "kl@2"}, "model": model}
         stage = TrainStage.model_validate(made.stages["kl@1"].model_dump() | other)
         changed = made.model_copy(update={"stages": {**made.stages, "sft": stage}})
-        found = budget_of(stage, Context(changed, finished.run_dir, "sft", io.StringIO()))
+        found = budget_of(stage, Context(changed, finished.run_dir, "sft", Screen(io.StringIO())))
         assert found is not None
         return found.flops
 
