@@ -19,6 +19,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 0.7
 """Seconds that a process is given to leave things in order."""
 
+DYING = 0.3
+"""Seconds at most that killed processes below the child are waited for: on a busy machine dying takes its turn too."""
+
 
 class Interrupted(KeyboardInterrupt):
     """A signal came that ends the command. kept: in words, what the stage under way has kept; empty where unknown."""
@@ -95,6 +98,7 @@ def end(process: subprocess.Popen[Any]) -> None:
         for each in below:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
+        psutil.wait_procs(below, timeout=DYING)
         for number, before in former.items():
             signal.signal(number, before)
 
