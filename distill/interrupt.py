@@ -16,8 +16,11 @@ from typing import Any
 import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 0.7
+GRACE = 0.5
 """Seconds that a process is given to leave things in order."""
+
+DYING = 0.3
+"""Seconds at most that killed processes below the child are waited for: on a busy machine dying takes its turn too."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,11 +54,22 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def held_back() -> Iterator[None]:
     """Signals wait until the end of the block; a child started in it begins with them blocked (see `receive`)."""
+    came: list[int] = []
+
+    def handler(number: int, _: FrameType | None) -> None:
+        came.append(number)
+
+    # Blocking them in this thread is for the child alone: another thread may still be the one that gets them.
+    former = {number: signal.signal(number, handler) for number in SIGNALS}
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for number, before in former.items():
+            signal.signal(number, before)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def receive() -> None:
@@ -95,6 +109,7 @@ def end(process: subprocess.Popen[Any]) -> None:
         for each in below:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
+        psutil.wait_procs(below, timeout=DYING)
         for number, before in former.items():
             signal.signal(number, before)
 

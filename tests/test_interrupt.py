@@ -119,6 +119,13 @@ class Started:
                 continue
         return found
 
+    def nothing_left(self) -> bool:
+        """Whether all of it is gone; what was killed may need its turn on a busy machine to be."""
+        deadline = time.monotonic() + SOON
+        while self.left() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return not self.left()
+
     def send(self, number: int, to: str) -> float:
         """Seconds from the signal to the end."""
         began = time.monotonic()
@@ -146,7 +153,7 @@ def test_a_stage_that_stays_in_c_code_ends_soon_with_all_below_it(project, way):
         run.wait_until_inside()
         assert len(run.left()) >= 3  # the command, the stage, its child
         assert run.send(number, to) < SOON
-        assert run.left() == []
+        assert run.nothing_left()
     assert run.process.returncode == status
     assert "interrupted in clean; run the same command again to continue" in run.said
     assert "Traceback" not in run.said
@@ -178,7 +185,7 @@ def test_a_training_step_says_that_it_is_under_way_and_what_is_kept_when_it_is_c
         run.wait_until_inside()
         said = run.said
         assert run.send(signal.SIGINT, "command") < SOON
-        assert run.left() == []
+        assert run.nothing_left()
     assert (
         "interrupted in sft, which keeps the checkpoint of step 2 of 4; run the same command again to continue"
         in run.said
@@ -220,7 +227,7 @@ def test_a_second_signal_ends_it_at_once(monkeypatch):
 
 
 def test_a_child_that_leaves_in_time_is_not_killed():
-    code = "import sys, time\nprint('ready', flush=True)\ntry: time.sleep(1000)\nexcept KeyboardInterrupt: sys.exit(7)"
+    code = "import sys, time\ntry:\n print('ready', flush=True)\n time.sleep(1000)\nexcept KeyboardInterrupt: sys.exit(7)"
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -233,6 +240,9 @@ def test_a_child_that_leaves_in_time_is_not_killed():
 def test_signals_held_back_come_at_the_end_and_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
     reached = []
+
+    # A thread that does not hold them back gets them first.
+    threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
 
     def work() -> None:
         with interrupt.interruptible():
