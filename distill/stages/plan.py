@@ -239,11 +239,12 @@ def _train(
         known.traces.get(data) or _rows_of(config, data, known) for data in data_of(config.data)
     )
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
+    prompt_trained = _prompt_trained(config, known, prompt, reply)
 
     def own_flops(traces: float) -> float:
         return flops.train_flops(
             shape,
-            traces * (prompt + reply),
+            traces * (prompt_trained + reply),
             (prompt + reply + 1) / 2,
             traces * reply,
             lora=config.lora is not None,
@@ -256,7 +257,7 @@ def _train(
         a_step = min(config.batch_traces, rows)
         num_steps = config.steps or known.budget(config) / own_flops(a_step)
         seen = num_steps * a_step
-    tokens, head_tokens = seen * (prompt + reply), seen * reply
+    tokens, head_tokens = seen * (prompt_trained + reply), seen * reply
     total = own_flops(seen)
     known.spent[name] = known.spent.get(config.model, 0.0) + total
     known.points[name] = _points(config, num_steps)
@@ -291,9 +292,7 @@ def _policy(
         scorings = (config.mini_batches * config.passes > 1) + reference
     elif isinstance(config, OnPolicyStage):
         teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
-    # Short completions of a group share the computation of their prompt.
-    share = config.group_size if prompt + reply <= SHARED else 1
-    prompt_trained = prompt / share + (share > 1)
+    prompt_trained = _prompt_trained(config, known, prompt, reply, config.group_size)
     context = (prompt + reply + 1) / 2
 
     def training_flops(sampled: float) -> float:
@@ -350,6 +349,17 @@ def _policy(
         memory=memory,
         seconds=seconds,
     )
+
+
+def _prompt_trained(
+    config: TrainStage | PolicyStage, known: _Known, prompt: float, reply: float, group: int = 1
+) -> float:
+    """Prompt tokens computed a trace: once a group, and what all prompts begin with next to never (`training.packing`)."""
+    if prompt + reply > SHARED or config.task is None:
+        return prompt
+    system = known.task(config.task)[0].template.system
+    frame = count_tokens(system or "") + CHAT_TOKENS / 2
+    return max(prompt - frame, 1.0) / group + (group > 1)
 
 
 def _rows_of(
