@@ -35,6 +35,7 @@ class Known:
     shapes: dict[str, ModelShape] = field(default_factory=dict)
     replies: dict[str, float] = field(default_factory=dict)
     traces: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    tasks_of: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, tuple[Task, float]] = field(default_factory=dict)
     spent: dict[str, float] = field(default_factory=dict)
     points: dict[str, int] = field(default_factory=dict)
@@ -52,6 +53,13 @@ class Known:
             task = make_task(name, self.recipe.tasks[name])
             self.tasks[name] = task, self._prompt_tokens(name, task)
         return self.tasks[name]
+
+    def frame(self, data: str, task: str | None) -> float:
+        """Tokens that all prompts of a data set begin with, of its own task or of that of the stage that wrote it."""
+        name = task or self.tasks_of.get(data)
+        if name is None:
+            return 0.0
+        return count_tokens(self.task(name)[0].template.system or "") + CHAT_TOKENS / 2
 
     def _prompt_tokens(self, name: str, task: Task) -> float:
         extra = count_tokens(task.template.system or "") + CHAT_TOKENS

@@ -224,6 +224,7 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
     captured = isinstance(config, GenerateStage) and config.top_k > 0
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     known.traces[name] = (sequences, prompt, reply)
+    known.tasks_of[name] = config.task
     part = _engine_part(
         shape,
         config.engine,
@@ -318,6 +319,8 @@ def _filter(name: str, config: FilterStage, known: Known) -> Row:
     rows, prompt, reply = known.traces.get(config.data) or stored(config.data)
     kept = rows * KEPT_BY_CORRECT if any(f.fn == "correct" for f in config.keep) else rows
     known.traces[name] = (kept, prompt, reply)
+    if config.data in known.tasks_of:
+        known.tasks_of[name] = known.tasks_of[config.data]
     return Row(name, "filter", _amounts(seconds=estimate.predict_filter_seconds(int(rows))))
 
 
@@ -389,11 +392,13 @@ def _train(name: str, config: TrainStage, known: Known, machine: Machine) -> Row
         known.traces.get(data) or rows_of(config, data, known) for data in data_of(config.data)
     )
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
+    frame = known.frame(next(iter(data_of(config.data))), config.task)
+    prompt_trained = _prompt_trained(prompt, reply, frame)
 
     def own_flops(traces: float) -> float:
         return flops.train_flops(
             shape,
-            traces * (prompt + reply),
+            traces * (prompt_trained + reply),
             (prompt + reply + 1) / 2,
             traces * reply,
             lora=config.lora is not None,
@@ -406,7 +411,7 @@ def _train(name: str, config: TrainStage, known: Known, machine: Machine) -> Row
     else:
         num_steps = config.steps or known.budget(config) / own_flops(a_step)
         seen = num_steps * a_step
-    tokens, head_tokens = seen * (prompt + reply), seen * reply
+    tokens, head_tokens = seen * (prompt_trained + reply), seen * reply
     total = own_flops(seen)
     known.spent[name] = known.spent.get(config.model, 0.0) + total
     known.points[name] = _points(config, num_steps)
@@ -417,7 +422,7 @@ def _train(name: str, config: TrainStage, known: Known, machine: Machine) -> Row
     )
     known.shapes[name], known.replies[name] = shape, reply
     training = _Training(
-        config, shape, total, tokens, num_steps, a_step * (prompt + reply), taught=taught
+        config, shape, total, tokens, num_steps, a_step * (prompt_trained + reply), taught=taught
     )
     part = training.part(machine)
     memory = training.memory(part.choice.dtype, machine)
@@ -444,9 +449,8 @@ def _policy(name: str, config: PolicyStage, known: Known, machine: Machine) -> R
         scorings = (config.mini_batches * config.passes > 1) + reference
     elif isinstance(config, OnPolicyStage):
         teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
-    # Short completions of a group share the computation of their prompt.
-    share = config.group_size if prompt + reply <= SHARED else 1
-    prompt_trained = prompt / share + (share > 1)
+    frame = known.frame("", config.task)
+    prompt_trained = _prompt_trained(prompt, reply, frame, config.group_size)
     context = (prompt + reply + 1) / 2
 
     def trained(sampled: float) -> float:
@@ -521,6 +525,14 @@ def _policy(name: str, config: PolicyStage, known: Known, machine: Machine) -> R
     kind = "grpo" if isinstance(config, GrpoStage) else "on_policy"
     parts = (learning, writing)
     return Row(name, kind, amounts, least=memory.least, parts=parts, start=_start(*parts))
+
+
+def _prompt_trained(prompt: float, reply: float, frame: float, group: int = 1) -> float:
+    """Prompt tokens computed a trace: once a group, and the `frame` that all prompts begin with next to never
+    (`training.packing`)."""
+    if prompt + reply > SHARED:
+        return prompt
+    return max(prompt - frame, 1.0) / group + (group > 1)
 
 
 def check_plugs(recipe: Recipe) -> None:
