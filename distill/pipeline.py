@@ -400,9 +400,9 @@ class Runner:
         return mine
 
 
-def _process(node: Node) -> str:
+def _process(node: Node) -> tuple[str, str]:
     """Nodes with the same one, next to each other, share a process: the evaluations of a comparison share its engine."""
-    return node.stage if node.kind == "eval" else node.name
+    return node.kind, node.stage if node.kind == "eval" else node.name
 
 
 class StageError(Exception):

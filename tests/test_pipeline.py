@@ -124,7 +124,7 @@ def test_again_everything_is_skipped_in_seconds(finished):
     began = time.monotonic()
     again = finished.run_alone()
     assert again.returncode == 0
-    assert again.stdout.count("done already") == 6
+    assert again.stdout.count("done already") == 6, again.stdout
     assert time.monotonic() - began < 60
 
 
