@@ -926,3 +926,5 @@ WRONG_COMPLETIONS = [
     ("raw", "4", "<think>4</think>"),
     ("raw", "Tuesday", "Tuesday\nor Wednesday"),
 ]
+
+KINDS = {"written by hand": (RIGHT, WRONG)}
