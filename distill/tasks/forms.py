@@ -202,6 +202,12 @@ def positional(text: str) -> bool:
     )
 
 
+def time_of_day(text: str) -> tuple[str, str] | None:
+    """A time and its half of the day, empty where it is not said: `10:30 a.m.`; None for anything else."""
+    found = re.fullmatch(r"(\d{1,2}:\d\d) ?(?:([ap])\.?m\.?)?", text, re.IGNORECASE)
+    return (found[1], (found[2] or "").lower()) if found else None
+
+
 _CHOICE = re.compile(
     r"\(?([A-J])\)?(?:(?<=\))|[.:,](?= )|[.:)])[ .:]*(.*)|([A-J]) (?=[\d\\$])(.*)", re.DOTALL
 )

@@ -28,8 +28,10 @@ from sympy.core.relational import Relational  # type: ignore[import-untyped]
 
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _CONSTANT_DIGITS, _POINT_DIGITS = 100, 50
-_SIZES = "0.31 1.7 0.73 -0.43 2.9 -2.3 5.3 11.9 0.17 -7.1 29.3 3.7 317.3 -411.7".split()
-_FAR = "-2000003.1 3000017.3 -50021.9 70001.7".split()
+_SIZES = [
+    "0.31", "1.7", "0.73", "-0.43", "2.9", "-2.3", "5.3", "11.9", "0.17", "-7.1", "29.3", "3.7", "317.3", "-411.7",
+]  # fmt: skip
+_FAR = ["-2000003.1", "3000017.3", "-50021.9", "70001.7"]
 """Tried too where a case decides, as of |x - 1000|."""
 _CASES = (sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.Mod)
 _NUM_WHOLE = 8

@@ -126,7 +126,7 @@ def _is_unit(unit: str, attached: bool) -> bool:
     if first is None:
         return False
     word = first[0]
-    if word == "%" or word.lower() in _NAMES or _singular(word.lower()) in _MEASURES:
+    if word in ("%", "of") or word.lower() in _NAMES or _singular(word.lower()) in _MEASURES:
         return True
     if attached or len(word) < 3:
         return len(word) > 4

@@ -99,6 +99,10 @@ def _equal(answer: str, gold: str) -> bool:
         return True
     if r"\approx" in answer or r"\approx" in gold:
         return _equal_approximately(answer, gold)
+    if (gold_time := forms.time_of_day(gold)) and (time := forms.time_of_day(answer)):
+        return time[0] == gold_time[0] and (
+            not time[1] or not gold_time[1] or time[1] == gold_time[1]
+        )
     gold_number = numbers.number(gold)
     if gold_number is not None:
         answer_number = numbers.number(answer)
@@ -277,13 +281,15 @@ _NUMERAL = re.compile(r"(?:[\d\s+\-*/.,(){}|]|\^ ?\{|\\(?:frac|cdot|times|div)(?
 
 def _equal_expressions(answer: str, gold: str) -> bool:
     if numbers.number(gold) is not None and not _NUMERAL.fullmatch(answer):
-        return _equal_angles(answer, gold)  # a plain number is written with digits
+        return r"\pi" in answer and _equal_angles(
+            answer, gold
+        )  # a plain number is written with digits
+    if r"\pi" in answer + gold and "degree" in answer + gold:
+        return _equal_angles(answer, gold)
     if forms.positional(gold) or forms.positional(answer) or forms.words(answer) is not None:
         return False
     answer, answer_unit = units.split_expression(answer)
     gold, gold_unit = units.split_expression(gold)
-    if answer_unit == "degree" or answer_unit == "degree":
-        return _equal_angles(answer, gold)
     if answer_unit or gold_unit:
         return units.same(answer_unit, gold_unit) and _equal(answer, gold)
     return _symbolic(answer, gold)
