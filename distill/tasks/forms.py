@@ -115,8 +115,7 @@ _NAME = re.compile(
 _EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|(?<=\\)in(?![a-zA-Z])")
 _CONSTANTS = frozenset((r"\pi", "e", "i", r"\infty"))
 _DENIALS = re.compile(
-    r"(?<![A-Za-z])(?:not|no|never|wrong|isn't|cannot|incorrect)(?![A-Za-z])|[不非错]|\\ne(?![a-z])",
-    re.IGNORECASE,
+    r"(?<![A-Za-z])(?:[Nn]ot?|[Nn]ever|[Ww]rong|[Ii]sn't|[Cc]annot|[Ii]ncorrect)(?![A-Za-z])|[不非错]|\\ne(?![a-z])"
 )
 _COMMANDS = re.compile(
     r"\\(?:frac|sqrt|cdot|times|div|pi|infty|binom|left|right|ln|log|sin|cos|tan|cot|sec|csc|arc(?:sin|cos|tan)|exp|degrees)"
@@ -211,7 +210,7 @@ def time_of_day(text: str) -> tuple[str, str] | None:
 _CHOICE = re.compile(
     r"\(?([A-J])\)?(?:(?<=\))|[.:,](?= )|[.:)])[ .:]*(.*)|([A-J]) (?=[\d\\$])(.*)", re.DOTALL
 )
-_BARE_CHOICE = re.compile(r"\(([A-Ja-j])\)|([A-J])[).:]?")
+_BARE_CHOICE = re.compile(r"[(\[]([A-Ja-j])[)\]]|([A-J])[).:]?")
 _ANOTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])\(?[A-J](?![A-Za-z])(?! [a-z])")
 
 

@@ -26,7 +26,7 @@ def is_relation(text: str) -> bool:
 def is_region(text: str) -> bool:
     r"""Whether a cleaned text is an inequality, a union or all numbers. `|A \cup B| = 5` is not, and no plain interval."""
     *_, last = forms.sides(text)
-    return is_relation(text) or re.search(r"\\cup(?![a-zA-Z])|\\mathbb ?\{R\}", last) is not None
+    return is_relation(last) or re.search(r"\\cup(?![a-zA-Z])|\\mathbb ?\{R\}", last) is not None
 
 
 def letter(text: str) -> str:

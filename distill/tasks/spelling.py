@@ -27,13 +27,13 @@ _SYMBOLS = {
 _CJK = "\u3400-\u9fff"
 _FONTS = (
     "text textbf textit textrm textsf textsc texttt textnormal textup emph mbox hbox mathrm mathbf mathit mathsf mathtt "
-    "mathnormal boldsymbol bm pmb operatorname underline uline rm bf it boxed fbox framebox"
+    "mathnormal boldsymbol bm pmb operatorname underline uline rm bf it boxed fbox framebox mathop mathord ensuremath uppercase"
 )
 _FONT = re.compile(rf"\\(?:{'|'.join(_FONTS.split())})\*?\s*\{{([^{{}}]*)\}}")
 _SIZES = (
     "left right displaystyle textstyle scriptstyle limits nolimits tiny small normalsize large Large LARGE huge Huge "
     "bf it rm bfseries itshape normalfont centering checkmark boldmath big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr "
-    "Biggl Biggr mleft mright"
+    "Biggl Biggr mleft mright therefore because blacksquare square qed Box"
 )
 _DROP = re.compile(rf"\\(?:left|right)\.|\\(?:{'|'.join(_SIZES.split())})(?![a-zA-Z])|\\!")
 _SPACE = re.compile(
@@ -60,7 +60,7 @@ _BARE_FUNCTION = re.compile(
 _PREFACE = re.compile(
     r"(?:(?:therefore|thus|hence|so),? )?(?:(?:the )?(?:final |correct )*answer(?: is)?:? |it(?: is|'s) "
     r"|(?:the )?(?:result|total|sum|value|solution) (?:is:?|:) ?"
-    r"|(?:the )?(?:correct )?(?:option|choice)(?: is)?:? (?=\(?[A-J]\)?(?![A-Za-z])))|= ?"
+    r"|(?:therefore|thus|hence|so),? |(?:the )?(?:correct )?(?:option|choice)(?: is)?:? (?=\(?[A-J]\)?(?![A-Za-z])))|= ?"
     r"|(?:因此|所以|故|综上)?,? ?(?:正确|最终|最后)?的?(?:答案|结果|选项)(?:应?是|应?为|:)+ ?|(?:故|应|因此|所以)?选择? ?(?=\(?[A-J]\)?(?![A-Za-z]))|(?:因此|所以|故|解得|答|一共有?|总共有?|共有?|共计|合计)[:,]? ?",
     re.IGNORECASE,
 )
@@ -159,6 +159,7 @@ def _spell_root(found: re.Match[str]) -> str:
 def _plain_latex(text: str) -> str:
     text = re.sub(r"\\\\\s*\[[\d.]+\s*(?:pt|ex|em|mm|cm|in)\]", r"\\\\ ", text)
     text = re.sub(r"\\!\s*(?=\d)", "", text).replace(r"\!", "")  # 12,\! 345
+    text = re.sub(r"\\math(?:bb|cal|frak)\s*\{(\d+)\}", r"\1", text)
     text = re.sub(r"(?<=\d)(?:\\[,;:> ])+(?=\d{3}(?!\d))", "", text)  # 12\,345
     text = _COLOR.sub("", _INVISIBLE.sub("", text))
     text = re.sub(r"\\(?:mathrm|text|operatorname|rm|mathbf)\s*\{\s*([ie])\s*\}", r"\1", text)
@@ -270,8 +271,10 @@ def _plain_program(text: str) -> str:
         text = re.sub(r"(?<![\\A-Za-z])abs\s*\(([^()]*)\)", r"|\1|", text)
         text = re.sub(r"(?<![\\A-Za-z])log\s*\(", r"\\ln(", text)
         text = re.sub(r"(?<![\\A-Za-z])log10\s*\(", r"\\log_{10}(", text)
-    if _BARE_FUNCTION.search(text) and not re.search(r"(?<!\\)[A-Za-z]{5,}", text):
-        text = _BARE_FUNCTION.sub(r"\\\1 ", text)
+    if _BARE_FUNCTION.search(text):
+        spelled = _BARE_FUNCTION.sub(r"\\\1 ", text)
+        if not re.search(r"(?<![\\A-Za-z])[A-Za-z]{5}", spelled):  # prose
+            text = spelled
     return re.sub(r"\\exp\s*\(([^()]*)\)", r"e^{\1}", text) if r"\exp" in text else text
 
 

@@ -209,9 +209,18 @@ def _same_function(one: Any, other: Any) -> bool:
             continue
         close = _close(a, b, 30)
         if close is False:
+            if not is_complex and any(map(_has_complex_part, pair)):
+                continue
             return False
         agreed += close is True
     return agreed >= _MIN_POINTS or bool(sympy.simplify(one - other) == 0)
+
+
+def _has_complex_part(expr: Any) -> bool:
+    r"""Whether a real value came about by way of complex ones, as `\sqrt{a}\sqrt{b}` of two negative numbers."""
+    roots = [term.base for term in expr.atoms(Pow) if not term.exp.is_integer]
+    logs = [term.args[0] for term in expr.atoms(sympy.log)]
+    return expr.has(sympy.I) or any(bool(part.evalf(15).is_negative) for part in roots + logs)
 
 
 def _is_real(value: Any) -> bool:

@@ -12,7 +12,7 @@ _CURRENCY = re.compile(r"^([+-]?) ?(?:US|C|A)?([$€£¥₹]|Rs\.?) ?(?=[\d.+-])
 _CURRENCY_BEHIND = re.compile(r"(?<=\d) ?([$€£¥₹])$")
 _LETTER = r"[msghlLNJWVACFKTΩ]"
 _UNIT = re.compile(
-    rf"(%|[A-Za-zµΩ]{{2,}}|(?<= ){_LETTER}(?![A-Za-z]))(?:[ ./^{{}}()A-Za-zµΩ'’-]|(?<=[A-Za-z^{{-])[1-3])*$"
+    rf"(%|(?<![\\A-Za-z])[A-Za-zµΩ]{{2,}}|(?<= ){_LETTER}(?![A-Za-z]))(?:[ ./^{{}}()A-Za-zµΩ'’-]|(?<=[A-Za-z^{{-])[1-3])*$"
 )
 _UNIT_IN_BRACKETS = re.compile(r"(?<=[\d}]) \(([A-Za-z][A-Za-z ./]*)\)$")
 _QUOTIENT = re.compile(r" ?\\frac ?\{ ?([A-Za-zµ]+) ?\} ?\{ ?([A-Za-zµ]+) ?(\^ ?\{?[23]\}?)? ?\}$")
@@ -20,7 +20,7 @@ _BEHIND_EXPRESSION = re.compile(
     rf"(.*?[\w)}}]) ((?:[A-Za-zµΩ]{{2,}}|{_LETTER}(?![A-Za-z]))(?:[ ./^{{}}A-Za-zµΩ-]|(?<=[A-Za-z^{{-])[1-3])*)"
 )
 _HAN = "\u3400-\u9fff"
-_HAN_UNIT = re.compile(rf"(?<=[\d}})%]) ?([{_HAN}][{_HAN}/]*)$")
+_HAN_UNIT = re.compile(rf"(?<=[\d}})%]) ?\(?([{_HAN}][{_HAN}/]*)\)?$")
 # Words after a number that make another number, a choice or a claim of it, not a unit.
 _NOT_UNITS = (
     "or half hundred thousand million billion trillion dozen score tenth tenths hundredths thirds quarters halves times "

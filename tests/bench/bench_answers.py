@@ -95,6 +95,7 @@ _FORMULA = re.compile(
 
 
 _COMMANDS = re.compile(r"\\\\(?=(?:boxed|text|left|right|frac|le|sqrt|pi)(?![a-zA-Z]))")
+_NUMBER = re.compile(r"(?<![\w.,])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?!\w)")
 _FORMULAS_ONLY = re.compile(r"(?:\s|[,.]|and|or|solutions are:|\$\$[^$]*\$\$|\$[^$]*\$)*")
 
 
@@ -117,7 +118,11 @@ def cut_out(text: str) -> str:
         )
     if re.search(r"(?:percent|pct|%|meters\}?)\W*$", rest):
         return rest.replace("$", "")
-    return ", ".join(formulas) if _FORMULAS_ONLY.fullmatch(rest) else formulas[-1]
+    if _FORMULAS_ONLY.fullmatch(rest):
+        return ", ".join(formulas)
+    *_, last = _FORMULA.finditer(rest)
+    numbers = _NUMBER.findall(rest[last.end() :])
+    return numbers[-1] if numbers else formulas[-1]
 
 
 def _end(text: str, start: int) -> int:
