@@ -107,7 +107,7 @@ _BRACKETS = r"(?:\((?:[^()]|\([^()]*\))*\)|\[[^\[\]]*\])"
 _NAME = re.compile(
     rf"{_LETTER}{_SUBSCRIPT}'*(?: ?\^ ?\{{ ?-1 ?\}})?'*(?: ?{_BRACKETS})?"  # x, a_n, f(x), f^{-1}(x), P(A|B), E[X]
     r"|\([A-Za-z](?:_\w)?(?:, ?[A-Za-z](?:_\w)?)+\)|[A-Z]{2,5}|\\[a-z]+ ?\{[A-Za-z]+\}|(?:m ?)?(?:\\angle|\\triangle) ?[A-Z]+"
-    r"|\|[^|=]*\||\\\|[^|=]*\\\||\\frac\{[A-Za-z]+\}\{[A-Za-z]+\}|\\(?:sin|cos|tan|cot|log|ln) ?(?:\\angle ?)?\\?[A-Za-z]+"
+    r"|\|[^|=]*[A-Za-z][^|=]*\||\\\|[^|=]*\\\||\\frac\{[A-Za-z]+\}\{[A-Za-z]+\}|\\(?:sin|cos|tan|cot|log|ln) ?(?:\\angle ?)?\\?[A-Za-z]+"
     r"|[A-Za-z][A-Za-z_{}\d]* ?: ?[A-Za-z][A-Za-z_{}\d]*|\\lim ?_ ?\{[^{}]*\}.*|\\sigma ?\^ ?\{2\}|\([a-z] ?\\circ ?[a-z]\)\(.*\)"
     r"|\\over(?:right|left)arrow\{[A-Z]+\}|(?:the )?(?:final )?(?:answer|result|total|sum|value)"
     rf"|[A-Za-z]{{3,}}(?: [A-Za-z]+)*(?: ?\([^=]*\))?|[{HAN}]+",
@@ -139,7 +139,7 @@ def is_name(text: str) -> bool:
 
 def names_something(text: str) -> bool:
     """Whether a left side holds a letter or word, so that it is no claim about numbers (`3+5 = 7` is one)."""
-    if _DENIALS.search(text):
+    if _DENIALS.search(text) or text.startswith("-"):  # -x = 5
         return False
     return is_name(text) or re.search(rf"[A-Za-z{HAN}]", _COMMANDS.sub("", text)) is not None
 
@@ -173,7 +173,7 @@ _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 
 def words(text: str) -> str | None:
     """A cleaned text that is prose (a name, a weekday, a yes), folded; None for mathematics."""
-    if not re.fullmatch(r"[\w '\".,:()&!?-]+", text) or "_" in text:
+    if not re.fullmatch(r"[\w'\"(][\w '\".,:()&!?-]*", text) or "_" in text:
         return None
     if re.fullmatch(r"-?\d+[A-Za-z]+", text):  # 4abc
         return None
@@ -208,7 +208,8 @@ def time_of_day(text: str) -> tuple[str, str] | None:
 
 
 _CHOICE = re.compile(
-    r"\(?([A-J])\)?(?:(?<=\))|[.:,](?= )|[.:)])[ .:]*(.*)|([A-J]) (?=[\d\\$])(.*)", re.DOTALL
+    r"\(?([A-J])\)?(?:(?<=\))|[.:)])(?=[ .:\d\\$])[ .:]*(.*)|([A-J])(?:, | (?=[\d\\$]))(.*)",
+    re.DOTALL,
 )
 _BARE_CHOICE = re.compile(r"[(\[]([A-Ja-j])[)\]]|([A-J])[).:]?")
 _ANOTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])\(?[A-J](?![A-Za-z])(?! [a-z])")

@@ -29,19 +29,19 @@ def is_region(text: str) -> bool:
     return is_relation(last) or re.search(r"\\cup(?![a-zA-Z])|\\mathbb ?\{R\}", last) is not None
 
 
-def letter(text: str) -> str:
-    """The letter or function that inequalities are about, empty where it cannot be told."""
-    found = {
-        part.replace(" ", "")
-        for part in re.split(r"<|>|\\(?:le|ge|ne|in|cup)(?![a-zA-Z])|,| or | and ", text)
-        if forms.is_name(part.strip()) and "|" not in part
+def names(text: str) -> set[str]:
+    """The letters or functions that inequalities are about."""
+    parts = re.split(r"<|>|\\(?:le|ge|ne|in|cup)(?![a-zA-Z])|,| or | and ", text)
+    return {
+        part.replace(" ", "") for part in parts if forms.is_name(part.strip()) and "|" not in part
     }
-    return found.pop() if len(found) == 1 else ""
 
 
 def pieces(text: str) -> list[str] | None:
     """The intervals and sets that a text is the union of; None where it is no region, or a single pair of brackets."""
     text = _without_name(text)
+    if is_relation(text) and len(names(text)) > 1:
+        return None
     if re.fullmatch(r"\\mathbb ?\{R\}", text):
         return [_written(ALL)]
     found: list[str] = []

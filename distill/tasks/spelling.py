@@ -285,7 +285,7 @@ def _unwrap(text: str) -> str:
         text = text.strip()
         if not text.endswith("..."):
             text = re.sub(r"(?:(?<!\\)[.,;:])+$", "", text).strip()
-        text = text.removesuffix(r"\\").strip()
+        text = re.sub(r"(?:\\\\\s*)+$", "", text)
         for wrap in _WRAPS:
             if (match := wrap.fullmatch(text)) and balanced(match[1]):
                 text = match[1]

@@ -17,14 +17,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
-from latex2sympy2_extended.latex2sympy2 import (  # type: ignore[import-untyped]
+import sympy
+from latex2sympy2_extended.latex2sympy2 import (
     ConversionConfig,
     latex2sympy,
 )
 from sympy import Add, Eq, Float, Integer, MatrixBase, Mul, Ne, Pow, Rational, Symbol
-from sympy.core.function import AppliedUndef  # type: ignore[import-untyped]
-from sympy.core.relational import Relational  # type: ignore[import-untyped]
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 
 _CONVERSION = ConversionConfig(lowercase_symbols=False)
 _CONSTANT_DIGITS, _POINT_DIGITS = 100, 50
@@ -249,9 +249,11 @@ def _same_relation(one: Any, other: Any) -> bool:
         isinstance(p, Relational) for side in parts for p in side
     ):
         return False
-    if len(parts[0]) > 1:
+    if len(parts[0]) > 1:  # any order
         return type(one) is type(other) and all(
-            _same_relation(a, b) for a, b in zip(*parts, strict=True)
+            any(_same_relation(a, b) for b in those)
+            for these, those in (parts, parts[::-1])
+            for a in these
         )
     return _proportional(one, other) or _same_solutions(one, other)
 

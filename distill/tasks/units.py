@@ -138,11 +138,11 @@ def _is_unit(unit: str, attached: bool) -> bool:
 def _name(unit: str) -> str:
     """The canonical spelling, empty where the words are no unit."""
     words = re.findall(r"[A-Za-z%µΩ]+", re.sub(r"\b(?:mph)\b", "mi/h", unit))
-    if (
-        len(words) > _MAX_WORDS
-        or _NEVER & {word.lower() for word in words}
-        or words[0].lower() in _NEVER_FIRST
-    ):
+    lower = {word.lower() for word in words}
+    factors = [word for word in words if re.fullmatch(rf"(?!{_LETTER}|[aAIcf])[A-Za-z]", word)]
+    if factors or re.match("%[^ ]", unit):
+        return ""
+    if len(words) > _MAX_WORDS or _NEVER & lower or words[0].lower() in _NEVER_FIRST:
         return ""
     names = [_singular(word.lower()) for word in words if word.lower() != "per" or len(words) == 1]
     return " ".join(names) + "".join(re.findall(r"[23]", unit))

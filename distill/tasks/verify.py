@@ -1,9 +1,10 @@
 """The one judge of answers: rewards, filters and evaluation all come here.
 
-`math_verdict` compares an answer with a gold answer: as clean text, as plain numbers, as words, as
-collections item by item, and only what is left symbolically, in a worker process with a hard limit. It is
-stricter than the library below it (nothing unevaluated, no contradictory equation, brackets and order as in
-the gold, no percent for a fraction) and more lenient about dress (units, typography, notation).
+`math_verdict` compares an answer with a gold answer: as clean text (`spelling`), as plain numbers (`numbers`, `units`),
+as a choice or words, as pieces of the number line (`regions`), as collections item by item (`forms`), and only what
+is left symbolically (`symbolic`), in a worker process with a hard limit. It is strict about what is said (nothing left
+to compute, no contradictory equation, brackets and order as in the gold, no percent for a fraction, no tolerance that
+a tiny number escapes) and lenient about dress (units, typography, notation, names on the left).
 `judge` takes a completion from its text to a verdict. Left out on purpose: answers that must be run (code).
 """
 
@@ -133,7 +134,9 @@ def _equal_approximately(answer: str, gold: str) -> bool:
         exact = gold.partition(r"\approx")[0].strip()
         return bool(exact) and not forms.is_name(exact) and _equal(answer, exact)
     exact, _, about = (part.strip() for part in answer.partition(r"\approx"))
-    return _equal(about, gold) if forms.is_name(exact) else _equal(exact, gold)
+    if forms.is_name(exact):
+        return _equal(about, gold)
+    return numbers.number(about) is not None and _equal(exact, gold)
 
 
 def _equal_choices(answer: str, gold: str, gold_choice: tuple[str, str]) -> bool:
@@ -151,8 +154,8 @@ def _equal_choices(answer: str, gold: str, gold_choice: tuple[str, str]) -> bool
 
 def _equal_regions(answer: str, gold: str) -> bool:
     """Inequalities, intervals and unions. `(1, 3)` may be a point, which `1 < x < 3` is not."""
-    letters = [regions.letter(text) for text in (answer, gold) if regions.is_relation(text)]
-    if len(letters) == 2 and letters[0] and letters[1] and letters[0] != letters[1]:
+    about = [regions.names(text) for text in (answer, gold) if regions.is_relation(text)]
+    if len(about) == 2 and all(len(names) == 1 for names in about) and about[0] != about[1]:
         return False
     found, wanted = regions.pieces(answer), regions.pieces(gold)
     if found is not None and wanted is not None:
@@ -316,5 +319,10 @@ def _symbolic(answer: str, gold: str, strict: bool = True) -> bool:
     return _in_worker(answer, gold, strict)
 
 
-def _in_worker(*request: object) -> bool:
+_PROSE = re.compile(r"(?<![A-Za-z\\])(?:or|and|not)(?![A-Za-z])")
+
+
+def _in_worker(*request: str | bool) -> bool:
+    if any(isinstance(text, str) and _PROSE.search(text) for text in request):
+        return False  # the parser would take the letters of these words for factors
     return bool(pool.ask("math", *request))
