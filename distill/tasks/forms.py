@@ -137,6 +137,11 @@ def is_name(text: str) -> bool:
     )
 
 
+def is_letter(text: str) -> bool:
+    r"""Whether a text is a name and no expression either: `y`, `CD`; not `\ln x`."""
+    return is_name(text) and not re.match(r"\\(?:sin|cos|tan|cot|log|ln)(?![a-zA-Z])", text)
+
+
 def names_something(text: str) -> bool:
     """Whether a left side holds a letter or word, so that it is no claim about numbers (`3+5 = 7` is one)."""
     if _DENIALS.search(text) or text.startswith("-"):  # -x = 5

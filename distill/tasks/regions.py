@@ -53,6 +53,8 @@ def pieces(text: str) -> list[str] | None:
             if inner is None:
                 return None
             found.extend(inner)
+        elif is_relation(text) and len(sides := forms.sides(part)) == 2 and forms.is_name(sides[0]):
+            found.append(rf"\{{{sides[1]}\}}")  # x = 0 or x > 4
         elif (
             (shape := forms.shape(part))
             and (shape.kind == "set" or len(shape.items) == 2)

@@ -59,9 +59,11 @@ _BARE_FUNCTION = re.compile(
 )
 _PREFACE = re.compile(
     r"(?:(?:therefore|thus|hence|so),? )?(?:(?:the )?(?:final |correct )*answer(?: is)?:? |it(?: is|'s) "
-    r"|(?:the )?(?:result|total|sum|value|solution) (?:is:?|:) ?"
+    r"|(?:the )?(?:(?:minimum|maximum|smallest|largest|least|greatest|total|required|exact) )?"
+    r"(?:result|total|sum|value|solution|number|minimum|maximum|area|volume|length|probability|product|distance|perimeter|remainder)"
+    r"(?: of [A-Za-z ]+?)? (?:is:?|:) ?"
     r"|(?:therefore|thus|hence|so),? |(?:the )?(?:correct )?(?:option|choice)(?: is)?:? (?=\(?[A-J]\)?(?![A-Za-z])))|= ?"
-    r"|(?:因此|所以|故|综上)?,? ?(?:正确|最终|最后)?的?(?:答案|结果|选项)(?:应?是|应?为|:)+ ?|(?:故|应|因此|所以)?选择? ?(?=\(?[A-J]\)?(?![A-Za-z]))|(?:因此|所以|故|解得|答|一共有?|总共有?|共有?|共计|合计)[:,]? ?",
+    r"|(?:因此|所以|故|综上)?,? ?(?:正确|最终|最后)?的?(?:答案|结果|选项)(?:应?是|应?为|:)+ ?|(?:故|应|因此|所以)?(?:选项|选择?) ?(?=\(?[A-J]\)?(?![A-Za-z]))|(?:因此|所以|故|解得|答|一共有?|总共有?|共有?|共计|合计)[:,]? ?",
     re.IGNORECASE,
 )
 _WRAPS = (

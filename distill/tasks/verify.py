@@ -251,7 +251,7 @@ def _equal_sides(answer: str, gold: str) -> bool:
     if (
         len(gold_sides) > 1
         and forms.is_name(gold_sides[0])
-        and not any(map(forms.is_name, gold_sides[1:]))
+        and not any(map(forms.is_letter, gold_sides[1:]))
     ):
         if len(answer_sides) == 1:
             return _equal(answer, gold_sides[-1])
@@ -316,7 +316,14 @@ def _equal_angles(answer: str, gold: str) -> bool:
 
 
 def _symbolic(answer: str, gold: str, strict: bool = True) -> bool:
+    if strict and not _letters(answer) <= _letters(gold):
+        return False  # what the strict comparison finds too, after it has parsed both
     return _in_worker(answer, gold, strict)
+
+
+def _letters(text: str) -> set[str]:
+    """The letters outside of commands, but for those that have a meaning of their own."""
+    return set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", text)) - set("eid")
 
 
 _PROSE = re.compile(r"(?<![A-Za-z\\])(?:or|and|not)(?![A-Za-z])")
