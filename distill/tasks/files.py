@@ -49,6 +49,25 @@ def final_answer(text: str) -> str:
     return (templates.last_answer_tag(rest) or templates.last_box(rest) or rest).strip()
 
 
+def gold_text(value: Any) -> str:
+    """A gold answer as text: a text or a number as it is, a list of these as a list of answers that are all wanted.
+
+    Raises ValueError for anything else: an object or a list of lists is no answer, and its source text is none either.
+    """
+    if isinstance(value, list) and value and not any(isinstance(item, list) for item in value):
+        return ", ".join(plain_number(gold_text(item).strip()) for item in value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        keys = f" with the keys {', '.join(map(str, value))}" if isinstance(value, dict) else ""
+        raise ValueError(
+            f"the answer is {type(value).__name__}{keys}, not a text, a number or a list of them"
+        )
+    if not value.strip():
+        raise ValueError("the answer is empty")
+    return value
+
+
 def plain_number(answer: str) -> str:
     """Without the commas of a grouped integer, which a gold answer cannot mean as a list."""
     grouped = re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", answer)
@@ -69,12 +88,9 @@ def _load(name: str, path: Path, held_out: HeldOut, verify: Verify) -> Loaded:
 def _row(number: int, row: dict[str, Any], held_out: HeldOut) -> Row:
     messages, reply = conversation(row)
     if "answer" in row or reply is None:
-        value = row.get("answer")
-        answer = (
-            str(value)
-            if isinstance(value, int | float) and not isinstance(value, bool)
-            else text_field(row, "answer")
-        )
+        if "answer" not in row:
+            text_field(row, "answer")  # says which keys there are
+        answer = gold_text(row["answer"])
     else:
         answer = final_answer(reply)
     return Row(number, messages, answer, "held_out" if held_out == "all" else None)

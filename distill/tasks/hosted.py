@@ -17,7 +17,7 @@ from distill.models import file_hash
 from distill.plug import nearest
 from distill.records import Split, UserError, stable_hash
 from distill.tasks import templates
-from distill.tasks.files import final_answer, plain_number
+from distill.tasks.files import final_answer, gold_text, plain_number
 from distill.tasks.finite import FiniteTask, Loaded, Rejected, Row, Verify, assemble
 
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -125,7 +125,13 @@ def _load(name: str, source: Source, local: Path | None, verify: Verify) -> Load
             if not (isinstance(question, str) and question.strip()) or answer is None:
                 rejected.append((number, "no question or no answer"))
                 continue
-            gold = plain_number(final_answer(str(answer)))
+            try:
+                gold = gold_text(answer)
+            except ValueError as error:
+                rejected.append((number, str(error)))
+                continue
+            if not isinstance(answer, list):
+                gold = plain_number(final_answer(gold))
             rows.append(Row(number, ({"role": "user", "content": question},), gold, split))
     return assemble(name, source.dataset, rows, verify, rejected)
 

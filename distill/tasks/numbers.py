@@ -1,8 +1,7 @@
 """Plain numbers as people write them: read exactly, as fractions, with the unit beside them.
 
-The common answers are compared here and never reach a symbolic library. Units are part of a number: equal
-where only one side names one, different where the two differ, and a percent sign is such a unit (20% is not
-0.2). A comma groups thousands only where it cannot make a list: `1,000` and `12,345` are numbers, `100,200`
+The common answers are compared here and never reach a symbolic library. Units are part of a number (`units`).
+A comma groups thousands only where it cannot make a list: `1,000` and `12,345` are numbers, `100,200`
 (equal groups, each a number by itself) is a list of two unless a currency or a unit says otherwise.
 """
 
@@ -12,6 +11,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
+
+from distill.tasks import units
 
 MAX_EXPONENT = 400
 
@@ -30,7 +31,11 @@ class Number:
 
 _DIGITS = r"\d+|\d{1,3}(?:[, ]\d{3})+"
 _DECIMAL = re.compile(rf"([+-]?) ?(?:({_DIGITS})(\.\d*)?|(\.\d+))")
-_REPEATING = re.compile(r"([+-]?) ?(\d+)\.(\d*)\\overline ?\{(\d+)\}")
+_REPEATING = re.compile(
+    r"([+-]?) ?(\d+)\.(\d*)"
+    r"(?:\\(?:overline|bar) ?\{ ?(\d+) ?\}|\((\d+)\)|(\\dot ?\{?\d\}?(?:\d*\\dot ?\{?\d\}?)?))"
+)
+_ENDLESS = re.compile(r"([+-]?) ?(\d+)\.(\d*?)(?=\d{3})((\d{1,6}?)\5+) ?\.\.\.")
 _SCIENTIFIC = re.compile(
     r"([+-]? ?(?:\d+(?:\.\d*)?|\.\d+)) ?(?:[eE]([+-]?\d{1,4})"
     r"|(?:\\times|\\cdot|\*|x) ?10 ?\^ ?(?:\{ ?([+-]?\d{1,4}) ?\}|\( ?([+-]?\d{1,4}) ?\)|([+-]?\d{1,4})))"
@@ -40,31 +45,14 @@ _FRACTION = re.compile(
     r"([+-]?) ?(?:(\d+) ?)?(?:\\frac ?\{ ?([+-]? ?\d+) ?\} ?\{ ?([+-]? ?\d+) ?\})"
     r"|([+-]?) ?(?:(\d+) )?(\d+) ?/ ?(\d+)"
 )
-_CURRENCY = re.compile(r"^([+-]?) ?(?:US|C|A)?([$€£¥₹]) ?(?=[\d.+-])")
-_UNIT = re.compile(
-    r"(%|[A-Za-z]{2,}|(?<= )[msghlLNJWVACFKT](?![A-Za-z]))(?:[ ./^{}()A-Za-z-]|(?<=[A-Za-z^{-])[23])*$"
-)
-_UNIT_IN_BRACKETS = re.compile(r"(?<=[\d}]) \(([A-Za-z][A-Za-z ./]*)\)$")
-# Words after a number that make another number, a choice or a claim of it, not a unit.
-_OTHER_WORDS = (
-    "or and to of half hundred thousand million billion trillion dozen score tenth tenths hundredths thirds "
-    "quarters halves times plus minus over mod modulo factorial squared cubed pi sqrt not is if than more less "
-    "at least most sin cos tan log ln exp inf infinity nan false wrong base by from choose each"
-)
-_NO_UNIT = frozenset(_OTHER_WORDS.split())
-_UNIT_NAMES = {
-    "percent": "%", "percentage": "%", "pct": "%", "deg": "degree", "dollar": "$", "usd": "$", "buck": "$",
-    "euro": "€", "eur": "€", "pound": "£", "hr": "hour", "h": "hour", "min": "minute", "sec": "second",
-    "s": "second", "centimeter": "cm", "centimetre": "cm", "meter": "m", "metre": "m", "kilometer": "km",
-    "kilometre": "km", "millimeter": "mm", "millimetre": "mm", "inche": "inch", "in": "inch", "foot": "feet",
-    "ft": "feet", "kilogram": "kg", "gram": "g", "liter": "l", "litre": "l", "mile": "mi",
-}  # fmt: skip
 _SPELLED_OUT = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 )
 _SPELLED = {
-    word: Number(Fraction(value), "integer") for value, word in enumerate(_SPELLED_OUT.split())
+    word: Number(Fraction(value), "integer")
+    for words in (_SPELLED_OUT.split(), "零一二三四五六七八九十")
+    for value, word in enumerate(words)
 }
 _SCALES = {
     "hundred": 10**2,
@@ -73,16 +61,21 @@ _SCALES = {
     "billion": 10**9,
     "trillion": 10**12,
 }
-_SCALED = re.compile(rf"(.+?) ({'|'.join(_SCALES)})", re.IGNORECASE)
+_SCALED = re.compile(rf"(.+?) ({'|'.join(_SCALES)})((?: [A-Za-z]+)?)", re.IGNORECASE)
+_HAN_DIGITS = "零一二三四五六七八九十"
+_HAN_FRACTION = re.compile(f"([{_HAN_DIGITS}])分之([{_HAN_DIGITS}])")
 
 
 def number(text: str) -> Number | None:
     """A cleaned text as a plain number: integer, decimal, fraction, mixed or scientific, with its unit; up to twenty in words."""
     if spelled := _SPELLED.get(text.lower()):
         return spelled
+    if (match := _HAN_FRACTION.fullmatch(text)) and match[1] != "零":
+        bottom, top = (_HAN_DIGITS.index(digit) for digit in match.groups())
+        return Number(Fraction(top, bottom), "fraction")
     if scaled := _SCALED.fullmatch(text):
         return _scaled(scaled)
-    text, unit = _take_unit(_bare(text))
+    text, unit = units.split_number(_bare(text))
     text = _bare(text)
     if match := _DECIMAL.fullmatch(text):
         return _decimal(match, unit)
@@ -94,17 +87,14 @@ def number(text: str) -> Number | None:
         return Number(value, "integer" if value.denominator == 1 else "decimal", 0, unit)
     if match := _FRACTION.fullmatch(text):
         return _fraction(match, unit)
-    if match := _REPEATING.fullmatch(text):
-        sign, whole, fixed, cycle = match.groups()
-        value = Fraction(int(whole + fixed + cycle) - int(whole + fixed))
-        value /= (10 ** len(cycle) - 1) * 10 ** len(fixed)
-        return Number(-value if sign == "-" else value, "fraction", 0, unit)
+    if match := _REPEATING.fullmatch(text) or _ENDLESS.fullmatch(text):
+        return _repeating(match, unit)
     return None
 
 
 def _scaled(match: re.Match[str]) -> Number | None:
-    count = number(match[1])
-    if count is None or count.kind == "fraction" or count.unit not in ("", "$", "€", "£", "¥", "₹"):
+    count = number(match[1] + match[3])
+    if count is None or count.kind == "fraction":
         return None
     value = count.value * _SCALES[match[2].lower()]
     return Number(value, "integer" if value.denominator == 1 else "decimal", 0, count.unit)
@@ -112,17 +102,23 @@ def _scaled(match: re.Match[str]) -> Number | None:
 
 def same_number(answer: Number, gold: Number) -> bool:
     """Whether the two are one number, written out as far as the gold is."""
-    if answer.unit and gold.unit and answer.unit != gold.unit:
+    if not units.same(answer.unit, gold.unit):
         return False
     if answer.value == gold.value:
         # 14/2 for 7 restates the question.
         return not (answer.kind == "fraction" and gold.value.denominator == 1)
     # A fraction without an end, rounded or cut at six places or more, is that fraction.
     for rounded, exact in ((answer, gold), (gold, answer)):
-        if rounded.kind == "decimal" and rounded.decimals >= 6 and exact.kind == "fraction":
+        if rounded.kind == "decimal" and exact.kind == "fraction" and _significant(rounded) >= 6:
             off, unit = abs(exact.value) - abs(rounded.value), Fraction(1, 10**rounded.decimals)
             return rounded.value * exact.value > 0 and -unit / 2 <= off < unit
     return False
+
+
+def _significant(number: Number) -> int:
+    """Digits behind the point, those at its front that are zero left out."""
+    whole = abs(number.value) * 10**number.decimals
+    return min(number.decimals, len(str(whole.numerator)))
 
 
 def _bare(text: str) -> str:
@@ -132,40 +128,29 @@ def _bare(text: str) -> str:
     return text
 
 
-def _take_unit(text: str) -> tuple[str, str]:
-    if currency := _CURRENCY.match(text):
-        rest = currency[1] + text[currency.end() :]
-        rest = re.sub(r" (?:dollars?|USD)$", "", rest)
-        return rest, currency[2]
-    text = _UNIT_IN_BRACKETS.sub(r" \1", text)
-    if not (match := _UNIT.search(text)) or match.start() == 0:
-        return text, ""
-    body, unit = text[: match.start()].rstrip(), text[match.start() :]
-    words = re.findall(r"[A-Za-z%]+", unit.lower())
-    if len(words) > 5 or _NO_UNIT & set(words) or not re.search(r"[\d}).]$", body):
-        return text, ""
-    names = [_unit_name(word) for word in words]
-    digits = "".join(re.findall(r"[23]", unit))
-    return body, " ".join(names) + digits
-
-
-def _unit_name(word: str) -> str:
-    singular = (
-        word[:-1] if len(word) > 2 and word.endswith("s") and not word.endswith("ss") else word
-    )
-    return _UNIT_NAMES.get(singular, singular)
-
-
 def _decimal(match: re.Match[str], unit: str) -> Number | None:
     sign, whole, fraction, only_fraction = match.groups()
     groups = re.split("[, ]", whole or "0")
-    grouped_like_a_list = len(groups[0]) == 3 and not any(g.startswith("0") for g in groups[1:])
+    grouped_like_a_list = (
+        "," in (whole or "")
+        and len(groups[0]) == 3
+        and not any(g.startswith("0") for g in groups[1:])
+    )
     if len(groups) > 1 and (groups[0].startswith("0") or (grouped_like_a_list and not unit)):
         return None
     digits = (fraction or only_fraction or ".")[1:]
     value = Fraction(int("".join(groups) + digits), 10 ** len(digits))
     kind: Kind = "integer" if value.denominator == 1 else "decimal"
     return Number(-value if sign == "-" else value, kind, len(digits), unit)
+
+
+def _repeating(match: re.Match[str], unit: str) -> Number:
+    """`0.1\\overline{6}`, `0.1(6)`, `0.1\\dot{6}`, or `0.1666...`, in which the digits that repeat fill three places or more."""
+    sign, whole, fixed, *cycles = match.groups()
+    cycle = re.sub(r"\D", "", next(filter(None, cycles)))
+    value = Fraction(int(whole + fixed + cycle) - int(whole + fixed))
+    value /= (10 ** len(cycle) - 1) * 10 ** len(fixed)
+    return Number(-value if sign == "-" else value, "fraction", 0, unit)
 
 
 def _fraction(match: re.Match[str], unit: str) -> Number | None:

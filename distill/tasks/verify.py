@@ -1,9 +1,10 @@
 """The one judge of answers: rewards, filters and evaluation all come here.
 
-`math_verdict` compares an answer with a gold answer: as clean text, as plain numbers, as words, as
-collections item by item, and only what is left symbolically, in a worker process with a hard limit. It is
-stricter than the library below it (nothing unevaluated, no contradictory equation, brackets and order as in
-the gold, no percent for a fraction) and more lenient about dress (units, typography, notation).
+`math_verdict` compares an answer with a gold answer: as clean text (`spelling`), as plain numbers (`numbers`, `units`),
+as a choice or words, as pieces of the number line (`regions`), as collections item by item (`forms`), and only what
+is left symbolically (`symbolic`), in a worker process with a hard limit. It is strict about what is said (nothing left
+to compute, no contradictory equation, brackets and order as in the gold, no percent for a fraction, no tolerance that
+a tiny number escapes) and lenient about dress (units, typography, notation, names on the left).
 `judge` takes a completion from its text to a verdict. Left out on purpose: answers that must be run (code).
 """
 
@@ -14,9 +15,11 @@ import re
 from collections.abc import Callable
 
 from distill.records import Template, Verdict
-from distill.tasks import forms, numbers, pool
+from distill.tasks import forms, numbers, pool, regions, spelling, units
 
 MAX_ANSWER_CHARS = 1000
+MAX_DEPTH = 40
+"""Of brackets within brackets; what is deeper is no answer."""
 
 Scorer = Callable[[str], Verdict]
 
@@ -37,6 +40,8 @@ def math_verdict(answer: str, gold: str) -> Verdict:
     """Whether an answer equals the gold; None where the comparison did not end in time."""
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, 0.0, answer, "answer too long")
+    if spelling.depth(answer) > MAX_DEPTH:
+        return Verdict(False, 0.0, answer, "answer nested too deep")
     try:
         return _verdict(_equal_answers(answer, gold), answer)
     except pool.StuckError as stuck:
@@ -52,10 +57,12 @@ def unreadable(gold: str) -> str | None:
     """Why a gold answer cannot be compared with anything, or None where it can."""
     if len(gold) > MAX_ANSWER_CHARS:
         return "the gold answer is too long"
-    text = forms.clean(gold)
+    if spelling.depth(gold) > MAX_DEPTH:
+        return "the gold answer is nested too deep"
+    text = spelling.clean(gold)
     if not text:
         return "the gold answer is empty"
-    if not forms.balanced(text):
+    if not spelling.balanced(text) or not spelling.balanced(gold):
         return "the gold answer's braces do not match"
     try:
         return None if _readable(text) else "the gold answer cannot be parsed"
@@ -66,9 +73,14 @@ def unreadable(gold: str) -> str | None:
 def _readable(text: str) -> bool:
     if numbers.number(text) is not None or forms.words(text) is not None or forms.positional(text):
         return True
+    if regions.pieces(text) or forms.choice(text):
+        return True
     if shape := forms.shape(text):
         return all(item and _readable(item) for item in shape.items)
-    return bool(pool.ask("math", text))
+    name, *values = forms.sides(text)
+    if len(values) == 1 and values[0] and forms.is_name(name):
+        return _readable(values[0])
+    return bool(pool.ask("math", units.split_expression(text)[0]))
 
 
 def _verdict(correct: bool, answer: str) -> Verdict:
@@ -77,56 +89,92 @@ def _verdict(correct: bool, answer: str) -> Verdict:
 
 @functools.lru_cache(maxsize=65536)
 def _equal_answers(answer: str, gold: str) -> bool:
-    return _equal(forms.clean(answer), forms.clean(gold))
+    return _equal(spelling.clean(answer), spelling.clean(gold))
 
 
 def _equal(answer: str, gold: str) -> bool:
     """Whether two cleaned texts are equal. The order matters: the certain and cheap readings come first."""
     if not answer or not gold:
         return False
-    if forms.same_text(answer, gold):
+    if spelling.same_text(answer, gold):
         return True
-    exact, about, _ = answer.partition(r"\approx")
-    if about and r"\approx" not in gold:
-        return not forms.is_variable(exact.strip()) and _equal(exact.strip(), gold)
+    if r"\approx" in answer or r"\approx" in gold:
+        return _equal_approximately(answer, gold)
+    if (gold_time := forms.time_of_day(gold)) and (time := forms.time_of_day(answer)):
+        return time[0] == gold_time[0] and (
+            not time[1] or not gold_time[1] or time[1] == gold_time[1]
+        )
     gold_number = numbers.number(gold)
     if gold_number is not None:
         answer_number = numbers.number(answer)
+        if answer_number is None and gold_number.kind == "decimal":
+            answer_number = numbers.number(re.sub(r"(?<=\d),(?=\d+$)", ".", answer, count=1))
         if answer_number is not None:
             return numbers.same_number(answer_number, gold_number)
-    elif (gold_words := forms.words(gold)) is not None:
-        return _equal_words(answer, gold_words)
-    elif len(_choice(gold)) == 1:
-        named = len(forms.sides(answer)) > 1 and _equal_sides(answer, gold)
-        return _choice(answer) == _choice(gold) or named
-    gold_shape, answer_shape = forms.shape(gold), forms.shape(answer)
-    if forms.is_relation(answer) != forms.is_relation(gold):
-        return _equal_intervals(answer, gold, gold_shape)
-    if gold_shape or answer_shape:
+    elif (gold_choice := forms.choice(gold)) is not None:
+        return _equal_choices(answer, gold, gold_choice)
+    elif (gold_choices := forms.choices(gold)) is not None and forms.choices(
+        answer
+    ) == gold_choices:
+        return True
+    if regions.is_region(answer) or regions.is_region(gold):
+        return _equal_regions(answer, gold)
+    gold_shape = forms.shape(gold)
+    if gold_shape is None and (gold_words := forms.words(gold)) is not None:
+        *_, last = forms.sides(answer)
+        return gold_words in (forms.words(answer), forms.words(last))
+    if (answer_shape := forms.shape(answer)) or gold_shape:
         return _equal_shapes(answer, gold, answer_shape, gold_shape)
     return _equal_sides(answer, gold)
 
 
-def _equal_words(answer: str, gold_words: str) -> bool:
-    *_, last = forms.sides(answer)
-    return gold_words in (forms.words(answer), forms.words(last))
+def _equal_approximately(answer: str, gold: str) -> bool:
+    r"""`\frac13 \approx 0.333` is 1/3; `x \approx 11` names 11."""
+    if r"\approx" in gold:
+        exact = gold.partition(r"\approx")[0].strip()
+        return bool(exact) and not forms.is_name(exact) and _equal(answer, exact)
+    exact, _, about = (part.strip() for part in answer.partition(r"\approx"))
+    if forms.is_name(exact):
+        return _equal(about, gold)
+    return numbers.number(about) is not None and _equal(exact, gold)
 
 
-def _choice(text: str) -> str:
-    """A lettered choice without its brackets and the number that it stands for."""
-    if (lettered := re.fullmatch(r"\(?([A-J])\)[.:]? ?(.+)", text)) and numbers.number(lettered[2]):
-        return lettered[1]
-    return text.strip("()[]. ") if len(text) <= 4 else text
+def _equal_choices(answer: str, gold: str, gold_choice: tuple[str, str]) -> bool:
+    """The same letter; or the text behind it. `5 = B` and `x = B` are the letter too."""
+    letter, text = gold_choice
+    if (answer_choice := forms.choice(answer)) is not None:
+        return answer_choice[0] == letter
+    if text and _equal(answer, text):
+        return True
+    return len(forms.sides(answer)) > 1 and _equal_sides(answer, gold)
 
 
-def _equal_intervals(answer: str, gold: str, gold_shape: forms.Shape | None) -> bool:
-    """An inequality against an interval. `(1, 3)` may be a point, which `1 < x < 3` is not."""
-    if forms.is_relation(gold):
-        interval = forms.as_interval(gold)
-        return interval is not None and _equal(answer, interval)
-    interval = forms.as_interval(answer)
-    is_point = gold_shape is None or (gold_shape.kind == "()" and r"\infty" not in gold)
-    return interval is not None and not is_point and _equal(interval, gold)
+# -------------------------------------------------------------------------------------------------- regions
+
+
+def _equal_regions(answer: str, gold: str) -> bool:
+    """Inequalities, intervals and unions. `(1, 3)` may be a point, which `1 < x < 3` is not."""
+    about = [regions.names(text) for text in (answer, gold) if regions.is_relation(text)]
+    if len(about) == 2 and all(len(names) == 1 for names in about) and about[0] != about[1]:
+        return False
+    found, wanted = regions.pieces(answer), regions.pieces(gold)
+    if found is not None and wanted is not None:
+        shape = forms.shape(gold)
+        is_point = shape is not None and shape.kind == "()" and r"\infty" not in gold
+        if is_point and regions.is_relation(answer):
+            return False
+        if len(found) == len(wanted):
+            return _match_items(found, wanted)
+    for relation, region in ((answer, wanted), (gold, found)):  # |x| < 3
+        unread = regions.is_relation(relation) and regions.pieces(relation) is None
+        if unread and region is not None and _in_worker(relation, r" \cup ".join(region)):
+            return True
+    if regions.is_relation(answer) != regions.is_relation(gold):
+        return False
+    return _symbolic(answer, gold)
+
+
+# -------------------------------------------------------------------------------------------------- collections
 
 
 def _equal_shapes(
@@ -136,28 +184,54 @@ def _equal_shapes(
     if answer_shape is None or gold_shape is None:
         shape, other = answer_shape or gold_shape, gold if answer_shape else answer
         assert shape is not None
-        if shape.kind == "set" and len(shape.items) == 1:
+        if shape.kind == "set" and len(shape.items) == 1 and r"\emptyset" not in shape.items:
             pair = (shape.items[0], gold) if answer_shape else (answer, shape.items[0])
             return _equal(*pair)
         # x = (1, 2), x \in [0, 1]: the collection is on the right of a name.
         name, *rest = forms.sides(other)
-        if len(rest) == 1 and forms.is_variable(name):
+        if len(rest) == 1 and forms.is_name(name):
             return _equal(answer, rest[0]) if answer_shape else _equal(rest[0], gold)
         return False
+    if answer_shape.kind == "()" and gold_shape.kind == "set" and len(gold_shape.items) == 1:
+        return _equal(answer, gold_shape.items[0])
+    if {answer_shape.kind, gold_shape.kind} == {"list", "()"}:
+        return _equal_named_tuple(answer_shape, gold_shape)
     if len(answer_shape.items) != len(gold_shape.items):
         return False
-    if (answer_shape.kind, gold_shape.kind) == ("list", "()"):
-        answer_shape = forms.named_values(answer_shape) or answer_shape
     unordered = {"set", "list"}
     if answer_shape.kind in unordered and gold_shape.kind in unordered:
-        return _match_items(list(answer_shape.items), list(gold_shape.items))
+        return _equal_lists(answer_shape, gold_shape)
     return answer_shape.kind == gold_shape.kind and all(
         map(_equal, answer_shape.items, gold_shape.items)
     )
 
 
+def _equal_named_tuple(answer: forms.Shape, gold: forms.Shape) -> bool:
+    """`y = 12, x = 2` is (2, 12) by the alphabet; `p = 5, q = 2` as gold is (5, 2) by its own order."""
+    named = forms.named_values(answer if answer.kind == "list" else gold)
+    if named is None:
+        return False
+    if answer.kind == "list":
+        values = [value for _, value in sorted(named.items())]
+        return len(values) == len(gold.items) and all(map(_equal, values, gold.items))
+    return len(named) == len(answer.items) and all(map(_equal, answer.items, named.values()))
+
+
+def _equal_lists(answer: forms.Shape, gold: forms.Shape) -> bool:
+    """Any order, unless the items have names of their own and only one side says which is which."""
+    answer_names, gold_names = forms.named_values(answer), forms.named_values(gold)
+    if answer_names and gold_names:
+        return answer_names.keys() == gold_names.keys() and all(
+            _equal(answer_names[name], gold_names[name]) for name in gold_names
+        )
+    if answer_names or gold_names:
+        return all(map(_equal, answer.items, gold.items))
+    return _match_items(list(answer.items), list(gold.items))
+
+
 def _match_items(answer: list[str], gold: list[str]) -> bool:
     """Equality is transitive, so the first match of each item is as good as any other."""
+    answer = list(answer)
     for item in gold:
         found = next((n for n, other in enumerate(answer) if _equal(other, item)), None)
         if found is None:
@@ -166,26 +240,36 @@ def _match_items(answer: list[str], gold: list[str]) -> bool:
     return True
 
 
+# ---------------------------------------------------------------------------------------------------- equations
+
+
 def _equal_sides(answer: str, gold: str) -> bool:
     """Single things, perhaps with an equals sign: `x = 5` is 5, `3 + 4 = 7` is 7, `5 = 7` is nothing."""
     answer_sides, gold_sides = forms.sides(answer), forms.sides(gold)
-    if len(answer_sides) == 2 and forms.is_variable(answer_sides[1]):
-        answer_sides.sort(key=forms.is_variable, reverse=True)  # 5 = x
-    if len(gold_sides) == 2 and forms.is_variable(gold_sides[0]):
+    if len(answer_sides) == 2 and forms.is_name(answer_sides[1]):
+        answer_sides.sort(key=forms.is_name, reverse=True)  # 5 = x
+    if (
+        len(gold_sides) > 1
+        and forms.is_name(gold_sides[0])
+        and not any(map(forms.is_letter, gold_sides[1:]))
+    ):
         if len(answer_sides) == 1:
-            return _equal(answer, gold_sides[1])
-        if len(answer_sides) == 2 and forms.is_variable(answer_sides[0]):
-            same_name = answer_sides[0].replace(" ", "") == gold_sides[0].replace(" ", "")
-            return same_name and _equal(answer_sides[1], gold_sides[1])
+            return _equal(answer, gold_sides[-1])
+        if forms.is_name(answer_sides[0]) and forms.same_name(answer_sides[0], gold_sides[0]):
+            return _equal_last(answer_sides, gold_sides[-1])
         return _symbolic(answer, gold)
     if len(gold_sides) > 1:
         return len(answer_sides) == len(gold_sides) and _symbolic(answer, gold)
     if len(answer_sides) > 1:
-        *claims, last = answer_sides
-        if claims and forms.is_variable(claims[0]):
-            claims = claims[1:]
-        return _equal(last, gold) and all(_same_value(claim, last) for claim in claims)
+        return _equal_last(answer_sides, gold)
     return _equal_expressions(answer, gold)
+
+
+def _equal_last(answer_sides: list[str], gold: str) -> bool:
+    """Whether the last side is the gold, and no side before it claims another number."""
+    *claims, last = answer_sides
+    claims = [claim for claim in claims if not forms.names_something(claim)]
+    return bool(last) and _equal(last, gold) and all(_same_value(claim, last) for claim in claims)
 
 
 def _same_value(claim: str, last: str) -> bool:
@@ -195,17 +279,57 @@ def _same_value(claim: str, last: str) -> bool:
     return _symbolic(claim, last, strict=False)
 
 
+_NUMERAL = re.compile(r"(?:[\d\s+\-*/.,(){}|]|\^ ?\{|\\(?:frac|cdot|times|div)(?![a-zA-Z]))+")
+
+
 def _equal_expressions(answer: str, gold: str) -> bool:
-    if numbers.number(gold) is not None or forms.positional(gold) or forms.positional(answer):
-        return False  # only another plain number is a number, written out
-    if forms.is_relation(answer) != forms.is_relation(gold) or forms.words(answer) is not None:
+    if numbers.number(gold) is not None and not _NUMERAL.fullmatch(answer):
+        return r"\pi" in answer and _equal_angles(
+            answer, gold
+        )  # a plain number is written with digits
+    if r"\pi" in answer + gold and "degree" in answer + gold:
+        return _equal_angles(answer, gold)
+    if forms.positional(gold) or forms.positional(answer) or forms.words(answer) is not None:
         return False
-    one, other = forms.as_interval(answer), forms.as_interval(gold)
-    if one is not None and other is not None:
-        letters = [re.findall(r"(?<![\\a-z])[a-z](?![a-z])", text) for text in (answer, gold)]
-        return letters[0] == letters[1] and _equal(one, other)
+    answer, answer_unit = units.split_expression(answer)
+    gold, gold_unit = units.split_expression(gold)
+    if answer_unit or gold_unit:
+        return units.same(answer_unit, gold_unit) and _equal(answer, gold)
     return _symbolic(answer, gold)
 
 
+def _equal_angles(answer: str, gold: str) -> bool:
+    r"""`30^\circ` and `\frac{\pi}{6}`."""
+    one, other = numbers.number(answer), numbers.number(gold)
+    if one is not None and one.unit == "degree" and r"\pi" in gold:
+        return _symbolic(
+            rf"\frac{{{one.value.numerator}\pi}}{{{180 * one.value.denominator}}}",
+            gold,
+            strict=False,
+        )
+    return (
+        other is not None
+        and other.unit == "degree"
+        and r"\pi" in answer
+        and _equal_angles(gold, answer)
+    )
+
+
 def _symbolic(answer: str, gold: str, strict: bool = True) -> bool:
-    return bool(pool.ask("math", answer, gold, strict))
+    if strict and not _letters(answer) <= _letters(gold):
+        return False  # what the strict comparison finds too, after it has parsed both
+    return _in_worker(answer, gold, strict)
+
+
+def _letters(text: str) -> set[str]:
+    """The letters outside of commands, but for those that have a meaning of their own."""
+    return set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", text)) - set("eid")
+
+
+_PROSE = re.compile(r"(?<![A-Za-z\\])(?:or|and|not)(?![A-Za-z])")
+
+
+def _in_worker(*request: str | bool) -> bool:
+    if any(isinstance(text, str) and _PROSE.search(text) for text in request):
+        return False  # the parser would take the letters of these words for factors
+    return bool(pool.ask("math", *request))

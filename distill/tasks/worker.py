@@ -1,15 +1,11 @@
-r"""Symbolic comparison of two expressions with math-verify, in a process of its own.
+"""Symbolic comparison of two expressions (`symbolic`), in a process of its own.
 
 `python -m distill.tasks.worker math LIMIT` answers JSON lines: `[answer, gold, strict]` -> are they equal,
 `[gold]` -> can it be parsed. With `score` for `math` it runs generators and their scorers (see
 `generated`), with `check` tests that are written as code (see `checking`).
 
-The process is there to be killed (`pool`): towers and deep parentheses keep sympy busy for ever, and
-math-verify's own limit, a SIGALRM, works in a main thread only. It ends itself if its parent does, or if the
+The process is there to be killed (`pool`): towers and deep parentheses keep sympy busy for ever. It ends itself if its parent does, or if the
 parent has not killed it soon after the limit.
-
-Strict comparison refuses restatements: an answer may leave no arithmetic between plain numbers undone
-(`\sqrt{1+2}`, `2 \cdot 3x`, `x+1-1`) unless the gold does.
 """
 
 from __future__ import annotations
@@ -26,74 +22,15 @@ from typing import Any
 MEMORY_BYTES = 4 * 2**30
 
 
-def parse(text: str) -> Any:
-    """The expression in a cleaned answer, or None."""
-    import math_verify
-
-    # Bare 2\sqrt{3} would be read as 2: only what is in a box is read whole.
-    found = math_verify.parse(
-        "\\boxed{%s}" % text,  # noqa: UP031
-        extraction_config=[math_verify.LatexExtractionConfig(boxed_match_priority=0)],
-        fallback_mode="no_fallback",
-        parsing_timeout=None,
-    )
-    return found[0] if found else None
-
-
-def equal(answer: str, gold: str, strict: bool) -> bool:
-    """Whether two cleaned expressions are equal; strictly, whether the answer is also written out."""
-    import math_verify
-    from sympy import Basic, MatrixBase  # type: ignore[import-untyped]
-
-    answer_expr, gold_expr = parse(answer), parse(gold)
-    if answer_expr is None or gold_expr is None:
-        return False
-    if isinstance(answer_expr, MatrixBase) != isinstance(gold_expr, MatrixBase):
-        return False
-    if isinstance(answer_expr, MatrixBase) and answer_expr.shape != gold_expr.shape:
-        return False
-    if (
-        strict
-        and isinstance(answer_expr, Basic | MatrixBase)
-        and num_undone(answer_expr) > num_undone(gold_expr)
-    ):
-        return False
-    return bool(math_verify.verify(gold_expr, answer_expr, timeout_seconds=None))
-
-
-def num_undone(expr: Any) -> int:
-    """Operations between plain numbers that were left to the reader; fractions and signs are not any."""
-    from sympy import Add, MatrixBase, Mul, Pow, Rational
-
-    if isinstance(expr, MatrixBase):
-        return sum(num_undone(item) for item in expr.flat())
-    if not getattr(expr, "args", ()):
-        return 0
-    inner = sum(num_undone(arg) for arg in expr.args)
-    numbers = [arg for arg in expr.args if arg.is_number and _is_rational(arg)]
-    if isinstance(expr, Add):
-        return inner + (len(numbers) > 1)
-    if isinstance(expr, Mul):
-        below = [arg for arg in numbers if isinstance(arg, Pow)]
-        above = [arg for arg in numbers if not isinstance(arg, Pow) and arg != -1]
-        return inner + (len(below) > 1 or len(above) > 1)
-    if isinstance(expr, Pow) and expr.args[1] == -1 and isinstance(expr.args[0], Rational):
-        return inner
-    return inner + (inner == 0 and expr.is_number is True and _is_rational(expr))
-
-
-def _is_rational(expr: Any) -> bool:
-    from sympy import Float, Rational
-
-    if isinstance(expr, Rational | Float):
-        return True
-    return expr.args != () and isinstance(expr.doit(), Rational | Float)
-
-
 def reply_math(request: list[Any]) -> bool:
-    """`[gold]`: can it be parsed? `[answer, gold, strict]`: are they equal?"""
+    """`[gold]`: can it be parsed? `[answer, gold, strict]`: are they equal? `[relation, region]`: the same numbers?"""
+    from distill.tasks import symbolic
+
     try:
-        return parse(request[0]) is not None if len(request) == 1 else equal(*request)
+        if len(request) == 1:
+            return symbolic.parse(request[0]) is not None
+        compare = symbolic.same_region if len(request) == 2 else symbolic.equal
+        return bool(compare(*request))
     except Exception:
         # Whatever sympy trips over is no expression that could be equal to the gold.
         return False
@@ -118,7 +55,7 @@ def reply_score(request: list[Any]) -> Any:
 def _replier(job: str) -> Callable[[list[Any]], Any]:
     """The function that answers a job's requests, its heavy imports done."""
     if job == "math":
-        parse("1")
+        reply_math(["x+1", "1+x", True])
         return reply_math
     if job == "check":
         from distill.tasks import checking

@@ -141,6 +141,36 @@ def test_rows_without_a_usable_answer_are_rejected_by_line(tmp_path):
     assert "the same question as 1, with another answer ('2')" in reasons[5]
 
 
+def test_a_gold_that_is_a_list_is_its_answers_and_an_object_is_refused(tmp_path):
+    golds = [["1,200", "-3"], [7], 2.5, {"ground_truth": "4"}, [["1"], ["2"]], [], True, None, [""]]
+    rows = [{"question": f"{n}?", "answer": gold} for n, gold in enumerate(golds)]
+    task = jsonl("golds", path=write(tmp_path / "a.jsonl", rows), held_out="all")
+    problems = {p.question: p for p in task.problems("held_out", None, 1)}
+    assert {q: p.gold for q, p in problems.items()} == {"0?": "1200, -3", "1?": "7", "2?": "2.5"}
+    assert task.verify(problems["0?"], "<answer>-3 and 1,200</answer>").correct is True
+    assert task.verify(problems["0?"], "<answer>1200</answer>").correct is False
+    reasons = dict(task.rejected)
+    assert list(reasons) == [4, 5, 6, 7, 8, 9]
+    assert (
+        reasons[4]
+        == "the answer is dict with the keys ground_truth, not a text, a number or a list of them"
+    )
+    assert "list" in reasons[5]
+
+
+def test_a_dataset_with_a_list_as_gold(tmp_path):
+    import datasets
+
+    def save(name, golds):
+        table = datasets.Dataset.from_list([{"question": "Q?", "answer": gold} for gold in golds])
+        datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / name)
+        return hub(name, dataset=str(tmp_path / name))
+
+    assert next(save("lists", [["2", "5"]]).problems("held_out", 1, 1)).gold == "2, 5"
+    with pytest.raises(UserError, match="the answer is dict with the keys value"):
+        save("objects", [{"value": "2"}]).problems("held_out", 1, 1)
+
+
 def test_an_evaluation_file_has_nothing_to_train_on(tmp_path):
     task = jsonl("adds", path=write(tmp_path / "a.jsonl", map(addition, range(5))), held_out="all")
     assert len(list(task.problems("held_out", None, 1))) == 5
