@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -246,15 +246,16 @@ class Runner:
             self._weigh(wanted, rows)
             predictions = {row.name: row.amounts for row in rows}
             self._write_recipe()
-            numbered = [(node, f"[{n}/{len(wanted)}]") for n, node in enumerate(wanted, 1)]
-            for _, together in itertools.groupby(numbered, lambda pair: _process(pair[0])):
-                doing = [
-                    node
-                    for node, label in together
-                    if self._prepare(node, label, predictions.get(node.name, {}))
-                ]
+            numbered = enumerate(wanted, 1)
+            for _, together in itertools.groupby(numbered, lambda pair: _process(pair[1])):
+                doing = {
+                    number: (node, why)
+                    for number, node in together
+                    if (why := self._prepare(node, number, len(wanted), predictions)) is not None
+                }
                 if doing:
-                    self._spawn(doing)
+                    _announce(doing, len(wanted))
+                    self._spawn([node for node, _ in doing.values()])
 
     def _predictions(self) -> list[Row]:
         """What every node will cost."""
@@ -303,18 +304,21 @@ class Runner:
             json.dumps({**environment(), "machine": asdict(self._machine())}, indent=1),
         )
 
-    def _prepare(self, node: Node, label: str, predicted: dict[str, float]) -> bool:
-        """Write down what a node is to be done with; whether there is anything to do."""
+    def _prepare(
+        self, node: Node, number: int, num: int, predictions: Mapping[str, dict[str, float]]
+    ) -> str | None:
+        """Write down what a node is to be done with; why it is done, in words, or None where it is done already.
+
+        number: its place among the `num` wanted ones.
+        """
         with working(f"checking what {node.name} reads"):
             decision = decide(node, self.recipe, self.run, self.redo)
         folder = self.run / node.name
         if decision.action == "skip":
-            print(f"{label} {node.name}: done already")
-            return False
+            print(f"[{number}/{num}] {node.name}: done already")
+            return None
         if decision.action == "redo":
             self._put_away(node.name)
-        why = f" ({decision.action}: {decision.why})" if decision.why else ""
-        print(f"{label} {node.name}: {node.kind}{why}", flush=True)
         inputs = input_fingerprints(node, self.recipe, self.run)
         standing = state.read(folder)
         if standing is not None:
@@ -323,11 +327,11 @@ class Runner:
             lost = standing.seconds if standing is not None else 0.0
             standing = state.State(kind=node.kind, config={}, inputs={}, seconds=lost)
         standing.config, standing.inputs = node.config.model_dump(mode="json"), inputs
-        standing.status, standing.predicted = "running", predicted
+        standing.status, standing.predicted = "running", predictions.get(node.name, {})
         standing.attempts += 1
         standing.began = 0.0  # its process writes when its turn comes
         state.write(folder, standing)
-        return True
+        return f" ({decision.action}: {decision.why})" if decision.why else ""
 
     def _put_away(self, name: str) -> None:
         """Keep what a stage made before it is done again."""
@@ -403,6 +407,16 @@ class Runner:
 def _process(node: Node) -> tuple[str, str]:
     """Nodes with the same one, next to each other, share a process: the evaluations of a comparison share its engine."""
     return node.kind, node.stage if node.kind == "eval" else node.name
+
+
+def _announce(doing: Mapping[int, tuple[Node, str]], num: int) -> None:
+    """One line for the nodes, by their numbers, that a process begins with."""
+    first, last = min(doing), max(doing)
+    place = f"{first}" if first == last else f"{first}-{last}"
+    names = ", ".join(f"{node.name}{why if len(doing) > 1 else ''}" for node, why in doing.values())
+    node, why = doing[first]
+    more = why if len(doing) == 1 else ", in one process"
+    print(f"[{place}/{num}] {names}: {node.kind}{more}", flush=True)
 
 
 class StageError(Exception):

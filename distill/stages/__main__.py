@@ -51,7 +51,8 @@ def _guarded(run: Path, name: str, screen: Screen, engines: list[OneEngine], *, 
     error_file.unlink(missing_ok=True)
     try:
         with screen.ticking():
-            screen.phase("loading the libraries")
+            if not engines:
+                screen.phase("loading the libraries")
             _run(run, name, screen, engines, last)
     except UserError as error:
         error_file.write_text(str(error), encoding="utf-8")

@@ -39,7 +39,16 @@ def _settled(
         return before["value"]
     width = machine.width_of(models.config_of(context.model_dir(config.model)))
     choice = machine.choose(context.machine(width), width, wish, purpose)
-    context.say(f"{key} {choice.dtype}: {choice.why}")
-    standing.decided[key] = {"value": choice.dtype, "why": choice.why}
+    decided: state.Decided = {"value": choice.dtype, "why": choice.why}
+    if not _said_before(context, key, decided):
+        context.say(f"{key} {choice.dtype}: {choice.why}")
+    standing.decided[key] = decided
     state.write(context.folder, standing)
     return choice.dtype
+
+
+def _said_before(context: Context, key: str, decided: state.Decided) -> bool:
+    """Whether another stage of the run came to the same for the same reason: once a run is enough."""
+    others = [file.parent for file in context.run.glob(f"*/{state.FILE}")]
+    states = [state.read(folder) for folder in others if folder != context.folder]
+    return any(one is not None and one.decided.get(key) == decided for one in states)
