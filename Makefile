@@ -21,7 +21,7 @@ endef
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart   set up, then distil a real small model end to end (about twelve minutes on two cores)"
+	@echo "make quickstart   set up, then distil a real small model end to end (six to thirteen minutes on two cores)"
 	@echo "make test         set up, then run every check and test"
 	@echo "make test-fast    the tests without the real model and engine"
 	@echo "make bench        measure against the peers; tables, and JSON in tests/bench/out"
