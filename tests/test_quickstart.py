@@ -1,6 +1,6 @@
 """The quickstart itself: real model, real vLLM engine, real shards. Everything about it is held here.
 
-Fewer GRPO steps, fewer problems to judge by, and hardly an SFT student, to save time; all else is the recipe's own.
+Fewer problems to judge by, and hardly an SFT student, to save time; all else is the recipe's own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from distill.traces.reader import open_traces
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 SMALLER = (
-    "stages.teacher.steps=3",
     "stages.sft.epochs=null",
     "stages.sft.steps=4",
     "stages.verdict.problems=128",
