@@ -194,7 +194,8 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
         typer.echo(line)
     for line in advice.long_lines(resolved, ahead, machine):
         typer.echo(line)
-    advice.refuse(ahead, machine)
+    for line in advice.too_large(ahead, machine):
+        typer.echo(f"cannot run on this machine: {line}")
 
 
 @app.command("ls")

@@ -43,18 +43,26 @@ def machine_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
     return [first, *(f"  {' and '.join(u)}: {dtype}; {why}" for (dtype, why), u in uses.items())]
 
 
-def refuse(rows: Sequence[Row], machine: Machine) -> None:
-    """Raises UserError where a stage's weights, masters and moments alone are more than the machine's memory."""
+def too_large(rows: Sequence[Row], machine: Machine) -> list[str]:
+    """The stages whose weights, masters and moments alone are more than the machine's memory, with what helps."""
+    found = []
     for row in rows:
         if row.least <= machine.memory:
             continue
         trains = any(part.purpose == "training" for part in row.parts)
         held = "weights, fp32 masters and moments" if trains else "weights"
         ways = "lora (the masters and moments are then the adapter's), " if trains else ""
-        raise UserError(
+        found.append(
             f"stages.{row.name}: its {held} alone take {row.least / GIB:.3g} GiB, and this machine has "
             f"{machine.memory / GIB:.3g} GiB. What helps: {ways}a smaller model, or a machine with more memory."
         )
+    return found
+
+
+def refuse(rows: Sequence[Row], machine: Machine) -> None:
+    """Raises UserError where a stage cannot fit the machine's memory."""
+    if lines := too_large(rows, machine):
+        raise UserError(lines[0])
 
 
 def memory_lines(rows: Sequence[Row], machine: Machine) -> list[str]:

@@ -78,7 +78,7 @@ def _lineage(reader: TraceReader) -> list[tuple[str, str]]:
         ("log-probabilities", f"{meta.logprob_mode}, temperature {meta.logprob_temperature:g}: before top-p"),
         ("support", f"at most {meta.top_k} entries a position, until they hold {meta.mass:g} of the mass"
          if meta.top_k else "none"),
-        ("engine", _code(meta.engine)),
+        ("engine", _code(f"{meta.engine} {meta.dtype}".strip())),
         ("packages", ", ".join(_code(f"{key} {value}") for key, value in meta.versions.items()) or "not recorded"),
     ]  # fmt: skip
     return rows
