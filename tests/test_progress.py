@@ -133,10 +133,11 @@ def test_the_thread_speaks_while_a_product_in_c_runs(clock):
             screen.phase("multiplying")
             held = threading.Lock()
             held.acquire()
-            while not re.search(rb"multiplying  0:02", seen):
+            while not re.search(rb"multiplying  0:0[2-9]\r", seen):
                 held.acquire(timeout=0.1)
                 seen += os.read(here, 4096)
-    assert re.search(rb"multiplying\r.*multiplying  0:01\r.*multiplying  0:02\r", seen, re.DOTALL)
+    # Drawn at once and again as time goes by; on a busy machine a second may be left out.
+    assert re.search(rb"multiplying\r.*multiplying  0:0[2-9]\r", seen, re.DOTALL)
     os.close(here)
 
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,7 +73,9 @@ def index_without_vllm(asked: list[str]) -> Iterator[str]:
 
 def installed_versions() -> str:
     """Constraints to what this environment has, so that the test needs nothing newer."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    # By folder: on sys.path there may be others, which setuptools brings for itself.
+    folders = [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions(path=folders)}
     return "".join(
         f"{name}=={version}\n"
         for name, version in sorted(found.items())

@@ -155,8 +155,8 @@ def test_a_budget_is_spent_to_the_nearest_step(finished):
 def test_a_budget_counts_from_what_both_rest_on(finished, tiny_dir):
     made = recipe.validate(tree(str(tiny_dir)))
 
-    def left(model: str) -> float:
-        other = {"steps": None, "budget": {"flops_of": "kl@2"}, "model": model}
+    def left(model: str, times: float = 1.0) -> float:
+        other = {"steps": None, "budget": {"flops_of": "kl@2", "times": times}, "model": model}
         stage = TrainStage.model_validate(made.stages["kl@1"].model_dump() | other)
         changed = made.model_copy(update={"stages": {**made.stages, "sft": stage}})
         found = budget_of(stage, Context(changed, finished.run_dir, "sft", Screen(io.StringIO())))
@@ -165,7 +165,7 @@ def test_a_budget_counts_from_what_both_rest_on(finished, tiny_dir):
 
     assert left("start") == finished.state("kl@2")["cost"]["flops"]  # the traces are both's
     with pytest.raises(UserError, match="nothing is left to spend"):
-        left("kl@1")
+        left("kl@1", times=0.5)  # which has spent about as much as kl@2
 
 
 def test_points_are_the_models_of_the_way(finished):

@@ -221,7 +221,7 @@ KILLER = """
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_kills", "num_rows"), [("random", 60, 400), ("step", 24, 100)]
+    ("kind", "num_kills", "num_rows"), [("random", 60, 800), ("step", 24, 100)]
 )
 def test_killed_again_and_again_the_rows_are_those_of_an_uninterrupted_run(
     tmp_path, kind, num_kills, num_rows
@@ -274,7 +274,7 @@ GENERATOR = """
                 os._exit(1)
             os._exit(0)
         if attempt < num_kills:
-            time.sleep(draw.uniform(0.0, 0.4))
+            time.sleep(draw.uniform(0.0, 0.08))
             os.kill(child, 9)
         _, status = os.waitpid(child, 0)
         if os.WIFSIGNALED(status):
