@@ -22,7 +22,7 @@ ENGINE_START = {"vllm": 8.0, "transformers": 1.0, "reference": 1.0}
 """Seconds from a loaded process to an engine's first token (import, weights, cache, warm-up)."""
 REOPENED = 0.5
 """Share of that for another engine in the same process."""
-LIGHT_START = 1.5
+LIGHT_START = 0.4
 """Seconds for a stage that loads no model."""
 FILE_RATE = 0.6e9
 """Bytes/s at which weights and optimiser state are serialised, written and hashed."""
@@ -239,7 +239,7 @@ def predict_prune_seconds(shape: ModelShape) -> float:
     return PROCESS_START + 2.0 * shape.params_total / FILE_RATE
 
 
-def predict_filter_seconds(traces: int, seconds_a_trace: float = 1e-3) -> float:
+def predict_filter_seconds(traces: int, seconds_a_trace: float = 1e-4) -> float:
     """Read traces' verdict columns and decide."""
     return LIGHT_START + traces * seconds_a_trace
 
