@@ -242,10 +242,11 @@ class Runner:
             wanted = list(wanted)
             with working("checking the recipe"):
                 self._refuse_early(wanted)
-                rows = self._predictions()
-            self._weigh(wanted, rows)
+                here = self._machine()
+                rows = self._predictions(here)
+            self._weigh(wanted, rows, here)
             predictions = {row.name: row.amounts for row in rows}
-            self._write_recipe()
+            self._write_recipe(here)
             numbered = enumerate(wanted, 1)
             for _, together in itertools.groupby(numbered, lambda pair: _process(pair[1])):
                 doing = {
@@ -257,19 +258,19 @@ class Runner:
                     _announce(doing, len(wanted))
                     self._spawn([node for node, _ in doing.values()])
 
-    def _predictions(self) -> list[Row]:
+    def _predictions(self, here: Machine) -> list[Row]:
         """What every node will cost."""
         from distill.stages import plan
 
-        return plan.predict(self.recipe, self._machine())
+        return plan.predict(self.recipe, here)
 
-    def _weigh(self, wanted: list[Node], rows: Sequence[Row]) -> None:
+    def _weigh(self, wanted: list[Node], rows: Sequence[Row], here: Machine) -> None:
         """Say where what is due takes long; refuse what this machine's memory cannot hold."""
         from distill.stages import advice
 
         standing = {node.name: state.read(self.run / node.name) for node in wanted}
         due = {name for name, stage in standing.items() if stage is None or stage.status != "done"}
-        ahead, here = [row for row in rows if row.name in due], self._machine()
+        ahead = [row for row in rows if row.name in due]
         advice.refuse(ahead, here)
         for line in (*advice.memory_lines(ahead, here), *advice.short_lines(ahead)):
             print(line, flush=True)
@@ -293,7 +294,7 @@ class Runner:
 
             plan.check_plugs(self.recipe)
 
-    def _write_recipe(self) -> None:
+    def _write_recipe(self, here: Machine) -> None:
         write_atomic(self.run / "recipe.yaml", self.source.read_text(encoding="utf-8"))
         tree = self.recipe.model_dump(mode="json")
         write_atomic(
@@ -301,7 +302,7 @@ class Runner:
         )
         write_atomic(
             self.run / "environment.json",
-            json.dumps({**environment(), "machine": asdict(self._machine())}, indent=1),
+            json.dumps({**environment(), "machine": asdict(here)}, indent=1),
         )
 
     def _prepare(
