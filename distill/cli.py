@@ -22,9 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-traces_app = typer.Typer(
-    help="Look after folders of traces.", no_args_is_help=True, rich_markup_mode=None
-)
+traces_app = typer.Typer(help="Look after folders of traces.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(traces_app, name="traces")
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a YAML file.", show_default=False)]
@@ -33,9 +31,7 @@ Overrides = Annotated[
     typer.Argument(help="key=value, dotted keys: stages.kl.lr=1e-4", show_default=False),
 ]
 RunsDir = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Only say what would be done and what it will cost.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it will cost.")]
 
 
 @app.command()
@@ -43,12 +39,8 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     only: Annotated[str | None, typer.Option(help="Do one stage.")] = None,
-    start: Annotated[
-        str | None, typer.Option("--from", help="Do a stage and those after it.")
-    ] = None,
-    redo: Annotated[
-        list[str] | None, typer.Option(help="Do a stage, and what rests on it, again.")
-    ] = None,
+    start: Annotated[str | None, typer.Option("--from", help="Do a stage and those after it.")] = None,
+    redo: Annotated[list[str] | None, typer.Option(help="Do a stage, and what rests on it, again.")] = None,
     dry_run: DryRun = False,
     runs: RunsDir = Path("runs"),
 ) -> None:
@@ -98,7 +90,8 @@ def _run(
     kinds: tuple[str, ...] = (),
     dry_run: bool = False,
 ) -> None:
-    from distill import interrupt, pipeline, recipe
+    from distill import interrupt, recipe
+    from distill.run import pipeline
 
     resolved = recipe.load(path, overrides or [])
     wanted = pipeline.select(resolved, kinds=kinds, only=only, start=start)
@@ -127,16 +120,16 @@ def _run(
 
 
 def _write_report(resolved: Any, folder: Path, command: str) -> None:
-    from distill import pipeline, progress
+    from distill import progress
     from distill.reports import pages
-    from distill.stages import card
-    from distill.stages.collect import collect
+    from distill.run import model_card, pipeline
+    from distill.run.collect import collect
 
     with progress.working("writing the report"):
         stages = [node.name for node in pipeline.nodes(resolved)]
         report = collect(resolved, folder, stages, command)
         written = pages.write_report(report, folder)
-        card.write_all(resolved, folder, report)
+        model_card.write_all(resolved, folder, report)
     typer.echo("")
     _show(pages.read_report(folder / "report.json"))
     typer.echo(f"\nreport: {written['report.md']}  {written['report.html']}")
@@ -155,9 +148,9 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from distill import pipeline, progress
+    from distill import progress
     from distill.reports.wording import duration, scaled
-    from distill.stages import advice, plan
+    from distill.run import advice, pipeline, plan
 
     with progress.working("checking the recipe"):
         plan.check_plugs(resolved)
@@ -171,18 +164,13 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
     ahead = []
     for row in rows:
         decision = pipeline.decide(by_name[row.name], resolved, folder, redo)
-        cells = [
-            scaled(row.amounts[key]) if row.amounts[key] else ""
-            for key in ("tokens", "bytes", "flops", "memory")
-        ]
+        cells = [scaled(row.amounts[key]) if row.amounts[key] else "" for key in ("tokens", "bytes", "flops", "memory")]
         word = {"skip": "done", "run": ""}.get(decision.action, decision.action)
         if decision.action != "skip":
             ahead.append(row)
         table.add_row(row.name, row.kind, word, *cells, duration(row.amounts["seconds"]))
         for key, value in row.amounts.items():
-            total[key] = (
-                max(total.get(key, 0.0), value) if key == "memory" else total.get(key, 0.0) + value
-            )
+            total[key] = max(total.get(key, 0.0), value) if key == "memory" else total.get(key, 0.0) + value
     cells = [scaled(total[key]) for key in ("tokens", "bytes", "flops", "memory")]
     table.add_row("in all", "", "", *cells, duration(total["seconds"]), style="bold")
     Console().print(table)
@@ -202,13 +190,11 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
 def list_things(
     what: Annotated[
         str,
-        typer.Argument(
-            help="losses, objectives, rewards, filters, tasks, engines, stages, templates or recipes"
-        ),
+        typer.Argument(help="losses, objectives, rewards, filters, tasks, engines, stages, templates or recipes"),
     ],
 ) -> None:
     """List what a recipe can name."""
-    from distill import listing
+    from distill.tools import listing
 
     for name, text in listing.of(what):
         typer.echo(f"{name:<18}  {text}")
@@ -222,15 +208,13 @@ def init(
     ] = "quickstart",
 ) -> None:
     """Copy a recipe to start from."""
-    from distill import listing
+    from distill.tools import listing
 
     target = Path(name if name.endswith(".yaml") else f"{name}.yaml")
     if target.exists():
         raise UserError(f"{target} exists already; choose another name.")
     text = listing.recipe_file(recipe).read_text(encoding="utf-8")
-    lines = [
-        f"name: {target.stem}" if line.startswith("name:") else line for line in text.splitlines()
-    ]
+    lines = [f"name: {target.stem}" if line.startswith("name:") else line for line in text.splitlines()]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
     typer.echo(f"{target} written. Try it with: distill check {target}")
@@ -239,16 +223,14 @@ def init(
 @app.command()
 def show(
     run: Annotated[Path, typer.Argument(help="A run's folder, or its name under runs/.")],
-    html: Annotated[
-        bool, typer.Option("--html", help="Say where the page is, and open it.")
-    ] = False,
+    html: Annotated[bool, typer.Option("--html", help="Say where the page is, and open it.")] = False,
 ) -> None:
     """What a run holds."""
     from distill.reports import pages
 
     folder = run if run.is_dir() else Path("runs") / run
     if (folder / "resolved.yaml").is_file():
-        from distill.stages.collect import collect_run
+        from distill.run.collect import collect_run
 
         _show(collect_run(folder))
     elif (folder / "report.json").is_file():
@@ -267,9 +249,7 @@ def inspect(
         Path,
         typer.Argument(metavar="TRACES|RUN", help="A folder of traces, a stage's, or a run's."),
     ],
-    out: Annotated[
-        Path | None, typer.Option(help="The page's file; default: inspect.html beside the traces.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The page's file; default: inspect.html beside the traces.")] = None,
     student: Annotated[
         str | None,
         typer.Option(
@@ -278,15 +258,13 @@ def inspect(
         ),
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="At most so many traces.")] = 200,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A folder with the tokenizer that wrote the traces.")
-    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder with the tokenizer that wrote the traces.")] = None,
 ) -> None:
     """A page that shows traces with the teacher's distribution behind every token."""
     from distill import progress
 
     with progress.working("reading the traces") as screen:
-        from distill.stages import inspect as inspecting
+        from distill.tools import inspect as inspecting
 
         target, notes = inspecting.write(path, out, student, sample, tokenizer, screen=screen)
     for note in notes:
@@ -296,18 +274,16 @@ def inspect(
 
 @app.command("push")
 def push_model(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL|RUN/STAGE", help="A checkpoint's folder, or a stage's.")
-    ],
+    model: Annotated[Path, typer.Argument(metavar="MODEL|RUN/STAGE", help="A checkpoint's folder, or a stage's.")],
     repo: Annotated[str, typer.Argument(help="The model on the hub: owner/name.")],
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
 ) -> None:
     """Publish a checkpoint and its card on the hub, private unless asked."""
     from distill import progress
-    from distill.stages import card
+    from distill.run import model_card
 
     with progress.working("uploading the model"):
-        pushed = card.push(model, repo, private=not public)
+        pushed = model_card.push(model, repo, private=not public)
     typer.echo(pushed)
 
 
@@ -320,9 +296,7 @@ def _show(report: Any) -> None:
 @traces_app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder of shards.")],
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Drop what is bad, so that generate refills it.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Drop what is bad, so that generate refills it.")] = False,
     audit: Annotated[
         int | None,
         typer.Option(
@@ -335,9 +309,7 @@ def verify(
         str | None,
         typer.Option(help="For --audit: the model that wrote them; default: what the run says."),
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option(help="For --audit: default: the engine that wrote them.")
-    ] = None,
+    engine: Annotated[str | None, typer.Option(help="For --audit: default: the engine that wrote them.")] = None,
 ) -> None:
     """Is everything there, and whole? Exit status 1 when it is not."""
     from distill import progress
@@ -350,7 +322,7 @@ def verify(
         raise typer.Exit(1)
     if audit is not None:
         with progress.working("loading the libraries") as screen:
-            from distill.stages.audit import audit as score_again
+            from distill.tools.audit import audit as score_again
 
             certificate = score_again(folder, audit, model=model, engine=engine, screen=screen)
         typer.echo(str(certificate))
@@ -364,7 +336,7 @@ def stats(
 ) -> None:
     """What a folder holds, in numbers."""
     from distill import progress
-    from distill.traces.stats import stats as count
+    from distill.traces.summary import stats as count
 
     with progress.working(f"reading {folder}"):
         counted = count(folder)
@@ -374,9 +346,7 @@ def stats(
 @traces_app.command()
 def merge(
     out: Annotated[Path, typer.Argument(help="The new folder.")],
-    sources: Annotated[
-        list[Path], typer.Argument(help="Folders of the same teacher and settings.")
-    ],
+    sources: Annotated[list[Path], typer.Argument(help="Folders of the same teacher and settings.")],
 ) -> None:
     """Several folders as one."""
     from distill import progress
@@ -390,12 +360,8 @@ def merge(
 @traces_app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
-    out: Annotated[
-        Path, typer.Argument(help="NAME.jsonl: a JSONL file; otherwise a folder for `datasets`.")
-    ],
-    style: Annotated[
-        str, typer.Option(help="chat: messages; text: prompt and completion")
-    ] = "chat",
+    out: Annotated[Path, typer.Argument(help="NAME.jsonl: a JSONL file; otherwise a folder for `datasets`.")],
+    style: Annotated[str, typer.Option(help="chat: messages; text: prompt and completion")] = "chat",
 ) -> None:
     """The traces' text, the reply included, for other trainers."""
     from distill import progress
@@ -413,13 +379,9 @@ def export(
 def push(
     folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
     repo: Annotated[str, typer.Argument(help="The data set on the hub: owner/name.")],
-    licence: Annotated[
-        str, typer.Option("--license", help="The hub's identifier: apache-2.0, cc-by-4.0, ...")
-    ],
+    licence: Annotated[str, typer.Option("--license", help="The hub's identifier: apache-2.0, cc-by-4.0, ...")],
     private: Annotated[bool, typer.Option("--private", help="Make the data set private.")] = False,
-    build: Annotated[
-        Path | None, typer.Option("--folder", help="Only build the data set, in this folder.")
-    ] = None,
+    build: Annotated[Path | None, typer.Option("--folder", help="Only build the data set, in this folder.")] = None,
 ) -> None:
     """Publish traces on the hub, with a data card."""
     from distill import progress

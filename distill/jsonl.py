@@ -88,9 +88,7 @@ def _messages(value: Any) -> tuple[Message, ...]:
         if not isinstance(message, dict):
             raise ValueError("a message is not an object with role and content")
         if message.get("role") not in _ROLES:
-            raise ValueError(
-                f"a message's role is {message.get('role')!r}, not one of {', '.join(_ROLES)}"
-            )
+            raise ValueError(f"a message's role is {message.get('role')!r}, not one of {', '.join(_ROLES)}")
         text_field(message, "content")
     return tuple({"role": message["role"], "content": message["content"]} for message in value)
 

@@ -179,11 +179,7 @@ def _script(letter: str) -> str:
 
 
 def _is_symbol(word: str) -> bool:
-    return (
-        len(word) == 1
-        or (len(word) <= 3 and word.isupper())
-        or (len(word) <= 6 and word in _FUNCTIONS)
-    )
+    return len(word) == 1 or (len(word) <= 3 and word.isupper()) or (len(word) <= 6 and word in _FUNCTIONS)
 
 
 def _num_words(word: str, script: str) -> float:

@@ -90,9 +90,7 @@ class Machine:
         """Rates by dtype at a model's width, or at the nearest one measured."""
         if named := self.rates.get(name_of(width)):
             return named
-        return min(
-            self.rates.items(), key=lambda item: abs(int(item[0].partition("x")[0]) - width[0])
-        )[1]
+        return min(self.rates.items(), key=lambda item: abs(int(item[0].partition("x")[0]) - width[0]))[1]
 
     def best(self, width: Width) -> float:
         """FLOP/s of the faster dtype in training."""
@@ -107,9 +105,7 @@ class Choice:
     why: str
 
 
-def choose(
-    machine: Machine, width: Width, wish: str, purpose: Literal["training", "engine"]
-) -> Choice:
+def choose(machine: Machine, width: Width, wish: str, purpose: Literal["training", "engine"]) -> Choice:
     """The dtype of a stage's trainer or engine: as wished, or for "auto" the one whose products are measured to be faster.
 
     On a GPU auto is bfloat16 wherever the GPU has it.
@@ -146,9 +142,7 @@ def _width(name: str) -> Width:
 def width_of(config: Mapping[str, Any]) -> Width:
     """(hidden, intermediate) from a transformers config.json; four times hidden where the MLP's size is not said."""
     config = config.get("text_config") or config
-    hidden = int(
-        next((config[k] for k in ("hidden_size", "n_embd", "d_model") if config.get(k)), 1024)
-    )
+    hidden = int(next((config[k] for k in ("hidden_size", "n_embd", "d_model") if config.get(k)), 1024))
     inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
     return hidden, int(inner if isinstance(inner, int) else 4 * hidden)
 
@@ -197,8 +191,7 @@ def _rates(width: Width, dtypes: tuple[Dtype, ...], device: str) -> dict[Dtype, 
     for dtype in dtypes:
         kind = getattr(torch, dtype)
         operands[dtype] = tuple(
-            torch.randn(shape, device=device).to(kind)
-            for shape in ((ROWS, hidden), (inner, hidden), (ROWS, inner))
+            torch.randn(shape, device=device).to(kind) for shape in ((ROWS, hidden), (inner, hidden), (ROWS, inner))
         )
 
     def product(name: str, dtype: Dtype) -> Callable[[], object]:

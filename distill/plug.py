@@ -31,9 +31,7 @@ def names(home: str) -> dict[str, Function]:
     return {
         name: value
         for name, value in vars(module).items()
-        if inspect.isfunction(value)
-        and not name.startswith("_")
-        and value.__module__.startswith(home)
+        if inspect.isfunction(value) and not name.startswith("_") and value.__module__.startswith(home)
     }
 
 
@@ -48,9 +46,7 @@ def find(name: str, home: str, where: str = "") -> Function:
         try:
             function = getattr(_import_user_module(module_name), attribute)
         except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"{prefix}cannot import {name!r}: {error}. Write it as package.module:function."
-            ) from error
+            raise UserError(f"{prefix}cannot import {name!r}: {error}. Write it as package.module:function.") from error
         if not callable(function):
             raise UserError(f"{prefix}{name!r} is not a function.")
         return typing.cast(Function, function)
@@ -132,7 +128,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def _import_user_module(name: str) -> Any:
     if "" not in sys.path:
-        sys.path.insert(
-            0, ""
-        )  # a module beside the recipe's working directory, as `python -m` would find it
+        sys.path.insert(0, "")  # a module beside the recipe's working directory, as `python -m` would find it
     return importlib.import_module(name)

@@ -175,8 +175,7 @@ class Live:
     def text(self, now: float) -> str:
         shown = [f"{self.done}/{self.total} {self.unit}"]
         shown += [
-            f"{name.replace('_per_second', '/s').replace('_', ' ')} {_number(v)}"
-            for name, v in self.metrics.items()
+            f"{name.replace('_per_second', '/s').replace('_', ' ')} {_number(v)}" for name, v in self.metrics.items()
         ]
         fresh, waited = self.done - self.first, now - self.advanced
         if fresh > 0 and self.done < self.total:

@@ -181,9 +181,7 @@ class TopK:
                 np.empty(0, np.float32),
                 np.empty(0, np.float32),
             )
-        return TopK(
-            *(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(TopK))
-        )
+        return TopK(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(TopK)))
 
     @property
     def width(self) -> int:
@@ -199,9 +197,7 @@ class TopK:
         """Positions start..stop."""
         offsets = self.offsets
         a, b = offsets[start], offsets[stop]
-        return TopK(
-            self.count_T[start:stop], self.ids_E[a:b], self.logp_E[a:b], self.tail_T[start:stop]
-        )
+        return TopK(self.count_T[start:stop], self.ids_E[a:b], self.logp_E[a:b], self.tail_T[start:stop])
 
     def truncate(self, *, top_k: int | None = None, mass: float | None = None) -> TopK:
         """Keep at each position the smallest head that reaches `mass`, of at most `top_k` entries, at least one.
@@ -287,9 +283,7 @@ class Engine(Protocol):
     max_model_len: int
     version: int
 
-    def generate(
-        self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0
-    ) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
         """Completions as they finish, in any order. A request longer than the context raises ValueError."""
         ...
 
@@ -376,12 +370,8 @@ class Ragged:
 
     @staticmethod
     def from_rows(rows: Sequence[Array], dtype: npt.DTypeLike) -> Ragged:
-        offsets = np.concatenate(
-            [[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]
-        ).astype(np.int64)
-        values = (
-            np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.empty(0, dtype)
-        )
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)]).astype(np.int64)
+        values = np.concatenate([np.asarray(row, dtype) for row in rows]) if rows else np.empty(0, dtype)
         return Ragged(values.astype(dtype, copy=False), offsets)
 
     def take(self, index: Array) -> Ragged:
@@ -420,9 +410,7 @@ class Traces:
         """The distribution of trace n."""
         if self.top is None:
             return None
-        return self.top.slice(
-            int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1])
-        )
+        return self.top.slice(int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1]))
 
 
 # ------------------------------------------------------------------------------------------------- batches
@@ -560,6 +548,4 @@ class Cost:
         return Cost(**{f.name: tree[f.name] for f in fields(Cost) if f.name in tree})
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)}
-        )
+        return Cost(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)})

@@ -118,9 +118,7 @@ def vllm_engine(smollm2_dir: Path):
     """
     if engines.expected(EngineConfig()) != "vllm":
         pytest.skip("vLLM is not installed")
-    engine = engines.open_engine(
-        EngineConfig(fn="vllm", batch_size=32), smollm2_dir, max_model_len=512, max_top_k=64
-    )
+    engine = engines.open_engine(EngineConfig(fn="vllm", batch_size=32), smollm2_dir, max_model_len=512, max_top_k=64)
     yield engine
     engine.close()
 

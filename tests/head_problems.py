@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from distill.head import Targets
+from distill.training.loss.head import Targets
 
 
 def softmax(z):
@@ -47,6 +47,4 @@ def as_taught_by(logits_TV: torch.Tensor, targets: Targets, K: int) -> Targets:
     logp_TV = logits_TV.detach().log_softmax(1)
     top = logp_TV.topk(K, dim=1)
     tail_T = logp_TV.scatter(1, top.indices, -torch.inf).logsumexp(1)
-    return replace(
-        targets, teacher_ids_TK=top.indices, teacher_logp_TK=top.values, teacher_tail_T=tail_T
-    )
+    return replace(targets, teacher_ids_TK=top.indices, teacher_logp_TK=top.values, teacher_tail_T=tail_T)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from head_problems import problem, replace
 
-from distill.head import HeadForm, head_loss
-from distill.kernels import OUTSIDE, fused
-from distill.training import losses
+from distill.training.loss import sparse
+from distill.training.loss.head import HeadForm, head_loss
+from distill.training.loss.kernels import OUTSIDE, fused
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def in_triton(monkeypatch):
 
 
 CASES = [
-    (losses.forward_kl, 4, 31, 4, 8),
-    (losses.forward_kl, 1, 3, 1, 8),
-    (losses.forward_kl, 3, 47, 46, 16),
-    (losses.forward_kl, 2, 123, 123, 50),
-    (losses.cross_entropy, 5, 123, 16, 50),
-    (losses.reverse_kl, 3, 11, 11, 4),
-    (losses.jsd, 3, 11, 3, 11),
+    (sparse.forward_kl, 4, 31, 4, 8),
+    (sparse.forward_kl, 1, 3, 1, 8),
+    (sparse.forward_kl, 3, 47, 46, 16),
+    (sparse.forward_kl, 2, 123, 123, 50),
+    (sparse.cross_entropy, 5, 123, 16, 50),
+    (sparse.reverse_kl, 3, 11, 11, 4),
+    (sparse.jsd, 3, 11, 3, 11),
 ]
 
 
@@ -73,13 +73,11 @@ def test_bfloat16_gradients_stay_near_and_padding_gets_none(in_triton):
     hidden, weight, targets = problem(T=6, D=16, V=300, K=16, dtype=torch.bfloat16, spread=1.0)
     padded = torch.cat([weight.detach(), torch.full((12, 16), 9.0, dtype=torch.bfloat16)])
     padded.requires_grad_()
-    in_triton(
-        hidden, padded, losses.forward_kl, targets, form=HeadForm(300), tile=128, chunk=4
-    ).loss.backward()
+    in_triton(hidden, padded, sparse.forward_kl, targets, form=HeadForm(300), tile=128, chunk=4).loss.backward()
     wide_h, wide_w = (t.detach().double().requires_grad_() for t in (hidden, weight))
     names = ("weight_T", "teacher_logp_TK", "teacher_tail_T")
     exact = replace(targets, **{n: getattr(targets, n).double() for n in names})
-    head_loss(wide_h, wide_w, losses.forward_kl, exact).loss.backward()
+    head_loss(wide_h, wide_w, sparse.forward_kl, exact).loss.backward()
     assert padded.grad[300:].abs().max() == 0
     for mine, theirs in ((hidden.grad, wide_h.grad), (padded.grad[:300], wide_w.grad)):
         assert (mine.double() - theirs).norm() / theirs.norm() < 2e-2
@@ -92,7 +90,7 @@ def test_a_tiny_tail_keeps_its_digits(in_triton):
     _, _, targets = problem(T=1, V=V, K=K, dtype=torch.float32)
     targets = replace(targets, teacher_ids_TK=torch.arange(K)[None])
     out = in_triton(
-        logits, torch.eye(V), losses.cross_entropy, targets, tile=300,
+        logits, torch.eye(V), sparse.cross_entropy, targets, tile=300,
         measure=lambda student, _: {"tail": student.tail_T.exp()},
     )  # fmt: skip
     assert out.measures["tail"].item() == pytest.approx(tail, rel=1e-4)

@@ -121,7 +121,4 @@ class Project:
         return json.loads((self.run_dir / stage / "stage.json").read_text())
 
     def losses(self, stage: str) -> list[float]:
-        return [
-            json.loads(line)["loss"]
-            for line in (self.run_dir / stage / "metrics.jsonl").read_text().splitlines()
-        ]
+        return [json.loads(line)["loss"] for line in (self.run_dir / stage / "metrics.jsonl").read_text().splitlines()]

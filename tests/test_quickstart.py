@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from distill import models, recipe
-from distill.listing import RECIPES
 from distill.stages.context import make_task
 from distill.tasks.splits import split_of
 from distill.tasks.templates import think_answer
+from distill.tools.listing import RECIPES
 from distill.traces.reader import open_traces
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -53,12 +53,7 @@ def report(run) -> dict:
 
 def test_a_student_keeps_at_least_half_of_its_teacher_s_accuracy(report):
     arms = {name: arm["accuracy"] for name, arm in report["arms"].items()}
-    print(
-        {
-            name: (round(a["value"], 3), round(a["low"], 3), round(a["high"], 3))
-            for name, a in arms.items()
-        }
-    )
+    print({name: (round(a["value"], 3), round(a["low"], 3), round(a["high"], 3)) for name, a in arms.items()})
     assert all(accuracy["n"] == 128 for accuracy in arms.values())
     assert arms["teacher"]["value"] > 0.5
     best = max(arms["kl"]["value"], arms["sft"]["value"])
@@ -91,9 +86,7 @@ def test_what_was_predicted_is_within_twice_of_what_was_measured(report):
 
 
 def test_the_teacher_got_its_rl_stage_and_one_can_see_what_it_did(run):
-    lines = [
-        json.loads(line) for line in (run / "teacher" / "metrics.jsonl").read_text().splitlines()
-    ]
+    lines = [json.loads(line) for line in (run / "teacher" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 13))
     for line in lines:
         assert line["kl_engine"] < 0.01
@@ -118,11 +111,7 @@ def test_train_and_held_out_problems_are_disjoint():
 
 
 def test_no_problem_that_was_evaluated_was_trained_on(run):
-    trained = {
-        p
-        for f in (run / "traces" / "traces").glob("*.parquet")
-        for p in pd.read_parquet(f)["problem_id"]
-    }
+    trained = {p for f in (run / "traces" / "traces").glob("*.parquet") for p in pd.read_parquet(f)["problem_id"]}
     for arm in ("start", "teacher", "kl", "sft"):
         files = (run / f"verdict.{arm}" / "traces").glob("*.parquet")
         evaluated = {p for f in files for p in pd.read_parquet(f)["problem_id"]}
@@ -144,9 +133,7 @@ def test_pandas_and_duckdb_read_the_distribution_without_our_code(run):
             if row.completion_ids[t] in kept:
                 own = np.exp(row.logprob[t])
                 assert kept[row.completion_ids[t]] == pytest.approx(own, rel=0.04, abs=1e-3)
-    query = (
-        f"select count(*), sum(len(completion_ids)), sum(len(logprob)) from '{folder}/*.parquet'"
-    )
+    query = f"select count(*), sum(len(completion_ids)), sum(len(logprob)) from '{folder}/*.parquet'"
     rows, tokens, logprobs = duckdb.sql(query).fetchall()[0]
     assert rows == len(frame)
     assert tokens == logprobs == frame["completion_ids"].map(len).sum()
@@ -162,10 +149,7 @@ def test_the_student_is_an_ordinary_checkpoint_for_transformers(run):
     ids = torch.from_numpy(models.render_prompt(tokenizer, think_answer, question)).long()
     out = model.generate(ids[None], max_new_tokens=48, do_sample=False)
     assert "</think><answer>" in tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
-    assert (
-        model.config.num_hidden_layers
-        < models.config_of(run / "teacher" / "model")["num_hidden_layers"]
-    )
+    assert model.config.num_hidden_layers < models.config_of(run / "teacher" / "model")["num_hidden_layers"]
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -179,16 +163,12 @@ def test_the_engine_s_log_probs_are_the_trainer_s(run):
         ids = torch.from_numpy(np.concatenate([prompt, reply]).astype(np.int64))
         with torch.no_grad():
             logq = model(ids[None]).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        gaps.append(
-            np.abs(logq.gather(1, ids[len(prompt) :, None])[:, 0].numpy() - block.logprob[n])
-        )
+        gaps.append(np.abs(logq.gather(1, ids[len(prompt) :, None])[:, 0].numpy() - block.logprob[n]))
     every = np.concatenate(gaps)
     print(f"mean {every.mean():.2e}, worst {every.max():.2e} nat over {len(every)} tokens")
     assert every.mean() <= 1e-2
 
 
 def test_running_again_skips_everything(run):
-    again = subprocess.run(
-        command(run.parent), cwd=RECIPES.parent, check=True, capture_output=True, text=True
-    )
+    again = subprocess.run(command(run.parent), cwd=RECIPES.parent, check=True, capture_output=True, text=True)
     assert again.stdout.count("done already") == 12

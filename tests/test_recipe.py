@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distill import listing, plug, recipe
+from distill import plug, recipe
 from distill.records import UserError
-from distill.stages import plan
+from distill.run import plan
+from distill.tools import listing
 
 BASE = """
 name: r
@@ -104,12 +105,12 @@ def test_a_user_s_own_function_is_a_plug(tmp_path, monkeypatch):
         "def mine(student, targets, *, scale: float = 1.0):\n    return -scale * student.label_T\n"
     )
     monkeypatch.chdir(tmp_path)
-    bound = plug.bind("mylosses:mine", {"scale": "2"}, "distill.training.losses")
+    bound = plug.bind("mylosses:mine", {"scale": "2"}, "distill.training.loss.sparse")
     assert bound.keywords == {"scale": 2.0}
     with pytest.raises(UserError, match=r"scal: unknown key\. Did you mean 'scale'"):
-        plug.bind("mylosses:mine", {"scal": 2}, "distill.training.losses")
+        plug.bind("mylosses:mine", {"scal": 2}, "distill.training.loss.sparse")
     with pytest.raises(UserError, match="cannot import"):
-        plug.bind("mylosses:other", {}, "distill.training.losses")
+        plug.bind("mylosses:other", {}, "distill.training.loss.sparse")
 
 
 def test_an_unreachable_model_is_unverified_in_check_not_failed(tmp_path):
@@ -118,10 +119,7 @@ def test_an_unreachable_model_is_unverified_in_check_not_failed(tmp_path):
 
 
 def test_roles_are_stated_for_every_field_that_may_change():
-    roles = {
-        kind: {name: model.role(name) for name in model.model_fields}
-        for kind, model in recipe.KINDS.items()
-    }
+    roles = {kind: {name: model.role(name) for name in model.model_fields} for kind, model in recipe.KINDS.items()}
     assert roles["generate"]["problems"] == roles["generate"]["samples"] == "growth"
     assert roles["train"]["epochs"] == roles["train"]["steps"] == "growth"
     assert roles["train"]["lr"] == roles["generate"]["top_k"] == "identity"

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 IMPORTS = (
-    "distill.stages.__main__", "distill.stages.collect", "distill.stages.eval", "distill.stages.filter",
+    "distill.run.stage_process", "distill.run.collect", "distill.stages.eval", "distill.stages.filter",
     "distill.stages.generate", "distill.stages.grpo", "distill.stages.on_policy", "distill.stages.score",
     "distill.stages.train", "distill.engines.transformers", "pandas", "reasoning_gym", "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
@@ -28,13 +28,13 @@ IMPORTS = (
 
 
 class Stage:
-    """What the pipeline wants of a Popen of `python -m distill.stages RUN STAGE`, in a fork."""
+    """What the pipeline wants of a Popen of `python -m distill.run.stage_process RUN STAGE`, in a fork."""
 
     def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
-        from distill.stages.__main__ import main
+        from distill.run.stage_process import main
 
         _, _, module, run, *stages = command
-        assert module == "distill.stages"
+        assert module == "distill.run.stage_process"
         self.pid = fork(lambda: main(Path(run), *stages), env)
 
     def wait(self) -> int:
@@ -62,7 +62,8 @@ def fork(work: Callable[[], int], env: Mapping[str, str]) -> int:
 
 def command(arguments: list[str], folder: str, out: str, err: str) -> int:
     """One `distill` command in a folder; its exit status."""
-    from distill import cli, pipeline
+    from distill import cli
+    from distill.run import pipeline
 
     os.chdir(folder)
     for descriptor, name in ((0, os.devnull), (1, out), (2, err)):

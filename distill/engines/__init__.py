@@ -2,7 +2,7 @@
 
 `choose` says which engine a recipe's `engine` section comes to on this machine, `open_engine` starts it, and
 `environment` says which variables its process must have been started with. The engines on offer are the functions
-of `distill.engines.kinds` (KINDS). Importing this package loads neither torch nor vLLM. An engine does not render
+of `distill.engines.factories` (KINDS). Importing this package loads neither torch nor vLLM. An engine does not render
 (requests are token ids) and does not judge.
 """
 
@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import cast
 
 from distill import models, plug
-from distill.engines.choice import AUTO, Choice, choose, expected, installed_vllm
+from distill.engines.auto import AUTO, Choice, choose, expected, installed_vllm
 from distill.machine import cores
 from distill.recipe import EngineConfig
 from distill.records import Engine
 
-KINDS = "distill.engines.kinds"
+KINDS = "distill.engines.factories"
 
 __all__ = ["AUTO", "KINDS", "Choice", "choose", "environment", "expected", "open_engine"]
 
 
-def open_engine(
-    config: EngineConfig, model_dir: Path, *, max_model_len: int, max_top_k: int, seed: int = 0
-) -> Engine:
+def open_engine(config: EngineConfig, model_dir: Path, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
     """Start the engine that `config.fn` names, on the model in a local folder (transformers format).
 
     max_model_len: tokens of prompt and completion together. max_top_k: the most entries a position that
@@ -37,9 +35,7 @@ def open_engine(
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": models.auto_dtype(model_dir)})
     function = plug.find(config.fn, KINDS, "engine.fn")
-    engine = function(
-        model_dir, config, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed
-    )
+    engine = function(model_dir, config, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed)
     return cast(Engine, engine)
 
 

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 
 from distill import models
-from distill.engines import rows
-from distill.engines.cache import GrowingCache, growing
-from distill.engines.head32 import Float32Head
+from distill.engines import completions
+from distill.engines.float32_head import Float32Head
+from distill.engines.kv_cache import GrowingCache, growing
 from distill.records import Array, Completion, Request, Sampling
 
 CHUNK = 256
@@ -75,9 +75,7 @@ class _Live:
         self.cache.join(new.cache, skip)
         mine, theirs = self.mask_BP[:, skip:], new.mask_BP
         width = max(mine.shape[1], theirs.shape[1])
-        mask_BP = torch.cat(
-            [F.pad(mask, (width - mask.shape[1], 0)) for mask in (mine, theirs)], dim=0
-        )
+        mask_BP = torch.cat([F.pad(mask, (width - mask.shape[1], 0)) for mask in (mine, theirs)], dim=0)
         logits_BV = torch.cat([self.logits_BV, new.logits_BV])
         return _Live(self.rows + new.rows, mask_BP, logits_BV, self.cache, True)
 
@@ -94,8 +92,8 @@ class TransformersEngine:
         batch_size: int = 64,
         device: str | None = None,
     ) -> None:
-        rows.check_context(model_dir, max_model_len)
-        self.vocab_size, self._stop_ids = rows.vocabulary(model_dir)
+        completions.check_context(model_dir, max_model_len)
+        self.vocab_size, self._stop_ids = completions.vocabulary(model_dir)
         self.max_model_len = max_model_len
         self.version = 0
         self._batch_size = batch_size
@@ -106,9 +104,7 @@ class TransformersEngine:
             layer = self._model.get_output_embeddings()
             layer.forward = lambda hidden: self._head(hidden, layer.weight, layer.bias)
 
-    def generate(
-        self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0
-    ) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
         """Completions as they finish; at most batch_size requests are unfinished at a time."""
         source = iter(requests)
         live: _Live | None = None
@@ -144,7 +140,7 @@ class TransformersEngine:
         rows_B = [
             _Row(
                 request,
-                rows.room(request, self.max_model_len, sampling.max_tokens),
+                completions.room(request, self.max_model_len, sampling.max_tokens),
                 self.version,
                 torch.Generator().manual_seed(request.seed),
             )
@@ -176,7 +172,7 @@ class TransformersEngine:
 
     def _completion(self, row: _Row, top_k: int) -> Completion:
         ids, logp = np.stack(row.ids), np.stack(row.logp)
-        return rows.completion(
+        return completions.completion(
             row.request,
             ids[:, 0],
             ids,
@@ -190,9 +186,9 @@ class TransformersEngine:
         """The given completions' log-probabilities, teacher-forced, in the order asked; a few at a time."""
         for group in self._groups(requests):
             for request, (ids, logp) in zip(group, self._score_group(group, top_k), strict=True):
-                yield rows.completion(
+                yield completions.completion(
                     request,
-                    rows.given(request, self.max_model_len),
+                    completions.given(request, self.max_model_len),
                     ids,
                     logp,
                     top_k=top_k,
@@ -205,7 +201,7 @@ class TransformersEngine:
         group: list[Request] = []
         longest = whole = 0
         for request in requests:
-            length = len(rows.given(request, self.max_model_len))
+            length = len(completions.given(request, self.max_model_len))
             longest = max(longest, length)
             whole = max(whole, length + len(request.prompt_ids))
             num = len(group) + 1
@@ -218,7 +214,7 @@ class TransformersEngine:
 
     def _score_group(self, group: list[Request], top_k: int) -> Iterator[tuple[Array, Array]]:
         """ids and log-probs [T, 1 + K] of each request's completion."""
-        given = [rows.given(request, self.max_model_len) for request in group]
+        given = [completions.given(request, self.max_model_len) for request in group]
         if len(group) == 1:
             parts = list(self._score_chunks(group[0].prompt_ids, given[0], top_k))
             yield tuple(np.concatenate(column) for column in zip(*parts, strict=True))
@@ -232,9 +228,7 @@ class TransformersEngine:
             label_T = torch.as_tensor(given_T, dtype=torch.long, device=self._device)
             yield _head_rows(row_KV[keep - len(given_T) :], label_T, top_k)
 
-    def _score_chunks(
-        self, prompt_ids: Array, given_T: Array, top_k: int
-    ) -> Iterator[tuple[Array, Array]]:
+    def _score_chunks(self, prompt_ids: Array, given_T: Array, top_k: int) -> Iterator[tuple[Array, Array]]:
         label_T = torch.as_tensor(given_T, dtype=torch.long, device=self._device)
         fed = torch.as_tensor(prompt_ids, dtype=torch.long, device=self._device)
         cache: Any = None
@@ -315,9 +309,7 @@ def _left_padded(prompts: list[Array], device: str) -> tuple[torch.Tensor, torch
 
 
 @torch.inference_mode()
-def _draw(
-    logits_BV: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]
-) -> torch.Tensor:
+def _draw(logits_BV: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> torch.Tensor:
     """One token a row [B]: the inverse of the cumulative distribution at one uniform number of its generator."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)

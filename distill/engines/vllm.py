@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distill import models
-from distill.engines import rows
+from distill.engines import completions
 from distill.recipe import EngineConfig
 from distill.records import Array, Completion, Request, Sampling, UserError
 
@@ -32,14 +32,14 @@ try:
     from vllm.platforms import current_platform
     from vllm.sampling_params import RequestOutputKind
 
-    from distill.engines import hooks
+    from distill.engines import vllm_patches
 finally:
     # vLLM collects garbage eight times while it starts and ends, at a third of a second each for these modules alone.
     gc.freeze()
     gc.enable()
 
 if TYPE_CHECKING:
-    from distill.engines.hooks import Capture
+    from distill.engines.vllm_patches import Capture
 
 SCORE_TOKENS = 1024  # a step, while scoring: bounds the logits to [SCORE_TOKENS, vocabulary]
 PREFILL_TOKENS = 2048  # a step, while generating, or one whole prompt where that is longer
@@ -61,8 +61,8 @@ class VllmEngine:
     ) -> None:
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
             raise UserError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: start through distill.")
-        rows.check_context(model_dir, max_model_len)
-        self.vocab_size, self._stop_ids = rows.vocabulary(model_dir)
+        completions.check_context(model_dir, max_model_len)
+        self.vocab_size, self._stop_ids = completions.vocabulary(model_dir)
         self.max_model_len = max_model_len
         self.version = 0
         self._batch_size = config.batch_size
@@ -71,22 +71,20 @@ class VllmEngine:
         self._on_cpu = current_platform.is_cpu()
         self._count = 0
         self._live: set[str] = set()
-        with hooks.quiet_start(), hooks.own_process_state():
+        with vllm_patches.quiet_start(), vllm_patches.own_process_state():
             self._llm = self._start(model_dir, config, seed)
         self._engine = self._llm.llm_engine
-        if rows.head_size(model_dir) > self.vocab_size:
-            hooks.cap_vocabulary(self._llm, self.vocab_size)
+        if completions.head_size(model_dir) > self.vocab_size:
+            vllm_patches.cap_vocabulary(self._llm, self.vocab_size)
         self._head = None
         if self._on_cpu:
-            hooks.drop_ranks(self._llm)
+            vllm_patches.drop_ranks(self._llm)
             if config.dtype != "float32":
-                self._head = hooks.float32_head(self._llm)
+                self._head = vllm_patches.float32_head(self._llm)
 
     def _start(self, model_dir: Path, config: EngineConfig, seed: int) -> Any:
         # One more position than asked for: scoring a trace that fills the context samples a token behind it.
-        positions = models.config_of(model_dir).get(
-            "max_position_embeddings", self.max_model_len + 1
-        )
+        positions = models.config_of(model_dir).get("max_position_embeddings", self.max_model_len + 1)
         length = min(self.max_model_len + 1, max(positions, self.max_model_len))
         options: dict[str, Any] = {"hf_overrides": {"head_dtype": "float32"}}
         if self._on_cpu:
@@ -119,15 +117,13 @@ class VllmEngine:
                 "engine.batch_size decide how much memory it takes.)"
             ) from error
 
-    def generate(
-        self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0
-    ) -> Iterator[Completion]:
+    def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
         """Completions as they finish; a request's draws depend on its seed alone."""
         top_k, version = self._entries(top_k), self.version
         stop_ids = sorted(self._stop_ids)
 
         def start(request: Request) -> tuple[list[int], SamplingParams]:
-            limit = rows.room(request, self.max_model_len, sampling.max_tokens)
+            limit = completions.room(request, self.max_model_len, sampling.max_tokens)
             return _tokens(request.prompt_ids), SamplingParams(
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
@@ -144,7 +140,7 @@ class VllmEngine:
 
         for _, request, ids, capture in self._finished(requests, start):
             rows_ids, rows_logp = capture.sampled()
-            yield rows.completion(
+            yield completions.completion(
                 request,
                 ids,
                 rows_ids[: len(ids)],
@@ -168,7 +164,7 @@ class VllmEngine:
         )
 
         def start(request: Request) -> tuple[list[int], SamplingParams]:
-            ids_T = rows.given(request, self.max_model_len)
+            ids_T = completions.given(request, self.max_model_len)
             return _tokens(request.prompt_ids) + _tokens(ids_T), params.clone()
 
         waiting: dict[int, Completion] = {}
@@ -177,9 +173,9 @@ class VllmEngine:
             rows_ids, rows_logp = capture.prompt()
             # Row i of a prompt is about its token i + 1: the completion's first row is the prompt's last.
             first = len(request.prompt_ids) - 1
-            waiting[number] = rows.completion(
+            waiting[number] = completions.completion(
                 request,
-                rows.given(request, self.max_model_len),
+                completions.given(request, self.max_model_len),
                 rows_ids[first:],
                 rows_logp[first:],
                 top_k=top_k,
@@ -205,7 +201,7 @@ class VllmEngine:
                     key, number = str(self._count), self._count
                     prompt, params = start(request)
                     internal = self._engine.add_request(key, tokens_input(prompt), params)
-                    live[key] = number, request, hooks.attach(self._engine, internal)
+                    live[key] = number, request, vllm_patches.attach(self._engine, internal)
                     self._live.add(key)
                     self._count += 1
                 if not live:
@@ -227,7 +223,7 @@ class VllmEngine:
         try:
             if not scoring:
                 return list(self._engine.step())
-            with hooks.chunked(self._llm, SCORE_TOKENS):
+            with vllm_patches.chunked(self._llm, SCORE_TOKENS):
                 return list(self._engine.step())
         finally:
             torch.set_rng_state(state)
@@ -235,11 +231,9 @@ class VllmEngine:
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """New weights, by their names in the checkpoint; nothing may be in flight."""
         if self._live:
-            raise RuntimeError(
-                f"{len(self._live)} requests are in flight: finish or drop them first."
-            )
+            raise RuntimeError(f"{len(self._live)} requests are in flight: finish or drop them first.")
         pairs = _with_head(weights) if self._tied else ((n, t.detach()) for n, t in weights)
-        hooks.reload(self._llm, pairs)
+        vllm_patches.reload(self._llm, pairs)
         if self._head is not None:
             self._head.forget()
         if not self._llm.reset_prefix_cache():
@@ -254,9 +248,7 @@ class VllmEngine:
 
     def _entries(self, top_k: int) -> int:
         if top_k > self._max_top_k and self._max_top_k < self.vocab_size:
-            raise ValueError(
-                f"the engine was started for top_k up to {self._max_top_k}, not {top_k}."
-            )
+            raise ValueError(f"the engine was started for top_k up to {self._max_top_k}, not {top_k}.")
         return min(top_k, self._max_top_k)
 
 

@@ -28,7 +28,7 @@ from distill.recipe.stages import (
     ScoreStage,
     Stage,
 )
-from distill.recipe.training import (
+from distill.recipe.training_stages import (
     GrpoStage,
     OnPolicyStage,
     OptimStage,

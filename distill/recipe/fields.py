@@ -74,9 +74,7 @@ class ModelConfig(Config):
 
     source: str
     revision: str | None = None
-    params: float | None = Field(
-        None, description="parameter count, for cost estimates without a network"
-    )
+    params: float | None = Field(None, description="parameter count, for cost estimates without a network")
     trust_remote_code: bool = False
 
 
@@ -92,20 +90,14 @@ class SamplingConfig(Config):
 class EngineConfig(Config):
     """Which engine runs a model, and how much of the machine it may take. A name alone stands for `{fn: name}`."""
 
-    fn: str = Field(
-        "auto", description="auto: vllm where it is installed and can be used, else transformers"
-    )
+    fn: str = Field("auto", description="auto: vllm where it is installed and can be used, else transformers")
     dtype: Dtype = Field("auto", description=AUTO_DTYPE)
-    max_model_len: PositiveInt | None = Field(
-        None, description="tokens; None = what the stage needs"
-    )
+    max_model_len: PositiveInt | None = Field(None, description="tokens; None = what the stage needs")
     batch_size: PositiveInt = execution(64, description="completions decoded at once")
     memory_gib: float | None = execution(
         None, gt=0, description="key-value cache; None = 1 GiB on CPU, vLLM's own on a GPU"
     )
-    eager: bool = execution(
-        True, description="no compilation: quick to start, a little slower to run"
-    )
+    eager: bool = execution(True, description="no compilation: quick to start, a little slower to run")
 
     @model_validator(mode="before")
     @classmethod
@@ -136,9 +128,7 @@ class StageConfig(Config):
     """What every stage has. Fields that name other stages, models or tasks are listed in `inputs`."""
 
     seed: int | None = Field(None, ge=0, description="of its draws; None = the recipe's")
-    seeds: Seeds | None = Field(
-        None, description="a copy of the stage, and of all that reads it, for each of them"
-    )
+    seeds: Seeds | None = Field(None, description="a copy of the stage, and of all that reads it, for each of them")
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         """(field, name or path) of everything this stage reads."""

@@ -45,9 +45,7 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise UserError(
-            "\n".join(_explain_one(mistake, tree, where) for mistake in error.errors())
-        ) from None
+        raise UserError("\n".join(_explain_one(mistake, tree, where) for mistake in error.errors())) from None
     check_references(recipe, where)
     return expand(recipe, where)
 
@@ -59,9 +57,7 @@ def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dic
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise UserError(
-                f"override {text!r}: write it as key=value, for example stages.kl.lr=1e-4."
-            )
+            raise UserError(f"override {text!r}: write it as key=value, for example stages.kl.lr=1e-4.")
         try:
             parsed[key] = _yaml_value(value)
         except yaml.YAMLError:
@@ -126,12 +122,8 @@ def _known_at(tree: Mapping[str, Any], loc: list[str]) -> list[str]:
         stage = tree["stages"].get(loc[1], {})
         model: Any = KINDS.get(stage.get("kind"))
         for key in loc[2:-1]:
-            annotation = (
-                model.model_fields[key].annotation if model and key in model.model_fields else None
-            )
+            annotation = model.model_fields[key].annotation if model and key in model.model_fields else None
             options = [annotation, *getattr(annotation, "__args__", ())]
-            model = next(
-                (a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None
-            )
+            model = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
         return list(model.model_fields) if model else []
     return list(ModelConfig.model_fields) if loc[0] == "models" else []

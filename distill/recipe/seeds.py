@@ -35,9 +35,7 @@ def expand(recipe: Recipe, where: str) -> Recipe:
         stage = recipe.stages[name]
         if isinstance(stage, CompareStage):
             here = f"{where}: stages.{name}.arms"
-            arms = {
-                arm: _runs(models, seeds, f"{here}.{arm}") for arm, models in stage.arms.items()
-            }
+            arms = {arm: _runs(models, seeds, f"{here}.{arm}") for arm, models in stage.arms.items()}
             stages[name] = stage.model_copy(update={"arms": arms})
             continue
         wanted = _seeds_of(name, stage, recipe, seeds, where)
@@ -57,9 +55,7 @@ def expand(recipe: Recipe, where: str) -> Recipe:
     return recipe.model_copy(update={"stages": stages, "seeds": None})
 
 
-def _seeds_of(
-    name: str, stage: Stage, recipe: Recipe, seeds: dict[str, list[int]], where: str
-) -> list[int] | None:
+def _seeds_of(name: str, stage: Stage, recipe: Recipe, seeds: dict[str, list[int]], where: str) -> list[int] | None:
     """Its own, the recipe's, or those of what it reads, which must be the same."""
     inherited = {value: seeds[value] for _, value in stage.inputs() if value in seeds}
     wanted = stage.seeds or recipe.seeds or next(iter(inherited.values()), None)
@@ -72,9 +68,7 @@ def _seeds_of(
     return wanted
 
 
-def _runs(
-    models: str | dict[int, str], seeds: dict[str, list[int]], here: str
-) -> str | dict[int, str]:
+def _runs(models: str | dict[int, str], seeds: dict[str, list[int]], here: str) -> str | dict[int, str]:
     """An arm's models: all copies of the one it names, or the copy of each that it names by seed."""
     if isinstance(models, str):
         if models not in seeds:
@@ -82,12 +76,8 @@ def _runs(
         return {seed: copy_name(models, seed) for seed in seeds[models]}
     for seed, model in models.items():
         if model in seeds and seed not in seeds[model]:
-            raise UserError(
-                f"{here}: {seed} is none of the seeds that {model!r} is trained with: {seeds[model]}."
-            )
-    return {
-        seed: copy_name(model, seed) if model in seeds else model for seed, model in models.items()
-    }
+            raise UserError(f"{here}: {seed} is none of the seeds that {model!r} is trained with: {seeds[model]}.")
+    return {seed: copy_name(model, seed) if model in seeds else model for seed, model in models.items()}
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:

@@ -17,11 +17,9 @@ from distill.recipe.fields import (
     execution,
     growth,
 )
-from distill.recipe.training import GrpoStage, OnPolicyStage, TrainStage
+from distill.recipe.training_stages import GrpoStage, OnPolicyStage, TrainStage
 
-POINTS = (
-    "held-out problems on which each model kept along the way (points_every) is tried; 0 = none"
-)
+POINTS = "held-out problems on which each model kept along the way (points_every) is tried; 0 = none"
 
 
 class PruneStage(StageConfig):
@@ -44,12 +42,8 @@ class GenerateStage(StageConfig):
     problems: PositiveInt = growth()
     samples: PositiveInt = growth(1)
     sampling: SamplingConfig = SamplingConfig()
-    top_k: int = Field(
-        64, ge=0, description="entries kept at a position at most; 0 = text and ids only"
-    )
-    mass: float = Field(
-        0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered"
-    )
+    top_k: int = Field(64, ge=0, description="entries kept at a position at most; 0 = text and ids only")
+    mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
     exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
     engine: EngineConfig = EngineConfig()
     shard_rows: PositiveInt = execution(256)
@@ -72,16 +66,12 @@ class ScoreStage(StageConfig):
     data: str
     split: str = Field("train", description="of a `datasets` folder or hub dataset")
     subset: str | None = Field(None, description="of a hub dataset: its configuration")
-    task: str | None = Field(
-        None, description="its template renders text, its judge compares with a row's `answer`"
-    )
+    task: str | None = Field(None, description="its template renders text, its judge compares with a row's `answer`")
     max_tokens: PositiveInt | None = Field(
         None, description="prompt and completion; longer traces are left out and counted"
     )
     top_k: PositiveInt = Field(64, description="entries kept at a position at most")
-    mass: float = Field(
-        0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered"
-    )
+    mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
     exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
     engine: EngineConfig = EngineConfig()
     shard_rows: PositiveInt = execution(256)

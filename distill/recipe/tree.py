@@ -29,10 +29,7 @@ class Recipe(Config):
     def _short_models(cls, models: Any) -> Any:
         if not isinstance(models, Mapping):
             return models
-        return {
-            key: {"source": value} if isinstance(value, str) else value
-            for key, value in models.items()
-        }
+        return {key: {"source": value} if isinstance(value, str) else value for key, value in models.items()}
 
 
 def check_references(recipe: Recipe, where: str) -> None:
@@ -45,9 +42,7 @@ def check_references(recipe: Recipe, where: str) -> None:
             here = f"{where}: stages.{name}.{key}"
             if key == "task":
                 if value not in recipe.tasks:
-                    raise UserError(
-                        f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)}"
-                    )
+                    raise UserError(f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)}")
             elif key.endswith(".against"):
                 if value not in recipe.tasks and not _looks_like_path(value):
                     raise UserError(
@@ -63,16 +58,12 @@ def check_references(recipe: Recipe, where: str) -> None:
                 _check_kind(recipe, here, value, ("generate", "score", "filter"))
             elif key == "budget":
                 if value not in recipe.stages:
-                    raise UserError(
-                        f"{here}.flops_of: there is no stage {value!r}.{nearest(value, recipe.stages)}"
-                    )
+                    raise UserError(f"{here}.flops_of: there is no stage {value!r}.{nearest(value, recipe.stages)}")
                 _check_kind(recipe, f"{here}.flops_of", value, ("train", "grpo", "on_policy"))
             else:
                 known = [*recipe.models, *recipe.stages]
                 if value not in known:
-                    raise UserError(
-                        f"{here}: there is no model or stage {value!r}.{nearest(value, known)}"
-                    )
+                    raise UserError(f"{here}: there is no model or stage {value!r}.{nearest(value, known)}")
                 _check_kind(recipe, here, value, ("train", "grpo", "on_policy", "prune"))
     order(recipe, where)
 

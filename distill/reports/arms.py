@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from distill.records import Traces
-from distill.reports import stats
-from distill.reports.compare import check_same_problems
-from distill.reports.schema import ExampleRow, IntervalRow, interval_row
+from distill.reports import statistics
+from distill.reports.comparison import check_same_problems
+from distill.reports.run_report import ExampleRow, IntervalRow, interval_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,10 @@ def score(
     answers = [[one.answer for one in samples] for samples in results.samples.values()]
     everything = [one for samples in results.samples.values() for one in samples]
     return {
-        "accuracy": interval_row(stats.accuracy(correct, seed=seed)),
-        "pass_at": {str(k): interval_row(stats.pass_at(correct, k, seed=seed)) for k in pass_at},
+        "accuracy": interval_row(statistics.accuracy(correct, seed=seed)),
+        "pass_at": {str(k): interval_row(statistics.pass_at(correct, k, seed=seed)) for k in pass_at},
         "maj_at": {
-            str(k): interval_row(stats.maj_at(answers, correct, k, equivalent, seed=seed))
+            str(k): interval_row(statistics.maj_at(answers, correct, k, equivalent, seed=seed))
             for k in pass_at
             if k > 1
         },
@@ -125,13 +125,15 @@ def score_seeds(
 
     def over(values_of: Callable[[ArmResults], Any]) -> IntervalRow:
         values_SP = np.array([values_of(results) for results in runs.values()])
-        return interval_row(stats.over_seeds(values_SP[:, ~np.isnan(values_SP).any(0)]))
+        return interval_row(statistics.over_seeds(values_SP[:, ~np.isnan(values_SP).any(0)]))
 
     return {
-        "accuracy": over(lambda r: stats.problem_means(_correct(r))),
+        "accuracy": over(lambda r: statistics.problem_means(_correct(r))),
         "pass_at": {str(k): over(lambda r, k=k: _pass_at(r, k)) for k in pass_at},  # type: ignore[misc]
         "maj_at": {
-            str(k): over(lambda r, k=k: stats.maj_at_k(_answers(r), _correct(r), k, equivalent))  # type: ignore[misc]
+            str(k): over(
+                lambda r, k=k: statistics.maj_at_k(_answers(r), _correct(r), k, equivalent)  # type: ignore[misc]
+            )
             for k in pass_at
             if k > 1
         },
@@ -154,10 +156,10 @@ def _answers(results: ArmResults) -> list[list[str | None]]:
     return [[one.answer for one in results.samples[key]] for key in sorted(results.samples)]
 
 
-def _pass_at(results: ArmResults, k: int) -> stats.Floats:
+def _pass_at(results: ArmResults, k: int) -> statistics.Floats:
     """[P] pass@k; nan for problems with fewer than k judged samples."""
-    num_P, right_P = stats.counts(_correct(results))
-    found_P = stats.pass_at_k(np.maximum(num_P, k), np.minimum(right_P, num_P), k)
+    num_P, right_P = statistics.counts(_correct(results))
+    found_P = statistics.pass_at_k(np.maximum(num_P, k), np.minimum(right_P, num_P), k)
     return np.where(num_P >= k, found_P, np.nan)
 
 
@@ -178,7 +180,11 @@ def examples(
     """
     means = {
         arm: dict(
-            zip(results.samples, stats.problem_means(list(results.correct.values())), strict=True)
+            zip(
+                results.samples,
+                statistics.problem_means(list(results.correct.values())),
+                strict=True,
+            )
         )
         for arm, results in arms.items()
     }

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from distill.reports.schema import StageRow
+from distill.printable import printable
+from distill.reports.run_report import StageRow
 from distill.reports.svg import Canvas, Scale, group, linear, linear_ticks
-from distill.reports.wording import seen
 
 WIDTH, HEIGHT = 300, 168
 REWARD = "reward/"
@@ -44,7 +44,7 @@ def panels(stage: StageRow) -> list[tuple[str, str, str]]:
     curves = stage.get("curves", {})
     found = []
     for stem, title, keys in _shown(stage):
-        label = f"{seen(stage['name'])}: {title}"
+        label = f"{printable(stage['name'])}: {title}"
         lines = {key: curves[key] for key in keys}
         found.append((stem, label, _panel(label, title, lines, stage.get("curve_steps"))))
     return found
@@ -59,7 +59,7 @@ def seed_panels(copies: Sequence[StageRow]) -> list[tuple[str, str, str]]:
             for stage in copies
             if _known(stage.get("curves", {}).get(keys[0], []))
         }
-        label = f"{seen(copies[0]['name'].partition('@')[0])}: {title}"
+        label = f"{printable(copies[0]['name'].partition('@')[0])}: {title}"
         found.append((stem, label, _seeds_panel(label, title, lines)))
     return found
 
@@ -103,9 +103,7 @@ def smooth(values: Values, window: int) -> list[float | None]:
     return found
 
 
-def _seeds_panel(
-    label: str, title: str, lines: Mapping[str, tuple[Sequence[float], Values]]
-) -> str:
+def _seeds_panel(label: str, title: str, lines: Mapping[str, tuple[Sequence[float], Values]]) -> str:
     """lines: (steps, values) by seed; runs of different lengths share the axis of the longest."""
     known = {seed: _known(values) for seed, (_, values) in lines.items()}
     described = f"{label}; " + ", ".join(
@@ -129,16 +127,11 @@ def _seeds_panel(
     return canvas.render()
 
 
-def _panel(
-    label: str, title: str, lines: Mapping[str, Values], steps: Sequence[float] | None
-) -> str:
+def _panel(label: str, title: str, lines: Mapping[str, Values], steps: Sequence[float] | None) -> str:
     known = [value for values in lines.values() for value in _known(values)]
-    ends = {
-        key: f"{key.removeprefix(REWARD)} {_known(values)[-1]:.3g}" for key, values in lines.items()
-    }
+    ends = {key: f"{key.removeprefix(REWARD)} {_known(values)[-1]:.3g}" for key, values in lines.items()}
     described = f"{label}; " + ", ".join(
-        f"{key} from {_known(values)[0]:.3g} to {_known(values)[-1]:.3g}"
-        for key, values in lines.items()
+        f"{key} from {_known(values)[0]:.3g} to {_known(values)[-1]:.3g}" for key, values in lines.items()
     )
     canvas = Canvas(WIDTH, HEIGHT, described, left=40, right=12, top=28, bottom=24)
     low, high = _range(known)
@@ -161,15 +154,13 @@ def _panel(
         canvas.add(f'<path class="line" d="{_path(at, line, x, y)}"/>')
         if not main:
             name = key.removeprefix(REWARD)
-            canvas.text(canvas.end, y(_known(line)[-1]) - 5, seen(name)[:24], "end", "quiet")
+            canvas.text(canvas.end, y(_known(line)[-1]) - 5, printable(name)[:24], "end", "quiet")
         canvas.add("</g>")
     return canvas.render()
 
 
 def _tick(value: float) -> str:
-    return (
-        f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
-    )
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
 
 def _range(known: Sequence[float]) -> tuple[float, float]:

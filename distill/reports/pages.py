@@ -20,7 +20,8 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from distill.files import write_atomic
-from distill.reports.content import (
+from distill.printable import printable
+from distill.reports.report_blocks import (
     Answer,
     Block,
     Code,
@@ -33,12 +34,10 @@ from distill.reports.content import (
     Views,
     blocks,
 )
-from distill.reports.schema import RunReport
-from distill.reports.wording import seen, verdict
+from distill.reports.run_report import RunReport
+from distill.reports.wording import verdict
 
-_MARKUP = re.compile(
-    r"[\\`*|~$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|\[(?=\^)|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)"
-)
+_MARKUP = re.compile(r"[\\`*|~$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|\[(?=\^)|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 """What Markdown would take as markup where it stands: a bracket is text unless a link follows, and so on."""
 _INTERVAL = re.compile(r"\[[-+]?[\d.]+, [-+]?[\d.]+\]$")
 _BLOCK_START = re.compile(r"^(\d*)([-+.)>=#])(?=\s|$|[-=#>])")
@@ -100,7 +99,7 @@ def _plain(value: Any) -> Any:
 
 def escape_cell(text: str) -> str:
     """One line of plain text that Markdown shows as it is, inside a line."""
-    return _MARKUP.sub(r"\\\g<0>", " ".join(seen(text).split()))
+    return _MARKUP.sub(r"\\\g<0>", " ".join(printable(text).split()))
 
 
 def escape_markdown(text: str) -> str:
@@ -112,7 +111,7 @@ def fence(text: str, language: str = "text") -> str:
     """A code block whose fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
-    return f"{ticks}{language}\n{seen(text).rstrip()}\n{ticks}"
+    return f"{ticks}{language}\n{printable(text).rstrip()}\n{ticks}"
 
 
 def markdown(title: str, content: list[Block]) -> str:
@@ -160,15 +159,11 @@ def _markdown_table(table: Table) -> str:
     """Padded, so that it also reads as plain text."""
     rows = [[escape_cell(cell) for cell in row] for row in (table.header, *table.rows)]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(table.header))]
-    rule = [
-        "-" * w if a == "l" else "-" * (w - 1) + ":"
-        for w, a in zip(widths, table.align, strict=True)
-    ]
+    rule = ["-" * w if a == "l" else "-" * (w - 1) + ":" for w, a in zip(widths, table.align, strict=True)]
     lines = []
     for row in (rows[0], rule, *rows[1:]):
         cells = [
-            cell.ljust(w) if a == "l" else cell.rjust(w)
-            for cell, w, a in zip(row, widths, table.align, strict=True)
+            cell.ljust(w) if a == "l" else cell.rjust(w) for cell, w, a in zip(row, widths, table.align, strict=True)
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -185,7 +180,7 @@ def html(title: str, content: list[Block]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: seen(value) if type(value) is str else value,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["brackets"] = _quiet_brackets
     template = environment.get_template("report.html.jinja")
@@ -195,5 +190,5 @@ def html(title: str, content: list[Block]) -> str:
 
 def _quiet_brackets(cell: str) -> Markup:
     """A cell, with an interval's brackets set back."""
-    text = str(escape(seen(cell)))
+    text = str(escape(printable(cell)))
     return Markup(_INTERVAL.sub(r"<i>\g<0></i>", text))

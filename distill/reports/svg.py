@@ -103,21 +103,15 @@ class Canvas:
     ) -> None:
         weight = ' font-weight="600"' if bold else ""
         css = f' class="{kind}"' if kind else ""
-        self.add(
-            f'<text{css}{weight} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-        )
+        self.add(f'<text{css}{weight} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
 
     def x_axis(self, ticks: Sequence[tuple[float, str]], title: str, grid: bool = True) -> None:
         """ticks: pixel and label. The title stands at the right end, below."""
         for x, text in ticks:
             if grid:
-                self.add(
-                    f'<line class="grid" x1="{x}" x2="{x}" y1="{self.top}" y2="{self.floor}"/>'
-                )
+                self.add(f'<line class="grid" x1="{x}" x2="{x}" y1="{self.top}" y2="{self.floor}"/>')
             self.text(x, self.floor + 15, text, "middle", "quiet")
-        self.add(
-            f'<line class="axis" x1="{self.left}" x2="{self.end}" y1="{self.floor}" y2="{self.floor}"/>'
-        )
+        self.add(f'<line class="axis" x1="{self.left}" x2="{self.end}" y1="{self.floor}" y2="{self.floor}"/>')
         if title:
             self.text(self.end, self.floor + 30, title, "end", "quiet")
 
@@ -130,9 +124,7 @@ class Canvas:
 
     def upright(self, x: float, low: float, high: float, kind: str = "bar") -> None:
         """A vertical error bar with caps."""
-        self.add(
-            f'<path class="{kind}" d="M{x} {low}V{high}M{x - 3.5} {low}h7M{x - 3.5} {high}h7" fill="none"/>'
-        )
+        self.add(f'<path class="{kind}" d="M{x} {low}V{high}M{x - 3.5} {low}h7M{x - 3.5} {high}h7" fill="none"/>')
 
     def mark(self, x: float, y: float, shape: int, size: float = 4.5) -> None:
         """A circle, square, triangle, diamond or cross-shaped star by number."""
@@ -159,11 +151,7 @@ class Canvas:
             for dy in (far, -far)
             for dx in (9, -9 - wide)
         ]
-        inside = [
-            box
-            for box in boxes
-            if box[0] >= 0 and box[2] <= self.width and box[1] >= 0 and box[3] <= self.floor
-        ]
+        inside = [box for box in boxes if box[0] >= 0 and box[2] <= self.width and box[1] >= 0 and box[3] <= self.floor]
         apart = [box for box in inside if not any(_meet(box, other) for other in self.labels)]
         free = [box for box in apart if not any(_meet(box, other) for other in self.taken)]
         if not apart:
@@ -173,9 +161,7 @@ class Canvas:
         middle = (box[1] + box[3]) / 2
         if abs(middle - y) > 8:
             near = box[0] if box[0] > x else box[2]
-            self.add(
-                f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{middle:.1f}"/>'
-            )
+            self.add(f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{middle:.1f}"/>')
         self.text(box[0], middle + 4.3, text)
 
     def render(self) -> str:

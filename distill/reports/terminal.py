@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from distill.printable import printable
 from distill.reports.curves import by_stage, shown_keys
-from distill.reports.schema import RunReport, measured
-from distill.reports.wording import duration, interval_text, percent, reading, scaled, seen, verdict
+from distill.reports.run_report import RunReport, measured
+from distill.reports.wording import duration, interval_text, percent, reading, scaled, verdict
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 STATUS_STYLES = {
@@ -64,16 +65,12 @@ def sparkline(values: Sequence[float | None], width: int = 40) -> str:
         return " " * width
     low, high = min(known), max(known)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(
-        " " if math.isnan(mean) else BLOCKS[round((mean - low) * scale)] for mean in means
-    )
+    return "".join(" " if math.isnan(mean) else BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
 def interval_bar(interval: Mapping[str, float], width: int = 20, end: float = 1.0) -> str:
     """An estimate between 0 and `end` with its interval, `width` cells wide: ····├──●──┤····"""
-    low, value, high = (
-        min(width - 1, max(0, int(interval[key] / end * width))) for key in ("low", "value", "high")
-    )
+    low, value, high = (min(width - 1, max(0, int(interval[key] / end * width))) for key in ("low", "value", "high"))
     cells = ["·"] * width
     cells[low : high + 1] = "─" * (high + 1 - low)
     cells[low], cells[high] = "├", "┤"
@@ -82,9 +79,7 @@ def interval_bar(interval: Mapping[str, float], width: int = 20, end: float = 1.
 
 
 def stage_table(report: RunReport) -> Table:
-    table = _table(
-        "stage", "kind", "status", "dtype", ">time", ">predicted", ">tokens", ">tokens/s"
-    )
+    table = _table("stage", "kind", "status", "dtype", ">time", ">predicted", ">tokens", ">tokens/s")
     for stage in report["stages"]:
         took = measured(stage)
         rate = took["tokens"] / took["seconds"] if took["seconds"] > 0 else 0.0
@@ -157,4 +152,4 @@ def _table(*columns: str) -> Table:
 
 
 def _text(text: str, style: str = "") -> Text:
-    return Text(" ".join(seen(text).split()) if "\n" in text else seen(text), style)
+    return Text(" ".join(printable(text).split()) if "\n" in text else printable(text), style)

@@ -1,28 +1,16 @@
 """Numbers and findings in words: how the report, its page and the terminal say the same thing.
 
-Comes in: raw numbers and rows of the report. Goes out: short text. `seen` makes text from outside safe to show.
+Comes in: raw numbers and rows of the report. Goes out: short text.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.reports.schema import ComparisonRow, IntervalRow, RunReport
-
-UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
-)
-"""Characters that act rather than show."""
-
-
-def seen(text: str) -> str:
-    """Text with plain line ends, and what acts rather than shows replaced: terminal controls, turned reading
-    direction, lone surrogates."""
-    return UNSEEN.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+from distill.reports.run_report import ComparisonRow, IntervalRow, RunReport
 
 
 def percent(share: float) -> str:
@@ -93,10 +81,7 @@ def verdict(report: RunReport) -> str:
         return f"{start}."
     # Of many, the best against each; of three, the two others as well.
     pairs = list(itertools.combinations(students, 2))
-    found = [
-        _reading_of(report, *pair)
-        for pair in (pairs if len(students) <= 3 else pairs[: len(students) - 1])
-    ]
+    found = [_reading_of(report, *pair) for pair in (pairs if len(students) <= 3 else pairs[: len(students) - 1])]
     readings = [reading for reading in found if reading is not None]
     if not readings:
         return f"{start}; {'the two' if len(students) == 2 else 'they'} were not compared."
@@ -135,16 +120,12 @@ class _Reading:
 def _reading_of(report: RunReport, best: str, second: str) -> _Reading | None:
     """What the report has on two arms, training seeds before checkpoints."""
     found = [row for row in report["comparisons"] if {row["a"], row["b"]} == {best, second}]
-    row = next(
-        (row for row in found if row["unit"] == "training seeds"), found[0] if found else None
-    )
+    row = next((row for row in found if row["unit"] == "training seeds"), found[0] if found else None)
     if row is None:
         return None
     sign = 1 if row["a"] == best else -1
     ends = sorted(sign * row["difference"][key] for key in ("low", "high"))
-    points = interval_text(
-        {"value": sign * row["difference"]["value"], "low": ends[0], "high": ends[1]}, signed=True
-    )
+    points = interval_text({"value": sign * row["difference"]["value"], "low": ends[0], "high": ends[1]}, signed=True)
     text = f"{best} − {second} {points} points, p {_p_said(row['p_holm'])}"
     seeds = tuple(row.get("seeds", ())) if row["unit"] == "training seeds" else ()
     return _Reading(row["verdict"], text, seeds)

@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill import models
+from distill import models, run_folder
+from distill.compute.flops import ModelShape
+from distill.compute.ledger import StageCost, arm_cost
+from distill.compute.tally import tally_cost
 from distill.recipe import GrpoStage, OnPolicyStage, Recipe, TrainStage
 from distill.records import Cost, UserError
-from distill.reports.flops import ModelShape
-from distill.reports.ledger import StageCost, arm_cost
-from distill.stages import state
 from distill.stages.context import Context
-from distill.stages.costs import tally_cost
 
 if TYPE_CHECKING:
     from distill.training.loop import Budget
@@ -27,10 +26,8 @@ def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
     """What each stage of the run has cost, those that are not done by what their last attempt left."""
     costs = {}
     for name in recipe.stages:
-        if (standing := state.read(run / name)) is not None:
-            costs[name] = StageCost(
-                standing.kind, Cost.of(standing.cost), Cost.of(standing.teacher_cost)
-            )
+        if (standing := run_folder.read(run / name)) is not None:
+            costs[name] = StageCost(standing.kind, Cost.of(standing.cost), Cost.of(standing.teacher_cost))
     return costs
 
 

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 from distill.recipe import CompareStage, Recipe, base_name
+from distill.recipe.lineage import line, role_of, roles_of
 from distill.records import Cost, stable_hash
 from distill.reports.arms import ArmResults, examples, score_seeds
-from distill.reports.compare import check_same_start, compare_trained
-from distill.reports.schema import comparison_row
-from distill.stages.collect import line, role_of, roles_of
+from distill.reports.comparison import check_same_start, compare_trained
+from distill.reports.run_report import comparison_row
 from distill.stages.context import Context, Result
 from distill.stages.eval import checkpoints, read_results
-from distill.stages.points import points_of
+from distill.stages.snapshots import points_of
 
 
 def run(config: CompareStage, context: Context) -> Result:
@@ -27,9 +27,7 @@ def run(config: CompareStage, context: Context) -> Result:
         arm: {seed: read_results(folder / "traces") for seed, folder in by_seed.items()}
         for arm, by_seed in folders.items()
     }
-    correct = {
-        arm: {seed: results.correct for seed, results in runs.items()} for arm, runs in arms.items()
-    }
+    correct = {arm: {seed: results.correct for seed, results in runs.items()} for arm, runs in arms.items()}
     pairs = compare_trained(correct, seed=context.seed)
     rows = [comparison_row(a, b, result) for (a, b), result in pairs.items()]
     merged = {arm: ArmResults.merge(runs.values()) for arm, runs in arms.items()}
@@ -47,8 +45,7 @@ def run(config: CompareStage, context: Context) -> Result:
         "comparisons": rows,
         "examples": examples(merged, students[0], students[1], questions),
         "arms": {
-            arm: score_seeds(runs, config.pass_at, same)
-            | {"points": _points(config, context.run, arm, folders[arm])}
+            arm: score_seeds(runs, config.pass_at, same) | {"points": _points(config, context.run, arm, folders[arm])}
             for arm, runs in arms.items()
             if len(runs) > 1
         },
@@ -56,9 +53,7 @@ def run(config: CompareStage, context: Context) -> Result:
     return Result(Cost(), metrics, stable_hash(json.dumps(metrics, sort_keys=True)))
 
 
-def _points(
-    config: CompareStage, run: Path, arm: str, folders: dict[int, Path]
-) -> list[dict[str, object]]:
+def _points(config: CompareStage, run: Path, arm: str, folders: dict[int, Path]) -> list[dict[str, object]]:
     kept = [points_of(run / model) for _, model in config.runs()[arm].values()]
     if not config.points:
         return []

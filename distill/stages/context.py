@@ -13,7 +13,7 @@ from distill.machine import Machine, Width
 from distill.progress import Live, Screen
 from distill.recipe import PlugConfig, Recipe
 from distill.records import Cost, Task, UserError, stable_hash
-from distill.stages.engine import OneEngine
+from distill.stages.shared_engine import OneEngine
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -79,9 +79,7 @@ class Context:
             return self.run / reference / "traces"
         path = find_data(reference)
         if path is None:
-            raise UserError(
-                f"stages.{self.name}.data: {reference!r} does not exist (looked in {Path.cwd()})."
-            )
+            raise UserError(f"stages.{self.name}.data: {reference!r} does not exist (looked in {Path.cwd()}).")
         return path
 
     def machine(self, width: Width) -> Machine:
@@ -121,6 +119,4 @@ def fingerprint_of(path: Path) -> str:
     if path.is_file():
         return models.file_hash(path)[:16]
     files = sorted(p for p in path.rglob("*") if p.is_file())
-    return stable_hash(
-        *[f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files]
-    )
+    return stable_hash(*[f"{p.relative_to(path)}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files])

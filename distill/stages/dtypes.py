@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from distill import machine, models
+from distill import machine, models, run_folder
 from distill.recipe import EngineConfig, OptimStage
-from distill.stages import state
 from distill.stages.context import Context
 from distill.stages.engine_choice import settle_engine
 
@@ -28,10 +27,8 @@ def settle(config: Any, context: Context) -> Any:
     return config
 
 
-def _settled(
-    key: str, wish: str, purpose: Literal["training", "engine"], config: Any, context: Context
-) -> str:
-    standing = state.read(context.folder)
+def _settled(key: str, wish: str, purpose: Literal["training", "engine"], config: Any, context: Context) -> str:
+    standing = run_folder.read(context.folder)
     assert standing is not None, "the pipeline writes stage.json before it starts a stage"
     before = standing.decided.get(key)
     if before is not None and wish in ("auto", before["value"]):
@@ -39,16 +36,16 @@ def _settled(
         return before["value"]
     width = machine.width_of(models.config_of(context.model_dir(config.model)))
     choice = machine.choose(context.machine(width), width, wish, purpose)
-    decided: state.Decided = {"value": choice.dtype, "why": choice.why}
+    decided: run_folder.Decided = {"value": choice.dtype, "why": choice.why}
     if not _said_before(context, key, decided):
         context.say(f"{key} {choice.dtype}: {choice.why}")
     standing.decided[key] = decided
-    state.write(context.folder, standing)
+    run_folder.write(context.folder, standing)
     return choice.dtype
 
 
-def _said_before(context: Context, key: str, decided: state.Decided) -> bool:
+def _said_before(context: Context, key: str, decided: run_folder.Decided) -> bool:
     """Whether another stage of the run came to the same for the same reason: once a run is enough."""
-    others = [file.parent for file in context.run.glob(f"*/{state.FILE}")]
-    states = [state.read(folder) for folder in others if folder != context.folder]
+    others = [file.parent for file in context.run.glob(f"*/{run_folder.FILE}")]
+    states = [run_folder.read(folder) for folder in others if folder != context.folder]
     return any(one is not None and one.decided.get(key) == decided for one in states)

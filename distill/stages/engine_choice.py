@@ -5,9 +5,8 @@ A stage goes on with the engine that it began with where it can; stage.json keep
 
 from __future__ import annotations
 
-from distill import engines
+from distill import engines, run_folder
 from distill.recipe import EngineConfig
-from distill.stages import state
 from distill.stages.context import Context
 
 KEY = "engine.fn"
@@ -18,7 +17,7 @@ def settle_engine(config: EngineConfig, model: str, context: Context) -> EngineC
 
     model: a model of the recipe, or the stage that made it. The name is written to stage.json.
     """
-    standing = state.read(context.folder)
+    standing = run_folder.read(context.folder)
     assert standing is not None, "the pipeline writes stage.json before it starts a stage"
     before = standing.decided.get(KEY)
     if config.fn == engines.AUTO and before is not None and before["value"] != "vllm":
@@ -29,5 +28,5 @@ def settle_engine(config: EngineConfig, model: str, context: Context) -> EngineC
         began = "" if before is None else f"this stage began with {before['value']}, but "
         context.say(f"engine {choice.fn}: {began}{choice.why}")
     standing.decided[KEY] = {"value": choice.fn, "why": choice.why}
-    state.write(context.folder, standing)
+    run_folder.write(context.folder, standing)
     return config.model_copy(update={"fn": choice.fn})

@@ -11,10 +11,10 @@ from pathlib import Path
 from distill.recipe import EvalStage
 from distill.records import stable_hash
 from distill.reports.arms import ArmResults, score, score_seeds
-from distill.reports.schema import CheckpointRow
+from distill.reports.run_report import CheckpointRow
 from distill.stages.context import Context, Result
-from distill.stages.points import FOLDER, Point, points_of
 from distill.stages.sampling import sample
+from distill.stages.snapshots import FOLDER, Point, points_of
 from distill.traces.reader import content_fingerprint, open_traces
 
 COLUMNS = (
@@ -52,9 +52,7 @@ def run(config: EvalStage, context: Context) -> Result:
     return Result(cost, metrics, stable_hash(content_fingerprint(folder), *made))
 
 
-def checkpoints(
-    evaluations: Sequence[Path], points: Sequence[Sequence[Point]]
-) -> list[CheckpointRow]:
+def checkpoints(evaluations: Sequence[Path], points: Sequence[Sequence[Point]]) -> list[CheckpointRow]:
     """How the models along the way did: of one training seed, or over several that kept equally many.
 
     evaluations: the folder of each seed's eval stage; points: what its training stage kept.

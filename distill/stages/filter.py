@@ -10,7 +10,7 @@ from distill import jsonl
 from distill.recipe import CompareStage, EvalStage, FilterStage
 from distill.records import Cost, UserError
 from distill.stages.context import Context, Result, find_data
-from distill.tasks.generated import GeneratedTask
+from distill.tasks.reasoning_gym_task import GeneratedTask
 from distill.tasks.splits import normalise
 from distill.traces.contamination import HeldOut
 from distill.traces.reader import content_fingerprint
@@ -21,9 +21,7 @@ def run(config: FilterStage, context: Context) -> Result:
     out = context.folder / "traces"
     shutil.rmtree(out, ignore_errors=True)
     context.phase("reading and filtering the traces")
-    selection = select(
-        context.data_path(config.data), out, config.keep, lambda name: held_out(name, context)
-    )
+    selection = select(context.data_path(config.data), out, config.keep, lambda name: held_out(name, context))
     context.say(str(selection).replace("\n", "\n  "))
     metrics = {
         "rows": selection.rows,
@@ -46,9 +44,7 @@ def held_out(against: str, context: Context) -> HeldOut:
     if against not in context.recipe.tasks:
         path = find_data(against)
         if path is None or path.suffix != ".jsonl":
-            raise UserError(
-                f"{where}: {against!r} is neither a task of the recipe nor a JSONL file."
-            )
+            raise UserError(f"{where}: {against!r} is neither a task of the recipe nor a JSONL file.")
         return HeldOut(_questions(path), normalise, prose=True)
     task, num = context.task(against), None
     if isinstance(task, GeneratedTask):

@@ -6,7 +6,7 @@ from distill.recipe import GenerateStage
 from distill.stages.context import Context, Result
 from distill.stages.sampling import sample
 from distill.traces.reader import content_fingerprint
-from distill.traces.stats import stats
+from distill.traces.summary import stats
 
 
 def run(config: GenerateStage, context: Context) -> Result:

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 
 from distill import models
+from distill.compute.tally import tally_cost
 from distill.recipe import GrpoStage
 from distill.records import draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
-from distill.stages.costs import tally_cost
-from distill.stages.points import keep_points
-from distill.stages.resolve import resolve_objective, resolve_rewards
+from distill.stages.inputs.resolve import resolve_objective, resolve_rewards
+from distill.stages.inputs.student import keep_trainee, load_trainee
 from distill.stages.rollouts import Progress, Samples, open_sampler, policy_metrics
-from distill.stages.trainee import keep_trainee, load_trainee
-from distill.tasks.scoring import Rewards
+from distill.stages.snapshots import keep_points
+from distill.tasks.combined_reward import Rewards
 from distill.training import loop
-from distill.training.rollout import Rollout, Rollouts
+from distill.training.rl.reward_rollout import Rollout, Rollouts
 
 FIRST_REWARD = 5
 """How many times the limit a reward's first call may take: it may have a model to load."""

@@ -7,22 +7,22 @@ from contextlib import contextmanager
 from typing import Any
 
 from distill import engines, models
+from distill.compute.flops import ModelShape, forward_flops
+from distill.compute.tally import tally_cost, teachers_cost
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
 from distill.records import Cost, Engine, draw_seed
-from distill.reports.flops import ModelShape, forward_flops
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
-from distill.stages.costs import tally_cost, teachers_cost
-from distill.stages.examples import open_source, reader_for
-from distill.stages.points import keep_points
-from distill.stages.resolve import load_teachers, resolve_loss, teacher_dir
+from distill.stages.inputs.resolve import load_teachers, resolve_loss, teacher_dir
+from distill.stages.inputs.student import keep_trainee, load_trainee
+from distill.stages.inputs.train_examples import open_source, reader_for
 from distill.stages.rollouts import Progress, Samples, open_sampler, policy_metrics
-from distill.stages.trainee import keep_trainee, load_trainee
+from distill.stages.snapshots import keep_points
 from distill.training import loop
-from distill.training.alignment import Reader
-from distill.training.on_policy import OnPolicy
+from distill.training.loss.cross_tokenizer.alignment import Reader
 from distill.training.packing import Example
-from distill.training.sampler import Written
+from distill.training.rl.sampler import Written
+from distill.training.rl.teacher_rollout import OnPolicy
 
 SHOWN = 3
 WATCHED = ("loss", "kl_teacher", "correct", "length", "truncated", "entropy")
@@ -88,9 +88,7 @@ def _teacher_engine(
     (name,) = teachers_of(config.teacher)
     folder = teacher_dir(name, config, context, tokenizer)
     context.phase(f"starting the {config.engine.fn} engine of the teacher")
-    engine = engines.open_engine(
-        config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_k
-    )
+    engine = engines.open_engine(config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_k)
     try:
         yield engine
     finally:
@@ -100,9 +98,7 @@ def _teacher_engine(
 class _Offline:
     """Traces of `data` for each step, in their own order, epoch after epoch; the same for the same step."""
 
-    def __init__(
-        self, config: OnPolicyStage, context: Context, tokenizer: Any, read: Reader | None
-    ) -> None:
+    def __init__(self, config: OnPolicyStage, context: Context, tokenizer: Any, read: Reader | None) -> None:
         beside = config.teacher if config.scoring == "trainer" else None
         stored = TrainStage(
             kind="train",

@@ -18,9 +18,7 @@ def run(config: PruneStage, context: Context) -> Result:
     before = model.config.num_hidden_layers
     kept = models.prune_layers(model, config.layers)
     context.phase("saving the model")
-    fingerprint = save_model(
-        model, models.load_tokenizer(folder, trust_remote_code=trust), context.folder, SAVED
-    )
+    fingerprint = save_model(model, models.load_tokenizer(folder, trust_remote_code=trust), context.folder, SAVED)
     params = sum(p.numel() for p in model.parameters())
     context.say(f"kept {len(kept)} of {before} layers: {params / 1e6:.0f}M parameters")
     return Result(Cost(), {"layers_kept": kept, "params": params}, fingerprint)

@@ -15,10 +15,10 @@ from distill import engines, models
 from distill.recipe import PolicyStage
 from distill.records import Array, Task, UserError, draw_seed
 from distill.stages.context import Context
+from distill.stages.inputs.student import live_steps
 from distill.stages.sampling import ROOM, completion_text, context_limit
-from distill.stages.trainee import live_steps
 from distill.training import loop
-from distill.training.sampler import Prompt, Sampler
+from distill.training.rl.sampler import Prompt, Sampler
 
 UNKNOWN_ROLLOUTS = 64
 """Rollouts that a budget is given fresh problems for; then they come round again."""
@@ -27,9 +27,7 @@ MISMATCH_ALARM = 0.01
 
 
 @contextmanager
-def open_sampler(
-    config: PolicyStage, context: Context, tokenizer: Any
-) -> Iterator[tuple[Sampler, PromptPool]]:
+def open_sampler(config: PolicyStage, context: Context, tokenizer: Any) -> Iterator[tuple[Sampler, PromptPool]]:
     """The policy's engine, started on the stage's model, with the train problems it will be asked; closed at the end."""
     folder = context.model_dir(config.model)
     task = context.task(config.task)
@@ -81,9 +79,7 @@ class PromptPool:
     too_long: int = 0
 
     @staticmethod
-    def of(
-        config: PolicyStage, context: Context, task: Task, tokenizer: Any, limit: int
-    ) -> PromptPool:
+    def of(config: PolicyStage, context: Context, task: Task, tokenizer: Any, limit: int) -> PromptPool:
         """Rendered problems that leave room for a completion in the context; UserError where too few do."""
         a_rollout = config.prompts_a_rollout
         rollouts = config.steps // config.steps_a_rollout if config.steps else UNKNOWN_ROLLOUTS
@@ -91,15 +87,9 @@ class PromptPool:
         try:
             problems = list(task.problems("train", num, context.seed))
         except UserError as error:
-            hint = (
-                ""
-                if config.problems
-                else f" Set stages.{context.name}.problems to go over fewer again."
-            )
+            hint = "" if config.problems else f" Set stages.{context.name}.problems to go over fewer again."
             raise UserError(f"{error}{hint}") from None
-        prompts = [
-            Prompt(p, models.render_prompt(tokenizer, task.template, p.messages)) for p in problems
-        ]
+        prompts = [Prompt(p, models.render_prompt(tokenizer, task.template, p.messages)) for p in problems]
         fitting = [prompt for prompt in prompts if len(prompt.ids) < limit]
         too_long = len(prompts) - len(fitting)
         if too_long:
@@ -162,9 +152,7 @@ class Samples:
 class Progress:
     """The live line, and one word of warning where engine and trainer disagree."""
 
-    def __init__(
-        self, context: Context, length: loop.Length | loop.Budget, shown: Sequence[str]
-    ) -> None:
+    def __init__(self, context: Context, length: loop.Length | loop.Budget, shown: Sequence[str]) -> None:
         self.context, self.shown = context, shown
         self.live = live_steps(context, length)
         self.warned = False

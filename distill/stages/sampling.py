@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from distill import models
+from distill.compute.flops import ModelShape, generate_flops
 from distill.recipe import EngineConfig, EvalStage, GenerateStage
 from distill.records import (
     JUDGES,
@@ -36,9 +37,8 @@ from distill.records import (
     draw_seed,
     stable_hash,
 )
-from distill.reports.flops import ModelShape, generate_flops
 from distill.stages.context import Context
-from distill.stages.points import Point
+from distill.stages.snapshots import Point
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
@@ -93,9 +93,7 @@ class Rows:
             logprob=Ragged.from_rows([c.logprob_T for c in self.completions], np.float32),
             top=TopK.concat(tops) if tops else None,
             reward=[v.score for v in self.verdicts],
-            rewards={
-                "accuracy": [None if v.correct is None else float(v.correct) for v in self.verdicts]
-            },
+            rewards={"accuracy": [None if v.correct is None else float(v.correct) for v in self.verdicts]},
             correct=[v.correct for v in self.verdicts],
             finish_reason=[c.finish_reason for c in self.completions],
         )
@@ -121,9 +119,7 @@ def sample(
     mass = config.mass if isinstance(config, GenerateStage) else 1.0
     weights = models.weights_fingerprint(model_dir) if point is None else point.fingerprint
     metadata = _metadata(config, model_dir, weights, tokenizer, task, top_k, mass)
-    mark = stable_hash(
-        metadata.weights, metadata.tokenizer, metadata.template, metadata.sampling, metadata.task
-    )
+    mark = stable_hash(metadata.weights, metadata.tokenizer, metadata.template, metadata.sampling, metadata.task)
 
     limit = context_limit(config.engine, model_dir)
     wanted: dict[str, Asked] = {}
@@ -136,32 +132,21 @@ def sample(
             counts.prompts_too_long += config.samples
             continue
         for number in range(config.samples):
-            wanted[stable_hash(problem.problem_id, number, mark)] = Asked(
-                problem, number, prompt_ids
-            )
+            wanted[stable_hash(problem.problem_id, number, mark)] = Asked(problem, number, prompt_ids)
     if counts.prompts_too_long:
-        context.say(
-            f"{counts.prompts_too_long} prompts skipped: longer than the context of {limit} tokens"
-        )
+        context.say(f"{counts.prompts_too_long} prompts skipped: longer than the context of {limit} tokens")
 
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     with TraceWriter(folder, metadata, shard_rows=shard_rows) as writer:
         missing = [trace_id for trace_id in wanted if trace_id not in writer]
         if missing:
-            longest = (
-                max(len(wanted[trace_id].prompt_ids) for trace_id in missing)
-                + config.sampling.max_tokens
-            )
+            longest = max(len(wanted[trace_id].prompt_ids) for trace_id in missing) + config.sampling.max_tokens
             length = min(limit, -(-longest // ROOM) * ROOM)
             if not context.engine.serves(config.engine, model_dir, top_k, length):
-                context.phase(
-                    f"starting the {config.engine.fn} engine for {len(missing)} completions"
-                )
+                context.phase(f"starting the {config.engine.fn} engine for {len(missing)} completions")
             elif point is not None:
                 context.phase(f"loading the weights of {point.name} into the engine")
-            engine = context.engine.open(
-                config.engine, model_dir, max_model_len=length, max_top_k=top_k, point=point
-            )
+            engine = context.engine.open(config.engine, model_dir, max_model_len=length, max_top_k=top_k, point=point)
             _run(
                 config,
                 context,
@@ -211,9 +196,7 @@ def _run(
     def requests() -> Iterator[Request]:
         for trace_id in missing:
             asked = wanted[trace_id]
-            seed = draw_seed(
-                context.seed, context.name, asked.problem.problem_id, asked.sample, "generate"
-            )
+            seed = draw_seed(context.seed, context.name, asked.problem.problem_id, asked.sample, "generate")
             yield Request(trace_id, asked.prompt_ids, seed)
 
     live = context.live(len(wanted), "traces", len(wanted) - len(missing))
@@ -252,9 +235,7 @@ class _Desk:
     writer: TraceWriter
     counts: Counts
     pool: ThreadPoolExecutor
-    waiting: deque[tuple[Asked, Completion, str, Future[tuple[Verdict, float]]]] = field(
-        default_factory=deque
-    )
+    waiting: deque[tuple[Asked, Completion, str, Future[tuple[Verdict, float]]]] = field(default_factory=deque)
     rows: Rows = field(default_factory=Rows)
 
     def take(self, asked: Asked, completion: Completion) -> None:
@@ -300,9 +281,7 @@ def _count(counts: Counts, completion: Completion, verdict: Verdict) -> None:
 
 def completion_text(tokenizer: Any, ids_T: Array) -> str:
     """What a reader and the verifier see: the ids as text, without the stop token and its like."""
-    text: str = tokenizer.decode(
-        ids_T, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    text: str = tokenizer.decode(ids_T, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
 

@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from distill import engines, models
+from distill.compute.flops import ModelShape, causal_context, forward_flops
 from distill.recipe import ScoreStage
 from distill.records import Array, Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
-from distill.reports.flops import ModelShape, causal_context, forward_flops
 from distill.stages.context import Context, Result
+from distill.stages.inputs.score_inputs import Given, LeftOut, open_given
 from distill.stages.sampling import ROOM, context_limit, package_versions
-from distill.stages.sources import Given, LeftOut, open_given
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
-from distill.traces.stats import stats
+from distill.traces.summary import stats
 from distill.traces.writer import TraceWriter
 
 
@@ -37,11 +37,7 @@ def run(config: ScoreStage, context: Context) -> Result:
     given = open_given(config, context, tokenizer)
     context.say(
         f"the text is by {given.text_from}; "
-        + (
-            "its ids as they were sampled"
-            if given.same_ids
-            else "rendered in the model's own tokens"
-        )
+        + ("its ids as they were sampled" if given.same_ids else "rendered in the model's own tokens")
     )
     limit = min(context_limit(config.engine, model_dir), config.max_tokens or 1 << 60)
     left_out = LeftOut()
@@ -78,9 +74,7 @@ def _survey(given: Given, limit: int, left_out: LeftOut) -> dict[str, _Wanted]:
         left_out.add("longer than the limit", int((tokens_N > limit).sum()))
         left_out.add("an empty completion", int((empty_N & (tokens_N <= limit)).sum()))
         for n in np.flatnonzero(~empty_N & (tokens_N <= limit)):
-            wanted[block.trace_id[n]] = _Wanted(
-                int(tokens_N[n]), int(block.sample[n]), block.gold[n]
-            )
+            wanted[block.trace_id[n]] = _Wanted(int(tokens_N[n]), int(block.sample[n]), block.gold[n])
     return wanted
 
 
@@ -115,9 +109,7 @@ def carry_over(
     if keep_N.all() and former.metadata.source == metadata.source and same:
         return
     if not keep_N.all():
-        context.say(
-            f"{int((~keep_N).sum())} traces of an earlier attempt are not asked for any more"
-        )
+        context.say(f"{int((~keep_N).sum())} traces of an earlier attempt are not asked for any more")
     with TraceWriter(carrying, metadata) as writer:
         for block in former.where(keep_N).blocks():
             writer.add(block)
@@ -162,9 +154,7 @@ def _fill(
             engine.close()
 
 
-def _scored(
-    config: ScoreStage, engine: Engine, given: Given, missing: Container[str]
-) -> Iterator[Traces]:
+def _scored(config: ScoreStage, engine: Engine, given: Given, missing: Container[str]) -> Iterator[Traces]:
     """Blocks of the missing traces with the engine's log-probabilities in them."""
     for block in given.blocks(LeftOut()):
         index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
@@ -180,9 +170,7 @@ def _scored(
             assert completion.top is not None
             tops.append(completion.top.truncate(top_k=config.top_k, mass=config.mass))
             logprobs.append(completion.logprob_T)
-        yield dataclasses.replace(
-            block, logprob=Ragged.from_rows(logprobs, np.float32), top=TopK.concat(tops)
-        )
+        yield dataclasses.replace(block, logprob=Ragged.from_rows(logprobs, np.float32), top=TopK.concat(tops))
 
 
 def take(block: Traces, index: Array) -> Traces:
@@ -216,9 +204,7 @@ def _cost(folder: Path, model_dir: Path, left_out: LeftOut) -> Cost:
     shape = ModelShape.from_config(models.config_of(model_dir))
     return Cost(
         tokens_scored=tokens,
-        flops=forward_flops(
-            shape, tokens, causal_context(whole_N.tolist()), int(lengths.completion.sum())
-        ),
+        flops=forward_flops(shape, tokens, causal_context(whole_N.tolist()), int(lengths.completion.sum())),
         bytes_written=sum(file.stat().st_size for file in folder.glob("*.parquet")),
         samples_failed=sum(left_out.reasons.values()),
     )

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from distill import models
+from distill.compute.tally import tally_cost, teachers_cost
 from distill.recipe import TrainStage
 from distill.records import draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
-from distill.stages.costs import tally_cost, teachers_cost
-from distill.stages.examples import open_source, reader_for
-from distill.stages.points import keep_points
-from distill.stages.resolve import load_teachers, resolve_loss
-from distill.stages.trainee import keep_trainee, live_steps, load_trainee
+from distill.stages.inputs.resolve import load_teachers, resolve_loss
+from distill.stages.inputs.student import keep_trainee, live_steps, load_trainee
+from distill.stages.inputs.train_examples import open_source, reader_for
+from distill.stages.snapshots import keep_points
 from distill.training import loop
 from distill.training.loop import Step
 from distill.training.packing import Source, pack, steps, steps_per_epoch
@@ -32,9 +32,7 @@ def run(config: TrainStage, context: Context) -> Result:
     context.phase("reading the traces")
     source = open_source(config, context, tokenizer, reader_for(config, context, tokenizer))
     an_epoch = steps_per_epoch(source.num_examples, config.batch_traces)
-    length = budget_of(config, context) or loop.Length(
-        config.steps or (config.epochs or 1) * an_epoch
-    )
+    length = budget_of(config, context) or loop.Length(config.steps or (config.epochs or 1) * an_epoch)
 
     model = load_trainee(config, context)
 
@@ -73,10 +71,7 @@ def run(config: TrainStage, context: Context) -> Result:
 
 
 def _metrics(folder: Path, tally: loop.Tally, source: Source) -> dict[str, Any]:
-    lines = [
-        json.loads(line)
-        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "steps": tally.steps,
         "examples": source.num_examples,

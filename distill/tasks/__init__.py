@@ -1,8 +1,8 @@
 """Problems and the one judge of answers: every public function here is a task that a recipe can name."""
 
-from distill.tasks.files import jsonl
-from distill.tasks.generated import reasoning_gym
-from distill.tasks.hosted import hub
+from distill.tasks.hub_task import hub
 from distill.tasks.humaneval import humaneval
+from distill.tasks.jsonl_task import jsonl
+from distill.tasks.reasoning_gym_task import reasoning_gym
 
 __all__ = ["hub", "humaneval", "jsonl", "reasoning_gym"]

@@ -26,7 +26,7 @@ from dataclasses import asdict
 from typing import Any
 
 from distill.records import Verdict, stable_hash
-from distill.tasks import pool
+from distill.tasks.judge import worker_pool
 from distill.tasks.sandbox import (
     NUM_AT_ONCE,
     FaultError,
@@ -84,17 +84,13 @@ def complete(prompt: str, answer: str, entry_point: str) -> str:
     return prompt + _NEXT_THING.split(code, maxsplit=1)[0] + "\n"
 
 
-def code_verdicts(
-    answers: Sequence[str], payload: Payload, isolation: Isolation, limits: Limits
-) -> list[Verdict]:
+def code_verdicts(answers: Sequence[str], payload: Payload, isolation: Isolation, limits: Limits) -> list[Verdict]:
     """`code_verdict` of each answer, as many at a time as there are cores."""
     with ThreadPoolExecutor(min(NUM_AT_ONCE, max(1, len(answers)))) as threads:
         return list(threads.map(lambda a: code_verdict(a, payload, isolation, limits), answers))
 
 
-def code_verdict(
-    answer: str, payload: Payload, isolation: Isolation, limits: Limits | None = None
-) -> Verdict:
+def code_verdict(answer: str, payload: Payload, isolation: Isolation, limits: Limits | None = None) -> Verdict:
     """Runs an answer's program against the payload's tests. The score is the share of them that it passed.
 
     None where the sandbox did not work. The same program on the same tests is run once in a process's life,
@@ -126,14 +122,14 @@ def _run(program: str, payload: Payload, isolation: Isolation, limits: Limits) -
             if "check" in payload:
                 return _checked(program, payload, isolation, limits)
             return _tested(program, payload, isolation, limits)
-        except (SandboxError, pool.StuckError) as error:
-            if last or isinstance(error, pool.StuckError):
+        except (SandboxError, worker_pool.StuckError) as error:
+            if last or isinstance(error, worker_pool.StuckError):
                 return Verdict(None, None, program, f"not judged: {error}")
     raise AssertionError
 
 
 def _checked(program: str, payload: Payload, isolation: Isolation, limits: Limits) -> Verdict:
-    reply = pool.ask(
+    reply = worker_pool.ask(
         "check", program, payload["prompt"], payload["check"], payload["entry_point"],
         asdict(isolation), asdict(limits), limit_s=limits.problem_s + CHECK_GRACE_S,
     )  # fmt: skip
@@ -153,9 +149,7 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
         if left_s <= 0:
             reasons += ["timeout"] * (len(tests) - len(reasons))
             break
-        with Session(
-            isolation, program, entry_point=entry_point, limits=limits, budget_s=left_s
-        ) as session:
+        with Session(isolation, program, entry_point=entry_point, limits=limits, budget_s=left_s) as session:
             reasons += _until_it_ends(session, tests[len(reasons) :], judge)
             left_s = session.left_s
     passed = reasons.count(None)
@@ -206,9 +200,7 @@ def same_value(result: Any, expected: Any) -> bool:
     if isinstance(result, list | tuple) and isinstance(expected, list | tuple):
         return len(result) == len(expected) and all(map(same_value, result, expected))
     if isinstance(result, dict) and isinstance(expected, dict):
-        return result.keys() == expected.keys() and all(
-            same_value(result[key], expected[key]) for key in expected
-        )
+        return result.keys() == expected.keys() and all(same_value(result[key], expected[key]) for key in expected)
     if isinstance(result, int | float) and isinstance(expected, float):
         try:
             return math.isclose(result, expected, rel_tol=1e-9, abs_tol=1e-12)

@@ -20,9 +20,9 @@ from distill.models import file_hash
 from distill.records import Problem, Template, UserError, Verdict, stable_hash
 from distill.tasks import splits, templates
 from distill.tasks.code import code_verdict
-from distill.tasks.finite import FiniteTask, Loaded
+from distill.tasks.judge.verdict import judge
+from distill.tasks.problem_list import FiniteTask, Loaded
 from distill.tasks.sandbox import Isolation, Limits, choose
-from distill.tasks.verify import judge
 
 
 def humaneval(
@@ -67,9 +67,7 @@ class HumanEvalTask(FiniteTask):
         isolation: Isolation,
         limits: Limits,
     ) -> None:
-        fingerprint = stable_hash(
-            "humaneval", file_hash(file), held_out, limits, *templates.fingerprint(template)
-        )
+        fingerprint = stable_hash("humaneval", file_hash(file), held_out, limits, *templates.fingerprint(template))
         super().__init__(
             name,
             template,

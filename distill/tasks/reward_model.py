@@ -82,9 +82,7 @@ class RewardModel:
     ) -> list[float | None]:
         """A logit (or its sigmoid) for each text as the reply to `messages`; None where both are too long together."""
         ids = [self._encode(messages, text) for text in texts]
-        fits = [
-            n for n, row in enumerate(ids) if not self._max_tokens or len(row) <= self._max_tokens
-        ]
+        fits = [n for n, row in enumerate(ids) if not self._max_tokens or len(row) <= self._max_tokens]
         # Neighbours in length go together, so little is padding.
         fits.sort(key=lambda n: len(ids[n]))
         size = batch_size if self._pads else 1

@@ -29,9 +29,7 @@ def accuracy(group: Group, *, partial: bool = False) -> list[float | None]:
     """
     if partial:
         return [verdict.score for verdict in group.verdicts]
-    return [
-        None if verdict.correct is None else float(verdict.correct) for verdict in group.verdicts
-    ]
+    return [None if verdict.correct is None else float(verdict.correct) for verdict in group.verdicts]
 
 
 def think_format(group: Group) -> list[float | None]:

@@ -119,9 +119,7 @@ boxed = Template(
     extract=_extract_box,
 )
 
-raw = Template(
-    name="raw", system=None, plain="{question}", extract=_extract_last_number, chat=False
-)
+raw = Template(name="raw", system=None, plain="{question}", extract=_extract_last_number, chat=False)
 
 code = Template(
     name="code",
@@ -146,13 +144,9 @@ def find(name: str, where: str = "template") -> Template:
     try:
         template = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"{where}: cannot import {name!r}: {error}. Write it as package.module:attribute."
-        ) from error
+        raise UserError(f"{where}: cannot import {name!r}: {error}. Write it as package.module:attribute.") from error
     if not isinstance(template, Template):
-        raise UserError(
-            f"{where}: {name!r} is a {type(template).__name__}, not a distill.records.Template."
-        )
+        raise UserError(f"{where}: {name!r} is a {type(template).__name__}, not a distill.records.Template.")
     return template
 
 

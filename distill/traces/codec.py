@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill.records import Array, Ragged, TopK, Traces, UserError
-from distill.traces import distribution
+from distill.traces import quantisation
 from distill.traces.schema import ARROW_SCHEMA, DISTRIBUTION_COLUMNS, METADATA_KEY, Metadata
 
 MAX_LOGPROB = 1e-3
@@ -110,9 +110,7 @@ def check(traces: Traces, metadata: Metadata) -> None:
     _check_logprobs(traces.logprob.values, "logprob")
     top = traces.top
     if (top is None) != (metadata.top_k == 0) and len(traces):
-        raise ValueError(
-            f"top_k is {metadata.top_k}, but top is {'None' if top is None else 'given'}"
-        )
+        raise ValueError(f"top_k is {metadata.top_k}, but top is {'None' if top is None else 'given'}")
     if top is None:
         return
     if len(top) != traces.completion_ids.offsets[-1]:
@@ -124,14 +122,12 @@ def check(traces: Traces, metadata: Metadata) -> None:
     _check_logprobs(top.logp_E, "top log-probabilities")
     if len(top) and not top.tail_T.max() <= MAX_LOGPROB:
         raise ValueError("a tail's log-mass is above 0 or not a number")
-    distribution.check(top, metadata.top_k)
+    quantisation.check(top, metadata.top_k)
 
 
 def _check_ids(ids: Array, metadata: Metadata, what: str) -> None:
     if len(ids) and not 0 <= ids.min() <= ids.max() < metadata.vocab_size:
-        raise ValueError(
-            f"{what} from {ids.min()} to {ids.max()} with a vocabulary of {metadata.vocab_size}"
-        )
+        raise ValueError(f"{what} from {ids.min()} to {ids.max()} with a vocabulary of {metadata.vocab_size}")
 
 
 def _check_logprobs(logprobs: Array, what: str) -> None:
@@ -141,7 +137,7 @@ def _check_logprobs(logprobs: Array, what: str) -> None:
 
 
 def _rounded(rows: Ragged, metadata: Metadata) -> Ragged:
-    values = rows.values if metadata.exact else distribution.round_logprobs(rows.values)
+    values = rows.values if metadata.exact else quantisation.round_logprobs(rows.values)
     return Ragged(values, rows.offsets)
 
 
@@ -151,7 +147,7 @@ def _distribution(top: TopK, position_offsets: Array, metadata: Metadata) -> dic
     if metadata.exact:
         values = {"top_logprobs": _list(Ragged(top.logp_E, entry_offsets), np.float32)}
     else:
-        steps_E, tail_T = distribution.quantise(top)
+        steps_E, tail_T = quantisation.quantise(top)
         values = {"top_steps": _list(Ragged(steps_E, entry_offsets), np.uint16)}
     return {
         "top_count": _list(Ragged(top.count_T, position_offsets), np.int32),
@@ -173,9 +169,7 @@ def _text(column: Sequence[str | None]) -> pa.Array:
     try:
         return pa.array(column, pa.string())
     except UnicodeEncodeError:
-        return pa.array(
-            [None if text is None else clean_text(text) for text in column], pa.string()
-        )
+        return pa.array([None if text is None else clean_text(text) for text in column], pa.string())
 
 
 def clean_text(text: str) -> str:
@@ -272,11 +266,9 @@ def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
     value_E = flat("top_logprobs" if metadata.exact else "top_steps")
     adds_up = int(count_T.sum(dtype=np.int64)) == len(ids_E) == len(value_E)
     if not adds_up or len(count_T) != len(tail_T) or (len(count_T) and count_T.min() < 1):
-        raise UserError(
-            "top_count does not add up to top_ids: damaged, or written by something else."
-        )
+        raise UserError("top_count does not add up to top_ids: damaged, or written by something else.")
     if not metadata.exact:
-        value_E = distribution.dequantise(count_T, value_E, tail_T)
+        value_E = quantisation.dequantise(count_T, value_E, tail_T)
     return TopK(count_T, ids_E, value_E, tail_T)
 
 

@@ -19,9 +19,7 @@ class HeldOut:
     makes every run of words match. normalise: text -> what is equal for the same question.
     """
 
-    def __init__(
-        self, questions: Iterable[str], normalise: Callable[[str], str], prose: bool
-    ) -> None:
+    def __init__(self, questions: Iterable[str], normalise: Callable[[str], str], prose: bool) -> None:
         self._normalise, self._prose = normalise, prose
         self._texts = frozenset(normalise(question) for question in questions)
         self._runs: dict[int, frozenset[tuple[str, ...]]] = {}
@@ -41,9 +39,7 @@ class HeldOut:
         if not self._prose or ngram <= 0:
             return False
         if ngram not in self._runs:
-            self._runs[ngram] = frozenset(
-                run for known in self._texts for run in _runs_of(known, ngram)
-            )
+            self._runs[ngram] = frozenset(run for known in self._texts for run in _runs_of(known, ngram))
         return any(run in self._runs[ngram] for run in _runs_of(text, ngram))
 
 

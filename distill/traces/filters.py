@@ -58,9 +58,7 @@ def duplicates(group: Traces) -> Array:
     return np.array([first[text] == row for row, text in enumerate(group.completion)], bool)
 
 
-def near_duplicates(
-    group: Traces, *, threshold: Annotated[float, Field(gt=0, le=1)] = 0.9
-) -> Array:
+def near_duplicates(group: Traces, *, threshold: Annotated[float, Field(gt=0, le=1)] = 0.9) -> Array:
     """nearly the same text as an earlier sample of the problem that was kept
 
     Similarity of two texts: 2 L / (words of one + words of the other), L the length of their longest common
@@ -70,11 +68,7 @@ def near_duplicates(
     counts = [Counter(each) for each in words]
     flags = np.ones(len(words), bool)
     for row in range(1, len(words)):
-        close = [
-            words[n]
-            for n in np.flatnonzero(flags[:row])
-            if _shared(counts[row], counts[n]) >= threshold - 1e-9
-        ]
+        close = [words[n] for n in np.flatnonzero(flags[:row]) if _shared(counts[row], counts[n]) >= threshold - 1e-9]
         near = process.extractOne(
             words[row],
             close,
@@ -95,9 +89,7 @@ def language(group: Traces, *, target: str = "en", min_share: Share = 0.9) -> Ar
     return np.array([share is None or share >= min_share for share in shares], bool)
 
 
-def paragraphs(
-    group: Traces, *, max_chars: Count | None = 2000, max_words: Count | None = None
-) -> Array:
+def paragraphs(group: Traces, *, max_chars: Count | None = 2000, max_words: Count | None = None) -> Array:
     """reasoning with a paragraph longer than max_chars or max_words
 
     Paragraphs are parted by empty lines.
@@ -122,9 +114,7 @@ def code_blocks(group: Traces, *, max_blocks: Count = 0) -> Array:
     A block stands between lines that start with three or more backticks or tildes; one that is never closed
     counts. Code in the answer, after the reasoning, is no matter.
     """
-    return np.array(
-        [_num_blocks(_reasoning(text)) <= max_blocks for text in group.completion], bool
-    )
+    return np.array([_num_blocks(_reasoning(text)) <= max_blocks for text in group.completion], bool)
 
 
 def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: Count = 10) -> Array:

@@ -99,9 +99,7 @@ def read_manifests(folder: Path) -> list[Manifest]:
     """
     manifests = [read_manifest(path) for path in sorted(folder.glob("manifest-*.json"))]
     for other in manifests[1:]:
-        refuse_differences(
-            folder, manifests[0].metadata, other.metadata, f"writer {other.writer!r}"
-        )
+        refuse_differences(folder, manifests[0].metadata, other.metadata, f"writer {other.writer!r}")
     return manifests
 
 
@@ -178,9 +176,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
     """Say that a disk will be full before it is. Raises UserError."""
     free = free_space(folder)
     if free < num_bytes:
-        raise UserError(
-            f"{folder}: {num_bytes:,} bytes are needed and {free:,} are free. Make room first."
-        )
+        raise UserError(f"{folder}: {num_bytes:,} bytes are needed and {free:,} are free. Make room first.")
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -12,10 +12,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from distill import hub
+from distill.models import hub
 from distill.records import UserError
-from distill.traces import notes
-from distill.traces.card import card
+from distill.traces import provenance
+from distill.traces.data_card import card
 from distill.traces.export import merge
 from distill.traces.reader import SELECTION_FILE, open_traces
 from distill.traces.verify import verify
@@ -90,9 +90,9 @@ def _published(path: Path) -> list[Path]:
 
 def _link_notes(path: Path, out: Path) -> None:
     for folder in (open_traces(path).base, path):
-        if (folder / notes.CERTIFICATE).is_file():
-            (out / notes.CERTIFICATE).unlink(missing_ok=True)
-            _link(folder / notes.CERTIFICATE, out / notes.CERTIFICATE)
+        if (folder / provenance.CERTIFICATE).is_file():
+            (out / provenance.CERTIFICATE).unlink(missing_ok=True)
+            _link(folder / provenance.CERTIFICATE, out / provenance.CERTIFICATE)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -217,12 +217,8 @@ def open_traces(path: str | Path) -> TraceReader:
     manifests = folder.read_manifests(path) if path.is_dir() else []
     if not manifests:
         if path.is_dir() and folder.shard_files(path):
-            raise UserError(
-                f"{path}: there are shards, but no manifest says what they are. {_HEAL}"
-            )
-        raise UserError(
-            f"{path}: no traces here (a folder with a manifest, a selection, or a .parquet shard)."
-        )
+            raise UserError(f"{path}: there are shards, but no manifest says what they are. {_HEAL}")
+        raise UserError(f"{path}: no traces here (a folder with a manifest, a selection, or a .parquet shard).")
     shards = tuple(shard for manifest in manifests for shard in manifest.shards)
     fingerprint = stable_hash(*(shard.sha256 for shard in shards))
     return TraceReader(path, path, manifests[0].metadata, shards, None, fingerprint)
@@ -239,9 +235,7 @@ def _open_file(path: Path) -> TraceReader:
         for shard in manifest.shards:
             if shard.file == path.name:
                 fingerprint = stable_hash(shard.sha256)
-                return TraceReader(
-                    path, path.parent, manifest.metadata, (shard,), None, fingerprint
-                )
+                return TraceReader(path, path.parent, manifest.metadata, (shard,), None, fingerprint)
     data = path.read_bytes()
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
@@ -259,9 +253,7 @@ def _open_selection(path: Path) -> TraceReader:
         raise UserError(f"{path / SELECTION_FILE}: not a selection of traces.")
     source = open_traces((path / tree["source"]).resolve())
     if source.fingerprint != tree["source_fingerprint"]:
-        raise UserError(
-            f"{path}: selects from {tree['source']}, which has changed since. Run the filter stage again."
-        )
+        raise UserError(f"{path}: selects from {tree['source']}, which has changed since. Run the filter stage again.")
     keep_path = path / KEEP_FILE
     try:
         data = keep_path.read_bytes()
@@ -294,9 +286,7 @@ def damaged(path: Path, why: str) -> UserError:
     return UserError(f"{path}: damaged: {' '.join(why.split())}. {_HEAL}")
 
 
-def _read(
-    path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names: list[str]
-) -> Iterator[pa.Table]:
+def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names: list[str]) -> Iterator[pa.Table]:
     """The columns of a shard file, `rows` at a time, once the file is known to be what was written."""
     source = _checked_source(path, shard, whole=any(name in DISTRIBUTION_COLUMNS for name in names))
     with source:
@@ -361,11 +351,7 @@ def _take(table: pa.Table, index: Array) -> pa.Table:
         offsets, values = array.offsets.to_numpy(), array.values.to_numpy()
         rows = [values[offsets[n] : offsets[n + 1]] for n in index]
         bounds = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-        columns.append(
-            pa.LargeListArray.from_arrays(
-                pa.array(bounds), pa.array(np.concatenate(rows)), type=array.type
-            )
-        )
+        columns.append(pa.LargeListArray.from_arrays(pa.array(bounds), pa.array(np.concatenate(rows)), type=array.type))
     return pa.Table.from_arrays(columns, schema=table.schema)
 
 

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from distill import plug
 from distill.records import Sampling, UserError
-from distill.traces.distribution import STEPS_PER_NAT
+from distill.traces.quantisation import STEPS_PER_NAT
 
 SCHEMA_VERSION: Final = 1
 """Frozen: `data/golden/` holds shards of it that every later version must read. Files of any other are refused."""
@@ -55,9 +55,7 @@ ARROW_SCHEMA = pa.schema(
         pa.field("trace_id", pa.string(), nullable=False),
         pa.field("problem_id", pa.string(), nullable=False),
         pa.field("sample", pa.int32(), nullable=False),
-        pa.field(
-            "messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-        ),
+        pa.field("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         pa.field("completion", pa.string()),
         pa.field("answer", pa.string()),
         pa.field("gold", pa.string()),
@@ -79,9 +77,7 @@ ARROW_SCHEMA = pa.schema(
     ]
 )
 COLUMNS = tuple(ARROW_SCHEMA.names)
-LIGHT_COLUMNS = tuple(
-    name for name in COLUMNS if name not in DISTRIBUTION_COLUMNS and name != "logprob"
-)
+LIGHT_COLUMNS = tuple(name for name in COLUMNS if name not in DISTRIBUTION_COLUMNS and name != "logprob")
 """All that has no number a position; what filters see."""
 
 Fingerprint = str
@@ -128,17 +124,13 @@ class Metadata(pydantic.BaseModel):
     def identity(self) -> dict[str, Any]:
         """What must be equal for rows to share a folder, flat: dotted key -> value."""
         return {
-            key: value
-            for key, value in _flat(self.model_dump())
-            if key.partition(".")[0] not in ("dtype", "versions")
+            key: value for key, value in _flat(self.model_dump()) if key.partition(".")[0] not in ("dtype", "versions")
         }
 
     def differences(self, other: Metadata) -> list[str]:
         """One line for every identity key in which the two differ."""
         mine, theirs = self.identity(), other.identity()
-        return [
-            f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]
-        ]
+        return [f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
 
     def to_json(self) -> str:
         return self.model_dump_json()

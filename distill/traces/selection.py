@@ -66,14 +66,11 @@ class Selection:
     filters: tuple[Dropped, ...]
 
     def __str__(self) -> str:
-        lines = [
-            f"kept {self.kept:,} of {self.rows:,} traces, of {self.problems_kept:,} of {self.problems:,} problems"
-        ]
+        lines = [f"kept {self.kept:,} of {self.rows:,} traces, of {self.problems_kept:,} of {self.problems:,} problems"]
         for f in self.filters:
             named = f" ({', '.join(f.first)}{', …' if f.dropped > len(f.first) else ''})"
             lines.append(
-                f"  {f.fn}: dropped {f.dropped:,} ({f.alone:,} that only it dropped): {f.why}"
-                f"{named if f.first else ''}"
+                f"  {f.fn}: dropped {f.dropped:,} ({f.alone:,} that only it dropped): {f.why}{named if f.first else ''}"
             )
         return "\n".join(lines)
 
@@ -138,9 +135,7 @@ def _bind(config: PlugConfig, held_out: Callable[[str], HeldOut] | None) -> Any:
 
 
 def _account(config: PlugConfig, function: Any, alone: int, refused: list[str]) -> Dropped:
-    return Dropped(
-        config.fn, config.options, _why(function), len(refused), alone, tuple(refused[:NUM_SHOWN])
-    )
+    return Dropped(config.fn, config.options, _why(function), len(refused), alone, tuple(refused[:NUM_SHOWN]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -160,9 +155,7 @@ class _Row:
 def _groups(reader: TraceReader) -> Iterator[list[_Row]]:
     """Each problem's traces by sample, as soon as the last of them was read."""
     missing = Counter(
-        problem
-        for table in reader.tables(4096, ["problem_id"])
-        for problem in table.column("problem_id").to_pylist()
+        problem for table in reader.tables(4096, ["problem_id"]) for problem in table.column("problem_id").to_pylist()
     )
     pending: dict[str, list[_Row]] = defaultdict(list)
     for index, shard in enumerate(reader.shards):
@@ -211,10 +204,7 @@ def _gather(rows: list[_Row]) -> Traces:
         top=None,
         reward=pick("reward"),
         rewards={
-            name: [
-                row.block.rewards[name][row.n] if name in row.block.rewards else None
-                for row in rows
-            ]
+            name: [row.block.rewards[name][row.n] if name in row.block.rewards else None for row in rows]
             for name in names
         },
         correct=pick("correct"),

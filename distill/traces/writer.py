@@ -210,9 +210,7 @@ class TraceWriter:
                 path.unlink()
         manifests = folder.read_manifests(self.folder)
         for manifest in manifests:
-            folder.refuse_differences(
-                self.folder, manifest.metadata, self._metadata, "the new traces"
-            )
+            folder.refuse_differences(self.folder, manifest.metadata, self._metadata, "the new traces")
             if manifest.writer == self.writer:
                 self._metadata, self._shards = manifest.metadata, list(manifest.shards)
         if manifests:
@@ -279,6 +277,4 @@ def describe(name: str, data: pa.Buffer | bytes, table: pa.Table) -> folder.Shar
     """What the manifest says about a shard."""
     positions = pc.sum(table.column("completion_tokens")).as_py() or 0
     counts = pc.sum(pc.list_value_length(table.column("top_ids"))).as_py() or 0
-    return folder.Shard(
-        name, len(table), len(memoryview(data)), folder.sha256(data), positions, counts
-    )
+    return folder.Shard(name, len(table), len(memoryview(data)), folder.sha256(data), positions, counts)

@@ -123,9 +123,7 @@ class _Move(torch.autograd.Function):
     """Rows of x by index, some set to zero; backward is a gather by the inverse index, not a scatter-add."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, index: Tensor, zero: Tensor, inverse: Tensor, inverse_zero: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, zero: Tensor, inverse: Tensor, inverse_zero: Tensor) -> Tensor:
         ctx.save_for_backward(inverse, inverse_zero)
         return x.index_select(0, index).index_fill_(0, zero, 0)
 
@@ -198,9 +196,7 @@ def packed_attention(
     return packed.view(1, len(packed), -1, value.shape[3]), None
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, dropout: float
-) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, dropout: float) -> Tensor:
     """Attention of q [B, H, L, d] to k and v [B, G, M, d]; the query heads of a group share theirs."""
     if hidden is None:
         grouped = q.shape[1] != k.shape[1]
@@ -248,6 +244,4 @@ class _Plain(torch.autograd.Function):
         return dq, dk.view(B, -1, M, d), dv.view(B, -1, M, d), None, None
 
 
-AttentionInterface.register(
-    PACKED, packed_attention
-)  # and no mask function: transformers then builds no mask
+AttentionInterface.register(PACKED, packed_attention)  # and no mask function: transformers then builds no mask

@@ -19,9 +19,7 @@ from torch import Tensor
 from distill.records import UserError
 
 
-def save(
-    folder: Path, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], *, keep: int
-) -> Path:
+def save(folder: Path, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], *, keep: int) -> Path:
     """Write checkpoint `step` under `folder` and remove all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
     final, temporary = folder / f"step-{step:08d}", folder / f".building-{step:08d}"
@@ -30,21 +28,15 @@ def save(
     random_state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
-    contiguous = {
-        name: tensor.contiguous() for name, tensor in {**tensors, **_prefixed(random_state)}.items()
-    }
+    contiguous = {name: tensor.contiguous() for name, tensor in {**tensors, **_prefixed(random_state)}.items()}
     try:
         save_file(contiguous, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(
-            json.dumps({"step": step, **progress}), encoding="utf-8"
-        )
+        (temporary / "state.json").write_text(json.dumps({"step": step, **progress}), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"cannot write the checkpoint {final}: {error}. Free some space and run again."
-        ) from None
+        raise UserError(f"cannot write the checkpoint {final}: {error}. Free some space and run again.") from None
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)

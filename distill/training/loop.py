@@ -22,9 +22,9 @@ from torch import Tensor
 
 from distill.recipe import OptimStage
 from distill.records import Batch, UserError
-from distill.training import checkpoint, memory
-from distill.training.measures import mean_sums
-from distill.training.objective import Objective
+from distill.training import checkpoint, malloc
+from distill.training.loss.metrics import mean_sums
+from distill.training.loss.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.policy import Policy, Teacher, Trainee
 
@@ -137,15 +137,13 @@ def train(
     """
     accelerator = _accelerator(config, folder, name)
     if accelerator.device.type == "cpu":
-        memory.keep_freed()
+        malloc.keep_freed()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
     for teacher in teachers:
         teacher.model.eval().requires_grad_(False).to(accelerator.device)
-    trainee = accelerator.prepare_model(
-        Trainee(model, objective, vocab_size, teachers).to(accelerator.device)
-    )
+    trainee = accelerator.prepare_model(Trainee(model, objective, vocab_size, teachers).to(accelerator.device))
     policy = Policy(model, trainee, accelerator.device, objective, vocab_size)
     optimizer = MasterAdamW(
         model.named_parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
@@ -233,10 +231,7 @@ def _accelerator(config: OptimStage, folder: Path, name: str) -> Accelerator:
 
 def _flat(config: dict[str, Any]) -> dict[str, str | float | int | bool]:
     """Trackers take plain values only."""
-    return {
-        k: v if isinstance(v, str | float | int | bool) else json.dumps(v)
-        for k, v in config.items()
-    }
+    return {k: v if isinstance(v, str | float | int | bool) else json.dumps(v) for k, v in config.items()}
 
 
 def _accumulate(
@@ -298,9 +293,7 @@ def drop_lines_after(path: Path, step: int) -> None:
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _dump_bad_step(
-    folder: Path, step: int, micro_batches: list[Batch], in_a_row: int, limit: int
-) -> None:
+def _dump_bad_step(folder: Path, step: int, micro_batches: list[Batch], in_a_row: int, limit: int) -> None:
     with (folder / "bad_steps.jsonl").open("a", encoding="utf-8") as file:
         ids = [trace_id for batch in micro_batches for trace_id in batch.trace_ids]
         file.write(json.dumps({"step": step, "trace_ids": ids}) + "\n")

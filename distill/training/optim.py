@@ -28,16 +28,12 @@ class MasterAdamW:
         named = [(name, p) for name, p in named_parameters if p.requires_grad]
         self.names = [name for name, _ in named]
         self.parameters = [p for _, p in named]
-        self.masters = [
-            p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters
-        ]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters]
         groups = [
             {"params": [m for m in self.masters if m.ndim >= 2], "weight_decay": weight_decay},
             {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=lr, betas=betas, fused=True
-        )
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
     def accumulate(self) -> None:
         """Move the gradients that backward left on the parameters into the masters' fp32 sums."""
@@ -88,23 +84,15 @@ class MasterAdamW:
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
             master.copy_(tensors[f"master/{name}"])
             parameter.copy_(master)
-            moments = {
-                k: tensors[f"{k}/{name}"]
-                for k in ("step", "exp_avg", "exp_avg_sq")
-                if f"{k}/{name}" in tensors
-            }
+            moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
             if moments:
                 self.adamw.state[master] = moments
 
 
-def learning_rate(
-    step: int, *, lr: float, num_steps: int, warmup_ratio: float, min_lr_ratio: float
-) -> float:
+def learning_rate(step: int, *, lr: float, num_steps: int, warmup_ratio: float, min_lr_ratio: float) -> float:
     """Of optimiser step `step` (from 0): linear warm-up, then half a cosine down to min_lr_ratio * lr."""
     warmup = math.ceil(warmup_ratio * num_steps)
     if step < warmup:
         return lr * (step + 1) / warmup
     progress = (step - warmup) / max(num_steps - warmup, 1)
-    return lr * (
-        min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    )
+    return lr * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))

@@ -24,8 +24,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from distill.records import SHARED, Array, Batch, Beside, TopK, Traces
-from distill.training.alignment import Alignment, Reading
-from distill.training.several import Blend
+from distill.training.loss.cross_tokenizer.alignment import Alignment, Reading
+from distill.training.loss.multi_teacher import Blend
 
 LEAST_SAVED = 16
 """Tokens that sharing a prefix must save: about what the attention to one more doc costs."""
@@ -243,9 +243,7 @@ def _batch(unit: Unit, normalise: str, denominator: float, *, masked: bool) -> B
     prefixes = list(dict.fromkeys(prefix for placed in unit for prefix in placed.chain()))
     index: dict[Prefix | None, int] = {p: n for n, p in enumerate(prefixes, len(unit))}
     index[None] = -1
-    docs = [
-        np.concatenate([p.example.prompt_ids, p.example.completion_ids])[p.done :] for p in unit
-    ]
+    docs = [np.concatenate([p.example.prompt_ids, p.example.completion_ids])[p.done :] for p in unit]
     starts = [placed.done for placed in unit]
     docs += [prefix.ids for prefix in prefixes]
     starts += [prefix.stop - len(prefix.ids) for prefix in prefixes]
@@ -310,9 +308,7 @@ def _taught(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -
     return found
 
 
-def _rolled_out(
-    examples: Sequence[Example], rows_of: Sequence[slice], total: int
-) -> dict[str, Any]:
+def _rolled_out(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
     """A rollout's streams, where every example is one."""
     if any(e.advantage is None for e in examples):
         return {}
@@ -322,14 +318,11 @@ def _rolled_out(
     return {"advantage_T": advantage_T, "engine_logp_T": engine_logp_T}
 
 
-def _beside(
-    examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool
-) -> Beside:
+def _beside(examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool) -> Beside:
     """The readings of a batch's examples, packed one after another in the same order."""
     readings = [e.reading for e in examples if e.reading is not None]
     theirs = [
-        Placed(Example(e.trace_id, r.prompt_ids, r.completion_ids))
-        for e, r in zip(examples, readings, strict=True)
+        Placed(Example(e.trace_id, r.prompt_ids, r.completion_ids)) for e, r in zip(examples, readings, strict=True)
     ]
     batch = _batch(theirs, normalise, denominator, masked=masked)
     found = Alignment.concat([] if masked else [r.alignment for r in readings])

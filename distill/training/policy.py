@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from distill import models
-from distill.head import HeadForm, Student, Targets, head_loss
-from distill.kernels.products import gathered
 from distill.records import Array, Batch, draw_seed
-from distill.training.alignment import VocabularyMap
 from distill.training.attention import PACKED, Layout
-from distill.training.measures import by_place, watch_rows
-from distill.training.objective import Drawn, Objective, Online, Unlike
-from distill.training.online import Logits, draw, online_head_loss
-from distill.training.unlike import Pair
+from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
+from distill.training.loss.cross_tokenizer.losses import Pair
+from distill.training.loss.dense import Logits, draw, online_head_loss
+from distill.training.loss.head import HeadForm, Student, Targets, head_loss
+from distill.training.loss.kernels.chunks import gathered
+from distill.training.loss.metrics import by_place, watch_rows
+from distill.training.loss.objective import Drawn, Objective, Online, Unlike
 
 REFERENCE = "reference/"
 
@@ -129,14 +129,9 @@ class Trainee(nn.Module):
 
     @torch.no_grad()
     def _taught(self, batch: Batch, rows: Tensor) -> list[Logits]:
-        return [
-            self._logits(t.model, self._hidden(t.model, batch, rows), t.share)
-            for t in self.teachers
-        ]
+        return [self._logits(t.model, self._hidden(t.model, batch, rows), t.share) for t in self.teachers]
 
-    def _beside_another(
-        self, unlike: Unlike, hidden_TD: Tensor, batch: Batch, targets: Targets
-    ) -> Output:
+    def _beside_another(self, unlike: Unlike, hidden_TD: Tensor, batch: Batch, targets: Targets) -> Output:
         """The teacher reads the same texts in its own tokens."""
         (teacher,), spans = self.teachers, batch.beside
         assert spans is not None, "such a teacher's batches come with its readings"
@@ -162,9 +157,7 @@ class Trainee(nn.Module):
         }
         return Output(out.loss, watched, pair.weights)
 
-    def _logits(
-        self, model: Any, hidden_TD: Tensor, share: float = 1.0, vocab_size: int | None = None
-    ) -> Logits:
+    def _logits(self, model: Any, hidden_TD: Tensor, share: float = 1.0, vocab_size: int | None = None) -> Logits:
         head = _base(model).get_output_embeddings()
         form = HeadForm.of(model.config, vocab_size or self.vocab_size)
         return Logits(hidden_TD, gathered(head.weight), form, getattr(head, "bias", None), share)
@@ -209,9 +202,7 @@ class Policy:
     The reference is a copy of the model as it was at the start; under LoRA it is the model without its adapter.
     """
 
-    def __init__(
-        self, model: Any, trainee: Any, device: torch.device, objective: Objective, vocab_size: int
-    ) -> None:
+    def __init__(self, model: Any, trainee: Any, device: torch.device, objective: Objective, vocab_size: int) -> None:
         self._model, self._trainee, self._device = model, trainee, device
         self._refreshed = False
         self._reference: Trainee | None = None
@@ -236,14 +227,10 @@ class Policy:
 
     def refresh_reference(self) -> None:
         """The reference becomes the policy of this moment."""
-        assert self._reference is not None, (
-            "the recipe allows this with a reference of its own only"
-        )
+        assert self._reference is not None, "the recipe allows this with a reference of its own only"
         self._refreshed = True
         with torch.no_grad():
-            for mine, theirs in zip(
-                self._reference.model.parameters(), self._model.parameters(), strict=True
-            ):
+            for mine, theirs in zip(self._reference.model.parameters(), self._model.parameters(), strict=True):
                 mine.copy_(theirs)
 
     def state(self) -> dict[str, Tensor]:

@@ -25,16 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tasks"))
 from answer_table import KINDS
 
 from distill.tasks import templates
-from distill.tasks.verify import math_verdict
+from distill.tasks.judge.verdict import math_verdict
 
 Pair = tuple[str, str]
 
 
 def measure(kinds: Iterable[tuple[str, list[Pair], list[Pair]]], show: bool) -> None:
     """A row a kind: recall of its right pairs, and how many of its wrong ones are accepted or undecided."""
-    print(
-        f"{'kind':44} {'right':>6} {'found':>6} {'recall':>7} {'wrong':>6} {'accepted':>9} {'precision':>10}"
-    )
+    print(f"{'kind':44} {'right':>6} {'found':>6} {'recall':>7} {'wrong':>6} {'accepted':>9} {'precision':>10}")
     totals = [0, 0, 0, 0]
     for kind, right, wrong in kinds:
         missed = [pair for pair in right if math_verdict(pair[1], pair[0]).correct is not True]
@@ -89,9 +87,7 @@ def _rows(function: ast.FunctionDef) -> Iterator[tuple[object, ...]]:
                     yield value
 
 
-_FORMULA = re.compile(
-    r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\\$|[^$\n])+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL
-)
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\\$|[^$\n])+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 
 
 _COMMANDS = re.compile(r"\\\\(?=(?:boxed|text|left|right|frac|le|sqrt|pi)(?![a-zA-Z]))")
@@ -105,17 +101,13 @@ def cut_out(text: str) -> str:
     rest = templates.after_thinking(text) or text
     starts = [found.start() for found in re.finditer(r"\\boxed", rest)]
     if starts:
-        boxes = [
-            (start, templates.last_box(rest[start : start + _end(rest, start)])) for start in starts
-        ]
+        boxes = [(start, templates.last_box(rest[start : start + _end(rest, start)])) for start in starts]
         return _together(rest, boxes)
     if len(announced := re.split(r"final answer is:?", rest, flags=re.IGNORECASE)) > 1:
         rest = announced[1].split("I hope")[0]
     formulas = [next(filter(None, found.groups())) for found in _FORMULA.finditer(rest)]
     if not formulas:
-        return (
-            rest if len(rest) < 20 else templates.find("raw").extract(rest.split("<|")[0]) or rest
-        )
+        return rest if len(rest) < 20 else templates.find("raw").extract(rest.split("<|")[0]) or rest
     if re.search(r"(?:percent|pct|%|meters\}?)\W*$", rest):
         return rest.replace("$", "")
     if _FORMULAS_ONLY.fullmatch(rest):
@@ -169,9 +161,7 @@ def _last(text: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--math-verify", type=Path, help="a checkout of huggingface/Math-Verify")
-    parser.add_argument(
-        "--gsm8k", type=Path, help="example_model_solutions.jsonl of grade-school-math"
-    )
+    parser.add_argument("--gsm8k", type=Path, help="example_model_solutions.jsonl of grade-school-math")
     parser.add_argument("--quiet", action="store_true", help="only the table")
     options = parser.parse_args()
     start = time.perf_counter()

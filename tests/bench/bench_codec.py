@@ -112,16 +112,12 @@ def parquet(values: Array, bounds: Array, encoding: str, level: int) -> tuple[in
     """Bytes of a file with one list column, and CPU seconds to read it."""
     data = pa.array(values)
     kind = pa.large_list(pa.field("element", data.type, nullable=False))
-    table = pa.table(
-        {"x": pa.LargeListArray.from_arrays(pa.array(bounds.astype(np.int64)), data, type=kind)}
-    )
+    table = pa.table({"x": pa.LargeListArray.from_arrays(pa.array(bounds.astype(np.int64)), data, type=kind)})
     how: dict[str, Any] = {"use_dictionary": encoding == "dictionary"}
     if encoding != "dictionary":
         how["column_encoding"] = {"x.list.element": encoding}
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, compression="zstd", compression_level=level, row_group_size=len(table), **how
-    )
+    pq.write_table(table, sink, compression="zstd", compression_level=level, row_group_size=len(table), **how)
     buffer, best = sink.getvalue(), np.inf
     for _ in range(2):
         started = time.process_time()

@@ -22,12 +22,12 @@ import torch
 from bench_targets import ONLINE, TEXT, Arm, HeldOut, Sizes
 from torch import Tensor
 
-from distill.head import HeadForm, Targets, head_loss
 from distill.records import Array
-from distill.reports.stats import bca
+from distill.reports.statistics import bca
 from distill.traces.reader import open_traces
-from distill.training import divergences, losses
-from distill.training.online import Logits, online_head_loss
+from distill.training.loss import divergences, sparse
+from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.head import HeadForm, Targets, head_loss
 
 SETTINGS = ((4, 1.0), (8, 0.9), (16, 0.95), (32, 0.95), (64, 0.98), (64, 1.0), (128, 1.0))
 STRIDE = 4
@@ -66,9 +66,7 @@ def cut_columns(arm: Arm, sizes: Sizes) -> dict[str, Any]:
     return {"k": arm.top_k, "mass": arm.mass, "entries": entries / positions, "bytes": size / positions}  # fmt: skip
 
 
-def gradient_errors(
-    held_out: HeldOut, student: Path, sizes: Sizes, arms: list[Arm]
-) -> dict[Arm, float]:
+def gradient_errors(held_out: HeldOut, student: Path, sizes: Sizes, arms: list[Arm]) -> dict[Arm, float]:
     """|error| / |gradient| of each arm's stored targets by the student's hidden states, over the positions together."""
     hidden_TD, head_VD = targets.hidden_and_head(student, held_out.traces)
     pick = torch.arange(0, len(hidden_TD), STRIDE)
@@ -81,9 +79,7 @@ def gradient_errors(
     (exact_TD,) = torch.autograd.grad(exact.loss, hidden_TD)
     errors = {}
     for arm in arms:
-        out = head_loss(
-            hidden_TD, head_VD, losses.forward_kl, stored_targets(arm, sizes, plain, pick)
-        )
+        out = head_loss(hidden_TD, head_VD, sparse.forward_kl, stored_targets(arm, sizes, plain, pick))
         (mine_TD,) = torch.autograd.grad(out.loss, hidden_TD)
         errors[arm] = float((mine_TD - exact_TD).norm() / exact_TD.norm())
     return errors

@@ -141,8 +141,8 @@ def host_seconds(positions: int = 4096) -> float:
     """Seconds a position from the step's arrays to a Completion with its TopK."""
     from types import SimpleNamespace
 
-    from distill.engines import rows
-    from distill.engines.hooks import Capture
+    from distill.engines import completions
+    from distill.engines.vllm_patches import Capture
 
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 49152, (positions, TOP_K + 1), dtype=np.int32)
@@ -151,12 +151,10 @@ def host_seconds(positions: int = 4096) -> float:
     begun = time.perf_counter()
     for n in range(positions):
         new = (ids[n : n + 1], logp[n : n + 1], None, None)
-        capture.update_from_output(
-            SimpleNamespace(new_logprobs=new, new_prompt_logprobs_tensors=None)
-        )
+        capture.update_from_output(SimpleNamespace(new_logprobs=new, new_prompt_logprobs_tensors=None))
     rows_ids, rows_logp = capture.sampled()
     request = Request("r", np.zeros(1, np.int32))
-    rows.completion(
+    completions.completion(
         request,
         rows_ids[:, 0],
         rows_ids,

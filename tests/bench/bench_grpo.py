@@ -44,9 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
-    parser.add_argument(
-        "--peer", action="store_true", help="run TRL's side (used by the script itself)"
-    )
+    parser.add_argument("--peer", action="store_true", help="run TRL's side (used by the script itself)")
     options = parser.parse_args()
     if options.peer:
         print(json.dumps(trl_steps(options.steps + 1)))
@@ -57,9 +55,7 @@ def main() -> None:
     theirs = json.loads(done.stdout.splitlines()[-1])[1:]
     seconds = statistics.median(step["seconds"] for step in ours)
     peer = statistics.median(step["seconds"] for step in theirs)
-    overhead = statistics.median(
-        sum(step[key] for key in OVERHEAD) / step["seconds"] for step in ours
-    )
+    overhead = statistics.median(sum(step[key] for key in OVERHEAD) / step["seconds"] for step in ours)
     rows = [
         {
             "what": "distill",

@@ -25,9 +25,9 @@ import harness
 import torch
 from torch import Tensor
 
-from distill.head import HeadForm, Targets, head_loss
-from distill.training import divergences, losses, measures
-from distill.training.online import Logits, online_head_loss
+from distill.training.loss import divergences, metrics, sparse
+from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.head import HeadForm, Targets, head_loss
 
 K = 64
 NAMES = {
@@ -65,17 +65,13 @@ def dense_kl(hidden: Tensor, weight: Tensor, targets: Targets) -> Tensor:
     return (loss * targets.weight_T).sum()
 
 
-def contestant(
-    name: str, tokens: int, size: int, vocab: int
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def contestant(name: str, tokens: int, size: int, vocab: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """The loss as a function of nothing, and the tensors that get gradients."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, size, generator=generator).requires_grad_()
     weight = (torch.randn(vocab, size, generator=generator) * 0.05).requires_grad_()
     ids = torch.randint(0, vocab, (tokens, K), generator=generator)
-    logp = (torch.randn(tokens, K, generator=generator) * 2).log_softmax(1) + torch.log(
-        torch.tensor(0.98)
-    )
+    logp = (torch.randn(tokens, K, generator=generator) * 2).log_softmax(1) + torch.log(torch.tensor(0.98))
     targets = Targets(
         ids[:, 0].clone(),
         torch.full((tokens,), 1 / tokens),
@@ -90,7 +86,7 @@ def contestant(
         teacher_w = torch.randn(vocab, size, generator=generator) * 0.05
         beta = 0.5 if name.endswith("jsd") else 0.0
         divergence = divergences.jsd if name.endswith("jsd") else divergences.forward_kl
-        measure = measures.watch_rows if name.endswith("watched") else None
+        measure = metrics.watch_rows if name.endswith("watched") else None
         if name.startswith("Liger"):
             from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
@@ -121,12 +117,12 @@ def contestant(
         return loss, [hidden, weight]
     if name == "ours, forward KL, frozen head":
         frozen = weight.detach()
-        return lambda: head_loss(hidden, frozen, losses.forward_kl, targets).loss, [hidden]
+        return lambda: head_loss(hidden, frozen, sparse.forward_kl, targets).loss, [hidden]
     return {
-        "ours, cross entropy": lambda: head_loss(hidden, weight, losses.cross_entropy, targets).loss,
-        "ours, forward KL": lambda: head_loss(hidden, weight, losses.forward_kl, targets).loss,
-        "ours, forward KL, watched": lambda: head_loss(hidden, weight, losses.forward_kl, targets, measure=measures.watch).loss,
-        "ours, jsd": lambda: head_loss(hidden, weight, losses.jsd, targets).loss,
+        "ours, cross entropy": lambda: head_loss(hidden, weight, sparse.cross_entropy, targets).loss,
+        "ours, forward KL": lambda: head_loss(hidden, weight, sparse.forward_kl, targets).loss,
+        "ours, forward KL, watched": lambda: head_loss(hidden, weight, sparse.forward_kl, targets, measure=metrics.watch).loss,
+        "ours, jsd": lambda: head_loss(hidden, weight, sparse.jsd, targets).loss,
         "dense, cross entropy": lambda: torch.nn.functional.cross_entropy(hidden @ weight.T, targets.label_T),
         "dense, forward KL": lambda: dense_kl(hidden, weight, targets),
     }[name], [hidden, weight]  # fmt: skip
@@ -139,9 +135,7 @@ def resident(field: str) -> int:
 
 
 def measure(name: str, rounds: int, tokens: int, size: int, vocab: int) -> dict[str, float]:
-    contestant(name, 8, size, 1024)[
-        0
-    ]().backward()  # what is loaded once is no part of a step's memory
+    contestant(name, 8, size, 1024)[0]().backward()  # what is loaded once is no part of a step's memory
     loss, leaves = contestant(name, tokens, size, vocab)
     left, right, out = (
         torch.randn(tokens, size),
@@ -180,9 +174,7 @@ def main() -> None:
     parser.add_argument("--one", choices=list(NAMES), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        print(
-            json.dumps(measure(asked.one, asked.rounds, asked.tokens, asked.hidden, asked.vocab[0]))
-        )
+        print(json.dumps(measure(asked.one, asked.rounds, asked.tokens, asked.hidden, asked.vocab[0])))
         return
     rows = []
     for vocab in asked.vocab:
@@ -205,16 +197,10 @@ def main() -> None:
         found = {row["what"]: row for row in rows if row["vocab"] == vocab}
         for one, other in RATIOS:
             if one in found and other in found:
-                time_ratio, memory_ratio = (
-                    found[one][key] / found[other][key] for key in ("matmul_times", "peak_mb")
-                )
-                print(
-                    f"V={vocab}: {one} / {other}: {time_ratio:.2f} in time, {memory_ratio:.2f} in memory"
-                )
+                time_ratio, memory_ratio = (found[one][key] / found[other][key] for key in ("matmul_times", "peak_mb"))
+                print(f"V={vocab}: {one} / {other}: {time_ratio:.2f} in time, {memory_ratio:.2f} in memory")
     chunk_mb = {v: min(asked.tokens, 512) * v * 4 / 1e6 for v in asked.vocab}
-    print(
-        f"one chunk of fp32 logits, MB at most: {chunk_mb}; torch threads: {torch.get_num_threads()}"
-    )
+    print(f"one chunk of fp32 logits, MB at most: {chunk_mb}; torch threads: {torch.get_num_threads()}")
     harness.report("head", rows, Path(__file__).parent / "out")
 
 

@@ -29,10 +29,10 @@ import numpy as np
 from bench_train import SMOLLM2, TOKENS, Ours, examples
 
 from distill import engines, machine, models
+from distill.compute.flops import ModelShape, forward_flops, generate_flops, train_flops
 from distill.recipe import EngineConfig, ModelConfig
 from distill.records import Request, Sampling
-from distill.reports.flops import ModelShape, forward_flops, generate_flops, train_flops
-from distill.training.losses import cross_entropy, forward_kl
+from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.packing import pack
 
 BATCH, PROMPT, NEW = 64, 40, 32
@@ -116,9 +116,7 @@ def training(folder: Path, shape: ModelShape) -> Work:
 
 def generation(folder: Path, shape: ModelShape) -> Work:
     """The engine: a batch of completions, and the same number of given ones scored, both with the top 64."""
-    engine: Any = engines.open_engine(
-        EngineConfig(batch_size=BATCH), folder, max_model_len=128, max_top_k=64
-    )
+    engine: Any = engines.open_engine(EngineConfig(batch_size=BATCH), folder, max_model_len=128, max_top_k=64)
     engine._stop_ids = frozenset()
     rng = np.random.default_rng(0)
     count = iter(range(10**9))

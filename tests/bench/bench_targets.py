@@ -30,9 +30,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from distill import models, pipeline, recipe
+from distill import models, recipe
 from distill.records import Array, Traces, stable_hash
-from distill.reports.stats import bca
+from distill.reports.statistics import bca
+from distill.run import pipeline
 from distill.traces.reader import TraceReader, open_traces
 from distill.traces.writer import TraceWriter
 
@@ -118,9 +119,7 @@ def arguments(about: str | None, **files: Path) -> tuple[argparse.Namespace, Siz
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, type=type(field.default), default=field.default)
     parser.add_argument("--seeds", type=int, nargs="+", default=[17])
-    parser.add_argument(
-        "--keep", action="store_true", help="take students that were trained before"
-    )
+    parser.add_argument("--keep", action="store_true", help="take students that were trained before")
     for option, path in files.items():
         parser.add_argument(f"--{option}", type=Path, default=path)
     asked = parser.parse_args()
@@ -152,7 +151,7 @@ def capture(sizes: Sizes) -> None:
     run_recipe(
         sizes.home / "capture",
         models={"teacher": {"source": chat_traces.SOURCE}},
-        tasks={"chat": {"fn": "jsonl", "path": str(questions), "verify": "exact", "template": "distill.stages.sources:AS_IT_IS"}},
+        tasks={"chat": {"fn": "jsonl", "path": str(questions), "verify": "exact", "template": "distill.stages.inputs.score_inputs:AS_IT_IS"}},
         stages={
             "traces": {"kind": "generate", "model": "teacher", "task": "chat", "problems": sizes.steps * sizes.batch + sizes.held_out,
                        "sampling": {"max_tokens": sizes.tokens}, "top_k": WIDTH, "mass": 1.0, "exact": True, "engine": {"batch_size": 96}},
@@ -248,9 +247,7 @@ class HeldOut:
         """
         student_TD, head_VD = hidden_and_head(student, self.traces)
         parts = []
-        for teacher_CD, mine_CD in zip(
-            self.teacher_TD.split(CHUNK), student_TD.split(CHUNK), strict=True
-        ):
+        for teacher_CD, mine_CD in zip(self.teacher_TD.split(CHUNK), student_TD.split(CHUNK), strict=True):
             logp_CV = (teacher_CD @ self.head_VD.T).log_softmax(1)
             logq_CV = (mine_CD @ head_VD.T).log_softmax(1)
             parts.append((logp_CV.exp() * (logp_CV - logq_CV)).sum(1))

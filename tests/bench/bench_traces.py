@@ -55,9 +55,7 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------- speeds
 
 
-def decoding(
-    chat: chat_traces.Chat, ids_TK: Array, logp_TK: Array, rounds: int
-) -> list[dict[str, Any]]:
+def decoding(chat: chat_traces.Chat, ids_TK: Array, logp_TK: Array, rounds: int) -> list[dict[str, Any]]:
     """Positions a second of one core, file bytes to numbers; ours checks page checksums and normalises."""
     full = TopK.from_dense(ids_TK, logp_TK)
     logp_T, num = chat_traces.sampled_logp(chat, ids_TK, logp_TK), len(chat.ids_T)
@@ -67,21 +65,15 @@ def decoding(
         data = peers.distillkit(config, ids_TK[:, :k], logp_TK[:, :k], chat.offsets, 49152)
         sizes: dict[str, float] = {}
 
-        def theirs(
-            lists: bool, data: bytes = data, config: peers.Polynomial = config
-        ) -> Callable[[], float]:
+        def theirs(lists: bool, data: bytes = data, config: peers.Polynomial = config) -> Callable[[], float]:
             return lambda: timed(
-                lambda: [
-                    peers.decode(config, *row, 49152) for row in peers.distillkit_rows(data, lists)
-                ]
+                lambda: [peers.decode(config, *row, 49152) for row in peers.distillkit_rows(data, lists)]
             )
 
         def ours(mass: float, k: int = k, sizes: dict[str, float] = sizes) -> Callable[[], float]:
             top = full.truncate(top_k=k, mass=None if mass == 1 else mass)
             meta = chat_traces.metadata(k, mass)
-            shard = codec.encode(
-                codec.to_table(chat_traces.block_of(chat, top, logp_T), meta), meta
-            )
+            shard = codec.encode(codec.to_table(chat_traces.block_of(chat, top, logp_T), meta), meta)
             sizes[f"ours, mass {mass}"] = float(top.count_T.mean())
 
             def read() -> Any:
@@ -111,19 +103,14 @@ def decoding(
     return rows
 
 
-def storing(
-    chat: chat_traces.Chat, ids_TK: Array, logp_TK: Array, rounds: int
-) -> list[dict[str, Any]]:
+def storing(chat: chat_traces.Chat, ids_TK: Array, logp_TK: Array, rounds: int) -> list[dict[str, Any]]:
     """Capture and reading through the store's front doors, CPU seconds of one core."""
     logp_T, rows = chat_traces.sampled_logp(chat, ids_TK, logp_TK), []
     for k, mass in ((64, 1.0), (64, 0.98), (64, 0.95), (16, 0.95)):
         bounds = list(zip(chat.offsets[:-1].tolist(), chat.offsets[1:].tolist(), strict=True))
 
         def capture(k: int = k, mass: float = mass, bounds: Any = bounds) -> list[TopK]:
-            return [
-                TopK.from_dense(ids_TK[a:b, :k], logp_TK[a:b, :k]).truncate(top_k=k, mass=mass)
-                for a, b in bounds
-            ]
+            return [TopK.from_dense(ids_TK[a:b, :k], logp_TK[a:b, :k]).truncate(top_k=k, mass=mass) for a, b in bounds]
 
         host = min(timed(capture) for _ in range(rounds)) / len(chat.ids_T)
         top = TopK.concat(capture())
@@ -142,9 +129,7 @@ def storing(
             measured = harness.interleaved(
                 {
                     "in order": lambda reader=reader: timed(lambda: list_all(reader.blocks())),
-                    "shuffled": lambda reader=reader: timed(
-                        lambda: list_all(reader.shuffled(1, columns=COLUMNS))
-                    ),
+                    "shuffled": lambda reader=reader: timed(lambda: list_all(reader.shuffled(1, columns=COLUMNS))),
                 },
                 rounds,
             )
@@ -181,9 +166,7 @@ def arithmetic(folder: Path) -> dict[str, Any]:
     """The quickstart's own traces: everything in the shards, text and verdicts included."""
     reader = open_traces(folder)
     positions = sum(shard.positions for shard in reader.shards)
-    distribution_bytes = sum(
-        chat_traces.column_bytes((folder / shard.file).read_bytes()) for shard in reader.shards
-    )
+    distribution_bytes = sum(chat_traces.column_bytes((folder / shard.file).read_bytes()) for shard in reader.shards)
     return {
         "positions": positions,
         "entries": sum(shard.entries for shard in reader.shards) / positions,

@@ -21,7 +21,7 @@ import peers_traces as peers
 import torch
 
 from distill.records import Array, TopK
-from distill.traces import codec, distribution
+from distill.traces import codec, quantisation
 
 SETTINGS = [(k, mass) for k in (8, 16, 32, 50, 64, 128, 256) for mass in (1.0, 0.98, 0.95, 0.9)]
 STRIDE = 8
@@ -78,9 +78,7 @@ def curve(chat: chat_traces.Chat, ids_TK: Array, logp_TK: Array) -> list[dict[st
         for exact in (False, True) if (k, mass) == (64, 0.98) else (False,):
             true = full.truncate(top_k=k, mass=None if mass == 1 else mass)
             data = codec.encode(
-                codec.to_table(
-                    chat_traces.block_of(chat, true, logp_T), chat_traces.metadata(k, mass, exact)
-                ),
+                codec.to_table(chat_traces.block_of(chat, true, logp_T), chat_traces.metadata(k, mass, exact)),
                 chat_traces.metadata(k, mass, exact),
             )
             back = true if exact else decoded(true)
@@ -92,25 +90,19 @@ def curve(chat: chat_traces.Chat, ids_TK: Array, logp_TK: Array) -> list[dict[st
             )  # fmt: skip
             targets.append((positions(back, pick), True))
     for student in chat.students_TD:
-        for row, (whole, median) in zip(
-            rows, gradient_errors(chat, targets, pick, student), strict=True
-        ):
+        for row, (whole, median) in zip(rows, gradient_errors(chat, targets, pick, student), strict=True):
             row |= {f"gradient {student}": whole, f"median {student}": median}
     return rows
 
 
 def decoded(top: TopK) -> TopK:
-    steps_E, tail_T = distribution.quantise(top)
-    return TopK(
-        top.count_T, top.ids_E, distribution.dequantise(top.count_T, steps_E, tail_T), tail_T
-    )
+    steps_E, tail_T = quantisation.quantise(top)
+    return TopK(top.count_T, top.ids_E, quantisation.dequantise(top.count_T, steps_E, tail_T), tail_T)
 
 
 def peer_decoded(config: peers.Polynomial, data: bytes) -> tuple[Array, Array]:
     parts = [peers.decode(config, *row, 49152) for row in peers.distillkit_rows(data, lists=False)]
-    return np.concatenate([p[0].numpy() for p in parts]), np.concatenate(
-        [p[1].numpy() for p in parts]
-    )
+    return np.concatenate([p[0].numpy() for p in parts]), np.concatenate([p[1].numpy() for p in parts])
 
 
 def rectangular(ids_TK: Array, logp_TK: Array) -> TopK:
@@ -130,9 +122,7 @@ def codec_error(true: TopK, back: TopK) -> Array:
     first_T = true.offsets[:-1]
     p_E, tail_T = np.exp(true.logp_E.astype(float)), np.exp(true.tail_T.astype(float))
     total_T = np.add.reduceat(p_E, first_T) + tail_T
-    q_T = np.add.reduceat(np.exp(back.logp_E.astype(float)), first_T) + np.exp(
-        back.tail_T.astype(float)
-    )
+    q_T = np.add.reduceat(np.exp(back.logp_E.astype(float)), first_T) + np.exp(back.tail_T.astype(float))
     with np.errstate(invalid="ignore"):
         tail_kl_T = np.where(tail_T > 0, tail_T * (true.tail_T - back.tail_T), 0.0)
     kl_T = np.add.reduceat(p_E * (true.logp_E.astype(float) - back.logp_E), first_T) + tail_kl_T
@@ -159,9 +149,7 @@ def gradient_errors(
         gradient = (q - teacher.softmax(-1)) @ head_VD
         norm += float(gradient.square().sum())
         for number, (top, tail) in enumerate(targets):
-            ids, logp = (
-                torch.from_numpy(x) for x in _float(top.slice(start, start + len(chosen))).dense()
-            )
+            ids, logp = (torch.from_numpy(x) for x in _float(top.slice(start, start + len(chosen))).dense())
             kept = ids >= 0
             ids = ids.clamp(min=0)
             p_S = torch.where(kept, logp.exp(), 0.0)

@@ -23,8 +23,8 @@ import torch
 from distill import models
 from distill.recipe import ModelConfig
 from distill.records import TopK
-from distill.training.losses import cross_entropy, forward_kl
-from distill.training.objective import Objective
+from distill.training.loss.objective import Objective
+from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.optim import MasterAdamW
 from distill.training.packing import Example, pack
 from distill.training.policy import Trainee
@@ -60,9 +60,7 @@ class Ours:
     def __init__(self, folder, loss) -> None:
         self.model = models.load(folder, dtype=models.auto_dtype(folder, "training"))
         self.trainee = Trainee(self.model, Objective(loss), self.model.config.vocab_size).train()
-        self.optimizer = MasterAdamW(
-            self.model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0
-        )
+        self.optimizer = MasterAdamW(self.model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, batch) -> None:
         rows = torch.from_numpy(batch.weight_T.nonzero()[0])
@@ -80,9 +78,7 @@ class Bare:
 
     def step(self, batch) -> None:
         moved = batch.to_torch()
-        logits = self.model(
-            input_ids=moved.ids_T[None], position_ids=moved.position_T[None], use_cache=False
-        ).logits[0]
+        logits = self.model(input_ids=moved.ids_T[None], position_ids=moved.position_T[None], use_cache=False).logits[0]
         labels = torch.where(moved.weight_T > 0, moved.label_T, -100)
         torch.nn.functional.cross_entropy(logits.float(), labels).backward()
         self.optimizer.step()

@@ -195,11 +195,7 @@ def sampled_logp(chat: Chat, ids_TK: Array, logp_TK: Array) -> Array:
 def column_bytes(data: Any, names: Collection[str] = DISTRIBUTION_COLUMNS) -> int:
     """Compressed bytes of columns in a Parquet file."""
     file = pq.ParquetFile(pa.BufferReader(data)).metadata
-    columns = [
-        file.row_group(g).column(c)
-        for g in range(file.num_row_groups)
-        for c in range(file.num_columns)
-    ]
+    columns = [file.row_group(g).column(c) for g in range(file.num_row_groups) for c in range(file.num_columns)]
     return sum(c.total_compressed_size for c in columns if c.path_in_schema.split(".")[0] in names)
 
 

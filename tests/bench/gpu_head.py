@@ -21,10 +21,10 @@ import harness
 import torch
 from torch import Tensor
 
-from distill.head import HeadForm, Targets, head_loss
-from distill.kernels import fused
-from distill.training import divergences, losses
-from distill.training.online import Logits, online_head_loss
+from distill.training.loss import divergences, sparse
+from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.head import HeadForm, Targets, head_loss
+from distill.training.loss.kernels import fused
 
 K = 64
 NEEDS = {
@@ -43,9 +43,7 @@ NEEDS = {
 }
 
 
-def contestant(
-    name: str, tokens: int, size: int, vocab: int
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def contestant(name: str, tokens: int, size: int, vocab: int) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """The loss as a function of nothing, and the tensors that get gradients."""
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -70,11 +68,9 @@ def contestant(
             return lambda: torch.mm(hidden.detach(), weight.detach().T, out=out), []
     if "frozen" in name:
         frozen = weight.detach()
-        return lambda: head_loss(hidden, frozen, losses.forward_kl, targets, form=form).loss, [
-            hidden
-        ]
+        return lambda: head_loss(hidden, frozen, sparse.forward_kl, targets, form=form).loss, [hidden]
     if name.startswith("ours") and "online" not in name:
-        loss = losses.cross_entropy if "cross" in name else losses.forward_kl
+        loss = sparse.cross_entropy if "cross" in name else sparse.forward_kl
         return lambda: head_loss(hidden, weight, loss, targets, form=form).loss, [hidden, weight]
     if "cross" in name:
         if name.startswith("Liger"):

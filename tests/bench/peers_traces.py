@@ -59,18 +59,14 @@ def naive(ids_TK: Array, logp_TK: Array, offsets: Array) -> bytes:
     )  # fmt: skip
 
 
-def distillkit(
-    config: Polynomial, ids_TK: Array, logp_TK: Array, offsets: Array, vocab_size: int
-) -> bytes:
+def distillkit(config: Polynomial, ids_TK: Array, logp_TK: Array, offsets: Array, vocab_size: int) -> bytes:
     exact = torch.from_numpy(logp_TK[:, : config.exact_k]).bfloat16().view(torch.uint8).numpy()
     rest = logp_TK[:, config.exact_k : config.k].astype(np.float64)
     coefficients = np.linalg.lstsq(config.terms().astype(np.float64), rest.T, rcond=None)[0].T
     coefficients = np.ascontiguousarray(coefficients, np.float32).view(np.uint8)
     bits = (vocab_size - 1).bit_length()
     spread = (ids_TK[:, : config.k, None] >> np.arange(bits)) & 1
-    packed = np.packbits(
-        spread.reshape(len(ids_TK), -1).astype(np.uint8), axis=1, bitorder="little"
-    )
+    packed = np.packbits(spread.reshape(len(ids_TK), -1).astype(np.uint8), axis=1, bitorder="little")
     return parquet(
         {
             "compressed_logprobs": nested(np.concatenate([exact, coefficients], 1), offsets, pa.uint8()),
@@ -100,17 +96,12 @@ def distillkit_rows(data: bytes, lists: bool) -> Any:
     from Arrow's memory, which is the best that could be done with the layout."""
     table = pq.read_table(pa.BufferReader(data))
     for name in ("compressed_logprobs", "bytepacked_indices"):
-        table = table.set_column(
-            table.column_names.index(name), name, table.column(name).combine_chunks()
-        )
-    logp, ids = (
-        table.column(name).chunk(0) for name in ("compressed_logprobs", "bytepacked_indices")
-    )
+        table = table.set_column(table.column_names.index(name), name, table.column(name).combine_chunks())
+    logp, ids = (table.column(name).chunk(0) for name in ("compressed_logprobs", "bytepacked_indices"))
     for n in range(len(table)):
         if lists:
             yield tuple(torch.tensor(c[n].as_py(), dtype=torch.uint8) for c in (logp, ids))
         else:
             yield tuple(
-                torch.from_numpy(c[n].values.flatten().to_numpy().reshape(len(c[n]), -1).copy())
-                for c in (logp, ids)
+                torch.from_numpy(c[n].values.flatten().to_numpy().reshape(len(c[n]), -1).copy()) for c in (logp, ids)
             )

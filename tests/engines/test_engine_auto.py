@@ -14,12 +14,12 @@ import pytest
 import yaml
 from project import SUMS, Project
 
-from distill import engines, models, recipe
-from distill.engines import choice
+from distill import engines, models, recipe, run_folder
+from distill.engines import auto
 from distill.progress import Screen
 from distill.recipe import EngineConfig
 from distill.records import UserError
-from distill.stages import plan, state
+from distill.run import plan
 from distill.stages.context import Context
 from distill.stages.engine_choice import settle_engine
 from distill.traces.reader import open_traces
@@ -104,7 +104,7 @@ print(json.dumps(said))
         fn, why, opened, refusal = said[str(broken[name])]
         assert (fn, opened) == ("transformers", "TransformersEngine")
         assert expected in why
-        assert f"about {choice.SLOWER} times slower" in why
+        assert f"about {auto.SLOWER} times slower" in why
         assert "\n" not in why
         # By name it is an error that says the same and what to do.
         assert expected in refusal
@@ -114,15 +114,11 @@ print(json.dumps(said))
 def test_a_run_without_vllm_says_the_engine_and_records_it(broken, tiny_dir, tmp_path, monkeypatch):
     project = Project(tmp_path, tree(tiny_dir))
     with monkeypatch.context() as patch:
-        patch.setenv(
-            "PYTHONPATH", os.pathsep.join([str(broken["missing"]), *filter(None, sys.path)])
-        )
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(broken["missing"]), *filter(None, sys.path)]))
         done = project.run_alone()
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = [line for line in done.stdout.splitlines() if "vLLM" in line]
-    assert line.strip() == (
-        f"engine transformers: vLLM is not installed; about {choice.SLOWER} times slower"
-    )
+    assert line.strip() == (f"engine transformers: vLLM is not installed; about {auto.SLOWER} times slower")
     assert "starting the transformers engine for 3 completions" in done.stdout
     assert project.state("traces")["decided"]["engine.fn"]["value"] == "transformers"
     assert open_traces(project.run_dir / "traces" / "traces").metadata.engine == "transformers"
@@ -149,9 +145,9 @@ def settled(tmp_path: Path, base: Path, engine: str, before: str | None) -> tupl
     loaded = recipe.validate(tree(base, engine))
     context = Context(recipe=loaded, run=tmp_path, name="traces", screen=Screen(io.StringIO()))
     decided = {} if before is None else {"engine.fn": {"value": before, "why": "of then"}}
-    state.write(context.folder, state.State(kind="generate", config={}, inputs={}, decided=decided))
+    run_folder.write(context.folder, run_folder.State(kind="generate", config={}, inputs={}, decided=decided))
     config = settle_engine(loaded.stages["traces"].engine, "base", context)
-    after = state.read(context.folder).decided["engine.fn"]
+    after = run_folder.read(context.folder).decided["engine.fn"]
     return config.fn, context.screen.stream.getvalue().strip(), after
 
 
@@ -173,14 +169,12 @@ def test_an_engine_by_name_is_taken_without_a_word(without_vllm, tiny_dir, tmp_p
 
 def test_what_is_installed_decides_the_process_s_environment(monkeypatch):
     def nothing(name: str) -> str:
-        raise choice.importlib.metadata.PackageNotFoundError(name)
+        raise auto.importlib.metadata.PackageNotFoundError(name)
 
     named = engines.environment(EngineConfig(fn="vllm"))
-    assert engines.environment(EngineConfig(fn="auto")) == (
-        named if choice.installed_vllm() else {}
-    )
+    assert engines.environment(EngineConfig(fn="auto")) == (named if auto.installed_vllm() else {})
     assert engines.environment(EngineConfig(fn="transformers")) == {}
-    monkeypatch.setattr(choice.importlib.metadata, "version", nothing)
+    monkeypatch.setattr(auto.importlib.metadata, "version", nothing)
     assert engines.expected(EngineConfig()) == "transformers"
     assert engines.environment(EngineConfig()) == {}
 
@@ -211,9 +205,7 @@ def test_a_name_alone_is_an_engine_section(kind, tiny_dir):
 def test_a_model_that_vllm_does_not_know_is_run_by_transformers(tiny_dir, tmp_path):
     if engines.expected(EngineConfig()) != "vllm":
         pytest.skip("vLLM is not installed")
-    assert engines.choose(EngineConfig(), tiny_dir) == engines.Choice(
-        "vllm", "it is installed and knows this model"
-    )
+    assert engines.choose(EngineConfig(), tiny_dir) == engines.Choice("vllm", "it is installed and knows this model")
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
     tokenizer = models.load_tokenizer(tiny_dir)

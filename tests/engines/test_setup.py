@@ -77,18 +77,14 @@ def installed_versions() -> str:
     folders = [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions(path=folders)}
     return "".join(
-        f"{name}=={version}\n"
-        for name, version in sorted(found.items())
-        if not name.startswith(("vllm", "distill"))
+        f"{name}=={version}\n" for name, version in sorted(found.items()) if not name.startswith(("vllm", "distill"))
     )
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Iterator[Path]:
     """The project as it stands, to set up; a gigabyte of packages that is removed at the end."""
-    leave = shutil.ignore_patterns(
-        ".venv", ".git", "runs", "out", "__pycache__", ".*_cache", "shared"
-    )
+    leave = shutil.ignore_patterns(".venv", ".git", "runs", "out", "__pycache__", ".*_cache", "shared")
     shutil.copytree(ROOT, tmp_path / "project", ignore=leave)
     yield tmp_path / "project"
     # Nobody waits for that: with other work on the disk it takes longer than the test.

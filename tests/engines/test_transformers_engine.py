@@ -25,8 +25,7 @@ def start(folder: Path, fn: str = "reference", **options) -> engines.Engine:
 def requests(number: int, seed: int = 0) -> list[Request]:
     rng = np.random.default_rng(seed)
     return [
-        Request(f"r{n}", rng.integers(100, 40000, 5 + n % 7).astype(np.int32), seed=1000 + n)
-        for n in range(number)
+        Request(f"r{n}", rng.integers(100, 40000, 5 + n % 7).astype(np.int32), seed=1000 + n) for n in range(number)
     ]
 
 
@@ -51,9 +50,7 @@ def batched(tiny_dir: Path):
 def test_reference_gives_the_same_bytes_whatever_else_is_asked(reference):
     asked = requests(6)
     together = {c.request_id: content(c) for c in reference.generate(asked, SAMPLING, top_k=8)}
-    backwards = {
-        c.request_id: content(c) for c in reference.generate(asked[::-1], SAMPLING, top_k=8)
-    }
+    backwards = {c.request_id: content(c) for c in reference.generate(asked[::-1], SAMPLING, top_k=8)}
     (alone,) = reference.generate([asked[3]], SAMPLING, top_k=8)
     assert together == backwards
     assert together["r3"] == content(alone)
@@ -74,15 +71,13 @@ def uneven(number: int) -> list[Request]:
     """Prompts that all begin with the same 30 tokens, each asked twice, of lengths that leave room for 1 to 48 tokens."""
     rng = np.random.default_rng(7)
     common = rng.integers(100, 40000, 30)
-    prompts = [
-        np.concatenate([common, rng.integers(100, 40000, 50 + n * 29 % 48)]) for n in range(number)
-    ]
+    prompts = [np.concatenate([common, rng.integers(100, 40000, 50 + n * 29 % 48)]) for n in range(number)]
     return [Request(f"r{n}", prompts[n // 2].astype(np.int32), seed=n) for n in range(2 * number)]
 
 
 def test_rows_that_join_a_running_batch_are_written_as_alone(reference, batched, monkeypatch):
     """Rows end at different times, so others join at different lengths; every completion is the reference's."""
-    from distill.engines.cache import GrowingCache
+    from distill.engines.kv_cache import GrowingCache
 
     joins: list[int] = []
     join = GrowingCache.join
@@ -123,10 +118,7 @@ def test_scores_are_the_log_probabilities_of_generation(reference, monkeypatch, 
     monkeypatch.setattr(transformers, "CHUNK", 5)
     asked = requests(4)
     written = list(reference.generate(asked, sampling, top_k=8))
-    again = [
-        Request(r.request_id, r.prompt_ids, completion_ids=c.ids_T)
-        for r, c in zip(asked, written, strict=True)
-    ]
+    again = [Request(r.request_id, r.prompt_ids, completion_ids=c.ids_T) for r, c in zip(asked, written, strict=True)]
     for want, got in zip(written, reference.score(again, top_k=8), strict=True):
         assert got.request_id == want.request_id
         np.testing.assert_array_equal(got.ids_T, want.ids_T)
@@ -143,9 +135,7 @@ def test_completions_scored_together_are_scored_as_alone(reference, tiny_dir, mo
     engine = start(tiny_dir, "transformers", batch_size=16)
     sizes = []
     together = engine._score_group
-    monkeypatch.setattr(
-        engine, "_score_group", lambda group, k: (sizes.append(len(group)), together(group, k))[1]
-    )
+    monkeypatch.setattr(engine, "_score_group", lambda group, k: (sizes.append(len(group)), together(group, k))[1])
     rng = np.random.default_rng(3)
     asked = [
         Request(r.request_id, r.prompt_ids[:60], completion_ids=rng.integers(100, 40000, length))
@@ -307,7 +297,7 @@ def test_unknown_engines_are_named_with_the_nearest(tiny_dir):
 
 
 def test_an_engine_of_ones_own_is_imported(tiny_dir):
-    assert type(start(tiny_dir, "distill.engines.kinds:reference")).__name__ == "TransformersEngine"
+    assert type(start(tiny_dir, "distill.engines.factories:reference")).__name__ == "TransformersEngine"
 
 
 def test_a_context_past_the_models_positions_is_refused(tiny_dir):

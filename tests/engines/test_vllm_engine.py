@@ -34,18 +34,12 @@ def requests(tokenizer, number: int) -> list[Request]:
         )
         for question in QUESTIONS
     ]
-    return [
-        Request(f"r{n}", np.asarray(prompts[n % len(prompts)], np.int32), seed=n)
-        for n in range(number)
-    ]
+    return [Request(f"r{n}", np.asarray(prompts[n % len(prompts)], np.int32), seed=n) for n in range(number)]
 
 
 def to_score(asked: Iterable[Request], written: Iterable[Completion]) -> list[Request]:
     by_id = {request.request_id: request for request in asked}
-    return [
-        Request(c.request_id, by_id[c.request_id].prompt_ids, completion_ids=c.ids_T)
-        for c in written
-    ]
+    return [Request(c.request_id, by_id[c.request_id].prompt_ids, completion_ids=c.ids_T) for c in written]
 
 
 def differences(left: list[Completion], right: list[Completion]) -> tuple[Array, Array]:
@@ -112,9 +106,7 @@ def test_transformers_gives_the_traces_the_same_log_probabilities(asked, written
     sure = np.concatenate([c.logprob_T for c in some]) > np.log(0.9)
     bias = np.concatenate([a.logprob_T - b.logprob_T for a, b in zip(some, again, strict=True)])
     show("vLLM against transformers", tokens, candidates)
-    print(
-        f"sure tokens: mean {tokens[sure].mean():.2e} worst {tokens[sure].max():.2e} ({sure.sum()})"
-    )
+    print(f"sure tokens: mean {tokens[sure].mean():.2e} worst {tokens[sure].max():.2e} ({sure.sum()})")
     print(f"bias {bias.mean():+.2e}")
     assert tokens.mean() <= 5e-2
     assert sure.sum() >= 20
@@ -237,7 +229,7 @@ def library_head(vllm_engine):
 
 def test_without_the_explicit_head_the_head_stays_old(vllm_engine, changed, asked, library_head):
     """The reason for the explicit lm_head in `sync`. Where the first half fails, the library has mended it."""
-    from distill.engines import hooks
+    from distill.engines import vllm_patches
 
     pairs = [(name, p.detach()) for name, p in changed._model.named_parameters()]
     means = []
@@ -245,7 +237,7 @@ def test_without_the_explicit_head_the_head_stays_old(vllm_engine, changed, aske
         if explicit:
             vllm_engine.sync(pairs, version=7)
         else:
-            hooks.reload(vllm_engine._llm, iter(pairs), ignore=("ParallelLMHead",))
+            vllm_patches.reload(vllm_engine._llm, iter(pairs), ignore=("ParallelLMHead",))
             vllm_engine._llm.reset_prefix_cache()
         fresh = list(vllm_engine.generate(asked[:6], SAMPLING, top_k=64))
         again = list(changed.score(to_score(asked, fresh), top_k=64))

@@ -33,9 +33,7 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
     contexts, faults = [], []
 
     def open_page(path: Path, width: int = 1280, scheme: str = "light", hash: str = "") -> Any:
-        context = chromium.new_context(
-            viewport={"width": width, "height": 860}, color_scheme=scheme
-        )
+        context = chromium.new_context(viewport={"width": width, "height": 860}, color_scheme=scheme)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(60_000)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distill.inspector import token_text, top_tokens, trace_page
+from distill.inspector.trace_page import Page, Row
 from distill.records import Completion, TopK
-from distill.reports import candidates, inspector, tokens
-from distill.reports.inspector import Page, Row
 
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"></script>"
@@ -106,26 +106,26 @@ def many(num: int, length: int, width: int = 16, student: bool = True) -> list[R
 )
 def test_pieces_as_bytes(piece: str | None, byte_level: bool, expected: bytes) -> None:
     added = {"<|im_end|>", "<｜begin▁of▁sentence｜>"}
-    assert tokens.piece_bytes([piece], byte_level, added) == [expected]
+    assert token_text.piece_bytes([piece], byte_level, added) == [expected]
 
 
 def test_every_piece_of_a_real_tokenizer_is_its_text(tokenizer: Any) -> None:
     text = "Zürich 😀 𝔘 中文 \t\n x=½"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    pieces = tokens.piece_bytes(tokenizer.convert_ids_to_tokens(ids), True)
+    pieces = token_text.piece_bytes(tokenizer.convert_ids_to_tokens(ids), True)
     assert b"".join(pieces).decode() == text
 
 
 def test_bytes_that_are_no_character_are_shown_and_completed() -> None:
-    assert tokens.shown(b"a\xf0\x9f") == "a‹F0 9F›"
-    assert tokens.shown(b"\x98\x80z\xff") == "‹98 80›z‹FF›"
-    assert tokens.shown(b"\x00\x1b[1m\n") == "‹U+0000›‹U+001B›[1m\n"
-    assert tokens.visible("a\u202eb\ud800") == "a‹U+202E›b‹U+D800›"
+    assert token_text.shown(b"a\xf0\x9f") == "a‹F0 9F›"
+    assert token_text.shown(b"\x98\x80z\xff") == "‹98 80›z‹FF›"
+    assert token_text.shown(b"\x00\x1b[1m\n") == "‹U+0000›‹U+001B›[1m\n"
+    assert token_text.visible("a\u202eb\ud800") == "a‹U+202E›b‹U+D800›"
     smile = [b"x", b"\xf0\x9f", b"\x98", b"\x80!", b"y"]
-    assert tokens.completed(smile) == {3: "😀!"}
-    assert tokens.completed([b"\xf0\x9f", b"x", b"\x98\x80"]) == {}
-    assert tokens.completed([b"\xf0\x9f", b"\xf0\x9f", b"\x98\x80"]) == {2: "😀"}
-    assert tokens.completed([b"\xc3", b"\xa9\xc3", b"\xa9"]) == {1: "é‹C3›", 2: "é"}
+    assert token_text.completed(smile) == {3: "😀!"}
+    assert token_text.completed([b"\xf0\x9f", b"x", b"\x98\x80"]) == {}
+    assert token_text.completed([b"\xf0\x9f", b"\xf0\x9f", b"\x98\x80"]) == {2: "😀"}
+    assert token_text.completed([b"\xc3", b"\xa9\xc3", b"\xa9"]) == {1: "é‹C3›", 2: "é"}
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_bytes_that_are_no_character_are_shown_and_completed() -> None:
     ],
 )
 def test_where_thinking_ends(prompt: bytes, spelled: list[bytes], expected: int) -> None:
-    assert inspector.thinking(prompt, spelled) == expected
+    assert trace_page.thinking(prompt, spelled) == expected
 
 
 # ----------------------------------------------------------------------------------------------- numbers
 
 
 def test_entropy_by_hand() -> None:
-    two = candidates.entropy(top({3: 0.5, 4: 0.5}, {3: 0.5, 4: 0.25}, {3: 1.0}))
+    two = top_tokens.entropy(top({3: 0.5, 4: 0.5}, {3: 0.5, 4: 0.25}, {3: 1.0}))
     assert two == pytest.approx([math.log(2), 1.5 * math.log(2), 0.0], abs=1e-6)
 
 
@@ -155,7 +155,7 @@ def test_kl_and_candidates_by_hand() -> None:
     """Stored by both: 3 and 4; 5 is the teacher's only, 6 the student's only, so they are in the rest of both."""
     teacher = top({3: 0.6, 4: 0.2, 5: 0.1})
     student = top({6: 0.5, 3: 0.3, 4: 0.1})
-    found = candidates.match(teacher, student)
+    found = top_tokens.match(teacher, student)
     by_hand = 0.6 * math.log(2) + 0.2 * math.log(2) + 0.2 * math.log(0.2 / 0.6)
     assert found.kl_T == pytest.approx([by_hand], abs=1e-6)
     shown = found.candidates(8)
@@ -178,17 +178,17 @@ def test_kl_is_a_lower_bound_and_zero_for_the_teacher_itself() -> None:
     full = TopK.from_dense(ids, np.log(p))
     other = TopK.from_dense(ids, np.log(q))
     exact = (p * np.log(p / q)).sum(1)
-    whole = candidates.match(full, other).kl_T
+    whole = top_tokens.match(full, other).kl_T
     assert whole == pytest.approx(exact, rel=1e-4, abs=1e-4)
-    cut = candidates.match(full.truncate(mass=0.9), other.truncate(top_k=40)).kl_T
+    cut = top_tokens.match(full.truncate(mass=0.9), other.truncate(top_k=40)).kl_T
     assert (cut <= exact + 1e-4).all()
     assert cut.mean() > 0.3 * exact.mean()
-    assert candidates.match(full.truncate(mass=0.9), full).kl_T == pytest.approx(0, abs=1e-5)
+    assert top_tokens.match(full.truncate(mass=0.9), full).kl_T == pytest.approx(0, abs=1e-5)
 
 
 def test_ids_are_matched_within_their_own_position() -> None:
     teacher, student = top({3: 0.9}, {4: 0.8}), top({4: 0.7}, {3: 0.6})
-    found = candidates.match(teacher, student).candidates(8)
+    found = top_tokens.match(teacher, student).candidates(8)
     assert found.ids_E.tolist() == [3, 4, 4, 3]
     assert np.isnan(found.student_E[0])
     assert np.isnan(found.teacher_E[1])
@@ -199,7 +199,7 @@ def test_ids_are_matched_within_their_own_position() -> None:
 
 def test_what_is_packed_is_what_was_given() -> None:
     teacher = top({2: 0.5, 11: 0.25}, {11: 0.9}, {END: 0.99})
-    html = inspector.render([row(0, [2, 11, END], teacher)], bytes_of, frozenset([END]), Page("t"))
+    html = trace_page.render([row(0, [2, 11, END], teacher)], bytes_of, frozenset([END]), Page("t"))
     header, arrays = unpack(html)
     table = header["table"]
     assert [table[i] for i in arrays["ids"]] == [" the", "seven", "<|im_end|>"]
@@ -212,24 +212,22 @@ def test_what_is_packed_is_what_was_given() -> None:
 
 
 def test_traces_without_distributions() -> None:
-    header, arrays = unpack(
-        inspector.render([row(0, [2, END], None)], bytes_of, frozenset(), Page("t"))
-    )
+    header, arrays = unpack(trace_page.render([row(0, [2, END], None)], bytes_of, frozenset(), Page("t")))
     assert set(arrays) == {"ids", "surprise"}
     assert header["traces"][0]["tokens"] == 2
 
 
 def test_a_page_keeps_its_limit_and_says_what_it_left_out() -> None:
     rows = many(30, 100, student=False)
-    whole = inspector.render(rows, bytes_of, frozenset(), Page("t"))
+    whole = trace_page.render(rows, bytes_of, frozenset(), Page("t"))
     assert unpack(whole)[0]["width"] == 8
     limit = len(whole) * 3 // 4
-    narrower = inspector.render(rows, bytes_of, frozenset(), Page("t"), limit)
+    narrower = trace_page.render(rows, bytes_of, frozenset(), Page("t"), limit)
     assert len(narrower.encode()) <= limit
     assert unpack(narrower)[0]["width"] < 8
     assert len(unpack(narrower)[0]["traces"]) == 30
     limit = len(whole) // 3
-    fewer = inspector.render(rows, bytes_of, frozenset(), Page("t"), limit)
+    fewer = trace_page.render(rows, bytes_of, frozenset(), Page("t"), limit)
     num = len(unpack(fewer)[0]["traces"])
     assert len(fewer.encode()) <= limit
     assert 0 < num < 30
@@ -239,7 +237,7 @@ def test_a_page_keeps_its_limit_and_says_what_it_left_out() -> None:
 def test_nothing_hostile_stands_outside_the_packed_data() -> None:
     hostile = row(0, [8, 9, 10], None, trace_id="trace0", answer=HOSTILE,
                   messages=[{"role": "user", "content": HOSTILE}])  # fmt: skip
-    html = inspector.render([hostile], bytes_of, frozenset(), Page(HOSTILE, [(HOSTILE, HOSTILE)]))
+    html = trace_page.render([hostile], bytes_of, frozenset(), Page(HOSTILE, [(HOSTILE, HOSTILE)]))
     assert html.count("<script") == 2
     assert "<img" not in html
     assert "owned'&lt;/" not in html
@@ -254,7 +252,7 @@ def test_nothing_hostile_stands_outside_the_packed_data() -> None:
 @pytest.fixture(scope="module")
 def page_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def write(rows: list[Row], **page: Any) -> Path:
-        html = inspector.render(rows, bytes_of, frozenset([END]), Page("run / traces", **page))
+        html = trace_page.render(rows, bytes_of, frozenset([END]), Page("run / traces", **page))
         path = tmp_path_factory.mktemp("page") / "inspect.html"
         path.write_text(html, encoding="utf-8")
         return path
@@ -314,9 +312,7 @@ def test_hover_and_keys(page_of: Callable[..., Path], visit: Callable[..., Any])
     assert page.evaluate("location.hash") == "#trace0"
 
 
-def test_filter_search_and_deep_link(
-    page_of: Callable[..., Path], visit: Callable[..., Any]
-) -> None:
+def test_filter_search_and_deep_link(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
     path = page_of(many(12, 20, student=False))
     page = ready(visit(path, hash="#trace5.3"))
     assert page.inner_text("#detail .where").startswith("token 4 of 20")
@@ -340,9 +336,7 @@ def test_filter_search_and_deep_link(
     assert "question 2" in page.inner_text("main")
 
 
-def test_the_students_view_and_where_they_differ_most(
-    page_of: Callable[..., Path], visit: Callable[..., Any]
-) -> None:
+def test_the_students_view_and_where_they_differ_most(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
     same = top({2: 0.5, 11: 0.25}, {11: 0.9})
     far = top({5: 0.9, 2: 0.02}, {11: 0.9})
     scored = [Completion(f"trace{n}", np.array([2, 11]), np.log([0.5, 0.9]).astype(np.float32), t, "stop")
@@ -384,9 +378,7 @@ def test_hostile_text_stays_text(
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
-def test_two_hundred_traces_of_500_tokens(
-    page_of: Callable[..., Path], visit: Callable[..., Any]
-) -> None:
+def test_two_hundred_traces_of_500_tokens(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
     """Size and speed where it should still be smooth: a switch of traces well within a blink."""
     path = page_of(many(200, 500, width=8), student="kl")
     assert path.stat().st_size < 5_000_000

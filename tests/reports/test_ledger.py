@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from distill.compute import estimate, flops
+from distill.compute.flops import ModelShape
+from distill.compute.ledger import StageCost, arm_cost
 from distill.machine import DTYPES, Dtype, Machine, Rates
 from distill.records import Cost, UserError
-from distill.reports import estimate, flops
-from distill.reports.flops import ModelShape
-from distill.reports.ledger import StageCost, arm_cost
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -98,9 +98,7 @@ def test_training_is_six_lora_four_and_checkpointing_eight() -> None:
     attention = flops.attention_flops(shape(), 100, 7)
     for lora in (False, True):
         with_attention = flops.train_flops(shape(), 100, 7, lora=lora)
-        assert with_attention - flops.train_flops(shape(), 100, 0, lora=lora) == pytest.approx(
-            3 * attention
-        )
+        assert with_attention - flops.train_flops(shape(), 100, 0, lora=lora) == pytest.approx(3 * attention)
 
 
 def test_generation_is_two_n_a_token() -> None:
@@ -178,9 +176,7 @@ KINDS = {
     "own_clean": "filter",
     "on_policy": "on_policy",
 }
-STAGES = {
-    name: StageCost(KINDS.get(name, "train"), spent(2.0**i)) for i, name in enumerate(PARENTS)
-}
+STAGES = {name: StageCost(KINDS.get(name, "train"), spent(2.0**i)) for i, name in enumerate(PARENTS)}
 
 
 def total(*names: str) -> float:
@@ -191,9 +187,7 @@ def test_three_views_of_a_distilled_student() -> None:
     cost = arm_cost("kl", STAGES, PARENTS)
     assert cost.student.flops == total("kl", "student")
     assert cost.with_inference.flops == total("kl", "student", "clean", "traces")
-    assert cost.with_teacher.flops == total(
-        "kl", "student", "clean", "traces", "teacher", "cold_start"
-    )
+    assert cost.with_teacher.flops == total("kl", "student", "clean", "traces", "teacher", "cold_start")
     assert set(cost.stages["teacher"]) == {"teacher", "cold_start"}
 
 
@@ -265,9 +259,7 @@ def test_seconds_grow_with_the_work() -> None:
     def train(flops_spent: float, steps: int, dtype: Dtype = "bfloat16") -> float:
         return estimate.predict_train_seconds(shape(), flops_spent, 1000.0, steps, MACHINE, dtype)
 
-    assert train(2e13, 10) - train(1e13, 10) == pytest.approx(
-        1e13 / (2e11 * estimate.TRAIN_EFFICIENCY)
-    )
+    assert train(2e13, 10) - train(1e13, 10) == pytest.approx(1e13 / (2e11 * estimate.TRAIN_EFFICIENCY))
     # The dtype changes how long the products take and nothing else.
     assert train(1e13, 10, "float32") - train(1e13, 10) == pytest.approx(
         (1e13 / 5e10 - 1e13 / 2e11) / estimate.TRAIN_EFFICIENCY
@@ -295,6 +287,6 @@ def test_work_that_is_no_product_takes_as_long_in_either_dtype() -> None:
 
 def test_a_dtype_that_the_machine_lacks_is_taken_as_its_slowest() -> None:
     old = replace(MACHINE, rates={"576x1536": {"float32": rates(5e10)}})
-    assert estimate.predict_train_seconds(
-        shape(), 1e13, 1.0, 1, old, "bfloat16"
-    ) == estimate.predict_train_seconds(shape(), 1e13, 1.0, 1, old, "float32")
+    assert estimate.predict_train_seconds(shape(), 1e13, 1.0, 1, old, "bfloat16") == estimate.predict_train_seconds(
+        shape(), 1e13, 1.0, 1, old, "float32"
+    )

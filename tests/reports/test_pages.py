@@ -17,10 +17,10 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from distill.records import Cost, Ragged, Traces, UserError
+from distill.reports import arm_plots, comparison, curves, pages, report_blocks, svg, terminal, wording
 from distill.reports import arms as arms_module
-from distill.reports import compare, content, curves, pages, plot, svg, terminal, wording
 from distill.reports.arms import ArmResults
-from distill.reports.schema import ArmRow, RunReport, StageRow, comparison_row, view
+from distill.reports.run_report import ArmRow, RunReport, StageRow, comparison_row, view
 
 HOSTILE = (
     "<script>alert(1)</script> | `tick` ```` four\n```\n# not a heading\n"
@@ -76,7 +76,7 @@ def report() -> RunReport:
     }
     roles = {"teacher": "teacher"}
     cost = Cost(tokens_trained=120_000, flops=8.1e13, wall_seconds=95.4, bytes_written=5_000_000)
-    pairs = compare.compare_arms({name: one.correct for name, one in results.items()})
+    pairs = comparison.compare_arms({name: one.correct for name, one in results.items()})
     stage: StageRow = {
         "name": "kl",
         "kind": "train",
@@ -104,9 +104,7 @@ def report() -> RunReport:
             "machine": {"cores": 2, "odd": float("nan")},
         },
         "stages": [stage, {**stage, "name": "sft"}],
-        "arms": {
-            name: arm(one, roles.get(name, "student"), cost, name) for name, one in results.items()
-        },
+        "arms": {name: arm(one, roles.get(name, "student"), cost, name) for name, one in results.items()},
         "comparisons": [comparison_row(a, b, pair) for (a, b), pair in pairs.items()],
         "examples": arms_module.examples(results, "kl", "sft|<b>", {"p000": HOSTILE}, num=2),
         "recipe": "name: quickstart\n",
@@ -138,9 +136,7 @@ def test_scores_over_seeds_by_hand() -> None:
     assert scores["pass_at"]["2"]["value"] == pytest.approx(every.any(2).mean())
     assert scores["maj_at"]["2"]["value"] == pytest.approx(every.any(2).mean())
     assert scores["truncation"] == pytest.approx(1 - every.mean())
-    assert [one["accuracy"]["value"] for one in scores["by_seed"]] == [
-        f.mean() for f in flags.values()
-    ]
+    assert [one["accuracy"]["value"] for one in scores["by_seed"]] == [f.mean() for f in flags.values()]
     assert (scores["seeds"], scores["samples"], scores["problems"]) == (3, 2, 30)
     other = ArmResults.collect([traces(0.5, 2, problems=29)])
     with pytest.raises(UserError, match="different problems"):
@@ -195,16 +191,14 @@ def test_report_json_has_what_is_promised(report: RunReport, tmp_path: Path) -> 
 
 
 def test_hostile_text_stays_text_in_markdown(report: RunReport) -> None:
-    text = pages.markdown(report["name"], content.blocks(report))
+    text = pages.markdown(report["name"], report_blocks.blocks(report))
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
     inline = [child for token in tokens for child in token.children or []]
     assert not [t for t in tokens if t.type == "html_block"]
     assert not [t for t in inline if t.type in ("html_inline", "link_open", "strong_open")]
     headings = [t.map for t in tokens if t.type == "heading_open"]
     assert not any(
-        tokens[i + 1].content.startswith("not a heading")
-        for i, t in enumerate(tokens)
-        if t.type == "heading_open"
+        tokens[i + 1].content.startswith("not a heading") for i, t in enumerate(tokens) if t.type == "heading_open"
     )
     assert headings
     fences = [t for t in tokens if t.type == "fence"]
@@ -213,9 +207,7 @@ def test_hostile_text_stays_text_in_markdown(report: RunReport) -> None:
     cells = [t for t in tokens if t.type in ("td_open", "th_open")]
     assert rows
     assert len(cells) == sum(
-        len(t.header) * (len(t.rows) + 1)
-        for t in content.blocks(report)
-        if isinstance(t, content.Table)
+        len(t.header) * (len(t.rows) + 1) for t in report_blocks.blocks(report) if isinstance(t, report_blocks.Table)
     )
     assert "\x1b" not in text
     assert "\u202e" not in text
@@ -253,7 +245,7 @@ class Page(HTMLParser):
 
 
 def test_the_page_is_one_file_without_scripts(report: RunReport) -> None:
-    text = pages.html(report["name"], content.blocks(report))
+    text = pages.html(report["name"], report_blocks.blocks(report))
     page = Page()
     page.feed(text)
     assert "script" not in page.tags
@@ -304,15 +296,11 @@ class Cells(HTMLParser):
 
 def test_markdown_and_html_agree(report: RunReport) -> None:
     """Both parsed: the same headings, the same cells in the same rows, the same completions."""
-    content_blocks = content.blocks(report)
+    content_blocks = report_blocks.blocks(report)
     html = pages.html(report["name"], content_blocks)
     page = Cells()
     page.feed(html)
-    tokens = (
-        MarkdownIt("commonmark")
-        .enable("table")
-        .parse(pages.markdown(report["name"], content_blocks))
-    )
+    tokens = MarkdownIt("commonmark").enable("table").parse(pages.markdown(report["name"], content_blocks))
     rows: list[list[str]] = []
     headings, fences = [], []
     for i, token in enumerate(tokens):
@@ -334,20 +322,20 @@ def test_markdown_and_html_agree(report: RunReport) -> None:
 
 
 def test_predicted_and_measured_memory_stand_side_by_side(report: RunReport) -> None:
-    table = content.prediction_table(report)
+    table = report_blocks.prediction_table(report)
     assert table.header[-3:] == ["predicted", "memory", "×"]
     assert [row[-3:] for row in table.rows] == [["4 GB", "5 GB", "1.25"]] * 3  # both, and the most
     unmeasured = {**report, "stages": [{**report["stages"][0], "metrics": {}}]}
-    assert content.prediction_table(unmeasured).rows[0][-3:] == ["–", "–", "–"]
+    assert report_blocks.prediction_table(unmeasured).rows[0][-3:] == ["–", "–", "–"]
 
 
 def test_the_plot_is_wellformed_and_ordered(report: RunReport) -> None:
-    tree = ElementTree.fromstring(plot.accuracy_svg(report["arms"]))
+    tree = ElementTree.fromstring(arm_plots.accuracy_svg(report["arms"]))
     names = [t.text for t in tree.iter("{http://www.w3.org/2000/svg}text")]
     assert [n for n in names if n in report["arms"]] == ["teacher", "kl", "sft|<b>"]
     assert len([p for p in tree.iter(f"{SVG}path") if p.get("class") == "mark"]) == 3
     for line in tree.iter("{http://www.w3.org/2000/svg}line"):
-        assert 0 <= float(line.get("x1", "0")) <= plot.WIDE
+        assert 0 <= float(line.get("x1", "0")) <= arm_plots.WIDE
 
 
 # ---------------------------------------------------------------------------------------------- verdicts
@@ -373,12 +361,12 @@ def flip(row: dict) -> dict:  # type: ignore[type-arg]
 def test_verdict_over_seeds(report: RunReport) -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.6, 0.05, (3, 40)), rng.normal(0.2, 0.05, (3, 40))
-    supported = compare.difference_over_seeds(a.tolist(), b.tolist())
+    supported = comparison.difference_over_seeds(a.tolist(), b.tolist())
     row = comparison_row("kl", "sft|<b>", supported)
     assert "over 3 training seeds an arm the difference is supported" in wording.verdict(
         {**report, "comparisons": [*report["comparisons"], row]}
     )
-    equal = comparison_row("kl", "sft|<b>", compare.difference_over_seeds(a.tolist(), a.tolist()))
+    equal = comparison_row("kl", "sft|<b>", comparison.difference_over_seeds(a.tolist(), a.tolist()))
     assert "is inconclusive" in wording.verdict({**report, "comparisons": [equal]})
 
 
@@ -390,11 +378,10 @@ def test_verdict_of_three_students_says_each_pair_under_what_is_known_of_it(
     runs["sft"] = runs["kl"] + rng.normal(0, 0.1, (3, 1))
     some = next(arm for arm in report["arms"].values() if arm["role"] == "student")
     arms = {
-        name: {**some, "accuracy": {**some["accuracy"], "value": float(values.mean())}}
-        for name, values in runs.items()
+        name: {**some, "accuracy": {**some["accuracy"], "value": float(values.mean())}} for name, values in runs.items()
     }
     rows = [
-        comparison_row(a, b, compare.difference_over_seeds(runs[a].tolist(), runs[b].tolist()))
+        comparison_row(a, b, comparison.difference_over_seeds(runs[a].tolist(), runs[b].tolist()))
         for a, b in (("kl", "rl"), ("kl", "sft"), ("rl", "sft"))
     ]
     said = wording.verdict({**report, "arms": arms, "comparisons": rows})  # type: ignore[typeddict-item]
@@ -463,8 +450,7 @@ def with_points(report: RunReport) -> RunReport:
     arm = report["arms"]["kl"]
     end = arm["flops"]
     points = [
-        {"flops": end * f, "accuracy": 0.3 * f, "low": 0.3 * f - 0.05, "high": 0.3 * f + 0.05}
-        for f in (0.5, 0.2)
+        {"flops": end * f, "accuracy": 0.3 * f, "low": 0.3 * f - 0.05, "high": 0.3 * f + 0.05} for f in (0.5, 0.2)
     ]
     return {**report, "arms": {**report["arms"], "kl": {**arm, "points": points}}}  # type: ignore[typeddict-item]
 
@@ -483,21 +469,17 @@ def marks(svg: str, name: str) -> list[tuple[float, float]]:
 
 def test_checkpoints_along_the_way_are_a_curve_in_order_of_compute(report: RunReport) -> None:
     arms = with_points(report)["arms"]
-    x = [at for at, _ in marks(plot.compute_svg(arms, "student"), "kl")]
+    x = [at for at, _ in marks(arm_plots.compute_svg(arms, "student"), "kl")]
     assert len(x) == 3
     assert x == sorted(x)
     # Logarithmic: from a fifth to a half of the budget is as far as 2.5 times anywhere.
     ratio = (x[1] - x[0]) / (x[2] - x[1])
     assert ratio == pytest.approx(np.log(2.5) / np.log(2), rel=0.02)
     # What a teacher's inference cost is paid before the first checkpoint: the curve is pushed together.
-    shifted = [at for at, _ in marks(plot.compute_svg(arms, "with_inference"), "kl")]
+    shifted = [at for at, _ in marks(arm_plots.compute_svg(arms, "with_inference"), "kl")]
     flops, more = arms["kl"]["flops"], arms["kl"]["cost"]["with_inference"]["flops"]
-    expected = np.log((more) / (more - 0.5 * flops)) / np.log(
-        (more - 0.5 * flops) / (more - 0.8 * flops)
-    )
-    assert (shifted[2] - shifted[1]) / (shifted[1] - shifted[0]) == pytest.approx(
-        expected, rel=0.03
-    )
+    expected = np.log((more) / (more - 0.5 * flops)) / np.log((more - 0.5 * flops) / (more - 0.8 * flops))
+    assert (shifted[2] - shifted[1]) / (shifted[1] - shifted[0]) == pytest.approx(expected, rel=0.03)
 
 
 def test_an_arm_without_compute_is_a_level(report: RunReport) -> None:
@@ -506,30 +488,28 @@ def test_an_arm_without_compute_is_a_level(report: RunReport) -> None:
         "cost": {v: view(Cost()) for v in report["arms"]["teacher"]["cost"]},
         "flops": 0.0,
     }
-    svg = plot.compute_svg({**report["arms"], "teacher": free}, "student")  # type: ignore[dict-item]
+    svg = arm_plots.compute_svg({**report["arms"], "teacher": free}, "student")  # type: ignore[dict-item]
     assert svg.count('class="level"') == 1
     assert "teacher (no compute)" in svg
-    everything = plot.compute_svg({"teacher": free}, "student")  # type: ignore[dict-item]
+    everything = arm_plots.compute_svg({"teacher": free}, "student")  # type: ignore[dict-item]
     ElementTree.fromstring(everything)
 
 
-@pytest.mark.parametrize("width", [plot.WIDE, plot.NARROW])
+@pytest.mark.parametrize("width", [arm_plots.WIDE, arm_plots.NARROW])
 def test_labels_of_many_arms_do_not_cover_one_another(report: RunReport, width: int) -> None:
     arms = {}
     for n in range(10):
         base = report["arms"]["kl"]
         value = 0.4 + 0.01 * n
         interval = {"value": value, "low": value - 0.05, "high": value + 0.05, "n": 40}
-        cost = {
-            v: {"tokens": 1.0, "flops": 1e14 * (1 + 0.1 * n), "seconds": 1.0} for v in base["cost"]
-        }
+        cost = {v: {"tokens": 1.0, "flops": 1e14 * (1 + 0.1 * n), "seconds": 1.0} for v in base["cost"]}
         arms[f"arm {n}"] = {
             **base,
             "accuracy": interval,
             "flops": 1e14 * (1 + 0.1 * n),
             "cost": cost,
         }
-    for drawn in (plot.compute_svg(arms, "student", width), plot.pass_svg(arms, width)):  # type: ignore[arg-type]
+    for drawn in (arm_plots.compute_svg(arms, "student", width), arm_plots.pass_svg(arms, width)):  # type: ignore[arg-type]
         tree = ElementTree.fromstring(drawn)
         texts = [t for t in tree.iter(f"{SVG}text") if (t.text or "").startswith("arm ")]
         assert len(texts) == 10
@@ -563,7 +543,7 @@ def test_copies_of_a_stage_share_a_panel_with_a_line_a_seed() -> None:
         }  # fmt: skip
 
     stages = [copy(1, [0.1, 0.2]), copy(2, [0.1, 0.3, 0.5])]
-    blocks = content.curve_blocks([*stages, copy(1, [0.5]) | {"name": "other"}])
+    blocks = report_blocks.curve_blocks([*stages, copy(1, [0.5]) | {"name": "other"}])
     assert [getattr(block, "title", "") for block in blocks[1:]] == [
         "rl (grpo, 2 training seeds)",
         "other (grpo)",
@@ -606,9 +586,7 @@ def test_the_page_in_a_browser(
     assert page.title() == "quickstart – distill report"
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     shown = "svg[role=img]:visible"
-    widths = page.locator(shown).evaluate_all(
-        "all => all.map(one => one.getBoundingClientRect().width)"
-    )
+    widths = page.locator(shown).evaluate_all("all => all.map(one => one.getBoundingClientRect().width)")
     assert widths
     assert all(w <= width for w in widths)
     small = page.locator(shown).evaluate_all(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as distributions
 
-from distill.reports import stats
+from distill.reports import statistics
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from distill.reports import stats
     ],
 )
 def test_pass_at_k_by_hand(n: int, c: int, k: int, expected: float) -> None:
-    assert float(stats.pass_at_k(n, c, k)) == pytest.approx(expected, abs=1e-14)
+    assert float(statistics.pass_at_k(n, c, k)) == pytest.approx(expected, abs=1e-14)
 
 
 @given(st.integers(1, 300), st.data())
@@ -34,21 +34,21 @@ def test_pass_at_k_by_hand(n: int, c: int, k: int, expected: float) -> None:
 def test_pass_at_k_is_the_exact_ratio_of_binomials(n: int, data: st.DataObject) -> None:
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
     exact = 1 - math.comb(n - c, k) / math.comb(n, k)
-    assert float(stats.pass_at_k(n, c, k)) == pytest.approx(exact, rel=1e-10, abs=1e-13)
+    assert float(statistics.pass_at_k(n, c, k)) == pytest.approx(exact, rel=1e-10, abs=1e-13)
 
 
 def test_pass_at_k_keeps_the_digits_of_a_tiny_chance() -> None:
-    assert float(stats.pass_at_k(10**12, 1, 1)) == pytest.approx(1e-12, rel=1e-12)
+    assert float(statistics.pass_at_k(10**12, 1, 1)) == pytest.approx(1e-12, rel=1e-12)
 
 
 def test_pass_at_k_refuses_more_than_there_are() -> None:
     with pytest.raises(ValueError, match="pass@8"):
-        stats.pass_at_k(np.array([16, 4]), np.array([2, 1]), 8)
+        statistics.pass_at_k(np.array([16, 4]), np.array([2, 1]), 8)
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 10), (3, 10), (10, 10), (81, 263), (1, 1)])
 def test_wilson_is_scipys(right: int, n: int) -> None:
-    ours = stats.wilson(right, n)
+    ours = statistics.wilson(right, n)
     theirs = distributions.binomtest(right, n).proportion_ci(0.95, method="wilson")
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
     assert ours.low <= ours.value <= ours.high
@@ -57,13 +57,13 @@ def test_wilson_is_scipys(right: int, n: int) -> None:
 def test_wilson_by_hand() -> None:
     # z = 1.96: (81 + 1.92) / (263 + 3.84) -+ 1.96 / 266.84 * sqrt(81 * 182 / 263 + .96), Wilson's own formula.
     centre, half = 82.92073 / 266.84146, 1.959964 / 266.84146 * math.sqrt(81 * 182 / 263 + 0.960365)
-    ours = stats.wilson(81, 263)
+    ours = statistics.wilson(81, 263)
     assert (ours.low, ours.high) == pytest.approx((centre - half, centre + half), abs=1e-5)
 
 
 def test_bca_is_scipys() -> None:
     values = np.random.default_rng(3).beta(0.6, 1.4, 60)
-    ours = stats.bca(values, resamples=40_000, seed=1)
+    ours = statistics.bca(values, resamples=40_000, seed=1)
     theirs = distributions.bootstrap(
         (values,), np.mean, n_resamples=40_000, method="BCa", rng=np.random.default_rng(2)
     ).confidence_interval
@@ -71,19 +71,19 @@ def test_bca_is_scipys() -> None:
 
 
 def test_one_sample_a_problem_is_wilson_and_several_are_resampled() -> None:
-    assert stats.accuracy([[1], [0], [1], [1]]).method == "wilson"
-    assert stats.accuracy([[1, 0], [0, 0], [1, 1]]).method == "bootstrap"
-    never = stats.accuracy([[0] * 16] * 30)
+    assert statistics.accuracy([[1], [0], [1], [1]]).method == "wilson"
+    assert statistics.accuracy([[1, 0], [0, 0], [1, 1]]).method == "bootstrap"
+    never = statistics.accuracy([[0] * 16] * 30)
     assert never.value == never.low == 0
-    assert never.high == pytest.approx(stats.wilson(0, 30).high)
+    assert never.high == pytest.approx(statistics.wilson(0, 30).high)
 
 
 def test_accuracy_weighs_problems_equally_and_leaves_out_what_was_not_judged() -> None:
-    ragged = stats.accuracy([[1, 1, 1, 1], [0], [None, 1, 0], [None]])
+    ragged = statistics.accuracy([[1, 1, 1, 1], [0], [None, 1, 0], [None]])
     assert ragged.value == pytest.approx((1 + 0 + 0.5) / 3)
     assert ragged.n == 3
     with pytest.raises(ValueError, match="no problem was judged"):
-        stats.accuracy([[None], []])
+        statistics.accuracy([[None], []])
 
 
 def test_the_problem_is_the_unit() -> None:
@@ -91,8 +91,8 @@ def test_the_problem_is_the_unit() -> None:
     rng = np.random.default_rng(5)
     chance = rng.beta(0.7, 0.6, 30)
     correct = rng.random((30, 64)) < chance[:, None]
-    by_problem = stats.accuracy(correct.tolist())
-    pooled = stats.wilson(float(correct.sum()), correct.size)
+    by_problem = statistics.accuracy(correct.tolist())
+    pooled = statistics.wilson(float(correct.sum()), correct.size)
     assert by_problem.value == pytest.approx(pooled.value)
     assert 0.044 < pooled.high - pooled.low < 0.046
     assert by_problem.high - by_problem.low > 4 * (pooled.high - pooled.low)
@@ -104,21 +104,21 @@ def test_intervals_cover() -> None:
     for trial in range(trials):
         chance = rng.beta(1.0, 1.5, 40)
         correct = rng.random((40, 4)) < chance[:, None]
-        interval = stats.mean_interval(correct.mean(1), resamples=1000, seed=trial)
+        interval = statistics.mean_interval(correct.mean(1), resamples=1000, seed=trial)
         hits += interval.low <= 0.4 <= interval.high
     assert 0.91 < hits / trials < 0.985
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
     correct = [[1, 0, 1], [0, 0, 1], [1, 1, 1], [0, 1, 0]]
-    assert stats.accuracy(correct, seed=4) == stats.accuracy(correct, seed=4)
+    assert statistics.accuracy(correct, seed=4) == statistics.accuracy(correct, seed=4)
 
 
 def test_blocks_of_resamples_do_not_change_their_law(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.linspace(0, 1, 50)
-    whole = stats.bootstrap_means(values, 3000, 0)
-    monkeypatch.setattr(stats, "BLOCK", 1000)
-    split = stats.bootstrap_means(values, 3000, 0)
+    whole = statistics.bootstrap_means(values, 3000, 0)
+    monkeypatch.setattr(statistics, "BLOCK", 1000)
+    split = statistics.bootstrap_means(values, 3000, 0)
     assert len(split) == 3000
     np.testing.assert_array_equal(whole, split)
 
@@ -129,7 +129,7 @@ def test_blocks_of_resamples_do_not_change_their_law(monkeypatch: pytest.MonkeyP
 def test_the_parts_of_the_variance_by_hand() -> None:
     # Seed means .25, .5; problem means .5, .25; interaction -+.125 in all four cells.
     values = np.array([[0.5, 0.0], [0.5, 0.5]])
-    seed_part, problem_part, noise = stats.seed_variance(values)
+    seed_part, problem_part, noise = statistics.seed_variance(values)
     assert seed_part == pytest.approx(2 * 0.125**2 / 2)
     assert problem_part == pytest.approx(2 * 0.125**2 / 2)
     assert noise == pytest.approx(4 * 0.125**2 / 4)
@@ -137,9 +137,9 @@ def test_the_parts_of_the_variance_by_hand() -> None:
 
 def test_one_seed_is_the_interval_over_problems() -> None:
     values = np.random.default_rng(0).beta(1, 1, 50)
-    assert stats.over_seeds(values[None]) == stats.mean_interval(values)
+    assert statistics.over_seeds(values[None]) == statistics.mean_interval(values)
     with pytest.raises(ValueError, match="every seed"):
-        stats.over_seeds([[0.5, float("nan")]])
+        statistics.over_seeds([[0.5, float("nan")]])
 
 
 def test_intervals_over_seeds_cover_and_those_over_problems_do_not() -> None:
@@ -149,9 +149,9 @@ def test_intervals_over_seeds_cover_and_those_over_problems_do_not() -> None:
         chance = rng.beta(1.0, 1.5, 256)
         moved = np.clip(chance + rng.normal(0, 0.03, (3, 1)), 0, 1)
         values = rng.binomial(4, moved) / 4
-        together = stats.over_seeds(values)
+        together = statistics.over_seeds(values)
         hits += together.low <= 0.4 <= together.high
-        pooled = stats.wilson(float(values.sum() * 4), values.size * 4)
+        pooled = statistics.wilson(float(values.sum() * 4), values.size * 4)
         alone += pooled.low <= 0.4 <= pooled.high
     assert hits / trials > 0.92
     assert alone / trials < 0.75
@@ -173,19 +173,17 @@ def by_enumeration(answers: list[str | None], gold: str, k: int) -> float:
 
 @given(st.lists(st.sampled_from(["7", "8", "9", "10", None]), min_size=1, max_size=9), st.data())
 @settings(max_examples=150, deadline=None)
-def test_majority_is_the_mean_over_all_subsets(
-    answers: list[str | None], data: st.DataObject
-) -> None:
+def test_majority_is_the_mean_over_all_subsets(answers: list[str | None], data: st.DataObject) -> None:
     k = data.draw(st.integers(1, len(answers)))
-    groups = stats.clusters(answers, [a == "7" for a in answers], str.__eq__)
+    groups = statistics.clusters(answers, [a == "7" for a in answers], str.__eq__)
     expected = by_enumeration(answers, "7", k)
-    assert stats.majority(groups, len(answers), k) == pytest.approx(expected, abs=1e-12)
+    assert statistics.majority(groups, len(answers), k) == pytest.approx(expected, abs=1e-12)
 
 
 def test_majority_by_hand() -> None:
     def vote(answers: list[str | None]) -> float:
-        groups = stats.clusters(answers, [a == "7" for a in answers], str.__eq__)
-        return stats.majority(groups, len(answers), len(answers))
+        groups = statistics.clusters(answers, [a == "7" for a in answers], str.__eq__)
+        return statistics.majority(groups, len(answers), len(answers))
 
     assert vote(["7", "7", "8"]) == 1
     assert vote(["7", "8"]) == 0.5
@@ -200,9 +198,9 @@ def test_equivalent_answers_vote_together() -> None:
         [["1/2".replace("1/2", "0.5"), "0.50", "3", "3"]],
         [[True, True, False, False]],
     )
-    assert stats.maj_at(answers, correct, 4, same).value == 0.5
-    assert stats.maj_at([["0.5", "0.50", "3", "3.1"]], correct, 4, same).value == 1.0
-    assert stats.maj_at([["0.5", "0.50", "3", "3.1"]], correct, 4).value == 0.5
+    assert statistics.maj_at(answers, correct, 4, same).value == 0.5
+    assert statistics.maj_at([["0.5", "0.50", "3", "3.1"]], correct, 4, same).value == 1.0
+    assert statistics.maj_at([["0.5", "0.50", "3", "3.1"]], correct, 4).value == 0.5
 
 
 def test_majority_of_64_is_quick_and_bounded() -> None:
@@ -210,7 +208,5 @@ def test_majority_of_64_is_quick_and_bounded() -> None:
     answers = [[str(a) for a in rng.geometric(0.2, 64)] for _ in range(5)]
     correct = [[a == "1" for a in row] for row in answers]
     for k in (1, 8, 32, 64):
-        assert 0 <= stats.maj_at(answers, correct, k).value <= 1
-    assert stats.maj_at(answers, correct, 1).value == pytest.approx(
-        stats.accuracy(correct).value, abs=1e-9
-    )
+        assert 0 <= statistics.maj_at(answers, correct, k).value <= 1
+    assert statistics.maj_at(answers, correct, 1).value == pytest.approx(statistics.accuracy(correct).value, abs=1e-9)

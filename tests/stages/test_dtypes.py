@@ -18,9 +18,7 @@ from distill.traces.schema import metadata_of
 
 def pretend(run: Path, faster: str) -> None:
     """Let the run's environment.json say that one dtype multiplies ten times faster than the other here."""
-    rates = {
-        dtype: Rates(*[1e11 if dtype == faster else 1e10] * 4) for dtype in ("float32", "bfloat16")
-    }
+    rates = {dtype: Rates(*[1e11 if dtype == faster else 1e10] * 4) for dtype in ("float32", "bfloat16")}
     here = Machine(machine.key(), "cpu", "made up", 2, 2**35, 1e10, {"32x64": rates})
     run.mkdir(parents=True, exist_ok=True)
     (run / "environment.json").write_text(json.dumps({"machine": asdict(here)}))
@@ -107,9 +105,7 @@ def test_a_dtype_said_by_hand_is_obeyed_with_its_price_and_an_unknown_one_refuse
     done = project.run("stages.sft.dtype=bfloat16", "--only", "sft")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 times slower here than float32" in done.stdout
-    wide = project.run(
-        "stages.sft.dtype=float32", "stages.sft.seed=5", "--only", "sft", "--redo", "sft"
-    )
+    wide = project.run("stages.sft.dtype=float32", "stages.sft.seed=5", "--only", "sft", "--redo", "sft")
     assert wide.returncode == 0, wide.stdout + wide.stderr
     assert saved_dtypes(project.run_dir / "sft/model") == {"F32"}
     wrong = project.run("stages.sft.dtype=bfloat")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from distill import pipeline, recipe
+from distill import recipe
 from distill.progress import Screen
 from distill.records import Problem, UserError
+from distill.run import pipeline
 from distill.stages.context import Context, make_task
 from distill.stages.filter import held_out
 
@@ -38,9 +39,7 @@ def context(run: Path, against: str, *, test: bool = True, tasks: dict | None = 
         "tasks": {"sums": SUMS, **(tasks or {})},
         "stages": stages,
     }
-    return Context(
-        recipe=recipe.validate(tree), run=run, name="clean", screen=Screen(io.StringIO())
-    )
+    return Context(recipe=recipe.validate(tree), run=run, name="clean", screen=Screen(io.StringIO()))
 
 
 def questions(ctx: Context, split: str, num: int) -> list[Problem]:

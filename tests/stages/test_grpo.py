@@ -10,7 +10,7 @@ from project import REFERENCE, SUMS, Project
 
 from distill import recipe
 from distill.records import UserError
-from distill.stages.plan import check_plugs
+from distill.run.plan import check_plugs
 
 REWARDS = '''
 def even(group):
@@ -102,9 +102,7 @@ def test_metrics_samples_cost_and_report(finished):
     completions = 3 * 2 * 2 * 4
     assert finished.state("rl")["metrics"]["completions"] == completions
     assert completions <= cost["tokens_generated"] <= 6 * completions
-    assert (
-        cost["tokens_scored"] == 2 * cost["tokens_trained"]
-    )  # old and reference log-probabilities
+    assert cost["tokens_scored"] == 2 * cost["tokens_trained"]  # old and reference log-probabilities
     report = json.loads((finished.run_dir / "report.json").read_text())
     assert set(report["arms"]) == {"start", "rl"}
     assert report["arms"]["rl"]["cost"]["student"]["flops"] == pytest.approx(cost["flops"])

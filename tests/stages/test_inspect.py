@@ -18,7 +18,7 @@ import pytest
 from distill import engines, models
 from distill.recipe import EngineConfig
 from distill.records import Ragged, Request, Sampling, TopK, Traces, UserError
-from distill.stages import inspect
+from distill.tools import inspect
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
 
@@ -28,9 +28,7 @@ QUESTIONS = ["Zwei und zwei? 😀", "<script>alert(1)</script>", "4 + 4", "5 + 5
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, tokenizer: Any) -> Path:
     """Four traces of 12 tokens with their distributions."""
-    engine = engines.open_engine(
-        EngineConfig(fn="reference"), tiny_dir, max_model_len=64, max_top_k=8
-    )
+    engine = engines.open_engine(EngineConfig(fn="reference"), tiny_dir, max_model_len=64, max_top_k=8)
     prompts = [np.array(tokenizer(q, add_special_tokens=False).input_ids) for q in QUESTIONS]
     requests = [Request(f"trace{n}", prompt, n) for n, prompt in enumerate(prompts)]
     written = list(engine.generate(requests, Sampling(max_tokens=12), top_k=8))
@@ -93,9 +91,7 @@ def test_the_command_line_writes_a_page(folder: Path, tmp_path: Path, tokenizer:
         assert trace["correct"] is (n % 2 == 0)
 
 
-def test_a_student_that_is_the_teacher_differs_nowhere(
-    folder: Path, tmp_path: Path, tiny_dir: Path
-) -> None:
+def test_a_student_that_is_the_teacher_differs_nowhere(folder: Path, tmp_path: Path, tiny_dir: Path) -> None:
     path, _ = inspect.write(folder, tmp_path, student=str(tiny_dir))
     arrays = unpack(path)["arrays"]
     assert path == tmp_path / "inspect.html"

@@ -9,7 +9,7 @@ from project import REFERENCE, SUMS, Project
 
 from distill import recipe
 from distill.records import UserError
-from distill.stages.plan import check_plugs
+from distill.run.plan import check_plugs
 
 
 @pytest.fixture(scope="module")

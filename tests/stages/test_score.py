@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 from scored_runs import context
 
-from distill import hub, models, pipeline, recipe
+from distill import models, recipe, run_folder
+from distill.compute.ledger import StageCost, arm_cost
 from distill.engines.transformers import CHUNK, TransformersEngine
+from distill.models import hub
 from distill.progress import Screen
 from distill.records import Cost, Request, Template, Traces, UserError
-from distill.reports.ledger import StageCost, arm_cost
-from distill.stages import score, sources, state
+from distill.run import pipeline
+from distill.run.plan import check_plugs, predict
+from distill.stages import score
 from distill.stages.context import Context
-from distill.stages.plan import check_plugs, predict
-from distill.stages.sources import render
-from distill.traces import notes
+from distill.stages.inputs import score_inputs
+from distill.stages.inputs.score_inputs import render
+from distill.traces import provenance
 from distill.traces.reader import open_traces
 from distill.traces.verify import verify
 from distill.traces.writer import TraceWriter
@@ -64,9 +67,7 @@ def check_against_a_forward_pass(folder: Path, path: Path) -> None:
             assert set(kept[t, :k]) == set(np.argsort(-logq[t])[:k])
 
 
-def test_scored_traces_are_the_same_rows_with_the_other_models_numbers(
-    tiny_dir, other_dir, tmp_path, written
-):
+def test_scored_traces_are_the_same_rows_with_the_other_models_numbers(tiny_dir, other_dir, tmp_path, written):
     ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, written)
     result = run_score(ctx)
     before, after = rows_of(tmp_path / "traces/traces"), rows_of(ctx.folder / "traces")
@@ -98,7 +99,7 @@ def test_scored_traces_are_the_same_rows_with_the_other_models_numbers(
     nll = -np.concatenate([b.logprob[n] for b, n in after.values()]).mean()
     assert result.metrics["mean_nll"] == pytest.approx(nll, rel=1e-4)
     assert (
-        notes.text_from(open_traces(ctx.folder / "traces"))
+        provenance.text_from(open_traces(ctx.folder / "traces"))
         == f"a (weights {models.weights_fingerprint(tiny_dir)})"
     )
     assert "its ids as they were sampled" in ctx.screen.stream.getvalue()
@@ -110,9 +111,7 @@ def test_the_writer_scored_again_says_what_it_said_while_it_wrote(tiny_dir, tmp_
     run_score(ctx)
     before, after = rows_of(tmp_path / "traces/traces"), rows_of(ctx.folder / "traces")
     for trace_id, (block, n) in before.items():
-        np.testing.assert_allclose(
-            block.logprob[n], after[trace_id][0].logprob[after[trace_id][1]], atol=0.02
-        )
+        np.testing.assert_allclose(block.logprob[n], after[trace_id][0].logprob[after[trace_id][1]], atol=0.02)
 
 
 def test_resumed_is_uninterrupted(tiny_dir, other_dir, tmp_path, written):
@@ -122,7 +121,7 @@ def test_resumed_is_uninterrupted(tiny_dir, other_dir, tmp_path, written):
     ctx = make(tmp_path / "half", teachers, written, shard_rows=2)
     real = TransformersEngine.score
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_ROWS", 2)
+        patch.setattr(score_inputs, "BLOCK_ROWS", 2)
         patch.setattr(TransformersEngine, "score", _after(real, 3, OSError))
         with pytest.raises(OSError):
             run_score(ctx)
@@ -164,9 +163,7 @@ def _same(mine: dict, theirs: dict) -> None:
         other, m = theirs[trace_id]
         assert (block.logprob[n] == other.logprob[m]).all()
         a, b = block.top_of(n), other.top_of(m)
-        assert all(
-            (getattr(a, f) == getattr(b, f)).all() for f in ("count_T", "ids_E", "logp_E", "tail_T")
-        )
+        assert all((getattr(a, f) == getattr(b, f)).all() for f in ("count_T", "ids_E", "logp_E", "tail_T"))
 
 
 def test_data_that_changed_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_path, written):
@@ -191,16 +188,12 @@ def test_data_that_changed_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_pa
         assert verify(ctx.folder / "traces").ok
         want = {i: row for i, row in rows_of(whole.folder / "traces").items() if i in wanted}
         _same(want, rows_of(ctx.folder / "traces"))
-    assert (
-        "5 traces of an earlier attempt are not asked for any more" in ctx.screen.stream.getvalue()
-    )
+    assert "5 traces of an earlier attempt are not asked for any more" in ctx.screen.stream.getvalue()
     (former,) = (tmp_path / ".old").iterdir()
     assert set(rows_of(former)) == set(ids)
 
 
-def test_carrying_over_survives_a_kill_between_its_two_renames(
-    tiny_dir, other_dir, tmp_path, written
-):
+def test_carrying_over_survives_a_kill_between_its_two_renames(tiny_dir, other_dir, tmp_path, written):
     ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, written)
     folder = tmp_path / "scored" / "traces"
     shutil.copytree(written / "traces", folder)
@@ -250,14 +243,9 @@ def test_a_file_that_grew_or_was_corrected_is_scored_where_it_is_new(tiny_dir, o
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(TransformersEngine, "score", _noting(real, scored))
             run_score(ctx)
-        there = {
-            block.completion[n][0]: (block, n)
-            for block, n in rows_of(ctx.folder / "traces").values()
-        }
+        there = {block.completion[n][0]: (block, n) for block, n in rows_of(ctx.folder / "traces").values()}
         assert {block.trace_id[n] for block, n in (there[q] for q in new)} == set(scored)
-        assert {q: block.gold[n] for q, (block, n) in there.items()} == {
-            row["question"]: row["answer"] for row in rows
-        }
+        assert {q: block.gold[n] for q, (block, n) in there.items()} == {row["question"]: row["answer"] for row in rows}
         seen.append(open_traces(ctx.folder / "traces").metadata.source)
     assert len(set(seen)) == 3
 
@@ -277,9 +265,7 @@ def cached_dataset(tmp_path, monkeypatch):
     def cache(commit: str, questions: str) -> None:
         folder = tmp_path / "cache" / "some___chats" / "default" / "0.0.0" / commit
         folder.mkdir(parents=True)
-        features = datasets.Features(
-            dict.fromkeys(("question", "completion"), datasets.Value("string"))
-        )
+        features = datasets.Features(dict.fromkeys(("question", "completion"), datasets.Value("string")))
         with ArrowWriter(path=str(folder / "chats-train.arrow"), features=features) as writer:
             for question in questions:
                 writer.write({"question": question, "completion": f"{question}!"})
@@ -296,9 +282,7 @@ def cached_dataset(tmp_path, monkeypatch):
     hub.dataset_commit.cache_clear()
 
 
-def test_a_hub_dataset_counts_by_the_commit_that_is_read(
-    tiny_dir, other_dir, tmp_path, cached_dataset
-):
+def test_a_hub_dataset_counts_by_the_commit_that_is_read(tiny_dir, other_dir, tmp_path, cached_dataset):
     ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data="some/chats")
     node = next(n for n in pipeline.nodes(ctx.recipe) if n.name == "scored")
 
@@ -309,16 +293,13 @@ def test_a_hub_dataset_counts_by_the_commit_that_is_read(
         run_score(ctx)
         inputs = pipeline.input_fingerprints(node, ctx.recipe, tmp_path)
         config = node.config.model_dump(mode="json")
-        state.write(ctx.folder, state.State("score", config, inputs, status="done"))
+        run_folder.write(ctx.folder, run_folder.State("score", config, inputs, status="done"))
         return inputs["data"]
 
     assert pipeline.input_fingerprints(node, ctx.recipe, tmp_path)["data"] == hub.UNVERIFIED
     cached_dataset(COMMITS[0], "ab")
     assert finish() == COMMITS[0]
-    assert (
-        open_traces(ctx.folder / "traces").metadata.source
-        == f"some/chats ({COMMITS[0][:16]}), split train"
-    )
+    assert open_traces(ctx.folder / "traces").metadata.source == f"some/chats ({COMMITS[0][:16]}), split train"
     assert decide() == "skip"
     cached_dataset(COMMITS[1], "abc")
     assert decide() == "grow"
@@ -335,12 +316,12 @@ def test_a_hub_dataset_at_a_revision(tmp_path, cached_dataset):
     assert hub.dataset_id(f"some/chats@{COMMITS[0]}") == ("some/chats", COMMITS[0])
     assert hub.dataset_commit("some/chats", COMMITS[1]) == COMMITS[1]
     assert hub.dataset_commit("some/chats", "main") == hub.UNVERIFIED
-    source = sources.open_rows(f"some/chats@{COMMITS[0]}", "train", "data")
+    source = score_inputs.open_rows(f"some/chats@{COMMITS[0]}", "train", "data")
     assert source.count() == 2
     with pytest.raises(UserError, match=f"there is only some/chats@{COMMITS[0]}"):
-        sources.open_rows(f"some/chats@{COMMITS[1]}", "train", "data")
+        score_inputs.open_rows(f"some/chats@{COMMITS[1]}", "train", "data")
     with pytest.raises(UserError, match="Without a network, give a JSONL"):
-        sources.open_rows("some/others", "train", "data")
+        score_inputs.open_rows("some/others", "train", "data")
 
 
 def test_only_moved_data_is_added_to(tiny_dir, other_dir, tmp_path):
@@ -348,13 +329,11 @@ def test_only_moved_data_is_added_to(tiny_dir, other_dir, tmp_path):
     rows.write_text('{"question": "a", "completion": "b"}\n')
     ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data=str(rows))
     node = next(n for n in pipeline.nodes(ctx.recipe) if n.name == "scored")
-    inputs = {
-        key: pipeline.input_fingerprint(ctx.recipe, tmp_path, ref) for key, ref in node.inputs
-    }
+    inputs = {key: pipeline.input_fingerprint(ctx.recipe, tmp_path, ref) for key, ref in node.inputs}
     config = node.config.model_dump(mode="json")
 
     def decide(**moved: str) -> str:
-        state.write(ctx.folder, state.State("score", config, inputs | moved, status="done"))
+        run_folder.write(ctx.folder, run_folder.State("score", config, inputs | moved, status="done"))
         return pipeline.decide(node, ctx.recipe, tmp_path).action
 
     assert decide() == "skip"
@@ -419,7 +398,7 @@ def test_a_file_of_conversations_is_rendered_and_scored(tiny_dir, other_dir, tok
     assert "row 7 left out: not JSON" in said
     assert "1 traces left out: longer than the limit" in said
     assert "rendered in the model's own tokens" in said
-    assert notes.text_from(open_traces(ctx.folder / "traces")).startswith("r1.jsonl (")
+    assert provenance.text_from(open_traces(ctx.folder / "traces")).startswith("r1.jsonl (")
 
 
 def test_two_teachers_of_the_same_data_give_the_same_ids(tiny_dir, other_dir, tmp_path):
@@ -495,9 +474,7 @@ def test_a_cut_trace_gets_no_eos_and_an_opened_thinking_is_not_opened_twice(toke
         assert rendered.completion[0] == reply.removesuffix("<|im_end|>")
 
 
-def test_verdicts_by_the_tasks_judge_and_its_held_out_problems_left_out(
-    tiny_dir, other_dir, tmp_path
-):
+def test_verdicts_by_the_tasks_judge_and_its_held_out_problems_left_out(tiny_dir, other_dir, tmp_path):
     exam = tmp_path / "exam.jsonl"
     exam.write_text('{"question": "What is 3 + 4?", "answer": "7"}\n')
     rows = tmp_path / "rows.jsonl"
@@ -510,9 +487,7 @@ def test_verdicts_by_the_tasks_judge_and_its_held_out_problems_left_out(
     tree = ctx.recipe.model_dump(mode="json")
     tree["tasks"]["exam"] = {"fn": "jsonl", "path": str(exam), "held_out": "all"}
     tree["stages"]["scored"] |= {"data": str(rows), "task": "exam"}
-    ctx = Context(
-        recipe=recipe.validate(tree), run=tmp_path, name="scored", screen=Screen(io.StringIO())
-    )
+    ctx = Context(recipe=recipe.validate(tree), run=tmp_path, name="scored", screen=Screen(io.StringIO()))
     result = run_score(ctx)
     (block,) = open_traces(ctx.folder / "traces").blocks()
     assert block.correct == [True, False, None]
@@ -543,9 +518,7 @@ def test_a_score_stage_is_checked_and_predicted(tiny_dir, other_dir, tmp_path):
     generated = next(row for row in predict(ctx.recipe) if row.kind == "generate")
     assert row.amounts["tokens"] == generated.amounts["tokens"]
     assert row.amounts["flops"] > 0
-    file = make(
-        tmp_path, {"a": tiny_dir, "b": other_dir}, data=str(write_rows(tmp_path / "r.jsonl"))
-    )
+    file = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data=str(write_rows(tmp_path / "r.jsonl")))
     row = next(row for row in predict(file.recipe) if row.kind == "score")
     assert row.amounts["bytes"] > 0
     hub = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data="someone/traces")
@@ -555,9 +528,7 @@ def test_a_score_stage_is_checked_and_predicted(tiny_dir, other_dir, tmp_path):
 
 def test_a_long_trace_never_has_its_logits_at_once(tiny_dir):
     """The reference engine's head sees CHUNK positions at a time, whatever the length."""
-    engine = TransformersEngine(
-        tiny_dir, max_model_len=512, dtype="float32", batch_size=1, device="cpu"
-    )
+    engine = TransformersEngine(tiny_dir, max_model_len=512, dtype="float32", batch_size=1, device="cpu")
     seen: list[int] = []
     engine._model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, out: seen.append(out.numel() // out.shape[-1])
@@ -617,4 +588,4 @@ def test_the_real_model_through_the_command_line(smollm2_dir, tokenizer, tmp_pat
     said = distill("traces", "verify", str(folder), "--audit", "40", "--engine", "transformers")
     print(said)
     assert "40 positions of" in said
-    assert notes.certificate(open_traces(folder)) is not None
+    assert provenance.certificate(open_traces(folder)) is not None

@@ -15,7 +15,7 @@ from distill.recipe import TrainStage
 from distill.records import Cost, UserError
 from distill.stages.budget import budget_of
 from distill.stages.context import Context
-from distill.stages.points import Point, points_of
+from distill.stages.snapshots import Point, points_of
 
 
 def tree(start: str) -> dict:
@@ -137,9 +137,7 @@ def test_a_budget_needs_a_stage_that_trains(tiny_dir):
 def test_seeds_train_differently_and_are_evaluated_on_the_same_problems(finished):
     assert finished.losses("kl@1") != finished.losses("kl@2")
     problems = [{row["problem_id"] for row in finished.rows(f"verdict.kl@{n}")} for n in (1, 2)]
-    assert (
-        problems[0] == problems[1] == {row["problem_id"] for row in finished.rows("verdict.start")}
-    )
+    assert problems[0] == problems[1] == {row["problem_id"] for row in finished.rows("verdict.start")}
 
 
 def test_a_budget_is_spent_to_the_nearest_step(finished):
@@ -186,9 +184,7 @@ def test_a_point_is_evaluated_with_its_own_weights(finished, tokenizer):
     """The completion of the weights of step 2, greedy, by transformers itself."""
     folder = finished.run_dir / "verdict.kl@1" / "points"
     shards = {one.name: finished.rows_in(one) for one in folder.iterdir()}
-    assert {name: len(rows) for name, rows in shards.items()} == {
-        f"step-{n:08d}": 3 for n in (2, 4)
-    }
+    assert {name: len(rows) for name, rows in shards.items()} == {f"step-{n:08d}": 3 for n in (2, 4)}
     model = models.load(finished.run_dir / "kl@1" / "model", dtype="float32").eval()
     (point, _) = points_of(finished.run_dir / "kl@1")
     model.load_state_dict(dict(point.weights()), strict=False)

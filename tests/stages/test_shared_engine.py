@@ -11,7 +11,7 @@ from project import SUMS, Project
 
 from distill import models
 from distill.recipe import EngineConfig
-from distill.stages.engine import OneEngine
+from distill.stages.shared_engine import OneEngine
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,7 @@ def test_arms_in_one_process_write_what_they_write_alone(
         alone = Project(tmp_path, one)
         ended = alone.run()
         assert ended.returncode == 0, ended.stdout + ended.stderr
-        assert written[arm] == {
-            row["problem_id"]: row["completion_ids"] for row in alone.rows("score")
-        }
+        assert written[arm] == {row["problem_id"]: row["completion_ids"] for row in alone.rows("score")}
     assert written["tiny"] == written["again"]
     assert len({json.dumps(rows, sort_keys=True) for rows in written.values()}) == 3
 

@@ -24,9 +24,7 @@ from distill.traces.reader import open_traces
 from distill.traces.writer import TraceWriter
 
 
-def context(
-    run: Path, name: str, models_: dict, stages: dict, tasks: dict | None = None
-) -> Context:
+def context(run: Path, name: str, models_: dict, stages: dict, tasks: dict | None = None) -> Context:
     tree = {"name": "t", "models": models_, "tasks": tasks or {"sums": SUMS}, "stages": stages}
     return Context(recipe=recipe.validate(tree), run=run, name=name, screen=Screen(io.StringIO()))
 
@@ -58,9 +56,7 @@ def train_stage(**changes) -> dict:
 
 
 def run_generate(run: Path, tiny_dir: Path, tasks: dict | None = None, **changes):
-    ctx = context(
-        run, "traces", {"base": str(tiny_dir)}, {"traces": generate_stage(**changes)}, tasks
-    )
+    ctx = context(run, "traces", {"base": str(tiny_dir)}, {"traces": generate_stage(**changes)}, tasks)
     ctx.folder.mkdir(parents=True, exist_ok=True)
     return generate.run(ctx.recipe.stages["traces"], ctx), ctx
 
@@ -169,20 +165,14 @@ def test_a_held_out_question_in_the_training_file_is_refused_by_line(tiny_dir, t
     (leak,) = task.problems("held_out", 1, 0)
     (good,) = task.problems("train", 1, 0)
     rows = tmp_path / "w.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"question": p.question, "completion": "x"}) + "\n" for p in (good, leak)
-        )
-    )
+    rows.write_text("".join(json.dumps({"question": p.question, "completion": "x"}) + "\n" for p in (good, leak)))
     with pytest.raises(UserError, match="line 2 is one of the task's held-out problems"):
         run_train(tmp_path, tiny_dir, data=str(rows), task="sums", loss={"fn": "cross_entropy"})
 
 
 def test_bad_lines_are_left_out_by_number_and_the_rest_is_learned(tiny_dir, tmp_path):
     rows = tmp_path / "w.jsonl"
-    good = json.dumps(
-        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]}
-    )
+    good = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]})
     rows.write_bytes(good.encode() + b'\n\xff\xfe\n{"a": 1}\n' + good.encode() + b"\n")
     result, ctx = run_train(tmp_path, tiny_dir, data=str(rows), loss={"fn": "cross_entropy"})
     assert result.metrics["examples"] == 2

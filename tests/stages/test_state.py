@@ -6,30 +6,30 @@ import os
 
 import pytest
 
-from distill.stages import state
+from distill import run_folder
 
 
 def standing(**changes):
-    return state.State(kind="train", config={}, inputs={}, seconds=5.0, **changes)
+    return run_folder.State(kind="train", config={}, inputs={}, seconds=5.0, **changes)
 
 
 def test_a_killed_attempt_counts_up_to_the_last_file_it_wrote(tmp_path):
     killed = standing(began=1000.0)
-    state.write(tmp_path, killed)
+    run_folder.write(tmp_path, killed)
     (tmp_path / "checkpoints").mkdir()
     for name, when in (("metrics.jsonl", 1030.0), ("checkpoints/state.json", 1042.0)):
         (tmp_path / name).write_text("{}")
         os.utime(tmp_path / name, (when, when))
-    os.utime(tmp_path / state.FILE, (1000.0, 1000.0))
-    state.settle(tmp_path, killed)
+    os.utime(tmp_path / run_folder.FILE, (1000.0, 1000.0))
+    run_folder.settle(tmp_path, killed)
     assert killed.seconds == pytest.approx(47.0)
-    state.settle(tmp_path, killed)
+    run_folder.settle(tmp_path, killed)
     assert killed.seconds == pytest.approx(47.0)  # once
 
 
 def test_one_that_ended_has_counted_itself(tmp_path):
     for status in ("done", "failed"):
         ended = standing(began=1000.0, status=status)
-        state.write(tmp_path, ended)
-        state.settle(tmp_path, ended)
+        run_folder.write(tmp_path, ended)
+        run_folder.settle(tmp_path, ended)
         assert ended.seconds == 5.0

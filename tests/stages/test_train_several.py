@@ -69,7 +69,7 @@ def test_traces_that_one_set_lacks_are_left_out_and_counted(finished):
 
 
 def test_a_resumed_epoch_goes_on_where_it_stood(finished):
-    from distill.stages.joined import join
+    from distill.stages.inputs.multi_teacher import join
     from distill.traces.reader import open_traces
 
     readers = [open_traces(finished.run_dir / name / "traces") for name in ("own", "its")]

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill import models, recipe
 from distill.records import UserError
-from distill.stages.plan import check_plugs
+from distill.run.plan import check_plugs
 
 TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}[assistant] "
 
@@ -80,19 +80,14 @@ def test_the_student_comes_nearer_to_a_teacher_with_another_tokenizer(finished):
 def test_what_the_teacher_read_is_counted_in_its_own_tokens(finished, mistral):
     """Of `sorted`: each conversation once a step, under the teacher's template, with the end after the reply."""
     texts = [(f"[user] {n} + 1?\n[assistant] ", f"Das wären {n + 1}.") for n in range(12, 18)]
-    each = [
-        sum(len(mistral(part, add_special_tokens=False)["input_ids"]) for part in parts) + 1
-        for parts in texts
-    ]
+    each = [sum(len(mistral(part, add_special_tokens=False)["input_ids"]) for part in parts) + 1 for parts in texts]
     cost = finished.state("sorted")["teacher_cost"]
     assert cost["tokens_scored"] == 3 * sum(each)
     assert cost["flops"] > 0
 
 
 def test_a_loss_that_compares_ids_is_refused_and_the_others_are_named(finished):
-    done = finished.run(
-        "stages.sorted.loss={fn: forward_kl}", "--redo", "sorted", "--only", "sorted"
-    )
+    done = finished.run("stages.sorted.loss={fn: forward_kl}", "--redo", "sorted", "--only", "sorted")
     assert done.returncode == 2
     assert "stages.sorted.loss: forward_kl compares ids" in done.stderr
     assert "aligned or uld" in done.stderr

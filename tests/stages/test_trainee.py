@@ -12,7 +12,7 @@ from distill import models, recipe
 from distill.progress import Screen
 from distill.records import UserError
 from distill.stages.context import Context
-from distill.stages.trainee import keep_trainee, load_trainee
+from distill.stages.inputs.student import keep_trainee, load_trainee
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None and torch.cuda.is_available()
 
@@ -20,9 +20,7 @@ LIGER = importlib.util.find_spec("liger_kernel") is not None and torch.cuda.is_a
 def context_of(tiny_dir, run, **changes):
     stage = {"kind": "train", "model": "base", "data": "./none", "steps": 1, "dtype": "float32", **changes}  # fmt: skip
     tree = {"name": "t", "models": {"base": str(tiny_dir)}, "stages": {"kl": stage}}
-    context = Context(
-        recipe=recipe.validate(tree), run=run, name="kl", screen=Screen(io.StringIO())
-    )
+    context = Context(recipe=recipe.validate(tree), run=run, name="kl", screen=Screen(io.StringIO()))
     context.folder.mkdir(parents=True)
     return context, context.recipe.stages["kl"]
 
@@ -50,9 +48,7 @@ def test_an_adapter_on_chosen_modules_is_merged_into_plain_weights(tiny_dir, tok
 
 def test_a_quantised_base_without_bitsandbytes_is_refused(tiny_dir, tmp_path, monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     context, config = context_of(tiny_dir, tmp_path, lora={"quantised": "nf4"})
     with pytest.raises(UserError, match=r"stages\.kl\.lora\.quantised: nf4 needs bitsandbytes"):
         load_trainee(config, context)

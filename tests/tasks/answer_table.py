@@ -8,17 +8,10 @@ known of the libraries for it. The right answers that the judge is known to miss
 import json
 from pathlib import Path
 
-ROWS = [
-    json.loads(line)
-    for line in (Path(__file__).parent / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-]
+ROWS = [json.loads(line) for line in (Path(__file__).parent / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
 KINDS = {
     kind: tuple(
-        [
-            (row["gold"], row["answer"])
-            for row in ROWS
-            if row["kind"] == kind and row["right"] is right
-        ]
+        [(row["gold"], row["answer"]) for row in ROWS if row["kind"] == kind and row["right"] is right]
         for right in (True, False)
     )
     for kind in dict.fromkeys(row["kind"] for row in ROWS)

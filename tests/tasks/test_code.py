@@ -40,9 +40,7 @@ PROMPT = 'import math\n\ndef helper(x):\n    return x\n\ndef area(r):\n    """Of
 
 
 def test_an_answer_that_defines_the_function_keeps_the_prompts_imports_and_helpers():
-    program = complete(
-        PROMPT, "```python\ndef area(r):\n    return math.pi * helper(r) ** 2\n```", "area"
-    )
+    program = complete(PROMPT, "```python\ndef area(r):\n    return math.pi * helper(r) ** 2\n```", "area")
     namespace = {}
     exec(program, namespace)
     assert namespace["area"](1) == math.pi
@@ -157,9 +155,7 @@ def test_what_cannot_be_run_is_wrong_and_what_cannot_be_judged_is_nothing(held):
     assert judged("print(1)", STDIN, BROKEN).correct is None
 
 
-def test_a_program_is_run_once_for_the_judge_and_the_rewards_but_again_after_a_failure(
-    tmp_path, held
-):
+def test_a_program_is_run_once_for_the_judge_and_the_rewards_but_again_after_a_failure(tmp_path, held):
     program = "import time\nprint(int(input()) + 1, file=None)\n# counted"
     count = tmp_path / "count"
     counting = tmp_path / "counting"
@@ -167,9 +163,7 @@ def test_a_program_is_run_once_for_the_judge_and_the_rewards_but_again_after_a_f
     counting.chmod(0o755)
     counted = Isolation(held.level, (str(counting), *held.argv), held.own_uid, "counted")
     if held.level == 2:
-        counted = Isolation(
-            3, (str(counting), *sandbox.isolation.limits_only().argv), False, "counted"
-        )
+        counted = Isolation(3, (str(counting), *sandbox.isolation.limits_only().argv), False, "counted")
     for _ in range(3):
         assert judged(program, STDIN, counted).correct
     assert count.read_text().count("run") == 1
@@ -207,9 +201,7 @@ def test_the_reward_is_the_share_of_tests_passed():
         "<think>print(int(input()) + 1)",
         "print(int(input()) + 1)",
     ]
-    scores = rewards.code(
-        group(STDIN, texts, (True,) * 4 + (False,)), unsafe=True, test_timeout_s=30, timeout_s=60
-    )
+    scores = rewards.code(group(STDIN, texts, (True,) * 4 + (False,)), unsafe=True, test_timeout_s=30, timeout_s=60)
     assert scores == [1.0, 0.25, 0.0, 0.0, 0.0]
 
 

@@ -11,9 +11,7 @@ from distill.tasks import hub, jsonl, reasoning_gym, splits
 
 
 def write(path, rows):
-    path.write_bytes(
-        b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in rows)
-    )
+    path.write_bytes(b"".join(r if isinstance(r, bytes) else json.dumps(r).encode() + b"\n" for r in rows))
     return str(path)
 
 
@@ -57,9 +55,7 @@ def test_rows_that_cannot_be_read_are_rejected_by_line(tmp_path):
 
 
 def test_a_ten_megabyte_line_is_rejected_and_the_next_one_read(tmp_path):
-    path = write(
-        tmp_path / "rows.jsonl", [b'{"question": "' + b"a" * 11_000_000 + b'"}\n', addition(1)]
-    )
+    path = write(tmp_path / "rows.jsonl", [b'{"question": "' + b"a" * 11_000_000 + b'"}\n', addition(1)])
     rejected = []
     assert [line for line, _ in read_rows(path, lambda *at: rejected.append(at))] == [2]
     assert rejected[0][0] == 1
@@ -95,13 +91,9 @@ def test_a_file_is_split_ordered_and_judged(tmp_path):
     assert list(task.problems("train", 20, 2)) != train[:20]
     assert task.rejected == []
     problem = train[0]
-    assert (
-        task.verify(problem, f"<think>a</think><answer>{problem.gold}.0</answer>").correct is True
-    )
+    assert task.verify(problem, f"<think>a</think><answer>{problem.gold}.0</answer>").correct is True
     assert task.verify(problem, "<think>a</think><answer>-1</answer>").correct is False
-    with pytest.raises(
-        UserError, match=rf"1000 train problems are wanted, but .* has {len(train)}"
-    ):
+    with pytest.raises(UserError, match=rf"1000 train problems are wanted, but .* has {len(train)}"):
         task.problems("train", 1000, 1)
 
 
@@ -151,10 +143,7 @@ def test_a_gold_that_is_a_list_is_its_answers_and_an_object_is_refused(tmp_path)
     assert task.verify(problems["0?"], "<answer>1200</answer>").correct is False
     reasons = dict(task.rejected)
     assert list(reasons) == [4, 5, 6, 7, 8, 9]
-    assert (
-        reasons[4]
-        == "the answer is dict with the keys ground_truth, not a text, a number or a list of them"
-    )
+    assert reasons[4] == "the answer is dict with the keys ground_truth, not a text, a number or a list of them"
     assert "list" in reasons[5]
 
 
@@ -180,9 +169,7 @@ def test_an_evaluation_file_has_nothing_to_train_on(tmp_path):
 
 def test_a_file_with_nothing_left_says_why(tmp_path):
     task = jsonl("adds", path=write(tmp_path / "a.jsonl", [b"{\n", {"question": "a"}]))
-    with pytest.raises(
-        UserError, match=r"no usable problem. Rejected 2, by line or row: 1: not JSON"
-    ):
+    with pytest.raises(UserError, match=r"no usable problem. Rejected 2, by line or row: 1: not JSON"):
         task.problems("train", 1, 1)
     with pytest.raises(UserError, match=r"tasks.adds.path: 'missing.jsonl': no such file"):
         jsonl("adds", path="missing.jsonl")
@@ -208,15 +195,10 @@ def saved_gsm8k(folder):
 
     def table(numbers):
         return datasets.Dataset.from_list(
-            [
-                {"question": f"Twice {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n:,}"}
-                for n in numbers
-            ]
+            [{"question": f"Twice {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n:,}"} for n in numbers]
         )
 
-    return datasets.DatasetDict(
-        {"train": table(range(500, 530)), "test": table(range(525, 535))}
-    ), folder
+    return datasets.DatasetDict({"train": table(range(500, 530)), "test": table(range(525, 535))}), folder
 
 
 def test_a_saved_dataset_keeps_its_official_splits(tmp_path):
@@ -237,17 +219,13 @@ def test_a_folder_of_parquet_files_is_a_dataset(tmp_path):
     tables, folder = saved_gsm8k(tmp_path / "mine")
     folder.mkdir()
     for split, table in tables.items():
-        table.rename_column("question", "prompt").to_parquet(
-            folder / f"{split}-00000-of-00001.parquet"
-        )
+        table.rename_column("question", "prompt").to_parquet(folder / f"{split}-00000-of-00001.parquet")
     task = hub("mine", dataset=str(folder), question_field="prompt")
     assert len(list(task.problems("held_out", None, 1))) == 10
     wrong = hub("mine", dataset=str(folder), question_field="promt")
     with pytest.raises(UserError, match=r"no field 'promt'. Did you mean 'prompt'"):
         wrong.problems("held_out", 1, 1)
-    wrong = hub(
-        "mine", dataset=str(folder), question_field="prompt", train_split="a", held_out_split="b"
-    )
+    wrong = hub("mine", dataset=str(folder), question_field="prompt", train_split="a", held_out_split="b")
     with pytest.raises(UserError, match=r"has the splits test, train; say which is which"):
         wrong.problems("held_out", 1, 1)
 

@@ -7,7 +7,7 @@ import pytest
 
 from distill import plug
 from distill.records import UserError
-from distill.tasks import generated, reasoning_gym, splits
+from distill.tasks import reasoning_gym, reasoning_gym_task, splits
 
 QUICKSTART = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
 TWO_TERMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
@@ -64,8 +64,7 @@ def test_too_few_problems_says_how_many_there_are():
     # One term of one digit: ten problems in all.
     task = sums(min_terms=1, max_terms=1, min_digits=1, max_digits=1)
     num = sum(
-        not splits.is_held_out(f"State the final answer to the following arithmetic problem: {n} =")
-        for n in range(10)
+        not splits.is_held_out(f"State the final answer to the following arithmetic problem: {n} =") for n in range(10)
     )
     assert len(ids(task, "train", num, 1)) == num
     with pytest.raises(UserError, match=f"found only {num} distinct train problems after"):
@@ -158,7 +157,7 @@ def test_scorers_that_evaluate_run_no_code(tmp_path):
     ],
 )
 def test_what_a_scorer_may_evaluate(answer, good):
-    assert generated.harmless(answer) is good
+    assert reasoning_gym_task.harmless(answer) is good
 
 
 def test_every_process_draws_the_same_problems():

@@ -10,8 +10,9 @@ import pytest
 
 from distill import plug
 from distill.errors import UserError
-from distill.tasks import checking, humaneval, pool, sandbox
+from distill.tasks import code_checks, humaneval, sandbox
 from distill.tasks.code import code_verdict
+from distill.tasks.judge import worker_pool
 from distill.tasks.sandbox import Limits, isolation
 
 PATIENT = Limits(test_s=30, problem_s=90)
@@ -52,7 +53,7 @@ def test_every_canonical_solution_passes(level):
         payload = {"prompt": row["prompt"], "entry_point": row["entry_point"], "check": row["test"]}
         return row["task_id"], code_verdict(row["canonical_solution"], payload, held, PATIENT)
 
-    with ThreadPoolExecutor(pool.NUM_CHECKERS) as threads:
+    with ThreadPoolExecutor(worker_pool.NUM_CHECKERS) as threads:
         found = list(threads.map(judge, rows()))
     assert len(found) == 164
     assert not [(name, verdict.reason) for name, verdict in found if not verdict.correct]
@@ -61,15 +62,12 @@ def test_every_canonical_solution_passes(level):
 def test_no_empty_or_constant_solution_passes(problems, task):
     def judge(problem):
         name = problem.payload["entry_point"]
-        header = next(
-            line for line in problem.question.splitlines() if line.startswith(f"def {name}(")
-        )
+        header = next(line for line in problem.question.splitlines() if line.startswith(f"def {name}("))
         return [
-            task.verify(problem, f"```python\n{header}\n    {body}\n```").correct
-            for body in ("pass", "return True")
+            task.verify(problem, f"```python\n{header}\n    {body}\n```").correct for body in ("pass", "return True")
         ]
 
-    with ThreadPoolExecutor(pool.NUM_CHECKERS) as threads:
+    with ThreadPoolExecutor(worker_pool.NUM_CHECKERS) as threads:
         some = [problem for number, problem in enumerate(problems) if number % 8 == 0]
         assert len(some) == 21
         assert all(result == [False, False] for result in threads.map(judge, some))
@@ -78,9 +76,7 @@ def test_no_empty_or_constant_solution_passes(problems, task):
 def test_completions_are_read_as_chat_models_and_base_models_write_them(problems, task):
     problem = holding(problems, "def add(x: int, y: int)")
     assert task.verify(problem, "    return x + y\n\n\ndef sub(x, y):\n    return x").correct
-    assert task.verify(
-        problem, "<think>easy</think>Here:\n```python\ndef add(x, y):\n    return x + y\n```"
-    ).correct
+    assert task.verify(problem, "<think>easy</think>Here:\n```python\ndef add(x, y):\n    return x + y\n```").correct
     wrong = task.verify(problem, "```python\ndef add(x, y):\n    return x - y\n```")
     assert (wrong.correct, wrong.score, wrong.reason) == (False, 0.0, "wrong result")
     assert task.verify(problem, "    return x + y", finished=False).reason == "unfinished"
@@ -92,14 +88,10 @@ def test_completions_are_read_as_chat_models_and_base_models_write_them(problems
 
 
 def test_helpers_of_the_prompt_are_the_judges_own(problems, task):
-    problem = holding(
-        problems, "def find_zero("
-    )  # its check asks whether poly(xs, answer) is near 0
+    problem = holding(problems, "def find_zero(")  # its check asks whether poly(xs, answer) is near 0
     cheat = "def poly(xs, x):\n    return 0\n\ndef find_zero(xs):\n    return 0.0\n"
     assert task.verify(problem, f"```python\n{cheat}```").reason == "wrong result"
-    assert task.verify(
-        problem, f"```python\nimport math\ndef find_zero(xs):\n{_bisect()}```"
-    ).correct
+    assert task.verify(problem, f"```python\nimport math\ndef find_zero(xs):\n{_bisect()}```").correct
 
 
 def _bisect():
@@ -141,7 +133,7 @@ def fails(program, check, **limits):
     held = sandbox.choose(unsafe=True)
     check = "def check(candidate):\n" + "".join(f"    {line}\n" for line in check.splitlines())
     limits = Limits(**{"test_s": 30, "problem_s": 60, **limits})
-    return checking.failure(program, "", check, "f", held, limits)
+    return code_checks.failure(program, "", check, "f", held, limits)
 
 
 def test_a_check_calls_by_value_and_gets_exceptions():

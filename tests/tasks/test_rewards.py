@@ -46,9 +46,7 @@ def test_partial_credit_is_an_option():
 
 # -------------------------------------------------------------------------------------------- format
 
-PREFILLED = Template(
-    "prefilled", "s", "{question}", templates.think_answer.extract, prefill="<think>"
-)
+PREFILLED = Template("prefilled", "s", "{question}", templates.think_answer.extract, prefill="<think>")
 FORMATS = [
     # think_answer
     ("think_answer", 1, "<think>2+2 is 4</think><answer>4</answer>"),
@@ -186,11 +184,7 @@ def test_a_cache_beyond_the_limit_is_a_mistake():
 
 
 def test_random_is_a_coin_with_the_probability_asked_for():
-    scores = [
-        score
-        for seed in range(500)
-        for score in rewards.random(group(*"abcdefgh", seed=seed), probability=0.3)
-    ]
+    scores = [score for seed in range(500) for score in rewards.random(group(*"abcdefgh", seed=seed), probability=0.3)]
     assert set(scores) == {0.0, 1.0}
     assert sum(scores) / 4000 == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / 4000))
 
@@ -231,7 +225,7 @@ def test_options_are_checked():
 
 def test_importing_rewards_loads_nothing_heavy():
     code = (
-        "import sys, distill.tasks.rewards, distill.tasks.scoring\n"
+        "import sys, distill.tasks.rewards, distill.tasks.combined_reward\n"
         "print([m for m in ('torch', 'transformers', 'py3langid', 'latex2sympy2_extended', 'reasoning_gym') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -272,9 +266,7 @@ def pairs(num, seed):
         said = " ".join(draw.choices(FILLER.split(), k=draw.randint(1, 6)))
         return f"<think>{said}</think><answer>{draw.choice(digits)}</answer>"
 
-    return [
-        (f"Even, above -{draw.randint(10, 99)}", reply("02468"), reply("13579")) for _ in range(num)
-    ]
+    return [(f"Even, above -{draw.randint(10, 99)}", reply("02468"), reply("13579")) for _ in range(num)]
 
 
 def posed(question, *texts):
@@ -319,16 +311,12 @@ def reward_dir(tmp_path_factory, tokenizer):
 def test_a_reward_model_ranks_right_over_wrong_on_pairs_it_has_not_seen(reward_dir):
     won = 0
     for question, right, wrong in pairs(100, seed="held out"):
-        better, worse = rewards.model(
-            posed(question, right, wrong), path=reward_dir, dtype="float32"
-        )
+        better, worse = rewards.model(posed(question, right, wrong), path=reward_dir, dtype="float32")
         won += better > worse
     assert won >= 90
 
 
-def test_a_reward_model_gives_the_logit_of_prompt_and_reply_whatever_the_batch(
-    reward_dir, tokenizer
-):
+def test_a_reward_model_gives_the_logit_of_prompt_and_reply_whatever_the_batch(reward_dir, tokenizer):
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -346,9 +334,7 @@ def test_a_reward_model_gives_the_logit_of_prompt_and_reply_whatever_the_batch(
     alone = []
     for text in texts:
         turns = [{"role": "user", "content": "Even?"}, {"role": "assistant", "content": text}]
-        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)[
-            "input_ids"
-        ]
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
         with torch.no_grad():
             alone.append(plain(input_ids=ids).logits.item())
     assert len({round(logit, 3) for logit in alone}) == 4
@@ -428,9 +414,6 @@ def test_a_tokenizer_without_chat_template_gets_question_and_reply(tmp_path, tok
     model = BertForSequenceClassification(config).eval()
     models.save(model, bert, tmp_path)
     with torch.no_grad():
-        expected = [
-            model(input_ids=torch.tensor([[1, 4, 2, *reply, 2]])).logits.item()
-            for reply in ([5], [6, 6])
-        ]
+        expected = [model(input_ids=torch.tensor([[1, 4, 2, *reply, 2]])).logits.item() for reply in ([5], [6, 6])]
     scores = rewards.model(posed("two", "four", "five five"), path=str(tmp_path), dtype="float32")
     assert scores == pytest.approx(expected, abs=1e-5)

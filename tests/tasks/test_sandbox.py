@@ -127,9 +127,7 @@ def unearned(found, slow):
     return {
         name: verdict
         for name, verdict in found.items()
-        if verdict.score != 0
-        or verdict.correct
-        or ("timeout" in verdict.reason and name not in slow)
+        if verdict.score != 0 or verdict.correct or ("timeout" in verdict.reason and name not in slow)
     }
 
 
@@ -155,9 +153,7 @@ def test_tricks_earn_nothing_where_the_tests_are_code(places):
 
 
 def test_hostile_programs_earn_nothing(held, places):
-    payload = {
-        "tests": [{"stdin": f"{n}\n", "stdout": v} for n, v in enumerate(places["expected"])]
-    }
+    payload = {"tests": [{"stdin": f"{n}\n", "stdout": v} for n, v in enumerate(places["expected"])]}
     found = verdicts(hostile.RUN, hostile.SLOW_RUN, payload, held, places)
     assert not unearned(found, hostile.SLOW_RUN)
 
@@ -210,14 +206,8 @@ def test_limits_hold(held):
     with Session(held, FACTS, entry_point="do", limits=small) as session:
         assert 2**26 <= session.call(BYTES) < 2**28
         assert session.call(FLOOD) == 16 * 2**20
-        assert (
-            session.call("import resource\nresult = resource.getrlimit(resource.RLIMIT_CORE)[0]")
-            == 0
-        )
-        assert (
-            session.call("import os\nresult = len([os.open('/dev/null', 0) for _ in range(64)])")
-            == "OSError"
-        )
+        assert session.call("import resource\nresult = resource.getrlimit(resource.RLIMIT_CORE)[0]") == 0
+        assert session.call("import os\nresult = len([os.open('/dev/null', 0) for _ in range(64)])") == "OSError"
     if held.own_uid:
         with Session(held, FACTS, entry_point="do", limits=small) as session:
             assert 1 <= session.call(FORKS) <= 7
@@ -307,27 +297,16 @@ def exactly(a, b):
     if type(a) is not type(b):
         return False
     if isinstance(a, float):
-        return (math.isnan(a) and math.isnan(b)) or (
-            a == b and math.copysign(1, a) == math.copysign(1, b)
-        )
+        return (math.isnan(a) and math.isnan(b)) or (a == b and math.copysign(1, a) == math.copysign(1, b))
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(exactly, a, b))
     if isinstance(a, dict):
-        return (
-            list(map(type, a)) == list(map(type, b))
-            and a.keys() == b.keys()
-            and all(exactly(a[k], b[k]) for k in a)
-        )
+        return list(map(type, a)) == list(map(type, b)) and a.keys() == b.keys() and all(exactly(a[k], b[k]) for k in a)
     return a == b
 
 
 KEYS = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False)
-    | st.text()
-    | st.binary(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
     lambda inner: st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3),
     max_leaves=5,
 )
@@ -369,9 +348,7 @@ def test_values_of_builtin_types_come_back_as_they_went():
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text("lstzdifbcx01", max_size=3),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner, max_size=2)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
 )
 BUILT_IN = {type(None), bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict}
 
@@ -442,9 +419,7 @@ def fresh_probe():
     isolation.bubblewrap.cache_clear()
 
 
-def test_without_bubblewrap_nothing_is_run_unless_it_is_said_to_be_unsafe(
-    monkeypatch, tmp_path, fresh_probe
-):
+def test_without_bubblewrap_nothing_is_run_unless_it_is_said_to_be_unsafe(monkeypatch, tmp_path, fresh_probe):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"not installed.*apt-get install bubblewrap.*unsafe: true"):
         sandbox.choose()
@@ -460,9 +435,7 @@ def test_bubblewrap_that_does_not_work_is_no_sandbox(monkeypatch, tmp_path, fres
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(
-        UserError, match=r"does not work here \(bwrap: No permissions to create new namespace\)"
-    ):
+    with pytest.raises(UserError, match=r"does not work here \(bwrap: No permissions to create new namespace\)"):
         sandbox.choose()
 
 

@@ -12,7 +12,7 @@ from test_rewards import group
 
 from distill.errors import UserError
 from distill.records import Problem
-from distill.tasks.scoring import Rewards
+from distill.tasks.combined_reward import Rewards
 
 
 def given(*scores):
@@ -96,9 +96,7 @@ def test_results_are_in_order_whoever_is_done_first():
         time.sleep(0.05 if index(group) < 4 else 0)
         return [float(index(group))] * len(group)
 
-    rewards = Rewards(
-        [("slow", 1.0, slow_at_first), ("quick", 10.0, lambda group: [index(group), 0])]
-    )
+    rewards = Rewards([("slow", 1.0, slow_at_first), ("quick", 10.0, lambda group: [index(group), 0])])
     scored = rewards(groups(12))
     assert [scores.total for scores in scored] == [[11.0 * n, float(n)] for n in range(12)]
     assert [scores.total for scores in rewards(groups(12))] == [scores.total for scores in scored]
@@ -214,9 +212,7 @@ def test_a_hanging_reward_does_not_keep_the_process():
         "rewards = Rewards([('hangs', 1.0, lambda group: threading.Event().wait())], limit_s=0.1, first_limit_s=0.1)\n"
         "print(rewards(groups(1))[0].total)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[None, None]"
 
 
@@ -264,9 +260,7 @@ def failing(*failures):
 
 
 def test_too_many_failures_end_it_with_the_name_and_the_last_exception():
-    rewards = Rewards(
-        [("good", 1.0, given(1, 1)), ("code", 1.0, failing(*range(1000)))], num_threads=1
-    )
+    rewards = Rewards([("good", 1.0, given(1, 1)), ("code", 1.0, failing(*range(1000)))], num_threads=1)
     with pytest.raises(
         UserError,
         match=r"rewards\.code: failed on 20 of the last 20 groups.*p19.*ValueError: sandbox is down at 19",
@@ -282,10 +276,7 @@ def test_a_tenth_of_failures_is_borne_and_one_more_is_not():
     assert len(Rewards([("code", 1.0, failing(0, 10))], num_threads=1)(groups(19))) == 19
     with pytest.raises(UserError, match="failed on 3 of the last 20 groups"):
         Rewards([("code", 1.0, failing(0, 10, 19))], num_threads=1)(groups(20))
-    assert (
-        len(Rewards([("code", 1.0, failing(0, 10, 19))], num_threads=1, max_failed=0.5)(groups(20)))
-        == 20
-    )
+    assert len(Rewards([("code", 1.0, failing(0, 10, 19))], num_threads=1, max_failed=0.5)(groups(20))) == 20
 
 
 def test_the_failure_rate_is_of_the_last_calls_over_all_batches():

@@ -6,11 +6,9 @@ from hypothesis import strategies as st
 
 from distill.records import Template, UserError
 from distill.tasks import templates
-from distill.tasks.verify import exact_verdict, judge
+from distill.tasks.judge.verdict import exact_verdict, judge
 
-PREFILLED = Template(
-    "prefilled", None, "{question}", templates.think_answer.extract, prefill="<think>"
-)
+PREFILLED = Template("prefilled", None, "{question}", templates.think_answer.extract, prefill="<think>")
 
 
 @pytest.mark.parametrize(
@@ -82,9 +80,7 @@ def test_raw_reads_the_last_number_or_line(text, answer):
     assert templates.raw.extract(text) == answer
 
 
-TAGS = st.sampled_from(
-    ["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "{", "}", "\\", "7", " x ", "\n"]
-)
+TAGS = st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "{", "}", "\\", "7", " x ", "\n"])
 
 
 @given(st.one_of(st.text(), st.lists(TAGS, max_size=12).map("".join)))
@@ -96,9 +92,7 @@ def test_extraction_never_raises_and_never_returns_nothing(text):
 
 @given(st.text(), st.integers())
 def test_an_answer_after_whatever_was_thought_is_found(thought, number):
-    assert templates.think_answer.extract(
-        f"<think>{thought}</think><answer>{number}</answer>"
-    ) == str(number)
+    assert templates.think_answer.extract(f"<think>{thought}</think><answer>{number}</answer>") == str(number)
     assert templates.boxed.extract(f"<think>{thought}</think>\\boxed{{{number}}}") == str(number)
 
 
@@ -112,18 +106,14 @@ def test_a_prefilled_think_counts_whether_or_not_the_completion_repeats_it():
 
 
 def test_unfinished_is_wrong_whatever_it_says():
-    verdict = judge(
-        templates.think_answer, "<answer>4</answer>", False, lambda a: exact_verdict(a, "4")
-    )
+    verdict = judge(templates.think_answer, "<answer>4</answer>", False, lambda a: exact_verdict(a, "4"))
     assert (verdict.correct, verdict.score, verdict.reason) == (False, 0.0, "unfinished")
 
 
 def test_templates_are_found_by_name_or_import():
     assert templates.find("boxed") is templates.boxed
     assert templates.find("distill.tasks.templates:raw") is templates.raw
-    with pytest.raises(
-        UserError, match=r"tasks.sums.template: there is no template 'boxd'. Did you mean 'boxed'"
-    ):
+    with pytest.raises(UserError, match=r"tasks.sums.template: there is no template 'boxd'. Did you mean 'boxed'"):
         templates.find("boxd", "tasks.sums.template")
     with pytest.raises(UserError, match="cannot import 'nowhere:x'"):
         templates.find("nowhere:x")

@@ -12,9 +12,10 @@ from answer_table import KINDS, RIGHT_COMPLETIONS, ROWS, WRONG_COMPLETIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.tasks import pool, templates
-from distill.tasks.numbers import number
-from distill.tasks.verify import exact_verdict, judge, math_verdict, unreadable
+from distill.tasks import templates
+from distill.tasks.judge import worker_pool
+from distill.tasks.judge.numbers import number
+from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, unreadable
 
 TOWER = "9^{9^{9^{9^{9}}}}"
 
@@ -24,9 +25,7 @@ def precision_and_recall(label, accepted_right, accepted_wrong, num_right, num_w
     precision = len(accepted_right) / num_accepted if num_accepted else 1.0
     recall = len(accepted_right) / num_right if num_right else 1.0
     with capsys.disabled():
-        print(
-            f"\n{label}, {num_right} right and {num_wrong} wrong: precision {precision:.3f}, recall {recall:.3f}"
-        )
+        print(f"\n{label}, {num_right} right and {num_wrong} wrong: precision {precision:.3f}, recall {recall:.3f}")
     return precision, recall
 
 
@@ -61,9 +60,7 @@ def test_precision_and_recall_on_whole_completions(capsys):
     assert precision == 1.0, wrong
     assert recall == 1.0, [row for row in RIGHT_COMPLETIONS if row not in right]
     for template, gold, text in RIGHT_COMPLETIONS:
-        cut = judge(
-            templates.find(template), text, False, functools.partial(math_verdict, gold=gold)
-        )
+        cut = judge(templates.find(template), text, False, functools.partial(math_verdict, gold=gold))
         assert cut.correct is False
 
 
@@ -90,7 +87,7 @@ def test_plain_answers_need_no_worker(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise AssertionError("asked a worker")
 
-    monkeypatch.setattr(pool, "ask", refuse)
+    monkeypatch.setattr(worker_pool, "ask", refuse)
     start = time.process_time()
     for n in range(5000):
         assert math_verdict(f"{n}.0", str(n)).correct is True
@@ -103,7 +100,7 @@ def test_plain_answers_need_no_worker(monkeypatch):
 def test_a_tower_is_cut_off_and_the_next_answer_judged(monkeypatch):
     assert math_verdict("x+1", "1+x").correct is True
     with monkeypatch.context() as hurry:
-        hurry.setitem(pool.LIMIT_S, "math", 1.0)
+        hurry.setitem(worker_pool.LIMIT_S, "math", 1.0)
         start = time.perf_counter()
         verdict = math_verdict(f"{TOWER}+1", TOWER)
         assert (verdict.correct, verdict.score) == (None, None)
@@ -130,9 +127,7 @@ def test_long_and_deep_answers_are_wrong_not_slow():
     ],
 )  # fmt: skip
 def test_no_repetition_holds_up_the_reading_of_an_answer(unit, gold, monkeypatch):
-    monkeypatch.setattr(
-        pool, "ask", lambda *_args: False
-    )  # what the worker does is limited in time
+    monkeypatch.setattr(worker_pool, "ask", lambda *_args: False)  # what the worker does is limited in time
     start = time.process_time()
     for text in (unit * (1000 // len(unit)), "7" + unit * (990 // len(unit)) + "7"):
         math_verdict(text, gold)
@@ -155,20 +150,20 @@ def test_judging_works_from_any_thread():
 
 
 def test_a_killed_worker_is_replaced():
-    assert pool.ask("math", "y+x", "x+y", True) is True
-    for worker in list(pool._pools["math"]._started):
+    assert worker_pool.ask("math", "y+x", "x+y", True) is True
+    for worker in list(worker_pool._pools["math"]._started):
         os.kill(worker.process.pid, 9)
         worker.process.wait()
-    for _ in range(pool.NUM_WORKERS):
-        with pytest.raises(pool.StuckError, match="ended"):
-            pool.ask("math", "y+x", "x+y", True)
-    assert pool.ask("math", "y+x", "x+y", True) is True
+    for _ in range(worker_pool.NUM_WORKERS):
+        with pytest.raises(worker_pool.StuckError, match="ended"):
+            worker_pool.ask("math", "y+x", "x+y", True)
+    assert worker_pool.ask("math", "y+x", "x+y", True) is True
 
 
 def test_an_unguarded_script_may_judge_and_leaves_no_process_behind(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from distill.tasks import pool\nfrom distill.tasks.verify import math_verdict\n"
+        "from distill.tasks import pool\nfrom distill.tasks.judge.verdict import math_verdict\n"
         "print(math_verdict('x+1', '1+x').correct)\n"
         "print(*[w.process.pid for w in pool._pools['math']._started])\n"
     )

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from distill.cli import app
 from distill.recipe import PlugConfig
 from distill.records import UserError
-from distill.traces import notes, push
-from distill.traces.card import card
+from distill.traces import provenance, push
+from distill.traces.data_card import card
 from distill.traces.export import export_dataset, export_sft
 from distill.traces.reader import open_traces
 from distill.traces.selection import select
@@ -98,7 +98,7 @@ def test_the_card_says_who_how_much_and_how_whole(stored):
                  "temperature 1.0, top_p 1.0, max_tokens 256", "at most 16 entries", f"| completion tokens | {tokens:,} |",
                  "No audit was made", "kept while it was sampled"):  # fmt: skip
         assert said in text, said
-    notes.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
+    provenance.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
     text = card(stored, name="me/sums <script>|", licence="cc-by-4.0")
     assert "| log-probability of the trace's token | 0.0012 | 0.034 |" in text
     assert "500 random positions of 30 traces" in text
@@ -115,9 +115,9 @@ def test_the_card_says_who_wrote_text_that_was_only_scored(tmp_path):
 
 def test_a_certificate_of_other_content_is_not_shown_and_one_of_the_source_is(stored):
     clean = selected(stored)
-    notes.write_certificate(clean, {**CERTIFICATE, "fingerprint": "another"})
+    provenance.write_certificate(clean, {**CERTIFICATE, "fingerprint": "another"})
     assert "No audit was made" in card(clean, name="x")
-    notes.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
+    provenance.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
     text = card(clean, name="x")
     assert "500 random positions" in text
     assert "## What was left out" in text
@@ -178,13 +178,13 @@ def test_the_cards_examples_decode_the_shards(tmp_path, monkeypatch, exact):
 
 
 def test_what_is_uploaded_is_a_folder_of_traces(stored, tmp_path):
-    notes.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
+    provenance.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
     built = push.build(stored, tmp_path / "out", name="me/sums", licence="mit")
     names = {p.name for p in built.iterdir()}
     assert names == {*(p.name for p in stored.iterdir()), "README.md"}
     assert verify(built).ok
     assert samples.row_digests(built) == samples.row_digests(stored)
-    assert notes.certificate(open_traces(built)) is not None
+    assert provenance.certificate(open_traces(built)) is not None
     assert front_matter((built / "README.md").read_text())["license"] == "mit"
     with pytest.raises(UserError, match="holds something already"):
         push.build(stored, built, name="me/sums", licence="mit")
@@ -236,7 +236,7 @@ def test_push_hands_the_built_folder_to_the_hub_library(stored, monkeypatch):
             calls.append(("upload", repo_id, options["repo_type"], files))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr("distill.hub.reachable", lambda: True)
+    monkeypatch.setattr("distill.models.hub.reachable", lambda: True)
     assert push.push(stored, "me/sums", licence="mit", private=True).endswith("me/sums")
     assert calls[0] == ("create", "me/sums", {"repo_type": "dataset", "private": True, "exist_ok": True})  # fmt: skip
     assert calls[1][:3] == ("upload", "me/sums", "dataset")

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from trace_samples import distribution, metadata, settled
 
+from distill.compute.estimate import predict_trace_bytes
 from distill.records import Ragged, TopK, Traces, stable_hash
-from distill.reports.estimate import predict_trace_bytes
 from distill.traces.writer import TraceWriter
 
-WORDS = [
-    f"{a}{b}" for a in ["time", "force", "water", "light", "number", "even", "house"] for b in "sro"
-]
+WORDS = [f"{a}{b}" for a in ["time", "force", "water", "light", "number", "even", "house"] for b in "sro"]
 
 
 def one(token: int) -> TopK:
@@ -29,11 +27,7 @@ def sums(num: int, rng: np.random.Generator, captured: bool) -> Traces:
     ids = [np.array([ord(c) for c in text], np.int32) for text in texts]
     logprobs = [-rng.exponential(0.5, len(row)) * (rng.random(len(row)) < 0.3) for row in ids]
     flat = np.concatenate(ids)
-    tops = (
-        [one(int(i)) if rng.random() < 0.9 else distribution(1, rng) for i in flat]
-        if captured
-        else []
-    )
+    tops = [one(int(i)) if rng.random() < 0.9 else distribution(1, rng) for i in flat] if captured else []
     questions = [f"Calculate {a} + {b}." for a, b in terms]
     return rows(questions, texts, ids, logprobs, TopK.concat(tops) if captured else None)
 

@@ -12,7 +12,7 @@ import pytest
 import trace_samples as samples
 
 from distill.records import Ragged, TopK, UserError
-from distill.traces import codec, distribution
+from distill.traces import codec, quantisation
 from distill.traces.reader import decode_file, open_traces
 from distill.traces.schema import METADATA_KEY
 
@@ -49,14 +49,10 @@ def test_blocks_whose_offsets_do_not_start_at_zero():
     block = samples.traces(range(6))
     for name in ("prompt_ids", "logprob"):
         rows = getattr(block, name)
-        shifted = Ragged(
-            np.concatenate([rows.values[:3], rows.values, rows.values[:2]]), rows.offsets + 3
-        )
+        shifted = Ragged(np.concatenate([rows.values[:3], rows.values, rows.values[:2]]), rows.offsets + 3)
         object.__setattr__(block, name, shifted)
     back = round_trip(block, samples.metadata())
-    assert {
-        t: samples.digest(back, n) for n, t in enumerate(back.trace_id)
-    } == samples.expected_digests(range(6))
+    assert {t: samples.digest(back, n) for n, t in enumerate(back.trace_id)} == samples.expected_digests(range(6))
 
 
 def test_no_rows_no_tokens_and_ids_near_the_end_of_a_vast_vocabulary():
@@ -65,10 +61,7 @@ def test_no_rows_no_tokens_and_ids_near_the_end_of_a_vast_vocabulary():
     block = samples.traces([1])
     for size in (2**31, 2**32):
         block.completion_ids.values[0] = size - 1
-        assert (
-            round_trip(block, samples.metadata(vocab_size=size)).completion_ids.values[0]
-            == size - 1
-        )
+        assert round_trip(block, samples.metadata(vocab_size=size)).completion_ids.values[0] == size - 1
 
 
 def raw_distribution(num: int, rng: np.random.Generator) -> TopK:
@@ -109,18 +102,16 @@ def test_truncation_is_the_smallest_head_that_reaches_the_mass(top_k, mass):
 @pytest.mark.parametrize("seed", range(8))
 def test_rounding_stays_within_the_stated_error_and_happens_once(seed):
     top = raw_distribution(300, np.random.default_rng(seed))
-    steps_E, tail_T = distribution.quantise(top)
+    steps_E, tail_T = quantisation.quantise(top)
     assert (steps_E.dtype, tail_T.dtype) == (np.uint16, np.float32)
-    logp_E = distribution.dequantise(top.count_T, steps_E, tail_T)
+    logp_E = quantisation.dequantise(top.count_T, steps_E, tail_T)
     errors, start = [], 0
     for t, count in enumerate(top.count_T):
         # The formula of the data card, a position at a time, in float64.
         weight = np.exp(-np.cumsum(steps_E[start : start + count].astype(int)) / 32)
         tail = np.exp(float(tail_T[t]))
         probability = weight / weight.sum() * (1 - tail)
-        np.testing.assert_allclose(
-            logp_E[start : start + count], np.log(probability), atol=2e-6, rtol=1e-6
-        )
+        np.testing.assert_allclose(logp_E[start : start + count], np.log(probability), atol=2e-6, rtol=1e-6)
         p = np.exp(top.logp_E[start : start + count].astype(float))
         p, true_tail = p / (p.sum() + np.exp(float(top.tail_T[t]))), np.exp(float(top.tail_T[t]))
         kl = np.sum(p * np.log(p / probability))
@@ -131,7 +122,7 @@ def test_rounding_stays_within_the_stated_error_and_happens_once(seed):
     assert max(errors) < 2e-4
     assert np.mean(errors) < 7e-5
     again = TopK(top.count_T, top.ids_E, logp_E, tail_T)
-    for once, twice in zip((steps_E, tail_T), distribution.quantise(again), strict=True):
+    for once, twice in zip((steps_E, tail_T), quantisation.quantise(again), strict=True):
         np.testing.assert_array_equal(once, twice)
 
 
@@ -139,8 +130,8 @@ def test_a_confident_position_loses_nothing():
     # One entry at 1 - 1e-9, one 16.5 and one 30 nats down: the first comes back from what the others leave.
     logp = np.array([np.log1p(-1e-7), -16.5, -30.0], np.float32)
     top = TopK(np.array([3]), np.arange(3), logp, np.array([np.log(3e-8)], np.float32))
-    steps_E, tail_T = distribution.quantise(top)
-    back = distribution.dequantise(top.count_T, steps_E, tail_T)
+    steps_E, tail_T = quantisation.quantise(top)
+    back = quantisation.dequantise(top.count_T, steps_E, tail_T)
     assert abs(back[0] - logp[0]) < 1e-8
     np.testing.assert_allclose(back[1:], logp[1:], atol=1 / 64 + 1e-5)
     np.testing.assert_allclose(tail_T, top.tail_T, atol=1 / 32 + 1e-5)
@@ -180,9 +171,7 @@ def test_strange_text_never_fails_and_always_reads_the_same(tmp_path):
     strange = {
         "lone \ud800 surrogate": "lone \ufffd surrogate",
         "pair \ud83d\ude00": "pair \U0001f600",
-        b"bytes \xff\xfe that are no UTF-8".decode(
-            errors="surrogateescape"
-        ): "bytes \ufffd\ufffd that are no UTF-8",
+        b"bytes \xff\xfe that are no UTF-8".decode(errors="surrogateescape"): "bytes \ufffd\ufffd that are no UTF-8",
         "nul \x00 and \x1b bell \x07": "nul \x00 and \x1b bell \x07",
         "<script>alert(1)</script>\r\n\u2028": "<script>alert(1)</script>\r\n\u2028",
         "": "",

@@ -18,7 +18,7 @@ from distill.traces.contamination import HeldOut
 from distill.traces.export import export_sft, merge
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.selection import select
-from distill.traces.stats import stats
+from distill.traces.summary import stats
 from distill.traces.verify import verify
 from distill.traces.writer import TraceWriter
 
@@ -27,9 +27,7 @@ def group(**columns) -> Traces:
     """Six samples of one problem, completions of 1 to 6 tokens, with the columns changed."""
     block = samples.traces(range(1, 7), samples=100)
     lengths = np.arange(1, 7)
-    rows = type(block.completion_ids)(
-        np.zeros(21, np.int64), np.concatenate([[0], np.cumsum(lengths)])
-    )
+    rows = type(block.completion_ids)(np.zeros(21, np.int64), np.concatenate([[0], np.cumsum(lengths)]))
     fields = {name: getattr(block, name) for name in Traces.__dataclass_fields__}
     return Traces(**(fields | {"top": None, "completion_ids": rows} | columns))
 
@@ -74,9 +72,7 @@ def test_near_duplicates_are_told_by_their_common_words():
     assert flags(filters.near_duplicates(near, threshold=0.95)) == "+-++++"
     assert flags(filters.near_duplicates(near)) == "+--++-"
     assert flags(filters.near_duplicates(near, threshold=0.79)) == "+---+-"
-    assert flags(filters.near_duplicates(group(completion=["", "", "a", "b", "c", "a b"]))) == (
-        "+-++++"
-    )
+    assert flags(filters.near_duplicates(group(completion=["", "", "a", "b", "c", "a b"]))) == ("+-++++")
 
 
 def test_the_near_of_a_dropped_text_is_measured_against_what_was_kept():
@@ -110,8 +106,7 @@ def test_near_duplicates_against_the_table_on_random_texts():
         for words in texts:
             total = [len(words) + len(other) for other in kept]
             near = any(
-                num == 0 or 2 * common(words, other) / num >= threshold
-                for num, other in zip(total, kept, strict=True)
+                num == 0 or 2 * common(words, other) / num >= threshold for num, other in zip(total, kept, strict=True)
             )
             want += "-" if near else "+"
             kept += [] if near else [words]

@@ -62,9 +62,7 @@ def test_our_reader_reads_version_1(name, truth, texts):
     def joined(read):
         return np.concatenate([np.asarray(read(block)) for block in blocks])
 
-    np.testing.assert_array_equal(
-        joined(lambda b: b.completion_ids.values), truth["completion_ids"]
-    )
+    np.testing.assert_array_equal(joined(lambda b: b.completion_ids.values), truth["completion_ids"])
     np.testing.assert_array_equal(joined(lambda b: b.completion_ids.lengths), truth["lengths"])
     np.testing.assert_array_equal(joined(lambda b: b.top.count_T), truth["count"])
     np.testing.assert_array_equal(joined(lambda b: b.top.ids_E), truth["ids"])
@@ -118,9 +116,7 @@ def test_the_pandas_example_decodes_a_shard(truth, monkeypatch):
                 entries, tail = names["distribution"](trace, t)
                 stop = start + truth["count"][position]
                 np.testing.assert_array_equal(list(entries), truth["ids"][start:stop])
-                np.testing.assert_allclose(
-                    list(entries.values()), np.exp(truth["logp"][start:stop]), rtol=0.06
-                )
+                np.testing.assert_allclose(list(entries.values()), np.exp(truth["logp"][start:stop]), rtol=0.06)
                 assert sum(entries.values()) + tail == pytest.approx(1, abs=1e-6)
                 start, position = stop, position + 1
     assert position == len(truth["count"])
@@ -148,9 +144,7 @@ def test_the_datasets_library_reads_them_too(tmp_path):
     import datasets
 
     files = [str(path) for path in sorted((GOLDEN / "v1").glob("*.parquet"))]
-    rows = datasets.load_dataset(
-        "parquet", data_files=files, split="train", cache_dir=str(tmp_path)
-    )
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path))
     assert len(rows) == 12
     assert rows[0]["rewards"] == [
         {"name": "accuracy", "value": None},

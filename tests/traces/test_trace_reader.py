@@ -20,7 +20,7 @@ from distill.traces import codec, export, folder, push
 from distill.traces import reader as reader_module
 from distill.traces.reader import content_fingerprint, decode_file, open_traces
 from distill.traces.selection import select
-from distill.traces.stats import stats
+from distill.traces.summary import stats
 from distill.traces.verify import repair, verify
 from distill.traces.writer import TraceWriter, describe
 
@@ -81,12 +81,8 @@ def test_lengths_are_those_of_the_ids_in_the_order_of_blocks(stored):
     reader = open_traces(stored)
     lengths = reader.lengths()
     blocks = list(reader.blocks())
-    np.testing.assert_array_equal(
-        lengths.prompt, np.concatenate([b.prompt_ids.lengths for b in blocks])
-    )
-    np.testing.assert_array_equal(
-        lengths.completion, np.concatenate([b.completion_ids.lengths for b in blocks])
-    )
+    np.testing.assert_array_equal(lengths.prompt, np.concatenate([b.prompt_ids.lengths for b in blocks]))
+    np.testing.assert_array_equal(lengths.completion, np.concatenate([b.completion_ids.lengths for b in blocks]))
 
 
 # ------------------------------------------------------------------------------------------------ shuffling
@@ -164,9 +160,7 @@ def test_skipped_buffers_are_not_read(tmp_path):
     path = samples.write(tmp_path / "traces", 64)
     reader = open_traces(path)
     first = next(reader.shuffled(2, buffer_rows=1))
-    (
-        path / next(s.file for s in reader.shards if _holds(path / s.file, first.trace_id[0]))
-    ).unlink()
+    (path / next(s.file for s in reader.shards if _holds(path / s.file, first.trace_id[0]))).unlink()
     assert len(ids(reader.shuffled(2, buffer_rows=1, skip=16))) == 48
 
 
@@ -182,9 +176,7 @@ def test_where_restricts_rows_for_every_way_of_reading(stored):
     assert part.num_rows == len(want)
     assert ids(part.blocks()) == want
     assert sorted(ids(part.shuffled(1, buffer_rows=10))) == want
-    assert (
-        ids(part.shuffled(1, buffer_rows=10, skip=20)) == ids(part.shuffled(1, buffer_rows=10))[20:]
-    )
+    assert ids(part.shuffled(1, buffer_rows=10, skip=20)) == ids(part.shuffled(1, buffer_rows=10))[20:]
     np.testing.assert_array_equal(part.lengths().completion, reader.lengths().completion[keep])
     assert ids(part.where(np.arange(34) < 2).blocks()) == want[:2]
     assert part.fingerprint != reader.fingerprint
@@ -204,9 +196,7 @@ def flipped(good: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_a_thousand_flipped_bits_are_all_caught_naming_the_file_and_none_is_decoded(
-    tmp_path, exact
-):
+def test_a_thousand_flipped_bits_are_all_caught_naming_the_file_and_none_is_decoded(tmp_path, exact):
     with TraceWriter(tmp_path, samples.metadata(exact=exact)) as writer:
         writer.add(samples.traces(range(16)))
     shard = tmp_path / "shard-0-00000.parquet"
@@ -487,9 +477,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, num * 8 >> 20)
 
 def test_memory_is_flat_while_the_traces_grow(tmp_path):
     def peak(num_blocks):
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])
-        }
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         run = subprocess.run(
             [sys.executable, "-c", READ, str(tmp_path / str(num_blocks)), str(num_blocks)],
             capture_output=True, text=True, check=True, env=environment,

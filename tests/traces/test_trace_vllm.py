@@ -93,8 +93,7 @@ def test_killed_while_vllm_writes_the_traces_are_those_of_an_uninterrupted_run(t
     assert verify(killed_at).ok
     assert not verify(killed_at).notes
     want, got = (
-        {i: (b, n) for b in open_traces(path).blocks() for n, i in enumerate(b.trace_id)}
-        for path in (whole, killed_at)
+        {i: (b, n) for b in open_traces(path).blocks() for n, i in enumerate(b.trace_id)} for path in (whole, killed_at)
     )
     assert want.keys() == got.keys()
     assert sum(shard.rows for shard in open_traces(killed_at).shards) == len(got) == 96

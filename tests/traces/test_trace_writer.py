@@ -220,12 +220,8 @@ KILLER = """
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "num_kills", "num_rows"), [("random", 60, 800), ("step", 24, 100)]
-)
-def test_killed_again_and_again_the_rows_are_those_of_an_uninterrupted_run(
-    tmp_path, kind, num_kills, num_rows
-):
+@pytest.mark.parametrize(("kind", "num_kills", "num_rows"), [("random", 60, 800), ("step", 24, 100)])
+def test_killed_again_and_again_the_rows_are_those_of_an_uninterrupted_run(tmp_path, kind, num_kills, num_rows):
     run = run_python(KILLER, tmp_path / "killed", kind, num_kills, num_rows)
     assert run.returncode == 0, run.stderr
     assert int(re.search(r"killed (\d+)", run.stdout)[1]) >= (50 if kind == "random" else 15)
@@ -286,9 +282,7 @@ GENERATOR = """
 
 
 @pytest.mark.slow
-def test_killed_while_a_model_writes_the_traces_are_those_of_an_uninterrupted_run(
-    tiny_dir, tmp_path
-):
+def test_killed_while_a_model_writes_the_traces_are_those_of_an_uninterrupted_run(tiny_dir, tmp_path):
     whole = run_python(GENERATOR, tiny_dir, tmp_path / "whole", 0)
     assert whole.returncode == 0, whole.stderr
     killed = run_python(GENERATOR, tiny_dir, tmp_path / "killed", 24)
@@ -323,9 +317,7 @@ def test_leftovers_of_a_killed_writer_are_put_in_order(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A real full disk where this process may mount one."""
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True
-    )
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True)
     if mounted.returncode == 0:
         yield tmp_path
         subprocess.run(["umount", str(tmp_path)], check=True)
@@ -445,9 +437,7 @@ def test_adding_waits_for_nothing_but_a_full_queue(tmp_path, monkeypatch):
     writer.add(samples.traces([8]))
     assert time.monotonic() - before > 0.2
     writer.close()
-    assert [name for name in written if "shard" in name] == [
-        f"shard-0-0000{i}.parquet" for i in (0, 0, 0)
-    ]
+    assert [name for name in written if "shard" in name] == [f"shard-0-0000{i}.parquet" for i in (0, 0, 0)]
 
 
 def test_a_shard_ends_at_its_bytes_wherever_the_blocks_did(tmp_path, monkeypatch):

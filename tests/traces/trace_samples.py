@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.records import Ragged, Sampling, TopK, Traces
-from distill.traces import distribution as coding
+from distill.traces import quantisation as coding
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
@@ -43,15 +43,11 @@ def settled(top: TopK) -> TopK:
     return TopK(top.count_T, top.ids_E, coding.dequantise(top.count_T, steps_E, tail_T), tail_T)
 
 
-def traces(
-    numbers: Iterable[int], *, tokens: int = 24, samples: int = 2, top: bool = True
-) -> Traces:
+def traces(numbers: Iterable[int], *, tokens: int = 24, samples: int = 2, top: bool = True) -> Traces:
     """One trace a number; number n is sample n % samples of problem n // samples."""
     numbers = list(numbers)
     rngs = [np.random.default_rng(n) for n in numbers]
-    lengths = [
-        n % 7 and int(rng.integers(1, 2 * tokens)) for n, rng in zip(numbers, rngs, strict=True)
-    ]
+    lengths = [n % 7 and int(rng.integers(1, 2 * tokens)) for n, rng in zip(numbers, rngs, strict=True)]
     drawn = list(zip(lengths, rngs, strict=True))
     tops = [distribution(length, rng) for length, rng in drawn]
     return Traces(
@@ -75,9 +71,7 @@ def traces(
     )  # fmt: skip
 
 
-def write(
-    path: Path, num: int, *, shard_rows: int = 16, block: int = 5, source: str = "", **options
-) -> Path:
+def write(path: Path, num: int, *, shard_rows: int = 16, block: int = 5, source: str = "", **options) -> Path:
     """A folder of traces 0..num, added in blocks that do not fit the shards."""
     with TraceWriter(path, metadata(source=source), shard_rows=shard_rows) as writer:
         for start in range(0, num, block):

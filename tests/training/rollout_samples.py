@@ -6,8 +6,8 @@ import numpy as np
 
 from distill.records import Completion, Group, Problem, Scores, Verdict
 from distill.tasks.templates import raw
-from distill.training.rollout import Rollout, Rollouts
-from distill.training.sampler import Prompt, Written
+from distill.training.rl.reward_rollout import Rollout, Rollouts
+from distill.training.rl.sampler import Prompt, Written
 
 MAX_TOKENS = 9
 

@@ -13,8 +13,8 @@ from distill import models
 from distill.recipe import TrainStage
 from distill.records import UserError
 from distill.training.loop import Length, Step, train
-from distill.training.losses import cross_entropy
-from distill.training.objective import Objective
+from distill.training.loss.objective import Objective
+from distill.training.loss.sparse import cross_entropy
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.packing import Example, pack, steps
 
@@ -52,9 +52,7 @@ def run(tiny_dir, folder, stop_after=None, loss=cross_entropy, **changes):
     folder.mkdir(exist_ok=True)
 
     def source(start, policy):
-        for n, taken in enumerate(
-            steps(Copying(), batch_traces=cfg.batch_traces, start=start), start
-        ):
+        for n, taken in enumerate(steps(Copying(), batch_traces=cfg.batch_traces, start=start), start):
             if n == stop_after:
                 raise KeyboardInterrupt
             yield Step(pack(taken, micro_tokens=cfg.micro_tokens, normalise=cfg.normalise))
@@ -87,10 +85,7 @@ def test_resumed_equals_uninterrupted_bitwise(tiny_dir, tmp_path, dtype):
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
     timeless = [
-        [
-            {k: v for k, v in m.items() if k not in ("tokens_per_second", "seconds")}
-            for m in metrics(tmp_path / f)
-        ]
+        [{k: v for k, v in m.items() if k not in ("tokens_per_second", "seconds")} for m in metrics(tmp_path / f)]
         for f in ("whole", "cut")
     ]
     assert timeless[0] == timeless[1]
@@ -103,9 +98,7 @@ def test_it_learns_and_any_micro_batch_split_gives_the_same_metrics(tiny_dir, tm
     a, b = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert a[-1]["loss"] < 0.7 * a[0]["loss"]
     assert [m["loss"] for m in a[:5]] == pytest.approx([m["loss"] for m in b[:5]], rel=1e-3)
-    assert [m["grad_norm"] for m in a[:5]] == pytest.approx(
-        [m["grad_norm"] for m in b[:5]], rel=1e-3
-    )
+    assert [m["grad_norm"] for m in a[:5]] == pytest.approx([m["grad_norm"] for m in b[:5]], rel=1e-3)
 
 
 def test_a_loss_is_told_how_far_training_is(tiny_dir, tmp_path):
@@ -138,10 +131,7 @@ def test_accumulation_adds_in_fp32():
 
 
 def test_schedule_by_hand():
-    at = [
-        learning_rate(s, lr=1.0, num_steps=12, warmup_ratio=2 / 12, min_lr_ratio=0.1)
-        for s in range(13)
-    ]
+    at = [learning_rate(s, lr=1.0, num_steps=12, warmup_ratio=2 / 12, min_lr_ratio=0.1) for s in range(13)]
     assert at[0] == 0.5
     assert at[1] == 1.0
     assert at[2] == 1.0
@@ -155,9 +145,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named_and_too_many_stop(tiny_d
 
     with pytest.raises(UserError, match="3 steps in a row"):
         run(tiny_dir, tmp_path / "bad", loss=poisoned, max_bad_steps=3)
-    dumped = [
-        json.loads(line) for line in (tmp_path / "bad" / "bad_steps.jsonl").read_text().splitlines()
-    ]
+    dumped = [json.loads(line) for line in (tmp_path / "bad" / "bad_steps.jsonl").read_text().splitlines()]
     assert [d["step"] for d in dumped] == [1, 2, 3]
     assert len(dumped[0]["trace_ids"]) == 8
 

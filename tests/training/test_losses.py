@@ -11,12 +11,12 @@ from head_problems import as_taught_by, problem, replace, softmax
 from trl.experimental.sdpo.loss_utils import add_tail_bucket, compute_divergence
 
 from distill import plug
-from distill.head import HeadForm, Targets, head_loss
 from distill.records import NO_TAIL, UserError
-from distill.training import divergences, losses
-from distill.training.online import Logits, draw
+from distill.training.loss import divergences, sparse
+from distill.training.loss.dense import Logits, draw
+from distill.training.loss.head import HeadForm, Targets, head_loss
 
-HOME = "distill.training.losses"
+HOME = "distill.training.loss.sparse"
 
 
 # ------------------------------------------------------------------------------------------------ the oracle
@@ -71,9 +71,7 @@ DIVERGENCES = {
 
 def loss_named(name):
     options = DIVERGENCES[name][0] if name in DIVERGENCES else {}
-    return plug.bind(
-        name.replace("_half", "").replace("_small", "").replace("_large", ""), options, HOME
-    )
+    return plug.bind(name.replace("_half", "").replace("_small", "").replace("_large", ""), options, HOME)
 
 
 def oracle(hidden, weight, targets, divergence):
@@ -155,9 +153,7 @@ def test_gradcheck(name):
 def test_never_negative_and_zero_only_where_the_buckets_agree(name):
     loss = loss_named(name)
     for seed in range(10):
-        hidden, weight, targets = problem(
-            T=16, D=4, V=50, K=8, seed=seed, dtype=torch.float32, spread=4.0
-        )
+        hidden, weight, targets = problem(T=16, D=4, V=50, K=8, seed=seed, dtype=torch.float32, spread=4.0)
         assert head_loss(hidden, weight, loss, targets).loss_T.min() > 1e-4
         same = as_taught_by((hidden @ weight.T).double(), targets, 8)
         same = replace(
@@ -188,17 +184,13 @@ def test_renormalising_moves_a_student_that_equals_the_teacher():
     logits = (hidden @ weight.T).detach()
     same = as_taught_by(logits, targets, 6)
     bare = logits.clone().requires_grad_()
-    head_loss(
-        bare, torch.eye(40, dtype=torch.float64), losses.renormalised_kl, same
-    ).loss.backward()
+    head_loss(bare, torch.eye(40, dtype=torch.float64), sparse.renormalised_kl, same).loss.backward()
     q = softmax(logits.numpy())
     ids = same.teacher_ids_TK.numpy()
     expected = q.copy()
     for t in range(9):
         expected[t, ids[t]] -= q[t, ids[t]] / q[t, ids[t]].sum()
-    np.testing.assert_allclose(
-        bare.grad.numpy(), expected * targets.weight_T.numpy()[:, None], atol=1e-12
-    )
+    np.testing.assert_allclose(bare.grad.numpy(), expected * targets.weight_T.numpy()[:, None], atol=1e-12)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -208,9 +200,7 @@ def test_all_ids_stored_equals_the_divergence_of_the_whole_vocabulary(name):
         1, targets.teacher_ids_TK, targets.teacher_logp_TK
     )
     logq = (hidden @ weight.T).log_softmax(1).detach()
-    full = plug.bind(
-        loss_named(name).func.__name__, DIVERGENCES[name][0], "distill.training.divergences"
-    )
+    full = plug.bind(loss_named(name).func.__name__, DIVERGENCES[name][0], "distill.training.loss.divergences")
     stored = head_loss(hidden, weight, loss_named(name), targets).loss_T
     torch.testing.assert_close(stored, full(logp, logq), rtol=1e-10, atol=1e-12)
 
@@ -221,9 +211,7 @@ def test_buckets_bound_the_whole_divergence_from_below_and_grow_with_k(name):
     logits = torch.from_numpy(np.random.default_rng(3).normal(size=(8, 64)) * 2)
     previous = torch.zeros(8, dtype=torch.float64)
     for k in (1, 4, 16, 63, 64):
-        loss_T = head_loss(
-            hidden, weight, loss_named(name), as_taught_by(logits, targets, k)
-        ).loss_T
+        loss_T = head_loss(hidden, weight, loss_named(name), as_taught_by(logits, targets, k)).loss_T
         assert (loss_T >= previous - 1e-12).all()
         previous = loss_T
 
@@ -266,15 +254,15 @@ def test_a_shift_of_all_logits_changes_nothing(name):
 def test_values_by_hand():
     """p = [.7 .2 .1], q = [.5 .3 .2]: forward .0851228, reverse .0920329; p = [.9 .1], q = [.1 .9]: 1.7577797, JSD .3680642."""
     for p, q, loss, expected in [
-        ([0.7, 0.2, 0.1], [0.5, 0.3, 0.2], losses.forward_kl, 0.0851228),
-        ([0.7, 0.2, 0.1], [0.5, 0.3, 0.2], losses.reverse_kl, 0.0920329),
-        ([0.7, 0.2, 0.1], [0.5, 0.3, 0.2], losses.tvd, 0.2),
-        ([0.9, 0.1], [0.1, 0.9], losses.forward_kl, 1.7577797),
-        ([0.9, 0.1], [0.1, 0.9], losses.jsd, 0.3680642),
+        ([0.7, 0.2, 0.1], [0.5, 0.3, 0.2], sparse.forward_kl, 0.0851228),
+        ([0.7, 0.2, 0.1], [0.5, 0.3, 0.2], sparse.reverse_kl, 0.0920329),
+        ([0.7, 0.2, 0.1], [0.5, 0.3, 0.2], sparse.tvd, 0.2),
+        ([0.9, 0.1], [0.1, 0.9], sparse.forward_kl, 1.7577797),
+        ([0.9, 0.1], [0.1, 0.9], sparse.jsd, 0.3680642),
         # m = .1 p + .9 q = [.18 .82]: .9 log(.9/.18) + .1 log(.1/.82)
-        ([0.9, 0.1], [0.1, 0.9], losses.skewed_forward_kl, 0.9 * np.log(5) - 0.1 * np.log(8.2)),
+        ([0.9, 0.1], [0.1, 0.9], sparse.skewed_forward_kl, 0.9 * np.log(5) - 0.1 * np.log(8.2)),
         # m = .9 p + .1 q = [.82 .18]: .1 log(.1/.82) + .9 log(.9/.18)
-        ([0.9, 0.1], [0.1, 0.9], losses.skewed_reverse_kl, 0.9 * np.log(5) - 0.1 * np.log(8.2)),
+        ([0.9, 0.1], [0.1, 0.9], sparse.skewed_reverse_kl, 0.9 * np.log(5) - 0.1 * np.log(8.2)),
     ]:
         V = len(p)
         targets = Targets(
@@ -292,14 +280,10 @@ def test_values_by_hand():
 def test_small_beta_tends_to_forward_kl_and_large_to_reverse():
     hidden, weight, targets = problem(T=6, V=30, K=5)
     student = functools.partial(head_loss, hidden, weight, targets=targets)
-    near_0 = student(loss_fn=functools.partial(losses.jsd, beta=1e-6)).loss_T / 1e-6
-    near_1 = student(loss_fn=functools.partial(losses.jsd, beta=1 - 1e-6)).loss_T / 1e-6
-    torch.testing.assert_close(
-        near_0, student(loss_fn=losses.forward_kl).loss_T, rtol=1e-3, atol=1e-4
-    )
-    torch.testing.assert_close(
-        near_1, student(loss_fn=losses.reverse_kl).loss_T, rtol=1e-3, atol=1e-4
-    )
+    near_0 = student(loss_fn=functools.partial(sparse.jsd, beta=1e-6)).loss_T / 1e-6
+    near_1 = student(loss_fn=functools.partial(sparse.jsd, beta=1 - 1e-6)).loss_T / 1e-6
+    torch.testing.assert_close(near_0, student(loss_fn=sparse.forward_kl).loss_T, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(near_1, student(loss_fn=sparse.reverse_kl).loss_T, rtol=1e-3, atol=1e-4)
 
 
 def test_reverse_kl_never_pays_for_mass_where_the_teacher_has_none():
@@ -314,7 +298,7 @@ def test_reverse_kl_never_pays_for_mass_where_the_teacher_has_none():
     seen = []
     for outside in (1e-7, 1e-4, 1e-2, 0.5, 0.99):
         logits = torch.log(torch.tensor([[1 - outside, outside / 2, outside / 2]])).float()
-        seen.append(head_loss(logits, torch.eye(3), losses.reverse_kl, targets).loss.item())
+        seen.append(head_loss(logits, torch.eye(3), sparse.reverse_kl, targets).loss.item())
     assert seen == sorted(seen)
     assert seen[0] > -1e-6
     assert seen[-1] == pytest.approx(0.99 * np.log(0.99 / 1e-6) + 0.01 * np.log(0.01), rel=1e-4)
@@ -325,14 +309,10 @@ def test_trl_agrees(beta):
     """TRL's sparse divergence with its tail bucket, on the log-probabilities of both models."""
     hidden, weight, targets = problem(T=12, V=60, K=7)
     logq = (hidden @ weight.T).log_softmax(1).gather(1, targets.teacher_ids_TK)
-    theirs = compute_divergence(
-        add_tail_bucket(logq), add_tail_bucket(targets.teacher_logp_TK), beta
-    )
+    theirs = compute_divergence(add_tail_bucket(logq), add_tail_bucket(targets.teacher_logp_TK), beta)
     (theirs * targets.weight_T).sum().backward()
     expected, hidden.grad = hidden.grad.clone(), None
-    loss = {0.0: losses.forward_kl, 1.0: losses.reverse_kl}.get(
-        beta, functools.partial(losses.jsd, beta=beta)
-    )
+    loss = {0.0: sparse.forward_kl, 1.0: sparse.reverse_kl}.get(beta, functools.partial(sparse.jsd, beta=beta))
     out = head_loss(hidden, weight, loss, targets)
     out.loss.backward()
     torch.testing.assert_close(out.loss_T, theirs.detach(), rtol=1e-8, atol=1e-10)
@@ -341,21 +321,18 @@ def test_trl_agrees(beta):
 
 def test_ce_kl_is_the_weighted_sum():
     hidden, weight, targets = problem(T=6)
-    mixed = functools.partial(losses.ce_kl, ce_weight=0.25, kl_weight=2.0)
+    mixed = functools.partial(sparse.ce_kl, ce_weight=0.25, kl_weight=2.0)
     ce, kl, both = (
-        head_loss(hidden, weight, loss, targets).loss_T
-        for loss in (losses.cross_entropy, losses.forward_kl, mixed)
+        head_loss(hidden, weight, loss, targets).loss_T for loss in (sparse.cross_entropy, sparse.forward_kl, mixed)
     )
     torch.testing.assert_close(both, 0.25 * ce + 2 * kl)
 
 
-@pytest.mark.parametrize(
-    ("progress", "ce", "kl"), [(0.0, 1.0, 0.5), (0.25, 0.75, 0.5), (1.0, 0.0, 0.5)]
-)
+@pytest.mark.parametrize(("progress", "ce", "kl"), [(0.0, 1.0, 0.5), (0.25, 0.75, 0.5), (1.0, 0.0, 0.5)])
 def test_weights_go_to_their_final_values_in_a_straight_line(progress, ce, kl):
     hidden, weight, targets = problem(T=6)
-    ramped = functools.partial(losses.ce_kl, ce_weight=1.0, final_ce_weight=0.0)
-    plain = functools.partial(losses.ce_kl, ce_weight=ce, kl_weight=kl)
+    ramped = functools.partial(sparse.ce_kl, ce_weight=1.0, final_ce_weight=0.0)
+    plain = functools.partial(sparse.ce_kl, ce_weight=ce, kl_weight=kl)
     moved = replace(targets, progress=progress)
     torch.testing.assert_close(
         head_loss(hidden, weight, ramped, moved, chunk=2).loss_T,
@@ -382,7 +359,7 @@ def test_draws_give_the_gradient_of_the_whole_kl_in_expectation():
         log_count,
         torch.full((trials,), -torch.inf, dtype=torch.float64),
     )
-    loss = functools.partial(losses.sampled_kd, draws=n)
+    loss = functools.partial(sparse.sampled_kd, draws=n)
     head_loss(hidden, eye, loss, targets).loss.backward()
     exact = softmax(logits)[0] - p
     spread = np.sqrt(p * (1 - p) / n / trials)
@@ -392,10 +369,7 @@ def test_draws_give_the_gradient_of_the_whole_kl_in_expectation():
 def test_draws_are_from_the_mixture_and_the_same_for_the_same_seed():
     """Two teachers that are each sure of one id: three draws of four are the first's."""
     eye = torch.eye(5, dtype=torch.float64)
-    sure = [
-        Logits(40 * eye[[i]].expand(4000, 5), eye, HeadForm(5), share=share)
-        for i, share in ((1, 3.0), (4, 1.0))
-    ]
+    sure = [Logits(40 * eye[[i]].expand(4000, 5), eye, HeadForm(5), share=share) for i, share in ((1, 3.0), (4, 1.0))]
     ids, log_count = draw(sure, 8, torch.Generator().manual_seed(1))
     again, _ = draw(sure, 8, torch.Generator().manual_seed(1))
     other, _ = draw(sure, 8, torch.Generator().manual_seed(2))
@@ -436,8 +410,8 @@ def test_options_are_strict(name, options, said):
 
 
 def test_a_divergence_has_one_name_and_one_set_of_options_stored_and_online():
-    stored, whole = plug.names(HOME), plug.names("distill.training.divergences")
+    stored, whole = plug.names(HOME), plug.names("distill.training.loss.divergences")
     assert set(whole) < set(stored)
     for name in whole:
         assert plug.check_options(whole[name], {}, "") == plug.check_options(stored[name], {}, "")
-    assert divergences.jsd.__kwdefaults__ == losses.jsd.__kwdefaults__
+    assert divergences.jsd.__kwdefaults__ == sparse.jsd.__kwdefaults__

@@ -8,9 +8,9 @@ import torch
 from head_problems import problem, replace, softmax
 
 from distill import plug
-from distill.head import HeadForm, head_loss
-from distill.training.measures import mean_sums, watch, watch_rows
-from distill.training.online import Logits, online_head_loss
+from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.head import HeadForm, head_loss
+from distill.training.loss.metrics import mean_sums, watch, watch_rows
 
 PLACES = ["kl/0-15", "kl/16-63", "kl/64-255", "kl/256-"]
 
@@ -22,7 +22,7 @@ def entropy(p):
 def test_stored_distributions_against_numpy():
     hidden, weight, targets = problem(T=7, V=31, K=4)
     targets = replace(targets, place_T=torch.tensor([0, 15, 16, 63, 64, 255, 5000]))
-    loss = plug.bind("jsd", {}, "distill.training.losses")
+    loss = plug.bind("jsd", {}, "distill.training.loss.sparse")
     seen = head_loss(hidden, weight, loss, targets, chunk=3, measure=watch).measures
     q_TV = softmax((hidden @ weight.T).detach().numpy())
     for t in range(7):
@@ -51,7 +51,7 @@ def test_a_teacher_in_the_trainer_against_numpy():
         return torch.cat([tensor.detach(), torch.randn(shape, generator=generator).double()], 1)
 
     taught = Logits(noisy(hidden), noisy(weight), HeadForm(4))
-    divergence = plug.bind("reverse_kl", {}, "distill.training.divergences")
+    divergence = plug.bind("reverse_kl", {}, "distill.training.loss.divergences")
     seen = online_head_loss(
         Logits(hidden, weight, HeadForm(4)), [taught], divergence, targets, chunk=4, measure=watch_rows
     ).measures  # fmt: skip

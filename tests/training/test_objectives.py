@@ -10,10 +10,10 @@ import pytest
 import torch
 from rollout_samples import MAX_TOKENS, Numbers, by_row, key_of, rollout_of, rollouts
 
-from distill.head import Student, Targets
 from distill.recipe import GrpoStage
-from distill.training import objectives
-from distill.training.objective import advantages, policy_kl
+from distill.training.loss.head import Student, Targets
+from distill.training.loss.objective import advantages, policy_kl
+from distill.training.rl import objectives
 
 # ------------------------------------------------------------------------------------------------ the oracle
 
@@ -146,9 +146,7 @@ def computed(numbers, objective, config):
             trace_T = torch.searchsorted(torch.from_numpy(batch.doc_offsets), rows, right=True) - 1
             from dataclasses import replace
 
-            targets = replace(
-                targets, coupled_T=objective.couple(logp_T.detach(), targets, trace_T)
-            )
+            targets = replace(targets, coupled_T=objective.couple(logp_T.detach(), targets, trace_T))
         loss_T = objective.loss(student(logp_T), targets)
         assert loss_T.shape == logp_T.shape
         total = (loss_T * targets.weight_T).sum()
@@ -295,9 +293,7 @@ def test_hand_made_advantages():
 
 def test_hand_made_kl():
     at = Targets(torch.zeros(1), torch.ones(1), ref_logp_T=torch.tensor([-1.5]).double())
-    assert policy_kl(torch.tensor([-1.0]).double(), at, "k3").item() == pytest.approx(
-        0.1065307, abs=1e-7
-    )
+    assert policy_kl(torch.tensor([-1.0]).double(), at, "k3").item() == pytest.approx(0.1065307, abs=1e-7)
     assert policy_kl(torch.tensor([-1.0]).double(), at, "k2").item() == pytest.approx(0.125)
 
 

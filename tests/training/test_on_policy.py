@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from distill import engines, models
-from distill.head import Student, Targets
 from distill.recipe import EngineConfig, OnPolicyStage
 from distill.records import Problem, Verdict
 from distill.tasks.templates import raw
-from distill.training import divergences, loop, losses
-from distill.training.measures import watch
-from distill.training.objective import Objective, Online
-from distill.training.on_policy import OnPolicy
+from distill.training import loop
+from distill.training.loss import divergences, sparse
+from distill.training.loss.head import Student, Targets
+from distill.training.loss.metrics import watch
+from distill.training.loss.objective import Objective, Online
 from distill.training.packing import Example
 from distill.training.policy import Teacher
-from distill.training.sampler import Prompt, Sampler
+from distill.training.rl.sampler import Prompt, Sampler
+from distill.training.rl.teacher_rollout import OnPolicy
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def metrics(folder):
 
 
 def beside(divergence):
-    return Objective(losses.reverse_kl, watch, online=Online(divergence))
+    return Objective(sparse.reverse_kl, watch, online=Online(divergence))
 
 
 def test_teacher_in_the_trainer_lowers_the_reverse_kl(tiny_dir, teacher_dir, engine, tmp_path):
@@ -140,20 +141,16 @@ def test_teacher_in_the_trainer_lowers_the_reverse_kl(tiny_dir, teacher_dir, eng
 
 def test_teacher_as_an_engine_lowers_it_too(tiny_dir, engine, teacher_engine, tmp_path):
     config = stage(scoring="engine")
-    objective = Objective(losses.reverse_kl, watch)
+    objective = Objective(sparse.reverse_kl, watch)
     run(tiny_dir, tmp_path, source(engine, config, teacher_engine), objective)
     course = [m["kl_teacher"] for m in metrics(tmp_path)]
     assert np.mean(course[-3:]) < 0.7 * course[0]
     assert {"agreement", "tail", "student_tail", "teacher_nll"} <= metrics(tmp_path)[0].keys()
 
 
-def test_as_a_policy_gradient_one_number_a_token_is_enough(
-    tiny_dir, engine, teacher_engine, tmp_path
-):
-    config = stage(
-        scoring="engine", loss={"fn": "policy_gradient"}, steps=40, group_size=16, lr=3e-3
-    )
-    objective = Objective(losses.policy_gradient, watch)
+def test_as_a_policy_gradient_one_number_a_token_is_enough(tiny_dir, engine, teacher_engine, tmp_path):
+    config = stage(scoring="engine", loss={"fn": "policy_gradient"}, steps=40, group_size=16, lr=3e-3)
+    objective = Objective(sparse.policy_gradient, watch)
     run(tiny_dir, tmp_path, source(engine, config, teacher_engine), objective)
     course = [m["kl_teacher"] for m in metrics(tmp_path)]
     assert np.mean(course[-5:]) < 0.9 * np.mean(course[:3])
@@ -173,21 +170,19 @@ def test_the_policy_gradient_is_the_reverse_kls_in_expectation():
         engine_logp_T=logq.detach(),
     )
     rest = {f.name: None for f in fields(Student)}
-    loss_T = losses.policy_gradient(Student(**{**rest, "label_T": logq}), targets)
+    loss_T = sparse.policy_gradient(Student(**{**rest, "label_T": logq}), targets)
     (got,) = torch.autograd.grad((logq.exp().detach() * loss_T).sum(), z)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
-def test_both_ways_of_scoring_agree_where_every_entry_is_kept(
-    tiny_dir, teacher_dir, engine, teacher_engine, tmp_path
-):
+def test_both_ways_of_scoring_agree_where_every_entry_is_kept(tiny_dir, teacher_dir, engine, teacher_engine, tmp_path):
     """All 49152 entries from the engine are the whole distribution that the trainer compares with."""
     whole = stage(steps=1, scoring="engine", top_k=49152)
     run(
         tiny_dir,
         tmp_path / "a",
         source(engine, whole, teacher_engine),
-        Objective(losses.reverse_kl, watch),
+        Objective(sparse.reverse_kl, watch),
     )
     teacher = Teacher(models.load(teacher_dir, dtype="float32"))
     run(
@@ -249,9 +244,7 @@ def test_resumed_equals_uninterrupted(tiny_dir, teacher_dir, tmp_path):
     config = stage(steps=6, engine={"fn": "reference"})
 
     def fresh():
-        return source(
-            engines.open_engine(config.engine, tiny_dir, max_model_len=64, max_top_k=0), config
-        )
+        return source(engines.open_engine(config.engine, tiny_dir, max_model_len=64, max_top_k=0), config)
 
     def teachers():
         return [Teacher(models.load(teacher_dir, dtype="float32"))]

@@ -10,15 +10,15 @@ from head_problems import as_taught_by, problem, replace
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from distill import plug
-from distill.head import HeadForm, head_loss
-from distill.training import losses
-from distill.training.online import Logits, online_head_loss
+from distill.training.loss import sparse
+from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.head import HeadForm, head_loss
 
 NAMES = ["forward_kl", "reverse_kl", "jsd", "tvd", "skewed_forward_kl", "skewed_reverse_kl"]
 
 
 def divergence_named(name, **options):
-    return plug.bind(name, options, "distill.training.divergences")
+    return plug.bind(name, options, "distill.training.loss.divergences")
 
 
 def probability_space(name, p, q):
@@ -89,14 +89,10 @@ def test_gradcheck_with_every_form_of_head(name):
 def test_chunks_blocks_and_padding_change_nothing(name, monkeypatch):
     hidden, weight, targets = problem(T=13, V=40, K=1)
     taught = teacher(13, 40)
-    base = online_head_loss(
-        Logits(hidden, weight, HeadForm(40)), [taught], divergence_named(name), targets
-    )
-    monkeypatch.setattr("distill.training.online.BLOCK_BYTES", {"cpu": 3 * 40 * 8})
+    base = online_head_loss(Logits(hidden, weight, HeadForm(40)), [taught], divergence_named(name), targets)
+    monkeypatch.setattr("distill.training.loss.dense.BLOCK_BYTES", {"cpu": 3 * 40 * 8})
     padded = torch.cat([weight, torch.full((6, 5), 9.0, dtype=torch.float64)])
-    padded_teacher = replace(
-        taught, weight_VD=torch.cat([taught.weight_VD, torch.full((2, 7), 9.0).double()])
-    )
+    padded_teacher = replace(taught, weight_VD=torch.cat([taught.weight_VD, torch.full((2, 7), 9.0).double()]))
     out = online_head_loss(
         Logits(hidden, padded, HeadForm(40)), [padded_teacher], divergence_named(name), targets, chunk=5
     )  # fmt: skip
@@ -109,10 +105,8 @@ def test_stored_targets_with_every_id_are_the_same_loss(name):
     hidden, weight, targets = problem(T=6, V=23, K=1)
     taught = teacher(6, 23)
     stored = as_taught_by(taught.hidden_TD @ taught.weight_VD.T, targets, 23)
-    loss = head_loss(hidden, weight, plug.bind(name, {}, "distill.training.losses"), stored)
-    live = online_head_loss(
-        Logits(hidden, weight, HeadForm(23)), [taught], divergence_named(name), targets
-    )
+    loss = head_loss(hidden, weight, plug.bind(name, {}, "distill.training.loss.sparse"), stored)
+    live = online_head_loss(Logits(hidden, weight, HeadForm(23)), [taught], divergence_named(name), targets)
     torch.testing.assert_close(live.loss_T, loss.loss_T, rtol=1e-10, atol=1e-12)
     same_gradients(live.loss, loss.loss, hidden, weight)
 
@@ -131,13 +125,8 @@ def test_the_teacher_itself_as_student_is_left_alone(name):
 def test_several_teachers_are_one_mixture(name):
     hidden, weight, targets = problem(T=5, V=17, K=1)
     two = [replace(teacher(5, 17, seed=s), share=share) for s, share in ((1, 3.0), (2, 1.0))]
-    out = online_head_loss(
-        Logits(hidden, weight, HeadForm(17)), two, divergence_named(name), targets, temperature=2.0
-    )
-    p = sum(
-        share * ((t.hidden_TD @ t.weight_VD.T) / 2).softmax(1)
-        for t, share in zip(two, (0.75, 0.25), strict=True)
-    )
+    out = online_head_loss(Logits(hidden, weight, HeadForm(17)), two, divergence_named(name), targets, temperature=2.0)
+    p = sum(share * ((t.hidden_TD @ t.weight_VD.T) / 2).softmax(1) for t, share in zip(two, (0.75, 0.25), strict=True))
     dense_T = 4 * probability_space(name, p, ((hidden @ weight.T) / 2).softmax(1))
     torch.testing.assert_close(out.loss_T, dense_T.detach(), rtol=1e-9, atol=1e-12)
     same_gradients(out.loss, (dense_T * targets.weight_T).sum(), hidden, weight)
@@ -152,9 +141,7 @@ def test_trl_agrees(beta):
     )
     name = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta)
     divergence = divergence_named(name) if name else divergence_named("jsd", beta=beta)
-    out = online_head_loss(
-        Logits(hidden, weight, HeadForm(50)), [taught], divergence, targets, temperature=2.0
-    )
+    out = online_head_loss(Logits(hidden, weight, HeadForm(50)), [taught], divergence, targets, temperature=2.0)
     torch.testing.assert_close(out.loss_T, 4 * theirs_T.detach(), rtol=1e-4, atol=1e-5)
     expected = (4 * theirs_T * targets.weight_T).sum()
     same_gradients(out.loss, expected, hidden, weight, rtol=1e-3, atol=1e-5)
@@ -163,9 +150,7 @@ def test_trl_agrees(beta):
 def test_bfloat16_stays_near_and_losses_are_float32():
     hidden, weight, targets = problem(T=31, D=16, V=200, K=1, dtype=torch.bfloat16, spread=1.0)
     taught = teacher(31, 200, dtype=torch.bfloat16)
-    out = online_head_loss(
-        Logits(hidden, weight, HeadForm(200)), [taught], divergence_named("jsd"), targets
-    )
+    out = online_head_loss(Logits(hidden, weight, HeadForm(200)), [taught], divergence_named("jsd"), targets)
     q = (hidden.double() @ weight.double().T).softmax(1)
     p = (taught.hidden_TD.double() @ taught.weight_VD.double().T).softmax(1)
     dense_T = probability_space("jsd", p, q)
@@ -189,13 +174,11 @@ def test_ce_weight_adds_the_labels():
         targets,
         temperature=2.0,
     )
-    ce = head_loss(hidden, weight, losses.cross_entropy, targets).loss
+    ce = head_loss(hidden, weight, sparse.cross_entropy, targets).loss
     torch.testing.assert_close(loss(ce_weight=0.7).loss, loss().loss + 0.7 * ce)
 
 
 def test_models_with_other_vocabularies_are_refused():
     hidden, weight, targets = problem(T=5, V=17, K=1)
     with pytest.raises(ValueError, match="one vocabulary"):
-        online_head_loss(
-            Logits(hidden, weight, HeadForm(17)), [teacher(5, 18)], divergence_named("tvd"), targets
-        )
+        online_head_loss(Logits(hidden, weight, HeadForm(17)), [teacher(5, 18)], divergence_named("tvd"), targets)

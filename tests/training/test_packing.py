@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from distill import models
 from distill.records import TopK
 from distill.training import attention
-from distill.training.losses import cross_entropy, forward_kl
-from distill.training.objective import Objective
+from distill.training.loss.objective import Objective
+from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.packing import Example, pack, steps
 from distill.training.policy import Trainee
 
@@ -27,9 +27,7 @@ def example(name, prompt, completion, k=None, seed=0):
         rng = np.random.default_rng(seed)
         logits = rng.normal(size=(len(completion), 50)) * 3
         logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        top = TopK.from_dense(np.tile(np.arange(50), (len(completion), 1)), logp).truncate(
-            top_k=k, mass=0.95
-        )
+        top = TopK.from_dense(np.tile(np.arange(50), (len(completion), 1)), logp).truncate(top_k=k, mass=0.95)
     return Example(name, np.array(prompt, np.int32), np.array(completion, np.int32), top)
 
 
@@ -68,10 +66,7 @@ def test_sequence_mean_counts_every_trace_equally():
         normalise="sequence",
     )
     assert batch.denominator == 2
-    by_trace = [
-        batch.weight_T[a:b].sum()
-        for a, b in zip(batch.doc_offsets, batch.doc_offsets[1:], strict=False)
-    ]
+    by_trace = [batch.weight_T[a:b].sum() for a, b in zip(batch.doc_offsets, batch.doc_offsets[1:], strict=False)]
     assert by_trace == pytest.approx([1, 1])
 
 
@@ -100,9 +95,7 @@ def test_steps_run_over_epochs_and_start_anywhere():
 
     every = first_eight()
     assert [len(step) for step in every] == [4, 4, 2, 4, 4, 2, 4, 4]
-    assert sorted(trace_id for step in every[:3] for trace_id in step) == sorted(
-        f"0:{n}" for n in range(10)
-    )
+    assert sorted(trace_id for step in every[:3] for trace_id in step) == sorted(f"0:{n}" for n in range(10))
     for start in range(8):
         assert first_eight(start) == every[start:]
 
@@ -163,9 +156,7 @@ def test_traces_of_one_prompt_share_it_and_nothing_else_changes(trainee_parts, m
         torch.testing.assert_close(got[1][name], grad, rtol=1e-3, atol=2e-6, msg=name)
     tokens = sum(len(b.ids_T) for b in shared)
     assert sorted(i for b in shared for i in b.trace_ids) == sorted(e.trace_id for e in examples)
-    if (
-        micro_tokens == 10_000
-    ):  # all but one of the five, the four and the two: 11, 39 and 299 tokens less
+    if micro_tokens == 10_000:  # all but one of the five, the four and the two: 11, 39 and 299 tokens less
         assert tokens == sum(len(e) for e in examples) - 4 * 11 - 3 * 39 - 299
 
 
@@ -259,15 +250,9 @@ def in_fp64(tiny_dir, monkeypatch):
     return trainee, plain
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    prompt_trees(), st.sampled_from([1, 64, 150, 10_000]), st.sampled_from([attention.SHORT, 16])
-)
-def test_sharing_over_random_trees_changes_neither_loss_nor_gradients(
-    in_fp64, examples, micro_tokens, short
-):
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(prompt_trees(), st.sampled_from([1, 64, 150, 10_000]), st.sampled_from([attention.SHORT, 16]))
+def test_sharing_over_random_trees_changes_neither_loss_nor_gradients(in_fp64, examples, micro_tokens, short):
     """The oracle runs each trace alone through torch's attention and log-softmax; a low SHORT takes fused kernels."""
     trainee, plain = in_fp64
     # A power of two: weights are float32.
@@ -285,9 +270,7 @@ def test_sharing_over_random_trees_changes_neither_loss_nor_gradients(
     total.backward()
     assert loss == pytest.approx(total.item(), rel=1e-10)
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(
-            grads[f"model.{name}"], parameter.grad, rtol=1e-10, atol=1e-10, msg=name
-        )
+        torch.testing.assert_close(grads[f"model.{name}"], parameter.grad, rtol=1e-10, atol=1e-10, msg=name)
 
 
 def test_packed_attention_equals_transformers_own_on_each_trace_alone(tiny_dir):
@@ -310,6 +293,4 @@ def test_packed_attention_equals_transformers_own_on_each_trace_alone(tiny_dir):
     total.backward()
     assert loss == pytest.approx(total.item(), rel=1e-5)
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(
-            grads[f"model.{name}"], parameter.grad, rtol=1e-3, atol=2e-6, msg=name
-        )
+        torch.testing.assert_close(grads[f"model.{name}"], parameter.grad, rtol=1e-3, atol=2e-6, msg=name)

@@ -14,9 +14,10 @@ from distill import engines, models
 from distill.recipe import EngineConfig, GrpoStage, LoraConfig
 from distill.records import Problem, Scores, UserError, Verdict
 from distill.tasks.templates import raw
-from distill.training import loop, objectives
-from distill.training.rollout import Rollouts
-from distill.training.sampler import Prompt, Sampler
+from distill.training import loop
+from distill.training.rl import objectives
+from distill.training.rl.reward_rollout import Rollouts
+from distill.training.rl.sampler import Prompt, Sampler
 
 
 def problems(num=6):
@@ -88,9 +89,7 @@ def source(engine, config, objective, reward, seed=1, **changes):
     sampler = Sampler(
         engine=engine,
         template=raw,
-        prompts=lambda rollout, attempt, num: [
-            pool[(rollout + n + attempt) % 6] for n in range(num)
-        ],
+        prompts=lambda rollout, attempt, num: [pool[(rollout + n + attempt) % 6] for n in range(num)],
         judge=lambda problem, text, finished: Verdict(True, 1.0, text),
         decode=lambda ids: " ".join(str(i) for i in ids),
         sampling=config.sampling.record(),
@@ -217,9 +216,7 @@ def test_a_stale_engine_is_refused(tiny_dir, engine, tmp_path, share):
         run(tiny_dir, tmp_path, source(Stale(engine), stage(), objectives.grpo(beta=0.0), share))
 
 
-def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(
-    tiny_dir, engine, tmp_path, share
-):
+def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(tiny_dir, engine, tmp_path, share):
     spy = Spy(engine)
     kept = []
 
@@ -293,9 +290,7 @@ def test_unjudged_completions_are_counted_and_carry_no_advantage(tiny_dir, engin
 
 
 @pytest.mark.parametrize("stop_before", [2, 4, 6])
-def test_resumed_equals_uninterrupted_wherever_it_was_killed(
-    tiny_dir, tmp_path, share, stop_before
-):
+def test_resumed_equals_uninterrupted_wherever_it_was_killed(tiny_dir, tmp_path, share, stop_before):
     """Two mini-batches and two passes a rollout, the reference refreshed: killed before, inside and after rollouts."""
     config = stage(
         steps=8,
@@ -327,9 +322,7 @@ def test_resumed_equals_uninterrupted_wherever_it_was_killed(
     assert metrics(tmp_path / "whole")[7]["kl_ref"] > 1e-4
 
 
-def test_under_lora_the_reference_is_the_model_without_its_adapter(
-    tiny_dir, engine, tmp_path, share
-):
+def test_under_lora_the_reference_is_the_model_without_its_adapter(tiny_dir, engine, tmp_path, share):
     config = stage(steps=4, lr=2e-2)
     objective = objectives.grpo(beta=0.05, truncated="penalise")
     lora = LoraConfig(rank=4)

@@ -8,11 +8,11 @@ import torch
 from head_problems import softmax
 
 from distill import plug
-from distill.head import Targets, head_loss
 from distill.records import TopK
-from distill.training.measures import watch
+from distill.training.loss.head import Targets, head_loss
+from distill.training.loss.metrics import watch
+from distill.training.loss.multi_teacher import Blend, over_teachers
 from distill.training.packing import Example, pack
-from distill.training.several import Blend, over_teachers
 
 V, C = 17, 6
 SHARES = (0.5, 0.3, 0.2)
@@ -92,10 +92,8 @@ def test_equals_the_sum_of_every_teachers_own_divergence(divergence):
     logits = np.random.default_rng(5).normal(size=(C, V)) * 2
     targets = targets_of(batch_of())
     z = torch.from_numpy(logits).requires_grad_()
-    loss = plug.bind(divergence.__name__, {}, "distill.training.losses")
-    out = head_loss(
-        z, torch.eye(V, dtype=torch.float64), over_teachers(loss, SHARES), targets, chunk=4
-    )
+    loss = plug.bind(divergence.__name__, {}, "distill.training.loss.sparse")
+    out = head_loss(z, torch.eye(V, dtype=torch.float64), over_teachers(loss, SHARES), targets, chunk=4)
     out.loss.backward()
     loss_T, dz = oracle(softmax(logits), divergence)
     np.testing.assert_allclose(out.loss_T.numpy(), loss_T, rtol=1e-5, atol=1e-6)
@@ -115,7 +113,7 @@ def test_one_teacher_is_the_plain_loss_and_the_student_itself_is_left_alone():
     (batch,) = pack([Example("a", np.array([1]), np.arange(C), blend)], micro_tokens=99)
     targets = Targets.of(batch.to_torch(), torch.arange(C))
     z = torch.from_numpy(np.log(p)).float().requires_grad_()
-    loss = plug.bind("forward_kl", {}, "distill.training.losses")
+    loss = plug.bind("forward_kl", {}, "distill.training.loss.sparse")
     out = head_loss(z, torch.eye(V), over_teachers(loss, (0.25, 0.75)), targets, measure=watch)
     out.loss.backward()
     assert out.loss_T.abs().max() < 1e-5

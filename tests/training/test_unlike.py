@@ -14,14 +14,21 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from distill.errors import UserError
-from distill.head import HeadForm, Targets
 from distill.records import Template
-from distill.training import divergences
-from distill.training.across import by_text, sorted_gap
-from distill.training.alignment import END, Reader, Reading, VocabularyMap, align, token_bytes
-from distill.training.online import Logits, dense_head_loss
+from distill.training.loss import divergences
+from distill.training.loss.cross_tokenizer.alignment import (
+    END,
+    Reader,
+    Reading,
+    VocabularyMap,
+    align,
+    token_bytes,
+)
+from distill.training.loss.cross_tokenizer.divergences import by_text, sorted_gap
+from distill.training.loss.cross_tokenizer.losses import Pair, aligned, uld
+from distill.training.loss.dense import Logits, dense_head_loss
+from distill.training.loss.head import HeadForm, Targets
 from distill.training.packing import Example, pack
-from distill.training.unlike import Pair, aligned, uld
 
 TEXT = "Zoë adds 12345 and 678: the naïve sum is 13023 — première réponse. \n\n日本語 also works, twice as slowly."
 
@@ -86,9 +93,7 @@ def test_shared_tokens_have_the_same_text(tokenizer, small):
     shared = VocabularyMap.of(token_bytes(small), token_bytes(tokenizer))
     texts_s, texts_t = token_bytes(small), token_bytes(tokenizer)
     assert len(shared.student_shared_M) > 250
-    assert [texts_s[i] for i in shared.student_shared_M] == [
-        texts_t[i] for i in shared.teacher_shared_M
-    ]
+    assert [texts_s[i] for i in shared.student_shared_M] == [texts_t[i] for i in shared.teacher_shared_M]
     assert small.eos_token_id in shared.student_shared_M
     assert len(shared.student_shared_M) + len(shared.student_other) == len(texts_s)
     assert not {texts_s[i] for i in shared.student_other} & set(texts_t) - {b""}
@@ -147,9 +152,7 @@ def numpy_gap(p, q):
 def test_the_sorted_gap_equals_numpy(V, U):
     p, q = rows_of(V, U)
     got = sorted_gap(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)))
-    np.testing.assert_allclose(
-        got.numpy(), [numpy_gap(a, b) for a, b in zip(p, q, strict=True)], atol=1e-12
-    )
+    np.testing.assert_allclose(got.numpy(), [numpy_gap(a, b) for a, b in zip(p, q, strict=True)], atol=1e-12)
 
 
 def toy_map():
@@ -188,9 +191,7 @@ def models(T_s, T_t, V, U, seed=1):
 def pair_of(student, teacher, found, labels_s, labels_t, weight_G, shared):
     """What the trainer makes of one trace, with weights of the test's own."""
     reading = Reading(np.array([0]), np.array(labels_t), found)
-    (batch,) = pack(
-        [Example("t", np.array([0]), np.array(labels_s), reading=reading)], micro_tokens=99
-    )
+    (batch,) = pack([Example("t", np.array([0]), np.array(labels_s), reading=reading)], micro_tokens=99)
     spans = dataclasses.replace(batch.beside.to_torch(), weight_G=weight_G, denominator=1.0)
     assert spans.batch.label_T[spans.rows].tolist() == list(labels_t)
     return Pair(student, teacher, torch.tensor(labels_s), torch.tensor(labels_t), spans, shared)
@@ -199,9 +200,7 @@ def pair_of(student, teacher, found, labels_s, labels_t, weight_G, shared):
 def test_the_sorted_gap_through_the_chunks_equals_the_dense_graph():
     student, teacher = models(9, 9, 31, 17)
     weight_T = torch.linspace(0.1, 1, 9, dtype=torch.float64)
-    out = dense_head_loss(
-        student, [teacher], sorted_gap, Targets(torch.zeros(9, dtype=torch.long), weight_T), chunk=4
-    )
+    out = dense_head_loss(student, [teacher], sorted_gap, Targets(torch.zeros(9, dtype=torch.long), weight_T), chunk=4)
     q = (student.hidden_TD @ student.weight_VD.T).softmax(1)
     p = (teacher.hidden_TD @ teacher.weight_VD.T).softmax(1)
     p = torch.nn.functional.pad(p, (0, 14)).sort(1).values
@@ -303,9 +302,7 @@ PLAIN = Template(name="plain", system=None, plain="Q: {question}\nA: ", extract=
 QUESTION = [{"role": "user", "content": "how much?"}]
 
 
-def test_a_teacher_reads_what_the_student_sampled_whichever_way_it_was_cut(
-    tokenizer, small, mistral
-):
+def test_a_teacher_reads_what_the_student_sampled_whichever_way_it_was_cut(tokenizer, small, mistral):
     """Ids that no encoder would give: the text is theirs, and its end only where the student ended."""
     single = [tokenizer.convert_tokens_to_ids(c) for c in "3+4=7"]
     for other in (small, mistral):
@@ -328,9 +325,7 @@ def test_a_student_with_sentencepiece_is_read_without_the_space_it_never_meant(t
     ]
     assert token_bytes(mistral)[ids[0]][:1] == b" "
     reading = Reader(mistral, tokenizer, PLAIN)(QUESTION, np.array(ids))
-    assert (
-        tokenizer.decode(reading.completion_ids, skip_special_tokens=True) == "3 + 4 = 7 wie schön"
-    )
+    assert tokenizer.decode(reading.completion_ids, skip_special_tokens=True) == "3 + 4 = 7 wie schön"
 
 
 def test_a_completion_cut_inside_a_character_is_not_read(tokenizer, small):

@@ -186,9 +186,7 @@ def answer_runs(requests: int, replies: int, max_output: int) -> None:
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
         size = os.fstat(stdout).st_size
         os.lseek(stdout, 0, os.SEEK_SET)
-        written = (
-            read_exactly(stdout, size).decode("utf-8", "replace") if size <= max_output else None
-        )
+        written = read_exactly(stdout, size).decode("utf-8", "replace") if size <= max_output else None
         os.close(stdin)
         os.close(stdout)
         if written is None:

@@ -88,9 +88,7 @@ def choose(unsafe: bool = False, command: str | None = None) -> Isolation:
     except UnavailableError as error:
         if unsafe:
             return limits_only()
-        raise UserError(
-            f"generated code is not run without a sandbox: {error}. {INSTALL}."
-        ) from None
+        raise UserError(f"generated code is not run without a sandbox: {error}. {INSTALL}.") from None
 
 
 def describe(unsafe: bool = False, command: str | None = None) -> str:
@@ -154,9 +152,7 @@ def limits_only() -> Isolation:
 
 def _may_change_uid() -> bool:
     code = f"import os; os.setgroups([]); os.setresuid({FIRST_UID}, {FIRST_UID}, {FIRST_UID})"
-    tried = subprocess.run(
-        [sys.executable, "-S", "-c", code], stderr=subprocess.DEVNULL, check=False
-    )
+    tried = subprocess.run([sys.executable, "-S", "-c", code], stderr=subprocess.DEVNULL, check=False)
     return tried.returncode == 0
 
 

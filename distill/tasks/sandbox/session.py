@@ -27,9 +27,7 @@ from distill.tasks.sandbox import syscalls, wire
 from distill.tasks.sandbox.isolation import Isolation
 from distill.tasks.sandbox.wire import FaultError
 
-NUM_AT_ONCE = (
-    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-)
+NUM_AT_ONCE = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 START_LIMIT_S = 60.0
 MAX_OUTPUT_BYTES = 2**20
 _ENDED_LIMIT_S = 10.0
@@ -273,9 +271,7 @@ def _processes_of(uid: int, mark: bytes) -> Iterator[int]:
             status = (folder / "status").read_text()
             if "\nState:\tZ" in status:
                 continue
-            if (uid and f"\nUid:\t{uid}\t" in status) or (
-                not uid and mark in (folder / "environ").read_bytes()
-            ):
+            if (uid and f"\nUid:\t{uid}\t" in status) or (not uid and mark in (folder / "environ").read_bytes()):
                 yield int(entry)
         except OSError:
             continue  # ended meanwhile, or not ours to look at

@@ -44,9 +44,7 @@ def receive(fd: int, deadline: float) -> list[Any]:
         reply = json.loads(_read(fd, length, deadline))
     except (ValueError, RecursionError):
         raise FaultError("bad reply") from None
-    if not (
-        isinstance(reply, list) and len(reply) >= 2 and all(isinstance(x, str) for x in reply[:2])
-    ):
+    if not (isinstance(reply, list) and len(reply) >= 2 and all(isinstance(x, str) for x in reply[:2])):
         raise FaultError("bad reply")
     return reply
 

@@ -1,0 +1,1 @@
+"""What work costs: FLOPs and memory, time estimates, and the ledger of what was spent."""

@@ -1,0 +1,310 @@
+"""What training and generating cost: floating-point operations and memory, from a model's shape.
+
+Pure functions of counts, used for the prediction (`distill check`) and for what was measured. FLOPs are two a
+multiply-add: 2N a token forward, 6N trained, N = parameters in matmuls with the head and without the
+embedding, attention on top. Left out on purpose: norms, rotary embeddings, softmax and the optimiser's
+arithmetic (below 1% of a step); mixtures of experts, which are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any
+
+from distill.records import UserError
+
+PLAIN_MLP = {"gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2"}
+"""Model types whose MLP is two matrices; all others are taken as gated, with three."""
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The sizes that decide what a decoder costs."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    gated: bool = True
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> ModelShape:
+        """From a transformers config.json (Llama, Qwen, Mistral, Gemma, GPT-2 and their likes).
+
+        Raises UserError for mixtures of experts and where a size is missing.
+        """
+        config = config.get("text_config") or config
+        for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+            if config.get(key):
+                raise UserError(f"config.json: {key}={config[key]}: mixtures of experts are not counted.")
+
+        def size(*keys: str) -> int:
+            found = next((config[key] for key in keys if config.get(key)), None)
+            if found is None:
+                raise UserError(f"config.json: {keys[0]} is missing; the model's cost cannot be counted.")
+            return int(found)
+
+        hidden, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head")
+        plain = config.get("model_type") in PLAIN_MLP
+        return ModelShape(
+            layers=size("num_hidden_layers", "n_layer"),
+            hidden=hidden,
+            intermediate=int(
+                config.get("intermediate_size")
+                or config.get("n_inner")
+                or (4 * hidden if plain else size("intermediate_size"))
+            ),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab=size("vocab_size"),
+            # transformers leaves the key out of config.json where it has its default.
+            tied=bool(config.get("tie_word_embeddings", plain or config.get("model_type") == "gemma")),
+            gated=not plain,
+        )
+
+    @staticmethod
+    def from_params(params: float) -> ModelShape:
+        """A typical shape with about `params` parameters, for when only the count is known."""
+        small = params < 1e9
+        vocab, ratio = (49_152, 32) if small else (128_256, 96)
+        low, high = 1.0, 1e5
+        for _ in range(60):
+            hidden = (low + high) / 2
+            total = 12 * (hidden / ratio + 8) * hidden**2 + vocab * hidden * (1 if small else 2)
+            low, high = (hidden, high) if total < params else (low, hidden)
+        width = max(64, round(low / 64) * 64)
+        body = params - vocab * width * (1 if small else 2)
+        # Attention without grouped heads is 4 H^2 and an MLP of 8/3 H is 8 H^2: 12 H^2 a layer.
+        layers = max(1, round(body / (12 * width**2)))
+        return ModelShape(layers, width, width * 8 // 3, width // 64, width // 64, 64, vocab, tied=small)
+
+    def with_layers(self, layers: int) -> ModelShape:
+        """The same model pruned to `layers`."""
+        return replace(self, layers=layers)
+
+    @property
+    def params_layer(self) -> int:
+        """Matmul parameters of one layer: q and o, k and v, the MLP."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
+
+    @property
+    def params_body(self) -> int:
+        return self.layers * self.params_layer
+
+    @property
+    def params_head(self) -> int:
+        return self.hidden * self.vocab
+
+    @property
+    def params_matmul(self) -> int:
+        """N: parameters in matmuls, the head included, the embedding not."""
+        return self.params_body + self.params_head
+
+    @property
+    def params_total(self) -> int:
+        """All that is stored: an untied model's embedding too, and the norms' scales."""
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.params_matmul + norms + (0 if self.tied else self.params_head)
+
+
+# -------------------------------------------------------------------------------------------------- FLOPs
+
+
+def causal_context(lengths: Sequence[int]) -> float:
+    """Mean number of positions a token attends to, itself included, in causal sequences of these lengths."""
+    total = sum(lengths)
+    return sum(n * (n + 1) / 2 for n in lengths) / total if total else 0.0
+
+
+def attention_flops(shape: ModelShape, tokens: float, mean_context: float) -> float:
+    """Scores and weighted values: two products of heads x head_dim a token and attended position, each layer."""
+    return 4.0 * shape.layers * shape.heads * shape.head_dim * tokens * mean_context
+
+
+def forward_flops(shape: ModelShape, tokens: float, mean_context: float, head_tokens: float | None = None) -> float:
+    """One forward pass. head_tokens: positions that the lm_head is applied to (None = all)."""
+    head_tokens = tokens if head_tokens is None else head_tokens
+    matmuls = 2.0 * (shape.params_body * tokens + shape.params_head * head_tokens)
+    return matmuls + attention_flops(shape, tokens, mean_context)
+
+
+def train_flops(
+    shape: ModelShape,
+    tokens: float,
+    mean_context: float,
+    head_tokens: float | None = None,
+    *,
+    lora: bool = False,
+    checkpointing: bool = False,
+) -> float:
+    """Forward and backward: 6N a token and three times the attention.
+
+    lora: no gradient of the frozen weights, so 4N (the adapters' own matmuls, about 1%, are left out).
+    checkpointing: the layers' forward pass is done a second time.
+    """
+    forward = forward_flops(shape, tokens, mean_context, head_tokens)
+    attention = attention_flops(shape, tokens, mean_context)
+    total = (2.0 if lora else 3.0) * (forward - attention) + 3.0 * attention
+    if checkpointing:
+        total += forward_flops(shape, tokens, mean_context, 0)
+    return total
+
+
+def generate_flops(shape: ModelShape, prompt_tokens: float, new_tokens: float, sequences: float) -> float:
+    """Prefill and decode of `sequences` completions; token counts are totals over all of them.
+
+    Prompts pass the layers only; each new token costs 2N. Attention is taken at the mean lengths. Where an
+    engine shares a prompt between samples, count the prompt tokens that it really computed.
+    """
+    if sequences <= 0:
+        return 0.0
+    prompt, new = prompt_tokens / sequences, new_tokens / sequences
+    prefill = forward_flops(shape, prompt_tokens, (prompt + 1) / 2, 0)
+    return prefill + forward_flops(shape, new_tokens, prompt + (new + 1) / 2)
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+BYTES = {"bfloat16": 2, "float32": 4}
+PROCESS_BYTES = 0.6e9
+"""python, torch and transformers, before any weight."""
+ENGINE_BYTES = {"vllm": 0.7e9}
+"""What an engine's own libraries and buffers take besides."""
+SCORE_ROWS = {"vllm": 1024}
+"""Positions whose logits an engine holds at once in scoring."""
+QUANTISED_BYTES = {"nf4": 0.5625, "int8": 1.0}
+"""Bytes of a layer's weight under an adapter."""
+LOGIT_COPIES = 3
+"""fp32 rows as long as the vocabulary that an engine holds for a sequence: logits, probabilities, scratch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by what holds them. frozen: weights that are only read (teachers, the reference, an engine's)."""
+
+    weights: float = 0.0
+    masters: float = 0.0
+    moments: float = 0.0
+    frozen: float = 0.0
+    gradients: float = 0.0
+    activations: float = 0.0
+    head: float = 0.0
+    cache: float = 0.0
+    process: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return float(sum(astuple(self)))
+
+    @property
+    def least(self) -> float:
+        """A lower bound: weights, masters and moments are all held at once from the first step to the last."""
+        return self.weights + self.masters + self.moments + self.frozen
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def lora_params(shape: ModelShape, rank: int) -> float:
+    """Parameters of adapters on all linear layers but the head."""
+    hidden, inner = shape.hidden, shape.intermediate
+    query, value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = 2 * (hidden + query) + 2 * (hidden + value)
+    mlp = (3 if shape.gated else 2) * (hidden + inner)
+    return float(shape.layers * rank * (attention + mlp))
+
+
+def train_memory(
+    shape: ModelShape,
+    micro_tokens: int,
+    *,
+    dtype: str = "bfloat16",
+    lora_rank: int | None = None,
+    quantised: str | None = None,
+    frozen_params: float = 0.0,
+    checkpointing: bool = False,
+    head_rows: int = 512,
+    on_cpu: bool = True,
+) -> Memory:
+    """Training with AdamW: a parameter takes 20 bytes in bfloat16 and 16 in float32 while gradients are there.
+
+    bfloat16: 2 weight, 4 master, 8 moments, 4 fp32 and 2 bf16 gradients; float32 parameters are their own masters. lora_rank:
+    adapters alone are trained (in float32), the weights are frozen, in fewer bytes where `quantised`. frozen_params: of teachers
+    and a reference. Activations are a rough count of what a Llama-like layer keeps for its backward pass; the head keeps one fp32
+    chunk of logits of `head_rows` tokens and its product.
+    """
+    size = BYTES[dtype]
+    trained = float(shape.params_total)
+    weights, masters = size * trained, 0.0 if size == 4 else 4 * trained
+    gradients = (4 if size == 4 else 6) * trained
+    if lora_rank is not None:
+        trained = lora_params(shape, lora_rank)
+        layer_bytes = QUANTISED_BYTES[quantised] if quantised else size
+        weights += (layer_bytes - size) * shape.params_body + 4 * trained
+        masters, gradients = 0.0, 4 * trained
+    attention = shape.head_dim * (2 * shape.heads + 2 * shape.kv_heads)
+    mlp = (4 if shape.gated else 2) * shape.intermediate
+    # Two norms keep their input in fp32; six tensors of the residual's width stay in the compute dtype.
+    layer = size * (6 * shape.hidden + attention + mlp) + 8 * shape.hidden
+    if lora_rank is not None:
+        # Each adapter keeps its input in float32.
+        layer += 4 * (6 * shape.hidden + shape.intermediate)
+    kept = size * shape.hidden * shape.layers + layer if checkpointing else layer * shape.layers
+    rows = min(head_rows, micro_tokens)
+    return Memory(
+        weights=weights,
+        masters=masters,
+        moments=8 * trained,
+        frozen=size * frozen_params,
+        gradients=gradients,
+        activations=micro_tokens * kept,
+        head=(4.0 + (size if size == 2 else 0)) * rows * shape.vocab + 8.0 * micro_tokens * shape.hidden,
+        process=PROCESS_BYTES if on_cpu else 0.0,
+    )
+
+
+def generate_memory(
+    shape: ModelShape,
+    sequences: int,
+    max_len: int,
+    *,
+    dtype: str = "bfloat16",
+    engine: str = "vllm",
+    cache_gib: float | None = 1.0,
+    scored: bool = False,
+    on_cpu: bool = True,
+) -> Memory:
+    """An engine: weights, the key-value cache, rows of logits, its libraries.
+
+    The cache holds 2 x layers x kv_heads x head_dim values a token, grouped heads once. cache_gib: what vLLM takes
+    whatever is asked (None: what `sequences` need, as transformers does). scored: rows of logits of SCORE_ROWS positions.
+    """
+    size = BYTES[dtype]
+    cache = float(kv_bytes(shape, dtype) * max_len * sequences)
+    if engine == "vllm" and cache_gib is not None:
+        cache = cache_gib * 2**30
+    rows = SCORE_ROWS.get(engine, 256) if scored else sequences
+    # A bfloat16 engine on a CPU keeps its head in float32 too.
+    head = 4.0 * shape.params_head if size == 2 and on_cpu else 0.0
+    return Memory(
+        weights=float(size * shape.params_total),
+        head=head + 4.0 * LOGIT_COPIES * shape.vocab * rows,
+        cache=cache,
+        process=PROCESS_BYTES + ENGINE_BYTES.get(engine, 0.0) if on_cpu else 0.0,
+    )
+
+
+def kv_bytes(shape: ModelShape, dtype: str) -> int:
+    """Bytes of one token's keys and values."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES[dtype]

@@ -1,0 +1,192 @@
+"""Where vLLM is reached into: what it offers no option for, each hook with its reason.
+
+All hooks are set on one engine's own objects; nothing of the library is replaced for others. Written
+against vLLM 0.32, which the package pins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsTensors
+
+from distill.engines.float32_head import Float32Head
+from distill.records import Array
+
+
+class Capture(LogprobsProcessor):  # type: ignore[misc]
+    """Keeps a request's log-probabilities as the arrays they arrive in.
+
+    The library's own processor makes a Python number of every entry: 17 µs a position at 64 entries, 127 µs
+    as dictionaries. Rows are copied, for they are views of a whole step's array.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            tokenizer=None,
+            logprobs=None,
+            prompt_logprobs=None,
+            cumulative_logprob=None,
+            num_logprobs=None,
+            num_prompt_logprobs=None,
+        )
+        self._sampled: list[tuple[Array, Array]] = []
+        self._prompt: list[tuple[Array, Array]] = []
+
+    def update_from_output(self, output: Any) -> None:
+        if output.new_logprobs is not None:
+            ids, logp, *_ = output.new_logprobs
+            self._sampled.append((ids.copy(), logp.copy()))
+        if output.new_prompt_logprobs_tensors is not None:
+            ids, logp, *_ = output.new_prompt_logprobs_tensors
+            self._prompt.append((ids.numpy(), logp.numpy()))
+
+    def sampled(self) -> tuple[Array, Array]:
+        """ids and log-probs [T, 1 + K] of the tokens that were sampled."""
+        return _stack(self._sampled)
+
+    def prompt(self) -> tuple[Array, Array]:
+        """ids and log-probs [P - 1, 1 + K]; row i is about prompt token i + 1."""
+        return _stack(self._prompt)
+
+
+def _stack(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([logp for _, logp in parts])
+
+
+def attach(engine: Any, internal_id: str) -> Capture:
+    """Let a Capture take what the engine returns for a request that was just added."""
+    capture = Capture()
+    engine.output_processor.request_states[internal_id].logprobs_processor = capture
+    return capture
+
+
+def cap_vocabulary(llm: Any, vocab_size: int) -> None:
+    """Give ids from vocab_size on no probability at all: neither drawn, nor kept, nor part of the sum."""
+
+    def cap(model: Any) -> None:
+        compute = model.compute_logits
+
+        def compute_logits(*args: Any, **kwargs: Any) -> Any:
+            logits = compute(*args, **kwargs)
+            if logits is not None:
+                logits[..., vocab_size:] = -torch.inf
+            return logits
+
+        model.compute_logits = compute_logits
+
+    llm.apply_model(cap)
+
+
+def float32_head(llm: Any) -> Float32Head:
+    """Let the CPU build make float32 logits; the library's own way there converts the whole weight every step."""
+    head = Float32Head()
+
+    def replace(model: Any) -> None:
+        def apply(lm_head: Any, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return head(hidden, lm_head.weight, bias)
+
+        model.logits_processor._apply_head = apply
+
+    llm.apply_model(replace)
+    return head
+
+
+def drop_ranks(llm: Any) -> None:
+    """Spare the CPU sampler the sampled token's rank.
+
+    Nobody reads it here, and it costs a pass over the vocabulary a step and a compilation at the first one.
+    """
+
+    def gather(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+        top_logp, top_ids = torch.topk(logprobs, num_logprobs, dim=-1)
+        token_ids = token_ids.unsqueeze(-1)
+        return LogprobsTensors(
+            torch.cat((token_ids, top_ids), dim=1).to(torch.int32),
+            torch.cat((logprobs.gather(-1, token_ids), top_logp), dim=1),
+            torch.zeros(len(logprobs), dtype=torch.int64),
+        )
+
+    def replace(worker: Any) -> None:
+        worker.model_runner.sampler.gather_logprobs = gather
+
+    llm.collective_rpc(replace)
+
+
+def reload(llm: Any, pairs: Iterator[tuple[str, torch.Tensor]], ignore: tuple[str, ...] = ()) -> None:
+    """New weights into the live model; raises ValueError for layers that none of them reached.
+
+    The library only warns of those, and they would go on with the old weights. ignore: kinds of layers (class
+    names) that may keep them.
+    """
+    missed: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        if "Failed to load weights" not in record.msg:
+            return True
+        missed.extend(str(name) for name in record.args or ())
+        return False
+
+    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+    logger.addFilter(note)
+    try:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+    finally:
+        logger.removeFilter(note)
+    # Rotary tables are computed, not loaded.
+    kinds = sorted({name for name in missed if "Rotary" not in name} - set(ignore))
+    if kinds:
+        raise ValueError(f"no new weights for layers of these kinds: {', '.join(kinds)}.")
+
+
+@contextlib.contextmanager
+def chunked(llm: Any, tokens: int) -> Iterator[None]:
+    """Take at most `tokens` a step inside: the logits of a long prompt are then never all there at once.
+
+    Chunks are off otherwise: the CPU runner cannot rewind the random generator of a seeded request whose
+    prompt it has cut.
+    """
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    before = scheduler.max_num_scheduled_tokens, scheduler.scheduler_config.enable_chunked_prefill
+    scheduler.max_num_scheduled_tokens = min(tokens, before[0])
+    scheduler.scheduler_config.enable_chunked_prefill = True
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = before[0]
+        scheduler.scheduler_config.enable_chunked_prefill = before[1]
+
+
+@contextlib.contextmanager
+def quiet_start() -> Iterator[None]:
+    """Hold back what vLLM says while it starts about settings that are chosen here on purpose; errors still show."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def own_process_state() -> Iterator[None]:
+    """Keep the process's random states and torch's thread setter, which the engine changes while it starts."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    set_threads = torch.set_num_threads
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.set_num_threads = set_threads

@@ -1,0 +1,1 @@
+"""The trace page: stored traces with the distribution behind every token."""

@@ -1,0 +1,295 @@
+"""The stage kinds that train a model: from stored traces, from rewards, from a teacher's opinion of its own completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import pydantic
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from distill.recipe.fields import (
+    AUTO_DTYPE,
+    BudgetConfig,
+    Dtype,
+    EngineConfig,
+    LoraConfig,
+    PlugConfig,
+    RewardConfig,
+    SamplingConfig,
+    SavedDtype,
+    StageConfig,
+    execution,
+    growth,
+)
+
+
+class OptimStage(StageConfig):
+    """What every stage with an optimiser has. The learning rate warms up and then falls by half a cosine."""
+
+    lr: float = Field(1e-4, gt=0)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of lr")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = Field(1.0, gt=0)
+    dtype: Dtype = Field("auto", description=f"of the computation; {AUTO_DTYPE}")
+    save_dtype: SavedDtype | None = Field(
+        None,
+        description="of the weights that the stage writes; None = dtype where that is said, else bfloat16",
+    )
+    lora: LoraConfig | None = None
+    micro_tokens: PositiveInt = execution(2048, description="tokens packed into one forward pass")
+    gradient_checkpointing: bool = execution(False)
+    liger: bool = execution(False, description="liger-kernel's kernels in the body, on a GPU; the head has its own")
+    budget: BudgetConfig | None = Field(
+        None,
+        description="instead of a number of steps: until the FLOPs of that stage's student are spent, own rollouts counted",
+    )
+    points_every: PositiveInt | None = execution(
+        None, description="optimiser steps between models kept for accuracy against cost"
+    )
+    checkpoint_every: PositiveInt = execution(50, description="optimiser steps")
+    keep_checkpoints: PositiveInt = execution(2)
+    log_every: PositiveInt = execution(1)
+    trackers: list[str] = execution([], description="accelerate trackers by name: tensorboard, wandb, trackio, ...")
+    max_bad_steps: PositiveInt = execution(5, description="steps in a row with a loss or gradient that is not finite")
+
+    @property
+    def saved_in(self) -> SavedDtype:
+        """The dtype of the weights that the stage writes."""
+        return self.save_dtype or ("bfloat16" if self.dtype == "auto" else self.dtype)
+
+    @pydantic.model_validator(mode="after")
+    def _whole_points(self) -> OptimStage:
+        if self.points_every is not None and self.lora is not None and self.lora.quantised:
+            raise ValueError(
+                "points_every: weights on the way cannot be written from a quantised base; leave out one of the two"
+            )
+        return self
+
+
+class TrainStage(OptimStage):
+    """Train a model on traces (a generate or filter stage, a folder of shards) or on a JSONL file.
+
+    JSONL rows are {"messages": [...]} whose last turn is learned, or {"question", "completion"}, which the
+    `task`'s template renders.
+    """
+
+    kind: Literal["train"]
+    model: str
+    data: str | dict[str, PositiveFloat] = Field(
+        description="traces or a JSONL file; or the same traces as several teachers scored them, by share"
+    )
+    task: str | None = None
+    loss: PlugConfig = PlugConfig(fn="forward_kl")
+    teacher: str | dict[str, float] | None = Field(
+        None,
+        description="a model in the trainer (or several with their shares) instead of stored distributions",
+    )
+    temperature: float = Field(1.0, gt=0, description="of both distributions; only with a teacher")
+    epochs: PositiveInt | None = growth(None)
+    steps: PositiveInt | None = growth(None)
+    batch_traces: PositiveInt = Field(64, description="traces an optimiser step, over all processes")
+    max_tokens: PositiveInt = Field(4096, description="longer traces are left out and counted")
+    normalise: Literal["token", "sequence"] = Field(
+        "token", description="what counts equally: every token, or every trace"
+    )
+    truncated: Literal["drop", "keep"] = Field("drop", description="traces that ended at the token limit")
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> TrainStage:
+        if sum(length is not None for length in (self.epochs, self.steps, self.budget)) != 1:
+            raise ValueError("say one of epochs, steps and budget")
+        if isinstance(self.data, dict) and not self.data:
+            raise ValueError("data: names no set of traces")
+        if isinstance(self.data, dict) and self.teacher is not None:
+            raise ValueError(
+                "data: several sets are there for their stored distributions, which a teacher in the trainer takes the place "
+                "of. Name one set, or no teacher"
+            )
+        if self.temperature != 1.0 and self.teacher is None:
+            raise ValueError(
+                "temperature: only 1 with stored distributions: the tail's mass at another temperature cannot be known from the "
+                "entries that were kept. Name a teacher to be run in the trainer"
+            )
+        return self
+
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        yield "model", self.model
+        for teacher in teachers_of(self.teacher):
+            yield "teacher", teacher
+        for data in data_of(self.data):
+            yield "data", data
+        if self.task is not None:
+            yield "task", self.task
+        if self.budget is not None:
+            yield "budget", self.budget.flops_of
+
+
+class PolicyStage(OptimStage):
+    """What every stage that learns from the policy's own completions has. `steps` counts optimiser steps."""
+
+    model: str
+    task: str
+    steps: PositiveInt | None = growth(None)
+    prompts: PositiveInt = Field(8, description="problems an optimiser step")
+    group_size: int = Field(8, ge=1, description="completions a problem")
+    problems: PositiveInt | None = Field(None, description="distinct train problems; None = a fresh one each time")
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    samples_every: PositiveInt = execution(
+        10, description="rollouts between completions shown in the log and kept in samples.jsonl"
+    )
+
+    @property
+    def steps_a_rollout(self) -> int:
+        """Optimiser steps between one time that the policy writes and the next."""
+        return 1
+
+    @property
+    def prompts_a_rollout(self) -> int:
+        return self.prompts
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> PolicyStage:
+        if (self.steps is None) == (self.budget is None):
+            raise ValueError("say either steps or budget")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _whole_weights(self) -> PolicyStage:
+        if self.lora is not None and self.lora.quantised:
+            raise ValueError(
+                "lora.quantised: the engine that writes gets the policy's whole weights after every step, which a quantised "
+                "base does not have. Remove it; stages of kind train take it"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _enough_problems(self) -> PolicyStage:
+        if self.problems is not None and self.problems < self.prompts_a_rollout:
+            raise ValueError(f"problems {self.problems} is less than one rollout takes ({self.prompts_a_rollout})")
+        return self
+
+
+class GrpoStage(PolicyStage):
+    """Train a model by reinforcement learning: groups of completions a problem, rewarded by rules.
+
+    A rollout is `prompts` x `mini_batches` problems with `group_size` completions each; it is learned from in
+    `mini_batches` optimiser steps, `passes` times over.
+    """
+
+    kind: Literal["grpo"]
+    rewards: list[RewardConfig] = Field(min_length=1)
+    objective: PlugConfig = PlugConfig(fn="grpo")
+    group_size: int = Field(8, ge=2, description="completions a problem; an advantage needs at least two")
+    mini_batches: PositiveInt = Field(1, description="optimiser steps a rollout is split into")
+    passes: PositiveInt = Field(1, description="times a rollout is learned from (mu)")
+    lr: float = Field(1e-6, gt=0)
+    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    min_lr_ratio: float = Field(1.0, ge=0, le=1, description="1 keeps the learning rate constant")
+    reference_every: PositiveInt | None = Field(
+        None, description="optimiser steps after which the reference becomes the policy of then"
+    )
+    max_failed_rewards: float = execution(
+        0.1, ge=0, le=1, description="share of groups a reward may fail on before the stage stops"
+    )
+    reward_seconds: float = execution(60.0, gt=0, description="limit for one reward of one group")
+
+    @property
+    def steps_a_rollout(self) -> int:
+        return self.mini_batches * self.passes
+
+    @property
+    def prompts_a_rollout(self) -> int:
+        return self.prompts * self.mini_batches
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> GrpoStage:
+        a_rollout = self.steps_a_rollout
+        if self.steps is not None and self.steps % a_rollout:
+            raise ValueError(
+                f"steps {self.steps} is not a multiple of mini_batches x passes = {a_rollout}: a rollout is that many "
+                "optimiser steps"
+            )
+        if self.reference_every is not None and self.reference_every % a_rollout:
+            raise ValueError(
+                f"reference_every {self.reference_every} is not a multiple of mini_batches x passes = {a_rollout}"
+            )
+        if self.reference_every is not None and self.lora is not None:
+            raise ValueError(
+                "reference_every needs a reference of its own; with lora it is the model without its adapter"
+            )
+        if self.sampling.temperature != 1.0 or self.sampling.top_p != 1.0:
+            raise ValueError(
+                "sampling: temperature and top_p must be 1: the engine's log-probabilities are of that distribution, and "
+                "another one would make every importance ratio wrong"
+            )
+        return self
+
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        yield "model", self.model
+        yield "task", self.task
+        if self.budget is not None:
+            yield "budget", self.budget.flops_of
+
+
+class OnPolicyStage(PolicyStage):
+    """On-policy distillation: the student writes, the teacher says what it would have written, token by token.
+
+    The teacher is compared over the whole vocabulary in the trainer, or (scoring: engine) its top_k entries and
+    tail come from an engine of its own. `mix` is the share of traces from `data` in every step.
+    """
+
+    kind: Literal["on_policy"]
+    teacher: str | dict[str, float] = Field(description="a model, or several with their shares of the mixture")
+    loss: PlugConfig = PlugConfig(fn="reverse_kl")
+    temperature: float = Field(1.0, gt=0, description="of both distributions; scoring: trainer")
+    scoring: Literal["trainer", "engine"] = "trainer"
+    top_k: PositiveInt = Field(64, description="entries a position; scoring: engine")
+    mass: float = Field(0.98, gt=0, le=1, description="as in generate; scoring: engine")
+    data: str | None = None
+    mix: float = Field(0.0, ge=0, lt=1, description="share of traces from data, the rest on policy")
+    group_size: int = Field(4, ge=1, description="completions a problem")
+    lr: float = Field(1e-5, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> OnPolicyStage:
+        if (self.data is None) != (self.mix == 0):
+            raise ValueError("data and mix go together: say where the offline traces are, and their share")
+        if self.scoring == "engine":
+            if not isinstance(self.teacher, str):
+                raise ValueError("scoring: engine takes one teacher; several are mixed by scoring: trainer")
+            if self.temperature != 1.0:
+                raise ValueError(
+                    "temperature: only 1 with scoring: engine: what an engine's top_k entries leave out is known by its "
+                    "mass at temperature 1 alone. scoring: trainer takes any"
+                )
+        if self.loss.fn == "policy_gradient" and (self.sampling.temperature != 1.0 or self.sampling.top_p != 1.0):
+            raise ValueError("sampling: temperature and top_p must be 1 for loss policy_gradient")
+        if self.loss.fn == "policy_gradient" and (self.scoring != "engine" or self.mix):
+            raise ValueError("loss policy_gradient needs scoring: engine and no mix")
+        return self
+
+    def inputs(self) -> Iterator[tuple[str, str]]:
+        yield "model", self.model
+        for teacher in teachers_of(self.teacher):
+            yield "teacher", teacher
+        yield "task", self.task
+        if self.data is not None:
+            yield "data", self.data
+        if self.budget is not None:
+            yield "budget", self.budget.flops_of
+
+
+def teachers_of(teacher: str | dict[str, float] | None) -> dict[str, float]:
+    """Models that teach in the trainer, and their shares."""
+    if teacher is None:
+        return {}
+    return {teacher: 1.0} if isinstance(teacher, str) else teacher
+
+
+def data_of(data: str | dict[str, float]) -> dict[str, float]:
+    """Trace sets (or a file), and their shares."""
+    return {data: 1.0} if isinstance(data, str) else data

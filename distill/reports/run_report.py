@@ -1,0 +1,223 @@
+"""What a report holds: the tree that the pipeline collects, and that report.json is, word for word.
+
+Plain dictionaries, so that a report read back from its JSON is the same thing as one just collected. All
+numbers are raw: shares in [0, 1], tokens, bytes, FLOPs, seconds. Left out on purpose: how it looks
+(`content` and what renders it).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+from distill.records import Cost
+from distill.reports.comparison import Paired, SeedsDifference
+from distill.reports.statistics import Interval
+
+
+class IntervalRow(TypedDict):
+    """An `Interval`; n is the number of problems."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    method: NotRequired[str]
+
+
+class Amounts(TypedDict):
+    """What `check` predicts of a stage, and what is measured beside it. memory: bytes at the peak; absent where not measured."""
+
+    tokens: float
+    bytes: float
+    flops: float
+    seconds: float
+    memory: NotRequired[float]
+
+
+class StageRow(TypedDict):
+    """One stage. `cost` has the fields of `Cost`; `curves` one list of numbers a metric, one for each of
+    `curve_steps`, null where it was not logged."""
+
+    name: str
+    kind: str
+    status: Literal["done", "skipped", "running", "failed", "pending"]
+    seconds: float
+    cost: dict[str, float]
+    dtype: NotRequired[str]
+    predicted: NotRequired[Amounts]
+    metrics: NotRequired[dict[str, float | str]]
+    curves: NotRequired[dict[str, list[float | None]]]
+    curve_steps: NotRequired[list[float]]
+
+
+class View(TypedDict):
+    """One of the three views of an arm's cost."""
+
+    tokens: float
+    flops: float
+    seconds: float
+
+
+class CheckpointRow(TypedDict):
+    """A model kept along a stage's way: the FLOPs that the stage had taken by then, and how the model did."""
+
+    step: float
+    flops: float
+    accuracy: IntervalRow
+
+
+class PointRow(TypedDict):
+    """A checkpoint on an arm's way: the student's own FLOPs by then, accuracy and its interval."""
+
+    flops: float
+    accuracy: float
+    low: float
+    high: float
+
+
+class SeedRow(TypedDict):
+    """One training seed of an arm: what was evaluated, and how it did on the same problems."""
+
+    seed: int
+    stage: str
+    accuracy: IntervalRow
+
+
+class ArmRow(TypedDict):
+    """One model's results. `tokens`, `flops` and `seconds` are the student's own (cost["student"]).
+
+    role: the headline compares students; a teacher and the common start are shown beside them.
+    stage: the stage, or the model, that was evaluated. pass_at, maj_at: by k, as text (JSON's keys are).
+    points: checkpoints along the way, the end left out. by_seed: of an arm that was trained with several seeds; its
+    accuracy, tokens, FLOPs and seconds are then means over them, and the interval is over seeds and problems.
+    """
+
+    stage: str
+    role: Literal["student", "teacher", "start"]
+    accuracy: IntervalRow
+    pass_at: dict[str, IntervalRow]
+    maj_at: dict[str, IntervalRow]
+    truncation: float
+    mean_length: float
+    problems: int
+    samples: int
+    unjudged: int
+    seeds: int
+    tokens: float
+    flops: float
+    seconds: float
+    cost: dict[Literal["student", "with_inference", "with_teacher"], View]
+    cost_stages: NotRequired[dict[str, list[str]]]
+    points: NotRequired[list[PointRow]]
+    by_seed: NotRequired[list[SeedRow]]
+
+
+class ComparisonRow(TypedDict):
+    """Arm a minus arm b. `unit` says what was resampled, and so what the verdict is about."""
+
+    a: str
+    b: str
+    unit: Literal["checkpoints", "training seeds"]
+    difference: IntervalRow
+    p_value: float
+    p_holm: float
+    method: str
+    verdict: Literal["differ", "not shown", "supported", "inconclusive"]
+    seeds: NotRequired[list[int]]
+    wins: NotRequired[int]
+    losses: NotRequired[int]
+
+
+class ExampleAnswer(TypedDict):
+    arm: str
+    completion: str
+    answer: str | None
+    correct: bool | None
+    finish_reason: str
+
+
+class ExampleRow(TypedDict):
+    """A problem on which two arms fared differently; `won_by` did better than `lost_by`."""
+
+    problem_id: str
+    question: str
+    gold: str | None
+    won_by: str
+    lost_by: str
+    answers: list[ExampleAnswer]
+
+
+class RunReport(TypedDict):
+    """A run. environment: versions and machine, nested as it comes. recipe: resolved, as YAML.
+
+    reproduce: shell commands. notes: what a reader must know (limits, warnings). verdict: filled in when the
+    report is written.
+    """
+
+    name: str
+    description: str
+    created: str
+    seed: int
+    task: str
+    environment: dict[str, Any]
+    stages: list[StageRow]
+    arms: dict[str, ArmRow]
+    comparisons: list[ComparisonRow]
+    examples: list[ExampleRow]
+    recipe: str
+    reproduce: list[str]
+    notes: list[str]
+    verdict: NotRequired[str]
+
+
+def interval_row(interval: Interval) -> IntervalRow:
+    return {
+        "value": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "n": interval.n,
+        "method": interval.method,
+    }
+
+
+def comparison_row(a: str, b: str, result: Paired | SeedsDifference) -> ComparisonRow:
+    """A comparison's result as a row of the report."""
+    row: ComparisonRow = {
+        "a": a,
+        "b": b,
+        "unit": "checkpoints",
+        "difference": interval_row(result.difference),
+        "p_value": result.p_value,
+        "p_holm": result.p_holm,
+        "method": result.difference.method,
+        "verdict": "not shown",
+    }
+    if isinstance(result, Paired):
+        row["verdict"] = "differ" if result.differ else "not shown"
+        row["method"] = f"{result.difference.method}, {result.method}"
+        row["wins"], row["losses"] = result.wins, result.losses
+    else:
+        row["unit"], row["verdict"] = "training seeds", result.verdict
+        row["seeds"] = list(result.seeds)
+    return row
+
+
+def view(cost: Cost) -> View:
+    """A cost as one view of an arm: all tokens that any of its models processed or wrote."""
+    tokens = cost.tokens_trained + cost.tokens_scored + cost.tokens_generated + cost.tokens_prompt
+    return {"tokens": tokens, "flops": cost.flops, "seconds": cost.wall_seconds}
+
+
+def measured(stage: StageRow) -> Amounts:
+    """What a stage took, in the units of its prediction."""
+    cost = stage["cost"]
+    kinds = ("tokens_trained", "tokens_scored", "tokens_generated", "tokens_prompt")
+    found: Amounts = {
+        "tokens": sum(cost.get(kind, 0) for kind in kinds),
+        "bytes": cost.get("bytes_written", 0),
+        "flops": cost.get("flops", 0),
+        "seconds": stage["seconds"],
+    }
+    if peak := stage.get("metrics", {}).get("peak_memory"):
+        found["memory"] = float(peak)
+    return found

@@ -1,0 +1,291 @@
+"""How good one arm is: pass@1, pass@k and maj@k, each with an interval over problems.
+
+Comes in: `correct[problem][sample]`, ragged, with None where a completion could not be judged (left out of
+the mean). Goes out: an `Interval`. Samples of one problem are correlated, so a problem is the unit: 30
+problems with 64 samples each are 30 observations, not 1,920. Left out on purpose: pooled intervals, and
+anything about two arms (`compare`).
+
+Shape suffixes: P problems, R resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special
+
+Floats = npt.NDArray[np.float64]
+Correct = Sequence[Sequence[bool | float | None]]
+
+LEVEL = 0.95
+RESAMPLES = 10_000
+BLOCK = 4_000_000
+"""Numbers held at once while resampling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate, its interval at `LEVEL`, the number of units (problems) behind it and how it was made."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    method: str
+
+
+def z_value(level: float) -> float:
+    """The normal quantile that leaves (1 - level) / 2 above it."""
+    return float(special.ndtri(0.5 + level / 2))
+
+
+# --------------------------------------------------------------------------------------------- intervals
+
+
+def wilson(successes: float, n: int, level: float = LEVEL) -> Interval:
+    """Wilson's score interval of a proportion (Wilson 1927)."""
+    if n < 1:
+        raise ValueError("a proportion needs at least one observation")
+    z, p = z_value(level), successes / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    # At 0 and 1 the formula's end is the estimate itself, but for rounding.
+    return Interval(p, min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p), n, "wilson")
+
+
+def bootstrap_means(values_P: Floats, resamples: int, seed: int) -> Floats:
+    """[R] means of `values_P` resampled with replacement."""
+    rng, num = np.random.default_rng(seed), len(values_P)
+    rows = max(1, BLOCK // num)
+    return np.concatenate(
+        [
+            values_P[rng.integers(0, num, (min(rows, resamples - start), num))].mean(1)
+            for start in range(0, resamples, rows)
+        ]
+    )
+
+
+def bca(values_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Bias-corrected and accelerated bootstrap interval of a mean (Efron 1987).
+
+    The jackknife's acceleration of a mean is sum(d^3) / (6 sum(d^2)^1.5) with d the deviations. Values that
+    are all equal have no spread to resample: the interval is then the value itself.
+    """
+    num, value = len(values_P), float(values_P.mean())
+    deviation_P = values_P - value
+    squares = float((deviation_P**2).sum())
+    if squares <= 1e-24 * num:
+        return Interval(value, value, value, num, "bootstrap")
+    means_R = np.sort(bootstrap_means(values_P, resamples, seed))
+    # Half of the ties count as below: the means of few values fall on a grid.
+    below = 0.5 * (np.searchsorted(means_R, value, "left") + np.searchsorted(means_R, value, "right"))
+    bias = float(special.ndtri(np.clip(below / resamples, 1 / (resamples + 1), 1 - 1 / (resamples + 1))))
+    acceleration = float((deviation_P**3).sum()) / (6 * squares**1.5)
+    ends = []
+    for z in (-z_value(level), z_value(level)):
+        shifted = bias + z
+        ends.append(float(special.ndtr(bias + shifted / (1 - acceleration * shifted))))
+    low, high = np.quantile(means_R, ends)
+    return Interval(value, float(low), float(high), num, "bootstrap")
+
+
+def mean_interval(
+    values: Sequence[float] | Floats,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean of one value in [0, 1] a problem. Where every value is 0 or 1, Wilson; otherwise BCa over problems.
+
+    One sample a problem is the usual way to be all 0 or 1, but problems that are always or never solved are
+    Bernoulli draws all the same, and a bootstrap of all zeros would claim certainty.
+    """
+    values_P = np.asarray(values, np.float64)
+    if not len(values_P):
+        raise ValueError("no problem was judged")
+    if bool(np.isin(values_P, (0.0, 1.0)).all()):
+        return wilson(float(values_P.sum()), len(values_P), level)
+    if len(values_P) == 1:
+        return Interval(float(values_P[0]), 0.0, 1.0, 1, "one problem")
+    return bca(values_P, level, resamples, seed)
+
+
+def seed_variance(values_SP: Floats) -> tuple[float, float, float]:
+    """(seeds' part, problems' part, noise in both) of the variance of the mean of value[seed][problem].
+
+    For value = mean + seed + problem + noise, var(seed means) / S holds seed and noise, var(problem means) / P
+    problem and noise; the noise that is in both is the interaction's mean square / (S P). Needs two of each.
+    """
+    s, p = values_SP.shape
+    seed_part = float(values_SP.mean(1).var(ddof=1)) / s
+    problem_part = float(values_SP.mean(0).var(ddof=1)) / p
+    rest_SP = values_SP - values_SP.mean(0) - values_SP.mean(1, keepdims=True) + values_SP.mean()
+    return seed_part, problem_part, float((rest_SP**2).sum()) / ((s - 1) * (p - 1)) / (s * p)
+
+
+def over_seeds(values: Sequence[Sequence[float]] | Floats, level: float = LEVEL) -> Interval:
+    """Mean of value[training seed][problem] in [0, 1], its interval over seeds and problems alike.
+
+    Student's t on the variance of the two-way random-effects model, its degrees of freedom by Satterthwaite (1946).
+    With one seed, the interval over problems alone. n is the number of problems.
+    """
+    values_SP = np.asarray(values, np.float64)
+    if values_SP.ndim != 2 or not values_SP.size or bool(np.isnan(values_SP).any()):
+        raise ValueError("every seed needs a value for every problem")
+    s, num = values_SP.shape
+    if s < 2 or num < 2:
+        return mean_interval(values_SP.mean(0), level)
+    seed_part, problem_part, noise = seed_variance(values_SP)
+    variance = max(seed_part + problem_part - noise, seed_part, problem_part)
+    value = float(values_SP.mean())
+    if variance <= 1e-24:
+        return mean_interval(values_SP.mean(0), level)
+    squares = seed_part**2 / (s - 1) + problem_part**2 / (num - 1)
+    half = float(special.stdtrit(variance**2 / squares, 0.5 + level / 2)) * math.sqrt(variance)
+    return Interval(value, max(value - half, 0.0), min(value + half, 1.0), num, "seeds and problems")
+
+
+# ---------------------------------------------------------------------------------------------- pass@k
+
+
+def counts(correct: Correct) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Judged samples and correct ones of each problem, [P] and [P]. A problem without a judged sample has 0."""
+    judged = [[bool(one) for one in samples if one is not None] for samples in correct]
+    return (
+        np.array([len(samples) for samples in judged], np.int64),
+        np.array([sum(samples) for samples in judged], np.int64),
+    )
+
+
+def problem_means(correct: Correct) -> Floats:
+    """[P] the share of correct samples of each problem, nan where none was judged."""
+    num_P, right_P = counts(correct)
+    return np.where(num_P > 0, right_P / np.maximum(num_P, 1), np.nan)
+
+
+def accuracy(correct: Correct, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """pass@1: mean correctness over samples, then over problems, with its interval over problems."""
+    means_P = problem_means(correct)
+    return mean_interval(means_P[~np.isnan(means_P)], level, resamples, seed)
+
+
+def pass_at_k(n: npt.ArrayLike, c: npt.ArrayLike, k: int) -> Floats:
+    """Chance that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased (Chen et al. 2021). The ratio is the product of (n-c-j) / (n-j) over j < k, summed as logarithms
+    so that neither large n nor tiny chances lose digits. Raises ValueError where n < k.
+    """
+    n_P, c_P = np.asarray(n, np.float64), np.asarray(c, np.float64)
+    if k < 1 or bool((n_P < k).any()) or bool(((c_P < 0) | (c_P > n_P)).any()):
+        raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, not n={n!r}, c={c!r}")
+    j = np.arange(k)
+    with np.errstate(divide="ignore"):
+        logs = np.log1p(-np.minimum(c_P[..., None] / (n_P[..., None] - j), 1.0))
+    return np.asarray(-np.expm1(logs.sum(-1)))
+
+
+def pass_at(correct: Correct, k: int, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Mean pass@k over the problems with at least k judged samples, with its interval over problems."""
+    num_P, right_P = counts(correct)
+    enough_P = num_P >= k
+    if not enough_P.any():
+        raise ValueError(f"pass@{k}: no problem has {k} judged samples")
+    return mean_interval(pass_at_k(num_P[enough_P], right_P[enough_P], k), level, resamples, seed)
+
+
+# ---------------------------------------------------------------------------------------------- maj@k
+
+
+def clusters(
+    answers: Sequence[str | None],
+    correct: Sequence[bool | float | None],
+    equivalent: Callable[[str, str], bool],
+) -> list[tuple[int, float]]:
+    """(size, share of its members judged correct) of each group of equivalent answers; None is in no group."""
+    groups: list[tuple[str, list[float]]] = []
+    home: dict[str, int] = {}
+    for answer, right in zip(answers, correct, strict=True):
+        if answer is None:
+            continue
+        if answer not in home:
+            found = (i for i, (first, _) in enumerate(groups) if equivalent(first, answer))
+            home[answer] = next(found, len(groups))
+            if home[answer] == len(groups):
+                groups.append((answer, []))
+        groups[home[answer]][1].append(float(bool(right)))
+    return [(len(members), sum(members) / len(members)) for _, members in groups]
+
+
+def majority(groups: Sequence[tuple[int, float]], n: int, k: int) -> float:
+    """Expected correctness of the most frequent answer among k of n samples, over all subsets of k, exactly.
+
+    Ties are split evenly among the answers that share the lead. Samples in no group are invalid: they fill
+    places and never win; a subset of invalid samples only is wrong. For each group g and number m of its
+    samples drawn, the ways in which no other group has more than m are counted by how many have exactly m.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"maj@{k} needs 1 <= k <= n, not n={n}")
+    invalid = n - sum(size for size, _ in groups)
+    expected = 0.0
+    for g, (size, right) in enumerate(groups):
+        if right == 0.0:
+            continue
+        others = [other for i, (other, _) in enumerate(groups) if i != g]
+        for m in range(1, min(size, k) + 1):
+            ways = _ways_behind(others, invalid, k - m, m)
+            won = sum(count / (tied + 1) for tied, count in enumerate(ways))
+            expected += right * math.comb(size, m) * won
+    return float(expected / math.comb(n, k))
+
+
+def _ways_behind(sizes: Sequence[int], invalid: int, places: int, m: int) -> Floats:
+    """[ties] ways to fill `places` from the groups, at most m of each, and from the invalid samples."""
+    most_tied = places // m
+    ways = np.zeros((most_tied + 1, places + 1))
+    ways[0] = [float(math.comb(invalid, j)) for j in range(places + 1)]
+    for size in sizes:
+        grown = ways.copy()
+        for j in range(1, min(size, m, places) + 1):
+            tie = 1 if j == m else 0
+            grown[tie:, j:] += math.comb(size, j) * ways[: most_tied + 1 - tie, : places + 1 - j]
+        ways = grown
+    return ways[:, places]
+
+
+def maj_at(
+    answers: Sequence[Sequence[str | None]],
+    correct: Correct,
+    k: int,
+    equivalent: Callable[[str, str], bool] = str.__eq__,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean maj@k over the problems with at least k samples, with its interval over problems.
+
+    `equivalent` says whether two answers are the same one (it is taken to be transitive).
+    """
+    values = maj_at_k(answers, correct, k, equivalent)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        raise ValueError(f"maj@{k}: no problem has {k} samples")
+    return mean_interval(values, level, resamples, seed)
+
+
+def maj_at_k(
+    answers: Sequence[Sequence[str | None]],
+    correct: Correct,
+    k: int,
+    equivalent: Callable[[str, str], bool] = str.__eq__,
+) -> Floats:
+    """[P] maj@k of each problem; nan where it has fewer than k samples."""
+    return np.array(
+        [
+            majority(clusters(ours, right, equivalent), len(ours), k) if len(ours) >= k else np.nan
+            for ours, right in zip(answers, correct, strict=True)
+        ]
+    )

@@ -1,0 +1,179 @@
+"""What `distill check` says below its table: the machine, the dtypes, a recipe that takes long or does not fit, and what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill.machine import Machine
+from distill.recipe import (
+    CompareStage,
+    EvalStage,
+    GenerateStage,
+    PolicyStage,
+    Recipe,
+    TrainStage,
+    base_name,
+)
+from distill.records import UserError
+from distill.reports.wording import duration
+from distill.run.plan import Part, Row
+
+LONG = 3600.0
+"""Seconds from which on a recipe is said to take long."""
+GIB = 2.0**30
+WORTH = 0.05
+"""Share of the whole that a saving must have to be named."""
+
+
+def machine_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
+    """The machine, and each dtype that is used on it with the reason, once."""
+    first = f"this machine: {machine.name}, {machine.cores} cores, {machine.memory / GIB:.3g} GiB"
+    if machine.device == "cuda":
+        first += " on the GPU"
+    stages: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        for part in row.parts:
+            key = (part.purpose, part.choice.dtype, part.choice.why)
+            stages.setdefault(key, []).append(row.name)
+    uses: dict[tuple[str, str], list[str]] = {}
+    for (purpose, dtype, why), names in stages.items():
+        alone = sum(each[0] == purpose for each in stages) == 1
+        what = {"training": "training", "engine": "engines"}[purpose]
+        uses.setdefault((dtype, why), []).append(what if alone else f"{what} ({_some(names)})")
+    return [first, *(f"  {' and '.join(u)}: {dtype}; {why}" for (dtype, why), u in uses.items())]
+
+
+def too_large(rows: Sequence[Row], machine: Machine) -> list[str]:
+    """The stages whose weights, masters and moments alone are more than the machine's memory, with what helps."""
+    found = []
+    for row in rows:
+        if row.least <= machine.memory:
+            continue
+        trains = any(part.purpose == "training" for part in row.parts)
+        held = "weights, fp32 masters and moments" if trains else "weights"
+        ways = "lora (the masters and moments are then the adapter's), " if trains else ""
+        found.append(
+            f"stages.{row.name}: its {held} alone take {row.least / GIB:.3g} GiB, and this machine has "
+            f"{machine.memory / GIB:.3g} GiB. What helps: {ways}a smaller model, or a machine with more memory."
+        )
+    return found
+
+
+def refuse(rows: Sequence[Row], machine: Machine) -> None:
+    """Raises UserError where a stage cannot fit the machine's memory."""
+    if lines := too_large(rows, machine):
+        raise UserError(lines[0])
+
+
+def memory_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
+    """A warning where stages are estimated to take more memory than there is, by what lowers it."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.least <= machine.memory < row.amounts["memory"]:
+            found.setdefault(_memory_knobs(row), []).append(row)
+    return [
+        f"warning: {_some([row.name for row in each])}: estimated to need up to "
+        f"{max(row.amounts['memory'] for row in each) / GIB:.3g} GiB at the peak, and this machine has "
+        f"{machine.memory / GIB:.3g} GiB. Lower {knobs}."
+        for knobs, each in found.items()
+    ]
+
+
+def _memory_knobs(row: Row) -> str:
+    knobs = []
+    if any(part.purpose == "training" for part in row.parts):
+        knobs.append("micro_tokens, or set gradient_checkpointing: true or lora")
+    if any(part.purpose == "engine" for part in row.parts):
+        knobs.append("engine.memory_gib and engine.batch_size")
+    return "; ".join(knobs)
+
+
+def short_lines(rows: Sequence[Row]) -> list[str]:
+    """For a run, before its first stage: one line where it takes long."""
+    seconds = _seconds(rows)
+    if seconds <= LONG:
+        return []
+    return [
+        f"this will take about {duration(seconds)} on this machine, most of it in {_most(rows)}; `distill check` says what "
+        "would change that"
+    ]
+
+
+def long_lines(recipe: Recipe, rows: Sequence[Row], machine: Machine) -> list[str]:
+    """For `check`: where a recipe takes long, its longest stages, and what would make it shorter by how much."""
+    seconds = _seconds(rows)
+    if seconds <= LONG:
+        return []
+    lines = [
+        f"warning: this takes about {duration(seconds)} on this machine, most of it in {_most(rows)}. What would change that:"
+    ]
+    parts = [(row, part) for row in rows for part in row.parts]
+    slow = {row.name: part for row, part in parts if part.slower > 0}
+    gained = sum(part.slower for _, part in parts)
+    if gained > WORTH * seconds:
+        lines.append(f"  dtype: auto in {_some(list(slow))}: about {duration(gained)} less")
+    lines += _without_vllm(parts, machine, seconds)
+    lines += [line for each in _longest(rows).items() if (line := _fewer(recipe, *each))]
+    if machine.device == "cpu":
+        lines.append("  a GPU: the recipe runs there as it is, and `distill check` there says how long it takes")
+    return lines
+
+
+def _without_vllm(parts: Sequence[tuple[Row, Part]], machine: Machine, seconds: float) -> list[str]:
+    found = {
+        row.name: part.seconds - part.by_vllm
+        for row, part in parts
+        if part.by_vllm is not None and part.by_vllm < part.seconds
+    }
+    gained = sum(found.values())
+    if gained <= WORTH * seconds:
+        return []
+    return [f"  the engine vllm in {_some(list(found))} instead of transformers: about {duration(gained)} less"]
+
+
+def _stages(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by stage, copies for several seeds and the evaluations of a comparison together; the longest first."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(base_name(row.name.partition(".")[0]), []).append(row)
+    return dict(sorted(found.items(), key=lambda item: -_seconds(item[1])))
+
+
+def _longest(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The stages that take most, at most three, while they are a tenth of the whole."""
+    first, *others = list(_stages(rows).items())[:3]
+    whole = _seconds(rows)
+    return dict([first, *(each for each in others if _seconds(each[1]) > 0.1 * whole)])
+
+
+def _fewer(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
+    """What half of a stage's work would be, in its own keys, and what that saves; "" where it has no such key."""
+    config = recipe.stages[rows[0].name.partition(".")[0]]
+    start = sum(row.start for row in rows)
+    if isinstance(config, TrainStage | PolicyStage) and config.budget is not None:
+        what = f"half the budget of {stage} (now {config.budget.times:g} times)"
+    elif isinstance(config, PolicyStage):
+        what = f"half the steps ({config.steps}), prompts or group_size ({config.group_size}) of {stage}"
+    elif isinstance(config, TrainStage):
+        key = "steps" if config.epochs is None else "epochs"
+        what = f"half the {key} of {stage} (now {getattr(config, key)})"
+    elif isinstance(config, GenerateStage | EvalStage | CompareStage):
+        what = f"half the problems of {stage} (now {config.problems})"
+    else:
+        return ""
+    return f"  {what}: about {duration((_seconds(rows) - start) / 2)} less"
+
+
+def _most(rows: Sequence[Row]) -> str:
+    whole = _seconds(rows)
+    return ", ".join(f"{name} ({_seconds(e) / whole:.0%})" for name, e in _longest(rows).items())
+
+
+def _seconds(rows: Sequence[Row]) -> float:
+    return sum(row.amounts["seconds"] for row in rows)
+
+
+def _some(names: Sequence[str]) -> str:
+    distinct = list(dict.fromkeys(base_name(name) for name in names))
+    more = f" and {len(distinct) - 4} more" if len(distinct) > 4 else ""
+    return ", ".join(distinct[:4]) + more

@@ -1,0 +1,246 @@
+"""A run's folders as one report: stages, arms with what they cost, comparisons, predictions beside measurements."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from distill import run_folder
+from distill.compute.ledger import ArmCost, arm_cost, mean_cost
+from distill.recipe import CompareStage, EvalStage, GrpoStage, Recipe, base_name, validate
+from distill.recipe.lineage import role_of, roles_of
+from distill.reports.run_report import ArmRow, PointRow, RunReport, SeedRow, StageRow, view
+from distill.stages.budget import parents_of, stage_costs
+
+MAX_POINTS = 240
+"""Of a curve: longer ones are thinned to means of stretches."""
+
+
+def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunReport:
+    """Everything the run holds by now. names: of its nodes, in order. command: that makes it again."""
+    states = {name: standing for name in names if (standing := run_folder.read(run / name)) is not None}
+    comparisons, examples = [], []
+    for standing in states.values():
+        if standing.kind == "compare":
+            comparisons += standing.metrics.get("comparisons", [])
+            examples += standing.metrics.get("examples", [])
+    environment = run / "environment.json"
+    arms = _arms(recipe, run, states)
+    return RunReport(
+        name=recipe.name,
+        description=recipe.description,
+        created=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        seed=recipe.seed,
+        task=", ".join(f"{name} ({task.fn})" for name, task in recipe.tasks.items()),
+        environment=json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
+        stages=[_stage_row(name, states.get(name), recipe, run) for name in names],
+        arms=arms,
+        comparisons=comparisons,
+        examples=examples,
+        recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        reproduce=[command],
+        notes=[*_notes(states), *_sandboxes(recipe)],
+    )
+
+
+def collect_run(run: Path) -> RunReport:
+    """What a run's folder holds, finished or half way."""
+    resolved = yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))
+    recipe = validate(resolved, str(run / "resolved.yaml"))
+    names = [name for stage in recipe.stages for name in (*_children(recipe, stage), stage)]
+    return collect(recipe, run, names, f"distill run {run / 'resolved.yaml'}")
+
+
+def _children(recipe: Recipe, stage: str) -> list[str]:
+    """The evaluations that a compare stage expands into, by their folders."""
+    config = recipe.stages[stage]
+    if not isinstance(config, CompareStage):
+        return []
+    return [f"{stage}.{arm}" for arm in config.children()]
+
+
+def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run: Path) -> StageRow:
+    if standing is None:
+        config = recipe.stages[name.split(".")[0]]
+        kind = "eval" if "." in name and isinstance(config, CompareStage) else config.kind
+        return StageRow(name=name, kind=kind, status="pending", seconds=0.0, cost={})
+    row = StageRow(
+        name=name,
+        kind=standing.kind,
+        status=standing.status,
+        seconds=standing.seconds,
+        cost=standing.cost,
+        metrics={key: value for key, value in standing.metrics.items() if isinstance(value, int | float | str)},
+    )
+    if standing.dtypes:
+        row["dtype"] = standing.dtypes
+    if standing.predicted:
+        row["predicted"] = {key: standing.predicted[key] for key in ("tokens", "bytes", "flops", "seconds", "memory")}  # type: ignore[typeddict-item]
+    lines = run / name / "metrics.jsonl"
+    if lines.is_file():
+        row["curve_steps"], row["curves"] = read_curves(lines)
+    return row
+
+
+def read_curves(lines: Path) -> tuple[list[float], dict[str, list[float | None]]]:
+    """(steps, values by key) of a metrics.jsonl: whatever numbers its lines hold; None where one was not logged.
+
+    A line that a kill cut short is left out. Long curves are thinned to `MAX_POINTS` means.
+    """
+    records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    records = [record for record in records if "step" in record]
+    keys = {key: None for record in records for key, value in record.items() if _is_number(value)}
+    stretches = min(MAX_POINTS, len(records))
+    edges = [n * len(records) // max(1, stretches) for n in range(stretches + 1)]
+    parts = [records[a:b] for a, b in itertools.pairwise(edges)]
+    curves = {
+        key: [_mean([r[key] for r in part if _is_number(r.get(key))]) for part in parts]
+        for key in keys
+        if key != "step"
+    }
+    return [float(part[-1]["step"]) for part in parts], curves
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _mean(values: list[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def _arms(recipe: Recipe, run: Path, states: dict[str, run_folder.State]) -> dict[str, ArmRow]:
+    costs = stage_costs(recipe, run)
+    parents = parents_of(recipe)
+    found: list[_Found] = []
+    for name, config in recipe.stages.items():
+        if isinstance(config, CompareStage):
+            for arm, runs in config.runs().items():
+                nodes = {seed: f"{name}.{child}" for seed, (child, _) in runs.items()}
+                found.append(_Found(arm, name, nodes, [model for _, model in runs.values()]))
+        elif isinstance(config, EvalStage):
+            found.append(_Found(name, name, {0: name}, [config.model]))
+    # A teacher that was trained once has as many students as there are to share its cost; training seeds of one arm
+    # are one student.
+    taught = {
+        base_name(model)
+        for one in found
+        for model in one.models
+        if role_of(recipe, model) == "student" and arm_cost(model, costs, parents).stages["teacher"]
+    }
+    roles = roles_of(recipe, [one.models[0] for one in found])
+    arms: dict[str, ArmRow] = {}
+    for one in found:
+        metrics = one.metrics(states)
+        if metrics is not None:
+            students = max(1, len(taught))
+            spent = [arm_cost(m, costs, parents, students=students) for m in one.models]
+            cost = spent[0] if len(spent) == 1 else mean_cost(spent)
+            last = [costs[m].cost.flops for m in one.models if m in costs]
+            before = cost.student.flops - sum(last) / max(len(last), 1)
+            key = one.arm if one.arm not in arms else f"{one.stage}.{one.arm}"
+            arms[key] = _arm(one, roles[one.models[0]], metrics, cost, before)
+    return arms
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """An arm: the stage that evaluates it, the evaluation of each training seed, and their models."""
+
+    arm: str
+    stage: str
+    nodes: dict[int, str]
+    models: list[str]
+
+    def metrics(self, states: dict[str, run_folder.State]) -> dict[str, Any] | None:
+        """Its scores, over its training seeds where it has several; None before they are there."""
+        if any(node not in states or states[node].status != "done" for node in self.nodes.values()):
+            return None
+        if len(self.nodes) == 1:
+            return states[next(iter(self.nodes.values()))].metrics
+        standing = states.get(self.stage)
+        if standing is None or standing.status != "done":
+            return None
+        found: dict[str, Any] | None = standing.metrics["arms"].get(self.arm)
+        return found
+
+
+def _arm(found: _Found, role: Any, metrics: dict[str, Any], cost: ArmCost, before: float) -> ArmRow:
+    """before: the student's FLOPs up to the stage that was evaluated."""
+    model = found.models[0]
+    scores = {
+        key: metrics[key]
+        for key in (
+            "accuracy",
+            "pass_at",
+            "maj_at",
+            "truncation",
+            "mean_length",
+            "problems",
+            "samples",
+            "unjudged",
+        )
+    }
+    row: dict[str, Any] = dict(
+        stage=model if len(found.models) == 1 else base_name(model),
+        role=role,
+        **scores,
+        seeds=len(found.models),
+        **view(cost.student),
+        cost={
+            "student": view(cost.student),
+            "with_inference": view(cost.with_inference),
+            "with_teacher": view(cost.with_teacher),
+        },
+        cost_stages=cost.stages,
+    )
+    if points := metrics.get("points"):
+        row["points"] = [
+            PointRow(
+                flops=before + point["flops"],
+                accuracy=point["accuracy"]["value"],
+                low=point["accuracy"]["low"],
+                high=point["accuracy"]["high"],
+            )
+            for point in points
+        ]
+    if len(found.models) > 1:
+        by_seed = {one["seed"]: one["accuracy"] for one in metrics["by_seed"]}
+        row["by_seed"] = [
+            SeedRow(seed=seed, stage=model, accuracy=by_seed[seed])
+            for seed, model in zip(found.nodes, found.models, strict=True)
+        ]
+    return cast(ArmRow, row)
+
+
+def _notes(states: dict[str, run_folder.State]) -> list[str]:
+    decided: dict[str, list[str]] = {}
+    for name, standing in states.items():
+        for key, one in standing.decided.items():
+            decided.setdefault(f"{key} {one['value']} ({one['why']})", []).append(name)
+    notes = [f"{what}: {', '.join(names)}" for what, names in decided.items()]
+    for name, standing in states.items():
+        if skipped := standing.metrics.get("prompts_too_long"):
+            notes.append(f"{name}: {skipped} prompts were longer than the context and skipped")
+        if bad := standing.metrics.get("bad_steps"):
+            notes.append(f"{name}: {bad} steps were skipped because loss or gradient was not finite")
+    return notes
+
+
+def _sandboxes(recipe: Recipe) -> list[str]:
+    """Where the programs that the recipe's tasks and rewards judge are run, in words."""
+    from distill.tasks import sandbox
+
+    rewards = [r for stage in recipe.stages.values() if isinstance(stage, GrpoStage) for r in stage.rewards]
+    options = [plug.options for plug in recipe.tasks.values() if plug.fn == "humaneval"]
+    options += [reward.options for reward in rewards if reward.fn == "code"]
+    levels = {sandbox.describe(bool(o.get("unsafe", False)), o.get("sandbox_command")) for o in options}
+    return [f"programs run in: {level}" for level in sorted(levels)]

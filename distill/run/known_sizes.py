@@ -1,0 +1,174 @@
+"""What is known of a recipe's models, data and tasks before anything runs: sizes, and lengths guessed from a few examples.
+
+Nothing heavy is loaded; what cannot be looked up (a hub model without a network) is noted as unverified.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from distill import jsonl
+from distill.compute.flops import ModelShape
+from distill.models import PACKAGE, config_of, gguf, package_file
+from distill.recipe import ModelConfig, PolicyStage, Recipe, ScoreStage, TrainStage
+from distill.records import Task, UserError
+from distill.stages.context import find_data, make_task
+from distill.stages.inputs.score_inputs import is_hub_id, is_traces, open_rows
+
+CHAT_TOKENS = 12
+"""Tokens that a chat template puts around a system message and a question."""
+SAMPLE = 16
+ASSUMED_ROWS = (1000.0, 200.0, 2000.0)
+"""Traces, and tokens of a prompt and a reply, of a hub dataset that is not looked up."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What is known of the recipe's models, data and tasks while its stages are gone through in order."""
+
+    recipe: Recipe
+    shapes: dict[str, ModelShape] = field(default_factory=dict)
+    replies: dict[str, float] = field(default_factory=dict)
+    traces: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    tasks_of: dict[str, str] = field(default_factory=dict)
+    tasks: dict[str, tuple[Task, float]] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+    points: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def budget(self, config: TrainStage | PolicyStage) -> float:
+        """The FLOPs that a stage's budget leaves it (see stages.budget)."""
+        assert config.budget is not None, "a length is given in steps, epochs or by a budget"
+        allowed = config.budget.times * self.spent[config.budget.flops_of]
+        return max(allowed - self.spent.get(config.model, 0.0), 0.0)
+
+    def task(self, name: str) -> tuple[Task, float]:
+        """The task, and the mean tokens of its prompts."""
+        if name not in self.tasks:
+            task = make_task(name, self.recipe.tasks[name])
+            self.tasks[name] = task, self._prompt_tokens(name, task)
+        return self.tasks[name]
+
+    def frame(self, data: str, task: str | None) -> float:
+        """Tokens that all prompts of a data set begin with, of its own task or of that of the stage that wrote it."""
+        name = task or self.tasks_of.get(data)
+        if name is None:
+            return 0.0
+        return count_tokens(self.task(name)[0].template.system or "") + CHAT_TOKENS / 2
+
+    def _prompt_tokens(self, name: str, task: Task) -> float:
+        extra = count_tokens(task.template.system or "") + CHAT_TOKENS
+        for split in ("train", "held_out"):
+            try:
+                problems = list(itertools.islice(task.problems(split, SAMPLE, self.recipe.seed), SAMPLE))
+            except UserError as error:
+                reason = str(error)
+                continue
+            return extra + sum(count_tokens(p.messages[-1]["content"]) for p in problems) / len(problems)
+        self.notes.append(f"tasks.{name} unverified: {reason}")
+        return extra + 100.0
+
+    def shape(self, name: str) -> ModelShape:
+        if name not in self.shapes:
+            shape, note = model_shape(self.recipe.models[name])
+            self.shapes[name] = shape
+            if note:
+                self.notes.append(f"models.{name} {note}")
+        return self.shapes[name]
+
+
+def rows_of(config: TrainStage | ScoreStage, data: str, known: Known) -> tuple[float, float, float]:
+    """(rows, prompt tokens, reply tokens) of a file or dataset, from its first rows; of a folder of shards, exactly."""
+    path = find_data(data)
+    if path is None and isinstance(config, ScoreStage) and is_hub_id(data):
+        known.notes.append(f"data {data!r} unverified: {ASSUMED_ROWS[0]} traces are assumed")
+        return ASSUMED_ROWS
+    if path is None:
+        raise UserError(f"data: {data!r} does not exist (looked in {Path.cwd()}).")
+    if is_traces(path) or not (isinstance(config, ScoreStage) or path.suffix == ".jsonl"):
+        return stored(data)
+    source = open_rows(data, config.split if isinstance(config, ScoreStage) else "", "data")
+    replies, prompts = [], []
+    rejected: list[int] = []
+    for _, row in itertools.islice(source.rows(lambda line, _: rejected.append(line)), 200):
+        try:
+            messages, reply = jsonl.conversation(row)
+        except ValueError:
+            continue
+        prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
+        replies.append(count_tokens(reply or "") + 1)
+    if not replies:
+        raise UserError(f"data: {data!r} holds no usable row.")
+    extra = count_tokens(known.task(config.task)[0].template.system or "") if config.task else 0
+    return source.count(), extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
+
+
+def stored(reference: str) -> tuple[float, float, float]:
+    from distill.traces.reader import open_traces
+
+    lengths = open_traces(Path(reference).expanduser()).lengths()
+    rows = max(len(lengths.prompt), 1)
+    return rows, float(lengths.prompt.sum()) / rows, float(lengths.completion.sum()) / rows
+
+
+def count_tokens(text: str) -> float:
+    """Roughly, without a tokenizer: a token for every digit and sign, 1.2 for a word (numbers and code are not prose)."""
+    words = len(re.findall(r"[^\W\d_]+", text))
+    others = len(re.findall(r"\d|[^\w\s]|_", text))
+    return 1.2 * words + 0.9 * others
+
+
+def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
+    """A model's sizes, and a note where they are only assumed."""
+    if model.source.startswith(PACKAGE):
+        return _gguf_shape(package_file(model.source)[1]), ""
+    folder = Path(model.source).expanduser()
+    if folder.is_dir():
+        return ModelShape.from_config(config_of(folder)), ""
+    cached = _cached_config(model)
+    if cached is not None:
+        return ModelShape.from_config(cached), ""
+    if model.params is None:
+        return ModelShape.from_params(1e9), (
+            f"unverified: {model.source!r} is not in the local cache; say its `params` for a better estimate "
+            "(one billion is assumed)"
+        )
+    return ModelShape.from_params(model.params), f"unverified: {model.source!r} is not in the local cache"
+
+
+def _cached_config(model: ModelConfig) -> dict[str, Any] | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
+    except HFValidationError:
+        raise UserError(f"model {model.source!r} is neither a folder nor a valid hub id (owner/name).") from None
+    return json.loads(Path(found).read_text(encoding="utf-8")) if isinstance(found, str) else None
+
+
+def _gguf_shape(path: Path) -> ModelShape:
+    values, tensors = gguf.header(path)
+    architecture = values["general.architecture"]
+
+    def size(key: str) -> int | None:
+        return values.get(f"{architecture}.{key}")
+
+    vocab = size("vocab_size") or values["tokenizer.ggml.tokens"]
+    shape = ModelShape.from_config(
+        {
+            "num_hidden_layers": size("block_count"),
+            "hidden_size": size("embedding_length"),
+            "intermediate_size": size("feed_forward_length"),
+            "num_attention_heads": size("attention.head_count"),
+            "num_key_value_heads": size("attention.head_count_kv"),
+            "vocab_size": vocab,
+            "model_type": architecture,
+        }
+    )
+    return replace(shape, tied="output.weight" not in tensors)

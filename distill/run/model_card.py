@@ -1,0 +1,191 @@
+"""Model cards: what a run knows of each model that a stage made, written beside its weights; and the way to the hub.
+
+`write` is called when a stage ends, `write_all` when the report is, because scores come later than models.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from distill import recipe, run_folder
+from distill.compute.ledger import NO_PARENTS
+from distill.models import hub
+from distill.recipe import Recipe
+from distill.records import UserError
+from distill.reports.model_card_markdown import FILE, Ancestor, Card, write_card
+from distill.reports.report_blocks import VIEWS
+from distill.reports.run_report import RunReport
+from distill.reports.wording import interval_text, reading
+from distill.traces.reader import open_traces
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def write(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Path | None:
+    """The card of one stage's model, with the report's scores once there are any; None for stages without a model."""
+    folder = run / name / "model"
+    if not (folder / "config.json").is_file():
+        return None
+    return write_card(folder, describe(resolved, run, name, report))
+
+
+def write_all(resolved: Recipe, run: Path, report: RunReport) -> list[Path]:
+    """The cards of all models that the run has made."""
+    written = [write(resolved, run, name, report) for name in resolved.stages]
+    return [path for path in written if path is not None]
+
+
+def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Card:
+    """What the run's folders say of the model of a stage."""
+    above = set(_above(resolved, name))
+    lineage = [_ancestor(resolved, run, one) for one in resolved.stages if one in above]
+    base = _base(resolved, name)
+    scores = {
+        arm: row
+        for arm, row in (report["arms"] if report else {}).items()
+        if name in (row["stage"], *(one["stage"] for one in row.get("by_seed", [])))
+    }
+    readings = [
+        f"{row['a']} − {row['b']}: {interval_text(row['difference'], signed=True)} points ({reading(row)})."
+        for row in (report["comparisons"] if report else [])
+        if {row["a"], row["b"]} & scores.keys()
+    ]
+    first = next(iter(scores.values()), None)
+    settings = resolved.stages[name].model_dump(mode="json")
+    environment = run / "environment.json"
+    versions = json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {}
+    return Card(
+        name=name,
+        kind=resolved.stages[name].kind,
+        run=resolved.name,
+        base=base,
+        base_on_hub=bool(base and _HUB_ID.fullmatch(base)),
+        lineage=lineage,
+        settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+        seed=resolved.seed,
+        versions={"distill": versions.get("distill", ""), **versions.get("packages", {})},
+        reproduce=report["reproduce"] if report else [f"distill run {run / 'recipe.yaml'}"],
+        task=report["task"] if report else "",
+        scores=scores,
+        cost={view: first["cost"][view] for view in VIEWS} if first else {},  # type: ignore[index]
+        readings=readings,
+    )
+
+
+def _above(resolved: Recipe, name: str) -> Iterator[str]:
+    """The stage and all that it rests on."""
+    frontier, found = [name], []
+    while frontier:
+        one = frontier.pop()
+        if one in resolved.stages and one not in found:
+            found.append(one)
+            yield one
+            inputs = resolved.stages[one].inputs()
+            frontier += [value for key, value in inputs if key not in NO_PARENTS]
+
+
+def _base(resolved: Recipe, name: str) -> str | None:
+    """The source of the model that the line of `model` inputs begins with."""
+    while name in resolved.stages:
+        inputs = dict(resolved.stages[name].inputs())
+        if "model" not in inputs:
+            return None
+        name = inputs["model"]
+    source = resolved.models[name].source if name in resolved.models else name
+    # A folder of this machine means nothing elsewhere, but for its name.
+    return Path(source).expanduser().name if Path(source).expanduser().is_dir() else source
+
+
+def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
+    config, standing = resolved.stages[name], run_folder.read(run / name)
+    decided = standing.decided if standing else {}
+    return Ancestor(
+        name=name,
+        kind=config.kind,
+        made_from={key: value for key, value in config.inputs() if key not in NO_PARENTS},
+        cost=standing.cost if standing else {},
+        seconds=standing.seconds if standing else 0.0,
+        facts=[
+            *((key, f"{one['value']}: {one['why']}") for key, one in decided.items()),
+            *_facts(run / name / "traces"),
+        ],
+    )
+
+
+def _facts(traces: Path) -> Iterator[tuple[str, str]]:
+    if not traces.is_dir():
+        return
+    try:
+        reader = open_traces(traces)
+    except UserError:  # moved or changed since: no reason to lose the model that was trained on it
+        yield "traces", "changed since, or not whole"
+        return
+    metadata = reader.metadata
+    yield "traces", f"{len(reader):,}"
+    yield "written by", f"{metadata.model}, weights {metadata.weights}"
+    yield "tokenizer", metadata.tokenizer
+    if metadata.dtype:
+        yield "dtype", metadata.dtype
+    if metadata.top_k:
+        yield "distribution", f"at most {metadata.top_k} entries, {metadata.mass:g} of the mass"
+
+
+# ------------------------------------------------------------------------------------------------- the hub
+
+
+def push(reference: Path, repo: str, *, private: bool = True) -> str:
+    """Upload a checkpoint and its card to the model `repo` (owner/name), made where it is not there; its address.
+
+    reference: a checkpoint's folder, or a stage's that holds one. Raises UserError: no checkpoint, a hub that cannot be
+    reached, or one that refuses.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    folder = checkpoint(reference)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"push: {repo!r} is not the name of a model: write owner/name.")
+    if not (folder / FILE).is_file():
+        raise UserError(
+            f"push: {folder} has no {FILE}. `distill run` writes one with every checkpoint; write one by hand for a model "
+            "from elsewhere."
+        )
+    endpoint = huggingface_hub.constants.ENDPOINT
+    if not hub.reachable():
+        raise UserError(
+            f"push: the hub ({endpoint}) cannot be reached, so nothing was uploaded. {folder} is complete: from a machine "
+            f"with a network, `hf upload {repo} {folder}`."
+        )
+    try:
+        api = huggingface_hub.HfApi()
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Checkpoint, written by distill")
+    except (LocalTokenNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"push: the hub ({endpoint}) refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) as "
+            "somebody who may write there; run again, and only what is missing is uploaded."
+        ) from None
+    return str(address)
+
+
+def checkpoint(reference: Path) -> Path:
+    """The folder with config.json and weights that a path means: itself, or a stage's `model`."""
+    for base in (reference, Path("runs") / reference):
+        for folder in (base, base / "model"):
+            if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+                return folder
+    made = ""
+    for run in (reference, Path("runs") / reference):
+        if (run / "resolved.yaml").is_file():
+            stages = recipe.validate(
+                yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")), str(run)
+            ).stages
+            names = [f"{run}/{n}" for n in stages if (run / n / "model" / "config.json").is_file()]
+            made = f" Its models are: {', '.join(names)}." if names else ""
+    raise UserError(f"push: {reference} is not a checkpoint (config.json and safetensors).{made}")

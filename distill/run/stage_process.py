@@ -1,0 +1,179 @@
+"""`python -m distill.run.stage_process RUN STAGE [STAGE ...]`: the process of one stage, or of a comparison's evaluations one after another.
+
+Reads RUN/resolved.yaml, runs the stage, writes its stage.json. Evaluations in one process share its engine, which is given
+each model's weights. The first stage that fails ends the process. What libraries print goes to the stage's log.txt;
+the terminal belongs to the live line. Exit status: 0 done, 2 a user's error (its text in error.txt), 1 a bug,
+130 or 143 interrupted by SIGINT or SIGTERM. What takes long to import is imported after the first line is out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill import __version__, interrupt
+from distill.errors import UserError
+from distill.progress import Screen, clock
+
+if TYPE_CHECKING:
+    from distill import recipe
+    from distill.stages.context import Result
+    from distill.stages.shared_engine import OneEngine
+
+
+def main(run: Path, *names: str) -> int:
+    _die_with_parent()
+    interrupt.receive()
+    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
+    engines: list[OneEngine] = []
+    for name in names:
+        (run / name).mkdir(parents=True, exist_ok=True)
+        _redirect_output(run / name / "log.txt")
+        status = _guarded(run, name, Screen(terminal, label=name), engines, last=name == names[-1])
+        if status:
+            return status
+    return 0
+
+
+def _guarded(run: Path, name: str, screen: Screen, engines: list[OneEngine], *, last: bool) -> int:
+    """Run one stage; its exit status, with the reason in error.txt. engines: the process's one, once there is one."""
+    error_file = run / name / "error.txt"
+    error_file.unlink(missing_ok=True)
+    try:
+        with screen.ticking():
+            if not engines:
+                screen.phase("loading the libraries")
+            _run(run, name, screen, engines, last)
+    except UserError as error:
+        error_file.write_text(str(error), encoding="utf-8")
+        return 2
+    except interrupt.Interrupted as stopped:
+        return stopped.status
+    except BaseException as error:
+        traceback.print_exc()
+        hint = _memory_hint(error)
+        error_file.write_text(f"{type(error).__name__}: {error}{hint}", encoding="utf-8")
+        return 1
+    return 0
+
+
+def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: bool) -> None:
+    import yaml
+
+    from distill import recipe, run_folder
+    from distill.run import model_card
+    from distill.stages import dtypes
+    from distill.stages.context import Context
+    from distill.stages.shared_engine import OneEngine
+
+    resolved = recipe.validate(yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")), "resolved.yaml")
+    config = stage_config(resolved, name)
+    standing = run_folder.read(run / name)
+    assert standing is not None, "the pipeline writes stage.json before it starts a stage"
+    if not engines:
+        engines.append(OneEngine())
+    (engine,) = engines
+    context = Context(recipe=resolved, run=run, name=name, screen=screen, engine=engine)
+    began, cpu_before = time.monotonic(), _cpu_seconds()
+    standing.began = time.time()
+    run_folder.write(run / name, standing)
+    config = dtypes.settle(config, context)
+    result: Result = _load(standing.kind).run(config, context)
+    if last:
+        engine.close()
+    standing.decided = (run_folder.read(run / name) or standing).decided
+    standing.seconds += time.monotonic() - began
+    standing.status = "done"
+    standing.fingerprint = result.fingerprint
+    standing.cost = asdict(
+        replace(
+            result.cost,
+            wall_seconds=standing.seconds,
+            cpu_seconds=standing.cost.get("cpu_seconds", 0.0) + _cpu_seconds() - cpu_before,
+        )
+    )
+    standing.teacher_cost = asdict(result.teacher_cost)
+    standing.metrics = {**result.metrics, "peak_memory": _peak_memory()}
+    standing.version = __version__
+    run_folder.write(run / name, standing)
+    model_card.write(resolved, run, name)
+    screen.say(f"  {name} took {clock(time.monotonic() - began)}")
+
+
+def _load(kind: str) -> Any:
+    """A stage's module, by name: plain attribute access would need every stage's heavy imports at start-up.
+
+    Thousands of modules come with it and stay: no use looking through them for garbage, now or later.
+    """
+    gc.disable()
+    try:
+        return importlib.import_module(f"distill.stages.{kind}")
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def stage_config(resolved: recipe.Recipe, name: str) -> recipe.StageConfig:
+    """Of a stage, or of one evaluation of a compare stage (`<stage>.<arm>`)."""
+    from distill.recipe import CompareStage
+
+    parent, _, arm = name.partition(".")
+    config = resolved.stages[parent]
+    return config.children()[arm] if arm and isinstance(config, CompareStage) else config
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its ended children so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime + children.ru_utime + children.ru_stime
+
+
+def _peak_memory() -> int:
+    """Bytes that this process held at most: of the GPU where one was used, else of the machine's memory."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _redirect_output(log: Path) -> None:
+    """Send stdout and stderr, of C code too, to the log."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def _die_with_parent() -> None:
+    """On Linux: no orphan goes on writing after its `distill run` was killed."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _memory_hint(error: BaseException) -> str:
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return (
+            "\nOut of memory. Lower micro_tokens or set gradient_checkpointing: true (train), lower engine.batch_size or "
+            "engine.memory_gib (generate, eval); then run again, it continues."
+        )
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -1,0 +1,1 @@
+"""A stage's inputs, found and opened: examples, texts to score, teachers, losses, the student."""

@@ -1,0 +1,271 @@
+"""What a train stage learns from: trace shards (or a selection of them), or the rows of a JSONL file, as examples.
+
+Shards of the student's tokenizer are streamed; what has to be rendered in the student's own tokens, or read by a teacher
+that has others, is kept in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill import jsonl, models, plug
+from distill.recipe import OnPolicyStage, TrainStage, teachers_of
+from distill.records import Array, Template, UserError, draw_seed
+from distill.stages.context import Context, fingerprint_of
+from distill.stages.inputs.multi_teacher import join
+from distill.stages.inputs.resolve import LOSSES, is_unlike
+from distill.stages.inputs.score_inputs import AS_IT_IS
+from distill.traces.reader import TraceReader, open_traces
+from distill.training.loss import sparse
+from distill.training.loss.cross_tokenizer.alignment import Reader
+from distill.training.packing import Example, Source, examples_of
+
+
+def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Reader | None = None) -> Source:
+    """The stage's examples; read: makes the readings of a teacher with another tokenizer.
+
+    Raises UserError where there is nothing to learn from, or the loss and the data do not go together.
+    """
+    seed = draw_seed(context.seed, context.name, "order")
+    source: Source
+    if isinstance(config.data, dict):
+        source = _joined_source(config, config.data, context, tokenizer, seed)
+    elif (path := context.data_path(config.data)).suffix == ".jsonl":
+        source = _file_source(config, context, tokenizer, path, seed, read)
+    else:
+        source = _shard_source(config, config.data, context, tokenizer, seed, read)
+    if source.num_examples == 0:
+        raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to learn from.")
+    return source
+
+
+def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Reader | None:
+    """How a teacher with another tokenizer reads the stage's traces; None where the loss compares ids."""
+    if not is_unlike(config):
+        return None
+    (name,) = teachers_of(config.teacher)
+    theirs = models.load_tokenizer(context.model_dir(name), trust_remote_code=context.trusts(name))
+    template = AS_IT_IS if config.task is None else context.task(config.task).template
+    models.check_template(theirs, template, f"stages.{context.name}.teacher")
+    return Reader(tokenizer, theirs, template)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSource:
+    """Traces streamed from shards in a shuffled order; only the columns that the loss needs are read."""
+
+    reader: TraceReader
+    seed: int
+    with_top: bool
+
+    @property
+    def num_examples(self) -> int:
+        return self.reader.num_rows
+
+    @property
+    def fingerprint(self) -> str:
+        return self.reader.fingerprint
+
+    def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
+        columns = ["trace_id", "prompt_ids", "completion_ids"]
+        if self.with_top:
+            columns += ["logprob", "top_count", "top_ids", "top_logprobs", "tail_logprob"]
+        for block in self.reader.shuffled(draw_seed(self.seed, index), skip=skip, columns=columns):
+            yield from examples_of(block, with_top=self.with_top)
+
+
+def _shard_source(
+    config: TrainStage,
+    data: str,
+    context: Context,
+    tokenizer: Any,
+    seed: int,
+    read: Reader | None,
+) -> Source:
+    with_top = _wants_teacher(config)
+    if with_top:
+        reader = _open_scored(config, data, context, tokenizer)
+    else:
+        reader = open_traces(context.data_path(data))
+    same = models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer
+    reader = _usable(reader, config, context)
+    if same and read is None:
+        return ShardSource(reader, seed, with_top)
+    return _text_source(config, context, tokenizer, reader, seed, read, rendered=not same)
+
+
+def _joined_source(
+    config: TrainStage, sets: Mapping[str, float], context: Context, tokenizer: Any, seed: int
+) -> Source:
+    where = f"stages.{context.name}.data"
+    if not _wants_teacher(config):
+        raise UserError(
+            f"{where}: several sets are there for their teachers' distributions, which {config.loss.fn} does not read. "
+            "Name one of them."
+        )
+    readers = [_open_scored(config, name, context, tokenizer) for name in sets]
+    source, missing = join([_usable(readers[0], config, context), *readers[1:]], sets, seed, where)
+    _say_dropped(context, missing=missing)
+    return source
+
+
+def _open_scored(config: TrainStage, data: str, context: Context, tokenizer: Any) -> TraceReader:
+    """Traces with a teacher's distributions over the student's own tokens. Raises UserError where they are not."""
+    where = f"stages.{context.name}"
+    reader = open_traces(context.data_path(data))
+    if reader.metadata.top_k == 0:
+        raise UserError(
+            f"{where}.loss: {config.loss.fn} learns from the teacher's distributions, and {data!r} was generated "
+            "with top_k: 0. Generate with top_k > 0, or use loss: {fn: cross_entropy}."
+        )
+    models.check_same_tokenizer(reader.metadata.tokenizer, reader.metadata.vocab_size, tokenizer, where)
+    if reader.metadata.logprob_temperature != 1:
+        raise UserError(
+            f"{where}.data: {data!r} holds distributions at temperature {reader.metadata.logprob_temperature:g}; a "
+            "student learns those at 1. They cannot be had from these, for the mass of the tail at another temperature "
+            "is not known: score the traces again."
+        )
+    return reader
+
+
+def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceReader:
+    """The traces that are short enough and, unless the stage keeps them all, that ended by themselves."""
+    lengths = reader.lengths()
+    fits = lengths.prompt + lengths.completion <= config.max_tokens
+    finished = np.concatenate(
+        [np.array([r != "length" for r in b.finish_reason], bool) for b in reader.blocks(4096, ["finish_reason"])]
+        or [np.empty(0, bool)]
+    )
+    keep = fits & (finished if config.truncated == "drop" else True)
+    _say_dropped(context, longer=int((~fits).sum()), truncated=int((~keep).sum() - (~fits).sum()))
+    return reader.where(keep)
+
+
+def _wants_teacher(config: TrainStage) -> bool:
+    """Whether the loss reads a stored distribution: every loss but cross entropy may, without a teacher in the trainer."""
+    return config.teacher is None and plug.find(config.loss.fn, LOSSES) is not sparse.cross_entropy
+
+
+def _say_dropped(context: Context, **reasons: int) -> None:
+    names = {
+        "longer": "longer than max_tokens",
+        "truncated": "cut at the token limit",
+        "rejected": "not usable",
+        "missing": "not in every set, or with other tokens there",
+        "unread": "the teacher's tokens do not spell the same text as the student's",
+    }
+    for reason, count in reasons.items():
+        if count:
+            context.say(f"{count} traces left out: {names[reason]}")
+
+
+@dataclass(frozen=True, slots=True)
+class ListSource:
+    """Examples that are small enough to keep: a file's rows, rendered."""
+
+    examples: list[Example]
+    seed: int
+    fingerprint: str
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.examples)
+
+    def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
+        order = np.random.default_rng(draw_seed(self.seed, index)).permutation(len(self.examples))
+        return (self.examples[n] for n in order[skip:])
+
+
+def _text_source(
+    config: TrainStage,
+    context: Context,
+    tokenizer: Any,
+    reader: TraceReader,
+    seed: int,
+    read: Reader | None,
+    rendered: bool,
+) -> Source:
+    """Traces by their text. rendered: in the student's own ids, where another tokenizer wrote them."""
+    if rendered:
+        context.say("the traces' tokenizer is another one: learning from their text, in the student's own tokens")
+    template = _template(config, context)
+    kept, unread = [], 0
+    columns = ["trace_id", "messages", "completion", "prompt_ids", "completion_ids"]
+    for block in reader.blocks(256, columns):
+        for n, trace_id in enumerate(block.trace_id):
+            messages = json.loads(block.messages[n])
+            prompt: Array = block.prompt_ids[n]
+            reply: Array = block.completion_ids[n]
+            if rendered:
+                prompt = models.render_prompt(tokenizer, template, messages)
+                reply = models.render_completion(tokenizer, block.completion[n])
+            example = _with_reading(Example(trace_id, prompt, reply), messages, read)
+            if example is None:
+                unread += 1
+            else:
+                kept.append(example)
+    _say_dropped(context, unread=unread)
+    return ListSource(kept, seed, reader.fingerprint)
+
+
+def _with_reading(example: Example, messages: Any, read: Reader | None) -> Example | None:
+    """The example with its reading where one is asked for; None where there is none to be had."""
+    if read is None:
+        return example
+    reading = read(messages, example.completion_ids)
+    return None if reading is None else replace(example, reading=reading)
+
+
+def _template(config: TrainStage, context: Context) -> Template:
+    if config.task is None:
+        raise UserError(
+            f"stages.{context.name}.task: is required here: the prompts are rendered with the task's template."
+        )
+    return context.task(config.task).template
+
+
+def _file_source(
+    config: TrainStage,
+    context: Context,
+    tokenizer: Any,
+    path: Path,
+    seed: int,
+    read: Reader | None,
+) -> Source:
+    where = f"stages.{context.name}.data: {path}"
+    task = context.task(config.task) if config.task else None
+    rejected: list[tuple[int, str]] = []
+    examples, longer, unread = [], 0, 0
+    for number, row in jsonl.read_rows(path, lambda line, reason: rejected.append((line, reason))):
+        try:
+            messages, reply = jsonl.conversation(row)
+            if reply is None:
+                raise ValueError("there is no reply to learn: give it a completion, or end messages with the assistant")
+        except ValueError as error:
+            rejected.append((number, str(error)))
+            continue
+        if "messages" not in row and task is None:
+            raise UserError(f"stages.{context.name}.task: is required for rows of question and completion.")
+        if task is not None and task.holds_out(messages[-1]["content"]):
+            raise UserError(
+                f"{where}: line {number} is one of the task's held-out problems; learning from it would spoil every "
+                "evaluation. Remove the row."
+            )
+        prompt = models.render_prompt(tokenizer, task.template if task else AS_IT_IS, messages)
+        example = Example(f"{path.name}:{number}", prompt, models.render_completion(tokenizer, reply))
+        if len(example) > config.max_tokens:
+            longer += 1
+        elif (known := _with_reading(example, messages, read)) is None:
+            unread += 1
+        else:
+            examples.append(known)
+    for line, reason in rejected[:5]:
+        context.say(f"{path}: line {line} left out: {reason}")
+    _say_dropped(context, longer=longer, rejected=len(rejected), unread=unread)
+    return ListSource(examples, seed, fingerprint_of(path))

@@ -1,0 +1,95 @@
+"""Models kept along a training stage's way, and the evaluation of each: accuracy against cost as a curve, not a point.
+
+A point is RUN/STAGE/points/step-00000010: `model.safetensors` (the weights, adapters merged in) and `point.json` (the
+step, and what the stage had computed by then). An evaluation hands their weights to the engine that it has running.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from distill import models, run_folder
+from distill.compute.flops import ModelShape
+from distill.compute.tally import tally_cost
+from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
+from distill.records import Cost
+from distill.stages.context import Context
+
+if TYPE_CHECKING:
+    from distill.training.loop import Tally
+    from distill.training.policy import Policy
+
+FOLDER = "points"
+WEIGHTS = "model.safetensors"
+FACTS = "point.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A model of the way to a stage's end. cost: the stage's own by then."""
+
+    folder: Path
+    step: int
+    cost: Cost
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def weights(self) -> list[tuple[str, Any]]:
+        """(name in the checkpoint, tensor)."""
+        with safe_open(self.folder / WEIGHTS, framework="pt") as file:
+            return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
+
+    @property
+    def fingerprint(self) -> str:
+        return models.file_hash(self.folder / WEIGHTS)[:16]
+
+
+def keep_points(
+    config: TrainStage | GrpoStage | OnPolicyStage, context: Context
+) -> Callable[[int, Tally, Policy], None] | None:
+    """For the loop to call after each step: keeps the model every `points_every` steps; None where none are kept."""
+    if (every := config.points_every) is None:
+        return None
+    import torch
+    from safetensors.torch import save_file
+
+    saved_in = getattr(torch, config.saved_in)
+
+    shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
+
+    def keep(step: int, tally: Tally, policy: Policy) -> None:
+        if step % every:
+            return
+        folder = context.folder / FOLDER
+        temporary, final = folder / ".building", folder / f"step-{step:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        weights = {n: w.to("cpu", saved_in).contiguous() for n, w in policy.weights()}
+        save_file(weights, temporary / WEIGHTS)
+        facts = {"step": step, "cost": asdict(tally_cost(config, shape, tally))}
+        (temporary / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+
+    return keep
+
+
+def points_of(folder: Path) -> list[Point]:
+    """The models that a stage kept along the way, by step; its end, which is its model, is not one of them."""
+    standing = run_folder.read(folder)
+    end = standing.metrics.get("steps") if standing is not None else None
+    found = []
+    for one in sorted((folder / FOLDER).glob("step-*")):
+        facts = json.loads((one / FACTS).read_text(encoding="utf-8"))
+        if facts["step"] != end:
+            found.append(Point(one, facts["step"], Cost.of(facts["cost"])))
+    return found

@@ -1,0 +1,230 @@
+"""Several rewards as one: weighed, held to their limits, and never in the way of a run.
+
+What cannot be judged is None and leaves the completion out; a reward that raises or hangs costs its group's scores
+and nothing else, as long as it happens rarely. Left out on purpose: what the rewards mean (`rewards`), and what
+is made of the scores (advantages are the trainer's).
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import numbers
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from distill.records import Group, Reward, Scores, UserError
+
+MIN_CALLS = 20
+"""No failure rate is taken of fewer calls."""
+WINDOW = 100
+"""Calls of one reward that its failure rate is taken of: the last ones."""
+ATTEMPTS = 2
+WATCH_EVERY_S = 0.2
+"""Between two looks for calls past their limit."""
+
+
+class _HungError(Exception):
+    """A reward that did not return in time."""
+
+
+@dataclass(slots=True)
+class _Part:
+    """One reward with its weight, and how its calls went."""
+
+    name: str
+    weight: float
+    reward: Reward
+    returned: bool = False
+    failures: int = 0
+    unjudged: int = 0
+    failed: collections.deque[bool] = field(default_factory=lambda: collections.deque(maxlen=WINDOW))
+
+
+class Rewards:
+    """Scores groups with several rewards: `rewards` holds (name, weight, function); a name that comes twice gets #2.
+
+    limit_s: seconds that one reward may take for one group; past them it is left behind in its thread and the group's
+    scores are None. first_limit_s: the same until it first returned, since it may have a model to load. max_failed: share of a reward's last calls (of at least 20) that may fail, with an exception twice over or past
+    the limit, before a UserError ends the run. num_threads: calls at a time, for rewards that wait for processes or sandboxes.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[tuple[str, float, Reward]],
+        *,
+        limit_s: float = 60.0,
+        first_limit_s: float = 600.0,
+        max_failed: float = 0.1,
+        num_threads: int = 4,
+    ) -> None:
+        for name, weight, _ in rewards:
+            if not math.isfinite(weight):
+                raise UserError(f"rewards.{name}: weight {weight} is not a number.")
+        if not any(weight for _, weight, _ in rewards):
+            raise UserError("rewards: there is none that counts. Give one a weight other than 0.")
+        self._parts: list[_Part] = []
+        for name, weight, reward in rewards:
+            self._parts.append(_Part(self._unused(name), weight, reward))
+        self.limit_s, self.first_limit_s = limit_s, first_limit_s
+        self.max_failed, self.num_threads = max_failed, num_threads
+
+    def _unused(self, name: str) -> str:
+        taken, unused, n = self.names, name, 1
+        while unused in taken:
+            n += 1
+            unused = f"{name}#{n}"
+        return unused
+
+    @property
+    def names(self) -> list[str]:
+        """Of the rewards, in order: the keys of `Scores.parts`."""
+        return [part.name for part in self._parts]
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Groups that each reward failed on so far."""
+        return {part.name: part.failures for part in self._parts}
+
+    @property
+    def unjudged(self) -> dict[str, int]:
+        """Completions that each reward gave no score so far, failures included."""
+        return {part.name: part.unjudged for part in self._parts}
+
+    def __call__(self, groups: Sequence[Group]) -> list[Scores]:
+        """Scores of each group, in order. Raises UserError for a reward that fails too often or returns no scores."""
+        calls = [(group, part) for group in groups for part in self._parts]
+        scored = iter(_Run(self, calls).results())
+        return [self._weighed([next(scored) for _ in self._parts], len(group)) for group in groups]
+
+    def _weighed(self, columns: list[list[float | None]], num: int) -> Scores:
+        counted = [(part.weight, column) for part, column in zip(self._parts, columns, strict=True) if part.weight]
+        total: list[float | None] = []
+        for n in range(num):
+            terms = [weight * score for weight, column in counted if (score := column[n]) is not None]
+            total.append(sum(terms) if len(terms) == len(counted) else None)
+        return Scores(total, dict(zip(self.names, columns, strict=True)))
+
+
+class _Run:
+    """One call of Rewards: daemon threads that take calls in turn; one that hangs is left behind and replaced."""
+
+    def __init__(self, rewards: Rewards, calls: list[tuple[Group, _Part]]) -> None:
+        self._rewards, self._calls = rewards, calls
+        self._results: list[list[float | None] | None] = [None] * len(calls)
+        self._next, self._open = 0, len(calls)
+        self._busy: dict[int, tuple[int, float, float]] = {}  # worker -> call, its limit, deadline
+        self._num_workers = 0
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()
+
+    def results(self) -> list[list[float | None]]:
+        """What each call returned, in order."""
+        with self._changed:
+            try:
+                for _ in range(min(self._rewards.num_threads, len(self._calls))):
+                    self._start_worker()
+                while self._open and self._error is None:
+                    self._changed.wait(WATCH_EVERY_S)
+                    self._leave_hung()
+                if self._error is not None:
+                    raise self._error
+            finally:
+                self._next = len(self._calls)  # whoever still works takes no further call
+                self._busy.clear()
+        return [result for result in self._results if result is not None]
+
+    def _start_worker(self) -> None:
+        self._num_workers += 1
+        name = f"reward-{self._num_workers}"
+        threading.Thread(target=self._work, args=(self._num_workers,), name=name, daemon=True).start()
+
+    def _leave_hung(self) -> None:
+        """Give up on the calls that are past their limit."""
+        now = time.monotonic()
+        for worker, (n, limit, deadline) in list(self._busy.items()):
+            if deadline <= now:
+                del self._busy[worker]
+                self._settle(n, _HungError(f"no scores within {limit:g} s"))
+                self._start_worker()
+
+    def _work(self, worker: int) -> None:
+        while True:
+            with self._changed:
+                n = self._next
+                if n >= len(self._calls) or self._error is not None:
+                    return
+                self._next += 1
+                limit = self._limit(self._calls[n][1])
+                self._busy[worker] = n, limit, time.monotonic() + limit
+            outcome = _attempt(*self._calls[n])
+            with self._changed:
+                if self._busy.pop(worker, None) is None:
+                    return  # too late: given up on
+                self._settle(n, outcome)
+                if not self._open or self._error is not None:
+                    self._changed.notify_all()
+
+    def _limit(self, part: _Part) -> float:
+        limit_s = self._rewards.limit_s
+        return limit_s if part.returned else max(limit_s, self._rewards.first_limit_s)
+
+    def _settle(self, n: int, outcome: list[float | None] | BaseException) -> None:
+        group, part = self._calls[n]
+        self._open -= 1
+        part.returned = part.returned or not isinstance(outcome, _HungError)
+        if isinstance(outcome, UserError):
+            self._error = self._error or outcome
+            return
+        failed = isinstance(outcome, BaseException)
+        scores: list[float | None] = [None] * len(group)
+        if not isinstance(outcome, BaseException):
+            scores = outcome
+        self._results[n] = scores
+        part.unjudged += scores.count(None)
+        part.failures += failed
+        part.failed.append(failed)
+        num, num_failed = len(part.failed), sum(part.failed)
+        if failed and num >= MIN_CALLS and num_failed > self._rewards.max_failed * num:
+            self._error = self._error or UserError(
+                f"rewards.{part.name}: failed on {num_failed} of the last {num} groups, last on problem "
+                f"{group.problem.problem_id} with {type(outcome).__name__.lstrip('_')}: {outcome}. "
+                "Put it right and run again: what is done is kept."
+            )
+
+
+def _attempt(group: Group, part: _Part) -> list[float | None] | BaseException:
+    error: BaseException | None = None
+    for _ in range(ATTEMPTS):
+        try:
+            return _checked(part.name, part.reward(group), len(group))
+        except UserError as mistake:
+            return mistake  # trying again would not help
+        except BaseException as raised:  # a thread's SystemExit is one more way to fail
+            error = raised
+    assert error is not None
+    return error
+
+
+def _checked(name: str, scores: object, num: int) -> list[float | None]:
+    """The scores as floats, None for what is not finite; UserError where they are no list of `num` numbers."""
+    if isinstance(scores, str | bytes | dict) or not hasattr(scores, "__len__"):
+        raise UserError(
+            f"rewards.{name}: returned a {type(scores).__name__}, not a list with a score (or None) a completion."
+        )
+    listed = list(scores)  # type: ignore[call-overload]
+    if len(listed) != num:
+        raise UserError(
+            f"rewards.{name}: returned {len(listed)} scores for {num} completions. Return one for each, in order; "
+            "None for what cannot be judged."
+        )
+    checked: list[float | None] = []
+    for score in listed:
+        if score is not None and not isinstance(score, numbers.Real):
+            raise UserError(
+                f"rewards.{name}: returned {score!r:.80} ({type(score).__name__}) as a score. Return a number or None."
+            )
+        checked.append(float(score) if score is not None and math.isfinite(score) else None)
+    return checked

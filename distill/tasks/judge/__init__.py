@@ -1,0 +1,1 @@
+"""The judge of answers: extraction, spelling, and equivalence."""

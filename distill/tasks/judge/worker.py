@@ -1,0 +1,93 @@
+"""Symbolic comparison of two expressions (`symbolic`), in a process of its own.
+
+`python -m distill.tasks.judge.worker math LIMIT` answers JSON lines: `[answer, gold, strict]` -> are they equal,
+`[gold]` -> can it be parsed. With `score` for `math` it runs generators and their scorers (see
+`generated`), with `check` tests that are written as code (see `checking`).
+
+The process is there to be killed (`pool`): towers and deep parentheses keep sympy busy for ever. It ends itself if its parent does, or if the
+parent has not killed it soon after the limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+MEMORY_BYTES = 4 * 2**30
+
+
+def reply_math(request: list[Any]) -> bool:
+    """`[gold]`: can it be parsed? `[answer, gold, strict]`: are they equal? `[relation, region]`: the same numbers?"""
+    from distill.tasks.judge import symbolic
+
+    try:
+        if len(request) == 1:
+            return symbolic.parse(request[0]) is not None
+        compare = symbolic.same_region if len(request) == 2 else symbolic.equal
+        return bool(compare(*request))
+    except Exception:
+        # Whatever sympy trips over is no expression that could be equal to the gold.
+        return False
+
+
+def reply_score(request: list[Any]) -> Any:
+    """`[dataset, options, seed, index]`: question and answer of a generator's item; with an answer behind
+    these: its score. A text says why there is none.
+    """
+    from distill.tasks import reasoning_gym_task
+
+    try:
+        if len(request) == 4:
+            entry = reasoning_gym_task.item(*request)[1]
+            return [entry["question"], entry["answer"]]
+        *reference, answer = request
+        return reasoning_gym_task.score(*reference, answer=answer)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _replier(job: str) -> Callable[[list[Any]], Any]:
+    """The function that answers a job's requests, its heavy imports done."""
+    if job == "math":
+        reply_math(["x+1", "1+x", True])
+        return reply_math
+    if job == "check":
+        from distill.tasks import code_checks
+
+        return code_checks.reply
+    from distill.tasks import reasoning_gym_task
+
+    reasoning_gym_task.library()
+    return reply_score
+
+
+def main() -> None:
+    job, limit_s = sys.argv[1], float(sys.argv[2])
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    logging.disable(logging.CRITICAL)
+    reply = _replier(job)
+    replies.write("ready\n")
+    for line in sys.stdin:
+        signal.setitimer(signal.ITIMER_REAL, 2 * limit_s + 1)
+        request = json.loads(line)
+        answer = reply(request)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        replies.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""A few worker processes for what may never end, each replaced when it does not answer in time.
+
+They compare expressions symbolically (`math`), run scorers that evaluate what they are given (`score`), and run tests
+that are written as code on a program in its sandbox (`check`).
+Plain child processes over pipes rather than `multiprocessing`: nothing of the caller is imported again or
+pickled, no fork of a process that holds threads or a GPU, and a kill is a kill. Started on first use, from
+any thread; ended at exit. A forked child starts its own. All hash alike, whatever the caller's PYTHONHASHSEED,
+so what a generator does with sets is the same in all of them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+Job = Literal["math", "score", "check"]
+
+NUM_WORKERS = max(1, min(4, (os.cpu_count() or 1) // 2))
+NUM_CHECKERS = os.cpu_count() or 1
+"""Of `check`: they mostly wait for the program."""
+
+LIMIT_S: dict[Job, float] = {"math": 5.0, "score": 30.0, "check": 300.0}
+"""Seconds for one request; a generator may have to write its item again first."""
+
+START_LIMIT_S = 120.0
+
+
+class StuckError(Exception):
+    """No verdict. The message is the reason: `timeout`, or that the worker ended."""
+
+
+class _Worker:
+    def __init__(self, job: Job) -> None:
+        root = str(Path(__file__).resolve().parents[3])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-W",
+                "ignore",
+                "-m",
+                "distill.tasks.judge.worker",
+                job,
+                str(LIMIT_S[job]),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
+        try:
+            self._line(START_LIMIT_S)  # "ready", once the heavy imports are done
+        except BaseException:
+            self.kill()
+            raise
+
+    def ask(self, request: list[object], limit_s: float) -> Any:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
+        except OSError:
+            raise StuckError("the verifier's worker ended") from None
+        return json.loads(self._line(limit_s))
+
+    def _line(self, limit_s: float) -> bytes:
+        """The next line of its output; StuckError after the limit or at its end."""
+        assert self.process.stdout is not None
+        pipe, deadline, read = self.process.stdout.fileno(), time.monotonic() + limit_s, b""
+        while not read.endswith(b"\n"):
+            ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise StuckError("timeout")
+            chunk = os.read(pipe, 4096)
+            if not chunk:
+                raise StuckError("the verifier's worker ended")
+            read += chunk
+        return read.strip()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except OSError:
+                    continue  # what was buffered has nowhere to go
+
+
+class Pool:
+    """Slots of workers; a slot is empty until it is first needed, and again after its worker was killed."""
+
+    def __init__(self, job: Job, num_workers: int) -> None:
+        self._job = job
+        self._slots: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        self._started: set[_Worker] = set()
+        for _ in range(num_workers):
+            self._slots.put(None)
+
+    def ask(self, *request: object, limit_s: float) -> Any:
+        """The reply to one request; raises StuckError where there is none within the limit."""
+        worker = self._slots.get()
+        try:
+            if worker is None:
+                worker = _Worker(self._job)
+                self._started.add(worker)
+            return worker.ask(list(request), limit_s)
+        except BaseException:
+            # Also on Ctrl-C: a worker with a reply still on its way would give it to the next request.
+            if worker is not None:
+                self._started.discard(worker)
+                worker.kill()
+                worker = None
+            raise
+        finally:
+            self._slots.put(worker)
+
+    def close(self) -> None:
+        """End every worker; the pool may be used again."""
+        for worker in list(self._started):
+            self._started.discard(worker)
+            worker.kill()
+
+
+_pools: dict[Job, Pool] = {}
+_lock = threading.Lock()
+
+
+def ask(job: Job, *request: object, limit_s: float | None = None) -> Any:
+    """Ask the process's own pool for a job; raises StuckError where there is no reply within the limit."""
+    with _lock:
+        pool = _pools.setdefault(job, Pool(job, NUM_CHECKERS if job == "check" else NUM_WORKERS))
+    return pool.ask(*request, limit_s=LIMIT_S[job] if limit_s is None else limit_s)
+
+
+def _in_forked_child() -> None:
+    global _lock
+    _pools.clear()  # the parent's pipes are the parent's
+    _lock = threading.Lock()
+
+
+@atexit.register
+def close() -> None:
+    """End all workers; they start again when they are needed."""
+    for pool in list(_pools.values()):
+        pool.close()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)

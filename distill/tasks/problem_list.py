@@ -1,0 +1,162 @@
+"""A task that is a list of problems: what file tasks and hub tasks share.
+
+Problems come in an order that the seed and their ids decide, so it does not depend on the file's, and every
+shorter list is a prefix of a longer one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distill.records import Message, Problem, Split, Template, UserError, Verdict, draw_seed
+from distill.tasks import splits
+from distill.tasks.judge import worker_pool
+from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, unreadable
+
+Verify = Literal["math", "exact"]
+Rejected = list[tuple[int, str]]
+MAX_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A question with its answer, and the line or row number it stands at."""
+
+    number: int
+    messages: tuple[Message, ...]
+    answer: str
+    split: Split | None = None
+
+    @property
+    def question(self) -> str:
+        """The last user message."""
+        return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+
+    @property
+    def content(self) -> str:
+        """What makes it this problem: the whole conversation, without the system message."""
+        return "\n".join(m["content"] for m in self.messages if m["role"] != "system")
+
+
+@dataclass(slots=True)
+class Loaded:
+    """Good problems by split, and (number, reason) of every row that is not one."""
+
+    by_split: dict[Split, list[Problem]] = field(default_factory=lambda: {"train": [], "held_out": []})
+    rejected: Rejected = field(default_factory=list)
+
+
+class FiniteTask:
+    """Problems of a file or dataset, read when they are first needed."""
+
+    def __init__(
+        self,
+        name: str,
+        template: Template,
+        fingerprint: str,
+        verify: Verify,
+        load: Callable[[], Loaded],
+        origin: str,
+    ) -> None:
+        self.name, self.template, self.fingerprint = name, template, fingerprint
+        self.origin = origin
+        self._compare = math_verdict if verify == "math" else exact_verdict
+        self._load = load
+        self._loaded: Loaded | None = None
+        self._held_out: frozenset[str] | None = None
+
+    def _problems(self) -> Loaded:
+        if self._loaded is None:
+            loaded = self._load()
+            if not any(loaded.by_split.values()):
+                raise UserError(f"tasks.{self.name}: {self.origin} has no usable problem.{describe(loaded.rejected)}")
+            self._loaded = loaded
+        return self._loaded
+
+    @property
+    def rejected(self) -> Rejected:
+        """(line or row number, reason) of everything that was left out."""
+        return self._problems().rejected
+
+    def problems(self, split: Split, num: int | None, seed: int) -> Iterator[Problem]:
+        loaded = self._problems()
+        chosen = loaded.by_split[split]
+        if not chosen and loaded.by_split["train" if split == "held_out" else "held_out"]:
+            raise UserError(
+                f"tasks.{self.name}: {self.origin} has no {split} problems, only "
+                f"{'held-out ones: it is for evaluation' if split == 'train' else 'train ones'}."
+            )
+        if num is not None and num > len(chosen):
+            raise UserError(
+                f"tasks.{self.name}: {num} {split} problems are wanted, but {self.origin} has "
+                f"{len(chosen)}.{describe(loaded.rejected)}"
+            )
+        ordered = sorted(chosen, key=lambda problem: draw_seed(seed, problem.problem_id))
+        return iter(ordered[:num])
+
+    def holds_out(self, question: str) -> bool:
+        if self._held_out is None:
+            held_out = self._problems().by_split["held_out"]
+            self._held_out = frozenset(splits.content_hash(problem.question) for problem in held_out)
+        return splits.content_hash(question) in self._held_out
+
+    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+        def score(answer: str) -> Verdict:
+            assert problem.gold is not None
+            return self._compare(answer, problem.gold)
+
+        return judge(self.template, completion, finished, score)
+
+    def same_answer(self, one: str, other: str) -> bool:
+        return self._compare(one, other).correct is True
+
+
+def describe(rejected: Rejected) -> str:
+    """' 3 rows were rejected: row 2: ...', or nothing."""
+    if not rejected:
+        return ""
+    shown = "; ".join(f"{number}: {reason}" for number, reason in rejected[:MAX_SHOWN])
+    more = f"; and {len(rejected) - MAX_SHOWN} more" if len(rejected) > MAX_SHOWN else ""
+    return f" Rejected {len(rejected)}, by line or row: {shown}{more}."
+
+
+def assemble(task: str, source: str, rows: Sequence[Row], verify: Verify, rejected: Rejected) -> Loaded:
+    """Rows as problems: a gold answer that cannot be compared and a repeated question are rejected.
+
+    A question in both official splits is held out.
+    """
+    loaded = Loaded(rejected=rejected)
+    reasons = _unreadable_golds([row.answer for row in rows]) if verify == "math" else {}
+    seen: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: row.split != "held_out"):
+        reason = reasons.get(row.answer)
+        key = splits.content_hash(row.content)
+        if reason is None and (first := seen.get(key)) is not None:
+            reason = f"the same question as {first.number}"
+            if first.answer != row.answer:
+                reason += f", with another answer ({first.answer!r})"
+        if reason is not None:
+            rejected.append((row.number, reason))
+            continue
+        seen[key] = row
+        loaded.by_split[row.split or splits.split_of(row.content)].append(
+            Problem(
+                problem_id=splits.problem_id(source, row.content),
+                task=task,
+                question=row.question,
+                messages=row.messages,
+                gold=row.answer,
+            )
+        )
+    rejected.sort()
+    return loaded
+
+
+def _unreadable_golds(golds: Sequence[str]) -> dict[str, str]:
+    distinct = list(dict.fromkeys(golds))
+    with ThreadPoolExecutor(worker_pool.NUM_WORKERS) as threads:
+        reasons = threads.map(unreadable, distinct)
+        return {gold: f"{reason} ({gold[:80]!r})" for gold, reason in zip(distinct, reasons, strict=True) if reason}

@@ -1,0 +1,280 @@
+"""Are these the distributions of the weights that the traces name? Random positions are scored again.
+
+In: a folder of traces (or a selection), and the model, found by name or through the run that the folder lies in. Out:
+a certificate, printed and kept beside the manifest, for the data card. It holds while the content's fingerprint does.
+
+The differences hold everything that lies between two computations of one number: the codec's rounding, other sums in
+other batches, another engine where one is named. Left out on purpose: the text (a model may say anything), and
+whether the files are whole (`verify`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from distill import engines, models, recipe
+from distill.progress import PATIENCE, Screen
+from distill.recipe import EngineConfig, GenerateStage, ModelConfig, ScoreStage
+from distill.records import Array, Completion, Engine, Request, TopK, Traces, UserError
+from distill.stages.sampling import ROOM, package_versions
+from distill.traces import provenance
+from distill.traces.reader import TraceReader, open_traces
+
+MARGIN = 16
+"""Entries asked for beyond the stored ones: near the end of the list two computations differ in the order."""
+MAX_MEAN = 0.05
+"""Nats. Engines differ by less than 0.02 on average in bfloat16; other weights by tenths, or whole nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What an audit found; all differences are absolute, in nats.
+
+    token_*: log-probability of the trace's own token. entry_*: of a kept entry; one that the engine does not list
+    any more counts with the least that it does list (`unlisted` of them). kl_*: of the stored distribution from the
+    one scored again, on the kept entries and the tail. fingerprint: of the traces' content.
+    """
+
+    positions: int
+    traces: int
+    token_mean: float
+    token_worst: float
+    entry_mean: float
+    entry_worst: float
+    kl_mean: float
+    kl_worst: float
+    unlisted: int
+    seed: int
+    model: str
+    weights: str
+    engine: str
+    dtype: str
+    fingerprint: str
+    date: str
+    versions: dict[str, str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether these can be the weights: the sampled tokens differ by no more than engines do."""
+        return self.token_mean <= MAX_MEAN
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.positions:,} positions of {self.traces:,} traces scored again with {self.model} "
+            f"(weights {self.weights}, {self.engine}, {self.dtype}):",
+            f"  the trace's token: mean difference {self.token_mean:.2g} nat, worst {self.token_worst:.2g}",
+        ]
+        if self.entry_worst or self.kl_worst:
+            lines += [
+                f"  kept entries: mean difference {self.entry_mean:.2g} nat, worst {self.entry_worst:.2g}",
+                f"  KL of stored from scored again: mean {self.kl_mean:.2g} nat, worst {self.kl_worst:.2g}",
+            ]
+        if not self.ok:
+            lines.append(
+                f"  these are not the distributions of that model: engines differ by less than {MAX_MEAN} on average"
+            )
+        return "\n".join(lines)
+
+
+def audit(
+    path: Path,
+    num: int,
+    *,
+    model: str | None = None,
+    engine: str | None = None,
+    seed: int = 0,
+    screen: Screen | None = None,
+) -> Certificate:
+    """Score `num` random positions again (all, where there are fewer) and keep the certificate beside the traces.
+
+    model: a folder, hub id or package:// source; None: what the run's recipe says. engine: by name; None: the one
+    that wrote the traces. screen: shows what is under way; None: one on stdout. Raises UserError where the model cannot
+    be found or has other weights than the traces name.
+    """
+    screen = screen or Screen()
+    reader = open_traces(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: audit a folder: the certificate stands beside its manifest.")
+    claim = reader.metadata
+    model_dir, config = _model(reader, model, screen)
+    if engine is not None and engine != config.fn:
+        config = config.model_copy(update={"fn": engine})
+    screen.phase(f"reading the weights of {model_dir.name}", after=PATIENCE)
+    found = models.weights_fingerprint(model_dir)
+    if found != claim.weights:
+        raise UserError(
+            f"{path}: its traces are by {claim.model} with the weights {claim.weights}; {model_dir} has {found}. Those "
+            "cannot vouch for them: give the model that wrote the traces with --model."
+        )
+    chosen = _choose(reader, num, seed)
+    # Before the engine's first import of vLLM.
+    os.environ.update(engines.environment(config))
+    differences = _differences(reader, chosen, config, model_dir, screen)
+    certificate = Certificate(
+        positions=len(differences.token),
+        traces=len(chosen),
+        token_mean=_mean(differences.token),
+        token_worst=_worst(differences.token),
+        entry_mean=_mean(differences.entry),
+        entry_worst=_worst(differences.entry),
+        kl_mean=_mean(differences.kl),
+        kl_worst=_worst(differences.kl),
+        unlisted=differences.unlisted,
+        seed=seed,
+        model=claim.model,
+        weights=claim.weights,
+        engine=config.fn,
+        dtype="float32" if config.fn == "reference" else config.dtype,
+        fingerprint=reader.fingerprint,
+        date=time.strftime("%Y-%m-%d"),
+        versions=package_versions(),
+    )
+    provenance.write_certificate(path, asdict(certificate))
+    return certificate
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path, EngineConfig]:
+    """The model's folder, and the engine that wrote the traces as far as it is known."""
+    made = _stage(reader)
+    config = made[1].engine if made is not None else EngineConfig(fn=reader.metadata.engine)
+    if config.fn == engines.AUTO:
+        config = config.model_copy(update={"fn": reader.metadata.engine})
+    if reader.metadata.dtype:
+        config = config.model_copy(update={"dtype": reader.metadata.dtype})
+    if model is not None:
+        return models.resolve(ModelConfig(source=model), screen.phase), config
+    if made is None:
+        raise UserError(
+            f"{reader.path}: does not lie in a run, so nothing says where its model {reader.metadata.model!r} is. Name it "
+            "with --model: a folder, a hub id or a package:// source."
+        )
+    tree, stage = made
+    run = reader.base.parent.parent
+    if stage.model in tree.stages:
+        return run / stage.model / "model", config
+    return models.resolve(tree.models[stage.model], screen.phase), config
+
+
+def _stage(reader: TraceReader) -> tuple[recipe.Recipe, GenerateStage | ScoreStage] | None:
+    """The recipe and the stage that wrote the traces, where they lie in RUN/STAGE/traces."""
+    stage_folder = reader.base.resolve().parent
+    resolved = stage_folder.parent / "resolved.yaml"
+    if not resolved.is_file():
+        return None
+    tree = recipe.validate(yaml.safe_load(resolved.read_text(encoding="utf-8")), str(resolved))
+    stage = tree.stages.get(stage_folder.name)
+    return (tree, stage) if isinstance(stage, GenerateStage | ScoreStage) else None
+
+
+# -------------------------------------------------------------------------------------------- the positions
+
+
+def _choose(reader: TraceReader, num: int, seed: int) -> dict[int, Array]:
+    """Row (in the order of `blocks`) -> positions of it, ascending; every position is as likely as any other."""
+    lengths = reader.lengths().completion.astype(np.int64)
+    total = int(lengths.sum())
+    if not total:
+        raise UserError(f"{reader.path}: has no position to audit.")
+    drawn = np.sort(np.random.default_rng(seed).choice(total, min(num, total), replace=False))
+    ends = np.cumsum(lengths)
+    row = np.searchsorted(ends, drawn, side="right")
+    position = drawn - (ends - lengths)[row]
+    return {int(n): position[row == n] for n in np.unique(row)}
+
+
+@dataclass(slots=True)
+class _Differences:
+    token: list[float]
+    entry: list[float]
+    kl: list[float]
+    unlisted: int = 0
+
+
+def _differences(
+    reader: TraceReader,
+    chosen: dict[int, Array],
+    config: EngineConfig,
+    model_dir: Path,
+    screen: Screen,
+) -> _Differences:
+    lengths = reader.lengths()
+    longest = max(int(lengths.prompt[n]) + int(p[-1]) + 1 for n, p in chosen.items())
+    limit = models.config_of(model_dir).get("max_position_embeddings") or 1 << 60
+    top_k = reader.metadata.top_k
+    top_k = min(top_k + MARGIN, reader.metadata.vocab_size) if top_k else 0
+    screen.phase(f"starting the {config.fn} engine")
+    engine = engines.open_engine(
+        config, model_dir, max_model_len=min(limit, -(-longest // ROOM) * ROOM), max_top_k=top_k
+    )
+    live = screen.live(len(chosen), "traces")
+    found = _Differences([], [], [])
+    try:
+        for number, (block, n, positions) in enumerate(_rows(reader, chosen), 1):
+            _compare(found, block, n, positions, _score(engine, block, n, positions, top_k))
+            live.update(number)
+    finally:
+        live.close()
+        engine.close()
+    return found
+
+
+def _rows(reader: TraceReader, chosen: dict[int, Array]) -> Iterator[tuple[Traces, int, Array]]:
+    """(block, row of it, positions) of the chosen traces; shards without one are not read."""
+    flags = np.zeros(reader.num_rows, bool)
+    flags[list(chosen)] = True
+    positions = iter(chosen.values())
+    for block in reader.where(flags).blocks(64):
+        for n in range(len(block)):
+            yield block, n, next(positions)
+
+
+def _score(engine: Engine, block: Traces, n: int, positions: Array, top_k: int) -> Completion:
+    """The trace up to the last position that is wanted."""
+    ids = np.array(block.completion_ids[n][: positions[-1] + 1])
+    request = Request(block.trace_id[n], np.array(block.prompt_ids[n]), completion_ids=ids)
+    return next(iter(engine.score([request], top_k=top_k)))
+
+
+def _compare(found: _Differences, block: Traces, n: int, positions: Array, again: Completion) -> None:
+    stored = block.top_of(n)
+    found.token += np.abs(block.logprob[n][positions] - again.logprob_T[positions]).tolist()
+    if stored is None or again.top is None:
+        return
+    for t in positions.tolist():
+        entry, kl, unlisted = _compare_position(stored.slice(t, t + 1), again.top.slice(t, t + 1))
+        found.entry += entry.tolist()
+        found.kl.append(kl)
+        found.unlisted += unlisted
+
+
+def _compare_position(stored: TopK, again: TopK) -> tuple[Array, float, int]:
+    """(differences of the kept entries, KL on entries and tail, entries that the engine does not list) at a position."""
+    listed = dict(zip(again.ids_E.tolist(), again.logp_E.tolist(), strict=True))
+    least = float(again.logp_E.min())
+    logq = np.array([listed.get(i, least) for i in stored.ids_E.tolist()], np.float64)
+    logp = stored.logp_E.astype(np.float64)
+    unlisted = sum(i not in listed for i in stored.ids_E.tolist())
+    p_tail = float(np.exp(np.float64(stored.tail_T[0])))
+    q_tail = max(1.0 - float(np.exp(logq).sum()), 1e-12)
+    kl = float((np.exp(logp) * (logp - logq)).sum())
+    if p_tail > 0:
+        kl += p_tail * float(np.log(p_tail) - np.log(q_tail))
+    return np.abs(logp - logq), max(kl, 0.0), unlisted
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
+
+
+def _worst(values: list[float]) -> float:
+    return max(values, default=0.0)

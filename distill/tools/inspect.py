@@ -1,0 +1,236 @@
+"""inspect: a sample of stored traces as one page, a student's view of the same tokens beside it if asked for.
+
+Finds the traces that a path means, the tokenizer of the model that wrote them and, for a student, scores the stored
+completions through an engine. No stage of a recipe: the verb `distill inspect` calls `write`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill import engines, models, recipe
+from distill.files import write_atomic
+from distill.inspector import token_text, trace_page
+from distill.progress import Screen
+from distill.recipe import EngineConfig, ModelConfig, Recipe
+from distill.records import Completion, Request, Traces, UserError, stable_hash
+from distill.traces.reader import TraceReader, open_traces
+from distill.traces.schema import Metadata
+
+STUDENT_TOP_K = 256
+"""Entries of the student's distribution that are matched with the teacher's."""
+ROOM = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Traces, and the run that they lie in: its folder and recipe, None outside a run."""
+
+    traces: Path
+    run: Path | None
+    recipe: Recipe | None
+    others: tuple[str, ...] = ()
+
+
+def write(
+    path: Path,
+    out: Path | None = None,
+    student: str | None = None,
+    sample: int = 200,
+    tokenizer: str | None = None,
+    max_bytes: int = trace_page.MAX_BYTES,
+    screen: Screen | None = None,
+) -> tuple[Path, list[str]]:
+    """Write the page; returns where it is, and what the user should know.
+
+    path: traces (a folder of shards, a selection, a shard), a stage's folder or a run's. out: the file, or a
+    folder for `inspect.html` (default: beside the traces). student: a checkpoint's folder, a stage of the run or a
+    hub id. sample: at most so many traces, picked by a hash of their ids: a fair draw, and the same every time.
+    screen: shows what is under way; None: one on stdout.
+    Raises UserError where there are no traces, or no tokenizer or student that fits them.
+    """
+    found = find(path)
+    reader = open_traces(found.traces)
+    if not len(reader):
+        raise UserError(f"{found.traces}: holds no traces.")
+    blocks = list(_sampled(reader, sample).blocks(256))
+    own = _tokenizer(found, reader.metadata, tokenizer, student)
+    scores: Mapping[str, Completion] = {}
+    if student is not None:
+        scores = score(blocks, _folder(found, student), reader.metadata, screen or Screen())
+    rows = [row for block in blocks for row in trace_page.rows_of(block, scores)]
+    notes = [f"other traces of this run: {', '.join(found.others)}"] if found.others else []
+    page = trace_page.Page(
+        title=_title(found),
+        facts=_facts(reader, len(rows), student),
+        student=student,
+    )
+    text = trace_page.render(rows, byte_reader(own), frozenset(own.all_special_ids), page, max_bytes=max_bytes)
+    target = out or found.traces.parent / "inspect.html"
+    target = target / "inspect.html" if target.is_dir() else target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return write_atomic(target, text), notes
+
+
+# ----------------------------------------------------------------------------------------- what is meant
+
+
+def find(path: Path) -> Found:
+    """The traces that a path means: itself, its `traces` folder, or in a run the first stage that captured distributions."""
+    if not path.exists() and (Path("runs") / path).exists():
+        path = Path("runs") / path
+    if not path.exists():
+        raise UserError(f"{path}: there is nothing here.")
+    if (path / "resolved.yaml").is_file():
+        return _of_run(path)
+    traces = path / "traces" if (path / "traces").is_dir() else path
+    for folder in traces.resolve().parents:
+        if (folder / "resolved.yaml").is_file():
+            return Found(traces, folder, _recipe(folder))
+    return Found(traces, None, None)
+
+
+def _of_run(run: Path) -> Found:
+    resolved = _recipe(run)
+    with_top: list[str] = []
+    without: list[str] = []
+    for name, config in resolved.stages.items():
+        if config.kind == "filter":
+            continue  # a selection of what a generate stage wrote
+        children = [name, *(f"{name}.{arm}" for arm in getattr(config, "arms", ()))]
+        for node in children:
+            if not (run / node / "traces").is_dir():
+                continue
+            captured = open_traces(run / node / "traces").metadata.top_k > 0
+            (with_top if captured else without).append(node)
+    if not with_top and not without:
+        raise UserError(f"{run}: no stage of this run has written traces yet.")
+    first, *others = [*with_top, *without]
+    return Found(run / first / "traces", run, resolved, tuple(f"{run}/{name}" for name in others))
+
+
+def _recipe(run: Path) -> Recipe:
+    return recipe.validate(
+        yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")),
+        str(run / "resolved.yaml"),
+    )
+
+
+def _folder(found: Found, reference: str) -> Path:
+    """A model's folder: of a stage or model of the run, a checkpoint's, a stage's, else a hub id or package://."""
+    given = Path(reference).expanduser()
+    for folder in (given, given / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    if found.run is not None and found.recipe is not None:
+        if (found.run / reference / "model" / "config.json").is_file():
+            return found.run / reference / "model"
+        if reference in found.recipe.models:
+            return models.resolve(found.recipe.models[reference])
+    return models.resolve(ModelConfig(source=reference))
+
+
+def _tokenizer(found: Found, metadata: Metadata, given: str | None, student: str | None) -> Any:
+    """The tokenizer that the traces' ids are of: the one given, else the student's, else the writer's own."""
+    tried = []
+    for reference in (given, student, metadata.model):
+        if reference is None:
+            continue
+        try:
+            tokenizer = models.load_tokenizer(_folder(found, reference))
+        except (UserError, OSError, ValueError) as error:
+            if reference == given:
+                raise UserError(f"--tokenizer {given}: {error}") from None
+            tried.append(reference)
+            continue
+        if models.tokenizer_fingerprint(tokenizer) == metadata.tokenizer:
+            return tokenizer
+        if reference == given:
+            raise UserError(
+                f"--tokenizer {given}: is not the tokenizer that wrote these traces "
+                f"(theirs is {metadata.tokenizer}, of {metadata.model!r})."
+            )
+        tried.append(reference)
+    raise UserError(
+        f"{found.traces}: the tokenizer of {metadata.model!r}, which wrote these traces, was not found "
+        f"(tried {', '.join(tried)}). Give a folder that has it: --tokenizer FOLDER."
+    )
+
+
+def _title(found: Found) -> str:
+    stage = found.traces.parent.name if found.traces.name == "traces" else found.traces.name
+    return f"{found.recipe.name} / {stage}" if found.recipe is not None else stage
+
+
+def _facts(reader: TraceReader, shown: int, student: str | None) -> list[tuple[str, str]]:
+    metadata = reader.metadata
+    facts = [
+        ("traces", f"{shown:,} of {len(reader):,}"),
+        ("written by", metadata.model),
+        ("task", metadata.task),
+        ("temperature", f"{metadata.sampling.temperature:g}"),
+    ]
+    if metadata.top_k:
+        facts.append(("kept", f"{metadata.mass:g} of the mass, ≤ {metadata.top_k} entries"))
+    if student is not None:
+        facts.append(("student", student))
+    return facts
+
+
+# ------------------------------------------------------------------------------------- traces and scores
+
+
+def _sampled(reader: TraceReader, sample: int) -> TraceReader:
+    """The `sample` rows whose ids hash lowest."""
+    if sample >= len(reader):
+        return reader
+    ids = [one for block in reader.blocks(4096, ["trace_id"]) for one in block.trace_id]
+    chosen = set(sorted(ids, key=lambda one: stable_hash("inspect", one))[:sample])
+    return reader.where([one in chosen for one in ids])  # type: ignore[arg-type]
+
+
+def score(blocks: Sequence[Traces], folder: Path, metadata: Metadata, screen: Screen) -> dict[str, Completion]:
+    """The student's log-probabilities of every stored completion, by trace id, teacher-forced.
+
+    Raises UserError where its tokenizer is not the one that the ids are of.
+    """
+    models.check_same_tokenizer(metadata.tokenizer, metadata.vocab_size, models.load_tokenizer(folder), "--student")
+    requests = [
+        Request(trace_id, block.prompt_ids[n], completion_ids=block.completion_ids[n])
+        for block in blocks
+        for n, trace_id in enumerate(block.trace_id)
+        if len(block.completion_ids[n])
+    ]
+    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in requests)  # type: ignore[arg-type]
+    config = EngineConfig(fn="transformers")
+    os.environ.update(engines.environment(config))
+    screen.phase("loading the student")
+    engine = engines.open_engine(config, folder, max_model_len=longest + ROOM, max_top_k=STUDENT_TOP_K)
+    live, scores = screen.live(len(requests), "traces"), {}
+    try:
+        for completion in engine.score(requests, top_k=STUDENT_TOP_K):
+            scores[completion.request_id] = completion
+            live.update(len(scores))
+    finally:
+        live.close()
+        engine.close()
+    return scores
+
+
+def byte_reader(tokenizer: Any) -> Callable[[Sequence[int]], list[bytes]]:
+    """Token ids -> the bytes that each stands for."""
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
+    byte_level = '"ByteLevel"' in json.dumps(decoder)
+    added = set(tokenizer.get_added_vocab())
+
+    def read(ids: Sequence[int]) -> list[bytes]:
+        return token_text.piece_bytes(tokenizer.convert_ids_to_tokens(list(ids)), byte_level, added)
+
+    return read

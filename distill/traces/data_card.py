@@ -1,0 +1,236 @@
+"""The data card of a folder of traces: Markdown with the hub's YAML front matter.
+
+In: the folder and what only its owner can say (the licence). Out: text that tells what the traces are, who wrote
+them, how large and how whole they are, and how to decode them without this package. Left out on purpose: examples
+(the hub shows rows), and praise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.traces import folder, provenance
+from distill.traces.reader import SELECTION_FILE, TraceReader, open_traces
+from distill.traces.summary import Stats, stats
+
+LICENCE_TO_FILL = "unknown"
+_SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"),
+          (1e8, "10M<n<100M"), (1e9, "100M<n<1B"), (math.inf, "n>1B"))  # fmt: skip
+
+
+def card(path: str | Path, *, name: str, licence: str = LICENCE_TO_FILL) -> str:
+    """The card's text. name: what the data set is called; licence: the hub's identifier of it."""
+    from huggingface_hub import DatasetCardData
+
+    reader, held = open_traces(path), stats(path)
+    front = DatasetCardData(
+        license=licence,
+        pretty_name=name,
+        task_categories=["text-generation"],
+        tags=["distillation", "knowledge-distillation", "logits", "reasoning-traces", "distill"],
+        size_categories=[next(word for bound, word in _SIZES if held.traces < bound)],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "*.parquet"}]}],
+    )
+    parts = [
+        f"---\n{front.to_yaml()}\n---\n",
+        f"# {_plain(name)}\n",
+        _summary(reader, held),
+        "## Where it comes from\n\n" + _table(_lineage(reader)),
+        "## What it holds\n\n" + _table(_sizes(held)),
+        *_filters(Path(path)),
+        "## Integrity\n\n" + _integrity(reader),
+        "## Reading it\n\n" + _reading(reader),
+        "## Licence\n\n" + _licence(licence),
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _summary(reader: TraceReader, held: Stats) -> str:
+    kept = (
+        "and, at every position of the completion, the model's distribution over the next token"
+        if reader.metadata.top_k
+        else "without distributions"
+    )
+    return (
+        f"{held.traces:,} traces of {held.problems:,} problems: prompt and completion as text and as token ids, {kept}. "
+        "Made with `distill`.\n"
+    )
+
+
+def _lineage(reader: TraceReader) -> list[tuple[str, str]]:
+    meta = reader.metadata
+    sampling = ", ".join(f"{key} {value}" for key, value in meta.model_dump()["sampling"].items())
+    writer = provenance.text_from(reader)
+    scored = bool(meta.source)
+    rows = [
+        ("text written by", _code(writer)),
+        ("distributions of", f"{_code(meta.model)}, weights {_code(meta.weights)}"),
+        ("how", "scored, teacher-forced, on that text" if scored else "kept while it was sampled"),
+        ("tokenizer", f"{_code(meta.tokenizer)}, {meta.vocab_size:,} tokens"),
+        ("chat template", _code(meta.chat_template) if meta.chat_template else "none"),
+        ("task", f"{_code(meta.task)} ({_code(meta.task_fingerprint)}), template {_code(meta.template)}"),
+        ("sampling", "as far as it is known: " + sampling if scored else sampling),
+        ("log-probabilities", f"{meta.logprob_mode}, temperature {meta.logprob_temperature:g}: before top-p"),
+        ("support", f"at most {meta.top_k} entries a position, until they hold {meta.mass:g} of the mass"
+         if meta.top_k else "none"),
+        ("engine", _code(f"{meta.engine} {meta.dtype}".strip())),
+        ("packages", ", ".join(_code(f"{key} {value}") for key, value in meta.versions.items()) or "not recorded"),
+    ]  # fmt: skip
+    return rows
+
+
+def _sizes(held: Stats) -> list[tuple[str, str]]:
+    shown = [
+        (key.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        for key, value in held.as_dict().items()
+        if isinstance(value, int) or (isinstance(value, float) and not math.isnan(value))
+    ]
+    longest = max(held.completion_lengths, default=0)
+    return [*shown, ("longest completion", f"at most {longest:,} tokens")]
+
+
+def _filters(path: Path) -> list[str]:
+    """What was left out of a selection, and why."""
+    if not (path / SELECTION_FILE).is_file():
+        return []
+    tree = folder.read_json(path / SELECTION_FILE)
+    rows = [(_code(f["fn"]) + _options(f["options"]), f"{f['dropped']:,}", _plain(f["why"])) for f in tree["filters"]]
+    text = f"{tree['kept']:,} of {tree['rows']:,} traces were kept, those that every filter keeps:\n\n"
+    return ["## What was left out\n\n" + text + _table(rows, ("filter", "dropped", "why"))]
+
+
+def _options(options: dict[str, Any]) -> str:
+    return "".join(f" {_plain(key)}={_code(str(value))}" for key, value in options.items())
+
+
+def _integrity(reader: TraceReader) -> str:
+    found = provenance.certificate(reader)
+    text = (
+        "Every page of every shard has a checksum, and the manifests hold each shard's rows and SHA-256: "
+        "`distill traces verify .` compares them.\n\n"
+    )
+    if found is None:
+        return text + "No audit was made: nobody has scored positions again with the weights named above.\n"
+    text += (
+        f"Audit of {found['date']}: {found['positions']:,} random positions of {found['traces']:,} traces were scored again "
+        f"with these weights ({found['engine']}, {found['dtype']}). Differences in nats:\n\n"
+    )
+    rows = [
+        (label, f"{found[f'{key}_mean']:.2g}", f"{found[f'{key}_worst']:.2g}")
+        for key, label in (
+            ("token", "log-probability of the trace's token"),
+            ("entry", "log-probability of a kept entry"),
+            ("kl", "KL of the stored distribution from the one scored again"),
+        )
+        if reader.metadata.top_k or key == "token"
+    ]
+    return text + _table(rows, ("", "mean", "worst"))
+
+
+def _reading(reader: TraceReader) -> str:
+    text = (
+        "Plain Parquet, one row a trace. `messages` is the prompt in chat form, `completion` the reply; `prompt_ids` and "
+        "`completion_ids` are the tokens that the model saw and wrote, `logprob` their log-probabilities.\n"
+    )
+    if not reader.metadata.top_k:
+        return text
+    text += (
+        "\nPosition t (token t of the completion) has `top_count[t]` entries, position after position, the most probable "
+        "first: `top_ids` and "
+    )
+    steps = reader.metadata.steps_per_nat
+    if reader.metadata.exact:
+        text += "their log-probabilities `top_logprobs`."
+        value, pandas = "top_logprobs", ("np.exp(trace.top_logprobs[entries])", "weight")
+        sql = ("exp(value)", "weight")
+    else:
+        text += (
+            f"`top_steps`, how far each lies below the one before it in 1/{steps} nat. With x the running sum of a "
+            f"position's steps over {steps}, an entry's probability is exp(−x) / Σ exp(−x) · (1 − exp(tail_logprob))."
+        )
+        value = "top_steps"
+        pandas = (
+            f"np.exp(np.cumsum(trace.top_steps[entries]) / -{steps})",
+            "weight / weight.sum() * (1 - tail)",
+        )
+        sql = (
+            f"exp(sum(value) over (partition by entries.trace_id, t order by i) / -{steps}.0)",
+            "weight / sum(weight) over (partition by trace_id, t) * (1 - exp(tail))",
+        )
+    return (
+        text
+        + " `tail_logprob` is the log of the mass of all other tokens.\n\nWith pandas:\n\n"
+        + _fill(_PANDAS, *pandas, value)
+        + "\nWith DuckDB, one row an entry:\n\n"
+        + _fill(_DUCKDB, *sql, value)
+    )
+
+
+def _fill(example: str, weight: str, share: str, value: str) -> str:
+    return example.replace("WEIGHT", weight).replace("SHARE", share).replace("VALUE", value)
+
+
+_PANDAS = """```python
+import glob
+
+import numpy as np
+import pandas as pd
+
+frame = pd.concat(map(pd.read_parquet, sorted(glob.glob("*.parquet"))))
+
+
+def distribution(trace, t):
+    \"\"\"Probabilities of the entries of position t, by token id, and that of all other tokens.\"\"\"
+    start = trace.top_count[:t].sum()
+    entries = slice(start, start + trace.top_count[t])
+    tail = np.exp(float(trace.tail_logprob[t]))
+    weight = WEIGHT
+    return dict(zip(trace.top_ids[entries], SHARE)), tail
+```
+"""
+
+_DUCKDB = """```sql
+with counts as (
+    select trace_id, generate_subscripts(top_count, 1) as t, unnest(top_count) as num, unnest(tail_logprob) as tail
+    from '*.parquet'
+), positions as (
+    select *, sum(num) over (partition by trace_id order by t) - num + 1 as first from counts
+), entries as (
+    select trace_id, generate_subscripts(top_ids, 1) as i, unnest(top_ids) as id, unnest(VALUE) as value
+    from '*.parquet'
+), weights as (
+    select entries.trace_id, t, i, id, tail, WEIGHT as weight
+    from entries asof join positions on entries.trace_id = positions.trace_id and i >= first
+)
+select trace_id, t - 1 as t, id,
+       SHARE as probability, exp(tail) as tail
+from weights
+order by trace_id, t, i
+```
+"""
+
+
+def _licence(licence: str) -> str:
+    if licence == LICENCE_TO_FILL:
+        return "To be filled in by whoever publishes this, here and in the header.\n"
+    return f"{_code(licence)}, as stated by whoever published this.\n"
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "")) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that means nothing to Markdown or HTML."""
+    for char in "\\`*_[]<>|#&":
+        text = text.replace(char, f"\\{char}" if char not in "<>&" else f"&#{ord(char)};")
+    return " ".join(text.split())
+
+
+def _code(text: str) -> str:
+    """Text as code, whatever is in it."""
+    return "`" + " ".join(text.replace("`", "'").replace("|", "¦").split()) + "`"

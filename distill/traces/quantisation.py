@@ -1,0 +1,110 @@
+"""How a position's distribution is made small: what schema 1 stores in place of float32 log-probabilities.
+
+    top_steps      uint16 an entry: how far it lies below the entry before it, in 1/32 nat; 0 for the first
+    tail_logprob   float32 a position: log of the mass in no entry, its log-odds rounded to 1/16 nat
+
+To decode a position, let x be the running sum of its steps over 32. An entry's probability is
+
+    exp(-x) / sum(exp(-x)) * (1 - exp(tail_logprob))
+
+so that entries and tail always add up to 1, and where one entry has nearly all the mass it gets back exactly what
+the others and the tail leave. Distances are rounded from the first entry on, so that errors do not add up: each
+is off by at most 1/64 nat. As KL(true || decoded) over entries + tail that is at most 2e-4 nat at any position
+(Hoeffding's lemma on errors in an interval of 1/32, and the two-way KL of tail against entries), and below 7e-5 on
+average where errors are uniform, whatever the distribution; `tests/bench/RESULTS.md` has what was measured.
+
+Left out on purpose: ids and counts, which are stored as they are; the exact variant, which has nothing to decode.
+
+Shapes: T positions, E entries over all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from distill.records import Array, TopK
+
+STEPS_PER_NAT: Final = 32
+TAIL_STEPS_PER_NAT = 16
+LOGPROB_STEPS_PER_NAT = 1024
+"""The sampled token's log-probability is a plain float32, rounded to this, which compresses to half."""
+
+MAX_MASS_ERROR = 1e-2
+"""Entries and tail of a position add up to 1 but for what half-precision logits lose."""
+
+_CHUNK = 2048
+"""Positions decoded at a time: what is in between stays in the processor's cache."""
+
+
+def quantise(top: TopK) -> tuple[Array, Array]:
+    """Steps [E] uint16 and tails [T] float32 of a distribution that `check` found nothing wrong with."""
+    first_T = _first(top.count_T)
+    logp_E = np.asarray(top.logp_E, np.float32)
+    below_E = np.repeat(logp_E[first_T], top.count_T) - logp_E
+    nats_E = np.rint(below_E * np.float32(STEPS_PER_NAT)).astype(np.int64)
+    steps_E = np.diff(nats_E, prepend=0)
+    steps_E[first_T] = 0
+    kept_T = _sums(np.exp(logp_E.astype(np.float64)), first_T)
+    with np.errstate(divide="ignore"):
+        odds_T = np.asarray(top.tail_T, np.float64) - np.log(kept_T)
+        odds_T = np.rint(odds_T * TAIL_STEPS_PER_NAT) / TAIL_STEPS_PER_NAT
+        tail_T = -np.log1p(np.exp(-odds_T))
+    return np.minimum(steps_E, 2**16 - 1).astype(np.uint16), tail_T.astype(np.float32)
+
+
+def dequantise(count_T: Array, steps_E: Array, tail_T: Array) -> Array:
+    """Log-probabilities [E] float32, normalised with the tails [T]; every position has an entry."""
+    first_T = np.concatenate([[0], np.cumsum(count_T, dtype=np.int64)])
+    logp_E = np.empty(len(steps_E), np.float32)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept_T = np.log(-np.expm1(np.asarray(tail_T, np.float64)))
+    for start in range(0, len(count_T), _CHUNK):
+        bounds = first_T[start : start + _CHUNK + 1]
+        a, b = int(bounds[0]), int(bounds[-1])
+        count, local = count_T[start : start + _CHUNK], bounds[:-1] - a
+        # The sum may wrap around: the difference to the position's first entry does not.
+        sum_E = np.cumsum(steps_E[a:b], dtype=np.uint32)
+        sum_E -= np.repeat(sum_E[local], count)
+        nats_E = np.multiply(sum_E, np.float32(-1 / STEPS_PER_NAT), dtype=np.float32)
+        mass_T = np.add.reduceat(np.exp(nats_E).astype(np.float64), local)
+        shift_T = (kept_T[start : start + _CHUNK] - np.log(mass_T)).astype(np.float32)
+        np.add(nats_E, np.repeat(shift_T, count), out=logp_E[a:b])
+    return logp_E
+
+
+def round_logprobs(logprobs: Array) -> Array:
+    """The sampled tokens' log-probabilities as the quantised variant stores them, off by at most 1/2048 nat."""
+    scale = np.float32(LOGPROB_STEPS_PER_NAT)
+    return np.asarray(np.rint(np.asarray(logprobs, np.float32) * scale) / scale)
+
+
+def check(top: TopK, top_k: int) -> None:
+    """Raises ValueError where a position has no entry or more than top_k, where entries are not in descending
+    order, and where they and the tail do not add up to 1."""
+    if not len(top):
+        return
+    if not 1 <= top.count_T.min() <= top.count_T.max() <= top_k:
+        raise ValueError(f"positions have {top.count_T.min()} to {top.count_T.max()} entries, not 1 to {top_k} (top_k)")
+    first_T = _first(top.count_T)
+    rising_E = np.diff(top.logp_E) > 0
+    rising_E[first_T[1:] - 1] = False
+    if rising_E.any():
+        raise ValueError("entries are not in descending order")
+    mass_T = _sums(np.exp(top.logp_E.astype(np.float64)), first_T)
+    mass_T += np.exp(np.asarray(top.tail_T, np.float64))
+    error_T = np.abs(mass_T - 1)
+    if error_T.max() > MAX_MASS_ERROR:
+        wrong, worst = int((error_T > MAX_MASS_ERROR).sum()), mass_T[error_T.argmax()]
+        raise ValueError(f"entries and tail do not add up to 1 at {wrong} positions (worst {worst:.4f})")
+
+
+def _first(count_T: Array) -> Array:
+    """[T] where each position's entries start."""
+    return np.cumsum(count_T, dtype=np.int64) - count_T
+
+
+def _sums(values_E: Array, first_T: Array) -> Array:
+    """[T] of each position's entries, of which it has at least one."""
+    return np.add.reduceat(values_E, first_T) if len(first_T) else np.empty(0, values_E.dtype)

@@ -1,0 +1,102 @@
+"""What a folder (or selection) of traces holds, in numbers; one streaming pass, memory flat."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+
+from distill.traces.reader import open_traces
+
+_COLUMNS = ("problem_id", "prompt_tokens", "completion_tokens", "reward", "correct", "finish_reason",
+            "top_count", "tail_logprob")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Rates are of the traces that have the value; nan where none has.
+
+    mean_support: entries a position. mean_tail_mass: probability a position that is in no entry.
+    bytes_per_position: of the shards on disk, all their rows and columns.
+    completion_lengths: upper bound (a power of two) -> traces with at most that many tokens and more than half.
+    """
+
+    traces: int
+    problems: int
+    prompt_tokens: int
+    completion_tokens: int
+    mean_support: float
+    mean_tail_mass: float
+    bytes_per_position: float
+    correct_rate: float
+    mean_reward: float
+    truncated_rate: float
+    completion_lengths: dict[int, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        numbers = list(self.as_dict().items())[:-1]
+        lines = [f"{name.replace('_', ' ')}: {_show(value)}" for name, value in numbers]
+        widest = max(self.completion_lengths.values(), default=1)
+        lines.append("completion lengths:")
+        lines += [
+            f"  <= {bound:>7,} tokens {num:>9,} {'#' * math.ceil(40 * num / widest)}"
+            for bound, num in self.completion_lengths.items()
+        ]
+        return "\n".join(lines)
+
+
+def _show(value: float | int) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def stats(path: str | Path) -> Stats:
+    """Numbers about the traces at a path. Raises UserError as reading does."""
+    reader = open_traces(path)
+    problems: set[str] = set()
+    sums = dict.fromkeys(("prompt", "entries", "tail", "correct", "judged", "reward", "rewarded", "cut"), 0.0)
+    lengths = np.zeros(64, np.int64)
+    num_completion = 0
+    for table in reader.tables(1024, _COLUMNS):
+        column = {name: table.column(name) for name in table.column_names}
+        problems.update(column["problem_id"].to_pylist())
+        tokens = column["completion_tokens"].to_numpy()
+        num_completion += int(tokens.sum(dtype=np.int64))
+        exponents = np.ceil(np.log2(np.maximum(tokens, 1))).astype(int)
+        lengths += np.bincount(exponents, minlength=64)
+        tail = pc.list_flatten(column["tail_logprob"]).to_numpy().astype(np.float64)
+        for key, amount in (
+            ("prompt", pc.sum(column["prompt_tokens"]).as_py()),
+            ("entries", pc.sum(pc.list_flatten(column["top_count"])).as_py()),
+            ("tail", np.exp(tail).sum()),
+            ("correct", pc.sum(column["correct"]).as_py()),
+            ("judged", pc.count(column["correct"]).as_py()),
+            ("reward", pc.sum(column["reward"]).as_py()),
+            ("rewarded", pc.count(column["reward"]).as_py()),
+            ("cut", pc.sum(pc.equal(column["finish_reason"], "length")).as_py()),
+        ):
+            sums[key] += amount or 0
+    positions_on_disk = sum(shard.positions for shard in reader.shards)
+    return Stats(
+        traces=reader.num_rows,
+        problems=len(problems),
+        prompt_tokens=int(sums["prompt"]),
+        completion_tokens=num_completion,
+        mean_support=_ratio(sums["entries"], num_completion),
+        mean_tail_mass=_ratio(sums["tail"], num_completion) if reader.metadata.top_k else math.nan,
+        bytes_per_position=_ratio(sum(shard.bytes for shard in reader.shards), positions_on_disk),
+        correct_rate=_ratio(sums["correct"], sums["judged"]),
+        mean_reward=_ratio(sums["reward"], sums["rewarded"]),
+        truncated_rate=_ratio(sums["cut"], reader.num_rows),
+        completion_lengths={1 << int(i): int(lengths[i]) for i in np.flatnonzero(lengths)},
+    )
+
+
+def _ratio(total: float, num: float) -> float:
+    return float(total / num) if num else math.nan

@@ -1,0 +1,1 @@
+"""Losses: the output head, losses on stored targets, losses with a teacher in the trainer."""

@@ -1,0 +1,214 @@
+"""What two tokenizers have in common: where both cut a text, and which tokens have the same text.
+
+Everything is in bytes: a token stands for the bytes it decodes to, wherever it stands. The student's ids are those
+that were sampled; only the teacher, who reads the text, gets ids of its own. The end of the text is a token of both
+vocabularies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from distill import models
+from distill.errors import UserError
+from distill.records import Array, Message, Template
+
+END = b"\xff\xffend"
+"""Stands for the end-of-text token; no text and no token of one byte is like it."""
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """The bytes of every id, empty for special tokens (the end of text is END).
+
+    Raises UserError for a tokenizer that is neither byte-level nor sentencepiece-like.
+    """
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    if any(token.startswith("Ġ") for token in vocabulary):
+        table = {char: byte for byte, char in _byte_characters().items()}
+
+        def decode(token: str) -> bytes:
+            return bytes(table[char] for char in token)
+
+    elif any(token.startswith("▁") for token in vocabulary):
+
+        def decode(token: str) -> bytes:
+            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("▁", " ").encode()
+
+    else:
+        raise UserError(
+            "tokens cannot be aligned: the tokenizer is neither byte-level nor sentencepiece-like, so the bytes of its "
+            "tokens are not known. Use loss: {fn: cross_entropy}, which learns from the text."
+        )
+    found = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    added = tokenizer.added_tokens_decoder
+    for token, index in vocabulary.items():
+        if index not in added:
+            found[index] = decode(token)
+        elif not added[index].special:
+            found[index] = str(added[index].content).encode()
+    if tokenizer.eos_token_id is not None:
+        found[tokenizer.eos_token_id] = END
+    return found
+
+
+def _byte_characters() -> dict[int, str]:
+    """The printable character that byte-level vocabularies write for each byte (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {byte: chr(byte) for byte in plain} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VocabularyMap:
+    """Ids of the tokens that both vocabularies have [M], pair by pair, and the ids that only one has."""
+
+    student_shared_M: Array
+    teacher_shared_M: Array
+    student_other: Array
+    teacher_other: Array
+
+    @staticmethod
+    def of_tokenizers(student: Any, student_size: int, teacher: Any, teacher_size: int) -> VocabularyMap:
+        """From two tokenizers, for heads of these sizes: ids past a head are no outcome, ids without a token have no text."""
+
+        def texts(tokenizer: Any, size: int) -> list[bytes]:
+            found = token_bytes(tokenizer)[:size]
+            return found + [b""] * (size - len(found))
+
+        return VocabularyMap.of(texts(student, student_size), texts(teacher, teacher_size))
+
+    @staticmethod
+    def of(student: Sequence[bytes], teacher: Sequence[bytes]) -> VocabularyMap:
+        """From the bytes of every id. Of several ids with the same bytes the lowest counts."""
+        by_bytes = _lowest(teacher)
+        pairs = [(s, by_bytes[text]) for text, s in _lowest(student).items() if text in by_bytes]
+        shared_s, shared_t = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2).T
+        return VocabularyMap(
+            shared_s,
+            shared_t,
+            np.setdiff1d(np.arange(len(student)), shared_s),
+            np.setdiff1d(np.arange(len(teacher)), shared_t),
+        )
+
+
+def _lowest(texts: Sequence[bytes]) -> dict[bytes, int]:
+    return {text: index for index, text in reversed(list(enumerate(texts))) if text}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alignment:
+    """G spans of one text that end at a cut of both tokenizers, as few bytes each as there can be.
+
+    student_start_G, teacher_start_G: each side's first token in a span; both predict from the same text.
+    student_span_T, teacher_span_T: the span of each token, -1 after the last common cut.
+    """
+
+    student_start_G: Array
+    teacher_start_G: Array
+    student_span_T: Array
+    teacher_span_T: Array
+
+    @property
+    def num_spans(self) -> int:
+        return len(self.student_start_G)
+
+    def is_split(self) -> Array:
+        """Whether either side cuts a span in pieces, bool [G]."""
+        student_G, teacher_G = (
+            np.bincount(span_T[span_T >= 0], minlength=self.num_spans)
+            for span_T in (self.student_span_T, self.teacher_span_T)
+        )
+        return np.asarray((student_G > 1) | (teacher_G > 1))
+
+    @staticmethod
+    def concat(parts: Sequence[Alignment]) -> Alignment:
+        """Texts one after another: tokens and spans are counted through."""
+        columns: list[list[Array]] = [[np.empty(0, np.int64)] for _ in fields(Alignment)]
+        num_student = num_teacher = num_spans = 0
+        for part in parts:
+            columns[0].append(part.student_start_G + num_student)
+            columns[1].append(part.teacher_start_G + num_teacher)
+            for column, span_T in zip(columns[2:], (part.student_span_T, part.teacher_span_T), strict=True):
+                column.append(np.where(span_T < 0, -1, span_T + num_spans))
+            num_student += len(part.student_span_T)
+            num_teacher += len(part.teacher_span_T)
+            num_spans += part.num_spans
+        return Alignment(*(np.concatenate(column) for column in columns))
+
+
+def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
+    """Align one text's tokens on both sides, given as bytes.
+
+    Raises ValueError when the sides are not the same text as far as the shorter goes.
+    """
+    a, b = b"".join(student), b"".join(teacher)
+    common = min(len(a), len(b))
+    if a[:common] != b[:common]:
+        raise ValueError("the two sides are not tokens of the same text")
+    ends_s = np.cumsum([len(text) for text in student], dtype=np.int64)
+    ends_t = np.cumsum([len(text) for text in teacher], dtype=np.int64)
+    cuts = np.intersect1d(ends_s, ends_t)
+    cuts = cuts[cuts > 0]
+
+    def side(ends: Array) -> tuple[Array, Array]:
+        span = np.searchsorted(cuts, ends)  # a token that ends at a cut belongs to that span
+        return np.searchsorted(span, np.arange(len(cuts))), np.where(span < len(cuts), span, -1)
+
+    start_s, span_s = side(ends_s)
+    start_t, span_t = side(ends_t)
+    return Alignment(start_s, start_t, span_s, span_t)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """One trace as a teacher with another tokenizer reads it: prompt and completion in its ids, and the completions aligned."""
+
+    prompt_ids: Array
+    completion_ids: Array
+    alignment: Alignment
+
+
+class Reader:
+    """Reads a student's traces in a teacher's tokens, under the teacher's own chat template."""
+
+    def __init__(self, student: Any, teacher: Any, template: Template) -> None:
+        self._student, self._teacher, self._template = student, teacher, template
+        self._student_bytes, self._teacher_bytes = token_bytes(student), token_bytes(teacher)
+
+    def __call__(self, messages: Sequence[Message], completion_ids: Array) -> Reading | None:
+        """The reading of a prompt's messages and a completion in the student's ids.
+
+        None where the two sides' tokens do not spell the same text: a completion cut inside a character, or a tokenizer that
+        rewrites what it reads.
+        """
+        ids = [int(i) for i in completion_ids]
+        text = self._student.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        theirs = models.render_completion(self._teacher, text)
+        mine = _spelling(self._student_bytes, ids, text)
+        if not mine or mine[-1] != END:
+            theirs = theirs[: len(theirs) - (self._teacher.eos_token_id is not None)]
+        spelled = _spelling(self._teacher_bytes, [int(i) for i in theirs], text)
+        if mine is None or spelled is None:
+            return None
+        prompt = models.render_prompt(self._teacher, self._template, messages)
+        return Reading(prompt, theirs, align(mine, spelled))
+
+
+def _spelling(table: Sequence[bytes], ids: Sequence[int], text: str) -> list[bytes] | None:
+    """The bytes of each token where together they are the text, with or without its end; None where they are not.
+
+    A space before the whole, which sentencepiece-like tokenizers write and do not mean, belongs to no text.
+    """
+    parts = [table[i] for i in ids]
+    whole, wanted = b"".join(part for part in parts if part != END), text.encode()
+    if parts and whole == b" " + wanted:
+        first = next(n for n, part in enumerate(parts) if part)
+        parts[first] = parts[first][1:]
+        return parts
+    return parts if whole == wanted else None

@@ -1,0 +1,238 @@
+"""The one primitive: hidden states and the lm_head become K+1 numbers a token, and their gradients.
+
+At a token with chosen ids S (the label, the teacher's kept ids) every loss needs only the student's
+log-probabilities at S and the log-mass of everything else. `head_loss` computes them chunk by chunk, lets a
+small pure loss function act on them, and turns the chunk's logits into their own gradient in place. So it
+never holds [tokens, vocabulary], and it costs three matrix products: logits, d hidden, d weight (two with a
+frozen head). The gradient is made in the forward pass: the loss is a sum, its upstream gradient a scalar.
+
+The mass outside S is taken by masking S in the chunk, never as 1 - sum: in fp32 a true 1e-8 would read 2.4e-7.
+
+With z the logits, S the chosen ids, g the derivative by the K+1 numbers (z at S, r = log sum over v not in S of e^z_v):
+    dL/dz_v = g_v for v in S, else g_r * e^(z_v - r)
+
+The passes over a chunk are a `Sweep` (`kernels`): in torch anywhere, in Triton on a GPU.
+
+Left out on purpose: what losses mean (`training.losses`), weights and denominators (`training.packing`).
+Shapes: T tokens with a loss, C of them in a chunk, D hidden, V vocabulary, K teacher entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.records import Batch
+from distill.training.loss.kernels import OUTSIDE as OUTSIDE
+from distill.training.loss.kernels import HeadForm as HeadForm
+from distill.training.loss.kernels import Rest, Sweep, fused
+from distill.training.loss.kernels.chunks import (
+    Chunk,
+    chunk_rows,
+    gathered,
+    over_chunks,
+    wide_dtype,
+)
+from distill.training.loss.kernels.plain import PlainSweep
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a loss compares the student with: the rows of a Batch that have a weight.
+
+    label_T int64; weight_T float32, the denominator already divided in; place_T int64; teacher_ids_TK int64 (-1 = none) with
+    teacher_logp_TK (-inf there), teacher_tail_T, each_logp_TMK and each_tail_TM; the rollout streams as in Batch. coupled_T: what a first pass over the tokens'
+    log-probabilities gave, for losses that couple the tokens of a trace. All by row, so they can be sliced; and progress, as in
+    Batch, for losses that change while training goes on.
+    """
+
+    label_T: Tensor
+    weight_T: Tensor
+    teacher_ids_TK: Tensor | None = None
+    teacher_logp_TK: Tensor | None = None
+    teacher_tail_T: Tensor | None = None
+    each_logp_TMK: Tensor | None = None
+    each_tail_TM: Tensor | None = None
+    advantage_T: Tensor | None = None
+    old_logp_T: Tensor | None = None
+    ref_logp_T: Tensor | None = None
+    engine_logp_T: Tensor | None = None
+    coupled_T: Tensor | None = None
+    place_T: Tensor | None = None
+    progress: float = 0.0
+
+    @staticmethod
+    def of(batch: Batch, rows: Tensor) -> Targets:
+        """The chosen rows [T] (indices) of a batch of tensors."""
+        streams = {f.name: getattr(batch, f.name, None) for f in fields(Targets)}
+        picked = _rows(streams, rows)
+        picked["weight_T"] = picked["weight_T"] / batch.denominator
+        return Targets(**picked)
+
+    def __getitem__(self, rows: slice) -> Targets:
+        return Targets(**_rows({f.name: getattr(self, f.name) for f in fields(Targets)}, rows))
+
+
+def _rows(streams: Mapping[str, Any], rows: Tensor | slice) -> dict[str, Any]:
+    """The chosen rows of what goes by row; the rest as it is."""
+    return {k: v[rows] if isinstance(v, Tensor) else v for k, v in streams.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Student:
+    """The student's exact log-probabilities where a loss needs them, fp32 (fp64 for fp64 inputs).
+
+    label_T: at the label. top_TK: at teacher_ids_TK (where an id is -1, any finite number: mask by the
+    teacher's -inf). tail_T: log of the student's mass outside the teacher's ids (OUTSIDE when there is none).
+    best_outside_T: the highest log-probability outside the teacher's ids, without a gradient.
+    """
+
+    label_T: Tensor
+    top_TK: Tensor
+    tail_T: Tensor
+    best_outside_T: Tensor
+
+
+LossFn = Callable[[Student, Targets], Tensor]
+
+Measure = Callable[[Student, Targets], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadOutput:
+    """loss: the weighted sum, differentiable. The others by row, unweighted, detached.
+
+    measures: what `measure` returned. entropy_T: of the student's whole distribution, nats; None unless asked for.
+    """
+
+    loss: Tensor
+    loss_T: Tensor
+    label_logp_T: Tensor
+    measures: Mapping[str, Tensor] = field(default_factory=dict)
+    entropy_T: Tensor | None = None
+
+
+def head_loss(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    loss_fn: LossFn,
+    targets: Targets,
+    *,
+    form: HeadForm | None = None,
+    bias_V: Tensor | None = None,
+    chunk: int | None = None,
+    measure: Measure | None = None,
+    entropy: bool = False,
+) -> HeadOutput:
+    """Sum over tokens of weight * loss, with gradients to hidden, weight and bias where they ask for one.
+
+    hidden_TD and weight_VD share a dtype (bf16, fp32, fp64); everything after the logits is fp32 (fp64 for fp64).
+    A weight that is sharded over processes (DTensor) is gathered once here; its gradient is averaged over them.
+    chunk: tokens at a time; None takes what fits the memory. T = 0 gives a zero that still has a (zero) gradient.
+    measure: further numbers by row from the same student, each [T]. entropy: also the exact entropy by row.
+    """
+    weight_VD, bias_V = gathered(weight_VD), None if bias_V is None else gathered(bias_V)
+    form = form or HeadForm(weight_VD.shape[0])
+    sweep = _sweep(hidden_TD, weight_VD, bias_V, form)
+    targets = _clean(targets, hidden_TD.device)
+    calls = _SparsePass(loss_fn, targets, sweep, measure, entropy, {})
+    if chunk is None:
+        bytes_each = sweep.row_bytes(form, hidden_TD.dtype)
+        chunk = chunk_rows(len(hidden_TD), bytes_each, hidden_TD.device)
+    loss, loss_T, label_T = over_chunks(hidden_TD, weight_VD, bias_V, calls, targets.weight_T, form.vocab_size, chunk)
+    rows = {name: torch.cat(parts) for name, parts in calls.seen.items()}
+    return HeadOutput(loss, loss_T, label_T, rows, rows.pop("", None))
+
+
+def _clean(targets: Targets, device: torch.device) -> Targets:
+    """Count an id once however often it stands in a row, and give rows without a teacher an empty one."""
+    ids_TK, logp_TK = targets.teacher_ids_TK, targets.teacher_logp_TK
+    rows = {f.name: getattr(targets, f.name) for f in fields(Targets)}
+    if ids_TK is None or logp_TK is None:
+        rows["teacher_ids_TK"] = torch.empty(len(targets.label_T), 0, dtype=torch.long, device=device)
+        return Targets(**rows)
+    sorted_TK, order_TK = ids_TK.sort(dim=1, stable=True)
+    repeat_TK = torch.zeros_like(ids_TK, dtype=torch.bool)
+    repeat_TK[:, 1:] = sorted_TK[:, 1:] == sorted_TK[:, :-1]
+    unused_TK = torch.zeros_like(repeat_TK).scatter(1, order_TK, repeat_TK) | (logp_TK == -torch.inf)
+    rows["teacher_ids_TK"] = ids_TK.masked_fill(unused_TK, -1)
+    rows["teacher_logp_TK"] = logp_TK.masked_fill(unused_TK | (ids_TK < 0), -torch.inf)
+    return Targets(**rows)
+
+
+def _sweep(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm) -> Sweep:
+    weight_VD = weight_VD.detach()[: form.vocab_size]
+    bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
+    if fused.usable(hidden_TD, form):
+        return fused.FusedSweep(weight_VD, bias_V, form)
+    return PlainSweep(weight_VD, bias_V, form, wide_dtype(hidden_TD))
+
+
+@dataclass(frozen=True, slots=True)
+class _SparsePass:
+    """The chunks of one call of head_loss; `seen` collects what is measured, `""` the entropies."""
+
+    loss_fn: LossFn
+    targets: Targets
+    sweep: Sweep
+    measure: Measure | None
+    entropy: bool
+    seen: dict[str, list[Tensor]]
+
+    def chunk(self, hidden_CD: Tensor, rows: slice, grads: bool) -> Chunk:
+        targets = self.targets[rows]
+        label_C1 = targets.label_T[:, None]
+        assert targets.teacher_ids_TK is not None
+        used_CK = targets.teacher_ids_TK >= 0
+        # An unused entry points to the label: chosen anyway, so nothing else is masked or counted for it.
+        ids_CK = torch.where(used_CK, targets.teacher_ids_TK, label_C1)
+        ids_CS = torch.cat([label_C1, ids_CK], dim=1)
+        rest = self.sweep.rest(hidden_CD, ids_CS, entropy=self.entropy)
+        in_top_C = (used_CK & (targets.teacher_ids_TK == label_C1)).any(1)
+        z_CS, lse_C = rest.z_CS.requires_grad_(), rest.lse_C.requires_grad_()
+        dz_CV = factor_C = None
+        with torch.enable_grad():
+            student = _student(z_CS, lse_C, rest.best_C, used_CK, in_top_C)
+            loss_C = self.loss_fn(student, targets)
+            if grads:
+                g = torch.autograd.grad((loss_C * targets.weight_T).sum(), [z_CS, lse_C])
+                dz_CV, factor_C = self.sweep.gradient(*g)
+        with torch.no_grad():
+            if self.measure is not None:
+                for name, value_C in self.measure(student, targets).items():
+                    self.seen.setdefault(name, []).append(value_C)
+            if rest.entropy_C is not None:
+                self.seen.setdefault("", []).append(_entropy(rest, student, used_CK, in_top_C))
+        return Chunk(loss_C.detach(), student.label_T.detach(), dz_CV, factor_C)
+
+    def close(self) -> None:
+        self.sweep.close()
+
+
+def _student(z_CS: Tensor, rest_C: Tensor, best_C: Tensor, used_CK: Tensor, in_top_C: Tensor) -> Student:
+    """The K+1 numbers as log-probabilities; column 0 of z_CS is the label, the others the teacher's ids."""
+    label_C, z_CK = z_CS[:, 0], z_CS[:, 1:]
+    outside_C = torch.where(in_top_C, OUTSIDE, label_C)
+    tail_C = torch.logaddexp(rest_C, outside_C)
+    lse_C = torch.cat([torch.where(used_CK, z_CK, OUTSIDE), tail_C[:, None]], dim=1).logsumexp(1)
+    best_C = torch.maximum(best_C, outside_C.detach()) - lse_C.detach()
+    return Student(label_C - lse_C, z_CK - lse_C[:, None], tail_C - lse_C, best_C)
+
+
+def _entropy(rest: Rest, student: Student, used_CK: Tensor, in_top_C: Tensor) -> Tensor:
+    """-sum q log q over the whole vocabulary [C]: the chosen ids, each once, and the rest's own entropy."""
+    assert rest.entropy_C is not None
+    log_share_C = rest.lse_C + (student.label_T - rest.z_CS[:, 0])
+    chosen_CS = torch.cat(
+        [
+            torch.where(in_top_C, OUTSIDE, student.label_T)[:, None],
+            torch.where(used_CK, student.top_TK, OUTSIDE),
+        ],
+        dim=1,
+    )
+    of_chosen_C = -(chosen_CS.exp() * chosen_CS).sum(1)
+    return of_chosen_C + log_share_C.exp() * (rest.entropy_C - log_share_C)

@@ -1,0 +1,186 @@
+"""The three products around a chunk, and the gradient in the forward pass.
+
+`over_chunks` walks over the tokens; a `Chunks` turns a chunk's hidden states into a loss by row and d loss / d (hidden W^T);
+from that come d hidden and d weight, added up in the wide dtype. The loss is a sum, its upstream gradient a scalar, so the
+backward pass only multiplies. With a frozen weight its product is left out.
+
+Shapes: T tokens with a loss, C of them in a chunk, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+
+CHUNK_BYTES = 256 << 20
+"""Most memory for one chunk. Less where less is free; longer chunks gain nothing."""
+
+CPU_ROWS = 512
+"""Tokens a chunk on a CPU at most: a matrix product gains nothing from more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """loss_C, label_logp_C: by row, detached. The derivative by hidden W^T is factor_C (None: 1) times dz_CV, by row."""
+
+    loss_C: Tensor
+    label_logp_C: Tensor
+    dz_CV: Tensor | None
+    factor_C: Tensor | None = None
+
+
+class Chunks(Protocol):
+    """What one kind of loss does with a chunk."""
+
+    def chunk(self, hidden_CD: Tensor, rows: slice, grads: bool) -> Chunk:
+        """`rows` of the tokens; weights are in the derivative already. The next call may reuse its memory."""
+        ...
+
+    def close(self) -> None:
+        """All chunks are done."""
+        ...
+
+
+def wide_dtype(hidden: Tensor) -> torch.dtype:
+    """What everything after the logits is in: fp32, fp64 for fp64."""
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def wide_product(hidden_CD: Tensor, weight_DV: Tensor, out_CV: Tensor, scratch_CV: Tensor | None = None) -> Tensor:
+    """hidden W^T [C, V] in the wide dtype, written to out_CV; scratch_CV takes the product where it has to be narrow."""
+    if hidden_CD.dtype == out_CV.dtype:
+        return torch.mm(hidden_CD, weight_DV, out=out_CV)
+    if hidden_CD.is_cuda:
+        return torch.mm(hidden_CD, weight_DV, out_dtype=out_CV.dtype, out=out_CV)
+    # No CPU product of bf16 has an fp32 result: the logits are rounded, as transformers' and vLLM's are.
+    return out_CV.copy_(torch.mm(hidden_CD, weight_DV, out=scratch_CV))
+
+
+def chunk_rows(num_tokens: int, row_bytes: int, device: torch.device) -> int:
+    """Tokens in a chunk: as many as a quarter of the free memory and CHUNK_BYTES hold, in chunks of about one size."""
+    room = CHUNK_BYTES
+    most = CPU_ROWS
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room, most = min(room, (free + cached) // 4), num_tokens
+    rows = max(1, min(room // row_bytes, most))
+    rows = -(-num_tokens // -(-num_tokens // rows)) if num_tokens else 1
+    return rows if rows < 128 else -(-rows // 64) * 64
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A weight that is sharded over processes, whole on each; its gradient is averaged over them."""
+    if isinstance(tensor, DTensor):
+        whole: Tensor = tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
+        return whole
+    return tensor
+
+
+def over_chunks(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    chunks: Chunks,
+    weight_T: Tensor,
+    vocab_size: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of weight * loss, differentiable; loss [T] and log q(label) [T], detached)."""
+    grads = torch.is_grad_enabled()
+    walk = _Walk(chunks, weight_T, vocab_size, chunk, grads)
+    loss, loss_T, label_T = _OverChunks.apply(hidden_TD, weight_VD, bias_V, walk)  # type: ignore[no-untyped-call]
+    return loss, loss_T, label_T
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    chunks: Chunks
+    weight_T: Tensor
+    vocab_size: int
+    chunk: int
+    grads: bool
+
+
+class _OverChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, walk: _Walk
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        loss_T, label_T, ctx.gradients = _run(hidden_TD, weight_VD, bias_V, walk)
+        ctx.save_for_backward(hidden_TD, weight_VD, bias_V)
+        ctx.walk = walk
+        ctx.mark_non_differentiable(loss_T, label_T)
+        return (loss_T * walk.weight_T).sum(), loss_T, label_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden_TD, weight_VD, bias_V = inputs = ctx.saved_tensors
+        # Handed out and not kept, so that autograd takes them as they are; a second backward makes them again.
+        grads = ctx.gradients or _run(hidden_TD, weight_VD, bias_V, ctx.walk)[2]
+        ctx.gradients = None
+        # On a CPU looking at a number is free; a step's upstream is mostly 1.
+        if upstream.is_cuda or upstream != 1:
+            for grad in grads:
+                if grad is not None:
+                    grad.mul_(upstream)
+        dtypes = (None if t is None else t.dtype for t in inputs)
+        return *(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)), None
+
+
+def _run(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, walk: _Walk
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """loss_T, log q(label) [T], and the gradients that are asked for, dweight and dbias in the wide dtype.
+
+    Of a single chunk on a CPU there is nothing to add up: dweight is the product in its own dtype.
+    """
+    wide, vocab = wide_dtype(hidden_TD), walk.vocab_size
+    weight_wanted = walk.grads and weight_VD.requires_grad
+    bias_wanted = walk.grads and bias_V is not None and bias_V.requires_grad
+    grads = weight_wanted or bias_wanted or (walk.grads and hidden_TD.requires_grad)
+    dhidden_TD = torch.empty_like(hidden_TD) if grads else None
+    single = len(hidden_TD) <= walk.chunk and not hidden_TD.is_cuda
+    total = weight_VD.dtype if single else wide
+    dweight_VD = torch.empty_like(weight_VD, dtype=total) if weight_wanted else None
+    dbias_V = torch.zeros_like(bias_V, dtype=wide) if bias_wanted and bias_V is not None else None
+    if dweight_VD is not None:
+        dweight_VD[vocab if len(hidden_TD) else 0 :].zero_()
+    loss_T = hidden_TD.new_zeros(len(hidden_TD), dtype=wide)
+    label_T = torch.zeros_like(loss_T)
+    for start in range(0, len(hidden_TD), walk.chunk):
+        rows = slice(start, start + walk.chunk)
+        hidden_CD = hidden_TD[rows]
+        done = walk.chunks.chunk(hidden_CD, rows, grads)
+        loss_T[rows], label_T[rows] = done.loss_C, done.label_logp_C
+        dz_CV, factor_C = done.dz_CV, done.factor_C
+        if dz_CV is None or dhidden_TD is None:
+            continue
+        torch.mm(dz_CV, weight_VD[:vocab], out=dhidden_TD[rows])
+        if factor_C is not None:
+            dhidden_TD[rows] *= factor_C[:, None]
+            hidden_CD = hidden_CD * factor_C[:, None]
+        if dweight_VD is not None:
+            _add_product(dweight_VD[:vocab], dz_CV.t(), hidden_CD, first=start == 0)
+        if dbias_V is not None:
+            dbias_V[:vocab] += dz_CV.sum(0, dtype=wide) if factor_C is None else factor_C @ dz_CV
+    walk.chunks.close()
+    return loss_T, label_T, (dhidden_TD, dweight_VD, dbias_V)
+
+
+def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, first: bool) -> None:
+    """total += left @ right (= for the first), added up in total's dtype."""
+    beta = 0 if first else 1
+    if left_VC.dtype == total_VD.dtype:
+        torch.addmm(total_VD, left_VC, right_CD, beta=beta, out=total_VD)
+    elif left_VC.is_cuda:
+        torch.addmm(total_VD, left_VC, right_CD, beta=beta, out_dtype=total_VD.dtype, out=total_VD)
+    elif first:
+        total_VD.copy_(torch.mm(left_VC, right_CD))
+    else:
+        total_VD.add_(torch.mm(left_VC, right_CD))

@@ -1,0 +1,115 @@
+"""Several teachers' stored distributions over the same tokens, compared with the student one by one: sum share_i D(p_i || q).
+
+Each teacher kept ids of its own; what a student is compared with at a position is their union. The K+1 numbers of
+the student over the union give each teacher's own view of it: the mass outside teacher i's ids is that outside the
+union and that at the ids which only the others kept. So no second pass over the vocabulary, whatever their number.
+
+Beside the single distributions goes their mixture, as far as it is known, for what one watches: sum share_i p_i at every id
+of the union, where a teacher that did not keep an id adds nothing there and what it has outside its ids to the tail.
+
+Shapes: C positions of a trace, T tokens of a batch, M teachers, K entries of the union.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.records import Array, TopK
+from distill.training.loss.head import OUTSIDE, LossFn, Student, Targets
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blend:
+    """What several teachers kept at C positions.
+
+    ids_CK: the union, -1 = no entry, by descending probability in the mixture; logp_CK (-inf there) and tail_T: the
+    mixture. each_logp_CMK: every teacher's own, -inf where it kept no such id; each_tail_CM: the log of its mass outside its ids.
+    """
+
+    ids_CK: Array
+    logp_CK: Array
+    tail_T: Array
+    each_logp_CMK: Array
+    each_tail_CM: Array
+
+    @staticmethod
+    def of(tops: Sequence[TopK], shares: Sequence[float]) -> Blend:
+        """From each teacher's distributions over the same positions; shares add up to 1."""
+        dense = [top.dense() for top in tops]
+        ids_CE = np.concatenate([ids for ids, _ in dense], axis=1)
+        order_CE = np.argsort(ids_CE, axis=1, kind="stable")
+        sorted_CE = np.take_along_axis(ids_CE, order_CE, 1)
+        first_CE = sorted_CE >= 0
+        first_CE[:, 1:] &= sorted_CE[:, 1:] != sorted_CE[:, :-1]
+        place_CE = np.empty_like(order_CE)  # of every teacher's entry in the union
+        np.put_along_axis(place_CE, order_CE, first_CE.cumsum(1) - 1, 1)
+        num, width = len(ids_CE), int(first_CE.sum(1).max(initial=0))
+        union_CK = np.full((num, width), -1, np.int64)
+        each_CMK = np.full((num, len(tops), width), -np.inf, np.float32)
+        start = 0
+        for m, (ids_CN, logp_CN) in enumerate(dense):
+            rows, columns = np.nonzero(ids_CN >= 0)
+            places = place_CE[rows, start + columns]
+            union_CK[rows, places] = ids_CN[rows, columns]
+            each_CMK[rows, m, places] = logp_CN[rows, columns]
+            start += ids_CN.shape[1]
+        each_tail_CM = np.stack([top.tail_T for top in tops], axis=1).astype(np.float32)
+        share_M = np.asarray(shares, np.float64)
+        with np.errstate(divide="ignore"):
+            mixed_CK = np.log(np.einsum("m,cmk->ck", share_M, np.exp(each_CMK)))
+            tail_C = np.log(np.exp(each_tail_CM) @ share_M)
+        by_mass_CK = np.argsort(-mixed_CK, axis=1, kind="stable")
+        return Blend(
+            np.take_along_axis(union_CK, by_mass_CK, 1),
+            np.take_along_axis(mixed_CK, by_mass_CK, 1).astype(np.float32),
+            tail_C.astype(np.float32),
+            np.take_along_axis(each_CMK, by_mass_CK[:, None], 2),
+            each_tail_CM,
+        )
+
+    @property
+    def width(self) -> int:
+        return int(self.ids_CK.shape[1])
+
+    def dense(self, width: int) -> tuple[Array, Array]:
+        """Union and mixture [C, width], padded as TopK.dense pads."""
+        extra = ((0, 0), (0, width - self.width))
+        return (
+            np.pad(self.ids_CK, extra, constant_values=-1),
+            np.pad(self.logp_CK, extra, constant_values=-np.inf),
+        )
+
+    def each(self, width: int) -> Array:
+        """Every teacher's own log-probabilities [C, M, width]."""
+        extra = ((0, 0), (0, 0), (0, width - self.width))
+        return np.pad(self.each_logp_CMK, extra, constant_values=-np.inf)
+
+
+def over_teachers(loss: LossFn, shares: Sequence[float]) -> LossFn:
+    """sum share_i * loss(the student as teacher i's ids see it, teacher i's targets), [T]; shares add up to 1."""
+
+    def combined(student: Student, targets: Targets) -> Tensor:
+        assert targets.each_logp_TMK is not None and targets.each_tail_TM is not None  # noqa: PT018
+        total = torch.zeros_like(student.label_T)
+        for m, share in enumerate(shares):
+            logp_TK = targets.each_logp_TMK[:, m]
+            own = replace(targets, teacher_logp_TK=logp_TK, teacher_tail_T=targets.each_tail_TM[:, m])
+            total = total + share * loss(_seen_by(student, targets, logp_TK), own)
+        return total
+
+    return combined
+
+
+def _seen_by(student: Student, targets: Targets, logp_TK: Tensor) -> Student:
+    """The student with the ids that a teacher did not keep counted as outside its own."""
+    assert targets.teacher_logp_TK is not None
+    others_TK = (targets.teacher_logp_TK > -torch.inf) & (logp_TK == -torch.inf)
+    outside_TK = torch.where(others_TK, student.top_TK, OUTSIDE)
+    tail_T = torch.cat([outside_TK, student.tail_T[:, None]], dim=1).logsumexp(1)
+    best_TK = torch.cat([outside_TK.detach(), student.best_outside_T[:, None]], dim=1)
+    return replace(student, tail_T=tail_T, best_outside_T=best_TK.amax(1))

@@ -1,0 +1,46 @@
+"""Teacher and student over the same few outcomes at each token: the teacher's kept ids, or something else.
+
+p is the teacher, q the student, S the teacher's kept ids; everything outside S is one more outcome with teacher mass
+T and student mass P. A teacher's tail below 1e-6 is rounding noise and counts as no mass; where S is the whole vocabulary
+there is no tail.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from distill.records import NO_TAIL, UserError
+from distill.training.loss.head import OUTSIDE, Student, Targets
+
+
+def outcomes(student: Student, targets: Targets, *, least_tail: float = 0.0) -> tuple[Tensor, Tensor]:
+    """log p and log q [T, K+1] over S and the tail; -inf in both where there is no such outcome.
+
+    Raises UserError where the data hold no distributions.
+    """
+    logp_TK, tail_T = stored(targets)
+    tail_T = torch.where(tail_T > math.log(NO_TAIL), tail_T, -torch.inf)
+    if least_tail:
+        tail_T = tail_T.clamp(min=math.log(least_tail))
+    outside_T = student.tail_T > OUTSIDE / 2
+    logp_TN = torch.cat([logp_TK, torch.where(outside_T, tail_T, -torch.inf)[:, None]], dim=1)
+    logq_TN = torch.cat([kept(student.top_TK, logp_TK), student.tail_T[:, None]], dim=1)
+    return logp_TN, logq_TN
+
+
+def kept(top_TK: Tensor, logp_TK: Tensor) -> Tensor:
+    """The student's log-probabilities at S, -inf where there is no entry."""
+    return torch.where(logp_TK > -torch.inf, top_TK, -torch.inf)
+
+
+def stored(targets: Targets) -> tuple[Tensor, Tensor]:
+    """log p at S and the log of the tail."""
+    if targets.teacher_logp_TK is None or targets.teacher_tail_T is None:
+        raise UserError(
+            "this loss learns from the teacher's distributions, and the data hold none. Use data from a generate "
+            "stage with top_k > 0, or loss: {fn: cross_entropy}."
+        )
+    return targets.teacher_logp_TK, targets.teacher_tail_T

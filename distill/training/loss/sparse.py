@@ -1,0 +1,129 @@
+"""Losses: pure functions of the student's K+1 numbers and the targets, `[T]` each, never reduced here.
+
+p is the teacher, q the student, S the teacher's kept ids; everything outside S is one more outcome with teacher mass
+T and student mass P. Each divergence (`divergences`) over these outcomes is a true one: zero exactly when student and
+teacher agree on them, never negative, and a lower bound of the same divergence over the whole vocabulary. A loss is used in
+a recipe by its name; its keyword-only parameters are its options.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from distill.records import NO_TAIL, UserError
+from distill.training.loss import divergences
+from distill.training.loss.divergences import Alpha, Beta
+from distill.training.loss.head import Student, Targets
+from distill.training.loss.outcomes import kept, outcomes, stored
+from distill.training.loss.weight_schedule import Ramp
+
+REFUSED_OPTIONS = {
+    "temperature": "stored distributions have temperature 1. At any other, the mass outside the stored ids cannot be "
+    "known: for a Zipf-2 teacher with a vocabulary of 150000 and 64 ids stored, the tail is .009 at 1 and .62 at 2, and no stored "
+    "number tells. Remove it, or use targets: online, where the teacher runs beside the student and takes any temperature."
+}
+"""Options that people look for and that cannot be, with the reason."""
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+def cross_entropy(student: Student, targets: Targets) -> Tensor:
+    """-log q(label), nats [T]: plain SFT on the trace."""
+    return -student.label_T
+
+
+def forward_kl(student: Student, targets: Targets) -> Tensor:
+    """KL(p || q) over S and the tail, nats [T]:  sum_S p log(p/q) + T log(T/P)."""
+    return divergences.forward_kl(*outcomes(student, targets))
+
+
+def reverse_kl(student: Student, targets: Targets) -> Tensor:
+    """KL(q || p) over S and the tail, nats [T]:  sum_S q log(q/p) + P log(P/T).
+
+    A teacher's tail below 1e-6 counts as 1e-6. As nothing at all it would make the loss infinite, and left out it would
+    pay the student to move mass there; at 1e-6 the loss is finite and above -1e-6.
+    """
+    return divergences.reverse_kl(*outcomes(student, targets, least_tail=NO_TAIL))
+
+
+def jsd(student: Student, targets: Targets, *, beta: Beta = 0.5) -> Tensor:
+    """Jensen-Shannon divergence over S and the tail, nats [T]; beta is the teacher's share of the mixture."""
+    return divergences.jsd(*outcomes(student, targets), beta=beta)
+
+
+def tvd(student: Student, targets: Targets) -> Tensor:
+    """Total variation distance over S and the tail, in [0, 1], [T]."""
+    return divergences.tvd(*outcomes(student, targets))
+
+
+def skewed_forward_kl(student: Student, targets: Targets, *, alpha: Alpha = 0.1) -> Tensor:
+    """KL(p || alpha p + (1 - alpha) q) over S and the tail, nats [T]."""
+    return divergences.skewed_forward_kl(*outcomes(student, targets), alpha=alpha)
+
+
+def skewed_reverse_kl(student: Student, targets: Targets, *, alpha: Alpha = 0.1) -> Tensor:
+    """KL(q || (1 - alpha) p + alpha q) over S and the tail, nats [T]."""
+    return divergences.skewed_reverse_kl(*outcomes(student, targets), alpha=alpha)
+
+
+def ce_kl(
+    student: Student,
+    targets: Targets,
+    *,
+    ce_weight: Weight = 0.5,
+    kl_weight: Weight = 0.5,
+    final_ce_weight: Weight | None = None,
+    final_kl_weight: Weight | None = None,
+) -> Tensor:
+    """ce_weight * cross entropy + kl_weight * forward KL, nats [T] (Hinton et al. 2015, at temperature 1).
+
+    A final weight is what the weight has become at the last step, in a straight line from the first; None: it stays.
+    """
+    ce = Ramp(ce_weight, final_ce_weight).at(targets.progress)
+    kl = Ramp(kl_weight, final_kl_weight).at(targets.progress)
+    return ce * cross_entropy(student, targets) + kl * forward_kl(student, targets)
+
+
+def renormalised_kl(student: Student, targets: Targets) -> Tensor:
+    """KL(p / p(S) || q) over S alone, nats [T]. For comparison only: it is what many toolkits do, and it is wrong.
+
+    Its gradient q - p / p(S) is not zero where the student equals the teacher: it goes on pushing the student's tail into
+    S. Measured on SmolLM2 with 64 ids (tests/bench/bench_gradients.py), its gradient is off by 71% to 233% of the
+    whole KL's, forward_kl's by 11% to 14%.
+    """
+    logp_TK, _ = stored(targets)
+    whole_TK = (logp_TK - logp_TK.logsumexp(1, keepdim=True)).masked_fill(logp_TK == -torch.inf, -torch.inf)
+    return divergences.forward_kl(whole_TK, kept(student.top_TK, logp_TK))
+
+
+def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -> Tensor:
+    """Cross entropy under ids drawn from the teacher, nats [T]: sum over the drawn ids of count / draws * (-log q).
+
+    For comparison, with a teacher in the trainer, from whose whole distribution as many ids are drawn at each token, with
+    repetition (`online.draw`): teacher_ids_TK the distinct ids drawn, teacher_logp_TK = log count. No mass is missing, an id that was not
+    drawn weighs 0. Its gradient is that of the KL over the whole vocabulary in expectation, however few the draws, with their
+    noise on top (random sampling KD, arXiv 2503.16870).
+    """
+    logp_TK, _ = stored(targets)
+    drawn_TK = torch.where(logp_TK > -torch.inf, student.top_TK, 0.0)
+    return -(logp_TK.exp() / draws * drawn_TK).sum(1)
+
+
+def policy_gradient(student: Student, targets: Targets, *, engine_cap: PositiveFloat = 2.0) -> Tensor:
+    """Reverse KL as a policy gradient, [T]: -w A rho on the student's own tokens, for on_policy stages with scoring: engine.
+
+    A = log p(token) - log q(token) when it was sampled, a constant; rho = q / q sampled, 1 with its gradient; w = min(q trainer
+    / q engine, engine_cap), a constant. Its gradient is that of KL(q || p) a token in expectation, with the noise of
+    sampling: it needs the teacher's log-probability of one token only.
+    """
+    if targets.advantage_T is None or targets.engine_logp_T is None:
+        raise UserError(
+            "policy_gradient learns from the student's own completions: use it in a stage of kind on_policy."
+        )
+    own_T = student.label_T.detach()
+    weight_T = (own_T - targets.engine_logp_T).exp().clamp(max=engine_cap)
+    return -weight_T * targets.advantage_T * (student.label_T - own_T).exp()

@@ -1,0 +1,223 @@
+"""Policy-gradient objectives: what a reward does to a policy, with every convention of each method stated once.
+
+Their losses are `[T]` and never reduced here. An objective is used in a recipe by its name; its
+keyword-only parameters are its options. Left out on purpose: sampling (`rollout`), the one division (`packing`).
+
+    rho  policy over the policy that wrote the rollout, at the sampled token; A advantage; G completions a group
+    w    min(pi_old / pi_engine, engine_cap), a constant: the engine's probabilities are a little off the trainer's
+         own, and this truncated importance weight corrects the expectation for it (Yao et al. 2025)
+    d    log pi_ref - log pi
+
+Where nothing was updated since the rollout was written there is no old_logp_T: rho is then 1, with its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from distill.training.loss.head import Student, Targets
+from distill.training.loss.objective import (
+    Couple,
+    Kl,
+    PolicyObjective,
+    Truncated,
+    old_logp,
+    policy_kl,
+    sequence_log_ratio,
+    stream,
+)
+
+Share = Annotated[float, Field(ge=0)]
+# ---------------------------------------------------------------------------------------------- objectives
+
+
+def grpo(
+    *,
+    eps_low: Share = 0.2,
+    eps_high: Share | None = None,
+    beta: Share = 0.001,
+    kl: Kl = "k3",
+    engine_cap: PositiveFloat | None = 2.0,
+    truncated: Truncated = "mask",
+) -> PolicyObjective:
+    """GRPO (DeepSeekMath, arXiv 2402.03300, equation 3; R1, arXiv 2501.12948: eps 10, beta 0.001).
+
+    loss = -w min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) + beta kl; a mean over each completion's tokens,
+    then over completions; A divided by the group's standard deviation. eps_high: None = eps_low.
+    """
+    return _clipped(eps_low, eps_high, beta, kl, engine_cap, truncated, scale=True, normalise="sequence")
+
+
+def dapo(
+    *,
+    eps_low: Share = 0.2,
+    eps_high: Share = 0.28,
+    beta: Share = 0.0,
+    kl: Kl = "k3",
+    engine_cap: PositiveFloat | None = 2.0,
+    truncated: Truncated = "penalise",
+    resample: PositiveInt = 3,
+) -> PolicyObjective:
+    """DAPO (arXiv 2503.14476): GRPO with a higher upper clip, one mean over all tokens, and dynamic sampling.
+
+    Groups whose rewards are all equal are replaced by others, `resample` times the problems wanted at most; what
+    is still missing then is filled with them (A = 0). Its soft overlong punishment is the reward `length`.
+    """
+    return _clipped(
+        eps_low,
+        eps_high,
+        beta,
+        kl,
+        engine_cap,
+        truncated,
+        scale=True,
+        normalise="token",
+        resample=resample,
+    )
+
+
+def dr_grpo(
+    *,
+    eps_low: Share = 0.2,
+    eps_high: Share | None = None,
+    beta: Share = 0.0,
+    kl: Kl = "k3",
+    engine_cap: PositiveFloat | None = 2.0,
+    truncated: Truncated = "penalise",
+) -> PolicyObjective:
+    """Dr. GRPO (arXiv 2503.20783): no division by the standard deviation; the sum over tokens is divided by
+    completions x max_tokens whatever their lengths, so that long wrong answers are not favoured.
+    """
+    return _clipped(eps_low, eps_high, beta, kl, engine_cap, truncated, scale=False, normalise="fixed")
+
+
+def gspo(
+    *,
+    eps_low: Share = 3e-4,
+    eps_high: Share = 4e-4,
+    beta: Share = 0.0,
+    kl: Kl = "k3",
+    engine_cap: PositiveFloat | None = 2.0,
+    truncated: Truncated = "mask",
+) -> PolicyObjective:
+    """GSPO (arXiv 2507.18071): GRPO with one ratio a completion, rho = exp(mean over its tokens of log pi/pi_old).
+
+    Every token carries its completion's ratio and a gradient of its own log-probability (the paper's GSPO-token
+    form, whose value and gradient equal the sequence form's when A is one number a completion).
+    """
+    return _clipped(
+        eps_low,
+        eps_high,
+        beta,
+        kl,
+        engine_cap,
+        truncated,
+        scale=True,
+        normalise="sequence",
+        couple=sequence_log_ratio,
+    )
+
+
+def cispo(
+    *,
+    ratio_max: PositiveFloat = 5.0,
+    beta: Share = 0.0,
+    kl: Kl = "k3",
+    engine_cap: PositiveFloat | None = 2.0,
+    truncated: Truncated = "mask",
+) -> PolicyObjective:
+    """CISPO (MiniMax-M1, arXiv 2506.13585): loss = -w sg(min(rho, ratio_max)) A log pi, one mean over all tokens.
+
+    The ratio is clipped, not the update: every token keeps its gradient.
+    """
+
+    def loss(student: Student, targets: Targets) -> Tensor:
+        logp_T, advantage_T = student.label_T, stream(targets.advantage_T)
+        ratio_T = (logp_T - old_logp(logp_T, targets)).exp().detach().clamp(max=ratio_max)
+        policy_T = -ratio_T * advantage_T * logp_T
+        return _total(policy_T, logp_T, targets, beta, kl, engine_cap)
+
+    def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
+        logp_T = student.label_T
+        clipped_T = (logp_T - old_logp(logp_T, targets)).exp() > ratio_max
+        return {"clip_fraction": clipped_T.to(logp_T.dtype), **_distances(logp_T, targets)}
+
+    return PolicyObjective(loss, watch, reference=beta > 0, normalise="token", truncated=truncated)
+
+
+def _clipped(
+    eps_low: float,
+    eps_high: float | None,
+    beta: float,
+    kl: Kl,
+    engine_cap: float | None,
+    truncated: Truncated,
+    *,
+    scale: bool,
+    normalise: Literal["sequence", "token", "fixed"],
+    resample: int = 1,
+    couple: Couple | None = None,
+) -> PolicyObjective:
+    """The surrogate of PPO (arXiv 1707.06347, equation 7), whose pessimistic minimum all but CISPO share."""
+    low, high = 1.0 - eps_low, 1.0 + (eps_low if eps_high is None else eps_high)
+
+    def loss(student: Student, targets: Targets) -> Tensor:
+        logp_T, advantage_T = student.label_T, stream(targets.advantage_T)
+        ratio_T = _log_ratio(logp_T, targets).exp()
+        policy_T = -torch.minimum(ratio_T * advantage_T, ratio_T.clamp(low, high) * advantage_T)
+        return _total(policy_T, logp_T, targets, beta, kl, engine_cap)
+
+    def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
+        logp_T = student.label_T
+        ratio_T, advantage_T = _log_ratio(logp_T, targets).exp(), stream(targets.advantage_T)
+        clipped_T = ((ratio_T < low) & (advantage_T < 0)) | ((ratio_T > high) & (advantage_T > 0))
+        return {"clip_fraction": clipped_T.to(logp_T.dtype), **_distances(logp_T, targets)}
+
+    return PolicyObjective(
+        loss,
+        watch,
+        couple,
+        reference=beta > 0,
+        scale=scale,
+        normalise=normalise,
+        truncated=truncated,
+        resample=resample,
+    )
+
+
+# --------------------------------------------------------------------------------------------------- parts
+
+
+def _total(
+    policy_T: Tensor,
+    logp_T: Tensor,
+    targets: Targets,
+    beta: float,
+    kl: Kl,
+    engine_cap: float | None,
+) -> Tensor:
+    if engine_cap is not None and targets.engine_logp_T is not None:
+        weight_T = (old_logp(logp_T, targets) - targets.engine_logp_T).exp().clamp(max=engine_cap)
+        policy_T = policy_T * weight_T
+    return policy_T + beta * policy_kl(logp_T, targets, kl) if beta else policy_T
+
+
+def _log_ratio(logp_T: Tensor, targets: Targets) -> Tensor:
+    if targets.coupled_T is None:
+        return logp_T - old_logp(logp_T, targets)
+    return targets.coupled_T + (logp_T - logp_T.detach())
+
+
+def _distances(logp_T: Tensor, targets: Targets) -> dict[str, Tensor]:
+    """kl_ref: to the reference. kl_engine: between the engine and the trainer for the same weights, k3 both."""
+    found = {}
+    if targets.ref_logp_T is not None:
+        found["kl_ref"] = policy_kl(logp_T, targets, "k3")
+    if targets.engine_logp_T is not None:
+        d_T = old_logp(logp_T, targets) - targets.engine_logp_T
+        found["kl_engine"] = torch.expm1(d_T) - d_T
+    return found

@@ -1,0 +1,215 @@
+"""Rollouts: problems through an engine, rewards and advantages, into the same batches that stored traces become.
+
+In: a sampler and rewards (handed in: this room knows none of theirs). Out: `Step`s for the
+loop, with `advantage_T`, `engine_logp_T` and, where the loss needs them, `old_logp_T` and `ref_logp_T`. A rollout is
+prompts x mini_batches problems with group_size completions each; it gives mini_batches x passes steps. With one step
+a rollout the policy that learns is the one that wrote: no old log-probabilities, no forward pass for them.
+A rollout depends on its number, the seed and the weights only, so a resumed run writes the same ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from distill.recipe import GrpoStage
+from distill.records import Array, Batch, Group, Scores, draw_seed
+from distill.training.loop import Step, Tally
+from distill.training.loss.objective import PolicyObjective, advantages
+from distill.training.packing import Example, pack
+from distill.training.policy import Policy
+from distill.training.rl.sampler import Sampler, Written, written_metrics
+
+
+@dataclass(slots=True, eq=False)
+class Sampled:
+    """A group with what it earned. advantage [G]; counted [G]: takes part in the loss."""
+
+    written: Written
+    scores: Scores
+    advantage: Array
+    counted: Array
+
+
+@dataclass(slots=True)
+class Rollout:
+    """What one call of the sampler gave, and what it took."""
+
+    sampled: list[Sampled]
+    num_groups: int = 0
+    num_all_equal: int = 0
+    generate_seconds: float = 0.0
+    reward_seconds: float = 0.0
+    tally: Tally = field(default_factory=Tally)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollouts:
+    """A source of steps (see loop.Source).
+
+    rewards: scores a group each. watch(step, rollout): called for each rollout before it is learned from.
+    """
+
+    sampler: Sampler
+    config: GrpoStage
+    objective: PolicyObjective
+    rewards: Callable[[Sequence[Group]], list[Scores]]
+    seed: int
+    watch: Callable[[int, Rollout], None] | None = None
+
+    def steps(self, start: int, policy: Policy) -> Iterator[Step]:
+        """Optimiser steps from `start` on, which begins a rollout, without end."""
+        config = self.config
+        a_rollout = config.steps_a_rollout
+        for first in itertools.count(start, a_rollout):
+            if config.reference_every and first and first % config.reference_every == 0:
+                policy.refresh_reference()
+            began = time.perf_counter()
+            self.sampler.engine.sync(policy.weights(), version=first)
+            sync_seconds = time.perf_counter() - began
+            rollout = self.sample(first // a_rollout, version=first)
+            if self.watch is not None:
+                self.watch(first + 1, rollout)
+            metrics = _metrics(rollout) | {"sync_seconds": sync_seconds}
+            began = time.perf_counter()
+            mini_batches = self.mini_batches(rollout, first // a_rollout, policy)
+            metrics["prepare_seconds"] = time.perf_counter() - began
+            for number in range(a_rollout):
+                yield Step(
+                    mini_batches[number % config.mini_batches],
+                    metrics,
+                    rollout.tally if number == 0 else Tally(),
+                    resumable=number == a_rollout - 1,
+                )
+
+    # ------------------------------------------------------------------------------------------- sampling
+
+    def sample(self, index: int, version: int) -> Rollout:
+        """Rollout `index`: enough groups for its mini-batches, those with nothing to learn from sampled again."""
+        wanted = self.config.prompts * self.config.mini_batches
+        rollout = Rollout([])
+        equal: list[Sampled] = []
+        for attempt in range(self.objective.resample):
+            missing = wanted - len(rollout.sampled)
+            for sampled in self._groups(index, attempt, missing, version, rollout):
+                keep = self.objective.resample == 1 or sampled.advantage.any()
+                (rollout.sampled if keep else equal).append(sampled)
+            if len(rollout.sampled) >= wanted:
+                break
+        rollout.sampled += equal[: wanted - len(rollout.sampled)]
+        return rollout
+
+    def _groups(self, index: int, attempt: int, num: int, version: int, rollout: Rollout) -> list[Sampled]:
+        began = time.perf_counter()
+        written = self.sampler.groups(index, num, version=version, tally=rollout.tally, attempt=attempt)
+        rollout.generate_seconds += time.perf_counter() - began
+        began = time.perf_counter()
+        scores = self.rewards([w.group for w in written])
+        sampled = [self._advantages(w, s) for w, s in zip(written, scores, strict=True)]
+        seconds = time.perf_counter() - began
+        rollout.reward_seconds += seconds
+        rollout.tally.verifier_seconds += seconds
+        rollout.num_groups += len(sampled)
+        rollout.num_all_equal += sum(not s.advantage.any() for s in sampled)
+        return sampled
+
+    def _advantages(self, written: Written, scores: Scores) -> Sampled:
+        group = written.group
+        counted = np.ones(len(group), bool)
+        if self.objective.truncated == "mask":
+            counted = np.array(group.finished, bool)
+        known = [total if counts else None for total, counts in zip(scores.total, counted, strict=True)]
+        advantage = advantages(known, scale=self.objective.scale)
+        return Sampled(written, scores, advantage, counted)
+
+    # -------------------------------------------------------------------------------------------- batches
+
+    def mini_batches(self, rollout: Rollout, index: int, policy: Policy) -> list[list[Batch]]:
+        """The rollout's problems, shuffled and split; each part packed, with the log-probabilities the loss reads.
+
+        Completions without an advantage and without a KL have no gradient, so they are not computed; the denominators
+        count them all the same.
+        """
+        config = self.config
+        order = np.random.default_rng(draw_seed(self.seed, index, "order")).permutation(len(rollout.sampled))
+        several = config.mini_batches * config.passes > 1
+        parts = []
+        for part in np.array_split(order, config.mini_batches):
+            chosen = [rollout.sampled[n] for n in part]
+            batches = pack(
+                [example for sampled in chosen for example in self._examples(sampled, f"rollout-{index}")],
+                micro_tokens=config.micro_tokens,
+                normalise="sequence" if self.objective.normalise == "sequence" else "token",
+                denominator=self._denominator(chosen),
+            )
+            for n, batch in enumerate(batches):
+                if several:
+                    batch = replace(batch, old_logp_T=policy.logp(batch))
+                    _count_scored(rollout.tally, batch)
+                if self.objective.reference:
+                    batch = replace(batch, ref_logp_T=policy.reference_logp(batch))
+                    _count_scored(rollout.tally, batch)
+                batches[n] = batch
+            parts.append(batches)
+        return parts
+
+    def _examples(self, sampled: Sampled, rollout: str) -> Iterator[Example]:
+        for n, completion in enumerate(sampled.written.completions):
+            learns = sampled.advantage[n] != 0 or self.objective.reference
+            if sampled.counted[n] and learns and len(completion.ids_T):
+                yield Example(
+                    f"{rollout}/{sampled.written.prompt.problem.problem_id}/{n}",
+                    sampled.written.prompt.ids,
+                    completion.ids_T,
+                    advantage=float(sampled.advantage[n]),
+                    engine_logp=completion.logprob_T,
+                )
+
+    def _denominator(self, chosen: Sequence[Sampled]) -> float:
+        """Of one optimiser step: completions, their tokens, or completions x max_tokens; at least 1."""
+        lengths = [
+            length
+            for sampled in chosen
+            for length, counts in zip(sampled.written.group.num_tokens, sampled.counted, strict=True)
+            if counts
+        ]
+        match self.objective.normalise:
+            case "fixed":
+                num = sum(len(sampled.written.group) for sampled in chosen)
+                return float(num * self.config.sampling.max_tokens)
+            case "token":
+                return max(float(sum(lengths)), 1.0)
+            case "sequence":
+                return max(float(len(lengths)), 1.0)
+
+
+def _count_scored(tally: Tally, batch: Batch) -> None:
+    tally.scored_tokens += len(batch.ids_T)
+    tally.scored_head_tokens += int(np.count_nonzero(batch.weight_T))
+    tally.scored_squared_lengths += batch.squared_lengths
+
+
+def _metrics(rollout: Rollout) -> dict[str, float]:
+    """What one watches in RL, over all completions of the rollout: `written_metrics`, and:
+
+    reward and reward/<name>: means of what could be judged, left out where nothing could. all_equal: share of the
+    sampled groups without any advantage. unjudged: share of completions without a total.
+    """
+    totals = [t for s in rollout.sampled for t in s.scores.total]
+    scores = {"reward": totals}
+    for name in rollout.sampled[0].scores.parts:
+        scores[f"reward/{name}"] = [v for s in rollout.sampled for v in s.scores.parts[name]]
+    known = {key: [v for v in values if v is not None] for key, values in scores.items()}
+    metrics = {key: float(np.mean(values)) for key, values in known.items() if values}
+    return metrics | {
+        **written_metrics([s.written for s in rollout.sampled]),
+        "all_equal": rollout.num_all_equal / rollout.num_groups,
+        "groups": float(rollout.num_groups),
+        "unjudged": sum(t is None for t in totals) / len(totals),
+        "generate_seconds": rollout.generate_seconds,
+        "reward_seconds": rollout.reward_seconds,
+    }

@@ -1,0 +1,124 @@
+"""On-policy distillation: the student writes, the teacher is asked what it would have written, token by token.
+
+In: a sampler, and the teacher's engine or none. Out: `Step`s for the loop. Without an engine the batches hold the student's
+tokens alone, for a loss with a teacher in the trainer; with one they hold the teacher's top entries and tail, and its
+log-probability against the student's as an advantage a token: log p - log q, whose policy gradient is that of the
+reverse KL. A share of the traces may come from elsewhere (GKD's lambda, arXiv 2306.13649).
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from distill.recipe import OnPolicyStage
+from distill.records import Array, Completion, Engine, Request
+from distill.training.loop import Step, Tally
+from distill.training.loss.cross_tokenizer.alignment import Reader
+from distill.training.packing import Example, pack
+from distill.training.policy import Policy
+from distill.training.rl.sampler import Sampler, Written, written_metrics
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OnPolicy:
+    """A source of steps (see loop.Source), one rollout each.
+
+    teacher: scores the student's completions (None: the trainer does). read: for a teacher with another tokenizer; what
+    it cannot read is left out. offline(step, num): traces from elsewhere, the same
+    for the same arguments. watch(step, groups): called for each rollout before it is learned from.
+    """
+
+    sampler: Sampler
+    config: OnPolicyStage
+    teacher: Engine | None = None
+    read: Reader | None = None
+    offline: Callable[[int, int], list[Example]] | None = None
+    watch: Callable[[int, list[Written]], None] | None = None
+
+    def steps(self, start: int, policy: Policy) -> Iterator[Step]:
+        """Optimiser steps from `start` on, without end."""
+        for step in itertools.count(start):
+            began = time.perf_counter()
+            self.sampler.engine.sync(policy.weights(), version=step)
+            sync_seconds = time.perf_counter() - began
+            began = time.perf_counter()
+            tally = Tally()
+            num_offline = round(self.config.prompts * self.config.mix)
+            groups = self.sampler.groups(step, self.config.prompts - num_offline, version=step, tally=tally)
+            metrics = written_metrics(groups) | {
+                "generate_seconds": time.perf_counter() - began,
+                "sync_seconds": sync_seconds,
+            }
+            if self.watch is not None:
+                self.watch(step + 1, groups)
+            began = time.perf_counter()
+            scored = self._score(groups, tally)
+            if scored is not None:
+                metrics["kl_teacher"] = _reverse_kl(groups, scored)
+                metrics["score_seconds"] = time.perf_counter() - began
+            examples = list(self._examples(step, groups, scored))
+            if self.offline is not None and num_offline:
+                examples += self.offline(step, num_offline * self.config.group_size)
+            yield Step(pack(examples, micro_tokens=self.config.micro_tokens), metrics, tally)
+
+    def _score(self, groups: Sequence[Written], tally: Tally) -> list[list[Completion]] | None:
+        if self.teacher is None:
+            return None
+        requests = [
+            Request(f"{n}/{i}", group.prompt.ids, completion_ids=completion.ids_T)
+            for n, group in enumerate(groups)
+            for i, completion in enumerate(group.completions)
+        ]
+        top_k = 0 if self.config.loss.fn == "policy_gradient" else self.config.top_k
+        scored = iter(self.teacher.score(requests, top_k=top_k))
+        found = [[next(scored) for _ in group.completions] for group in groups]
+        tally.taught_tokens += sum(len(r.prompt_ids) + len(_given(r)) for r in requests)
+        tally.taught_head_tokens += sum(len(_given(r)) for r in requests)
+        return found
+
+    def _examples(
+        self, step: int, groups: Sequence[Written], scored: list[list[Completion]] | None
+    ) -> Iterator[Example]:
+        for n, group in enumerate(groups):
+            for i, own in enumerate(group.completions):
+                name = f"rollout-{step}/{group.prompt.problem.problem_id}/{i}"
+                if scored is None:
+                    reading = None
+                    if self.read is not None:
+                        reading = self.read(group.prompt.problem.messages, own.ids_T)
+                    if reading is not None or self.read is None:
+                        yield Example(name, group.prompt.ids, own.ids_T, reading=reading)
+                    continue
+                said = scored[n][i]
+                top = said.top
+                if top is not None:
+                    top = top.truncate(top_k=self.config.top_k, mass=self.config.mass)
+                    yield Example(name, group.prompt.ids, own.ids_T, top)
+                else:
+                    yield Example(
+                        name,
+                        group.prompt.ids,
+                        own.ids_T,
+                        advantage=said.logprob_T - own.logprob_T,
+                        engine_logp=own.logprob_T,
+                    )
+
+
+def _given(request: Request) -> Array:
+    assert request.completion_ids is not None
+    return request.completion_ids
+
+
+def _reverse_kl(groups: Sequence[Written], scored: Sequence[Sequence[Completion]]) -> float:
+    """Mean over the sampled tokens of log q - log p: the reverse KL in expectation, nats a token."""
+    gaps = [
+        own.logprob_T - said.logprob_T
+        for group, answers in zip(groups, scored, strict=True)
+        for own, said in zip(group.completions, answers, strict=True)
+    ]
+    return float(np.concatenate(gaps).mean(dtype=np.float64))
