@@ -438,7 +438,7 @@ class Batch:
     advantage_T, old_logp_T, ref_logp_T, engine_logp_T   float32 [T], of label_T; rollouts only
     version                      of the weights that wrote the rollout
     progress                     share of the steps that were done before this one: 0 at the first, 1 at the last
-    beside                       the same texts in a teacher's own tokens, where those are others
+    cross_tokenizer              the same texts in a teacher's own tokens, where those are others
     """
 
     ids_T: Any
@@ -461,7 +461,7 @@ class Batch:
     engine_logp_T: Any = None
     version: int = 0
     progress: float = 0.0
-    beside: Beside | None = None
+    cross_tokenizer: CrossTokenizerBatch | None = None
 
     @property
     def squared_lengths(self) -> int:
@@ -478,7 +478,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Beside:
+class CrossTokenizerBatch:
     """A batch's texts as a teacher with another tokenizer reads them, and where both tokenizers cut them at the same byte.
 
     Between two such cuts lies a span, G of them in all. Rows count the tokens that have a weight, in order, on the side
@@ -503,12 +503,12 @@ class Beside:
     weight_G: Any
     denominator: float
 
-    def to_torch(self, device: str | torch.device = "cpu") -> Beside:
+    def to_torch(self, device: str | torch.device = "cpu") -> CrossTokenizerBatch:
         """The same with torch tensors on a device."""
-        return Beside(**_moved(self, device))
+        return CrossTokenizerBatch(**_moved(self, device))
 
 
-def _moved(record: Batch | Beside, device: str | torch.device) -> dict[str, Any]:
+def _moved(record: Batch | CrossTokenizerBatch, device: str | torch.device) -> dict[str, Any]:
     """A record's fields, numpy arrays as torch tensors on a device."""
     import torch
 
@@ -517,7 +517,7 @@ def _moved(record: Batch | Beside, device: str | torch.device) -> dict[str, Any]
         value = getattr(record, f.name)
         if isinstance(value, np.ndarray):
             value = torch.from_numpy(value).to(device)
-        elif isinstance(value, Batch | Beside):
+        elif isinstance(value, Batch | CrossTokenizerBatch):
             value = value.to_torch(device)
         moved[f.name] = value
     return moved

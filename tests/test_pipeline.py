@@ -33,7 +33,7 @@ def recipe_tree(tiny_dir: Path, other_dir: Path) -> dict:
                 "task": "sums",
                 "problems": 6,
                 "sampling": {"max_tokens": 6},
-                "top_k": 8,
+                "top_logprobs": 8,
                 "engine": REFERENCE,
             },
             "all": {
@@ -46,7 +46,7 @@ def recipe_tree(tiny_dir: Path, other_dir: Path) -> dict:
                 "model": "other",
                 "data": "all",
                 "loss": {"fn": "forward_kl"},
-                "truncated": "keep",
+                "keep_truncated": True,
                 "steps": 6,
                 "batch_traces": 3,
                 "lr": 1e-3,

@@ -122,7 +122,7 @@ def test_roles_are_stated_for_every_field_that_may_change():
     roles = {kind: {name: model.role(name) for name in model.model_fields} for kind, model in recipe.KINDS.items()}
     assert roles["generate"]["problems"] == roles["generate"]["samples"] == "growth"
     assert roles["train"]["epochs"] == roles["train"]["steps"] == "growth"
-    assert roles["train"]["lr"] == roles["generate"]["top_k"] == "identity"
+    assert roles["train"]["lr"] == roles["generate"]["top_logprobs"] == "identity"
     assert roles["train"]["micro_tokens"] == roles["generate"]["shard_rows"] == "execution"
 
 

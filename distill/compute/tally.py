@@ -10,11 +10,11 @@ from distill.recipe import OptimStage
 from distill.records import Cost
 
 if TYPE_CHECKING:
-    from distill.training.loop import Tally
+    from distill.training.loop import WorkCounts
     from distill.training.policy import Teacher
 
 
-def tally_cost(config: OptimStage, shape: ModelShape, tally: Tally) -> Cost:
+def tally_cost(config: OptimStage, shape: ModelShape, tally: WorkCounts) -> Cost:
     """Training, scoring and the stage's own sampling, in tokens and FLOPs.
 
     Prompts are counted for every completion, though an engine may share them within a group.
@@ -50,7 +50,7 @@ def _mean_context(squared_lengths: int, tokens: int) -> float:
     return (squared_lengths / tokens + 1) / 2 if tokens else 0.0
 
 
-def teachers_cost(teachers: Sequence[Teacher], tally: Tally) -> Cost:
+def teachers_cost(teachers: Sequence[Teacher], tally: WorkCounts) -> Cost:
     """Of teachers in the trainer: each reads every token that is trained on, or the same texts in its own tokens."""
     tokens, head, squared = tally.tokens, tally.head_tokens, tally.squared_lengths
     if any(teacher.shared is not None for teacher in teachers):

@@ -92,7 +92,7 @@ class VllmEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(length, PREFILL_TOKENS, config.batch_size),
             }
-        cache_gib = config.memory_gib or (CPU_CACHE_GIB if self._on_cpu else None)
+        cache_gib = config.kv_cache_gib or (CPU_CACHE_GIB if self._on_cpu else None)
         if cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
         try:
@@ -113,7 +113,7 @@ class VllmEngine:
             )
         except ValueError as error:
             raise UserError(
-                f"engine: vLLM does not start with {model_dir}: {error} (engine.memory_gib, engine.max_model_len and "
+                f"engine: vLLM does not start with {model_dir}: {error} (engine.kv_cache_gib, engine.max_model_len and "
                 "engine.batch_size decide how much memory it takes.)"
             ) from error
 

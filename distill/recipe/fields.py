@@ -94,7 +94,7 @@ class EngineConfig(Config):
     dtype: Dtype = Field("auto", description=AUTO_DTYPE)
     max_model_len: PositiveInt | None = Field(None, description="tokens; None = what the stage needs")
     batch_size: PositiveInt = execution(64, description="completions decoded at once")
-    memory_gib: float | None = execution(
+    kv_cache_gib: float | None = execution(
         None, gt=0, description="key-value cache; None = 1 GiB on CPU, vLLM's own on a GPU"
     )
     eager: bool = execution(True, description="no compilation: quick to start, a little slower to run")

@@ -19,7 +19,7 @@ from distill.recipe.fields import (
 )
 from distill.recipe.training_stages import GrpoStage, OnPolicyStage, TrainStage
 
-POINTS = "held-out problems on which each model kept along the way (points_every) is tried; 0 = none"
+SNAPSHOTS = "held-out problems on which each model kept along the way (snapshot_every) is tried; 0 = none"
 
 
 class PruneStage(StageConfig):
@@ -42,7 +42,7 @@ class GenerateStage(StageConfig):
     problems: PositiveInt = growth()
     samples: PositiveInt = growth(1)
     sampling: SamplingConfig = SamplingConfig()
-    top_k: int = Field(64, ge=0, description="entries kept at a position at most; 0 = text and ids only")
+    top_logprobs: int = Field(64, ge=0, description="entries kept at a position at most; 0 = text and ids only")
     mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
     exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
     engine: EngineConfig = EngineConfig()
@@ -70,7 +70,7 @@ class ScoreStage(StageConfig):
     max_tokens: PositiveInt | None = Field(
         None, description="prompt and completion; longer traces are left out and counted"
     )
-    top_k: PositiveInt = Field(64, description="entries kept at a position at most")
+    top_logprobs: PositiveInt = Field(64, description="entries kept at a position at most")
     mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
     exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
     engine: EngineConfig = EngineConfig()
@@ -107,7 +107,7 @@ class EvalStage(StageConfig):
     samples: PositiveInt = growth(1)
     sampling: SamplingConfig = SamplingConfig()
     pass_at: list[PositiveInt] = [1]
-    points: int = growth(0, ge=0, description=POINTS)
+    snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
     engine: EngineConfig = EngineConfig()
 
     @pydantic.model_validator(mode="after")
@@ -138,7 +138,7 @@ class CompareStage(StageConfig):
     samples: PositiveInt = growth(1)
     sampling: SamplingConfig = SamplingConfig()
     pass_at: list[PositiveInt] = [1]
-    points: int = growth(0, ge=0, description=POINTS)
+    snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
     engine: EngineConfig = EngineConfig()
 
     def runs(self) -> dict[str, dict[int, tuple[str, str]]]:
@@ -155,7 +155,7 @@ class CompareStage(StageConfig):
         """The eval stages, by their names below this one's."""
         shared = {
             key: getattr(self, key)
-            for key in ("task", "problems", "samples", "sampling", "pass_at", "points", "engine")
+            for key in ("task", "problems", "samples", "sampling", "pass_at", "snapshot_problems", "engine")
         }
         return {
             name: EvalStage(kind="eval", model=model, **shared)

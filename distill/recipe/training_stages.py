@@ -32,7 +32,7 @@ class OptimStage(StageConfig):
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of lr")
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    clip_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
     dtype: Dtype = Field("auto", description=f"of the computation; {AUTO_DTYPE}")
     save_dtype: SavedDtype | None = Field(
         None,
@@ -46,7 +46,7 @@ class OptimStage(StageConfig):
         None,
         description="instead of a number of steps: until the FLOPs of that stage's student are spent, own rollouts counted",
     )
-    points_every: PositiveInt | None = execution(
+    snapshot_every: PositiveInt | None = execution(
         None, description="optimiser steps between models kept for accuracy against cost"
     )
     checkpoint_every: PositiveInt = execution(50, description="optimiser steps")
@@ -62,9 +62,9 @@ class OptimStage(StageConfig):
 
     @pydantic.model_validator(mode="after")
     def _whole_points(self) -> OptimStage:
-        if self.points_every is not None and self.lora is not None and self.lora.quantised:
+        if self.snapshot_every is not None and self.lora is not None and self.lora.quantised:
             raise ValueError(
-                "points_every: weights on the way cannot be written from a quantised base; leave out one of the two"
+                "snapshot_every: weights on the way cannot be written from a quantised base; leave out one of the two"
             )
         return self
 
@@ -95,7 +95,7 @@ class TrainStage(OptimStage):
     normalise: Literal["token", "sequence"] = Field(
         "token", description="what counts equally: every token, or every trace"
     )
-    truncated: Literal["drop", "keep"] = Field("drop", description="traces that ended at the token limit")
+    keep_truncated: bool = Field(False, description="learn from traces that ended at the token limit")
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> TrainStage:
@@ -138,8 +138,8 @@ class PolicyStage(OptimStage):
     problems: PositiveInt | None = Field(None, description="distinct train problems; None = a fresh one each time")
     sampling: SamplingConfig = SamplingConfig()
     engine: EngineConfig = EngineConfig()
-    samples_every: PositiveInt = execution(
-        10, description="rollouts between completions shown in the log and kept in samples.jsonl"
+    log_completions_every: PositiveInt = execution(
+        10, description="rollouts between completions shown in the log and kept in completions.jsonl"
     )
 
     @property
@@ -177,7 +177,7 @@ class GrpoStage(PolicyStage):
     """Train a model by reinforcement learning: groups of completions a problem, rewarded by rules.
 
     A rollout is `prompts` x `mini_batches` problems with `group_size` completions each; it is learned from in
-    `mini_batches` optimiser steps, `passes` times over.
+    `mini_batches` optimiser steps, `num_iterations` times over.
     """
 
     kind: Literal["grpo"]
@@ -185,7 +185,7 @@ class GrpoStage(PolicyStage):
     objective: PlugConfig = PlugConfig(fn="grpo")
     group_size: int = Field(8, ge=2, description="completions a problem; an advantage needs at least two")
     mini_batches: PositiveInt = Field(1, description="optimiser steps a rollout is split into")
-    passes: PositiveInt = Field(1, description="times a rollout is learned from (mu)")
+    num_iterations: PositiveInt = Field(1, description="times a rollout is learned from (mu)")
     lr: float = Field(1e-6, gt=0)
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     min_lr_ratio: float = Field(1.0, ge=0, le=1, description="1 keeps the learning rate constant")
@@ -195,11 +195,11 @@ class GrpoStage(PolicyStage):
     max_failed_rewards: float = execution(
         0.1, ge=0, le=1, description="share of groups a reward may fail on before the stage stops"
     )
-    reward_seconds: float = execution(60.0, gt=0, description="limit for one reward of one group")
+    reward_timeout: float = execution(60.0, gt=0, description="seconds: limit for one reward of one group")
 
     @property
     def steps_a_rollout(self) -> int:
-        return self.mini_batches * self.passes
+        return self.mini_batches * self.num_iterations
 
     @property
     def prompts_a_rollout(self) -> int:
@@ -210,12 +210,12 @@ class GrpoStage(PolicyStage):
         a_rollout = self.steps_a_rollout
         if self.steps is not None and self.steps % a_rollout:
             raise ValueError(
-                f"steps {self.steps} is not a multiple of mini_batches x passes = {a_rollout}: a rollout is that many "
+                f"steps {self.steps} is not a multiple of mini_batches x num_iterations = {a_rollout}: a rollout is that many "
                 "optimiser steps"
             )
         if self.reference_every is not None and self.reference_every % a_rollout:
             raise ValueError(
-                f"reference_every {self.reference_every} is not a multiple of mini_batches x passes = {a_rollout}"
+                f"reference_every {self.reference_every} is not a multiple of mini_batches x num_iterations = {a_rollout}"
             )
         if self.reference_every is not None and self.lora is not None:
             raise ValueError(
@@ -239,7 +239,7 @@ class OnPolicyStage(PolicyStage):
     """On-policy distillation: the student writes, the teacher says what it would have written, token by token.
 
     The teacher is compared over the whole vocabulary in the trainer, or (scoring: engine) its top_k entries and
-    tail come from an engine of its own. `mix` is the share of traces from `data` in every step.
+    tail come from an engine of its own. `offline_share` is the share of traces from `data` in every step.
     """
 
     kind: Literal["on_policy"]
@@ -247,17 +247,17 @@ class OnPolicyStage(PolicyStage):
     loss: PlugConfig = PlugConfig(fn="reverse_kl")
     temperature: float = Field(1.0, gt=0, description="of both distributions; scoring: trainer")
     scoring: Literal["trainer", "engine"] = "trainer"
-    top_k: PositiveInt = Field(64, description="entries a position; scoring: engine")
+    top_logprobs: PositiveInt = Field(64, description="entries a position; scoring: engine")
     mass: float = Field(0.98, gt=0, le=1, description="as in generate; scoring: engine")
     data: str | None = None
-    mix: float = Field(0.0, ge=0, lt=1, description="share of traces from data, the rest on policy")
+    offline_share: float = Field(0.0, ge=0, lt=1, description="share of traces from data, the rest on policy")
     group_size: int = Field(4, ge=1, description="completions a problem")
     lr: float = Field(1e-5, gt=0)
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> OnPolicyStage:
-        if (self.data is None) != (self.mix == 0):
-            raise ValueError("data and mix go together: say where the offline traces are, and their share")
+        if (self.data is None) != (self.offline_share == 0):
+            raise ValueError("data and offline_share go together: say where the offline traces are, and their share")
         if self.scoring == "engine":
             if not isinstance(self.teacher, str):
                 raise ValueError("scoring: engine takes one teacher; several are mixed by scoring: trainer")
@@ -268,8 +268,8 @@ class OnPolicyStage(PolicyStage):
                 )
         if self.loss.fn == "policy_gradient" and (self.sampling.temperature != 1.0 or self.sampling.top_p != 1.0):
             raise ValueError("sampling: temperature and top_p must be 1 for loss policy_gradient")
-        if self.loss.fn == "policy_gradient" and (self.scoring != "engine" or self.mix):
-            raise ValueError("loss policy_gradient needs scoring: engine and no mix")
+        if self.loss.fn == "policy_gradient" and (self.scoring != "engine" or self.offline_share):
+            raise ValueError("loss policy_gradient needs scoring: engine and no offline_share")
         return self
 
     def inputs(self) -> Iterator[tuple[str, str]]:

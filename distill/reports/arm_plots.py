@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from distill.printable import printable
-from distill.reports.run_report import ArmRow, PointRow
+from distill.reports.run_report import ArmRow, SnapshotRow
 from distill.reports.svg import (
     CHAR,
     Canvas,
@@ -126,7 +126,7 @@ def _compute_arm(
     canvas: Canvas,
     name: str,
     arm: ArmRow,
-    points: list[PointRow],
+    points: list[SnapshotRow],
     shape: int,
     scales: tuple[Scale, Scale],
     end: float,
@@ -148,13 +148,13 @@ def _compute_arm(
     canvas.add("</g>")
 
 
-def _points(arm: ArmRow, view: str) -> list[PointRow]:
+def _points(arm: ArmRow, view: str) -> list[SnapshotRow]:
     """The arm along its training, its end last. What a view adds to the student's own FLOPs is paid from the start."""
     flops = arm["cost"][view]["flops"]  # type: ignore[index]
     added = flops - arm["flops"]
     accuracy = arm["accuracy"]
-    end = PointRow(flops=flops, accuracy=accuracy["value"], low=accuracy["low"], high=accuracy["high"])
-    before = [PointRow(**{**point, "flops": point["flops"] + added}) for point in arm.get("points", [])]
+    end = SnapshotRow(flops=flops, accuracy=accuracy["value"], low=accuracy["low"], high=accuracy["high"])
+    before = [SnapshotRow(**{**point, "flops": point["flops"] + added}) for point in arm.get("snapshots", [])]
     return [*sorted((p for p in before if p["flops"] < flops), key=lambda p: p["flops"]), end]
 
 

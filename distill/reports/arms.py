@@ -101,7 +101,7 @@ def score(
             for k in pass_at
             if k > 1
         },
-        "truncation": sum(one.finish_reason == "length" for one in everything) / len(everything),
+        "clipped_ratio": sum(one.finish_reason == "length" for one in everything) / len(everything),
         "mean_length": sum(one.length for one in everything) / len(everything),
         "problems": len(correct),
         "samples": max(len(samples) for samples in correct),
@@ -137,7 +137,7 @@ def score_seeds(
             for k in pass_at
             if k > 1
         },
-        "truncation": sum(one.finish_reason == "length" for one in everything) / len(everything),
+        "clipped_ratio": sum(one.finish_reason == "length" for one in everything) / len(everything),
         "mean_length": sum(one.length for one in everything) / len(everything),
         "problems": max(one["problems"] for one in alone.values()),
         "samples": max(one["samples"] for one in alone.values()),

@@ -146,7 +146,7 @@ def _scores(card: Card) -> list[Block]:
                 name,
                 interval_text(arm["accuracy"]),
                 more,
-                percent(arm["truncation"]),
+                percent(arm["clipped_ratio"]),
                 str(arm["accuracy"]["n"]),
                 str(arm["samples"]),
                 str(arm["seeds"]),

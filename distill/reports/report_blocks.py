@@ -232,7 +232,7 @@ def accuracy_table(report: RunReport) -> Table:
                 name,
                 interval_text(arm["accuracy"]),
                 *(interval_text(one) if one else "–" for one in curve),
-                percent(arm["truncation"]),
+                percent(arm["clipped_ratio"]),
                 f"{arm['mean_length']:.1f}",
                 str(arm["problems"]),
                 str(arm["samples"]),

@@ -66,7 +66,7 @@ class CheckpointRow(TypedDict):
     accuracy: IntervalRow
 
 
-class PointRow(TypedDict):
+class SnapshotRow(TypedDict):
     """A checkpoint on an arm's way: the student's own FLOPs by then, accuracy and its interval."""
 
     flops: float
@@ -88,7 +88,7 @@ class ArmRow(TypedDict):
 
     role: the headline compares students; a teacher and the common start are shown beside them.
     stage: the stage, or the model, that was evaluated. pass_at, maj_at: by k, as text (JSON's keys are).
-    points: checkpoints along the way, the end left out. by_seed: of an arm that was trained with several seeds; its
+    snapshots: models kept along the way, the end left out. by_seed: of an arm that was trained with several seeds; its
     accuracy, tokens, FLOPs and seconds are then means over them, and the interval is over seeds and problems.
     """
 
@@ -97,7 +97,7 @@ class ArmRow(TypedDict):
     accuracy: IntervalRow
     pass_at: dict[str, IntervalRow]
     maj_at: dict[str, IntervalRow]
-    truncation: float
+    clipped_ratio: float
     mean_length: float
     problems: int
     samples: int
@@ -108,7 +108,7 @@ class ArmRow(TypedDict):
     seconds: float
     cost: dict[Literal["student", "with_inference", "with_teacher"], View]
     cost_stages: NotRequired[dict[str, list[str]]]
-    points: NotRequired[list[PointRow]]
+    snapshots: NotRequired[list[SnapshotRow]]
     by_seed: NotRequired[list[SeedRow]]
 
 

@@ -126,7 +126,7 @@ def arm_table(report: RunReport) -> Table:
             Text(interval_bar(bar, end=end), "cyan" if arm["role"] == "student" else "dim"),
             Text(interval_text(arm["accuracy"])),
             *(percent(one["value"]) if one else "–" for one in more),
-            percent(arm["truncation"]),
+            percent(arm["clipped_ratio"]),
             str(arm["seeds"]),
             scaled(arm["flops"], "FLOP"),
             scaled(arm["cost"]["with_teacher"]["flops"], "FLOP"),

@@ -84,7 +84,7 @@ def _memory_knobs(row: Row) -> str:
     if any(part.purpose == "training" for part in row.parts):
         knobs.append("micro_tokens, or set gradient_checkpointing: true or lora")
     if any(part.purpose == "engine" for part in row.parts):
-        knobs.append("engine.memory_gib and engine.batch_size")
+        knobs.append("engine.kv_cache_gib and engine.batch_size")
     return "; ".join(knobs)
 
 

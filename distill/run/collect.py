@@ -16,7 +16,7 @@ from distill import run_folder
 from distill.compute.ledger import ArmCost, arm_cost, mean_cost
 from distill.recipe import CompareStage, EvalStage, GrpoStage, Recipe, base_name, validate
 from distill.recipe.lineage import role_of, roles_of
-from distill.reports.run_report import ArmRow, PointRow, RunReport, SeedRow, StageRow, view
+from distill.reports.run_report import ArmRow, RunReport, SeedRow, SnapshotRow, StageRow, view
 from distill.stages.budget import parents_of, stage_costs
 
 MAX_POINTS = 240
@@ -182,7 +182,7 @@ def _arm(found: _Found, role: Any, metrics: dict[str, Any], cost: ArmCost, befor
             "accuracy",
             "pass_at",
             "maj_at",
-            "truncation",
+            "clipped_ratio",
             "mean_length",
             "problems",
             "samples",
@@ -202,15 +202,15 @@ def _arm(found: _Found, role: Any, metrics: dict[str, Any], cost: ArmCost, befor
         },
         cost_stages=cost.stages,
     )
-    if points := metrics.get("points"):
-        row["points"] = [
-            PointRow(
-                flops=before + point["flops"],
-                accuracy=point["accuracy"]["value"],
-                low=point["accuracy"]["low"],
-                high=point["accuracy"]["high"],
+    if snapshots := metrics.get("snapshots"):
+        row["snapshots"] = [
+            SnapshotRow(
+                flops=before + snapshot["flops"],
+                accuracy=snapshot["accuracy"]["value"],
+                low=snapshot["accuracy"]["low"],
+                high=snapshot["accuracy"]["high"],
             )
-            for point in points
+            for snapshot in snapshots
         ]
     if len(found.models) > 1:
         by_seed = {one["seed"]: one["accuracy"] for one in metrics["by_seed"]}

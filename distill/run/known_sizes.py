@@ -38,7 +38,7 @@ class Known:
     tasks_of: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, tuple[Task, float]] = field(default_factory=dict)
     spent: dict[str, float] = field(default_factory=dict)
-    points: dict[str, int] = field(default_factory=dict)
+    snapshots: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def budget(self, config: TrainStage | PolicyStage) -> float:

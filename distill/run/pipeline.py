@@ -165,7 +165,7 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
 
 def _made_anything(folder: Path) -> bool:
     """Whether a stage that did not end left something that is worth keeping."""
-    kept = ("model", "checkpoints/step-*", "traces/*.parquet", "traces/selection.json")
+    kept = ("model", "checksnapshots/step-*", "traces/*.parquet", "traces/selection.json")
     return any(True for pattern in kept for _ in folder.glob(pattern))
 
 
@@ -358,7 +358,7 @@ class Runner:
         if status == -signal.SIGKILL:
             message = (
                 "it was killed, most often for want of memory: lower micro_tokens (train) or engine.batch_size and "
-                "engine.memory_gib (generate, eval). Running again continues."
+                "engine.kv_cache_gib (generate, eval). Running again continues."
             )
         raise StageError(
             f"stage {node.name!r} failed with status {status}. {message}\nThe last lines of {log}:\n{_tail(log)}"

@@ -176,7 +176,7 @@ def _engine_memory(
     machine: Machine,
     **more: bool,
 ) -> Memory:
-    cache = config.memory_gib or (1.0 if machine.device == "cpu" else None)
+    cache = config.kv_cache_gib or (1.0 if machine.device == "cpu" else None)
     return flops.generate_memory(
         shape,
         config.batch_size,
@@ -211,11 +211,11 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
     shape, (_, prompt) = known.shape(config.model), known.task(config.task)
     reply = _reply(config, known)
     folders = [config.problems * config.samples]
-    if isinstance(config, EvalStage) and config.points:
-        tried = min(config.points, config.problems) * config.samples
-        folders += [tried] * known.points.get(config.model, 0)
+    if isinstance(config, EvalStage) and config.snapshot_problems:
+        tried = min(config.snapshot_problems, config.problems) * config.samples
+        folders += [tried] * known.snapshots.get(config.model, 0)
     sequences = sum(folders)
-    captured = isinstance(config, GenerateStage) and config.top_k > 0
+    captured = isinstance(config, GenerateStage) and config.top_logprobs > 0
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     known.traces[name] = (sequences, prompt, reply)
     known.tasks_of[name] = config.task
@@ -296,7 +296,7 @@ def _score(name: str, config: ScoreStage, known: Known, machine: Machine) -> Row
 
 def _points(config: TrainStage | PolicyStage, num_steps: float) -> int:
     """Models kept along the way, the end not counted."""
-    return int((num_steps - 1) // config.points_every) if config.points_every else 0
+    return int((num_steps - 1) // config.snapshot_every) if config.snapshot_every else 0
 
 
 def _filter(name: str, config: FilterStage, known: Known) -> Row:
@@ -393,7 +393,7 @@ def _train(name: str, config: TrainStage, known: Known, machine: Machine) -> Row
     tokens, head_tokens = seen * (prompt_trained + reply), seen * reply
     total = own_flops(seen)
     known.spent[name] = known.spent.get(config.model, 0.0) + total
-    known.points[name] = _points(config, num_steps)
+    known.snapshots[name] = _points(config, num_steps)
     teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
     taught = tuple(
         (each, flops.forward_flops(each, tokens, (prompt + reply + 1) / 2, head_tokens)) for each in teachers
@@ -420,9 +420,9 @@ def _policy(name: str, config: PolicyStage, known: Known, machine: Machine) -> R
     passes, scorings, reference = 1, 0, False
     teachers: list[ModelShape] = []
     if isinstance(config, GrpoStage):
-        passes = config.passes
+        passes = config.num_iterations
         reference = resolve_objective(config, f"stages.{name}").reference
-        scorings = (config.mini_batches * config.passes > 1) + reference
+        scorings = (config.mini_batches * config.num_iterations > 1) + reference
     elif isinstance(config, OnPolicyStage):
         teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
     frame = known.frame("", config.task)
@@ -450,7 +450,7 @@ def _policy(name: str, config: PolicyStage, known: Known, machine: Machine) -> R
     num_steps = config.steps or known.budget(config) / own_flops(a_step)
     sampled = num_steps * a_step
     known.spent[name] = known.spent.get(config.model, 0.0) + own_flops(sampled)
-    known.points[name] = _points(config, num_steps)
+    known.snapshots[name] = _points(config, num_steps)
     training = _Training(
         config,
         shape,

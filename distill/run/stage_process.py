@@ -170,7 +170,7 @@ def _memory_hint(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return (
             "\nOut of memory. Lower micro_tokens or set gradient_checkpointing: true (train), lower engine.batch_size or "
-            "engine.memory_gib (generate, eval); then run again, it continues."
+            "engine.kv_cache_gib (generate, eval); then run again, it continues."
         )
     return ""
 

@@ -13,7 +13,7 @@ from distill.reports.comparison import check_same_start, compare_trained
 from distill.reports.run_report import comparison_row
 from distill.stages.context import Context, Result
 from distill.stages.eval import checkpoints, read_results
-from distill.stages.snapshots import points_of
+from distill.stages.snapshots import snapshots_of
 
 
 def run(config: CompareStage, context: Context) -> Result:
@@ -45,7 +45,8 @@ def run(config: CompareStage, context: Context) -> Result:
         "comparisons": rows,
         "examples": examples(merged, students[0], students[1], questions),
         "arms": {
-            arm: score_seeds(runs, config.pass_at, same) | {"points": _points(config, context.run, arm, folders[arm])}
+            arm: score_seeds(runs, config.pass_at, same)
+            | {"snapshots": _points(config, context.run, arm, folders[arm])}
             for arm, runs in arms.items()
             if len(runs) > 1
         },
@@ -54,8 +55,8 @@ def run(config: CompareStage, context: Context) -> Result:
 
 
 def _points(config: CompareStage, run: Path, arm: str, folders: dict[int, Path]) -> list[dict[str, object]]:
-    kept = [points_of(run / model) for _, model in config.runs()[arm].values()]
-    if not config.points:
+    kept = [snapshots_of(run / model) for _, model in config.runs()[arm].values()]
+    if not config.snapshot_problems:
         return []
     return [dict(row) for row in checkpoints(list(folders.values()), kept)]
 

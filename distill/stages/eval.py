@@ -1,6 +1,6 @@
 """eval: held-out accuracy of one model on one task, and of those that its stage kept along the way.
 
-Every completion is kept, as traces without distributions: of the model in `traces`, of a point in `points/<its step>`.
+Every completion is kept, as traces without distributions: of the model in `traces`, of a snapshot in `snapshots/<its step>`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from distill.reports.arms import ArmResults, score, score_seeds
 from distill.reports.run_report import CheckpointRow
 from distill.stages.context import Context, Result
 from distill.stages.sampling import sample
-from distill.stages.snapshots import FOLDER, Point, points_of
+from distill.stages.snapshots import FOLDER, Snapshot, snapshots_of
 from distill.traces.reader import content_fingerprint, open_traces
 
 COLUMNS = (
@@ -33,41 +33,41 @@ COLUMNS = (
 
 def run(config: EvalStage, context: Context) -> Result:
     folder = context.folder / "traces"
-    points = points_of(context.run / config.model) if config.points else []
-    fewer = config.model_copy(update={"problems": min(config.points, config.problems)})
+    snapshots = snapshots_of(context.run / config.model) if config.snapshot_problems else []
+    fewer = config.model_copy(update={"problems": min(config.snapshot_problems, config.problems)})
     counts, cost, _ = sample(config, context, folder, "held_out")
-    for point in points:
-        beside = context.folder / FOLDER / point.name
-        cost += sample(fewer, context, beside, "held_out", point)[1]
+    for snapshot in snapshots:
+        beside = context.folder / FOLDER / snapshot.name
+        cost += sample(fewer, context, beside, "held_out", snapshot)[1]
     same = context.task(config.task).same_answer
     metrics = score(read_results(folder), config.pass_at, same, seed=context.recipe.seed)
-    metrics["points"] = checkpoints([context.folder], [points])
+    metrics["snapshots"] = checkpoints([context.folder], [snapshots])
     metrics["prompts_too_long"] = counts.prompts_too_long
     accuracy = metrics["accuracy"]
     context.say(
         f"accuracy {accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}] "
         f"on {accuracy['n']} held-out problems"
     )
-    made = [content_fingerprint(context.folder / FOLDER / point.name) for point in points]
+    made = [content_fingerprint(context.folder / FOLDER / snapshot.name) for snapshot in snapshots]
     return Result(cost, metrics, stable_hash(content_fingerprint(folder), *made))
 
 
-def checkpoints(evaluations: Sequence[Path], points: Sequence[Sequence[Point]]) -> list[CheckpointRow]:
+def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[CheckpointRow]:
     """How the models along the way did: of one training seed, or over several that kept equally many.
 
-    evaluations: the folder of each seed's eval stage; points: what its training stage kept.
+    evaluations: the folder of each seed's eval stage; snapshots: what its training stage kept.
     """
     rows = []
-    for together in zip(*points, strict=False):
+    for together in zip(*snapshots, strict=False):
         results = {
-            seed: read_results(folder / FOLDER / point.name)
-            for seed, (folder, point) in enumerate(zip(evaluations, together, strict=True))
+            seed: read_results(folder / FOLDER / snapshot.name)
+            for seed, (folder, snapshot) in enumerate(zip(evaluations, together, strict=True))
         }
         scores = score(results[0]) if len(results) == 1 else score_seeds(results)
         rows.append(
             CheckpointRow(
-                step=sum(point.step for point in together) / len(together),
-                flops=sum(point.cost.flops for point in together) / len(together),
+                step=sum(snapshot.step for snapshot in together) / len(together),
+                flops=sum(snapshot.cost.flops for snapshot in together) / len(together),
                 accuracy=scores["accuracy"],
             )
         )

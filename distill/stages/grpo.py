@@ -14,9 +14,9 @@ from distill.records import draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.resolve import resolve_objective, resolve_rewards
-from distill.stages.inputs.student import keep_trainee, load_trainee
+from distill.stages.inputs.student import load_student, save_student
 from distill.stages.rollouts import Progress, Samples, open_sampler, policy_metrics
-from distill.stages.snapshots import keep_points
+from distill.stages.snapshots import keep_snapshots
 from distill.tasks.combined_reward import Rewards
 from distill.training import loop
 from distill.training.rl.reward_rollout import Rollout, Rollouts
@@ -25,7 +25,7 @@ FIRST_REWARD = 5
 """How many times the limit a reward's first call may take: it may have a model to load."""
 SHOWN = 3
 """Groups of a rollout of which completions are shown."""
-WATCHED = ("reward", "length", "truncated", "all_equal", "entropy", "kl_ref", "kl_engine")
+WATCHED = ("reward", "length", "clipped_ratio", "frac_reward_zero_std", "entropy", "kl_ref", "kl_engine")
 
 
 def run(config: GrpoStage, context: Context) -> Result:
@@ -33,14 +33,14 @@ def run(config: GrpoStage, context: Context) -> Result:
     objective = resolve_objective(config, where)
     rewards = Rewards(
         resolve_rewards(config, where),
-        limit_s=config.reward_seconds,
-        first_limit_s=FIRST_REWARD * config.reward_seconds,
+        limit_s=config.reward_timeout,
+        first_limit_s=FIRST_REWARD * config.reward_timeout,
         max_failed=config.max_failed_rewards,
     )
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     with open_sampler(config, context, tokenizer) as (sampler, pool):
-        model = load_trainee(config, context)
+        model = load_student(config, context)
         samples = Samples(context, config)
         rollouts = Rollouts(
             sampler=sampler,
@@ -62,10 +62,10 @@ def run(config: GrpoStage, context: Context) -> Result:
             folder=context.folder,
             name=context.name,
             show=progress,
-            keep=keep_points(config, context),
+            keep=keep_snapshots(config, context),
         )
         progress.close()
-    fingerprint, shape = keep_trainee(model, tokenizer, config, context)
+    fingerprint, shape = save_student(model, tokenizer, config, context)
     metrics = policy_metrics(context, tally, pool, WATCHED)
     metrics["rewards_failed"] = rewards.failures
     return Result(tally_cost(config, shape, tally), metrics, fingerprint)

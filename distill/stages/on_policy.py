@@ -14,10 +14,10 @@ from distill.records import Cost, Engine, draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.resolve import load_teachers, resolve_loss, teacher_dir
-from distill.stages.inputs.student import keep_trainee, load_trainee
+from distill.stages.inputs.student import load_student, save_student
 from distill.stages.inputs.train_examples import open_source, reader_for
 from distill.stages.rollouts import Progress, Samples, open_sampler, policy_metrics
-from distill.stages.snapshots import keep_points
+from distill.stages.snapshots import keep_snapshots
 from distill.training import loop
 from distill.training.loss.cross_tokenizer.alignment import Reader
 from distill.training.packing import Example
@@ -25,7 +25,7 @@ from distill.training.rl.sampler import Written
 from distill.training.rl.teacher_rollout import OnPolicy
 
 SHOWN = 3
-WATCHED = ("loss", "kl_teacher", "correct", "length", "truncated", "entropy")
+WATCHED = ("loss", "kl_teacher", "correct", "length", "clipped_ratio", "entropy")
 
 
 def run(config: OnPolicyStage, context: Context) -> Result:
@@ -39,7 +39,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
         open_sampler(config, context, tokenizer) as (sampler, pool),
         _teacher_engine(config, context, tokenizer, sampler.engine.max_model_len) as engine,
     ):
-        model = load_trainee(config, context)
+        model = load_student(config, context)
         samples = Samples(context, config)
         source = OnPolicy(
             sampler=sampler,
@@ -62,10 +62,10 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             teachers=teachers,
             name=context.name,
             show=progress,
-            keep=keep_points(config, context),
+            keep=keep_snapshots(config, context),
         )
         progress.close()
-    fingerprint, shape = keep_trainee(model, tokenizer, config, context)
+    fingerprint, shape = save_student(model, tokenizer, config, context)
     metrics = policy_metrics(context, tally, pool, WATCHED)
     teaching = teachers_cost(teachers, tally)
     if engine is not None:
@@ -88,7 +88,7 @@ def _teacher_engine(
     (name,) = teachers_of(config.teacher)
     folder = teacher_dir(name, config, context, tokenizer)
     context.phase(f"starting the {config.engine.fn} engine of the teacher")
-    engine = engines.open_engine(config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_k)
+    engine = engines.open_engine(config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_logprobs)
     try:
         yield engine
     finally:
@@ -107,7 +107,7 @@ class _Offline:
             task=config.task,
             loss=config.loss,
             teacher=beside,
-            truncated="keep",
+            keep_truncated=True,
             steps=1,
         )
         self.source = open_source(stored, context, tokenizer, read)

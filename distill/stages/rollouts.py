@@ -126,11 +126,11 @@ class PromptPool:
 
 
 class Samples:
-    """Every few rollouts, some completions: in the log, and in samples.jsonl; the first of all on the screen too."""
+    """Every few rollouts, some completions: in the log, and in completions.jsonl; the first of all on the screen too."""
 
     def __init__(self, context: Context, config: PolicyStage) -> None:
-        self.context, self.path = context, context.folder / "samples.jsonl"
-        self.every = config.samples_every * config.steps_a_rollout
+        self.context, self.path = context, context.folder / "completions.jsonl"
+        self.every = config.log_completions_every * config.steps_a_rollout
         self.fresh = True
 
     def __call__(self, step: int, rows: Callable[[], list[Mapping[str, Any]]]) -> None:
@@ -175,7 +175,7 @@ class Progress:
 
 def policy_metrics(
     context: Context,
-    tally: loop.Tally,
+    tally: loop.WorkCounts,
     pool: PromptPool,
     watched: Sequence[str],
 ) -> dict[str, Any]:

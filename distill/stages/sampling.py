@@ -38,7 +38,7 @@ from distill.records import (
     stable_hash,
 )
 from distill.stages.context import Context
-from distill.stages.snapshots import Point
+from distill.stages.snapshots import Snapshot
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
@@ -104,20 +104,20 @@ def sample(
     context: Context,
     folder: Path,
     split: Split,
-    point: Point | None = None,
+    snapshot: Snapshot | None = None,
 ) -> tuple[Counts, Cost, list[str]]:
     """Fill `folder` with every trace the stage wants; returns counts, cost and the wanted ids, in problem order.
 
-    point: the weights that write, instead of the model's own; those of the end must have written before.
+    snapshot: the weights that write, instead of the model's own; those of the end must have written before.
     """
     model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
     context.phase(f"reading the task {config.task} and the weights of {config.model}")
     tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
     task = context.task(config.task)
     models.check_template(tokenizer, task.template, f"tasks.{config.task}")
-    top_k = config.top_k if isinstance(config, GenerateStage) else 0
+    top_k = config.top_logprobs if isinstance(config, GenerateStage) else 0
     mass = config.mass if isinstance(config, GenerateStage) else 1.0
-    weights = models.weights_fingerprint(model_dir) if point is None else point.fingerprint
+    weights = models.weights_fingerprint(model_dir) if snapshot is None else snapshot.fingerprint
     metadata = _metadata(config, model_dir, weights, tokenizer, task, top_k, mass)
     mark = stable_hash(metadata.weights, metadata.tokenizer, metadata.template, metadata.sampling, metadata.task)
 
@@ -144,9 +144,11 @@ def sample(
             length = min(limit, -(-longest // ROOM) * ROOM)
             if not context.engine.serves(config.engine, model_dir, top_k, length):
                 context.phase(f"starting the {config.engine.fn} engine for {len(missing)} completions")
-            elif point is not None:
-                context.phase(f"loading the weights of {point.name} into the engine")
-            engine = context.engine.open(config.engine, model_dir, max_model_len=length, max_top_k=top_k, point=point)
+            elif snapshot is not None:
+                context.phase(f"loading the weights of {snapshot.name} into the engine")
+            engine = context.engine.open(
+                config.engine, model_dir, max_model_len=length, max_top_k=top_k, snapshot=snapshot
+            )
             _run(
                 config,
                 context,

@@ -21,7 +21,7 @@ from distill.compute.flops import ModelShape, causal_context, forward_flops
 from distill.recipe import ScoreStage
 from distill.records import Array, Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
 from distill.stages.context import Context, Result
-from distill.stages.inputs.score_inputs import Given, LeftOut, open_given
+from distill.stages.inputs.score_inputs import DroppedRows, Given, open_score_inputs
 from distill.stages.sampling import ROOM, context_limit, package_versions
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
@@ -34,13 +34,13 @@ def run(config: ScoreStage, context: Context) -> Result:
     model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
     context.phase("reading the traces")
-    given = open_given(config, context, tokenizer)
+    given = open_score_inputs(config, context, tokenizer)
     context.say(
         f"the text is by {given.text_from}; "
         + ("its ids as they were sampled" if given.same_ids else "rendered in the model's own tokens")
     )
     limit = min(context_limit(config.engine, model_dir), config.max_tokens or 1 << 60)
-    left_out = LeftOut()
+    left_out = DroppedRows()
     wanted = _survey(given, limit, left_out)
     _say_left_out(context, left_out)
     if not wanted:
@@ -65,7 +65,7 @@ class _Wanted:
     gold: str | None
 
 
-def _survey(given: Given, limit: int, left_out: LeftOut) -> dict[str, _Wanted]:
+def _survey(given: Given, limit: int, left_out: DroppedRows) -> dict[str, _Wanted]:
     """The traces to be scored by id; the others are counted."""
     wanted: dict[str, _Wanted] = {}
     for block in given.blocks(left_out):
@@ -140,7 +140,7 @@ def _fill(
             config.engine,
             model_dir,
             max_model_len=min(limit, -(-longest // ROOM) * ROOM),
-            max_top_k=config.top_k,
+            max_top_k=config.top_logprobs,
         )
         try:
             num = len(wanted) - len(missing)
@@ -156,7 +156,7 @@ def _fill(
 
 def _scored(config: ScoreStage, engine: Engine, given: Given, missing: Container[str]) -> Iterator[Traces]:
     """Blocks of the missing traces with the engine's log-probabilities in them."""
-    for block in given.blocks(LeftOut()):
+    for block in given.blocks(DroppedRows()):
         index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
         if not len(index):
             continue
@@ -166,9 +166,9 @@ def _scored(config: ScoreStage, engine: Engine, given: Given, missing: Container
             for n, trace_id in enumerate(block.trace_id)
         ]
         tops, logprobs = [], []
-        for completion in engine.score(requests, top_k=config.top_k):
+        for completion in engine.score(requests, top_k=config.top_logprobs):
             assert completion.top is not None
-            tops.append(completion.top.truncate(top_k=config.top_k, mass=config.mass))
+            tops.append(completion.top.truncate(top_k=config.top_logprobs, mass=config.mass))
             logprobs.append(completion.logprob_T)
         yield dataclasses.replace(block, logprob=Ragged.from_rows(logprobs, np.float32), top=TopK.concat(tops))
 
@@ -189,14 +189,14 @@ def take(block: Traces, index: Array) -> Traces:
     return Traces(**{f.name: rows(getattr(block, f.name)) for f in dataclasses.fields(Traces)})
 
 
-def _say_left_out(context: Context, left_out: LeftOut) -> None:
+def _say_left_out(context: Context, left_out: DroppedRows) -> None:
     for line in left_out.first:
         context.say(line)
     for reason, count in left_out.reasons.items():
         context.say(f"{count} traces left out: {reason}")
 
 
-def _cost(folder: Path, model_dir: Path, left_out: LeftOut) -> Cost:
+def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
     """Of all that the folder holds, whichever attempt wrote it."""
     lengths = open_traces(folder).lengths()
     whole_N = lengths.prompt.astype(np.int64) + lengths.completion
@@ -237,7 +237,7 @@ def _metadata(config: ScoreStage, given: Given, model_dir: Path, tokenizer: Any)
         task_fingerprint=origin.task_fingerprint if origin is not None else "",
         template=given.template,
         sampling=origin.sampling if origin is not None else Sampling(),
-        top_k=config.top_k,
+        top_k=config.top_logprobs,
         mass=config.mass,
         exact=config.exact,
         engine=config.engine.fn,

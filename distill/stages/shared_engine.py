@@ -16,7 +16,7 @@ from distill.recipe import EngineConfig
 from distill.records import stable_hash
 
 if TYPE_CHECKING:
-    from distill.stages.snapshots import Point
+    from distill.stages.snapshots import Snapshot
 
 NAMES_ONLY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of config.json that do not say how the model is built."""
@@ -45,21 +45,21 @@ class OneEngine:
         *,
         max_model_len: int,
         max_top_k: int,
-        point: Point | None = None,
+        snapshot: Snapshot | None = None,
     ) -> Any:
-        """The engine with the model's weights, or those of a point of its way.
+        """The engine with the model's weights, or those of a snapshot of its way.
 
         An engine that is there and serves takes new weights, which is a matter of a second; any other is closed first.
         """
         if not self.serves(config, model_dir, max_top_k, max_model_len):
             self._start(config, model_dir, max_model_len, max_top_k)
-        wanted = str(model_dir if point is None else point.folder)
+        wanted = str(model_dir if snapshot is None else snapshot.folder)
         if self.holds != wanted:
-            weights = _weights(model_dir) if point is None else iter(point.weights())
+            weights = _weights(model_dir) if snapshot is None else iter(snapshot.weights())
             try:
                 self.engine.sync(weights, version=self.engine.version + 1)
             except ValueError as error:
-                if point is not None:
+                if snapshot is not None:
                     raise
                 print(f"started anew, since the engine cannot take new weights: {error}", flush=True)
                 self._start(config, model_dir, max_model_len, max_top_k)

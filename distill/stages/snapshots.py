@@ -1,6 +1,6 @@
-"""Models kept along a training stage's way, and the evaluation of each: accuracy against cost as a curve, not a point.
+"""Models kept along a training stage's way, and the evaluation of each: accuracy against cost as a curve, not a snapshot.
 
-A point is RUN/STAGE/points/step-00000010: `model.safetensors` (the weights, adapters merged in) and `point.json` (the
+A snapshot is RUN/STAGE/snapshots/step-00000010: `model.safetensors` (the weights, adapters merged in) and `snapshot.json` (the
 step, and what the stage had computed by then). An evaluation hands their weights to the engine that it has running.
 """
 
@@ -23,16 +23,16 @@ from distill.records import Cost
 from distill.stages.context import Context
 
 if TYPE_CHECKING:
-    from distill.training.loop import Tally
+    from distill.training.loop import WorkCounts
     from distill.training.policy import Policy
 
-FOLDER = "points"
+FOLDER = "snapshots"
 WEIGHTS = "model.safetensors"
-FACTS = "point.json"
+FACTS = "snapshot.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class Snapshot:
     """A model of the way to a stage's end. cost: the stage's own by then."""
 
     folder: Path
@@ -53,11 +53,11 @@ class Point:
         return models.file_hash(self.folder / WEIGHTS)[:16]
 
 
-def keep_points(
+def keep_snapshots(
     config: TrainStage | GrpoStage | OnPolicyStage, context: Context
-) -> Callable[[int, Tally, Policy], None] | None:
-    """For the loop to call after each step: keeps the model every `points_every` steps; None where none are kept."""
-    if (every := config.points_every) is None:
+) -> Callable[[int, WorkCounts, Policy], None] | None:
+    """For the loop to call after each step: keeps the model every `snapshot_every` steps; None where none are kept."""
+    if (every := config.snapshot_every) is None:
         return None
     import torch
     from safetensors.torch import save_file
@@ -66,7 +66,7 @@ def keep_points(
 
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
 
-    def keep(step: int, tally: Tally, policy: Policy) -> None:
+    def keep(step: int, tally: WorkCounts, policy: Policy) -> None:
         if step % every:
             return
         folder = context.folder / FOLDER
@@ -83,7 +83,7 @@ def keep_points(
     return keep
 
 
-def points_of(folder: Path) -> list[Point]:
+def snapshots_of(folder: Path) -> list[Snapshot]:
     """The models that a stage kept along the way, by step; its end, which is its model, is not one of them."""
     standing = run_folder.read(folder)
     end = standing.metrics.get("steps") if standing is not None else None
@@ -91,5 +91,5 @@ def points_of(folder: Path) -> list[Point]:
     for one in sorted((folder / FOLDER).glob("step-*")):
         facts = json.loads((one / FACTS).read_text(encoding="utf-8"))
         if facts["step"] != end:
-            found.append(Point(one, facts["step"], Cost.of(facts["cost"])))
+            found.append(Snapshot(one, facts["step"], Cost.of(facts["cost"])))
     return found

@@ -14,9 +14,9 @@ from distill.records import draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.resolve import load_teachers, resolve_loss
-from distill.stages.inputs.student import keep_trainee, live_steps, load_trainee
+from distill.stages.inputs.student import live_steps, load_student, save_student
 from distill.stages.inputs.train_examples import open_source, reader_for
-from distill.stages.snapshots import keep_points
+from distill.stages.snapshots import keep_snapshots
 from distill.training import loop
 from distill.training.loop import Step
 from distill.training.packing import Source, pack, steps, steps_per_epoch
@@ -34,7 +34,7 @@ def run(config: TrainStage, context: Context) -> Result:
     an_epoch = steps_per_epoch(source.num_examples, config.batch_traces)
     length = budget_of(config, context) or loop.Length(config.steps or (config.epochs or 1) * an_epoch)
 
-    model = load_trainee(config, context)
+    model = load_student(config, context)
 
     def source_steps(start: int, _: Policy) -> Iterator[Step]:
         for examples in steps(source, batch_traces=config.batch_traces, start=start):
@@ -58,10 +58,10 @@ def run(config: TrainStage, context: Context) -> Result:
         teachers=teachers,
         name=context.name,
         show=show,
-        keep=keep_points(config, context),
+        keep=keep_snapshots(config, context),
     )
     live.close()
-    fingerprint, shape = keep_trainee(model, tokenizer, config, context)
+    fingerprint, shape = save_student(model, tokenizer, config, context)
     return Result(
         tally_cost(config, shape, tally),
         _metrics(context.folder, tally, source),
@@ -70,7 +70,7 @@ def run(config: TrainStage, context: Context) -> Result:
     )
 
 
-def _metrics(folder: Path, tally: loop.Tally, source: Source) -> dict[str, Any]:
+def _metrics(folder: Path, tally: loop.WorkCounts, source: Source) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "steps": tally.steps,

@@ -34,7 +34,7 @@ class Stats:
     bytes_per_position: float
     correct_rate: float
     mean_reward: float
-    truncated_rate: float
+    clipped_ratio: float
     completion_lengths: dict[int, int]
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def stats(path: str | Path) -> Stats:
         bytes_per_position=_ratio(sum(shard.bytes for shard in reader.shards), positions_on_disk),
         correct_rate=_ratio(sums["correct"], sums["judged"]),
         mean_reward=_ratio(sums["reward"], sums["rewarded"]),
-        truncated_rate=_ratio(sums["cut"], reader.num_rows),
+        clipped_ratio=_ratio(sums["cut"], reader.num_rows),
         completion_lengths={1 << int(i): int(lengths[i]) for i in np.flatnonzero(lengths)},
     )
 

@@ -26,14 +26,14 @@ from distill.training import checkpoint, malloc
 from distill.training.loss.metrics import mean_sums
 from distill.training.loss.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
-from distill.training.policy import Policy, Teacher, Trainee
+from distill.training.policy import Policy, StudentModule, Teacher
 
 FIRST_GUESS = 50
 """Steps that a budget is taken to last for before the first one has shown what a step costs."""
 
 
 @dataclass(slots=True)
-class Tally:
+class WorkCounts:
     """What a stage computed, in how many optimiser steps.
 
     tokens through the body and head_tokens through the head, forward and backward, with the sum over traces of
@@ -58,8 +58,8 @@ class Tally:
     bad_steps: int = 0
     seconds: float = 0.0
 
-    def add(self, other: Tally) -> None:
-        for f in fields(Tally):
+    def add(self, other: WorkCounts) -> None:
+        for f in fields(WorkCounts):
             setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
 
 
@@ -73,7 +73,7 @@ class Step:
 
     batches: list[Batch]
     metrics: Mapping[str, float] = field(default_factory=dict)
-    tally: Tally = field(default_factory=Tally)
+    tally: WorkCounts = field(default_factory=WorkCounts)
     resumable: bool = True
 
 
@@ -87,11 +87,11 @@ class Length:
 
     num_steps: int
 
-    def steps(self, tally: Tally) -> int:
+    def steps(self, tally: WorkCounts) -> int:
         """How many there will be, as it looks by now."""
         return self.num_steps
 
-    def reached(self, tally: Tally) -> bool:
+    def reached(self, tally: WorkCounts) -> bool:
         return tally.steps >= self.num_steps
 
 
@@ -100,15 +100,15 @@ class Budget:
     """Train until so many FLOPs are spent, as `count` reckons them; the nearest step to it is the last."""
 
     flops: float
-    count: Callable[[Tally], float]
+    count: Callable[[WorkCounts], float]
 
-    def steps(self, tally: Tally) -> int:
+    def steps(self, tally: WorkCounts) -> int:
         """How many there will be, as it looks by now."""
         if not tally.steps:
             return FIRST_GUESS
         return max(tally.steps, round(self.flops / self.count(tally) * tally.steps))
 
-    def reached(self, tally: Tally) -> bool:
+    def reached(self, tally: WorkCounts) -> bool:
         if not tally.steps:
             return False
         spent = self.count(tally)
@@ -127,8 +127,8 @@ def train(
     teachers: Sequence[Teacher] = (),
     name: str = "train",
     show: Callable[[int, int, dict[str, float]], None] | None = None,
-    keep: Callable[[int, Tally, Policy], None] | None = None,
-) -> Tally:
+    keep: Callable[[int, WorkCounts, Policy], None] | None = None,
+) -> WorkCounts:
     """Train in place to the end of `length`, from the newest checkpoint in `folder` when there is one.
 
     Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. show(step, steps there will be, metrics)
@@ -143,8 +143,10 @@ def train(
     model.train()
     for teacher in teachers:
         teacher.model.eval().requires_grad_(False).to(accelerator.device)
-    trainee = accelerator.prepare_model(Trainee(model, objective, vocab_size, teachers).to(accelerator.device))
-    policy = Policy(model, trainee, accelerator.device, objective, vocab_size)
+    student_module = accelerator.prepare_model(
+        StudentModule(model, objective, vocab_size, teachers).to(accelerator.device)
+    )
+    policy = Policy(model, student_module, accelerator.device, objective, vocab_size)
     optimizer = MasterAdamW(
         model.named_parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
@@ -159,8 +161,8 @@ def train(
             tally.add(step.tally)
             progress = min(1.0, (done - 1) / max(num_steps - 1, 1))
             batches = [replace(batch, progress=progress) for batch in step.batches]
-            metrics = _accumulate(accelerator, trainee, optimizer, batches, tally)
-            norm = float(optimizer.clip(config.clip_norm))
+            metrics = _accumulate(accelerator, student_module, optimizer, batches, tally)
+            norm = float(optimizer.clip(config.max_grad_norm))
             lr = learning_rate(
                 done - 1,
                 lr=config.lr,
@@ -236,10 +238,10 @@ def _flat(config: dict[str, Any]) -> dict[str, str | float | int | bool]:
 
 def _accumulate(
     accelerator: Accelerator,
-    trainee: Any,
+    student_module: Any,
     optimizer: MasterAdamW,
     micro_batches: list[Batch],
-    tally: Tally,
+    tally: WorkCounts,
 ) -> dict[str, float]:
     """Gradients of one step's micro-batches; returns its loss and the means of what is watched, over all processes."""
     loss = torch.zeros((), device=accelerator.device)
@@ -249,11 +251,11 @@ def _accumulate(
         tally.tokens += len(batch.ids_T)
         tally.head_tokens += len(rows)
         tally.squared_lengths += batch.squared_lengths
-        if batch.beside is not None:
-            tally.taught_tokens += len(batch.beside.batch.ids_T)
-            tally.taught_head_tokens += len(batch.beside.rows)
-            tally.taught_squared_lengths += batch.beside.batch.squared_lengths
-        out = trainee(batch.to_torch(accelerator.device), rows.to(accelerator.device))
+        if batch.cross_tokenizer is not None:
+            tally.taught_tokens += len(batch.cross_tokenizer.batch.ids_T)
+            tally.taught_head_tokens += len(batch.cross_tokenizer.rows)
+            tally.taught_squared_lengths += batch.cross_tokenizer.batch.squared_lengths
+        out = student_module(batch.to_torch(accelerator.device), rows.to(accelerator.device))
         # Data parallelism averages gradients over processes; the denominator is already everybody's.
         accelerator.backward(out.loss * accelerator.num_processes)
         optimizer.accumulate()
@@ -268,15 +270,15 @@ def _accumulate(
     return {"loss": loss_sum, **{key: total / weight for key, total, weight in pairs if weight}}
 
 
-def _resume(folder: Path, optimizer: MasterAdamW, policy: Policy) -> tuple[Tally, int]:
+def _resume(folder: Path, optimizer: MasterAdamW, policy: Policy) -> tuple[WorkCounts, int]:
     found = checkpoint.newest(folder / "checkpoints")
     if found is None:
-        return Tally(), 0
+        return WorkCounts(), 0
     tensors, progress = checkpoint.load(found)
     optimizer.load(tensors)
     policy.load(tensors)
     start = int(progress.pop("step"))
-    return Tally(**{**progress, "steps": start}), start
+    return WorkCounts(**{**progress, "steps": start}), start
 
 
 def drop_lines_after(path: Path, step: int) -> None:

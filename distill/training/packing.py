@@ -23,9 +23,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from distill.records import SHARED, Array, Batch, Beside, TopK, Traces
+from distill.records import SHARED, Array, Batch, CrossTokenizerBatch, TopK, Traces
 from distill.training.loss.cross_tokenizer.alignment import Alignment, Reading
-from distill.training.loss.multi_teacher import Blend
+from distill.training.loss.multi_teacher import TeacherMixture
 
 LEAST_SAVED = 16
 """Tokens that sharing a prefix must save: about what the attention to one more doc costs."""
@@ -42,7 +42,7 @@ class Example:
     trace_id: str
     prompt_ids: Array
     completion_ids: Array
-    top: TopK | Blend | None = None
+    top: TopK | TeacherMixture | None = None
     advantage: float | Array | None = None
     engine_logp: Array | None = None
     reading: Reading | None = None
@@ -119,8 +119,8 @@ def pack(
         batch = _batch(unit, normalise, max(denominator, 1.0), masked=not chosen)
         if spans:
             together = [placed.example for placed in unit]
-            beside = _beside(together, normalise, max(num_spans, 1.0), masked=not chosen)
-            batch = replace(batch, beside=beside)
+            cross_tokenizer = _cross_tokenizer(together, normalise, max(num_spans, 1.0), masked=not chosen)
+            batch = replace(batch, cross_tokenizer=cross_tokenizer)
         batches.append(batch)
     return batches
 
@@ -294,7 +294,7 @@ def _taught(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -
         "teacher_logp_TK": np.full((total, width), -np.inf, np.float32),
         "teacher_tail_T": np.full(total, -np.inf, np.float32),
     }
-    blends = [top for top in tops if isinstance(top, Blend)]
+    blends = [top for top in tops if isinstance(top, TeacherMixture)]
     if blends:
         num = blends[0].each_tail_CM.shape[1]
         found["each_logp_TMK"] = np.full((total, num, width), -np.inf, np.float32)
@@ -302,7 +302,7 @@ def _taught(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -
     for top, rows in zip(tops, rows_of, strict=True):
         found["teacher_ids_TK"][rows], found["teacher_logp_TK"][rows] = top.dense(width)
         found["teacher_tail_T"][rows] = top.tail_T
-        if isinstance(top, Blend):
+        if isinstance(top, TeacherMixture):
             found["each_logp_TMK"][rows] = top.each(width)
             found["each_tail_TM"][rows] = top.each_tail_CM
     return found
@@ -318,7 +318,7 @@ def _rolled_out(examples: Sequence[Example], rows_of: Sequence[slice], total: in
     return {"advantage_T": advantage_T, "engine_logp_T": engine_logp_T}
 
 
-def _beside(examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool) -> Beside:
+def _cross_tokenizer(examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool) -> CrossTokenizerBatch:
     """The readings of a batch's examples, packed one after another in the same order."""
     readings = [e.reading for e in examples if e.reading is not None]
     theirs = [
@@ -333,7 +333,7 @@ def _beside(examples: Sequence[Example], normalise: str, denominator: float, *, 
         np.flatnonzero((span_T >= 0) & np.append(split_G, False)[span_T])
         for span_T in (found.student_span_T, found.teacher_span_T)
     )
-    return Beside(
+    return CrossTokenizerBatch(
         batch=batch,
         rows=batch.weight_T.nonzero()[0],
         student_start_G=found.student_start_G,

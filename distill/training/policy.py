@@ -1,6 +1,6 @@
 """The model in training, as the loop and a rollout source see it.
 
-`Trainee` is the model with an objective's loss on its head, one module that accelerate can wrap; `Policy` scores batches with the weights of the moment and of the reference, and hands the weights to an engine.
+`StudentModule` is the model with an objective's loss on its head, one module that accelerate can wrap; `Policy` scores batches with the weights of the moment and of the reference, and hands the weights to an engine.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Output:
     weight_T: Tensor
 
 
-class Trainee(nn.Module):
+class StudentModule(nn.Module):
     """A causal language model with the loss on its head. The teachers are no part of it: nothing of theirs is trained or wrapped."""
 
     def __init__(
@@ -133,7 +133,7 @@ class Trainee(nn.Module):
 
     def _beside_another(self, unlike: Unlike, hidden_TD: Tensor, batch: Batch, targets: Targets) -> Output:
         """The teacher reads the same texts in its own tokens."""
-        (teacher,), spans = self.teachers, batch.beside
+        (teacher,), spans = self.teachers, batch.cross_tokenizer
         assert spans is not None, "such a teacher's batches come with its readings"
         assert teacher.shared is not None, "and it with what it shares"
         with torch.no_grad():
@@ -202,24 +202,26 @@ class Policy:
     The reference is a copy of the model as it was at the start; under LoRA it is the model without its adapter.
     """
 
-    def __init__(self, model: Any, trainee: Any, device: torch.device, objective: Objective, vocab_size: int) -> None:
-        self._model, self._trainee, self._device = model, trainee, device
+    def __init__(
+        self, model: Any, student_module: Any, device: torch.device, objective: Objective, vocab_size: int
+    ) -> None:
+        self._model, self._student_module, self._device = model, student_module, device
         self._refreshed = False
-        self._reference: Trainee | None = None
+        self._reference: StudentModule | None = None
         if objective.reference and not _is_adapted(model):
             frozen = copy.deepcopy(model).eval().requires_grad_(False)
-            self._reference = Trainee(frozen, objective, vocab_size).to(device)
+            self._reference = StudentModule(frozen, objective, vocab_size).to(device)
 
     def logp(self, batch: Batch) -> Array:
         """Log-probability of the labels under the present weights, float32 [T]; 0 where the weight is."""
-        return self._score(_unwrapped(self._trainee), batch)
+        return self._score(_unwrapped(self._student_module), batch)
 
     def reference_logp(self, batch: Batch) -> Array:
         """The same under the reference."""
         if self._reference is not None:
             return self._score(self._reference, batch)
         with self._model.disable_adapter():
-            return self._score(_unwrapped(self._trainee), batch)
+            return self._score(_unwrapped(self._student_module), batch)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """(name in the checkpoint, tensor) of all weights, adapters merged in."""
@@ -249,11 +251,11 @@ class Policy:
                 for name, parameter in self._reference.model.named_parameters():
                     parameter.copy_(stored[name])
 
-    def _score(self, trainee: Trainee, batch: Batch) -> Array:
+    def _score(self, student_module: StudentModule, batch: Batch) -> Array:
         index = batch.weight_T.nonzero()[0]
         rows = torch.from_numpy(index).to(self._device)
-        with _evaluating(trainee):
-            found = trainee.label_logp(batch.to_torch(self._device), rows)
+        with _evaluating(student_module):
+            found = student_module.label_logp(batch.to_torch(self._device), rows)
         logp_T = np.zeros(len(batch.ids_T), np.float32)
         logp_T[index] = found.float().cpu().numpy()
         return logp_T
@@ -282,6 +284,6 @@ def _is_adapted(model: Any) -> bool:
     return hasattr(model, "get_base_model")
 
 
-def _unwrapped(trainee: Any) -> Trainee:
-    inner: Trainee = getattr(trainee, "module", trainee)
+def _unwrapped(student_module: Any) -> StudentModule:
+    inner: StudentModule = getattr(student_module, "module", student_module)
     return inner

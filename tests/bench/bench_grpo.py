@@ -95,7 +95,7 @@ def distill_steps(steps: int) -> list[dict[str, float]]:
                     "model": "base",
                     "task": "ask",
                     "rewards": [{"fn": "bench_rewards:share_of_digits"}],
-                    "objective": {"fn": "grpo", "beta": 0, "truncated": "penalise"},
+                    "objective": {"fn": "grpo", "beta": 0, "mask_truncated": False},
                     "steps": steps,
                     "prompts": PROMPTS,
                     "group_size": GROUP,

@@ -105,7 +105,7 @@ def training(folder: Path, shape: ModelShape) -> Work:
         import torch
 
         index = torch.from_numpy(batch.weight_T.nonzero()[0])
-        return ours["cross_entropy"].trainee.label_logp(batch.to_torch(), index)
+        return ours["cross_entropy"].student_module.label_logp(batch.to_torch(), index)
 
     return {
         "train, CE": (flops, lambda: ours["cross_entropy"].step(batch)),

@@ -57,7 +57,7 @@ def stages(steps: int, problems: int) -> dict[str, dict[str, Any]]:
     cold = {"kind": "train", "model": "base", "task": "sums", "data": COLD, "loss": CE}
     cold |= {"batch_traces": 16, "lr": 2e-4}
     on_traces = {"kind": "train", "model": "cold", "data": "traces", "batch_traces": 16}
-    on_traces |= {"truncated": "keep", "steps": max(2, steps // 2)}
+    on_traces |= {"keep_truncated": True, "steps": max(2, steps // 2)}
     many = {"batch_size": 128}
     return {
         "cold": {**cold, "steps": steps},
@@ -112,7 +112,7 @@ def one_stage(run: str, name: str) -> int:
             _clock(parts, "optimiser", optim.MasterAdamW, "step")
             _clock(parts, "optimiser", optim.MasterAdamW, "clip")
             _clock(parts, "files", checkpoint, "save")
-            _clock(parts, "files", module, "keep_trainee")
+            _clock(parts, "files", module, "save_student")
         if kind in ("generate", "eval"):
             from distill.stages import sampling
 

@@ -205,7 +205,7 @@ def train(arm: Arm, sizes: Sizes, seed: int, *, keep: bool = False) -> Path:
     shutil.rmtree(run, ignore_errors=True)
     stage: dict[str, Any] = {
         "kind": "train", "model": "start", "data": str(cut(sizes, arm.top_k or 1, arm.mass)), "loss": {"fn": arm.loss},
-        "lr": sizes.lr, "steps": sizes.steps, "batch_traces": sizes.batch, "truncated": "keep",
+        "lr": sizes.lr, "steps": sizes.steps, "batch_traces": sizes.batch, "keep_truncated": True,
     }  # fmt: skip
     if arm == ONLINE:
         stage["teacher"] = "teacher"

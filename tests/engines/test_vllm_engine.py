@@ -274,7 +274,7 @@ def padded(tiny_dir: Path, tmp_path_factory, tokenizer):
         model.get_input_embeddings().weight[len(tokenizer) :] = 5.0
     folder = tmp_path_factory.mktemp("padded")
     models.save(model, tokenizer, folder)
-    config = EngineConfig(fn="vllm", dtype="float32", batch_size=4, memory_gib=0.1)
+    config = EngineConfig(fn="vllm", dtype="float32", batch_size=4, kv_cache_gib=0.1)
     return engines.open_engine(config, folder, max_model_len=128, max_top_k=8)
 
 

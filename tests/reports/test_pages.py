@@ -122,7 +122,7 @@ def test_scores_of_traces() -> None:
     assert scores["accuracy"]["value"] == flags.mean()
     assert scores["pass_at"]["2"]["value"] == flags.any(1).mean()
     assert scores["maj_at"]["2"]["value"] == flags.any(1).mean()  # wrong ones gave no answer
-    assert scores["truncation"] == 1 - flags.mean()
+    assert scores["clipped_ratio"] == 1 - flags.mean()
     assert (scores["problems"], scores["samples"], scores["unjudged"]) == (4, 2, 0)
 
 
@@ -135,7 +135,7 @@ def test_scores_over_seeds_by_hand() -> None:
     assert scores["accuracy"]["value"] == pytest.approx(every.mean())
     assert scores["pass_at"]["2"]["value"] == pytest.approx(every.any(2).mean())
     assert scores["maj_at"]["2"]["value"] == pytest.approx(every.any(2).mean())
-    assert scores["truncation"] == pytest.approx(1 - every.mean())
+    assert scores["clipped_ratio"] == pytest.approx(1 - every.mean())
     assert [one["accuracy"]["value"] for one in scores["by_seed"]] == [f.mean() for f in flags.values()]
     assert (scores["seeds"], scores["samples"], scores["problems"]) == (3, 2, 30)
     other = ArmResults.collect([traces(0.5, 2, problems=29)])
@@ -452,7 +452,7 @@ def with_points(report: RunReport) -> RunReport:
     points = [
         {"flops": end * f, "accuracy": 0.3 * f, "low": 0.3 * f - 0.05, "high": 0.3 * f + 0.05} for f in (0.5, 0.2)
     ]
-    return {**report, "arms": {**report["arms"], "kl": {**arm, "points": points}}}  # type: ignore[typeddict-item]
+    return {**report, "arms": {**report["arms"], "kl": {**arm, "snapshots": points}}}  # type: ignore[typeddict-item]
 
 
 def marks(svg: str, name: str) -> list[tuple[float, float]]:

@@ -20,10 +20,10 @@ ENGINE = {"fn": "reference", "dtype": "float32"}
 def context(run: Path, teachers: dict[str, Path], name: str = "scored", **changes) -> Context:
     stages = {
         "traces": {
-            "kind": "generate", "model": "a", "task": "sums", "problems": 4, "samples": 2, "top_k": 8,
+            "kind": "generate", "model": "a", "task": "sums", "problems": 4, "samples": 2, "top_logprobs": 8,
             "sampling": {"max_tokens": 6}, "engine": ENGINE,
         },
-        "scored": {"kind": "score", "model": "b", "data": "traces", "top_k": 8, "engine": ENGINE, **changes},
+        "scored": {"kind": "score", "model": "b", "data": "traces", "top_logprobs": 8, "engine": ENGINE, **changes},
     }  # fmt: skip
     tree = {
         "name": "t",

@@ -57,7 +57,7 @@ def report(stage: str) -> RunReport:
     interval = {"value": 0.41, "low": 0.35, "high": 0.47, "n": 256}
     view = {"tokens": 12_000.0, "flops": 3e12, "seconds": 61.0}
     more = {**view, "flops": 9e12}
-    arm = {"stage": stage, "role": "student", "accuracy": interval, "maj_at": {}, "truncation": 0.01, "mean_length": 9.0,
+    arm = {"stage": stage, "role": "student", "accuracy": interval, "maj_at": {}, "clipped_ratio": 0.01, "mean_length": 9.0,
            "pass_at": {"1": interval, "8": {**interval, "value": 0.8}}, "problems": 256, "samples": 8, "unjudged": 0,
            "seeds": 1, **view, "cost": {"student": view, "with_inference": more, "with_teacher": more}}  # fmt: skip
     row = {"a": "kl", "b": "sft", "unit": "checkpoints", "difference": {"value": 0.02, "low": -0.03, "high": 0.07, "n": 256},

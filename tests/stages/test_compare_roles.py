@@ -148,7 +148,7 @@ def test_a_run_half_way_and_a_teacher_shared_by_its_students(tmp_path: Path) -> 
     run = tmp_path / "roles"
     flops = {"cold": 1e12, "teacher": 9e12, "traces": 3e12, "kl": 2e12, "rl": 7e12, "kl_rl": 4e12}
     interval = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 256}
-    scores = {"accuracy": interval, "pass_at": {"1": interval}, "maj_at": {}, "truncation": 0.0, "mean_length": 9.0,
+    scores = {"accuracy": interval, "pass_at": {"1": interval}, "maj_at": {}, "clipped_ratio": 0.0, "mean_length": 9.0,
               "problems": 256, "samples": 1, "unjudged": 0}  # fmt: skip
     for name, config in made.stages.items():
         if name in flops or config.kind in ("prune", "filter"):

@@ -32,7 +32,7 @@ def tree(tiny_dir, **changes):
         "model": "base",
         "task": "sums",
         "rewards": [{"fn": "myrewards:even"}, {"fn": "think_format", "weight": 0.5}],
-        "objective": {"fn": "grpo", "beta": 0.01, "truncated": "penalise"},
+        "objective": {"fn": "grpo", "beta": 0.01, "mask_truncated": False},
         "steps": 6,
         "prompts": 2,
         "group_size": 4,
@@ -42,7 +42,7 @@ def tree(tiny_dir, **changes):
         "dtype": "float32",
         "lr": 1e-3,
         "checkpoint_every": 1,
-        "samples_every": 1,
+        "log_completions_every": 1,
     }
     return {
         "name": "rl",
@@ -89,12 +89,12 @@ def test_metrics_samples_cost_and_report(finished):
     metrics = lines(finished)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
     wanted = {"reward", "reward/even", "reward/think_format", "length", "entropy", "clip_fraction"}
-    wanted |= {"kl_ref", "kl_engine", "all_equal", "truncated", "unjudged"}
+    wanted |= {"kl_ref", "kl_engine", "frac_reward_zero_std", "clipped_ratio", "unjudged"}
     for m in metrics:
         assert wanted <= m.keys()
         assert m["reward"] == pytest.approx(m["reward/even"] + 0.5 * m["reward/think_format"])
         assert m["entropy"] > 5  # of a random model, in nats of log(49152) = 10.8
-    samples = lines(finished, "samples.jsonl")
+    samples = lines(finished, "completions.jsonl")
     assert {s["step"] for s in samples} == {1, 3, 5}
     for s in samples:
         assert s["rewards"]["even"] == float(len(s["completion"]) % 2 == 0)
@@ -125,7 +125,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "resume" in done.stdout
     assert timeless(cut) == timeless(finished)
-    assert lines(cut, "samples.jsonl") == lines(finished, "samples.jsonl")
+    assert lines(cut, "completions.jsonl") == lines(finished, "completions.jsonl")
     assert cut.state("rl")["fingerprint"] == finished.state("rl")["fingerprint"]
     before, after = (p.state("rl")["cost"] for p in (finished, cut))
     for key in ("tokens_trained", "tokens_generated", "tokens_scored", "flops"):
@@ -147,7 +147,7 @@ def test_more_steps_go_on_from_the_last(finished, tiny_dir, tmp_path):
     ("changes", "message"),
     [
         ({"group_size": 1}, "stages.rl.group_size: input should be greater than or equal to 2"),
-        ({"steps": 5}, "steps 5 is not a multiple of mini_batches x passes = 2"),
+        ({"steps": 5}, "steps 5 is not a multiple of mini_batches x num_iterations = 2"),
         ({"sampling": {"temperature": 0.7}}, "temperature and top_p must be 1"),
         ({"sampling": {"top_p": 0.9}}, "temperature and top_p must be 1"),
         ({"problems": 3}, "problems 3 is less than one rollout takes"),

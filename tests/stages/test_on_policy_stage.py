@@ -25,7 +25,7 @@ def finished(tiny_dir, tmp_path_factory):
         "sampling": {"max_tokens": 5},
         "engine": REFERENCE,
         "dtype": "float32",
-        "samples_every": 1,
+        "log_completions_every": 1,
     }
     tree = {
         "name": "taught",
@@ -38,14 +38,14 @@ def finished(tiny_dir, tmp_path_factory):
                 "task": "sums",
                 "problems": 6,
                 "sampling": {"max_tokens": 6},
-                "top_k": 8,
+                "top_logprobs": 8,
                 "engine": REFERENCE,
             },
             "teacher": {
                 **train,
                 "data": "traces",
                 "loss": {"fn": "cross_entropy"},
-                "truncated": "keep",
+                "keep_truncated": True,
                 "lr": 3e-3,
             },
             "warm": {
@@ -54,16 +54,16 @@ def finished(tiny_dir, tmp_path_factory):
                 "loss": {"fn": "ce_kl", "ce_weight": 0.2, "kl_weight": 0.8, "final_kl_weight": 0.0},
                 "teacher": {"teacher": 0.75, "base": 0.25},
                 "temperature": 2.0,
-                "truncated": "keep",
+                "keep_truncated": True,
             },
             "beside": {
                 **policy,
                 "teacher": "teacher",
                 "loss": {"fn": "jsd", "beta": 0.3},
                 "data": "traces",
-                "mix": 0.5,
+                "offline_share": 0.5,
             },
-            "asked": {**policy, "teacher": "teacher", "scoring": "engine", "top_k": 8},
+            "asked": {**policy, "teacher": "teacher", "scoring": "engine", "top_logprobs": 8},
             "gradient": {
                 **policy,
                 "teacher": "teacher",
@@ -106,7 +106,7 @@ def test_every_way_of_being_taught_trains_and_is_accounted_for(finished):
     assert first["kl/0-15"] == pytest.approx(first["kl"])
     assert last["loss"] == pytest.approx(0.2 * last["label_nll"], rel=1e-4)
     assert "kl_teacher" in lines(finished, "asked")[0]
-    assert (finished.run_dir / "beside" / "samples.jsonl").stat().st_size > 0
+    assert (finished.run_dir / "beside" / "completions.jsonl").stat().st_size > 0
 
 
 def test_the_ledger_puts_the_teachers_opinion_under_inference(finished):

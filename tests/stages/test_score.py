@@ -404,7 +404,7 @@ def test_a_file_of_conversations_is_rendered_and_scored(tiny_dir, other_dir, tok
 def test_two_teachers_of_the_same_data_give_the_same_ids(tiny_dir, other_dir, tmp_path):
     rows = write_rows(tmp_path / "r1.jsonl")
     first = make(tmp_path / "1", {"a": tiny_dir, "b": other_dir}, data=str(rows))
-    second = make(tmp_path / "2", {"a": tiny_dir, "b": tiny_dir}, data=str(rows), top_k=4, mass=0.5)
+    second = make(tmp_path / "2", {"a": tiny_dir, "b": tiny_dir}, data=str(rows), top_logprobs=4, mass=0.5)
     run_score(first)
     run_score(second)
     mine, theirs = rows_of(first.folder / "traces"), rows_of(second.folder / "traces")
@@ -554,7 +554,7 @@ def test_the_real_model_through_the_command_line(smollm2_dir, tokenizer, tmp_pat
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"question": q, "completion": c}) + "\n" for q, c in rows))
     recipe_file = tmp_path / "real.yaml"
-    stage = {"kind": "score", "model": "base", "data": str(data), "top_k": 32, "mass": 0.95}
+    stage = {"kind": "score", "model": "base", "data": str(data), "top_logprobs": 32, "mass": 0.95}
     tree = {"name": "real", "models": {"base": str(smollm2_dir)}, "stages": {"scored": stage}}
     recipe_file.write_text(json.dumps(tree))
 

@@ -15,14 +15,14 @@ from distill.recipe import TrainStage
 from distill.records import Cost, UserError
 from distill.stages.budget import budget_of
 from distill.stages.context import Context
-from distill.stages.snapshots import Point, points_of
+from distill.stages.snapshots import Snapshot, snapshots_of
 
 
 def tree(start: str) -> dict:
     training = {
         "model": "start",
         "data": "traces",
-        "truncated": "keep",
+        "keep_truncated": True,
         "batch_traces": 2,
         "lr": 1e-3,
         "dtype": "float32",
@@ -40,10 +40,10 @@ def tree(start: str) -> dict:
                 "task": "sums",
                 "problems": 6,
                 "sampling": few,
-                "top_k": 8,
+                "top_logprobs": 8,
                 "engine": REFERENCE,
             },
-            "kl": {"kind": "train", **training, "steps": 6, "seeds": [1, 2], "points_every": 2},
+            "kl": {"kind": "train", **training, "steps": 6, "seeds": [1, 2], "snapshot_every": 2},
             "rl": {
                 "kind": "grpo",
                 "model": "start",
@@ -55,14 +55,14 @@ def tree(start: str) -> dict:
                 "engine": REFERENCE,
                 "dtype": "float32",
                 "budget": {"flops_of": "kl"},
-                "points_every": 1,
+                "snapshot_every": 1,
             },
             "verdict": {
                 "kind": "compare",
                 "arms": {"start": "start", "kl": "kl", "rl": "rl"},
                 "task": "sums",
                 "problems": 5,
-                "points": 3,
+                "snapshot_problems": 3,
                 "sampling": {**few, "temperature": 0},
                 "engine": REFERENCE,
             },
@@ -167,13 +167,13 @@ def test_a_budget_counts_from_what_both_rest_on(finished, tiny_dir):
 
 
 def test_points_are_the_models_of_the_way(finished):
-    points = points_of(finished.run_dir / "kl@1")
+    points = snapshots_of(finished.run_dir / "kl@1")
     assert [point.step for point in points] == [2, 4]
     flops = finished.state("kl@1")["cost"]["flops"]
     assert [point.cost.flops / flops for point in points] == pytest.approx([1 / 3, 2 / 3], rel=0.2)
-    final = finished.run_dir / "kl@1" / "points" / "step-00000006"
+    final = finished.run_dir / "kl@1" / "snapshots" / "step-00000006"
     last, end = (
-        dict(Point(final, 6, Cost()).weights()),
+        dict(Snapshot(final, 6, Cost()).weights()),
         models.load(finished.run_dir / "kl@1" / "model", dtype="float32"),
     )
     for name, weight in end.named_parameters():
@@ -182,11 +182,11 @@ def test_points_are_the_models_of_the_way(finished):
 
 def test_a_point_is_evaluated_with_its_own_weights(finished, tokenizer):
     """The completion of the weights of step 2, greedy, by transformers itself."""
-    folder = finished.run_dir / "verdict.kl@1" / "points"
+    folder = finished.run_dir / "verdict.kl@1" / "snapshots"
     shards = {one.name: finished.rows_in(one) for one in folder.iterdir()}
     assert {name: len(rows) for name, rows in shards.items()} == {f"step-{n:08d}": 3 for n in (2, 4)}
     model = models.load(finished.run_dir / "kl@1" / "model", dtype="float32").eval()
-    (point, _) = points_of(finished.run_dir / "kl@1")
+    (point, _) = snapshots_of(finished.run_dir / "kl@1")
     model.load_state_dict(dict(point.weights()), strict=False)
     row = shards["step-00000002"][0]
     ids = torch.tensor([row["prompt_ids"]]).long()
@@ -204,7 +204,7 @@ def test_the_report_has_arms_over_seeds_with_their_way(finished):
     spent = [finished.state(f"kl@{n}")["cost"]["flops"] for n in (1, 2)]
     before = finished.state("traces")["cost"]["flops"]
     assert kl["flops"] == pytest.approx(before + sum(spent) / 2)
-    along = [(point["flops"] - before) / (kl["flops"] - before) for point in kl["points"]]
+    along = [(point["flops"] - before) / (kl["flops"] - before) for point in kl["snapshots"]]
     assert along == pytest.approx([1 / 3, 2 / 3], rel=0.2)
     pair = next(row for row in report["comparisons"] if (row["a"], row["b"]) == ("kl", "rl"))
     assert (pair["unit"], pair["seeds"]) == ("training seeds", [2, 2])

@@ -36,7 +36,7 @@ def generate_stage(**changes) -> dict:
         "task": "sums",
         "problems": 5,
         "sampling": {"max_tokens": 5},
-        "top_k": 8,
+        "top_logprobs": 8,
         "engine": ENGINE,
         **changes,
     }
@@ -47,7 +47,7 @@ def train_stage(**changes) -> dict:
         "kind": "train",
         "model": "base",
         "data": "traces",
-        "truncated": "keep",
+        "keep_truncated": True,
         "steps": 2,
         "batch_traces": 4,
         "dtype": "float32",
@@ -148,14 +148,14 @@ def test_distributions_of_another_temperature_or_vocabulary_are_refused(tiny_dir
 
 def test_kl_on_traces_without_distributions_is_refused(tiny_dir, tmp_path):
     run_generate(tmp_path, tiny_dir, top_k=0)
-    with pytest.raises(UserError, match="top_k: 0"):
+    with pytest.raises(UserError, match="top_logprobs: 0"):
         run_train(tmp_path, tiny_dir)
 
 
 def test_truncated_and_long_traces_are_left_out_and_counted(tiny_dir, tmp_path):
     run_generate(tmp_path, tiny_dir)
     with pytest.raises(UserError, match="nothing to learn from"):
-        run_train(tmp_path, tiny_dir, truncated="drop")
+        run_train(tmp_path, tiny_dir, keep_truncated=False)
     with pytest.raises(UserError, match="nothing to learn from"):
         run_train(tmp_path, tiny_dir, max_tokens=10)
 
@@ -200,4 +200,4 @@ def test_eval_keeps_every_completion_and_counts_over_problems(tiny_dir, tmp_path
     assert result.metrics["accuracy"]["n"] == 3
     assert set(result.metrics["pass_at"]) == {"1", "2"}
     assert open_traces(ctx.folder / "traces").num_rows == 6
-    assert result.metrics["truncation"] == 1.0
+    assert result.metrics["clipped_ratio"] == 1.0

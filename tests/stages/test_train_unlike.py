@@ -53,7 +53,7 @@ def finished(tiny_dir, foreign_dir, tmp_path_factory):
         "stages": {
             "traces": traces,
             "sorted": {**train, "data": "./worked.jsonl", "loss": {"fn": "uld"}},
-            "text": {**train, "data": "traces", "task": "sums", "truncated": "keep", "loss": {"fn": "aligned"}},
+            "text": {**train, "data": "traces", "task": "sums", "keep_truncated": True, "loss": {"fn": "aligned"}},
             "own": {
                 "kind": "on_policy", "model": "base", "teacher": "foreign", "task": "sums", "steps": 1, "prompts": 2,
                 "group_size": 2, "sampling": {"max_tokens": 5}, "engine": REFERENCE, "dtype": "float32",

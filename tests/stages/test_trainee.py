@@ -12,7 +12,7 @@ from distill import models, recipe
 from distill.progress import Screen
 from distill.records import UserError
 from distill.stages.context import Context
-from distill.stages.inputs.student import keep_trainee, load_trainee
+from distill.stages.inputs.student import load_student, save_student
 
 LIGER = importlib.util.find_spec("liger_kernel") is not None and torch.cuda.is_available()
 
@@ -28,7 +28,7 @@ def context_of(tiny_dir, run, **changes):
 def test_an_adapter_on_chosen_modules_is_merged_into_plain_weights(tiny_dir, tokenizer, tmp_path):
     lora = {"rank": 2, "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["norm"]}
     context, config = context_of(tiny_dir, tmp_path, lora=lora)
-    model = load_trainee(config, context)
+    model = load_student(config, context)
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "norm.modules_to_save" in name for name in learned)
     assert {name.split(".")[-4] for name in learned if "lora_" in name} == {"q_proj", "down_proj"}
@@ -39,7 +39,7 @@ def test_an_adapter_on_chosen_modules_is_merged_into_plain_weights(tiny_dir, tok
     inputs = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         expected = model(inputs).logits
-    fingerprint, _ = keep_trainee(model, tokenizer, config, context)
+    fingerprint, _ = save_student(model, tokenizer, config, context)
     kept = models.load(context.folder / "model", dtype="float32")
     with torch.no_grad():
         torch.testing.assert_close(kept(inputs).logits, expected, rtol=1e-4, atol=1e-4)
@@ -51,18 +51,18 @@ def test_a_quantised_base_without_bitsandbytes_is_refused(tiny_dir, tmp_path, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     context, config = context_of(tiny_dir, tmp_path, lora={"quantised": "nf4"})
     with pytest.raises(UserError, match=r"stages\.kl\.lora\.quantised: nf4 needs bitsandbytes"):
-        load_trainee(config, context)
+        load_student(config, context)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_what_a_quantised_base_learned_is_put_on_the_whole_one(tiny_dir, tokenizer, tmp_path, kind):
     context, config = context_of(tiny_dir, tmp_path, lora={"rank": 2, "quantised": kind})
-    model = load_trainee(config, context)
+    model = load_student(config, context)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.01)
-    keep_trainee(model, tokenizer, config, context)
+    save_student(model, tokenizer, config, context)
     kept = dict(models.load(context.folder / "model", dtype="float32").named_parameters())
     for name, before in models.load(tiny_dir, dtype="float32").named_parameters():
         changed = (kept[name] - before).abs().max() > 0
@@ -73,13 +73,13 @@ def test_what_a_quantised_base_learned_is_put_on_the_whole_one(tiny_dir, tokeniz
 def test_liger_kernels_that_cannot_run_are_refused(tiny_dir, tmp_path):
     context, config = context_of(tiny_dir, tmp_path, liger=True)
     with pytest.raises(UserError, match=r"stages\.kl\.liger: .*remove the key"):
-        load_trainee(config, context)
+        load_student(config, context)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"points_every": 5, "lora": {"quantised": "nf4"}}, "points_every"),
+        ({"snapshot_every": 5, "lora": {"quantised": "nf4"}}, "snapshot_every"),
         ({"lora": {"quantised": "int4"}}, "stages.kl.lora.quantised"),
         ({"lora": {"quantized": "nf4"}}, "Did you mean 'quantised'"),
     ],

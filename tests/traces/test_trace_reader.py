@@ -446,7 +446,7 @@ def test_stats_are_those_of_the_traces(stored):
     assert found.mean_tail_mass == pytest.approx(np.exp(block.top.tail_T.astype(float)).mean())
     assert found.correct_rate == np.mean([c for c in block.correct if c is not None])
     assert found.mean_reward == pytest.approx(np.mean([r for r in block.reward if r is not None]))
-    assert found.truncated_rate == 0.25
+    assert found.clipped_ratio == 0.25
     assert sum(found.completion_lengths.values()) == 100
     size = sum(p.stat().st_size for p in stored.glob("*.parquet"))
     assert found.bytes_per_position == pytest.approx(size / found.completion_tokens)

@@ -29,7 +29,7 @@ STAGE = """
     model, out, num_kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     sums = {"fn": "reasoning_gym", "dataset": "chain_sum",
             "options": {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}}
-    stage = {"kind": "generate", "model": "a", "task": "sums", "problems": 48, "samples": 2, "top_k": 8,
+    stage = {"kind": "generate", "model": "a", "task": "sums", "problems": 48, "samples": 2, "top_logprobs": 8,
              "mass": 0.9, "shard_rows": 8, "sampling": {"max_tokens": 12},
              "engine": {"fn": "vllm", "dtype": "float32", "batch_size": 8}}
     tree = recipe.validate({"name": "t", "models": {"a": model}, "tasks": {"sums": sums}, "stages": {"traces": stage}})

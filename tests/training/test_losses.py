@@ -383,7 +383,7 @@ def test_draws_are_from_the_mixture_and_the_same_for_the_same_seed():
 def test_data_without_a_teacher_are_refused(name):
     hidden, weight, targets = problem(T=3)
     bare = Targets(targets.label_T, targets.weight_T)
-    with pytest.raises(UserError, match="top_k > 0"):
+    with pytest.raises(UserError, match="top_logprobs > 0"):
         head_loss(hidden, weight, loss_named(name), bare)
 
 

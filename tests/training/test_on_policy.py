@@ -66,7 +66,7 @@ def stage(**changes):
         "lr": 3e-3,
         "dtype": "float32",
         "checkpoint_every": 3,
-        "top_k": 64,
+        "top_logprobs": 64,
         "mass": 1.0,
     }
     return OnPolicyStage(**{**defaults, **changes})
@@ -218,7 +218,7 @@ def test_mix_takes_its_share_from_elsewhere(tiny_dir, teacher_dir, engine, tmp_p
         ids = np.array([40, 50, 60, 2], np.int32)
         return [Example(f"off{step}.{n}", np.array([1, 9, 9], np.int32), ids) for n in range(num)]
 
-    config = stage(steps=2, mix=0.5, data="traces")
+    config = stage(steps=2, offline_share=0.5, data="traces")
     seen = []
     made = source(engine, config, offline=offline)
     inner = made.steps
@@ -261,8 +261,8 @@ def test_resumed_equals_uninterrupted(tiny_dir, teacher_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mix": 0.5}, "data and mix go together"),
-        ({"data": "x"}, "data and mix go together"),
+        ({"offline_share": 0.5}, "data and offline_share go together"),
+        ({"data": "x"}, "data and offline_share go together"),
         ({"scoring": "engine", "temperature": 2.0}, "only 1 with scoring: engine"),
         ({"scoring": "engine", "teacher": {"a": 0.5, "b": 0.5}}, "takes one teacher"),
         ({"loss": {"fn": "policy_gradient"}}, "needs scoring: engine"),

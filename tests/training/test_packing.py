@@ -18,7 +18,7 @@ from distill.training import attention
 from distill.training.loss.objective import Objective
 from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.packing import Example, pack, steps
-from distill.training.policy import Trainee
+from distill.training.policy import StudentModule
 
 
 def example(name, prompt, completion, k=None, seed=0):
@@ -102,18 +102,18 @@ def test_steps_run_over_epochs_and_start_anywhere():
 
 @pytest.fixture(scope="module")
 def trainee_parts(tiny_dir):
-    return lambda loss: Trainee(models.load(tiny_dir, dtype="float32"), Objective(loss), 49152)
+    return lambda loss: StudentModule(models.load(tiny_dir, dtype="float32"), Objective(loss), 49152)
 
 
-def gradients(trainee, batches):
-    trainee.zero_grad()
+def gradients(student_module, batches):
+    student_module.zero_grad()
     total = 0.0
     for batch in batches:
         rows = torch.from_numpy(batch.weight_T.nonzero()[0])
-        out = trainee(batch.to_torch(), rows)
+        out = student_module(batch.to_torch(), rows)
         out.loss.backward()
         total += out.loss.item()
-    return total, {name: p.grad.clone() for name, p in trainee.named_parameters()}
+    return total, {name: p.grad.clone() for name, p in student_module.named_parameters()}
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, forward_kl])
@@ -124,10 +124,10 @@ def test_packed_equals_one_trace_at_a_time_and_any_split(trainee_parts, loss):
         example(str(n), rng.integers(3, 1000, p), [*rng.integers(3, 50, c - 1), 2], k=8, seed=n)
         for n, (p, c) in enumerate(lengths)
     ]
-    trainee = trainee_parts(loss)
-    packed = gradients(trainee, pack(examples, micro_tokens=10_000))
+    student_module = trainee_parts(loss)
+    packed = gradients(student_module, pack(examples, micro_tokens=10_000))
     for micro_tokens in (1, 64, 350):
-        split = gradients(trainee, pack(examples, micro_tokens=micro_tokens))
+        split = gradients(student_module, pack(examples, micro_tokens=micro_tokens))
         assert split[0] == pytest.approx(packed[0], rel=1e-5)
         for name, grad in packed[1].items():
             torch.testing.assert_close(split[1][name], grad, rtol=1e-3, atol=2e-6, msg=name)
@@ -145,12 +145,12 @@ def test_traces_of_one_prompt_share_it_and_nothing_else_changes(trainee_parts, m
         for n in range(count)
     ]
     rng.shuffle(examples)
-    trainee = trainee_parts(forward_kl)
+    student_module = trainee_parts(forward_kl)
     alone = [b for e in examples for b in pack([e], micro_tokens=1)]
     denominator = sum(len(e.completion_ids) for e in examples)
     alone = [dataclasses.replace(b, denominator=float(denominator)) for b in alone]
     shared = pack(examples, micro_tokens=micro_tokens)
-    want, got = gradients(trainee, alone), gradients(trainee, shared)
+    want, got = gradients(student_module, alone), gradients(student_module, shared)
     assert got[0] == pytest.approx(want[0], rel=1e-5)
     for name, grad in want[1].items():
         torch.testing.assert_close(got[1][name], grad, rtol=1e-3, atol=2e-6, msg=name)
@@ -239,27 +239,27 @@ def prompt_trees(draw):
 
 @pytest.fixture
 def in_fp64(tiny_dir, monkeypatch):
-    """Trainee and, as the oracle, the model with torch's own attention (transformers' eager one rounds to fp32, as its norms do)."""
+    """StudentModule and, as the oracle, the model with torch's own attention (transformers' eager one rounds to fp32, as its norms do)."""
 
     def forward(norm, x):
         return norm.weight * x * (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
     plain = models.load(tiny_dir, dtype="float64", attn_implementation="sdpa")
-    trainee = Trainee(models.load(tiny_dir, dtype="float64"), Objective(cross_entropy), 49152)
-    return trainee, plain
+    student_module = StudentModule(models.load(tiny_dir, dtype="float64"), Objective(cross_entropy), 49152)
+    return student_module, plain
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(prompt_trees(), st.sampled_from([1, 64, 150, 10_000]), st.sampled_from([attention.SHORT, 16]))
 def test_sharing_over_random_trees_changes_neither_loss_nor_gradients(in_fp64, examples, micro_tokens, short):
     """The oracle runs each trace alone through torch's attention and log-softmax; a low SHORT takes fused kernels."""
-    trainee, plain = in_fp64
+    student_module, plain = in_fp64
     # A power of two: weights are float32.
     batches = pack(examples, micro_tokens=micro_tokens, denominator=64.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "SHORT", short)
-        loss, grads = gradients(trainee, batches)
+        loss, grads = gradients(student_module, batches)
     total = torch.zeros((), dtype=torch.float64)
     for e in examples:
         ids = torch.from_numpy(np.concatenate([e.prompt_ids, e.completion_ids])).long()
@@ -280,8 +280,8 @@ def test_packed_attention_equals_transformers_own_on_each_trace_alone(tiny_dir):
         example(str(n), rng.integers(3, 1000, p), rng.integers(3, 1000, c))
         for n, (p, c) in enumerate([(5, 9), (40, 300), (2, 17)])
     ]
-    trainee = Trainee(models.load(tiny_dir, dtype="float32"), Objective(cross_entropy), 49152)
-    loss, grads = gradients(trainee, pack(examples, micro_tokens=10_000))
+    student_module = StudentModule(models.load(tiny_dir, dtype="float32"), Objective(cross_entropy), 49152)
+    loss, grads = gradients(student_module, pack(examples, micro_tokens=10_000))
     plain = models.load(tiny_dir, dtype="float32", attn_implementation="eager")
     total = torch.zeros(())
     for e in examples:

@@ -146,7 +146,7 @@ def metrics(folder):
 @pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 def test_each_objective_raises_the_reward(tiny_dir, engine, tmp_path, share, name):
     """Half of the tokens are good at the start; three in four soon are."""
-    objective = getattr(objectives, name)(truncated="penalise")
+    objective = getattr(objectives, name)(mask_truncated=False)
     config = stage(steps=24, group_size=8, lr=1e-2, mini_batches=2, prompts=2)
     run(tiny_dir, tmp_path, source(engine, config, objective, share))
     rewards = [m["reward"] for m in metrics(tmp_path)]
@@ -157,7 +157,7 @@ def test_each_objective_raises_the_reward(tiny_dir, engine, tmp_path, share, nam
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_reward_rises_and_random_rewards_do_not_raise_it(tiny_dir, engine, tmp_path, share, seed):
     config = stage(steps=16, group_size=8, lr=1e-2)
-    objective = objectives.grpo(truncated="penalise")
+    objective = objectives.grpo(mask_truncated=False)
     run(tiny_dir, tmp_path / "real", source(engine, config, objective, share, seed=seed))
     assert np.mean([m["reward"] for m in metrics(tmp_path / "real")][-3:]) > 0.7
 
@@ -184,9 +184,9 @@ def test_reward_rises_and_random_rewards_do_not_raise_it(tiny_dir, engine, tmp_p
 def test_passes_reuse_the_rollout_and_its_old_log_probs(tiny_dir, engine, tmp_path, share):
     """Two passes: one rollout, and at the second the ratio is no longer 1 but against the weights that wrote it."""
     spy = Spy(engine)
-    config = stage(steps=4, passes=2, lr=1e-2)
+    config = stage(steps=4, num_iterations=2, lr=1e-2)
     seen = []
-    objective = objectives.grpo(beta=0.0, truncated="penalise")
+    objective = objectives.grpo(beta=0.0, mask_truncated=False)
 
     def watch(student, targets):
         seen.append((student.label_T - targets.old_logp_T).abs().max().item())
@@ -203,7 +203,7 @@ def test_passes_reuse_the_rollout_and_its_old_log_probs(tiny_dir, engine, tmp_pa
 
 def test_the_engine_writes_with_the_weights_of_the_moment(tiny_dir, engine, tmp_path, share):
     config = stage(steps=6, lr=1e-2)
-    run(tiny_dir, tmp_path, source(engine, config, objectives.grpo(truncated="penalise"), share))
+    run(tiny_dir, tmp_path, source(engine, config, objectives.grpo(mask_truncated=False), share))
     assert max(m["kl_engine"] for m in metrics(tmp_path)) < 1e-8
 
 
@@ -237,7 +237,7 @@ def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(tiny_dir, e
     assert asked[0] == 4
     assert asked[1] == 2  # p0 and p1 are replaced
     assert all(s.advantage.any() for s in rollout.sampled)
-    assert metrics(tmp_path)[0]["all_equal"] == pytest.approx(2 / sum(asked), abs=0.2)
+    assert metrics(tmp_path)[0]["frac_reward_zero_std"] == pytest.approx(2 / sum(asked), abs=0.2)
 
     def always_dull(group):
         return [1.0] * len(group)
@@ -251,19 +251,19 @@ def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(tiny_dir, e
         source(spy, stage(steps=1), objectives.dapo(resample=3), always_dull),
     )
     assert len(spy.requests) == 3
-    assert metrics(tmp_path / "dull")[0] | {"all_equal": 1.0, "groups": 12.0, "loss": 0.0, "tokens": 0} == metrics(tmp_path / "dull")[0]  # fmt: skip
+    assert metrics(tmp_path / "dull")[0] | {"frac_reward_zero_std": 1.0, "groups": 12.0, "loss": 0.0, "tokens": 0} == metrics(tmp_path / "dull")[0]  # fmt: skip
     for a, b in zip(before.parameters(), after.parameters(), strict=True):
         assert torch.equal(a, b)
 
 
 def test_cut_completions_leave_the_loss_or_stay_in_it(tiny_dir, engine, tmp_path, share):
     """All completions of four tokens are cut: masked there is nothing to learn, penalised there is."""
-    for truncated, tokens in (("mask", 0), ("penalise", 4 * 4 * (3 + 4))):
-        folder = tmp_path / truncated
-        objective = objectives.grpo(beta=0.001, truncated=truncated)
+    for mask, tokens in ((True, 0), (False, 4 * 4 * (3 + 4))):
+        folder = tmp_path / str(mask)
+        objective = objectives.grpo(beta=0.001, mask_truncated=mask)
         run(tiny_dir, folder, source(engine, stage(steps=1), objective, share))
         (line,) = metrics(folder)
-        assert line["truncated"] == 1.0
+        assert line["clipped_ratio"] == 1.0
         assert line["tokens"] == tokens
 
 
@@ -276,7 +276,7 @@ def test_unjudged_completions_are_counted_and_carry_no_advantage(tiny_dir, engin
     rollouts = source(
         engine,
         stage(steps=1),
-        objectives.grpo(truncated="penalise"),
+        objectives.grpo(mask_truncated=False),
         half,
         watch=lambda step, rollout: kept.append(rollout),
     )
@@ -296,12 +296,12 @@ def test_resumed_equals_uninterrupted_wherever_it_was_killed(tiny_dir, tmp_path,
         steps=8,
         prompts=2,
         mini_batches=2,
-        passes=2,
+        num_iterations=2,
         lr=1e-2,
         reference_every=4,
         engine={"fn": "reference"},
     )
-    objective = objectives.grpo(beta=0.1, truncated="penalise")
+    objective = objectives.grpo(beta=0.1, mask_truncated=False)
 
     def fresh():
         return engines.open_engine(config.engine, tiny_dir, max_model_len=64, max_top_k=0)
@@ -324,7 +324,7 @@ def test_resumed_equals_uninterrupted_wherever_it_was_killed(tiny_dir, tmp_path,
 
 def test_under_lora_the_reference_is_the_model_without_its_adapter(tiny_dir, engine, tmp_path, share):
     config = stage(steps=4, lr=2e-2)
-    objective = objectives.grpo(beta=0.05, truncated="penalise")
+    objective = objectives.grpo(beta=0.05, mask_truncated=False)
     lora = LoraConfig(rank=4)
     model = run(tiny_dir, tmp_path, source(engine, config, objective, share), lora=lora)
     lines = metrics(tmp_path)

@@ -11,7 +11,7 @@ from distill import plug
 from distill.records import TopK
 from distill.training.loss.head import Targets, head_loss
 from distill.training.loss.metrics import watch
-from distill.training.loss.multi_teacher import Blend, over_teachers
+from distill.training.loss.multi_teacher import TeacherMixture, over_teachers
 from distill.training.packing import Example, pack
 
 V, C = 17, 6
@@ -70,8 +70,8 @@ def batch_of():
     wide = [top.slice(0, 2) for _, top in (kept(7, 8, 1.0), kept(8, 9, 1.0), kept(9, 3, 1.0))]
     prompt, completion = np.array([1, 2]), np.arange(C)
     examples = [
-        Example("a", prompt, completion, Blend.of(tops, SHARES)),
-        Example("b", prompt[:1], completion[:2], Blend.of(wide, SHARES)),
+        Example("a", prompt, completion, TeacherMixture.of(tops, SHARES)),
+        Example("b", prompt[:1], completion[:2], TeacherMixture.of(wide, SHARES)),
     ]
     (batch,) = pack(examples, micro_tokens=99)
     return batch.to_torch()
@@ -103,7 +103,7 @@ def test_equals_the_sum_of_every_teachers_own_divergence(divergence):
 
 def test_one_teacher_is_the_plain_loss_and_the_student_itself_is_left_alone():
     p, top = kept(1, 4, 0.9)
-    blend = Blend.of([top, top], (0.25, 0.75))
+    blend = TeacherMixture.of([top, top], (0.25, 0.75))
     _, logp = top.dense()
     for t in range(C):
         used = blend.ids_CK[t] >= 0
@@ -125,7 +125,7 @@ def test_the_mixture_counts_what_nobody_else_kept_as_known():
     """Two teachers over {0} and {1}: the mixture has half of each at its id, and half of both tails outside."""
     one = TopK(np.array([1]), np.array([0]), np.log([0.6]).astype(np.float32), np.log([0.4]))
     two = TopK(np.array([1]), np.array([1]), np.log([0.9]).astype(np.float32), np.log([0.1]))
-    blend = Blend.of([one, two], (0.5, 0.5))
+    blend = TeacherMixture.of([one, two], (0.5, 0.5))
     assert blend.ids_CK.tolist() == [[1, 0]]
     np.testing.assert_allclose(np.exp(blend.logp_CK), [[0.45, 0.3]], rtol=1e-6)
     np.testing.assert_allclose(np.exp(blend.tail_T), [0.25], rtol=1e-6)

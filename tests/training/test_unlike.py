@@ -192,7 +192,7 @@ def pair_of(student, teacher, found, labels_s, labels_t, weight_G, shared):
     """What the trainer makes of one trace, with weights of the test's own."""
     reading = Reading(np.array([0]), np.array(labels_t), found)
     (batch,) = pack([Example("t", np.array([0]), np.array(labels_s), reading=reading)], micro_tokens=99)
-    spans = dataclasses.replace(batch.beside.to_torch(), weight_G=weight_G, denominator=1.0)
+    spans = dataclasses.replace(batch.cross_tokenizer.to_torch(), weight_G=weight_G, denominator=1.0)
     assert spans.batch.label_T[spans.rows].tolist() == list(labels_t)
     return Pair(student, teacher, torch.tensor(labels_s), torch.tensor(labels_t), spans, shared)
 
@@ -349,7 +349,7 @@ def test_readings_are_packed_with_their_batch_whatever_the_split(tokenizer, smal
     for micro_tokens in (8, 25, 999):
         spans = {}
         for batch in pack(examples, micro_tokens=micro_tokens, normalise=normalise):
-            beside, rows = batch.beside, batch.weight_T.nonzero()[0]
+            beside, rows = batch.cross_tokenizer, batch.weight_T.nonzero()[0]
             for g, weight in enumerate(beside.weight_G / beside.denominator):
                 starts = [
                     ids_T[row] for ids_T, row in (

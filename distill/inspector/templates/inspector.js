@@ -361,7 +361,7 @@ function detail(token) {
   const aside = at("detail"), trace = state.trace;
   if (token < 0) {
     aside.replaceChildren(element("p", { class: "hint" }, columns.count
-      ? "Point at a token, or move to one with ← and →, to see what else the teacher would have said there."
+      ? "Snapshot at a token, or move to one with ← and →, to see what else the teacher would have said there."
       : "These traces were captured without distributions (top_k: 0): only each sampled token's own probability is known."));
     return;
   }

@@ -14,7 +14,7 @@ import numpy as np
 
 from distill.records import Array, TopK, Traces, UserError, draw_seed, stable_hash
 from distill.traces.reader import TraceReader
-from distill.training.loss.multi_teacher import Blend
+from distill.training.loss.multi_teacher import TeacherMixture
 from distill.training.packing import Example
 
 BUFFER_ROWS = 2048
@@ -54,7 +54,7 @@ class JoinedSource:
                     trace_id,
                     block.prompt_ids[n],
                     block.completion_ids[n],
-                    Blend.of(tops, self.shares),
+                    TeacherMixture.of(tops, self.shares),
                 )
 
 

@@ -20,7 +20,7 @@ from distill.training.loss.objective import (
     PolicyObjective,
     label_nll,
 )
-from distill.training.loss.weight_schedule import Ramp
+from distill.training.loss.weight_schedule import LinearWeight
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,7 +76,9 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) 
     kl, ce = FULL, NONE
     if fn == "ce_kl":
         given = inspect.signature(loss).parameters  # with what the recipe says as defaults
-        kl, ce = (Ramp(given[name].default, given[f"final_{name}"].default) for name in ("kl_weight", "ce_weight"))
+        kl, ce = (
+            LinearWeight(given[name].default, given[f"final_{name}"].default) for name in ("kl_weight", "ce_weight")
+        )
         fn, options = "forward_kl", {}
     if fn not in plug.names(DIVERGENCES):
         known = ", ".join(sorted([*plug.names(DIVERGENCES), *plug.names(UNLIKE), "ce_kl", "sampled_kd"]))

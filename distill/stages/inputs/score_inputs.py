@@ -61,7 +61,7 @@ class RowSource:
 
 
 @dataclass(slots=True)
-class LeftOut:
+class DroppedRows:
     """Why traces are not scored, counted; the first few rows that are not usable by number."""
 
     reasons: Counter[str] = field(default_factory=Counter)
@@ -86,14 +86,14 @@ class Given:
     are those that were sampled. template: what prompts were, or are, rendered with.
     """
 
-    blocks: Callable[[LeftOut], Iterator[Traces]]
+    blocks: Callable[[DroppedRows], Iterator[Traces]]
     text_from: str
     origin: Metadata | None
     same_ids: bool
     template: str
 
 
-def open_given(config: ScoreStage, context: Context, tokenizer: Any) -> Given:
+def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> Given:
     """What a score stage's `data` names. Raises UserError where there is nothing of the kind."""
     task = context.task(config.task) if config.task is not None else None
     template = task.template if task is not None else AS_IT_IS
@@ -115,7 +115,7 @@ def open_given(config: ScoreStage, context: Context, tokenizer: Any) -> Given:
             )
         models.check_template(tokenizer, template, f"tasks.{config.task}")
 
-        def rendered(_: LeftOut) -> Iterator[Traces]:
+        def rendered(_: DroppedRows) -> Iterator[Traces]:
             for block in reader.blocks(BLOCK_ROWS, LIGHT_COLUMNS):
                 yield render(block, tokenizer, template)
 
@@ -124,7 +124,7 @@ def open_given(config: ScoreStage, context: Context, tokenizer: Any) -> Given:
     models.check_template(tokenizer, template, where)
     source = open_rows(config.data, config.split, f"{where}.data", config.subset)
 
-    def conversations(left_out: LeftOut) -> Iterator[Traces]:
+    def conversations(left_out: DroppedRows) -> Iterator[Traces]:
         for block in _blocks(source, task, left_out):
             yield render(block, tokenizer, template)
 
@@ -217,7 +217,7 @@ def _split_of(found: Any, split: str, where: str) -> Any:
     return found[split]
 
 
-def _blocks(source: RowSource, task: Task | None, left_out: LeftOut) -> Iterator[Traces]:
+def _blocks(source: RowSource, task: Task | None, left_out: DroppedRows) -> Iterator[Traces]:
     """Rows as blocks without ids; a conversation that was there before is left out."""
     seen: set[str] = set()
     samples: Counter[str] = Counter()

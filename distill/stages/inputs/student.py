@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from distill.training.loop import Budget, Length
 
 
-def load_trainee(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Any:
+def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Any:
     """The stage's model in its dtype, with an adapter where the stage asks for one.
 
     Raises UserError for what needs a package or a device that is not there.
@@ -33,7 +33,7 @@ def load_trainee(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
     return model if config.lora is None else models.add_lora(model, config.lora)
 
 
-def keep_trainee(
+def save_student(
     model: Any, tokenizer: Any, config: TrainStage | GrpoStage | OnPolicyStage, context: Context
 ) -> tuple[str, ModelShape]:
     """Write the trained model, its adapter merged; returns the weights' fingerprint and the model's shape."""
@@ -49,10 +49,10 @@ def keep_trainee(
 def live_steps(context: Context, length: Length | Budget) -> Live:
     """The live line of a stage's optimiser steps, from the step that its newest checkpoint holds."""
     from distill.training import checkpoint
-    from distill.training.loop import Tally
+    from distill.training.loop import WorkCounts
 
     done = checkpoint.newest_step(context.folder / "checkpoints")
-    return context.live(max(length.steps(Tally()), done), "steps", done)
+    return context.live(max(length.steps(WorkCounts()), done), "steps", done)
 
 
 def _quantisation(kind: str, dtype: str, where: str) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def _open_scored(config: TrainStage, data: str, context: Context, tokenizer: Any
     if reader.metadata.top_k == 0:
         raise UserError(
             f"{where}.loss: {config.loss.fn} learns from the teacher's distributions, and {data!r} was generated "
-            "with top_k: 0. Generate with top_k > 0, or use loss: {fn: cross_entropy}."
+            "with top_logprobs: 0. Generate with top_logprobs > 0, or use loss: {fn: cross_entropy}."
         )
     models.check_same_tokenizer(reader.metadata.tokenizer, reader.metadata.vocab_size, tokenizer, where)
     if reader.metadata.logprob_temperature != 1:
@@ -142,7 +142,7 @@ def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceR
         [np.array([r != "length" for r in b.finish_reason], bool) for b in reader.blocks(4096, ["finish_reason"])]
         or [np.empty(0, bool)]
     )
-    keep = fits & (finished if config.truncated == "drop" else True)
+    keep = fits & (True if config.keep_truncated else finished)
     _say_dropped(context, longer=int((~fits).sum()), truncated=int((~keep).sum() - (~fits).sum()))
     return reader.where(keep)
 

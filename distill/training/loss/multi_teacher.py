@@ -4,7 +4,7 @@ Each teacher kept ids of its own; what a student is compared with at a position 
 the student over the union give each teacher's own view of it: the mass outside teacher i's ids is that outside the
 union and that at the ids which only the others kept. So no second pass over the vocabulary, whatever their number.
 
-Beside the single distributions goes their mixture, as far as it is known, for what one watches: sum share_i p_i at every id
+CrossTokenizerBatch the single distributions goes their mixture, as far as it is known, for what one watches: sum share_i p_i at every id
 of the union, where a teacher that did not keep an id adds nothing there and what it has outside its ids to the tail.
 
 Shapes: C positions of a trace, T tokens of a batch, M teachers, K entries of the union.
@@ -24,7 +24,7 @@ from distill.training.loss.head import OUTSIDE, LossFn, Student, Targets
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Blend:
+class TeacherMixture:
     """What several teachers kept at C positions.
 
     ids_CK: the union, -1 = no entry, by descending probability in the mixture; logp_CK (-inf there) and tail_T: the
@@ -38,7 +38,7 @@ class Blend:
     each_tail_CM: Array
 
     @staticmethod
-    def of(tops: Sequence[TopK], shares: Sequence[float]) -> Blend:
+    def of(tops: Sequence[TopK], shares: Sequence[float]) -> TeacherMixture:
         """From each teacher's distributions over the same positions; shares add up to 1."""
         dense = [top.dense() for top in tops]
         ids_CE = np.concatenate([ids for ids, _ in dense], axis=1)
@@ -64,7 +64,7 @@ class Blend:
             mixed_CK = np.log(np.einsum("m,cmk->ck", share_M, np.exp(each_CMK)))
             tail_C = np.log(np.exp(each_tail_CM) @ share_M)
         by_mass_CK = np.argsort(-mixed_CK, axis=1, kind="stable")
-        return Blend(
+        return TeacherMixture(
             np.take_along_axis(union_CK, by_mass_CK, 1),
             np.take_along_axis(mixed_CK, by_mass_CK, 1).astype(np.float32),
             tail_C.astype(np.float32),

@@ -18,10 +18,9 @@ from distill.records import Array
 from distill.training.loss.cross_tokenizer.losses import Pair
 from distill.training.loss.dense import Divergence
 from distill.training.loss.head import HeadOutput, LossFn, Measure, Student, Targets
-from distill.training.loss.weight_schedule import Ramp
+from distill.training.loss.weight_schedule import LinearWeight
 
 Kl = Literal["k3", "k2", "k3_ratio"]
-Truncated = Literal["mask", "penalise"]
 Couple = Callable[[Tensor, Targets, Tensor], Tensor]
 """(log-probs of the labels [T], targets, trace index [T]) -> what the loss needs of the whole trace, [T]."""
 Unlike = Callable[[Pair], HeadOutput]
@@ -36,7 +35,7 @@ def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
     return {"label_nll": -student.label_T}
 
 
-FULL, NONE = Ramp(1.0), Ramp(0.0)
+FULL, NONE = LinearWeight(1.0), LinearWeight(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +44,8 @@ class Online:
 
     divergence: Divergence
     temperature: float = 1.0
-    kl: Ramp = FULL
-    ce: Ramp = NONE
+    kl: LinearWeight = FULL
+    ce: LinearWeight = NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +80,14 @@ class PolicyObjective(Objective):
 
     scale: whether advantages are divided by the group's standard deviation. normalise: "sequence" gives 1/|o_i|
     to each token and divides by the number of completions; "token" divides by the number of tokens; "fixed" by
-    completions x max_tokens. truncated: completions cut at the limit are left out of everything, denominators
-    and baseline included ("mask"), or take part with the reward they got ("penalise"). resample: how many times
+    completions x max_tokens. mask_truncated: completions cut at the limit are left out of everything, denominators
+    and baseline included; False: they take part with the reward they got. resample: how many times
     the problems wanted may be sampled in all, in search of groups whose rewards differ.
     """
 
     scale: bool = True
     normalise: Literal["sequence", "token", "fixed"] = "sequence"
-    truncated: Truncated = "mask"
+    mask_truncated: bool = True
     resample: int = 1
 
 

@@ -41,6 +41,6 @@ def stored(targets: Targets) -> tuple[Tensor, Tensor]:
     if targets.teacher_logp_TK is None or targets.teacher_tail_T is None:
         raise UserError(
             "this loss learns from the teacher's distributions, and the data hold none. Use data from a generate "
-            "stage with top_k > 0, or loss: {fn: cross_entropy}."
+            "stage with top_logprobs > 0, or loss: {fn: cross_entropy}."
         )
     return targets.teacher_logp_TK, targets.teacher_tail_T

@@ -19,7 +19,7 @@ from distill.training.loss import divergences
 from distill.training.loss.divergences import Alpha, Beta
 from distill.training.loss.head import Student, Targets
 from distill.training.loss.outcomes import kept, outcomes, stored
-from distill.training.loss.weight_schedule import Ramp
+from distill.training.loss.weight_schedule import LinearWeight
 
 REFUSED_OPTIONS = {
     "temperature": "stored distributions have temperature 1. At any other, the mass outside the stored ids cannot be "
@@ -83,8 +83,8 @@ def ce_kl(
 
     A final weight is what the weight has become at the last step, in a straight line from the first; None: it stays.
     """
-    ce = Ramp(ce_weight, final_ce_weight).at(targets.progress)
-    kl = Ramp(kl_weight, final_kl_weight).at(targets.progress)
+    ce = LinearWeight(ce_weight, final_ce_weight).at(targets.progress)
+    kl = LinearWeight(kl_weight, final_kl_weight).at(targets.progress)
     return ce * cross_entropy(student, targets) + kl * forward_kl(student, targets)
 
 
@@ -113,11 +113,11 @@ def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -
     return -(logp_TK.exp() / draws * drawn_TK).sum(1)
 
 
-def policy_gradient(student: Student, targets: Targets, *, engine_cap: PositiveFloat = 2.0) -> Tensor:
+def policy_gradient(student: Student, targets: Targets, *, importance_cap: PositiveFloat = 2.0) -> Tensor:
     """Reverse KL as a policy gradient, [T]: -w A rho on the student's own tokens, for on_policy stages with scoring: engine.
 
     A = log p(token) - log q(token) when it was sampled, a constant; rho = q / q sampled, 1 with its gradient; w = min(q trainer
-    / q engine, engine_cap), a constant. Its gradient is that of KL(q || p) a token in expectation, with the noise of
+    / q engine, importance_cap), a constant. Its gradient is that of KL(q || p) a token in expectation, with the noise of
     sampling: it needs the teacher's log-probability of one token only.
     """
     if targets.advantage_T is None or targets.engine_logp_T is None:
@@ -125,5 +125,5 @@ def policy_gradient(student: Student, targets: Targets, *, engine_cap: PositiveF
             "policy_gradient learns from the student's own completions: use it in a stage of kind on_policy."
         )
     own_T = student.label_T.detach()
-    weight_T = (own_T - targets.engine_logp_T).exp().clamp(max=engine_cap)
+    weight_T = (own_T - targets.engine_logp_T).exp().clamp(max=importance_cap)
     return -weight_T * targets.advantage_T * (student.label_T - own_T).exp()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Ramp:
+class LinearWeight:
     """From start at the first step to end at the last, in a straight line; end None: start all the way."""
 
     start: float

@@ -4,7 +4,7 @@ Their losses are `[T]` and never reduced here. An objective is used in a recipe 
 keyword-only parameters are its options. Left out on purpose: sampling (`rollout`), the one division (`packing`).
 
     rho  policy over the policy that wrote the rollout, at the sampled token; A advantage; G completions a group
-    w    min(pi_old / pi_engine, engine_cap), a constant: the engine's probabilities are a little off the trainer's
+    w    min(pi_old / pi_engine, importance_cap), a constant: the engine's probabilities are a little off the trainer's
          own, and this truncated importance weight corrects the expectation for it (Yao et al. 2025)
     d    log pi_ref - log pi
 
@@ -24,7 +24,6 @@ from distill.training.loss.objective import (
     Couple,
     Kl,
     PolicyObjective,
-    Truncated,
     old_logp,
     policy_kl,
     sequence_log_ratio,
@@ -41,15 +40,15 @@ def grpo(
     eps_high: Share | None = None,
     beta: Share = 0.001,
     kl: Kl = "k3",
-    engine_cap: PositiveFloat | None = 2.0,
-    truncated: Truncated = "mask",
+    importance_cap: PositiveFloat | None = 2.0,
+    mask_truncated: bool = True,
 ) -> PolicyObjective:
     """GRPO (DeepSeekMath, arXiv 2402.03300, equation 3; R1, arXiv 2501.12948: eps 10, beta 0.001).
 
     loss = -w min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) + beta kl; a mean over each completion's tokens,
     then over completions; A divided by the group's standard deviation. eps_high: None = eps_low.
     """
-    return _clipped(eps_low, eps_high, beta, kl, engine_cap, truncated, scale=True, normalise="sequence")
+    return _clipped(eps_low, eps_high, beta, kl, importance_cap, mask_truncated, scale=True, normalise="sequence")
 
 
 def dapo(
@@ -58,8 +57,8 @@ def dapo(
     eps_high: Share = 0.28,
     beta: Share = 0.0,
     kl: Kl = "k3",
-    engine_cap: PositiveFloat | None = 2.0,
-    truncated: Truncated = "penalise",
+    importance_cap: PositiveFloat | None = 2.0,
+    mask_truncated: bool = False,
     resample: PositiveInt = 3,
 ) -> PolicyObjective:
     """DAPO (arXiv 2503.14476): GRPO with a higher upper clip, one mean over all tokens, and dynamic sampling.
@@ -72,8 +71,8 @@ def dapo(
         eps_high,
         beta,
         kl,
-        engine_cap,
-        truncated,
+        importance_cap,
+        mask_truncated,
         scale=True,
         normalise="token",
         resample=resample,
@@ -86,13 +85,13 @@ def dr_grpo(
     eps_high: Share | None = None,
     beta: Share = 0.0,
     kl: Kl = "k3",
-    engine_cap: PositiveFloat | None = 2.0,
-    truncated: Truncated = "penalise",
+    importance_cap: PositiveFloat | None = 2.0,
+    mask_truncated: bool = False,
 ) -> PolicyObjective:
     """Dr. GRPO (arXiv 2503.20783): no division by the standard deviation; the sum over tokens is divided by
     completions x max_tokens whatever their lengths, so that long wrong answers are not favoured.
     """
-    return _clipped(eps_low, eps_high, beta, kl, engine_cap, truncated, scale=False, normalise="fixed")
+    return _clipped(eps_low, eps_high, beta, kl, importance_cap, mask_truncated, scale=False, normalise="fixed")
 
 
 def gspo(
@@ -101,8 +100,8 @@ def gspo(
     eps_high: Share = 4e-4,
     beta: Share = 0.0,
     kl: Kl = "k3",
-    engine_cap: PositiveFloat | None = 2.0,
-    truncated: Truncated = "mask",
+    importance_cap: PositiveFloat | None = 2.0,
+    mask_truncated: bool = True,
 ) -> PolicyObjective:
     """GSPO (arXiv 2507.18071): GRPO with one ratio a completion, rho = exp(mean over its tokens of log pi/pi_old).
 
@@ -114,8 +113,8 @@ def gspo(
         eps_high,
         beta,
         kl,
-        engine_cap,
-        truncated,
+        importance_cap,
+        mask_truncated,
         scale=True,
         normalise="sequence",
         couple=sequence_log_ratio,
@@ -127,8 +126,8 @@ def cispo(
     ratio_max: PositiveFloat = 5.0,
     beta: Share = 0.0,
     kl: Kl = "k3",
-    engine_cap: PositiveFloat | None = 2.0,
-    truncated: Truncated = "mask",
+    importance_cap: PositiveFloat | None = 2.0,
+    mask_truncated: bool = True,
 ) -> PolicyObjective:
     """CISPO (MiniMax-M1, arXiv 2506.13585): loss = -w sg(min(rho, ratio_max)) A log pi, one mean over all tokens.
 
@@ -139,14 +138,14 @@ def cispo(
         logp_T, advantage_T = student.label_T, stream(targets.advantage_T)
         ratio_T = (logp_T - old_logp(logp_T, targets)).exp().detach().clamp(max=ratio_max)
         policy_T = -ratio_T * advantage_T * logp_T
-        return _total(policy_T, logp_T, targets, beta, kl, engine_cap)
+        return _total(policy_T, logp_T, targets, beta, kl, importance_cap)
 
     def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
         logp_T = student.label_T
         clipped_T = (logp_T - old_logp(logp_T, targets)).exp() > ratio_max
         return {"clip_fraction": clipped_T.to(logp_T.dtype), **_distances(logp_T, targets)}
 
-    return PolicyObjective(loss, watch, reference=beta > 0, normalise="token", truncated=truncated)
+    return PolicyObjective(loss, watch, reference=beta > 0, normalise="token", mask_truncated=mask_truncated)
 
 
 def _clipped(
@@ -154,8 +153,8 @@ def _clipped(
     eps_high: float | None,
     beta: float,
     kl: Kl,
-    engine_cap: float | None,
-    truncated: Truncated,
+    importance_cap: float | None,
+    mask_truncated: bool,
     *,
     scale: bool,
     normalise: Literal["sequence", "token", "fixed"],
@@ -169,7 +168,7 @@ def _clipped(
         logp_T, advantage_T = student.label_T, stream(targets.advantage_T)
         ratio_T = _log_ratio(logp_T, targets).exp()
         policy_T = -torch.minimum(ratio_T * advantage_T, ratio_T.clamp(low, high) * advantage_T)
-        return _total(policy_T, logp_T, targets, beta, kl, engine_cap)
+        return _total(policy_T, logp_T, targets, beta, kl, importance_cap)
 
     def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
         logp_T = student.label_T
@@ -184,7 +183,7 @@ def _clipped(
         reference=beta > 0,
         scale=scale,
         normalise=normalise,
-        truncated=truncated,
+        mask_truncated=mask_truncated,
         resample=resample,
     )
 
@@ -198,10 +197,10 @@ def _total(
     targets: Targets,
     beta: float,
     kl: Kl,
-    engine_cap: float | None,
+    importance_cap: float | None,
 ) -> Tensor:
-    if engine_cap is not None and targets.engine_logp_T is not None:
-        weight_T = (old_logp(logp_T, targets) - targets.engine_logp_T).exp().clamp(max=engine_cap)
+    if importance_cap is not None and targets.engine_logp_T is not None:
+        weight_T = (old_logp(logp_T, targets) - targets.engine_logp_T).exp().clamp(max=importance_cap)
         policy_T = policy_T * weight_T
     return policy_T + beta * policy_kl(logp_T, targets, kl) if beta else policy_T
 

@@ -2,7 +2,7 @@
 
 In: a sampler and rewards (handed in: this room knows none of theirs). Out: `Step`s for the
 loop, with `advantage_T`, `engine_logp_T` and, where the loss needs them, `old_logp_T` and `ref_logp_T`. A rollout is
-prompts x mini_batches problems with group_size completions each; it gives mini_batches x passes steps. With one step
+prompts x mini_batches problems with group_size completions each; it gives mini_batches x num_iterations steps. With one step
 a rollout the policy that learns is the one that wrote: no old log-probabilities, no forward pass for them.
 A rollout depends on its number, the seed and the weights only, so a resumed run writes the same ones.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from distill.recipe import GrpoStage
 from distill.records import Array, Batch, Group, Scores, draw_seed
-from distill.training.loop import Step, Tally
+from distill.training.loop import Step, WorkCounts
 from distill.training.loss.objective import PolicyObjective, advantages
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
@@ -41,10 +41,10 @@ class Rollout:
 
     sampled: list[Sampled]
     num_groups: int = 0
-    num_all_equal: int = 0
+    num_zero_std: int = 0
     generate_seconds: float = 0.0
     reward_seconds: float = 0.0
-    tally: Tally = field(default_factory=Tally)
+    tally: WorkCounts = field(default_factory=WorkCounts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +82,7 @@ class Rollouts:
                 yield Step(
                     mini_batches[number % config.mini_batches],
                     metrics,
-                    rollout.tally if number == 0 else Tally(),
+                    rollout.tally if number == 0 else WorkCounts(),
                     resumable=number == a_rollout - 1,
                 )
 
@@ -114,13 +114,13 @@ class Rollouts:
         rollout.reward_seconds += seconds
         rollout.tally.verifier_seconds += seconds
         rollout.num_groups += len(sampled)
-        rollout.num_all_equal += sum(not s.advantage.any() for s in sampled)
+        rollout.num_zero_std += sum(not s.advantage.any() for s in sampled)
         return sampled
 
     def _advantages(self, written: Written, scores: Scores) -> Sampled:
         group = written.group
         counted = np.ones(len(group), bool)
-        if self.objective.truncated == "mask":
+        if self.objective.mask_truncated:
             counted = np.array(group.finished, bool)
         known = [total if counts else None for total, counts in zip(scores.total, counted, strict=True)]
         advantage = advantages(known, scale=self.objective.scale)
@@ -136,7 +136,7 @@ class Rollouts:
         """
         config = self.config
         order = np.random.default_rng(draw_seed(self.seed, index, "order")).permutation(len(rollout.sampled))
-        several = config.mini_batches * config.passes > 1
+        several = config.mini_batches * config.num_iterations > 1
         parts = []
         for part in np.array_split(order, config.mini_batches):
             chosen = [rollout.sampled[n] for n in part]
@@ -187,7 +187,7 @@ class Rollouts:
                 return max(float(len(lengths)), 1.0)
 
 
-def _count_scored(tally: Tally, batch: Batch) -> None:
+def _count_scored(tally: WorkCounts, batch: Batch) -> None:
     tally.scored_tokens += len(batch.ids_T)
     tally.scored_head_tokens += int(np.count_nonzero(batch.weight_T))
     tally.scored_squared_lengths += batch.squared_lengths
@@ -196,7 +196,7 @@ def _count_scored(tally: Tally, batch: Batch) -> None:
 def _metrics(rollout: Rollout) -> dict[str, float]:
     """What one watches in RL, over all completions of the rollout: `written_metrics`, and:
 
-    reward and reward/<name>: means of what could be judged, left out where nothing could. all_equal: share of the
+    reward and reward/<name>: means of what could be judged, left out where nothing could. frac_reward_zero_std: share of the
     sampled groups without any advantage. unjudged: share of completions without a total.
     """
     totals = [t for s in rollout.sampled for t in s.scores.total]
@@ -207,7 +207,7 @@ def _metrics(rollout: Rollout) -> dict[str, float]:
     metrics = {key: float(np.mean(values)) for key, values in known.items() if values}
     return metrics | {
         **written_metrics([s.written for s in rollout.sampled]),
-        "all_equal": rollout.num_all_equal / rollout.num_groups,
+        "frac_reward_zero_std": rollout.num_zero_std / rollout.num_groups,
         "groups": float(rollout.num_groups),
         "unjudged": sum(t is None for t in totals) / len(totals),
         "generate_seconds": rollout.generate_seconds,

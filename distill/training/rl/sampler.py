@@ -22,7 +22,7 @@ from distill.records import (
     Verdict,
     draw_seed,
 )
-from distill.training.loop import Tally
+from distill.training.loop import WorkCounts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +60,7 @@ class Sampler:
     group_size: int
     seed: int
 
-    def groups(self, index: int, num: int, *, version: int, tally: Tally, attempt: int = 0) -> list[Written]:
+    def groups(self, index: int, num: int, *, version: int, tally: WorkCounts, attempt: int = 0) -> list[Written]:
         """`num` groups of rollout `index`, what they took added to the tally.
 
         Raises RuntimeError when the engine answers with weights of another version.
@@ -117,7 +117,7 @@ class Sampler:
 
 
 def written_metrics(groups: Sequence[Written]) -> dict[str, float]:
-    """length: mean tokens. truncated: share cut at the limit. entropy: mean of -log pi at the sampled tokens, which is
+    """length: mean tokens. clipped_ratio: share cut at the limit. entropy: mean of -log pi at the sampled tokens, which is
     the policy's entropy in expectation, nats a token. correct: share of those that could be judged.
     """
     completions = [c for g in groups for c in g.completions]
@@ -125,7 +125,7 @@ def written_metrics(groups: Sequence[Written]) -> dict[str, float]:
     verdicts = [v.correct for g in groups for v in g.group.verdicts if v.correct is not None]
     metrics = {
         "length": tokens / len(completions),
-        "truncated": sum(c.finish_reason == "length" for c in completions) / len(completions),
+        "clipped_ratio": sum(c.finish_reason == "length" for c in completions) / len(completions),
         "entropy": -float(sum(c.logprob_T.sum(dtype="float64") for c in completions)) / tokens,
     }
     return metrics | ({"correct": sum(verdicts) / len(verdicts)} if verdicts else {})

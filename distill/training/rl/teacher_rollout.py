@@ -17,7 +17,7 @@ import numpy as np
 
 from distill.recipe import OnPolicyStage
 from distill.records import Array, Completion, Engine, Request
-from distill.training.loop import Step, Tally
+from distill.training.loop import Step, WorkCounts
 from distill.training.loss.cross_tokenizer.alignment import Reader
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
@@ -47,8 +47,8 @@ class OnPolicy:
             self.sampler.engine.sync(policy.weights(), version=step)
             sync_seconds = time.perf_counter() - began
             began = time.perf_counter()
-            tally = Tally()
-            num_offline = round(self.config.prompts * self.config.mix)
+            tally = WorkCounts()
+            num_offline = round(self.config.prompts * self.config.offline_share)
             groups = self.sampler.groups(step, self.config.prompts - num_offline, version=step, tally=tally)
             metrics = written_metrics(groups) | {
                 "generate_seconds": time.perf_counter() - began,
@@ -66,7 +66,7 @@ class OnPolicy:
                 examples += self.offline(step, num_offline * self.config.group_size)
             yield Step(pack(examples, micro_tokens=self.config.micro_tokens), metrics, tally)
 
-    def _score(self, groups: Sequence[Written], tally: Tally) -> list[list[Completion]] | None:
+    def _score(self, groups: Sequence[Written], tally: WorkCounts) -> list[list[Completion]] | None:
         if self.teacher is None:
             return None
         requests = [
@@ -74,7 +74,7 @@ class OnPolicy:
             for n, group in enumerate(groups)
             for i, completion in enumerate(group.completions)
         ]
-        top_k = 0 if self.config.loss.fn == "policy_gradient" else self.config.top_k
+        top_k = 0 if self.config.loss.fn == "policy_gradient" else self.config.top_logprobs
         scored = iter(self.teacher.score(requests, top_k=top_k))
         found = [[next(scored) for _ in group.completions] for group in groups]
         tally.taught_tokens += sum(len(r.prompt_ids) + len(_given(r)) for r in requests)
@@ -97,7 +97,7 @@ class OnPolicy:
                 said = scored[n][i]
                 top = said.top
                 if top is not None:
-                    top = top.truncate(top_k=self.config.top_k, mass=self.config.mass)
+                    top = top.truncate(top_k=self.config.top_logprobs, mass=self.config.mass)
                     yield Example(name, group.prompt.ids, own.ids_T, top)
                 else:
                     yield Example(

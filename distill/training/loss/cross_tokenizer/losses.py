@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill.records import Beside
+from distill.records import CrossTokenizerBatch
 from distill.training.loss import divergences
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.cross_tokenizer.divergences import by_text, sorted_gap
@@ -48,7 +48,7 @@ class Pair:
     teacher: Logits
     student_label_T: Tensor
     teacher_label_T: Tensor
-    spans: Beside
+    spans: CrossTokenizerBatch
     shared: VocabularyMap
 
     @property
