@@ -163,9 +163,9 @@ def test_a_killed_worker_is_replaced():
 def test_an_unguarded_script_may_judge_and_leaves_no_process_behind(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from distill.tasks import pool\nfrom distill.tasks.judge.verdict import math_verdict\n"
+        "from distill.tasks.judge import worker_pool\nfrom distill.tasks.judge.verdict import math_verdict\n"
         "print(math_verdict('x+1', '1+x').correct)\n"
-        "print(*[w.process.pid for w in pool._pools['math']._started])\n"
+        "print(*[w.process.pid for w in worker_pool._pools['math']._started])\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     correct, pid = done.stdout.split()

@@ -10,9 +10,9 @@ import pytest
 SCRIPT = """
 import resource, sys
 import torch
-from distill.training import memory
+from distill.training import malloc
 if sys.argv[1] == "keep":
-    memory.keep_freed()
+    malloc.keep_freed()
 def faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times):
