@@ -20,6 +20,7 @@ from typing import Any
 
 import pydantic
 
+from distill import synonyms
 from distill.records import UserError
 
 Function = Callable[..., Any]
@@ -107,7 +108,10 @@ def explain(
         if mistake["type"] == "extra_forbidden" and mistake["loc"][-1] in refused:
             lines.append(f"{label}: {refused[str(mistake['loc'][-1])]}")
         elif mistake["type"] == "extra_forbidden":
-            lines.append(f"{label}: unknown key.{nearest(str(mistake['loc'][-1]), known)}")
+            typed, options = str(mistake["loc"][-1]), set(known)
+            lines.append(
+                f"{label}: unknown key.{synonyms.answer(typed, options.__contains__) or nearest(typed, options)}"
+            )
         elif mistake["type"] == "missing":
             lines.append(f"{label}: is required.")
         else:

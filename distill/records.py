@@ -15,7 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -125,7 +125,7 @@ class Task(Protocol):
         """Whether a question is one of the task's held-out problems, which nothing may be trained on."""
         ...
 
-    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+    def judge(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         """Judge the text of a completion; an unfinished one is never correct."""
         ...
 
@@ -300,13 +300,6 @@ class Engine(Protocol):
 
 JUDGES = 4
 """Threads that wait for verdicts while an engine goes on."""
-
-
-@runtime_checkable
-class Verifier(Protocol):
-    """Judges a completion's text (see Task.verify)."""
-
-    def __call__(self, problem: Problem, completion: str, finished: bool = True) -> Verdict: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -538,7 +531,7 @@ class Cost:
     bytes_written: int = 0
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
-    verifier_seconds: float = 0.0
+    judge_seconds: float = 0.0
     samples_failed: int = 0
     samples_filtered: int = 0
 

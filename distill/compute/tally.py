@@ -40,7 +40,7 @@ def tally_cost(config: OptimStage, shape: ModelShape, tally: WorkCounts) -> Cost
         tokens_generated=tally.generated_tokens,
         tokens_prompt=tally.prompt_tokens,
         flops=trained + scored + sampled,
-        verifier_seconds=tally.verifier_seconds,
+        judge_seconds=tally.judge_seconds,
         samples_failed=tally.samples_failed,
     )
 

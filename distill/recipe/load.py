@@ -11,12 +11,16 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
+from distill import synonyms
 from distill.plug import nearest
-from distill.recipe.fields import ModelConfig
+from distill.recipe.fields import ModelConfig, PlugConfig
 from distill.recipe.seeds import expand
 from distill.recipe.stages import KINDS
 from distill.recipe.tree import Recipe, check_references
 from distill.records import UserError
+
+SHORTHANDS = {"engine": "fn", "loss": "fn", "objective": "fn"}
+"""Sections that may be written as one word, and the field that the word is."""
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Recipe:  # type: ignore[assignment]
@@ -81,6 +85,8 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
             raise UserError(f"override {dotted!r}: {'.'.join(parents[:depth])} is not a mapping.")
         if node.get(key) is None:
             node[key] = {}
+        if key in SHORTHANDS and isinstance(node[key], str):
+            node[key] = {SHORTHANDS[key]: node[key]}
         node = node[key]
     if not isinstance(node, dict):
         raise UserError(f"override {dotted!r}: {'.'.join(parents)} is not a mapping.")
@@ -91,14 +97,10 @@ def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
     """One pydantic mistake as one line, with the union's tag taken out of its path."""
     loc = [str(part) for part in mistake["loc"]]
     if len(loc) > 2 and loc[0] == "stages" and loc[2] in KINDS:
-        known = list(KINDS[loc[2]].model_fields)
         loc.pop(2)
-    else:
-        known = list(Recipe.model_fields)
     key = ".".join(loc)
     if mistake["type"] == "extra_forbidden":
-        known = _known_at(tree, loc) or known
-        return f"{where}: {key}: unknown key.{nearest(loc[-1], known)}"
+        return f"{where}: {key}: unknown key.{_right_name(tree, loc)}"
     if mistake["type"] == "union_tag_invalid":
         kind = str(mistake["ctx"]["tag"])
         return f"{where}: {key}.kind: there is no stage kind {kind!r}.{nearest(kind, KINDS)}"
@@ -114,16 +116,39 @@ def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
     return f"{where}: {key}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}, got {str(mistake['input'])[:80]!r}."
 
 
-def _known_at(tree: Mapping[str, Any], loc: list[str]) -> list[str]:
-    """The field names that the mapping at loc[:-1] may have."""
-    if len(loc) < 2:
-        return list(Recipe.model_fields)
-    if loc[0] == "stages" and len(loc) >= 3:
-        stage = tree["stages"].get(loc[1], {})
-        model: Any = KINDS.get(stage.get("kind"))
-        for key in loc[2:-1]:
-            annotation = model.model_fields[key].annotation if model and key in model.model_fields else None
-            options = [annotation, *getattr(annotation, "__args__", ())]
-            model = next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
-        return list(model.model_fields) if model else []
-    return list(ModelConfig.model_fields) if loc[0] == "models" else []
+def _right_name(tree: Mapping[str, Any], loc: list[str]) -> str:
+    """What an unknown key is called here: a synonym's name, the nearest one, or the whole list."""
+    model = _model_at(tree, loc[:-1])
+    return synonyms.answer(loc[-1], lambda key: _has(model, key)) or nearest(
+        loc[-1], model.model_fields if model else ()
+    )
+
+
+def _model_at(tree: Mapping[str, Any], loc: list[str]) -> type[BaseModel] | None:
+    """The class of the mapping at a place in the recipe; None where it is not known."""
+    if not loc:
+        return Recipe
+    if loc[0] == "models":
+        return ModelConfig
+    if loc[0] != "stages" or len(loc) < 2:
+        return None
+    model: type[BaseModel] | None = KINDS.get(tree["stages"].get(loc[1], {}).get("kind"))
+    for key in loc[2:]:
+        model = section(model, key) if model else None
+    return model
+
+
+def section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The class of a field that is a section of its own; None for any other."""
+    field = model.model_fields.get(key)
+    options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+    return next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
+
+
+def _has(model: type[BaseModel] | None, dotted: str) -> bool:
+    """Whether a class has a field; the options of a plug are taken on trust."""
+    first, _, rest = dotted.partition(".")
+    if model is None or first not in model.model_fields:
+        return False
+    below = section(model, first)
+    return not rest or (below is not None and (issubclass(below, PlugConfig) or _has(below, rest)))

@@ -165,7 +165,7 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
 
 def _made_anything(folder: Path) -> bool:
     """Whether a stage that did not end left something that is worth keeping."""
-    kept = ("model", "checksnapshots/step-*", "traces/*.parquet", "traces/selection.json")
+    kept = ("model", "checkpoints/step-*", "traces/*.parquet", "traces/selection.json")
     return any(True for pattern in kept for _ in folder.glob(pattern))
 
 

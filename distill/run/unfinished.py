@@ -12,7 +12,7 @@ def kept(folder: Path, config: Any) -> str:
 
     folder: the stage's. config: its section of the recipe, which says of how many where it can.
     """
-    steps = sorted(folder.glob("checksnapshots/step-*/state.json"))
+    steps = sorted(folder.glob("checkpoints/step-*/state.json"))
     if steps:
         step = int(steps[-1].parent.name.removeprefix("step-"))
         total = getattr(config, "steps", None)

@@ -53,7 +53,7 @@ def open_sampler(config: PolicyStage, context: Context, tokenizer: Any) -> Itera
                 engine=engine,
                 template=task.template,
                 prompts=pool,
-                judge=task.verify,
+                judge=task.judge,
                 decode=decode,
                 sampling=config.sampling.record(),
                 group_size=config.group_size,

@@ -57,7 +57,7 @@ class Counts:
     completions: int = 0
     prompts_too_long: int = 0
     correct: int = 0
-    verifier_seconds: float = 0.0
+    judge_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,7 +175,7 @@ def _cost(folder: Path, model_dir: Path, counts: Counts) -> Cost:
         tokens_prompt=prompt,
         flops=generate_flops(shape, prompt, new, len(lengths.prompt)),
         bytes_written=sum(file.stat().st_size for file in folder.glob("*.parquet")),
-        verifier_seconds=counts.verifier_seconds,
+        judge_seconds=counts.judge_seconds,
         samples_failed=counts.prompts_too_long,
     )
 
@@ -256,13 +256,13 @@ class _Desk:
 
     def _judge(self, problem: Problem, text: str, finished: bool) -> tuple[Verdict, float]:
         started = time.monotonic()
-        verdict = self.task.verify(problem, self.task.template.prefill + text, finished)
+        verdict = self.task.judge(problem, self.task.template.prefill + text, finished)
         return verdict, time.monotonic() - started
 
     def _settle(self) -> None:
         asked, completion, text, judged = self.waiting.popleft()
         verdict, seconds = judged.result()
-        self.counts.verifier_seconds += seconds
+        self.counts.judge_seconds += seconds
         self.rows.asked.append(asked)
         self.rows.completions.append(completion)
         self.rows.texts.append(text)
@@ -282,7 +282,7 @@ def _count(counts: Counts, completion: Completion, verdict: Verdict) -> None:
 
 
 def completion_text(tokenizer: Any, ids_T: Array) -> str:
-    """What a reader and the verifier see: the ids as text, without the stop token and its like."""
+    """What a reader and the judge see: the ids as text, without the stop token and its like."""
     text: str = tokenizer.decode(ids_T, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 

@@ -18,7 +18,7 @@ from distill.plug import nearest
 from distill.records import Split, UserError, stable_hash
 from distill.tasks import templates
 from distill.tasks.jsonl_task import final_answer, gold_text, plain_number
-from distill.tasks.problem_list import FiniteTask, Loaded, Rejected, Row, Verify, assemble
+from distill.tasks.problem_list import FiniteTask, Judge, Loaded, Rejected, Row, assemble
 
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
@@ -58,7 +58,7 @@ def hub(
     answer_field: str | None = None,
     train_split: str | None = None,
     held_out_split: str | None = None,
-    verify: Verify = "math",
+    judge: Judge = "math",
     template: str = "boxed",
 ) -> FiniteTask:
     """Problems of a known dataset, of any hub id, or of a local folder (saved to disk, or of data files).
@@ -87,13 +87,13 @@ def hub(
     content = source.dataset if local is None else _folder_hash(local)
     fingerprint = stable_hash(
         "hub", content, *(f"{key}={value}" for key, value in vars(source).items() if key != "dataset"),
-        verify, *templates.fingerprint(found),
+        judge, *templates.fingerprint(found),
     )  # fmt: skip
     origin = str(local) if local is not None else source.dataset
-    return FiniteTask(name, found, fingerprint, verify, lambda: _load(name, source, local, verify), origin)
+    return FiniteTask(name, found, fingerprint, judge, lambda: _load(name, source, local, judge), origin)
 
 
-def _load(name: str, source: Source, local: Path | None, verify: Verify) -> Loaded:
+def _load(name: str, source: Source, local: Path | None, judge: Judge) -> Loaded:
     where = f"tasks.{name}"
     tables = _read_folder(local, where) if local is not None else _read_hub(source, where)
     official: tuple[tuple[Split, str | None], ...] = (
@@ -128,7 +128,7 @@ def _load(name: str, source: Source, local: Path | None, verify: Verify) -> Load
             if not isinstance(answer, list):
                 gold = plain_number(final_answer(gold))
             rows.append(Row(number, ({"role": "user", "content": question},), gold, split))
-    return assemble(name, source.dataset, rows, verify, rejected)
+    return assemble(name, source.dataset, rows, judge, rejected)
 
 
 # -------------------------------------------------------------------------------------------------- reading

@@ -78,7 +78,7 @@ class HumanEvalTask(FiniteTask):
         )
         self.isolation, self.limits = isolation, limits
 
-    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+    def judge(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         def score(answer: str) -> Verdict:
             return code_verdict(answer, problem.payload, self.isolation, self.limits)
 

@@ -14,7 +14,7 @@ from distill.jsonl import conversation, read_rows, text_field
 from distill.models import file_hash
 from distill.records import UserError, stable_hash
 from distill.tasks import templates
-from distill.tasks.problem_list import FiniteTask, Loaded, Rejected, Row, Verify, assemble
+from distill.tasks.problem_list import FiniteTask, Judge, Loaded, Rejected, Row, assemble
 
 HeldOut = Literal["hash", "all"]
 
@@ -24,7 +24,7 @@ def jsonl(
     *,
     path: str,
     held_out: HeldOut = "hash",
-    verify: Verify = "math",
+    judge: Judge = "math",
     template: str = "think_answer",
 ) -> FiniteTask:
     """Problems of a JSONL file. `held_out: all` makes an evaluation set of it, with nothing to train on."""
@@ -32,8 +32,8 @@ def jsonl(
     if not file.is_file():
         raise UserError(f"tasks.{name}.path: {path!r}: no such file.")
     found = templates.find(template, f"tasks.{name}.template")
-    fingerprint = stable_hash("jsonl", file_hash(file), held_out, verify, *templates.fingerprint(found))
-    return FiniteTask(name, found, fingerprint, verify, lambda: _load(name, file, held_out, verify), str(file))
+    fingerprint = stable_hash("jsonl", file_hash(file), held_out, judge, *templates.fingerprint(found))
+    return FiniteTask(name, found, fingerprint, judge, lambda: _load(name, file, held_out, judge), str(file))
 
 
 def final_answer(text: str) -> str:
@@ -68,7 +68,7 @@ def plain_number(answer: str) -> str:
     return answer.replace(",", "") if grouped else answer
 
 
-def _load(name: str, path: Path, held_out: HeldOut, verify: Verify) -> Loaded:
+def _load(name: str, path: Path, held_out: HeldOut, judge: Judge) -> Loaded:
     rows: list[Row] = []
     rejected: Rejected = []
     for number, row in read_rows(path, lambda line, reason: rejected.append((line, reason))):
@@ -76,7 +76,7 @@ def _load(name: str, path: Path, held_out: HeldOut, verify: Verify) -> Loaded:
             rows.append(_row(number, row, held_out))
         except ValueError as error:
             rejected.append((number, str(error)))
-    return assemble(name, "jsonl", rows, verify, rejected)
+    return assemble(name, "jsonl", rows, judge, rejected)
 
 
 def _row(number: int, row: dict[str, Any], held_out: HeldOut) -> Row:

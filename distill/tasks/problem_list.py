@@ -16,7 +16,7 @@ from distill.tasks import splits
 from distill.tasks.judge import worker_pool
 from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, unreadable
 
-Verify = Literal["math", "exact"]
+Judge = Literal["math", "exact"]
 Rejected = list[tuple[int, str]]
 MAX_SHOWN = 5
 
@@ -57,13 +57,13 @@ class FiniteTask:
         name: str,
         template: Template,
         fingerprint: str,
-        verify: Verify,
+        judge: Judge,
         load: Callable[[], Loaded],
         origin: str,
     ) -> None:
         self.name, self.template, self.fingerprint = name, template, fingerprint
         self.origin = origin
-        self._compare = math_verdict if verify == "math" else exact_verdict
+        self._compare = math_verdict if judge == "math" else exact_verdict
         self._load = load
         self._loaded: Loaded | None = None
         self._held_out: frozenset[str] | None = None
@@ -103,7 +103,7 @@ class FiniteTask:
             self._held_out = frozenset(splits.content_hash(problem.question) for problem in held_out)
         return splits.content_hash(question) in self._held_out
 
-    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+    def judge(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         def score(answer: str) -> Verdict:
             assert problem.gold is not None
             return self._compare(answer, problem.gold)
@@ -123,13 +123,13 @@ def describe(rejected: Rejected) -> str:
     return f" Rejected {len(rejected)}, by line or row: {shown}{more}."
 
 
-def assemble(task: str, source: str, rows: Sequence[Row], verify: Verify, rejected: Rejected) -> Loaded:
+def assemble(task: str, source: str, rows: Sequence[Row], judge: Judge, rejected: Rejected) -> Loaded:
     """Rows as problems: a gold answer that cannot be compared and a repeated question are rejected.
 
     A question in both official splits is held out.
     """
     loaded = Loaded(rejected=rejected)
-    reasons = _unreadable_golds([row.answer for row in rows]) if verify == "math" else {}
+    reasons = _unreadable_golds([row.answer for row in rows]) if judge == "math" else {}
     seen: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row.split != "held_out"):
         reason = reasons.get(row.answer)

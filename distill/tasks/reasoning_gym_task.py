@@ -159,7 +159,7 @@ class GeneratedTask:
     def holds_out(self, question: str) -> bool:
         return splits.is_held_out(question)
 
-    def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+    def judge(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         return judge(self.template, completion, finished, functools.partial(self._verdict, problem))
 
     def same_answer(self, one: str, other: str) -> bool:

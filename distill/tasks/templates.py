@@ -6,7 +6,7 @@ raises: a broken format is None. What it reads stands after the *last* `</think>
 closed has no answer, however much of one its reasoning holds. `plain` is filled in with
 `str.replace("{question}", ...)`, since it may hold other braces.
 
-Left out on purpose: whether an answer is right (`verify`), and the format reward.
+Left out on purpose: whether an answer is right (`judge`), and the format reward.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class WorkCounts:
     prompt_tokens: int = 0
     generated_tokens: int = 0
     samples_failed: int = 0
-    verifier_seconds: float = 0.0
+    judge_seconds: float = 0.0
     steps: int = 0
     bad_steps: int = 0
     seconds: float = 0.0

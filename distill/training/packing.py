@@ -318,7 +318,9 @@ def _rolled_out(examples: Sequence[Example], rows_of: Sequence[slice], total: in
     return {"advantage_T": advantage_T, "engine_logp_T": engine_logp_T}
 
 
-def _cross_tokenizer(examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool) -> CrossTokenizerBatch:
+def _cross_tokenizer(
+    examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool
+) -> CrossTokenizerBatch:
     """The readings of a batch's examples, packed one after another in the same order."""
     readings = [e.reading for e in examples if e.reading is not None]
     theirs = [

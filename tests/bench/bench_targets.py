@@ -151,10 +151,10 @@ def capture(sizes: Sizes) -> None:
     run_recipe(
         sizes.home / "capture",
         models={"teacher": {"source": chat_traces.SOURCE}},
-        tasks={"chat": {"fn": "jsonl", "path": str(questions), "verify": "exact", "template": "distill.stages.inputs.score_inputs:AS_IT_IS"}},
+        tasks={"chat": {"fn": "jsonl", "path": str(questions), "judge": "exact", "template": "distill.stages.inputs.score_inputs:AS_IT_IS"}},
         stages={
             "traces": {"kind": "generate", "model": "teacher", "task": "chat", "problems": sizes.steps * sizes.batch + sizes.held_out,
-                       "sampling": {"max_tokens": sizes.tokens}, "top_k": WIDTH, "mass": 1.0, "exact": True, "engine": {"batch_size": 96}},
+                       "sampling": {"max_tokens": sizes.tokens}, "top_logprobs": WIDTH, "mass": 1.0, "exact": True, "engine": {"batch_size": 96}},
             "start": {"kind": "prune", "model": "teacher", "layers": sizes.layers},
         },
     )  # fmt: skip

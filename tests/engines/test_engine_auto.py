@@ -68,7 +68,7 @@ def tree(base: Path, engine: object = "auto") -> dict:
         "stages": {
             "traces": {
                 "kind": "generate", "model": "base", "task": "sums", "problems": 3, "sampling": {"max_tokens": 4},
-                "top_k": 4, "engine": engine,
+                "top_logprobs": 4, "engine": engine,
             },
         },
     }  # fmt: skip

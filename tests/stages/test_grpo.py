@@ -187,7 +187,7 @@ def test_a_reward_that_never_works_stops_the_stage_by_name(tiny_dir, tmp_path, r
         rewards=[{"fn": f"myrewards:{reward}"}, {"fn": "think_format"}],
         prompts=16,
         group_size=2,
-        reward_seconds=seconds,
+        reward_timeout=seconds,
     )
     done = made.run("--only", "rl")
     assert done.returncode == 2

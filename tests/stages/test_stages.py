@@ -147,7 +147,7 @@ def test_distributions_of_another_temperature_or_vocabulary_are_refused(tiny_dir
 
 
 def test_kl_on_traces_without_distributions_is_refused(tiny_dir, tmp_path):
-    run_generate(tmp_path, tiny_dir, top_k=0)
+    run_generate(tmp_path, tiny_dir, top_logprobs=0)
     with pytest.raises(UserError, match="top_logprobs: 0"):
         run_train(tmp_path, tiny_dir)
 

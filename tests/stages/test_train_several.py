@@ -22,7 +22,7 @@ def finished(tiny_dir, other_dir, tmp_path_factory):
     for name, some in (("all", rows), ("some", rows[6:1:-1]), ("none", [{**rows[0], "messages": [rows[0]["messages"][0], {"role": "assistant", "content": "no"}]}])):  # fmt: skip
         text = "".join(json.dumps(row) + "\n" for row in some)
         (folder / f"{name}.jsonl").write_text(text)
-    score = {"kind": "score", "top_k": 8, "mass": 1.0, "exact": True, "engine": REFERENCE, "shard_rows": 2}  # fmt: skip
+    score = {"kind": "score", "top_logprobs": 8, "mass": 1.0, "exact": True, "engine": REFERENCE, "shard_rows": 2}  # fmt: skip
     train = {
         "kind": "train", "model": "base", "epochs": 2, "batch_traces": 8, "dtype": "float32", "lr": 1e-4,
     }  # fmt: skip

@@ -44,7 +44,7 @@ def finished(tiny_dir, foreign_dir, tmp_path_factory):
     }  # fmt: skip
     traces = {
         "kind": "generate", "model": "base", "task": "sums", "problems": 6, "sampling": {"max_tokens": 6},
-        "top_k": 8, "engine": REFERENCE,
+        "top_logprobs": 8, "engine": REFERENCE,
     }  # fmt: skip
     tree = {
         "name": "unlike",

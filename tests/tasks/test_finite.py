@@ -91,8 +91,8 @@ def test_a_file_is_split_ordered_and_judged(tmp_path):
     assert list(task.problems("train", 20, 2)) != train[:20]
     assert task.rejected == []
     problem = train[0]
-    assert task.verify(problem, f"<think>a</think><answer>{problem.gold}.0</answer>").correct is True
-    assert task.verify(problem, "<think>a</think><answer>-1</answer>").correct is False
+    assert task.judge(problem, f"<think>a</think><answer>{problem.gold}.0</answer>").correct is True
+    assert task.judge(problem, "<think>a</think><answer>-1</answer>").correct is False
     with pytest.raises(UserError, match=rf"1000 train problems are wanted, but .* has {len(train)}"):
         task.problems("train", 1000, 1)
 
@@ -139,8 +139,8 @@ def test_a_gold_that_is_a_list_is_its_answers_and_an_object_is_refused(tmp_path)
     task = jsonl("golds", path=write(tmp_path / "a.jsonl", rows), held_out="all")
     problems = {p.question: p for p in task.problems("held_out", None, 1)}
     assert {q: p.gold for q, p in problems.items()} == {"0?": "1200, -3", "1?": "7", "2?": "2.5"}
-    assert task.verify(problems["0?"], "<answer>-3 and 1,200</answer>").correct is True
-    assert task.verify(problems["0?"], "<answer>1200</answer>").correct is False
+    assert task.judge(problems["0?"], "<answer>-3 and 1,200</answer>").correct is True
+    assert task.judge(problems["0?"], "<answer>1200</answer>").correct is False
     reasons = dict(task.rejected)
     assert list(reasons) == [4, 5, 6, 7, 8, 9]
     assert reasons[4] == "the answer is dict with the keys ground_truth, not a text, a number or a list of them"
@@ -177,10 +177,10 @@ def test_a_file_with_nothing_left_says_why(tmp_path):
 
 def test_exact_answers_are_not_parsed(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"question": "Say {.", "answer": "{"}])
-    task = jsonl("echo", path=path, held_out="all", verify="exact", template="raw")
+    task = jsonl("echo", path=path, held_out="all", judge="exact", template="raw")
     problem = next(task.problems("held_out", 1, 1))
-    assert task.verify(problem, "{").correct is True
-    assert task.verify(problem, "}").correct is False
+    assert task.judge(problem, "{").correct is True
+    assert task.judge(problem, "}").correct is False
 
 
 def test_a_file_is_known_by_its_content(tmp_path):
@@ -211,7 +211,7 @@ def test_a_saved_dataset_keeps_its_official_splits(tmp_path):
     assert not {p.problem_id for p in train} & {p.problem_id for p in test}
     assert {p.gold for p in test} == {str(2 * n) for n in range(525, 535)}
     problem = next(p for p in test if p.gold == "1060")
-    assert task.verify(problem, r"<think>a</think>It is \boxed{1{,}060}.").correct is True
+    assert task.judge(problem, r"<think>a</think>It is \boxed{1{,}060}.").correct is True
     assert len(task.rejected) == 5
 
 
@@ -256,7 +256,7 @@ def test_a_vote_counts_answers_by_what_they_mean(tmp_path):
     path = write(tmp_path / "a.jsonl", map(addition, range(20)))
     as_mathematics, word_for_word = (
         jsonl("adds", path=path),
-        jsonl("adds", path=path, verify="exact"),
+        jsonl("adds", path=path, judge="exact"),
     )
     assert as_mathematics.same_answer("7/2", "3.5")
     assert as_mathematics.same_answer(r"\frac{1}{2}", "0.5")

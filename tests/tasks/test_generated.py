@@ -98,7 +98,7 @@ def test_the_scorer_is_the_generators_own():
     gold = problem.gold
 
     def verdict(text, finished=True):
-        return task.verify(problem, text, finished)
+        return task.judge(problem, text, finished)
 
     assert verdict(f"<think>a</think><answer>{gold}</answer>").correct is True
     assert verdict(f"<think>a</think><answer>{gold}.0</answer>").correct is True
@@ -111,7 +111,7 @@ def test_partial_credit_is_a_score_but_not_correct():
     task = reasoning_gym("spell", dataset="spell_backward")
     problem = next(p for p in task.problems("train", 50, 1) if len(p.gold) >= 4)
     swapped = problem.gold[:-1] + ("x" if problem.gold[-1] != "x" else "y")
-    verdict = task.verify(problem, f"<think>a</think><answer>{swapped}</answer>")
+    verdict = task.judge(problem, f"<think>a</think><answer>{swapped}</answer>")
     assert verdict.correct is False
     assert 0 < verdict.score < 1
 
@@ -119,7 +119,7 @@ def test_partial_credit_is_a_score_but_not_correct():
 def test_a_scorer_that_raises_judges_nothing():
     task = reasoning_gym("boxes", dataset="boxnet")
     problem = next(task.problems("train", 1, 1))
-    verdict = task.verify(problem, "<think>a</think><answer>5</answer>")
+    verdict = task.judge(problem, "<think>a</think><answer>5</answer>")
     assert (verdict.correct, verdict.score) == (None, None)
     assert verdict.reason.startswith("scorer failed: TypeError")
 
@@ -135,10 +135,10 @@ def test_scorers_that_evaluate_run_no_code(tmp_path):
         "().__class__",
         "(lambda: 1)()",
     ):
-        verdict = task.verify(problem, f"<answer>{attack}</answer>")
+        verdict = task.judge(problem, f"<answer>{attack}</answer>")
         assert (verdict.correct, verdict.reason) == (False, "not an expression")
     assert not target.exists()
-    assert task.verify(problem, f"<answer>{problem.gold}</answer>").correct is True
+    assert task.judge(problem, f"<answer>{problem.gold}</answer>").correct is True
 
 
 @pytest.mark.parametrize(

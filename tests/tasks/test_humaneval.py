@@ -64,7 +64,7 @@ def test_no_empty_or_constant_solution_passes(problems, task):
         name = problem.payload["entry_point"]
         header = next(line for line in problem.question.splitlines() if line.startswith(f"def {name}("))
         return [
-            task.verify(problem, f"```python\n{header}\n    {body}\n```").correct for body in ("pass", "return True")
+            task.judge(problem, f"```python\n{header}\n    {body}\n```").correct for body in ("pass", "return True")
         ]
 
     with ThreadPoolExecutor(worker_pool.NUM_CHECKERS) as threads:
@@ -75,23 +75,23 @@ def test_no_empty_or_constant_solution_passes(problems, task):
 
 def test_completions_are_read_as_chat_models_and_base_models_write_them(problems, task):
     problem = holding(problems, "def add(x: int, y: int)")
-    assert task.verify(problem, "    return x + y\n\n\ndef sub(x, y):\n    return x").correct
-    assert task.verify(problem, "<think>easy</think>Here:\n```python\ndef add(x, y):\n    return x + y\n```").correct
-    wrong = task.verify(problem, "```python\ndef add(x, y):\n    return x - y\n```")
+    assert task.judge(problem, "    return x + y\n\n\ndef sub(x, y):\n    return x").correct
+    assert task.judge(problem, "<think>easy</think>Here:\n```python\ndef add(x, y):\n    return x + y\n```").correct
+    wrong = task.judge(problem, "```python\ndef add(x, y):\n    return x - y\n```")
     assert (wrong.correct, wrong.score, wrong.reason) == (False, 0.0, "wrong result")
-    assert task.verify(problem, "    return x + y", finished=False).reason == "unfinished"
-    assert task.verify(problem, "<think>    return x + y").reason == "no answer"
-    raising = task.verify(problem, "    raise KeyError(x)")
+    assert task.judge(problem, "    return x + y", finished=False).reason == "unfinished"
+    assert task.judge(problem, "<think>    return x + y").reason == "no answer"
+    raising = task.judge(problem, "    raise KeyError(x)")
     assert raising.reason.startswith("KeyError: ")
-    assert task.verify(problem, "    return x +").reason.startswith("SyntaxError")
-    assert task.verify(problem, "    import os; os._exit(0)").reason == "ended early"
+    assert task.judge(problem, "    return x +").reason.startswith("SyntaxError")
+    assert task.judge(problem, "    import os; os._exit(0)").reason == "ended early"
 
 
 def test_helpers_of_the_prompt_are_the_judges_own(problems, task):
     problem = holding(problems, "def find_zero(")  # its check asks whether poly(xs, answer) is near 0
     cheat = "def poly(xs, x):\n    return 0\n\ndef find_zero(xs):\n    return 0.0\n"
-    assert task.verify(problem, f"```python\n{cheat}```").reason == "wrong result"
-    assert task.verify(problem, f"```python\nimport math\ndef find_zero(xs):\n{_bisect()}```").correct
+    assert task.judge(problem, f"```python\n{cheat}```").reason == "wrong result"
+    assert task.judge(problem, f"```python\nimport math\ndef find_zero(xs):\n{_bisect()}```").correct
 
 
 def _bisect():

@@ -1,4 +1,4 @@
-"""The verifier against a labelled table, and against what would hang, crash or confuse it."""
+"""The judge against a labelled table, and against what would hang, crash or confuse it."""
 
 import functools
 import os

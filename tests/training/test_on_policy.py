@@ -40,7 +40,7 @@ def teacher_dir(tiny_dir, tmp_path_factory):
 
 def open_engine(folder):
     config = EngineConfig(fn="transformers", dtype="float32", batch_size=64)
-    return engines.open_engine(config, folder, max_model_len=64, max_top_k=49152)
+    return engines.open_engine(config, folder, max_model_len=64, max_top_logprobs=49152)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_the_policy_gradient_is_the_reverse_kls_in_expectation():
 
 def test_both_ways_of_scoring_agree_where_every_entry_is_kept(tiny_dir, teacher_dir, engine, teacher_engine, tmp_path):
     """All 49152 entries from the engine are the whole distribution that the trainer compares with."""
-    whole = stage(steps=1, scoring="engine", top_k=49152)
+    whole = stage(steps=1, scoring="engine", top_logprobs=49152)
     run(
         tiny_dir,
         tmp_path / "a",

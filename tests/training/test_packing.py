@@ -101,7 +101,7 @@ def test_steps_run_over_epochs_and_start_anywhere():
 
 
 @pytest.fixture(scope="module")
-def trainee_parts(tiny_dir):
+def student_parts(tiny_dir):
     return lambda loss: StudentModule(models.load(tiny_dir, dtype="float32"), Objective(loss), 49152)
 
 
@@ -117,14 +117,14 @@ def gradients(student_module, batches):
 
 
 @pytest.mark.parametrize("loss", [cross_entropy, forward_kl])
-def test_packed_equals_one_trace_at_a_time_and_any_split(trainee_parts, loss):
+def test_packed_equals_one_trace_at_a_time_and_any_split(student_parts, loss):
     rng = np.random.default_rng(0)
     lengths = [(3, 5), (1, 1), (30, 20), (7, 40), (2, 300), (12, 9), (1, 33)]
     examples = [
         example(str(n), rng.integers(3, 1000, p), [*rng.integers(3, 50, c - 1), 2], k=8, seed=n)
         for n, (p, c) in enumerate(lengths)
     ]
-    student_module = trainee_parts(loss)
+    student_module = student_parts(loss)
     packed = gradients(student_module, pack(examples, micro_tokens=10_000))
     for micro_tokens in (1, 64, 350):
         split = gradients(student_module, pack(examples, micro_tokens=micro_tokens))
@@ -134,7 +134,7 @@ def test_packed_equals_one_trace_at_a_time_and_any_split(trainee_parts, loss):
 
 
 @pytest.mark.parametrize("micro_tokens", [10_000, 300, 90])
-def test_traces_of_one_prompt_share_it_and_nothing_else_changes(trainee_parts, micro_tokens):
+def test_traces_of_one_prompt_share_it_and_nothing_else_changes(student_parts, micro_tokens):
     """The oracle packs each trace alone, where nothing can be shared."""
     rng = np.random.default_rng(3)
     prompts = [rng.integers(3, 1000, n).astype(np.int32) for n in (12, 1, 40, 12, 300)]
@@ -145,7 +145,7 @@ def test_traces_of_one_prompt_share_it_and_nothing_else_changes(trainee_parts, m
         for n in range(count)
     ]
     rng.shuffle(examples)
-    student_module = trainee_parts(forward_kl)
+    student_module = student_parts(forward_kl)
     alone = [b for e in examples for b in pack([e], micro_tokens=1)]
     denominator = sum(len(e.completion_ids) for e in examples)
     alone = [dataclasses.replace(b, denominator=float(denominator)) for b in alone]

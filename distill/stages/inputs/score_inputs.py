@@ -305,7 +305,7 @@ def _verdict(task: Task | None, conversation: _Conversation) -> Verdict:
         conversation.messages,
         conversation.gold,
     )
-    return task.verify(problem, conversation.reply)
+    return task.judge(problem, conversation.reply)
 
 
 # ------------------------------------------------------------------------------------------------ rendering

@@ -71,7 +71,7 @@ class _Worker:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
-            raise StuckError("the verifier's worker ended") from None
+            raise StuckError("the judge's worker ended") from None
         return json.loads(self._line(limit_s))
 
     def _line(self, limit_s: float) -> bytes:
@@ -84,7 +84,7 @@ class _Worker:
                 raise StuckError("timeout")
             chunk = os.read(pipe, 4096)
             if not chunk:
-                raise StuckError("the verifier's worker ended")
+                raise StuckError("the judge's worker ended")
             read += chunk
         return read.strip()
 

@@ -112,7 +112,7 @@ class Rollouts:
         sampled = [self._advantages(w, s) for w, s in zip(written, scores, strict=True)]
         seconds = time.perf_counter() - began
         rollout.reward_seconds += seconds
-        rollout.tally.verifier_seconds += seconds
+        rollout.tally.judge_seconds += seconds
         rollout.num_groups += len(sampled)
         rollout.num_zero_std += sum(not s.advantage.any() for s in sampled)
         return sampled
