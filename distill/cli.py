@@ -226,10 +226,11 @@ def show(
     html: Annotated[bool, typer.Option("--html", help="Say where the page is, and open it.")] = False,
 ) -> None:
     """What a run holds."""
+    from distill import run_folder
     from distill.reports import pages
 
     folder = run if run.is_dir() else Path("runs") / run
-    if (folder / "resolved.yaml").is_file():
+    if run_folder.is_run(folder):
         from distill.run.collect import collect_run
 
         _show(collect_run(folder))

@@ -15,6 +15,7 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -130,7 +131,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" There are: {', '.join(known)}." if known else ""
 
 
+def look_in(folder: Path) -> None:
+    """Import modules of the user's from a folder, too: that of the recipe."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
 def _import_user_module(name: str) -> Any:
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a module beside the recipe's working directory, as `python -m` would find it
+        sys.path.insert(0, "")  # the working directory, as `python -m` has it
     return importlib.import_module(name)

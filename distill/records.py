@@ -121,6 +121,11 @@ class Task(Protocol):
         """
         ...
 
+    @property
+    def is_endless(self) -> bool:
+        """Whether problems are made, not listed. Such a task judges its own problems only, and needs a number of them."""
+        ...
+
     def holds_out(self, question: str) -> bool:
         """Whether a question is one of the task's held-out problems, which nothing may be trained on."""
         ...

@@ -1,4 +1,9 @@
-"""stage.json: what a stage was asked for, where it stands, and what came out. Written whole or not at all."""
+"""What a run's folder holds: the recipe as it was resolved, and each stage's stage.json. Written whole or not at all.
+
+RUN/resolved.yaml         the recipe with every default and every copy for a seed written out
+RUN/environment.json      versions, machine, and the folder of the recipe's own modules
+RUN/STAGE/stage.json      what the stage was asked for, where it stands, and what came out
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,35 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+import yaml
+
+from distill import plug
 from distill.files import write_atomic
+from distill.recipe import Recipe, validate
 
 FILE = "stage.json"
+RESOLVED = "resolved.yaml"
+ENVIRONMENT = "environment.json"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's that has begun."""
+    return (folder / RESOLVED).is_file()
+
+
+def recipe(run: Path) -> Recipe:
+    """The recipe of a run as it was resolved. Modules of its own are looked for beside the recipe."""
+    if beside := environment(run).get("modules"):
+        plug.look_in(Path(beside))
+    path = run / RESOLVED
+    return validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+
+
+def environment(run: Path) -> dict[str, Any]:
+    """A run's versions and machine; empty where it has not begun."""
+    path = run / ENVIRONMENT
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 class Decided(TypedDict):

@@ -10,19 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
+from distill.recipe.lineage import NO_PARENTS
 from distill.records import Cost
 
-NO_PARENTS = ("task", "budget")
-"""Inputs that no part of a model comes from."""
 VIEWS = ("student", "inference", "teacher")
 """What each view adds, by the keys of ArmCost.stages."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """A stage's kind and cost. `teacher` is the part of an on-policy stage that a teacher's scoring took."""
+    """A stage's cost. trains: whether its model goes on as another. teacher: the part that a teacher's forward passes took."""
 
-    kind: str
+    trains: bool
     cost: Cost
     teacher: Cost = field(default_factory=Cost)
 
@@ -70,7 +69,7 @@ def arm_cost(
         return found
 
     def own_models(name: str) -> list[str]:
-        return [] if stages[name].kind == "prune" else above(name, "model")
+        return above(name, "model") if stages[name].trains else []
 
     own = reach([stage], own_models)
     line = {stage, *own, *(model for name in own for model in own_models(name))}

@@ -26,7 +26,7 @@ from distill.recipe.stages import (
     GenerateStage,
     PruneStage,
     ScoreStage,
-    Stage,
+    kind_class,
 )
 from distill.recipe.training_stages import (
     GrpoStage,
@@ -61,11 +61,11 @@ __all__ = [
     "Role",
     "SamplingConfig",
     "ScoreStage",
-    "Stage",
     "StageConfig",
     "TrainStage",
     "base_name",
     "data_of",
+    "kind_class",
     "load",
     "order",
     "parse_overrides",

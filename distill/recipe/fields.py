@@ -7,11 +7,13 @@ memory, logging).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, cast
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from distill import plug
 from distill.records import Sampling
 
 Role = Literal["identity", "growth", "execution"]
@@ -125,11 +127,55 @@ class LoraConfig(Config):
 
 
 class StageConfig(Config):
-    """What every stage has. Fields that name other stages, models or tasks are listed in `inputs`."""
+    """A stage kind: the fields that every stage has, and what a kind says of itself.
 
+    A kind of one's own is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`, the
+    attributes below and `run(self, context) -> Result`; with `predict`, `check` also says what it will cost.
+
+    writes: what later stages may read. "model": a checkpoint in <folder>/model; "traces": shards or a selection in
+    <folder>/traces. trains: the stage spends compute on its `model`, so a budget can name it; a model that a stage writes
+    without training it begins a line of its own in the ledger. adds_to: inputs of which changed content is added to
+    what the stage has, instead of doing it again. shares_process: evaluations of one comparison run in one process.
+    """
+
+    writes: ClassVar[Literal["model", "traces", "nothing"]] = "nothing"
+    trains: ClassVar[bool] = False
+    adds_to: ClassVar[frozenset[str]] = frozenset()
+    shares_process: ClassVar[bool] = False
+
+    kind: str
     seed: int | None = Field(None, ge=0, description="of its draws; None = the recipe's")
     seeds: Seeds | None = Field(None, description="a copy of the stage, and of all that reads it, for each of them")
 
     def inputs(self) -> Iterator[tuple[str, str]]:
-        """(field, name or path) of everything this stage reads."""
+        """(field, name or path) of everything this stage reads. The fields `task`, `data`, `budget` and `*.against` name what
+        their names say; any other names a model."""
         yield from ()
+
+    def children(self) -> dict[str, StageConfig]:
+        """Stages that this one expands into, by their names below this one's."""
+        return {}
+
+    def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
+        """The arms that this stage evaluates: by arm and training seed, the child ("": this stage itself) and the model."""
+        return {}
+
+    def half_the_work(self) -> str:
+        """In words, the keys to halve for half the work; "" where there are none."""
+        return ""
+
+    @property
+    def is_built_in(self) -> bool:
+        return ":" not in self.kind
+
+    def implementation(self) -> Callable[[Any, Any], Any]:
+        """The function that does the stage, `(config, context) -> Result`. Getting it imports what it needs."""
+        own = getattr(type(self), "run", None)
+        return own or importlib.import_module(f"distill.stages.{self.kind}").run  # type: ignore[no-any-return]
+
+    def predict(self, name: str, known: Any, machine: Any) -> list[Any]:
+        """What the stage will cost: a `run.predictions.row.Row` for each of its processes, or none where that is not known."""
+        if not self.is_built_in:
+            return []
+        rows: list[Any] = plug.find(self.kind, "distill.run.predictions")(name, self, known, machine)
+        return rows

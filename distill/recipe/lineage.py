@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from distill.recipe.seeds import base_name
 from distill.recipe.tree import Recipe
+
+NO_PARENTS = ("task", "budget")
+"""Inputs that no part of a model comes from."""
 
 
 def role_of(recipe: Recipe, model: str) -> Any:
@@ -27,7 +30,7 @@ def role_of(recipe: Recipe, model: str) -> Any:
         }
         if model in writers and model not in line(recipe, name):
             return "teacher"
-    trained = model in recipe.stages and recipe.stages[model].kind != "prune"
+    trained = model in recipe.stages and recipe.stages[model].trains
     return "student" if trained else "start"
 
 
@@ -45,12 +48,35 @@ def roles_of(recipe: Recipe, models: Iterable[str]) -> dict[str, Any]:
 def line(recipe: Recipe, model: str) -> list[str]:
     """A model and those that it was trained from, the last one first; a pruned model begins a line."""
     found = [model]
-    while found[-1] in recipe.stages and recipe.stages[found[-1]].kind != "prune":
+    while found[-1] in recipe.stages and recipe.stages[found[-1]].trains:
         before = dict(recipe.stages[found[-1]].inputs()).get("model")
         if before is None:
             break
         found.append(before)
     return found
+
+
+def parents_of(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
+    """(field, name) of what each stage reads."""
+    return {name: list(config.inputs()) for name, config in recipe.stages.items()}
+
+
+def rests_on(recipe: Recipe, name: str) -> Iterator[str]:
+    """The stage itself and every stage that its output is made of, nearest first."""
+    frontier, found = [name], []
+    while frontier:
+        one = frontier.pop()
+        if one in recipe.stages and one not in found:
+            found.append(one)
+            yield one
+            frontier += [value for key, value in recipe.stages[one].inputs() if key not in NO_PARENTS]
+
+
+def origin(recipe: Recipe, name: str) -> str:
+    """The first of a model's line of `model` inputs: a model of the recipe, or a stage that reads no model."""
+    while name in recipe.stages and (before := dict(recipe.stages[name].inputs()).get("model")) is not None:
+        name = before
+    return name
 
 
 def _data_above(recipe: Recipe, name: str) -> list[str]:

@@ -12,10 +12,10 @@ import yaml
 from pydantic import BaseModel
 
 from distill import synonyms
-from distill.plug import nearest
+from distill.plug import look_in, nearest
 from distill.recipe.fields import ModelConfig, PlugConfig
 from distill.recipe.seeds import expand
-from distill.recipe.stages import KINDS
+from distill.recipe.stages import KINDS, kind_class
 from distill.recipe.tree import Recipe, check_references
 from distill.records import UserError
 
@@ -41,17 +41,46 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
         raise UserError(f"{path}: a recipe is a mapping with name, models, tasks and stages.")
     for key, value in parse_overrides(overrides).items():
         _set(tree, key, value)
+    look_in(path.resolve().parent)
     return validate(tree, str(path))
 
 
 def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """The tree as a Recipe, its references checked and its seeds written out; raises UserError."""
+    stages, mistakes = _stages(tree, where)
     try:
-        recipe = Recipe.model_validate(tree)
+        recipe = Recipe.model_validate({**tree, "stages": stages})
     except pydantic.ValidationError as error:
-        raise UserError("\n".join(_explain_one(mistake, tree, where) for mistake in error.errors())) from None
+        found = [one for one in error.errors() if not (mistakes and one["loc"] == ("stages",))]
+        mistakes = [*(_explain_one(one, tree, where) for one in found), *mistakes]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
     check_references(recipe, where)
     return expand(recipe, where)
+
+
+def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
+    """The stages, each as its kind's class, and what is wrong with the others, a line a mistake."""
+    given = tree.get("stages")
+    if not isinstance(given, Mapping):
+        return given, []
+    stages: dict[Any, Any] = {}
+    mistakes: list[str] = []
+    for name, stage in given.items():
+        here = f"{where}: stages.{name}"
+        if not isinstance(stage, Mapping):
+            stages[name] = stage  # the recipe's own class says what is wrong
+        elif "kind" not in stage:
+            mistakes.append(f"{here}.kind: is required. There are: {', '.join(sorted(KINDS))}.")
+        else:
+            try:
+                stages[name] = kind_class(stage["kind"]).model_validate(stage)
+            except UserError as error:
+                mistakes.append(f"{here}.kind: {error}")
+            except pydantic.ValidationError as error:
+                found = [{**one, "loc": ("stages", name, *one["loc"])} for one in error.errors()]
+                mistakes += [_explain_one(one, tree, where) for one in found]
+    return stages, mistakes
 
 
 def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dict[str, Any]:
@@ -94,18 +123,11 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
-    """One pydantic mistake as one line, with the union's tag taken out of its path."""
+    """One pydantic mistake as one line."""
     loc = [str(part) for part in mistake["loc"]]
-    if len(loc) > 2 and loc[0] == "stages" and loc[2] in KINDS:
-        loc.pop(2)
     key = ".".join(loc)
     if mistake["type"] == "extra_forbidden":
         return f"{where}: {key}: unknown key.{_right_name(tree, loc)}"
-    if mistake["type"] == "union_tag_invalid":
-        kind = str(mistake["ctx"]["tag"])
-        return f"{where}: {key}.kind: there is no stage kind {kind!r}.{nearest(kind, KINDS)}"
-    if mistake["type"] == "union_tag_not_found":
-        return f"{where}: {key}.kind: is required. There are: {', '.join(sorted(KINDS))}."
     if mistake["type"] == "literal_error" and isinstance(mistake["input"], str):
         known = re.findall(r"'([^']+)'", mistake["ctx"]["expected"])
         return f"{where}: {key}: there is no {loc[-1]} {mistake['input']!r}.{nearest(mistake['input'], known)}"
@@ -132,7 +154,7 @@ def _model_at(tree: Mapping[str, Any], loc: list[str]) -> type[BaseModel] | None
         return ModelConfig
     if loc[0] != "stages" or len(loc) < 2:
         return None
-    model: type[BaseModel] | None = KINDS.get(tree["stages"].get(loc[1], {}).get("kind"))
+    model: type[BaseModel] | None = kind_class(tree["stages"][loc[1]]["kind"])
     for key in loc[2:]:
         model = section(model, key) if model else None
     return model

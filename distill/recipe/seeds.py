@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill.recipe.stages import CompareStage, Stage
+from distill.recipe.fields import StageConfig
+from distill.recipe.stages import CompareStage
 from distill.recipe.tree import Recipe, order
 from distill.records import UserError
 
@@ -30,7 +31,7 @@ def expand(recipe: Recipe, where: str) -> Recipe:
     if recipe.seeds is None and all(stage.seeds is None for stage in recipe.stages.values()):
         return recipe
     seeds: dict[str, list[int]] = {}
-    stages: dict[str, Stage] = {}
+    stages: dict[str, StageConfig] = {}
     for name in order(recipe, where):
         stage = recipe.stages[name]
         if isinstance(stage, CompareStage):
@@ -55,7 +56,9 @@ def expand(recipe: Recipe, where: str) -> Recipe:
     return recipe.model_copy(update={"stages": stages, "seeds": None})
 
 
-def _seeds_of(name: str, stage: Stage, recipe: Recipe, seeds: dict[str, list[int]], where: str) -> list[int] | None:
+def _seeds_of(
+    name: str, stage: StageConfig, recipe: Recipe, seeds: dict[str, list[int]], where: str
+) -> list[int] | None:
     """Its own, the recipe's, or those of what it reads, which must be the same."""
     inherited = {value: seeds[value] for _, value in stage.inputs() if value in seeds}
     wanted = stage.seeds or recipe.seeds or next(iter(inherited.values()), None)

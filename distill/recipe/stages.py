@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
 import pydantic
 from pydantic import Field, PositiveInt
 
+from distill import plug
 from distill.recipe.fields import (
     EngineConfig,
     Name,
@@ -18,6 +19,7 @@ from distill.recipe.fields import (
     growth,
 )
 from distill.recipe.training_stages import GrpoStage, OnPolicyStage, TrainStage
+from distill.records import UserError
 
 SNAPSHOTS = "held-out problems on which each model kept along the way (snapshot_every) is tried; 0 = none"
 
@@ -25,6 +27,7 @@ SNAPSHOTS = "held-out problems on which each model kept along the way (snapshot_
 class PruneStage(StageConfig):
     """Keep `layers` decoder layers, evenly spaced, the first and the last among them."""
 
+    writes: ClassVar = "model"
     kind: Literal["prune"]
     model: str
     layers: int = Field(ge=2)
@@ -36,6 +39,7 @@ class PruneStage(StageConfig):
 class GenerateStage(StageConfig):
     """Completions of a task's train problems with the distribution at every position, as Parquet shards."""
 
+    writes: ClassVar = "traces"
     kind: Literal["generate"]
     model: str
     task: str
@@ -47,6 +51,9 @@ class GenerateStage(StageConfig):
     exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
     engine: EngineConfig = EngineConfig()
     shard_rows: PositiveInt = execution(256)
+
+    def half_the_work(self) -> str:
+        return f"problems (now {self.problems})"
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "model", self.model
@@ -61,6 +68,8 @@ class ScoreStage(StageConfig):
     same traces.
     """
 
+    writes: ClassVar = "traces"
+    adds_to: ClassVar = frozenset({"data"})
     kind: Literal["score"]
     model: str
     data: str
@@ -86,6 +95,7 @@ class ScoreStage(StageConfig):
 class FilterStage(StageConfig):
     """A selection of traces: those that every filter keeps. The shards themselves are not copied."""
 
+    writes: ClassVar = "traces"
     kind: Literal["filter"]
     data: str
     keep: list[PlugConfig] = Field(min_length=1)
@@ -100,6 +110,7 @@ class FilterStage(StageConfig):
 class EvalStage(StageConfig):
     """Held-out accuracy of one model on one task."""
 
+    shares_process: ClassVar = True
     kind: Literal["eval"]
     model: str
     task: str
@@ -117,6 +128,12 @@ class EvalStage(StageConfig):
                 f"pass_at {max(self.pass_at)} needs at least as many samples a problem, not {self.samples}"
             )
         return self
+
+    def half_the_work(self) -> str:
+        return f"problems (now {self.problems})"
+
+    def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
+        return {"": {0: ("", self.model)}}
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "model", self.model
@@ -141,9 +158,8 @@ class CompareStage(StageConfig):
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
     engine: EngineConfig = EngineConfig()
 
-    def runs(self) -> dict[str, dict[int, tuple[str, str]]]:
-        """By arm and training seed: the eval stage's name below this one's, and the model. The seed of an arm of one
-        model is 0."""
+    def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
+        """The seed of an arm of one model is 0."""
         return {
             arm: {0: (arm, models)}
             if isinstance(models, str)
@@ -151,7 +167,7 @@ class CompareStage(StageConfig):
             for arm, models in self.arms.items()
         }
 
-    def children(self) -> dict[str, EvalStage]:
+    def children(self) -> dict[str, StageConfig]:
         """The eval stages, by their names below this one's."""
         shared = {
             key: getattr(self, key)
@@ -159,13 +175,16 @@ class CompareStage(StageConfig):
         }
         return {
             name: EvalStage(kind="eval", model=model, **shared)
-            for runs in self.runs().values()
+            for runs in self.evaluations().values()
             for name, model in runs.values()
         }
 
+    def half_the_work(self) -> str:
+        return f"problems (now {self.problems})"
+
     def inputs(self) -> Iterator[tuple[str, str]]:
         for name, child in self.children().items():
-            yield f"arms.{name}", child.model
+            yield f"arms.{name}", dict(child.inputs())["model"]
         yield "task", self.task
 
     @pydantic.model_validator(mode="after")
@@ -175,18 +194,6 @@ class CompareStage(StageConfig):
         return self
 
 
-Stage = Annotated[
-    PruneStage
-    | GenerateStage
-    | ScoreStage
-    | FilterStage
-    | TrainStage
-    | GrpoStage
-    | OnPolicyStage
-    | EvalStage
-    | CompareStage,
-    Field(discriminator="kind"),
-]
 KINDS: dict[str, type[StageConfig]] = {
     "prune": PruneStage,
     "generate": GenerateStage,
@@ -198,3 +205,17 @@ KINDS: dict[str, type[StageConfig]] = {
     "eval": EvalStage,
     "compare": CompareStage,
 }
+
+
+def kind_class(kind: object) -> type[StageConfig]:
+    """The class of a stage kind, by its name or as `package.module:Class`. Raises UserError for an unknown one."""
+    if isinstance(kind, str) and ":" in kind:
+        found = plug.find(kind, __name__)
+        if not (isinstance(found, type) and issubclass(found, StageConfig)):
+            raise UserError(f"{kind!r} is not a subclass of distill.recipe.StageConfig.")
+        if not hasattr(found, "run"):
+            raise UserError(f"{kind!r} has no method run(self, context).")
+        return found
+    if kind not in KINDS:
+        raise UserError(f"there is no stage kind {kind!r}.{plug.nearest(str(kind), KINDS)}")
+    return KINDS[str(kind)]

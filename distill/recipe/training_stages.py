@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -26,6 +26,9 @@ from distill.recipe.fields import (
 
 class OptimStage(StageConfig):
     """What every stage with an optimiser has. The learning rate warms up and then falls by half a cosine."""
+
+    writes: ClassVar = "model"
+    trains: ClassVar = True
 
     lr: float = Field(1e-4, gt=0)
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
@@ -54,6 +57,11 @@ class OptimStage(StageConfig):
     log_every: PositiveInt = execution(1)
     trackers: list[str] = execution([], description="accelerate trackers by name: tensorboard, wandb, trackio, ...")
     max_bad_steps: PositiveInt = execution(5, description="steps in a row with a loss or gradient that is not finite")
+
+    def half_the_work(self) -> str:
+        if self.budget is not None:
+            return f"budget (now {self.budget.times:g} times)"
+        return ""
 
     @property
     def saved_in(self) -> SavedDtype:
@@ -115,6 +123,11 @@ class TrainStage(OptimStage):
             )
         return self
 
+    def half_the_work(self) -> str:
+        if self.budget is not None:
+            return super().half_the_work()
+        return f"steps (now {self.steps})" if self.epochs is None else f"epochs (now {self.epochs})"
+
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "model", self.model
         for teacher in teachers_of(self.teacher):
@@ -141,6 +154,9 @@ class PolicyStage(OptimStage):
     log_completions_every: PositiveInt = execution(
         10, description="rollouts between completions shown in the log and kept in completions.jsonl"
     )
+
+    def half_the_work(self) -> str:
+        return super().half_the_work() or f"steps (now {self.steps}), prompts or group_size (now {self.group_size})"
 
     @property
     def steps_a_rollout(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import pydantic
 from pydantic import Field
 
 from distill.plug import nearest
-from distill.recipe.fields import Config, ModelConfig, Name, PlugConfig, Seeds, StageName
-from distill.recipe.stages import Stage
+from distill.recipe.fields import Config, ModelConfig, Name, PlugConfig, Seeds, StageConfig, StageName
+from distill.recipe.stages import KINDS
 from distill.records import UserError
 
 
@@ -22,7 +22,7 @@ class Recipe(Config):
     seeds: Seeds | None = None
     models: dict[Name, ModelConfig] = {}
     tasks: dict[Name, PlugConfig] = {}
-    stages: dict[StageName, Stage] = Field(min_length=1)
+    stages: dict[StageName, pydantic.SerializeAsAny[StageConfig]] = Field(min_length=1)
 
     @pydantic.field_validator("models", mode="before")
     @classmethod
@@ -55,25 +55,24 @@ def check_references(recipe: Recipe, where: str) -> None:
                         f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} "
                         "A file or folder is written as a path."
                     )
-                _check_kind(recipe, here, value, ("generate", "score", "filter"))
+                _check_kind(recipe, here, value, lambda stage: stage.writes == "traces")
             elif key == "budget":
                 if value not in recipe.stages:
                     raise UserError(f"{here}.flops_of: there is no stage {value!r}.{nearest(value, recipe.stages)}")
-                _check_kind(recipe, f"{here}.flops_of", value, ("train", "grpo", "on_policy"))
+                _check_kind(recipe, f"{here}.flops_of", value, lambda stage: stage.trains)
             else:
                 known = [*recipe.models, *recipe.stages]
                 if value not in known:
                     raise UserError(f"{here}: there is no model or stage {value!r}.{nearest(value, known)}")
-                _check_kind(recipe, here, value, ("train", "grpo", "on_policy", "prune"))
+                _check_kind(recipe, here, value, lambda stage: stage.writes == "model")
     order(recipe, where)
 
 
-def _check_kind(recipe: Recipe, here: str, value: str, kinds: tuple[str, ...]) -> None:
+def _check_kind(recipe: Recipe, here: str, value: str, fits: Callable[[type[StageConfig]], bool]) -> None:
     stage = recipe.stages.get(value)
-    if stage is not None and stage.kind not in kinds:
-        raise UserError(
-            f"{here}: {value!r} is a stage of kind {stage.kind}; a {' or '.join(kinds)} stage is needed here."
-        )
+    if stage is not None and not fits(type(stage)):
+        kinds = " or ".join(name for name, kind in KINDS.items() if fits(kind))
+        raise UserError(f"{here}: {value!r} is a stage of kind {stage.kind}; a {kinds} stage is needed here.")
 
 
 def _looks_like_path(value: str) -> bool:

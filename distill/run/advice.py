@@ -6,17 +6,12 @@ from collections.abc import Sequence
 
 from distill.machine import Machine
 from distill.recipe import (
-    CompareStage,
-    EvalStage,
-    GenerateStage,
-    PolicyStage,
     Recipe,
-    TrainStage,
     base_name,
 )
 from distill.records import UserError
 from distill.reports.wording import duration
-from distill.run.plan import Part, Row
+from distill.run.predictions.row import Part, Row
 
 LONG = 3600.0
 """Seconds from which on a recipe is said to take long."""
@@ -150,18 +145,10 @@ def _fewer(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
     """What half of a stage's work would be, in its own keys, and what that saves; "" where it has no such key."""
     config = recipe.stages[rows[0].name.partition(".")[0]]
     start = sum(row.start for row in rows)
-    if isinstance(config, TrainStage | PolicyStage) and config.budget is not None:
-        what = f"half the budget of {stage} (now {config.budget.times:g} times)"
-    elif isinstance(config, PolicyStage):
-        what = f"half the steps ({config.steps}), prompts or group_size ({config.group_size}) of {stage}"
-    elif isinstance(config, TrainStage):
-        key = "steps" if config.epochs is None else "epochs"
-        what = f"half the {key} of {stage} (now {getattr(config, key)})"
-    elif isinstance(config, GenerateStage | EvalStage | CompareStage):
-        what = f"half the problems of {stage} (now {config.problems})"
-    else:
+    what = config.half_the_work()
+    if not what:
         return ""
-    return f"  {what}: about {duration((_seconds(rows) - start) / 2)} less"
+    return f"  half the {what} of {stage}: about {duration((_seconds(rows) - start) / 2)} less"
 
 
 def _most(rows: Sequence[Row]) -> str:

@@ -14,10 +14,10 @@ import yaml
 
 from distill import run_folder
 from distill.compute.ledger import ArmCost, arm_cost, mean_cost
-from distill.recipe import CompareStage, EvalStage, GrpoStage, Recipe, base_name, validate
-from distill.recipe.lineage import role_of, roles_of
+from distill.recipe import GrpoStage, Recipe, base_name
+from distill.recipe.lineage import parents_of, role_of, roles_of
 from distill.reports.run_report import ArmRow, RunReport, SeedRow, SnapshotRow, StageRow, view
-from distill.stages.budget import parents_of, stage_costs
+from distill.stages.budget import stage_costs
 
 MAX_POINTS = 240
 """Of a curve: longer ones are thinned to means of stretches."""
@@ -52,24 +52,21 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
 
 def collect_run(run: Path) -> RunReport:
     """What a run's folder holds, finished or half way."""
-    resolved = yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))
-    recipe = validate(resolved, str(run / "resolved.yaml"))
+    recipe = run_folder.recipe(run)
     names = [name for stage in recipe.stages for name in (*_children(recipe, stage), stage)]
-    return collect(recipe, run, names, f"distill run {run / 'resolved.yaml'}")
+    return collect(recipe, run, names, f"distill run {run / run_folder.RESOLVED}")
 
 
 def _children(recipe: Recipe, stage: str) -> list[str]:
-    """The evaluations that a compare stage expands into, by their folders."""
-    config = recipe.stages[stage]
-    if not isinstance(config, CompareStage):
-        return []
-    return [f"{stage}.{arm}" for arm in config.children()]
+    """The stages that one expands into, by their folders."""
+    return [f"{stage}.{below}" for below in recipe.stages[stage].children()]
 
 
 def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run: Path) -> StageRow:
     if standing is None:
-        config = recipe.stages[name.split(".")[0]]
-        kind = "eval" if "." in name and isinstance(config, CompareStage) else config.kind
+        stage, _, below = name.partition(".")
+        config = recipe.stages[stage]
+        kind = config.children()[below].kind if below else config.kind
         return StageRow(name=name, kind=kind, status="pending", seconds=0.0, cost={})
     row = StageRow(
         name=name,
@@ -122,12 +119,9 @@ def _arms(recipe: Recipe, run: Path, states: dict[str, run_folder.State]) -> dic
     parents = parents_of(recipe)
     found: list[_Found] = []
     for name, config in recipe.stages.items():
-        if isinstance(config, CompareStage):
-            for arm, runs in config.runs().items():
-                nodes = {seed: f"{name}.{child}" for seed, (child, _) in runs.items()}
-                found.append(_Found(arm, name, nodes, [model for _, model in runs.values()]))
-        elif isinstance(config, EvalStage):
-            found.append(_Found(name, name, {0: name}, [config.model]))
+        for arm, runs in config.evaluations().items():
+            nodes = {seed: f"{name}.{child}" if child else name for seed, (child, _) in runs.items()}
+            found.append(_Found(arm or name, name, nodes, [model for _, model in runs.values()]))
     # A teacher that was trained once has as many students as there are to share its cost; training seeds of one arm
     # are one student.
     taught = {

@@ -15,7 +15,7 @@ from typing import Any
 from distill import jsonl
 from distill.compute.flops import ModelShape
 from distill.models import PACKAGE, config_of, gguf, package_file
-from distill.recipe import ModelConfig, PolicyStage, Recipe, ScoreStage, TrainStage
+from distill.recipe import ModelConfig, PolicyStage, Recipe, ScoreStage, StageConfig, TrainStage
 from distill.records import Task, UserError
 from distill.stages.context import find_data, make_task
 from distill.stages.inputs.score_inputs import is_hub_id, is_traces, open_rows
@@ -40,6 +40,17 @@ class Known:
     spent: dict[str, float] = field(default_factory=dict)
     snapshots: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def assume(self, name: str, config: StageConfig) -> None:
+        """For a stage that says nothing of its output: it is like its input, or of an assumed size."""
+        inputs = dict(config.inputs())
+        if config.writes == "model":
+            model = inputs.get("model")
+            self.shapes[name] = self.shape(model) if model else ModelShape.from_params(1e9)
+            self.replies[name] = self.replies.get(model or "", 0.0)
+            self.spent[name] = self.spent.get(model or "", 0.0)
+        elif config.writes == "traces":
+            self.traces[name] = self.traces.get(inputs.get("data", ""), ASSUMED_ROWS)
 
     def budget(self, config: TrainStage | PolicyStage) -> float:
         """The FLOPs that a stage's budget leaves it (see stages.budget)."""

@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
-from distill import recipe, run_folder
-from distill.compute.ledger import NO_PARENTS
+from distill import run_folder
 from distill.models import hub
 from distill.recipe import Recipe
+from distill.recipe.lineage import NO_PARENTS, origin, rests_on
 from distill.records import UserError
 from distill.reports.model_card_markdown import FILE, Ancestor, Card, write_card
 from distill.reports.report_blocks import VIEWS
@@ -42,7 +41,7 @@ def write_all(resolved: Recipe, run: Path, report: RunReport) -> list[Path]:
 
 def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Card:
     """What the run's folders say of the model of a stage."""
-    above = set(_above(resolved, name))
+    above = set(rests_on(resolved, name))
     lineage = [_ancestor(resolved, run, one) for one in resolved.stages if one in above]
     base = _base(resolved, name)
     scores = {
@@ -57,8 +56,7 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
     ]
     first = next(iter(scores.values()), None)
     settings = resolved.stages[name].model_dump(mode="json")
-    environment = run / "environment.json"
-    versions = json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {}
+    versions = run_folder.environment(run)
     return Card(
         name=name,
         kind=resolved.stages[name].kind,
@@ -77,25 +75,11 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
     )
 
 
-def _above(resolved: Recipe, name: str) -> Iterator[str]:
-    """The stage and all that it rests on."""
-    frontier, found = [name], []
-    while frontier:
-        one = frontier.pop()
-        if one in resolved.stages and one not in found:
-            found.append(one)
-            yield one
-            inputs = resolved.stages[one].inputs()
-            frontier += [value for key, value in inputs if key not in NO_PARENTS]
-
-
 def _base(resolved: Recipe, name: str) -> str | None:
-    """The source of the model that the line of `model` inputs begins with."""
-    while name in resolved.stages:
-        inputs = dict(resolved.stages[name].inputs())
-        if "model" not in inputs:
-            return None
-        name = inputs["model"]
+    """Where the model comes from that a stage's model was made of, step by step; None where a stage made it of nothing."""
+    name = origin(resolved, name)
+    if name in resolved.stages:
+        return None
     source = resolved.models[name].source if name in resolved.models else name
     # A folder of this machine means nothing elsewhere, but for its name.
     return Path(source).expanduser().name if Path(source).expanduser().is_dir() else source
@@ -182,10 +166,8 @@ def checkpoint(reference: Path) -> Path:
                 return folder
     made = ""
     for run in (reference, Path("runs") / reference):
-        if (run / "resolved.yaml").is_file():
-            stages = recipe.validate(
-                yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")), str(run)
-            ).stages
+        if run_folder.is_run(run):
+            stages = run_folder.recipe(run).stages
             names = [f"{run}/{n}" for n in stages if (run / n / "model" / "config.json").is_file()]
             made = f" Its models are: {', '.join(names)}." if names else ""
     raise UserError(f"push: {reference} is not a checkpoint (config.json and safetensors).{made}")

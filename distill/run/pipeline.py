@@ -34,13 +34,9 @@ from distill.machine import Machine, cores, processor
 from distill.models import PACKAGE, cache_home, hub, package_file
 from distill.progress import working
 from distill.recipe import (
-    CompareStage,
     Config,
-    EvalStage,
-    GenerateStage,
-    PolicyStage,
+    EngineConfig,
     Recipe,
-    ScoreStage,
     StageConfig,
     base_name,
     order,
@@ -50,7 +46,7 @@ from distill.run.unfinished import kept
 from distill.stages.context import find_data, fingerprint_of
 
 if TYPE_CHECKING:
-    from distill.run.plan import Row
+    from distill.run.predictions.row import Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +60,7 @@ class Node:
 
     @property
     def kind(self) -> str:
-        return str(self.config.kind)  # type: ignore[attr-defined]
+        return self.config.kind
 
     @property
     def stages(self) -> set[str]:
@@ -85,13 +81,10 @@ def nodes(recipe: Recipe) -> list[Node]:
     found = []
     for name in order(recipe):
         config = recipe.stages[name]
-        if isinstance(config, CompareStage):
-            for arm, child in config.children().items():
-                found.append(Node(f"{name}.{arm}", name, child, tuple(child.inputs())))
-            evaluations = tuple((f"arms.{arm}", f"{name}.{arm}") for arm in config.children())
-            found.append(Node(name, name, config, evaluations))
-        else:
-            found.append(Node(name, name, config, tuple(config.inputs())))
+        children = config.children()
+        found += [Node(f"{name}.{below}", name, child, tuple(child.inputs())) for below, child in children.items()]
+        below = tuple((f"arms.{child}", f"{name}.{child}") for child in children)
+        found.append(Node(name, name, config, below or tuple(config.inputs())))
     return found
 
 
@@ -152,9 +145,7 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
     if moved := [k for k in inputs if inputs[k] not in (standing.inputs.get(k), hub.UNVERIFIED)]:
         named = {key: " or ".join(ref for k, ref in node.inputs if k == key) for key in moved}
         why = ", ".join(f"{key} ({named[key]}) changed" for key in moved)
-        # A score stage keeps what it has of the new data: its traces' ids say what they are.
-        adds = node.kind == "score" and moved == ["data"]
-        return Decision("grow" if adds else "redo", why)
+        return Decision("grow" if node.config.adds_to.issuperset(moved) else "redo", why)
     grown = [text for role, text in changed if role == "growth"]
     if grown:
         return Decision("grow", ", ".join(grown))
@@ -288,10 +279,12 @@ class Runner:
     def _write_recipe(self, here: Machine) -> None:
         write_atomic(self.run / "recipe.yaml", self.source.read_text(encoding="utf-8"))
         tree = self.recipe.model_dump(mode="json")
-        write_atomic(self.run / "resolved.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+        write_atomic(self.run / run_folder.RESOLVED, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
         write_atomic(
-            self.run / "environment.json",
-            json.dumps({**environment(), "machine": asdict(here)}, indent=1),
+            self.run / run_folder.ENVIRONMENT,
+            json.dumps(
+                {**environment(), "modules": str(self.source.resolve().parent), "machine": asdict(here)}, indent=1
+            ),
         )
 
     def _prepare(self, node: Node, number: int, num: int, predictions: Mapping[str, dict[str, float]]) -> str | None:
@@ -385,16 +378,17 @@ class Runner:
         # everything many times slower as soon as something else runs on one of its cores.
         mine = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
         mine = {key: value for key, value in mine.items() if key not in os.environ}
-        if isinstance(node.config, GenerateStage | ScoreStage | EvalStage | PolicyStage):
+        engine = getattr(node.config, "engine", None)
+        if isinstance(engine, EngineConfig) and not node.config.children():
             from distill import engines
 
-            mine |= engines.environment(node.config.engine)
+            mine |= engines.environment(engine)
         return mine
 
 
 def _process(node: Node) -> tuple[str, str]:
     """Nodes with the same one, next to each other, share a process: the evaluations of a comparison share its engine."""
-    return node.kind, node.stage if node.kind == "eval" else node.name
+    return node.kind, node.stage if node.config.shares_process else node.name
 
 
 def _announce(doing: Mapping[int, tuple[Node, str]], num: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import os
 import resource
 import signal
@@ -68,15 +67,13 @@ def _guarded(run: Path, name: str, screen: Screen, engines: list[OneEngine], *, 
 
 
 def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: bool) -> None:
-    import yaml
-
-    from distill import recipe, run_folder
+    from distill import run_folder
     from distill.run import model_card
     from distill.stages import dtypes
     from distill.stages.context import Context
     from distill.stages.shared_engine import OneEngine
 
-    resolved = recipe.validate(yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")), "resolved.yaml")
+    resolved = run_folder.recipe(run)
     config = stage_config(resolved, name)
     standing = run_folder.read(run / name)
     assert standing is not None, "the pipeline writes stage.json before it starts a stage"
@@ -88,7 +85,7 @@ def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: b
     standing.began = time.time()
     run_folder.write(run / name, standing)
     config = dtypes.settle(config, context)
-    result: Result = _load(standing.kind).run(config, context)
+    result: Result = _load(config)(config, context)
     if last:
         engine.close()
     standing.decided = (run_folder.read(run / name) or standing).decided
@@ -110,26 +107,24 @@ def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: b
     screen.say(f"  {name} took {clock(time.monotonic() - began)}")
 
 
-def _load(kind: str) -> Any:
-    """A stage's module, by name: plain attribute access would need every stage's heavy imports at start-up.
+def _load(config: recipe.StageConfig) -> Any:
+    """The function that does a stage, imported now: not every stage needs every library.
 
     Thousands of modules come with it and stay: no use looking through them for garbage, now or later.
     """
     gc.disable()
     try:
-        return importlib.import_module(f"distill.stages.{kind}")
+        return config.implementation()
     finally:
         gc.freeze()
         gc.enable()
 
 
 def stage_config(resolved: recipe.Recipe, name: str) -> recipe.StageConfig:
-    """Of a stage, or of one evaluation of a compare stage (`<stage>.<arm>`)."""
-    from distill.recipe import CompareStage
-
-    parent, _, arm = name.partition(".")
+    """Of a stage, or of one that it expands into (`<stage>.<arm>`)."""
+    parent, _, below = name.partition(".")
     config = resolved.stages[parent]
-    return config.children()[arm] if arm and isinstance(config, CompareStage) else config
+    return config.children()[below] if below else config
 
 
 def _cpu_seconds() -> float:

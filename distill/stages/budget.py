@@ -6,7 +6,6 @@ teachers took. What both rest on (the way to one start, traces that the start wr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from distill.compute.flops import ModelShape
 from distill.compute.ledger import StageCost, arm_cost
 from distill.compute.tally import tally_cost
 from distill.recipe import GrpoStage, OnPolicyStage, Recipe, TrainStage
+from distill.recipe.lineage import parents_of
 from distill.records import Cost, UserError
 from distill.stages.context import Context
 
@@ -27,12 +27,8 @@ def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
     costs = {}
     for name in recipe.stages:
         if (standing := run_folder.read(run / name)) is not None:
-            costs[name] = StageCost(standing.kind, Cost.of(standing.cost), Cost.of(standing.teacher_cost))
+            costs[name] = StageCost(recipe.stages[name].trains, Cost.of(standing.cost), Cost.of(standing.teacher_cost))
     return costs
-
-
-def parents_of(recipe: Recipe) -> Mapping[str, list[tuple[str, str]]]:
-    return {name: list(config.inputs()) for name, config in recipe.stages.items()}
 
 
 def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Budget | None:
@@ -44,7 +40,7 @@ def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) 
         return None
     other = config.budget.flops_of
     costs, parents = stage_costs(context.recipe, context.run), parents_of(context.recipe)
-    costs[context.name] = StageCost(config.kind, Cost())  # what it rests on, not an earlier attempt
+    costs[context.name] = StageCost(config.trains, Cost())  # what it rests on, not an earlier attempt
 
     def spent(model: str) -> float:
         return arm_cost(model, costs, parents).student.flops

@@ -21,7 +21,7 @@ def run(config: CompareStage, context: Context) -> Result:
     check_start(config, context.recipe)
     folders = {
         arm: {seed: context.run / f"{context.name}.{name}" for seed, (name, _) in runs.items()}
-        for arm, runs in config.runs().items()
+        for arm, runs in config.evaluations().items()
     }
     arms = {
         arm: {seed: read_results(folder / "traces") for seed, folder in by_seed.items()}
@@ -37,7 +37,7 @@ def run(config: CompareStage, context: Context) -> Result:
         for key, messages in results.messages.items()
     }
     # A recipe writes its students last: theirs are the problems won and lost that the report shows.
-    models = {arm: next(iter(runs.values()))[1] for arm, runs in config.runs().items()}
+    models = {arm: next(iter(runs.values()))[1] for arm, runs in config.evaluations().items()}
     roles = roles_of(context.recipe, models.values())
     students = sorted(arms, key=lambda arm: roles[models[arm]] == "student")[-2:]
     same = context.task(config.task).same_answer
@@ -55,7 +55,7 @@ def run(config: CompareStage, context: Context) -> Result:
 
 
 def _points(config: CompareStage, run: Path, arm: str, folders: dict[int, Path]) -> list[dict[str, object]]:
-    kept = [snapshots_of(run / model) for _, model in config.runs()[arm].values()]
+    kept = [snapshots_of(run / model) for _, model in config.evaluations()[arm].values()]
     if not config.snapshot_problems:
         return []
     return [dict(row) for row in checkpoints(list(folders.values()), kept)]
@@ -67,7 +67,7 @@ def check_start(config: CompareStage, recipe: Recipe) -> None:
     Copies of one start, a training seed each, are the same start where they go together seed by seed.
     """
     starts: dict[str, str] = {}
-    for arm, runs in config.runs().items():
+    for arm, runs in config.evaluations().items():
         for _, model in runs.values():
             if role_of(recipe, model) == "student":
                 starts[arm] = base_name(line(recipe, model)[-1])

@@ -19,7 +19,7 @@ def settle(config: Any, context: Context) -> Any:
         dtype = _settled("dtype", config.dtype, "training", config, context)
         config = config.model_copy(update={"save_dtype": config.saved_in, "dtype": dtype})
     engine = getattr(config, "engine", None)
-    if isinstance(engine, EngineConfig) and config.kind != "compare":
+    if isinstance(engine, EngineConfig) and not config.children():
         engine = settle_engine(engine, config.model, context)
         wish = "float32" if engine.fn == "reference" else engine.dtype
         dtype = _settled("engine.dtype", wish, "engine", config, context)

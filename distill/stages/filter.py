@@ -10,7 +10,6 @@ from distill import jsonl
 from distill.recipe import CompareStage, EvalStage, FilterStage
 from distill.records import Cost, UserError
 from distill.stages.context import Context, Result, find_data
-from distill.tasks.reasoning_gym_task import GeneratedTask
 from distill.tasks.splits import normalise
 from distill.traces.contamination import HeldOut
 from distill.traces.reader import content_fingerprint
@@ -47,7 +46,7 @@ def held_out(against: str, context: Context) -> HeldOut:
             raise UserError(f"{where}: {against!r} is neither a task of the recipe nor a JSONL file.")
         return HeldOut(_questions(path), normalise, prose=True)
     task, num = context.task(against), None
-    if isinstance(task, GeneratedTask):
+    if task.is_endless:
         num = max(
             (
                 stage.problems
@@ -61,7 +60,7 @@ def held_out(against: str, context: Context) -> HeldOut:
                 f"{where}: the task {against!r} writes problems without end, and no eval or compare stage says which of "
                 "them are evaluated on. Add that stage, or name a JSONL file of the problems."
             )
-    problems = task.problems("held_out", num, context.seed)
+    problems = task.problems("held_out", num, context.recipe.seed)
     return HeldOut((p.question for p in problems), normalise, prose=num is None)
 
 

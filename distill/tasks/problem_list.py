@@ -97,6 +97,10 @@ class FiniteTask:
         ordered = sorted(chosen, key=lambda problem: draw_seed(seed, problem.problem_id))
         return iter(ordered[:num])
 
+    @property
+    def is_endless(self) -> bool:
+        return False
+
     def holds_out(self, question: str) -> bool:
         if self._held_out is None:
             held_out = self._problems().by_split["held_out"]

@@ -156,6 +156,10 @@ class GeneratedTask:
             payload={"seed": base, "index": index},
         )
 
+    @property
+    def is_endless(self) -> bool:
+        return True
+
     def holds_out(self, question: str) -> bool:
         return splits.is_held_out(question)
 

@@ -17,9 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
-from distill import engines, models, recipe
+from distill import engines, models, recipe, run_folder
 from distill.progress import PATIENCE, Screen
 from distill.recipe import EngineConfig, GenerateStage, ModelConfig, ScoreStage
 from distill.records import Array, Completion, Engine, Request, TopK, Traces, UserError
@@ -168,10 +167,9 @@ def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path
 def _stage(reader: TraceReader) -> tuple[recipe.Recipe, GenerateStage | ScoreStage] | None:
     """The recipe and the stage that wrote the traces, where they lie in RUN/STAGE/traces."""
     stage_folder = reader.base.resolve().parent
-    resolved = stage_folder.parent / "resolved.yaml"
-    if not resolved.is_file():
+    if not run_folder.is_run(stage_folder.parent):
         return None
-    tree = recipe.validate(yaml.safe_load(resolved.read_text(encoding="utf-8")), str(resolved))
+    tree = run_folder.recipe(stage_folder.parent)
     stage = tree.stages.get(stage_folder.name)
     return (tree, stage) if isinstance(stage, GenerateStage | ScoreStage) else None
 

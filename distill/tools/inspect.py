@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from distill import engines, models, recipe
+from distill import engines, models, run_folder
 from distill.files import write_atomic
 from distill.inspector import token_text, trace_page
 from distill.progress import Screen
@@ -88,17 +86,17 @@ def find(path: Path) -> Found:
         path = Path("runs") / path
     if not path.exists():
         raise UserError(f"{path}: there is nothing here.")
-    if (path / "resolved.yaml").is_file():
+    if run_folder.is_run(path):
         return _of_run(path)
     traces = path / "traces" if (path / "traces").is_dir() else path
     for folder in traces.resolve().parents:
-        if (folder / "resolved.yaml").is_file():
-            return Found(traces, folder, _recipe(folder))
+        if run_folder.is_run(folder):
+            return Found(traces, folder, run_folder.recipe(folder))
     return Found(traces, None, None)
 
 
 def _of_run(run: Path) -> Found:
-    resolved = _recipe(run)
+    resolved = run_folder.recipe(run)
     with_top: list[str] = []
     without: list[str] = []
     for name, config in resolved.stages.items():
@@ -114,13 +112,6 @@ def _of_run(run: Path) -> Found:
         raise UserError(f"{run}: no stage of this run has written traces yet.")
     first, *others = [*with_top, *without]
     return Found(run / first / "traces", run, resolved, tuple(f"{run}/{name}" for name in others))
-
-
-def _recipe(run: Path) -> Recipe:
-    return recipe.validate(
-        yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8")),
-        str(run / "resolved.yaml"),
-    )
 
 
 def _folder(found: Found, reference: str) -> Path:

@@ -103,8 +103,9 @@ def one_stage(run: str, name: str) -> int:
     parts: dict[str, float] = {}
     load = stages_main._load
 
-    def load_and_clock(kind: str) -> Any:
-        module = load(kind)
+    def load_and_clock(config: Any) -> Any:
+        kind, function = config.kind, load(config)
+        module = sys.modules[function.__module__]
         if kind in ("train", "grpo", "on_policy"):
             from distill.training import checkpoint, loop, optim
 
@@ -117,7 +118,7 @@ def one_stage(run: str, name: str) -> int:
             from distill.stages import sampling
 
             _clock(parts, "sampling", sampling, "_run")
-        return module
+        return function
 
     stages_main._load = load_and_clock
     status = stages_main.main(Path(run), name)

@@ -176,7 +176,10 @@ KINDS = {
     "own_clean": "filter",
     "on_policy": "on_policy",
 }
-STAGES = {name: StageCost(KINDS.get(name, "train"), spent(2.0**i)) for i, name in enumerate(PARENTS)}
+STAGES = {
+    name: StageCost(KINDS.get(name, "train") in ("train", "grpo", "on_policy"), spent(2.0**i))
+    for i, name in enumerate(PARENTS)
+}
 
 
 def total(*names: str) -> float:

@@ -349,9 +349,9 @@ def test_an_arm_on_scored_traces_pays_for_writing_and_scoring():
         "kl": [("model", "base"), ("data", "scored")],
     }
     stages = {
-        "traces": StageCost("generate", Cost(tokens_generated=5)),
-        "scored": StageCost("score", Cost(tokens_scored=7)),
-        "kl": StageCost("train", Cost(tokens_trained=11)),
+        "traces": StageCost(False, Cost(tokens_generated=5)),
+        "scored": StageCost(False, Cost(tokens_scored=7)),
+        "kl": StageCost(True, Cost(tokens_trained=11)),
     }
     cost = arm_cost("kl", stages, parents)
     assert cost.student == Cost(tokens_trained=11)

@@ -36,7 +36,6 @@ from distill.records import (
     stable_hash,
 )
 from distill.stages.context import Context, find_data
-from distill.tasks.reasoning_gym_task import GeneratedTask
 from distill.traces import provenance
 from distill.traces.reader import SELECTION_FILE, open_traces
 from distill.traces.schema import LIGHT_COLUMNS, Metadata
@@ -296,7 +295,7 @@ def _traces(block: Sequence[_Conversation], task: Task | None) -> Traces:
 
 def _verdict(task: Task | None, conversation: _Conversation) -> Verdict:
     """By the task's judge, where the row says the answer; a generator's scorer needs more than that."""
-    if task is None or conversation.gold is None or isinstance(task, GeneratedTask):
+    if task is None or conversation.gold is None or task.is_endless:
         return NO_VERDICT
     problem = Problem(
         conversation.problem_id,

@@ -1,0 +1,6 @@
+"""What each stage kind will cost: `name(stage, config, known, machine) -> rows`, a public function a kind."""
+
+from distill.run.predictions.inference import compare, eval, filter, generate, prune, score
+from distill.run.predictions.training import grpo, on_policy, train
+
+__all__ = ["compare", "eval", "filter", "generate", "grpo", "on_policy", "prune", "score", "train"]

@@ -1,0 +1,141 @@
+"""Predictions for the stages that run an engine, and for those that compute next to nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from distill.compute import estimate, flops
+from distill.compute.flops import Memory, ModelShape
+from distill.machine import Machine
+from distill.recipe import CompareStage, EvalStage, FilterStage, GenerateStage, PolicyStage, PruneStage, ScoreStage
+from distill.records import UserError
+from distill.run.known_sizes import Known, rows_of, stored
+from distill.run.predictions.row import Row, engine_memory, engine_part, make_amounts, start_seconds
+
+KEPT_BY_CORRECT = 0.7
+"""Guess at the share of traces that a `correct` filter keeps."""
+ENTRIES = 1.2
+"""Guess at the candidates kept a position at mass .98, for a teacher that is mostly sure."""
+
+
+def prune(name: str, config: PruneStage, known: Known, machine: Machine) -> list[Row]:
+    shape = known.shape(config.model)
+    if config.layers > shape.layers:
+        raise UserError(f"stages.{name}.layers: {config.layers} of a model that has {shape.layers}.")
+    known.shapes[name] = shape.with_layers(config.layers)
+    known.replies[name] = known.replies.get(config.model, 0.0)
+    held = Memory(weights=2.0 * shape.params_total, process=flops.PROCESS_BYTES)
+    amounts = make_amounts(seconds=estimate.predict_prune_seconds(known.shapes[name]), memory=held.total)
+    # It works in the machine's memory, which is not what `machine.memory` says where there is a GPU.
+    return [Row(name, "prune", amounts, least=held.least if machine.device == "cpu" else 0.0)]
+
+
+def mean_reply(config: GenerateStage | EvalStage | PolicyStage, known: Known) -> float:
+    """Tokens of a completion: as many as what the model learned from has, or a part of what it may write."""
+    learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
+    return min(learned, config.sampling.max_tokens)
+
+
+def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machine: Machine) -> Row:
+    shape, (_, prompt) = known.shape(config.model), known.task(config.task)
+    reply = mean_reply(config, known)
+    folders = [config.problems * config.samples]
+    if isinstance(config, EvalStage) and config.snapshot_problems:
+        tried = min(config.snapshot_problems, config.problems) * config.samples
+        folders += [tried] * known.snapshots.get(config.model, 0)
+    sequences = sum(folders)
+    captured = isinstance(config, GenerateStage) and config.top_logprobs > 0
+    shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
+    known.traces[name] = (sequences, prompt, reply)
+    known.tasks_of[name] = config.task
+    part = engine_part(
+        shape,
+        config.engine,
+        machine,
+        lambda dtype, engine: estimate.predict_generate_seconds(
+            shape,
+            sequences,
+            sequences * prompt,
+            sequences * reply,
+            machine,
+            batch_size=config.engine.batch_size,
+            dtype=dtype,
+            engine=engine,
+        ),
+    )
+    memory = engine_memory(shape, config.engine, part.choice.dtype, prompt + config.sampling.max_tokens, machine)
+    amounts = make_amounts(
+        tokens=sequences * (prompt + reply),
+        bytes=sum(
+            estimate.predict_trace_bytes(rows, rows * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows)
+            for rows in folders
+        ),
+        flops=flops.generate_flops(shape, sequences * prompt, sequences * reply, sequences),
+        memory=memory.total,
+        seconds=part.seconds,
+    )
+    return Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=start_seconds(part))
+
+
+def generate(name: str, config: GenerateStage, known: Known, machine: Machine) -> list[Row]:
+    return [_sampling(name, config, known, machine)]
+
+
+def eval(name: str, config: EvalStage, known: Known, machine: Machine) -> list[Row]:
+    return [_sampling(name, config, known, machine)]
+
+
+def compare(name: str, config: CompareStage, known: Known, machine: Machine) -> list[Row]:
+    """One row a model, and one for the comparison. They share a process, and its engine as long as the models are built alike."""
+    rows: list[Row] = []
+    before: ModelShape | None = None
+    for arm, child in config.children().items():
+        assert isinstance(child, EvalStage)
+        row, shape = _sampling(f"{name}.{arm}", child, known, machine), known.shape(child.model)
+        if before is not None:
+            (part,) = row.parts
+            start = 0.0 if shape == before else estimate.REOPENED * estimate.engine_start(part.engine)
+            spared = row.start - start
+            row = replace(
+                row,
+                amounts={**row.amounts, "seconds": row.amounts["seconds"] - spared},
+                parts=(replace(part, seconds=part.seconds - spared),),
+                start=start,
+            )
+        rows.append(row)
+        before = shape
+    return [*rows, Row(name, config.kind, make_amounts(seconds=estimate.LIGHT_START))]
+
+
+def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list[Row]:
+    shape = known.shape(config.model)
+    rows, prompt, reply = known.traces.get(config.data) or rows_of(config, config.data, known)
+    known.traces[name] = rows, prompt, reply
+    tokens = rows * (prompt + reply)
+    total = flops.forward_flops(shape, tokens, (prompt + reply + 1) / 2, rows * reply)
+    part = engine_part(
+        shape,
+        config.engine,
+        machine,
+        lambda dtype, engine: estimate.predict_score_seconds(
+            shape, total, tokens, rows * reply, machine, dtype, engine
+        ),
+    )
+    memory = engine_memory(shape, config.engine, part.choice.dtype, prompt + reply, machine, scored=True)
+    amounts = make_amounts(
+        tokens=tokens,
+        bytes=estimate.predict_trace_bytes(int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows),
+        flops=total,
+        memory=memory.total,
+        seconds=part.seconds,
+    )
+    return [Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=start_seconds(part))]
+
+
+def filter(name: str, config: FilterStage, known: Known, machine: Machine) -> list[Row]:
+    rows, prompt, reply = known.traces.get(config.data) or stored(config.data)
+    kept = rows * KEPT_BY_CORRECT if any(f.fn == "correct" for f in config.keep) else rows
+    known.traces[name] = (kept, prompt, reply)
+    if config.data in known.tasks_of:
+        known.tasks_of[name] = known.tasks_of[config.data]
+    return [Row(name, "filter", make_amounts(seconds=estimate.predict_filter_seconds(int(rows))))]

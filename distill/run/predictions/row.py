@@ -1,0 +1,116 @@
+"""The prediction for one process of a run, and what every kind's prediction is made of."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from distill import machine as machines
+from distill.compute import estimate, flops
+from distill.compute.flops import Memory, ModelShape
+from distill.machine import Choice, Dtype, Machine
+from distill.recipe import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A trainer or an engine of a node: the dtype that it runs in, why, and its seconds.
+
+    slower: seconds that the dtype of the recipe's choice costs over dtype: auto. engine: its name, and by_vllm: the seconds that
+    vLLM would take where the engine is transformers and vLLM is missing or not asked for.
+    """
+
+    purpose: Literal["training", "engine"]
+    choice: Choice
+    seconds: float
+    slower: float = 0.0
+    engine: str = ""
+    by_vllm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The prediction for one node. amounts: tokens, bytes, flops, memory (peak bytes), seconds."""
+
+    name: str
+    kind: str
+    amounts: dict[str, float]
+    notes: tuple[str, ...] = ()
+    least: float = 0.0
+    """Bytes of weights, masters and moments alone: with less memory the stage cannot run."""
+    parts: tuple[Part, ...] = ()
+    start: float = 0.0
+    """Seconds of the process's and the engine's start, which are the same however much there is to do."""
+
+
+def make_amounts(
+    tokens: float = 0.0,
+    bytes: float = 0.0,
+    flops: float = 0.0,
+    memory: float = 0.0,
+    seconds: float = 0.0,
+) -> dict[str, float]:
+    return {"tokens": tokens, "bytes": bytes, "flops": flops, "memory": memory, "seconds": seconds}
+
+
+def dtype_part(
+    purpose: Literal["training", "engine"],
+    shape: ModelShape,
+    wish: str,
+    machine: Machine,
+    seconds: Callable[[Dtype], float],
+) -> Part:
+    """A trainer's or engine's dtype as `machine.choose` has it, and its seconds beside those of dtype: auto."""
+    width = shape.hidden, shape.intermediate
+    choice = machines.choose(machine, width, wish, purpose)
+    best = machines.choose(machine, width, "auto", purpose)
+    took = seconds(choice.dtype)
+    slower = took - seconds(best.dtype) if best.dtype != choice.dtype else 0.0
+    return Part(purpose, choice, took, slower)
+
+
+def engine_part(
+    shape: ModelShape,
+    config: EngineConfig,
+    machine: Machine,
+    seconds: Callable[[Dtype, str], float],
+) -> Part:
+    """seconds: by dtype and engine."""
+    name = engine_name(config)
+    part = dtype_part("engine", shape, config.dtype, machine, lambda dtype: seconds(dtype, name))
+    by_vllm = seconds(part.choice.dtype, "vllm") if name == "transformers" else None
+    return replace(part, engine=name, by_vllm=by_vllm)
+
+
+def start_seconds(*parts: Part) -> float:
+    return estimate.PROCESS_START + sum(estimate.engine_start(part.engine) for part in parts if part.engine)
+
+
+def engine_name(config: EngineConfig) -> str:
+    """The engine that `auto` stands for here."""
+    if config.fn != "auto":
+        return config.fn
+    return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+
+
+def engine_memory(
+    shape: ModelShape,
+    config: EngineConfig,
+    dtype: Dtype,
+    length: float,
+    machine: Machine,
+    **more: bool,
+) -> Memory:
+    cache = config.kv_cache_gib or (1.0 if machine.device == "cpu" else None)
+    return flops.generate_memory(
+        shape,
+        config.batch_size,
+        int(length),
+        dtype=dtype,
+        engine=engine_name(config),
+        cache_gib=cache,
+        on_cpu=machine.device == "cpu",
+        **more,
+    )

@@ -1,0 +1,238 @@
+"""Predictions for the stages that train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from distill.compute import estimate, flops
+from distill.compute.flops import Memory, ModelShape
+from distill.machine import Dtype, Machine
+from distill.recipe import GrpoStage, OnPolicyStage, OptimStage, PolicyStage, TrainStage, data_of, teachers_of
+from distill.records import SHARED
+from distill.run.known_sizes import Known, rows_of
+from distill.run.predictions.inference import mean_reply
+from distill.run.predictions.row import Part, Row, dtype_part, engine_memory, engine_part, make_amounts, start_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """The optimiser steps of a stage: its model, and how many tokens go through it.
+
+    step_tokens: of one step. taught: the teachers' (shape, FLOPs), over tokens of the whole stage.
+    """
+
+    config: OptimStage
+    shape: ModelShape
+    flops: float
+    tokens: float
+    steps: float
+    step_tokens: float
+    scored_flops: float = 0.0
+    scored_tokens: float = 0.0
+    taught: tuple[tuple[ModelShape, float], ...] = ()
+    reference: bool = False
+
+    def part(self, machine: Machine) -> Part:
+        return dtype_part("training", self.shape, self.config.dtype, machine, partial(self._seconds, machine))
+
+    def _seconds(self, machine: Machine, dtype: Dtype) -> float:
+        config = self.config
+        lora = None if config.lora is None else flops.lora_params(self.shape, config.lora.rank)
+        own = estimate.predict_train_seconds(
+            self.shape,
+            self.flops,
+            self.tokens,
+            round(self.steps),
+            machine,
+            dtype,
+            micro_batches=math.ceil(self.step_tokens / config.micro_tokens),
+            trained=lora,
+            checkpoints=math.ceil(self.steps / config.checkpoint_every),
+        )
+        read = [(self.shape, self.scored_flops, self.scored_tokens)]
+        read += [(shape, taught, self.tokens) for shape, taught in self.taught]
+        return own + sum(
+            estimate.forward_seconds(shape, taught, tokens, machine, dtype) for shape, taught, tokens in read
+        )
+
+    def memory(self, dtype: Dtype, machine: Machine) -> Memory:
+        lora = self.config.lora
+        frozen = sum(shape.params_total for shape, _ in self.taught)
+        if self.reference and lora is None:
+            frozen += self.shape.params_total
+        return flops.train_memory(
+            self.shape,
+            int(min(self.config.micro_tokens, self.step_tokens)),
+            dtype=dtype,
+            lora_rank=None if lora is None else lora.rank,
+            quantised=None if lora is None else lora.quantised,
+            frozen_params=frozen,
+            checkpointing=self.config.gradient_checkpointing,
+            on_cpu=machine.device == "cpu",
+        )
+
+
+def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list[Row]:
+    shape = known.shape(config.model)
+    # Of several sets that hold the same traces, the one with fewest is the most there can be in common.
+    rows, prompt, reply = min(known.traces.get(data) or rows_of(config, data, known) for data in data_of(config.data))
+    steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
+    frame = known.frame(next(iter(data_of(config.data))), config.task)
+    prompt_trained = _prompt_trained(prompt, reply, frame)
+
+    def own_flops(traces: float) -> float:
+        return flops.train_flops(
+            shape,
+            traces * (prompt_trained + reply),
+            (prompt + reply + 1) / 2,
+            traces * reply,
+            lora=config.lora is not None,
+            checkpointing=config.gradient_checkpointing,
+        )
+
+    a_step = min(config.batch_traces, rows)
+    if config.epochs is not None:
+        seen, num_steps = rows * config.epochs, float(config.epochs * steps_an_epoch)
+    else:
+        num_steps = config.steps or known.budget(config) / own_flops(a_step)
+        seen = num_steps * a_step
+    tokens, head_tokens = seen * (prompt_trained + reply), seen * reply
+    total = own_flops(seen)
+    known.spent[name] = known.spent.get(config.model, 0.0) + total
+    known.snapshots[name] = _points(config, num_steps)
+    teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
+    taught = tuple(
+        (each, flops.forward_flops(each, tokens, (prompt + reply + 1) / 2, head_tokens)) for each in teachers
+    )
+    known.shapes[name], known.replies[name] = shape, reply
+    training = _Training(config, shape, total, tokens, num_steps, a_step * (prompt_trained + reply), taught=taught)
+    part = training.part(machine)
+    memory = training.memory(part.choice.dtype, machine)
+    amounts = make_amounts(
+        tokens=tokens,
+        flops=total + sum(each for _, each in taught),
+        memory=memory.total,
+        seconds=part.seconds,
+    )
+    return [Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=start_seconds(part))]
+
+
+def grpo(name: str, config: GrpoStage, known: Known, machine: Machine) -> list[Row]:
+    """Its own sampling and its training; every group is taken to have something to learn from."""
+    from distill.stages.inputs.resolve import resolve_objective
+
+    reference = resolve_objective(config, f"stages.{name}").reference
+    scorings = (config.steps_a_rollout > 1) + reference
+    return [_policy(name, config, known, machine, config.num_iterations, scorings, reference)]
+
+
+def on_policy(name: str, config: OnPolicyStage, known: Known, machine: Machine) -> list[Row]:
+    """Its own sampling, its teachers' forward passes and its training."""
+    teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
+    in_engines = config.scoring == "engine"
+    return [_policy(name, config, known, machine, teachers=teachers, in_engines=in_engines)]
+
+
+def _policy(
+    name: str,
+    config: PolicyStage,
+    known: Known,
+    machine: Machine,
+    passes: int = 1,
+    scorings: int = 0,
+    reference: bool = False,
+    teachers: Sequence[ModelShape] = (),
+    in_engines: bool = False,
+) -> Row:
+    """passes: times that a rollout is learned from. scorings: forward passes over it besides. in_engines: whether the
+    teachers read in engines of their own."""
+    shape, (_, prompt) = known.shape(config.model), known.task(config.task)
+    reply = mean_reply(config, known)
+    frame = known.frame("", config.task)
+    prompt_trained = _prompt_trained(prompt, reply, frame, config.group_size)
+    context = (prompt + reply + 1) / 2
+
+    def trained(sampled: float) -> float:
+        return flops.train_flops(
+            shape,
+            passes * sampled * (prompt_trained + reply),
+            context,
+            passes * sampled * reply,
+            lora=config.lora is not None,
+            checkpointing=config.gradient_checkpointing,
+        )
+
+    def read(by: ModelShape, sampled: float) -> float:
+        return flops.forward_flops(by, sampled * (prompt_trained + reply), context, sampled * reply)
+
+    def own_flops(sampled: float) -> float:
+        written = flops.generate_flops(shape, sampled * prompt, sampled * reply, sampled)
+        return trained(sampled) + scorings * read(shape, sampled) + written
+
+    a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
+    num_steps = config.steps or known.budget(config) / own_flops(a_step)
+    sampled = num_steps * a_step
+    known.spent[name] = known.spent.get(config.model, 0.0) + own_flops(sampled)
+    known.snapshots[name] = _points(config, num_steps)
+    training = _Training(
+        config,
+        shape,
+        trained(sampled),
+        passes * sampled * (prompt_trained + reply),
+        num_steps,
+        passes * a_step * (prompt_trained + reply),
+        scorings * read(shape, sampled),
+        scorings * sampled * (prompt_trained + reply),
+        tuple((each, read(each, sampled)) for each in teachers),
+        reference,
+    )
+    rollouts = num_steps / config.steps_a_rollout
+    writing = engine_part(
+        shape,
+        config.engine,
+        machine,
+        lambda dtype, engine: estimate.predict_rollouts_seconds(
+            shape,
+            rollouts,
+            sampled / rollouts,
+            prompt,
+            reply,
+            machine,
+            batch_size=config.engine.batch_size,
+            dtype=dtype,
+            engine=engine,
+        ),
+    )
+    learning = training.part(machine)
+    held = engine_memory(shape, config.engine, writing.choice.dtype, prompt + config.sampling.max_tokens, machine)
+    # The engine's process is the trainer's.
+    memory = training.memory(learning.choice.dtype, machine) + replace(
+        held, process=max(0.0, held.process - flops.PROCESS_BYTES)
+    )
+    if in_engines:  # their caches; their weights are counted
+        memory += Memory(cache=len(teachers) * held.cache)
+    known.shapes[name], known.replies[name] = shape, reply
+    amounts = make_amounts(
+        tokens=sampled * (prompt + reply) + training.tokens,
+        flops=own_flops(sampled) + sum(each for _, each in training.taught),
+        memory=memory.total,
+        seconds=learning.seconds + writing.seconds,
+    )
+    parts = (learning, writing)
+    return Row(name, config.kind, amounts, least=memory.least, parts=parts, start=start_seconds(*parts))
+
+
+def _points(config: TrainStage | PolicyStage, num_steps: float) -> int:
+    """Models kept along the way, the end not counted."""
+    return int((num_steps - 1) // config.snapshot_every) if config.snapshot_every else 0
+
+
+def _prompt_trained(prompt: float, reply: float, frame: float, group: int = 1) -> float:
+    """Prompt tokens computed a trace: once a group, and the `frame` that all prompts begin with next to never
+    (`training.packing`)."""
+    if prompt + reply > SHARED:
+        return prompt
+    return max(prompt - frame, 1.0) / group + (group > 1)
