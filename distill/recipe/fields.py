@@ -58,7 +58,7 @@ class PlugConfig(BaseModel):
     """A plug by name (`fn`) with its options beside it."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    fn: str
+    fn: str = Field(description="name, or package.module:function")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,22 +68,22 @@ class PlugConfig(BaseModel):
 class RewardConfig(PlugConfig):
     """A reward by name, its weight in the sum, and its options beside them."""
 
-    weight: float = 1.0
+    weight: float = Field(1.0, description="weight in the sum")
 
 
 class ModelConfig(Config):
     """Where a model comes from: a hub id, a folder, or package://<installed package>/<file>.gguf."""
 
-    source: str
-    revision: str | None = None
+    source: str = Field(description="hub id, folder, or package://<installed package>/<file>.gguf")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
     params: float | None = Field(None, description="parameter count, for cost estimates without a network")
-    trust_remote_code: bool = False
+    trust_remote_code: bool = Field(False, description="run the model's own Python code")
 
 
 class SamplingConfig(Config):
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    max_tokens: PositiveInt = 256
+    temperature: float = Field(1.0, ge=0, description="0 = greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus that is sampled from")
+    max_tokens: PositiveInt = Field(256, description="tokens of a completion at most")
 
     def record(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.max_tokens)
@@ -110,16 +110,16 @@ class EngineConfig(Config):
 class BudgetConfig(Config):
     """How long to train: until this student has taken `times` the FLOPs of that stage's student, in all."""
 
-    flops_of: str
-    times: float = Field(1.0, gt=0)
+    flops_of: str = Field(description="stage whose student's FLOPs are the measure")
+    times: float = Field(1.0, gt=0, description="multiple of them")
 
 
 class LoraConfig(Config):
-    rank: PositiveInt = 16
-    alpha: float = 32.0
-    dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = "all-linear"
-    modules_to_save: list[str] | None = None
+    rank: PositiveInt = Field(16, description="rank of the adapter")
+    alpha: float = Field(32.0, description="the adapter is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field("all-linear", description="layers that get an adapter, by PEFT's rules")
+    modules_to_save: list[str] | None = Field(None, description="layers that are trained whole beside the adapter")
     quantised: Literal["nf4", "int8"] | None = Field(
         None,
         description="of the frozen weights beneath the adapter while it is trained (QLoRA), by bitsandbytes",

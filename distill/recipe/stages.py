@@ -29,8 +29,8 @@ class PruneStage(StageConfig):
 
     writes: ClassVar = "model"
     kind: Literal["prune"]
-    model: str
-    layers: int = Field(ge=2)
+    model: str = Field(description="model to prune")
+    layers: int = Field(ge=2, description="decoder layers that are kept")
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "model", self.model
@@ -41,16 +41,16 @@ class GenerateStage(StageConfig):
 
     writes: ClassVar = "traces"
     kind: Literal["generate"]
-    model: str
-    task: str
-    problems: PositiveInt = growth()
-    samples: PositiveInt = growth(1)
-    sampling: SamplingConfig = SamplingConfig()
+    model: str = Field(description="teacher that writes the traces")
+    task: str = Field(description="task whose train problems it is asked")
+    problems: PositiveInt = growth(description="problems")
+    samples: PositiveInt = growth(1, description="completions a problem")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
     top_logprobs: int = Field(64, ge=0, description="entries kept at a position at most; 0 = text and ids only")
     mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
     exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
-    engine: EngineConfig = EngineConfig()
-    shard_rows: PositiveInt = execution(256)
+    engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
+    shard_rows: PositiveInt = execution(256, description="traces a shard")
 
     def half_the_work(self) -> str:
         return f"problems (now {self.problems})"
@@ -71,8 +71,10 @@ class ScoreStage(StageConfig):
     writes: ClassVar = "traces"
     adds_to: ClassVar = frozenset({"data"})
     kind: Literal["score"]
-    model: str
-    data: str
+    model: str = Field(description="teacher that reads the traces")
+    data: str = Field(
+        description="traces of a stage or folder, a JSONL file, a `datasets` folder, or a hub dataset (owner/name[@revision])"
+    )
     split: str = Field("train", description="of a `datasets` folder or hub dataset")
     subset: str | None = Field(None, description="of a hub dataset: its configuration")
     task: str | None = Field(None, description="its template renders text, its judge compares with a row's `answer`")
@@ -82,8 +84,8 @@ class ScoreStage(StageConfig):
     top_logprobs: PositiveInt = Field(64, description="entries kept at a position at most")
     mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
     exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
-    engine: EngineConfig = EngineConfig()
-    shard_rows: PositiveInt = execution(256)
+    engine: EngineConfig = Field(EngineConfig(), description="engine that reads")
+    shard_rows: PositiveInt = execution(256, description="traces a shard")
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "model", self.model
@@ -97,8 +99,8 @@ class FilterStage(StageConfig):
 
     writes: ClassVar = "traces"
     kind: Literal["filter"]
-    data: str
-    keep: list[PlugConfig] = Field(min_length=1)
+    data: str = Field(description="traces of a stage or folder")
+    keep: list[PlugConfig] = Field(min_length=1, description="filters; a trace stays where every one keeps it")
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "data", self.data
@@ -112,14 +114,14 @@ class EvalStage(StageConfig):
 
     shares_process: ClassVar = True
     kind: Literal["eval"]
-    model: str
-    task: str
-    problems: PositiveInt = growth(256)
-    samples: PositiveInt = growth(1)
-    sampling: SamplingConfig = SamplingConfig()
-    pass_at: list[PositiveInt] = [1]
+    model: str = Field(description="model to evaluate")
+    task: str = Field(description="task whose held-out problems it is asked")
+    problems: PositiveInt = growth(256, description="held-out problems")
+    samples: PositiveInt = growth(1, description="completions a problem")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
+    pass_at: list[PositiveInt] = Field([1], description="the k of pass@k and maj@k")
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
 
     @pydantic.model_validator(mode="after")
     def _enough_samples(self) -> EvalStage:
@@ -150,13 +152,13 @@ class CompareStage(StageConfig):
     arms: dict[Name, str | dict[int, str]] = growth(
         min_length=2, description="a model each, or one a training seed: {1: a, 2: b, 3: c}"
     )
-    task: str
-    problems: PositiveInt = growth(256)
-    samples: PositiveInt = growth(1)
-    sampling: SamplingConfig = SamplingConfig()
-    pass_at: list[PositiveInt] = [1]
+    task: str = Field(description="task whose held-out problems all arms are asked")
+    problems: PositiveInt = growth(256, description="held-out problems")
+    samples: PositiveInt = growth(1, description="completions a problem")
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
+    pass_at: list[PositiveInt] = Field([1], description="the k of pass@k and maj@k")
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
         """The seed of an arm of one model is 0."""

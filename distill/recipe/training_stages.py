@@ -30,20 +30,26 @@ class OptimStage(StageConfig):
     writes: ClassVar = "model"
     trains: ClassVar = True
 
-    lr: float = Field(1e-4, gt=0)
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
+    warmup_ratio: float = Field(
+        0.03, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0"
+    )
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of lr")
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
+    max_grad_norm: float = Field(1.0, gt=0, description="norm that gradients are clipped to")
     dtype: Dtype = Field("auto", description=f"of the computation; {AUTO_DTYPE}")
     save_dtype: SavedDtype | None = Field(
         None,
         description="of the weights that the stage writes; None = dtype where that is said, else bfloat16",
     )
-    lora: LoraConfig | None = None
+    lora: LoraConfig | None = Field(
+        None, description="train an adapter, merged into the model at the end; None = all weights"
+    )
     micro_tokens: PositiveInt = execution(2048, description="tokens packed into one forward pass")
-    gradient_checkpointing: bool = execution(False)
+    gradient_checkpointing: bool = execution(
+        False, description="recompute activations in the backward pass: less memory, about a third slower"
+    )
     liger: bool = execution(False, description="liger-kernel's kernels in the body, on a GPU; the head has its own")
     budget: BudgetConfig | None = Field(
         None,
@@ -53,8 +59,8 @@ class OptimStage(StageConfig):
         None, description="optimiser steps between models kept for accuracy against cost"
     )
     checkpoint_every: PositiveInt = execution(50, description="optimiser steps")
-    keep_checkpoints: PositiveInt = execution(2)
-    log_every: PositiveInt = execution(1)
+    keep_checkpoints: PositiveInt = execution(2, description="newest checkpoints that are kept")
+    log_every: PositiveInt = execution(1, description="optimiser steps between lines of metrics.jsonl")
     trackers: list[str] = execution([], description="accelerate trackers by name: tensorboard, wandb, trackio, ...")
     max_bad_steps: PositiveInt = execution(5, description="steps in a row with a loss or gradient that is not finite")
 
@@ -85,19 +91,19 @@ class TrainStage(OptimStage):
     """
 
     kind: Literal["train"]
-    model: str
+    model: str = Field(description="model to train")
     data: str | dict[str, PositiveFloat] = Field(
         description="traces or a JSONL file; or the same traces as several teachers scored them, by share"
     )
-    task: str | None = None
-    loss: PlugConfig = PlugConfig(fn="forward_kl")
+    task: str | None = Field(None, description="task whose template renders rows of text; None = as the rows are")
+    loss: PlugConfig = Field(PlugConfig(fn="forward_kl"), description="loss, and its options")
     teacher: str | dict[str, float] | None = Field(
         None,
         description="a model in the trainer (or several with their shares) instead of stored distributions",
     )
     temperature: float = Field(1.0, gt=0, description="of both distributions; only with a teacher")
-    epochs: PositiveInt | None = growth(None)
-    steps: PositiveInt | None = growth(None)
+    epochs: PositiveInt | None = growth(None, description="passes over the data")
+    steps: PositiveInt | None = growth(None, description="optimiser steps")
     batch_traces: PositiveInt = Field(64, description="traces an optimiser step, over all processes")
     max_tokens: PositiveInt = Field(4096, description="longer traces are left out and counted")
     normalise: Literal["token", "sequence"] = Field(
@@ -143,14 +149,14 @@ class TrainStage(OptimStage):
 class PolicyStage(OptimStage):
     """What every stage that learns from the policy's own completions has. `steps` counts optimiser steps."""
 
-    model: str
-    task: str
-    steps: PositiveInt | None = growth(None)
+    model: str = Field(description="model to train")
+    task: str = Field(description="task whose train problems it is asked")
+    steps: PositiveInt | None = growth(None, description="optimiser steps")
     prompts: PositiveInt = Field(8, description="problems an optimiser step")
     group_size: int = Field(8, ge=1, description="completions a problem")
     problems: PositiveInt | None = Field(None, description="distinct train problems; None = a fresh one each time")
-    sampling: SamplingConfig = SamplingConfig()
-    engine: EngineConfig = EngineConfig()
+    sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that writes the completions")
     log_completions_every: PositiveInt = execution(
         10, description="rollouts between completions shown in the log and kept in completions.jsonl"
     )
@@ -197,13 +203,15 @@ class GrpoStage(PolicyStage):
     """
 
     kind: Literal["grpo"]
-    rewards: list[RewardConfig] = Field(min_length=1)
-    objective: PlugConfig = PlugConfig(fn="grpo")
+    rewards: list[RewardConfig] = Field(min_length=1, description="rewards, each with its weight in the sum")
+    objective: PlugConfig = Field(PlugConfig(fn="grpo"), description="policy-gradient objective, and its options")
     group_size: int = Field(8, ge=2, description="completions a problem; an advantage needs at least two")
     mini_batches: PositiveInt = Field(1, description="optimiser steps a rollout is split into")
     num_iterations: PositiveInt = Field(1, description="times a rollout is learned from (mu)")
-    lr: float = Field(1e-6, gt=0)
-    warmup_ratio: float = Field(0.0, ge=0, lt=1)
+    lr: float = Field(1e-6, gt=0, description="peak learning rate")
+    warmup_ratio: float = Field(
+        0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0"
+    )
     min_lr_ratio: float = Field(1.0, ge=0, le=1, description="1 keeps the learning rate constant")
     reference_every: PositiveInt | None = Field(
         None, description="optimiser steps after which the reference becomes the policy of then"
@@ -260,15 +268,18 @@ class OnPolicyStage(PolicyStage):
 
     kind: Literal["on_policy"]
     teacher: str | dict[str, float] = Field(description="a model, or several with their shares of the mixture")
-    loss: PlugConfig = PlugConfig(fn="reverse_kl")
+    loss: PlugConfig = Field(PlugConfig(fn="reverse_kl"), description="divergence, and its options")
     temperature: float = Field(1.0, gt=0, description="of both distributions; scoring: trainer")
-    scoring: Literal["trainer", "engine"] = "trainer"
+    scoring: Literal["trainer", "engine"] = Field(
+        "trainer",
+        description="where the teacher reads: in the trainer (whole vocabulary), or in an engine of its own (top_logprobs entries and the tail)",
+    )
     top_logprobs: PositiveInt = Field(64, description="entries a position; scoring: engine")
     mass: float = Field(0.98, gt=0, le=1, description="as in generate; scoring: engine")
-    data: str | None = None
+    data: str | None = Field(None, description="stored traces that are mixed in")
     offline_share: float = Field(0.0, ge=0, lt=1, description="share of traces from data, the rest on policy")
     group_size: int = Field(4, ge=1, description="completions a problem")
-    lr: float = Field(1e-5, gt=0)
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> OnPolicyStage:

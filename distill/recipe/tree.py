@@ -16,13 +16,13 @@ from distill.records import UserError
 
 
 class Recipe(Config):
-    name: Name
-    description: str = ""
-    seed: int = Field(17, ge=0)
-    seeds: Seeds | None = None
-    models: dict[Name, ModelConfig] = {}
-    tasks: dict[Name, PlugConfig] = {}
-    stages: dict[StageName, pydantic.SerializeAsAny[StageConfig]] = Field(min_length=1)
+    name: Name = Field(description="the run's name: its folder is runs/<name>")
+    description: str = Field("", description="a sentence for the report")
+    seed: int = Field(17, ge=0, description="seed of every draw")
+    seeds: Seeds | None = Field(None, description="a copy of every trained stage for each of them")
+    models: dict[Name, ModelConfig] = Field({}, description="models by name: a source, or a section")
+    tasks: dict[Name, PlugConfig] = Field({}, description="tasks by name")
+    stages: dict[StageName, pydantic.SerializeAsAny[StageConfig]] = Field(min_length=1, description="stages by name")
 
     @pydantic.field_validator("models", mode="before")
     @classmethod
