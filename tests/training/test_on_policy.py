@@ -40,7 +40,7 @@ def teacher_dir(tiny_dir, tmp_path_factory):
 
 def open_engine(folder):
     config = EngineConfig(fn="transformers", dtype="float32", batch_size=64)
-    return engines.open_engine(config, folder, max_model_len=64, max_top_logprobs=49152)
+    return engines.open_engine(config, folder, max_model_len=64, max_top_k=49152)
 
 
 @pytest.fixture(scope="module")
