@@ -160,8 +160,8 @@ class StageConfig(Config):
         """The arms that this stage evaluates: by arm and training seed, the child ("": this stage itself) and the model."""
         return {}
 
-    def half_the_work(self) -> str:
-        """In words, the keys to halve for half the work; "" where there are none."""
+    def half_the_work(self, stage: str) -> str:
+        """What half of the work of `stage` is, in words and in its own keys; "" where it has no such key."""
         return ""
 
     @property

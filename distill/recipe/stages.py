@@ -52,8 +52,8 @@ class GenerateStage(StageConfig):
     engine: EngineConfig = EngineConfig()
     shard_rows: PositiveInt = execution(256)
 
-    def half_the_work(self) -> str:
-        return f"problems (now {self.problems})"
+    def half_the_work(self, stage: str) -> str:
+        return f"half the problems of {stage} (now {self.problems})"
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "model", self.model
@@ -129,8 +129,8 @@ class EvalStage(StageConfig):
             )
         return self
 
-    def half_the_work(self) -> str:
-        return f"problems (now {self.problems})"
+    def half_the_work(self, stage: str) -> str:
+        return f"half the problems of {stage} (now {self.problems})"
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
         return {"": {0: ("", self.model)}}
@@ -179,8 +179,8 @@ class CompareStage(StageConfig):
             for name, model in runs.values()
         }
 
-    def half_the_work(self) -> str:
-        return f"problems (now {self.problems})"
+    def half_the_work(self, stage: str) -> str:
+        return f"half the problems of {stage} (now {self.problems})"
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         for name, child in self.children().items():

@@ -58,9 +58,9 @@ class OptimStage(StageConfig):
     trackers: list[str] = execution([], description="accelerate trackers by name: tensorboard, wandb, trackio, ...")
     max_bad_steps: PositiveInt = execution(5, description="steps in a row with a loss or gradient that is not finite")
 
-    def half_the_work(self) -> str:
+    def half_the_work(self, stage: str) -> str:
         if self.budget is not None:
-            return f"budget (now {self.budget.times:g} times)"
+            return f"half the budget of {stage} (now {self.budget.times:g} times)"
         return ""
 
     @property
@@ -123,10 +123,9 @@ class TrainStage(OptimStage):
             )
         return self
 
-    def half_the_work(self) -> str:
-        if self.budget is not None:
-            return super().half_the_work()
-        return f"steps (now {self.steps})" if self.epochs is None else f"epochs (now {self.epochs})"
+    def half_the_work(self, stage: str) -> str:
+        key = "steps" if self.epochs is None else "epochs"
+        return super().half_the_work(stage) or f"half the {key} of {stage} (now {getattr(self, key)})"
 
     def inputs(self) -> Iterator[tuple[str, str]]:
         yield "model", self.model
@@ -155,8 +154,9 @@ class PolicyStage(OptimStage):
         10, description="rollouts between completions shown in the log and kept in completions.jsonl"
     )
 
-    def half_the_work(self) -> str:
-        return super().half_the_work() or f"steps (now {self.steps}), prompts or group_size (now {self.group_size})"
+    def half_the_work(self, stage: str) -> str:
+        steps = f"half the steps ({self.steps}), prompts or group_size ({self.group_size}) of {stage}"
+        return super().half_the_work(stage) or steps
 
     @property
     def steps_a_rollout(self) -> int:
