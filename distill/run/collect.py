@@ -31,7 +31,6 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
         if standing.kind == "compare":
             comparisons += standing.metrics.get("comparisons", [])
             examples += standing.metrics.get("examples", [])
-    environment = run / "environment.json"
     arms = _arms(recipe, run, states)
     return RunReport(
         name=recipe.name,
@@ -39,7 +38,7 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
         created=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         seed=recipe.seed,
         task=", ".join(f"{name} ({task.fn})" for name, task in recipe.tasks.items()),
-        environment=json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
+        environment=run_folder.environment(run),
         stages=[_stage_row(name, states.get(name), recipe, run) for name in names],
         arms=arms,
         comparisons=comparisons,
