@@ -13,6 +13,7 @@ from distill.recipe.fields import (
     BudgetConfig,
     Dtype,
     EngineConfig,
+    Input,
     LoraConfig,
     PlugConfig,
     RewardConfig,
@@ -127,16 +128,16 @@ class TrainStage(OptimStage):
         key = "steps" if self.epochs is None else "epochs"
         return super().half_the_work(stage) or f"half the {key} of {stage} (now {getattr(self, key)})"
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
         for teacher in teachers_of(self.teacher):
-            yield "teacher", teacher
+            yield Input("teacher", teacher)
         for data in data_of(self.data):
-            yield "data", data
+            yield Input("data", data)
         if self.task is not None:
-            yield "task", self.task
+            yield Input("task", self.task)
         if self.budget is not None:
-            yield "budget", self.budget.flops_of
+            yield Input("budget", self.budget.flops_of)
 
 
 class PolicyStage(OptimStage):
@@ -244,11 +245,11 @@ class GrpoStage(PolicyStage):
             )
         return self
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
-        yield "task", self.task
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
+        yield Input("task", self.task)
         if self.budget is not None:
-            yield "budget", self.budget.flops_of
+            yield Input("budget", self.budget.flops_of)
 
 
 class OnPolicyStage(PolicyStage):
@@ -288,15 +289,15 @@ class OnPolicyStage(PolicyStage):
             raise ValueError("loss policy_gradient needs scoring: engine and no offline_share")
         return self
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
         for teacher in teachers_of(self.teacher):
-            yield "teacher", teacher
-        yield "task", self.task
+            yield Input("teacher", teacher)
+        yield Input("task", self.task)
         if self.data is not None:
-            yield "data", self.data
+            yield Input("data", self.data)
         if self.budget is not None:
-            yield "budget", self.budget.flops_of
+            yield Input("budget", self.budget.flops_of)
 
 
 def teachers_of(teacher: str | dict[str, float] | None) -> dict[str, float]:

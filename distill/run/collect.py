@@ -28,8 +28,8 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
     states = {name: standing for name in names if (standing := run_folder.read(run / name)) is not None}
     comparisons, examples = [], []
     for standing in states.values():
-        if standing.kind == "compare":
-            comparisons += standing.metrics.get("comparisons", [])
+        if "comparisons" in standing.metrics:
+            comparisons += standing.metrics["comparisons"]
             examples += standing.metrics.get("examples", [])
     arms = _arms(recipe, run, states)
     return RunReport(

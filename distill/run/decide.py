@@ -59,9 +59,9 @@ def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
 def input_fingerprints(node: Node, recipe: Recipe, run: Path) -> dict[str, str]:
     """Of everything that a node reads, by field; a field that names several has one for them all."""
     found: dict[str, list[str]] = {}
-    for key, reference in node.inputs:
-        found.setdefault(key, []).append(input_fingerprint(recipe, run, reference))
-    return {key: each[0] if len(each) == 1 else stable_hash(*each) for key, each in found.items()}
+    for each in node.inputs:
+        found.setdefault(each.field, []).append(input_fingerprint(recipe, run, each.name))
+    return {field: several[0] if len(several) == 1 else stable_hash(*several) for field, several in found.items()}
 
 
 def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> Decision:
@@ -85,7 +85,7 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
     inputs = input_fingerprints(node, recipe, run)
     # What cannot be told from here is not called changed.
     if moved := [k for k in inputs if inputs[k] not in (standing.inputs.get(k), hub.UNVERIFIED)]:
-        named = {key: " or ".join(ref for k, ref in node.inputs if k == key) for key in moved}
+        named = {key: " or ".join(each.name for each in node.inputs if each.field == key) for key in moved}
         why = ", ".join(f"{key} ({named[key]}) changed" for key in moved)
         return Decision("grow" if node.config.adds_to.issuperset(moved) else "redo", why)
     grown = [text for role, text in changed if role == "growth"]

@@ -43,14 +43,13 @@ class Known:
 
     def assume(self, name: str, config: StageConfig) -> None:
         """For a stage that says nothing of its output: it is like its input, or of an assumed size."""
-        inputs = dict(config.inputs())
+        model, data = (next(iter(config.reads(sort)), "") for sort in ("model", "data"))
         if config.writes == "model":
-            model = inputs.get("model")
             self.shapes[name] = self.shape(model) if model else ModelShape.from_params(1e9)
-            self.replies[name] = self.replies.get(model or "", 0.0)
-            self.spent[name] = self.spent.get(model or "", 0.0)
+            self.replies[name] = self.replies.get(model, 0.0)
+            self.spent[name] = self.spent.get(model, 0.0)
         elif config.writes == "traces":
-            self.traces[name] = self.traces.get(inputs.get("data", ""), ASSUMED_ROWS)
+            self.traces[name] = self.traces.get(data, ASSUMED_ROWS)
 
     def budget(self, config: TrainStage | PolicyStage) -> float:
         """The FLOPs that a stage's budget leaves it (see stages.budget)."""

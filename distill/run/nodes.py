@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill import plug, run_folder
-from distill.recipe import Recipe, StageConfig, base_name, order
+from distill.recipe import Input, Recipe, StageConfig, base_name, order
 from distill.records import UserError
 
 
@@ -18,7 +18,7 @@ class Node:
     name: str
     stage: str
     config: StageConfig
-    inputs: tuple[tuple[str, str], ...]
+    inputs: tuple[Input, ...]
 
     @property
     def kind(self) -> str:
@@ -29,6 +29,10 @@ class Node:
         """What a user may call its stage: by its own name, or by that of the stage it is a copy of."""
         return {self.stage, base_name(self.stage)}
 
+    def stages_read(self, recipe: Recipe) -> list[str]:
+        """The stages of the recipe that it reads."""
+        return [each.name for each in self.inputs if each.name in recipe.stages]
+
 
 def nodes(recipe: Recipe) -> list[Node]:
     """All nodes, inputs first. A compare stage comes after one eval node an arm."""
@@ -37,7 +41,7 @@ def nodes(recipe: Recipe) -> list[Node]:
         config = recipe.stages[name]
         children = config.children()
         found += [Node(f"{name}.{below}", name, child, tuple(child.inputs())) for below, child in children.items()]
-        below = tuple((f"arms.{child}", f"{name}.{child}") for child in children)
+        below = tuple(Input("data", f"{name}.{child}", f"arms.{child}") for child in children)
         found.append(Node(name, name, config, below or tuple(config.inputs())))
     return found
 
@@ -70,7 +74,7 @@ def require_inputs(recipe: Recipe, run: Path, wanted: Iterable[Node]) -> None:
     wanted = list(wanted)
     doing = {node.name for node in wanted}
     for node in wanted:
-        for _, reference in node.inputs:
+        for reference in (each.name for each in node.inputs):
             if (reference in recipe.stages or "." in reference) and reference not in doing:
                 standing = run_folder.read(run / reference)
                 if reference.split(".")[0] in recipe.stages and (standing is None or standing.status != "done"):

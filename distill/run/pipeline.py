@@ -98,7 +98,7 @@ class Runner:
     def _refuse_early(self, wanted: list[Node]) -> None:
         """Everything is decided before anything is written or moved, so that a refusal changes nothing."""
         for node in nodes(self.recipe):
-            if all(run_folder.read(self.run / ref) for _, ref in node.inputs if ref in self.recipe.stages):
+            if all(run_folder.read(self.run / ref) for ref in node.stages_read(self.recipe)):
                 decide(node, self.recipe, self.run, self.redo)
         standing = [run_folder.read(self.run / node.name) for node in wanted]
         if any(stage is None or stage.status != "done" for stage in standing):

@@ -18,6 +18,7 @@ from distill.compute.ledger import StageCost, arm_cost
 from distill.engines.transformers import CHUNK, TransformersEngine
 from distill.models import hub
 from distill.progress import Screen
+from distill.recipe import Input
 from distill.records import Cost, Request, Template, Traces, UserError
 from distill.run import decide, nodes
 from distill.run.plan import check_plugs, predict
@@ -329,7 +330,7 @@ def test_only_moved_data_is_added_to(tiny_dir, other_dir, tmp_path):
     rows.write_text('{"question": "a", "completion": "b"}\n')
     ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data=str(rows))
     node = next(n for n in nodes.nodes(ctx.recipe) if n.name == "scored")
-    inputs = {key: decide.input_fingerprint(ctx.recipe, tmp_path, ref) for key, ref in node.inputs}
+    inputs = {each.field: decide.input_fingerprint(ctx.recipe, tmp_path, each.name) for each in node.inputs}
     config = node.config.model_dump(mode="json")
 
     def action(**moved: str) -> str:
@@ -344,9 +345,9 @@ def test_only_moved_data_is_added_to(tiny_dir, other_dir, tmp_path):
 
 def test_an_arm_on_scored_traces_pays_for_writing_and_scoring():
     parents = {
-        "traces": [("model", "writer"), ("task", "sums")],
-        "scored": [("model", "teacher"), ("data", "traces")],
-        "kl": [("model", "base"), ("data", "scored")],
+        "traces": [Input("model", "writer"), Input("task", "sums")],
+        "scored": [Input("model", "teacher"), Input("data", "traces")],
+        "kl": [Input("model", "base"), Input("data", "scored")],
     }
     stages = {
         "traces": StageCost(False, Cost(tokens_generated=5)),
