@@ -91,12 +91,12 @@ def _run(
     dry_run: bool = False,
 ) -> None:
     from distill import interrupt, recipe
-    from distill.run import pipeline
+    from distill.run import nodes, pipeline
 
     resolved = recipe.load(path, overrides or [])
-    wanted = pipeline.select(resolved, kinds=kinds, only=only, start=start)
+    wanted = nodes.select(resolved, kinds=kinds, only=only, start=start)
     folder = runs / resolved.name
-    known = {name for node in pipeline.nodes(resolved) for name in node.stages}
+    known = {name for node in nodes.nodes(resolved) for name in node.stages}
     if unknown := [name for name in redo if name not in known]:
         from distill.plug import nearest
 
@@ -104,7 +104,7 @@ def _run(
     if dry_run:
         _print_plan(resolved, folder, redo)
         return
-    pipeline.require_inputs(resolved, folder, wanted)
+    nodes.require_inputs(resolved, folder, wanted)
     runner = pipeline.Runner(resolved, path, folder, redo)
     command = shlex.join(["distill", "run", str(path), *(overrides or [])])
     try:
@@ -122,11 +122,11 @@ def _run(
 def _write_report(resolved: Any, folder: Path, command: str) -> None:
     from distill import progress
     from distill.reports import pages
-    from distill.run import model_card, pipeline
+    from distill.run import model_card, nodes
     from distill.run.collect import collect
 
     with progress.working("writing the report"):
-        stages = [node.name for node in pipeline.nodes(resolved)]
+        stages = [node.name for node in nodes.nodes(resolved)]
         report = collect(resolved, folder, stages, command)
         written = pages.write_report(report, folder)
         model_card.write_all(resolved, folder, report)
@@ -150,7 +150,7 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
 
     from distill import progress
     from distill.reports.wording import duration, scaled
-    from distill.run import advice, pipeline, plan
+    from distill.run import advice, decide, nodes, plan
 
     with progress.working("checking the recipe"):
         plan.check_plugs(resolved)
@@ -159,11 +159,11 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "kind", "", "tokens", "bytes", "FLOPs", "memory", "time"):
         table.add_column(column, justify="left" if column in ("stage", "kind", "") else "right")
-    by_name = {node.name: node for node in pipeline.nodes(resolved)}
+    by_name = {node.name: node for node in nodes.nodes(resolved)}
     total: dict[str, float] = {}
     ahead = []
     for row in rows:
-        decision = pipeline.decide(by_name[row.name], resolved, folder, redo)
+        decision = decide.decide(by_name[row.name], resolved, folder, redo)
         cells = [scaled(row.amounts[key]) if row.amounts[key] else "" for key in ("tokens", "bytes", "flops", "memory")]
         word = {"skip": "done", "run": ""}.get(decision.action, decision.action)
         if decision.action != "skip":

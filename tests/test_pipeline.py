@@ -18,7 +18,7 @@ from project import REFERENCE, SUMS, Project
 from distill import models, recipe, run_folder
 from distill.machine import memory_bytes
 from distill.records import UserError
-from distill.run import pipeline
+from distill.run import decide, nodes
 
 
 def recipe_tree(tiny_dir: Path, other_dir: Path) -> dict:
@@ -263,13 +263,13 @@ def test_a_stage_that_failed_before_it_made_anything_takes_any_change(tmp_path):
         "stages": {"kl": {"kind": "train", "model": "base", "data": "./rows.jsonl", "steps": 1, "lr": 1e-3}},
     }
     before = recipe.validate(tree)
-    (node,) = pipeline.nodes(before)
+    (node,) = nodes.nodes(before)
     config = node.config.model_dump(mode="json")
     run_folder.write(tmp_path / "kl", run_folder.State("train", config, {}, status="failed", attempts=1))
     tree["stages"]["kl"]["lr"] = 1e-4
     after = recipe.validate(tree)
-    (changed,) = pipeline.nodes(after)
-    assert pipeline.decide(changed, after, tmp_path).action == "run"
+    (changed,) = nodes.nodes(after)
+    assert decide.decide(changed, after, tmp_path).action == "run"
     (tmp_path / "kl" / "checkpoints" / "step-00000001").mkdir(parents=True)
     with pytest.raises(UserError, match=r"lr: 0\.001 -> 0\.0001"):
-        pipeline.decide(changed, after, tmp_path)
+        decide.decide(changed, after, tmp_path)

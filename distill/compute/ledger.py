@@ -7,10 +7,11 @@ has the formulas, stages count their tokens), and evaluation, which no model res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-from distill.recipe.lineage import NO_PARENTS
+from distill.recipe import Input
+from distill.recipe.lineage import ancestors
 from distill.records import Cost
 
 VIEWS = ("student", "inference", "teacher")
@@ -39,59 +40,28 @@ class ArmCost:
 def arm_cost(
     stage: str,
     stages: Mapping[str, StageCost],
-    parents: Mapping[str, Sequence[tuple[str, str]]],
+    parents: Mapping[str, Sequence[Input]],
     students: int = 1,
 ) -> ArmCost:
     """Add up everything that a trained model rests on, each stage once.
 
-    parents: (field, name) of every stage's inputs, as `StageConfig.inputs()` yields them; names that are not
-    stages (models, files, tasks) cost nothing. `model` leads to the arm's own earlier training, `data` to
-    inference, anything else (a teacher) to teacher training; so does the model that a student was pruned
-    from, which is another model. Data that the arm's own line of models wrote is the student's cost, as RL's
-    rollouts are. The teacher's training, with all that it rests on, is shared by `students`. A stage that is
-    reached by several ways counts once, in the first view that has it.
+    parents: every stage's inputs. Names that are not stages (models, files, tasks) cost nothing. `lineage.ancestors` says which
+    stage belongs to which view: data that the arm's own line of models wrote is the student's cost, as RL's rollouts are. The
+    teacher's training, with all that it rests on, is shared by `students`. A stage that is reached by several ways counts once,
+    in the first view that has it.
     """
 
-    def above(name: str, *fields_wanted: str) -> list[str]:
-        return [
-            value
-            for key, value in parents.get(name, ())
-            if key not in NO_PARENTS and (not fields_wanted or key in fields_wanted)
-        ]
-
-    def reach(starts: Iterable[str], follow: Callable[[str], list[str]]) -> list[str]:
-        found, frontier = [], list(starts)
-        while frontier:
-            name = frontier.pop()
-            if name in stages and name not in found:
-                found.append(name)
-                frontier.extend(follow(name))
-        return found
-
-    def own_models(name: str) -> list[str]:
-        return above(name, "model") if stages[name].trains else []
-
-    own = reach([stage], own_models)
-    line = {stage, *own, *(model for name in own for model in own_models(name))}
-    data = reach((value for name in own for value in above(name, "data")), lambda name: above(name, "data"))
-    self_written = [name for name in data if _written_by(name, line, parents)]
-    inference = [name for name in data if name not in self_written]
-    counted = {*own, *data}
-    teacher = [name for name in reach([*own, *inference], above) if name not in counted]
-
-    student_cost = _sum(stages[name].cost for name in (*own, *self_written))
-    inference_cost = _sum(stages[name].cost for name in inference)
-    inference_cost += _sum(stages[name].teacher for name in (*own, *self_written))
-    teacher_cost = _share(_sum(stages[name].cost for name in teacher), students)
+    found = ancestors(stage, {name: one.trains for name, one in stages.items()}, parents)
+    own = [*found.own, *found.self_written]
+    student_cost = _sum(stages[name].cost for name in own)
+    inference_cost = _sum(stages[name].cost for name in found.inference)
+    inference_cost += _sum(stages[name].teacher for name in own)
+    teacher_cost = _share(_sum(stages[name].cost for name in found.teacher), students)
     return ArmCost(
         student=student_cost,
         with_inference=student_cost + inference_cost,
         with_teacher=student_cost + inference_cost + teacher_cost,
-        stages={
-            "student": [*own, *self_written],
-            "inference": inference,
-            "teacher": teacher,
-        },
+        stages={"student": own, "inference": found.inference, "teacher": found.teacher},
     )
 
 
@@ -103,18 +73,6 @@ def mean_cost(costs: Sequence[ArmCost]) -> ArmCost:
         _share(_sum(cost.with_teacher for cost in costs), len(costs)),
         {view: list(dict.fromkeys(n for c in costs for n in c.stages[view])) for view in VIEWS},
     )
-
-
-def _written_by(name: str, line: set[str], parents: Mapping[str, Sequence[tuple[str, str]]]) -> bool:
-    """Whether every model that a data stage rests on is of the arm's own line."""
-    models, frontier = [], [name]
-    while frontier:
-        for key, value in parents.get(frontier.pop(), ()):
-            if key == "data":
-                frontier.append(value)
-            elif key not in NO_PARENTS:
-                models.append(value)
-    return bool(models) and all(model in line for model in models)
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:

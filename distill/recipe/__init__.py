@@ -8,6 +8,7 @@ from distill.recipe.fields import (
     Config,
     Dtype,
     EngineConfig,
+    Input,
     LoraConfig,
     ModelConfig,
     PlugConfig,
@@ -15,9 +16,9 @@ from distill.recipe.fields import (
     Role,
     SamplingConfig,
     StageConfig,
+    base_name,
 )
 from distill.recipe.load import load, parse_overrides, validate
-from distill.recipe.seeds import base_name
 from distill.recipe.stages import (
     KINDS,
     CompareStage,
@@ -49,6 +50,7 @@ __all__ = [
     "FilterStage",
     "GenerateStage",
     "GrpoStage",
+    "Input",
     "LoraConfig",
     "ModelConfig",
     "OnPolicyStage",

@@ -8,7 +8,8 @@ memory, logging).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -23,6 +24,16 @@ StageName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*(@\d+)?$")]
 Dtype = Literal["auto", "bfloat16", "float32"]
 SavedDtype = Literal["bfloat16", "float32"]
 AUTO_DTYPE = "auto: bfloat16 on a GPU that has it; on a CPU, whichever of bfloat16 and float32 multiplies faster here, as measured"
+
+
+def base_name(name: str) -> str:
+    """The stage of the recipe that a copy is of: `kl` of `kl@2`."""
+    return name.partition("@")[0]
+
+
+def copy_name(name: str, seed: int) -> str:
+    """The name of a stage's copy for a training seed: `kl@2`."""
+    return f"{name}@{seed}"
 
 
 def _distinct(seeds: list[int]) -> list[int]:
@@ -126,11 +137,31 @@ class LoraConfig(Config):
     )
 
 
+Sort = Literal["model", "teacher", "data", "task", "questions", "budget"]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Something that a stage reads: its sort, its name in the recipe (or a path), and the field that names it.
+
+    model: a model that the stage trains, prunes, runs or evaluates. teacher: a model that the stage learns from. data: traces, by a
+    stage or a path. task: a task. questions: a task, or a file of problems. budget: a stage that trains, for its compute alone.
+    """
+
+    sort: Sort
+    name: str
+    field: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.field:
+            object.__setattr__(self, "field", self.sort)
+
+
 class StageConfig(Config):
     """A stage kind: the fields that every stage has, and what a kind says of itself.
 
     A kind of one's own is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`, the
-    attributes below and `run(self, context) -> Result`; with `predict`, `check` also says what it will cost.
+    attributes below and `run(self, context) -> Result`. With `predict`, `distill check` also says what it will cost.
 
     writes: what later stages may read. "model": a checkpoint in <folder>/model; "traces": shards or a selection in
     <folder>/traces. trains: the stage spends compute on its `model`, so a budget can name it; a model that a stage writes
@@ -147,10 +178,13 @@ class StageConfig(Config):
     seed: int | None = Field(None, ge=0, description="of its draws; None = the recipe's")
     seeds: Seeds | None = Field(None, description="a copy of the stage, and of all that reads it, for each of them")
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        """(field, name or path) of everything this stage reads. The fields `task`, `data`, `budget` and `*.against` name what
-        their names say; any other names a model."""
+    def inputs(self) -> Iterator[Input]:
+        """Everything that this stage reads."""
         yield from ()
+
+    def reads(self, sort: Sort) -> list[str]:
+        """The names of its inputs of one sort."""
+        return [each.name for each in self.inputs() if each.sort == sort]
 
     def children(self) -> dict[str, StageConfig]:
         """Stages that this one expands into, by their names below this one's."""
@@ -160,8 +194,16 @@ class StageConfig(Config):
         """The arms that this stage evaluates: by arm and training seed, the child ("": this stage itself) and the model."""
         return {}
 
-    def half_the_work(self) -> str:
-        """In words, the keys to halve for half the work; "" where there are none."""
+    def held_out_problems(self, task: str) -> int | None:
+        """The number of the task's held-out problems that this stage evaluates on; None where it does not."""
+        return None
+
+    def with_copies(self, seeds: Mapping[str, list[int]], where: str) -> StageConfig | None:
+        """This stage with every copy of the stages that it reads, by their seeds; None where it is itself copied for each seed."""
+        return None
+
+    def half_the_work(self, stage: str) -> str:
+        """What half of the work of `stage` is, in words and in its own keys; "" where it has no such key."""
         return ""
 
     @property
@@ -172,6 +214,12 @@ class StageConfig(Config):
         """The function that does the stage, `(config, context) -> Result`. Getting it imports what it needs."""
         own = getattr(type(self), "run", None)
         return own or importlib.import_module(f"distill.stages.{self.kind}").run  # type: ignore[no-any-return]
+
+    def check(self, name: str, recipe: Any) -> None:
+        """Raise UserError for what is wrong with the stage beyond its fields: functions that it names, and their options."""
+        check = plug.names("distill.run.checks").get(self.kind)
+        if check is not None:
+            check(name, self, recipe)
 
     def predict(self, name: str, known: Any, machine: Any) -> list[Any]:
         """What the stage will cost: a `run.predictions.row.Row` for each of its processes, or none where that is not known."""

@@ -8,22 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill.recipe.fields import StageConfig
-from distill.recipe.stages import CompareStage
+from distill.recipe.fields import StageConfig, copy_name
 from distill.recipe.tree import Recipe, order
 from distill.records import UserError
 
-REFERENCES = ("model", "data", "teacher", "budget")
-"""The fields by which a stage names other stages."""
-
-
-def base_name(name: str) -> str:
-    """The stage of the recipe that a copy is of: `kl` of `kl@2`."""
-    return name.partition("@")[0]
-
-
-def copy_name(name: str, seed: int) -> str:
-    return f"{name}@{seed}"
+COPIED = ("model", "teacher", "data", "budget")
+"""Sorts of inputs of which a stage's copy reads the copies."""
 
 
 def expand(recipe: Recipe, where: str) -> Recipe:
@@ -34,10 +24,8 @@ def expand(recipe: Recipe, where: str) -> Recipe:
     stages: dict[str, StageConfig] = {}
     for name in order(recipe, where):
         stage = recipe.stages[name]
-        if isinstance(stage, CompareStage):
-            here = f"{where}: stages.{name}.arms"
-            arms = {arm: _runs(models, seeds, f"{here}.{arm}") for arm, models in stage.arms.items()}
-            stages[name] = stage.model_copy(update={"arms": arms})
+        if (with_copies := stage.with_copies(seeds, f"{where}: stages.{name}")) is not None:
+            stages[name] = with_copies
             continue
         wanted = _seeds_of(name, stage, recipe, seeds, where)
         if wanted is None:
@@ -46,11 +34,8 @@ def expand(recipe: Recipe, where: str) -> Recipe:
         seeds[name] = wanted
         for seed in wanted:
             names = {other: copy_name(other, seed) for other in seeds}
-            renamed = {
-                field: _renamed(getattr(stage, field), names)
-                for field in REFERENCES
-                if field in type(stage).model_fields
-            }
+            fields = {each.field.partition(".")[0] for each in stage.inputs() if each.sort in COPIED}
+            renamed = {field: _renamed(getattr(stage, field), names) for field in fields}
             changed = stage.model_dump() | renamed | {"seed": seed, "seeds": None}
             stages[copy_name(name, seed)] = type(stage).model_validate(changed)
     return recipe.model_copy(update={"stages": stages, "seeds": None})
@@ -60,7 +45,7 @@ def _seeds_of(
     name: str, stage: StageConfig, recipe: Recipe, seeds: dict[str, list[int]], where: str
 ) -> list[int] | None:
     """Its own, the recipe's, or those of what it reads, which must be the same."""
-    inherited = {value: seeds[value] for _, value in stage.inputs() if value in seeds}
+    inherited = {value: seeds[value] for value in (each.name for each in stage.inputs()) if value in seeds}
     wanted = stage.seeds or recipe.seeds or next(iter(inherited.values()), None)
     for other, theirs in inherited.items():
         if theirs != wanted:
@@ -69,18 +54,6 @@ def _seeds_of(
                 "together seed by seed, so the lists must be the same."
             )
     return wanted
-
-
-def _runs(models: str | dict[int, str], seeds: dict[str, list[int]], here: str) -> str | dict[int, str]:
-    """An arm's models: all copies of the one it names, or the copy of each that it names by seed."""
-    if isinstance(models, str):
-        if models not in seeds:
-            return models
-        return {seed: copy_name(models, seed) for seed in seeds[models]}
-    for seed, model in models.items():
-        if model in seeds and seed not in seeds[model]:
-            raise UserError(f"{here}: {seed} is none of the seeds that {model!r} is trained with: {seeds[model]}.")
-    return {seed: copy_name(model, seed) if model in seeds else model for seed, model in models.items()}
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:

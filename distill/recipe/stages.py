@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import pydantic
@@ -11,10 +11,12 @@ from pydantic import Field, PositiveInt
 from distill import plug
 from distill.recipe.fields import (
     EngineConfig,
+    Input,
     Name,
     PlugConfig,
     SamplingConfig,
     StageConfig,
+    copy_name,
     execution,
     growth,
 )
@@ -32,8 +34,8 @@ class PruneStage(StageConfig):
     model: str = Field(description="model to prune")
     layers: int = Field(ge=2, description="decoder layers that are kept")
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
 
 
 class GenerateStage(StageConfig):
@@ -52,12 +54,12 @@ class GenerateStage(StageConfig):
     engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
     shard_rows: PositiveInt = execution(256, description="traces a shard")
 
-    def half_the_work(self) -> str:
-        return f"problems (now {self.problems})"
+    def half_the_work(self, stage: str) -> str:
+        return f"half the problems of {stage} (now {self.problems})"
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
-        yield "task", self.task
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
+        yield Input("task", self.task)
 
 
 class ScoreStage(StageConfig):
@@ -87,11 +89,11 @@ class ScoreStage(StageConfig):
     engine: EngineConfig = Field(EngineConfig(), description="engine that reads")
     shard_rows: PositiveInt = execution(256, description="traces a shard")
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
-        yield "data", self.data
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
+        yield Input("data", self.data)
         if self.task is not None:
-            yield "task", self.task
+            yield Input("task", self.task)
 
 
 class FilterStage(StageConfig):
@@ -102,11 +104,11 @@ class FilterStage(StageConfig):
     data: str = Field(description="traces of a stage or folder")
     keep: list[PlugConfig] = Field(min_length=1, description="filters; a trace stays where every one keeps it")
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "data", self.data
+    def inputs(self) -> Iterator[Input]:
+        yield Input("data", self.data)
         for number, keep in enumerate(self.keep):
             if isinstance(against := keep.options.get("against"), str):
-                yield f"keep.{number}.against", against
+                yield Input("questions", against, f"keep.{number}.against")
 
 
 class EvalStage(StageConfig):
@@ -131,15 +133,18 @@ class EvalStage(StageConfig):
             )
         return self
 
-    def half_the_work(self) -> str:
-        return f"problems (now {self.problems})"
+    def half_the_work(self, stage: str) -> str:
+        return f"half the problems of {stage} (now {self.problems})"
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
         return {"": {0: ("", self.model)}}
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
-        yield "task", self.task
+    def held_out_problems(self, task: str) -> int | None:
+        return self.problems if task == self.task else None
+
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
+        yield Input("task", self.task)
 
 
 class CompareStage(StageConfig):
@@ -181,19 +186,39 @@ class CompareStage(StageConfig):
             for name, model in runs.values()
         }
 
-    def half_the_work(self) -> str:
-        return f"problems (now {self.problems})"
+    def half_the_work(self, stage: str) -> str:
+        return f"half the problems of {stage} (now {self.problems})"
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        for name, child in self.children().items():
-            yield f"arms.{name}", dict(child.inputs())["model"]
-        yield "task", self.task
+    def inputs(self) -> Iterator[Input]:
+        for runs in self.evaluations().values():
+            for child, model in runs.values():
+                yield Input("model", model, f"arms.{child}")
+        yield Input("task", self.task)
+
+    def held_out_problems(self, task: str) -> int | None:
+        return self.problems if task == self.task else None
+
+    def with_copies(self, seeds: Mapping[str, list[int]], where: str) -> CompareStage:
+        arms = {arm: _copies(models, seeds, f"{where}.arms.{arm}") for arm, models in self.arms.items()}
+        return self.model_copy(update={"arms": arms})
 
     @pydantic.model_validator(mode="after")
     def _not_copied(self) -> CompareStage:
         if self.seeds is not None:
             raise ValueError("seeds belong on the stages that are trained, not on the comparison")
         return self
+
+
+def _copies(models: str | dict[int, str], seeds: Mapping[str, list[int]], here: str) -> str | dict[int, str]:
+    """An arm's models: all copies of the one it names, or the copy of each that it names by seed."""
+    if isinstance(models, str):
+        if models not in seeds:
+            return models
+        return {seed: copy_name(models, seed) for seed in seeds[models]}
+    for seed, model in models.items():
+        if model in seeds and seed not in seeds[model]:
+            raise UserError(f"{here}: {seed} is none of the seeds that {model!r} is trained with: {seeds[model]}.")
+    return {seed: copy_name(model, seed) if model in seeds else model for seed, model in models.items()}
 
 
 KINDS: dict[str, type[StageConfig]] = {

@@ -13,6 +13,7 @@ from distill.recipe.fields import (
     BudgetConfig,
     Dtype,
     EngineConfig,
+    Input,
     LoraConfig,
     PlugConfig,
     RewardConfig,
@@ -64,9 +65,9 @@ class OptimStage(StageConfig):
     trackers: list[str] = execution([], description="accelerate trackers by name: tensorboard, wandb, trackio, ...")
     max_bad_steps: PositiveInt = execution(5, description="steps in a row with a loss or gradient that is not finite")
 
-    def half_the_work(self) -> str:
+    def half_the_work(self, stage: str) -> str:
         if self.budget is not None:
-            return f"budget (now {self.budget.times:g} times)"
+            return f"half the budget of {stage} (now {self.budget.times:g} times)"
         return ""
 
     @property
@@ -129,21 +130,20 @@ class TrainStage(OptimStage):
             )
         return self
 
-    def half_the_work(self) -> str:
-        if self.budget is not None:
-            return super().half_the_work()
-        return f"steps (now {self.steps})" if self.epochs is None else f"epochs (now {self.epochs})"
+    def half_the_work(self, stage: str) -> str:
+        key = "steps" if self.epochs is None else "epochs"
+        return super().half_the_work(stage) or f"half the {key} of {stage} (now {getattr(self, key)})"
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
         for teacher in teachers_of(self.teacher):
-            yield "teacher", teacher
+            yield Input("teacher", teacher)
         for data in data_of(self.data):
-            yield "data", data
+            yield Input("data", data)
         if self.task is not None:
-            yield "task", self.task
+            yield Input("task", self.task)
         if self.budget is not None:
-            yield "budget", self.budget.flops_of
+            yield Input("budget", self.budget.flops_of)
 
 
 class PolicyStage(OptimStage):
@@ -161,8 +161,9 @@ class PolicyStage(OptimStage):
         10, description="rollouts between completions shown in the log and kept in completions.jsonl"
     )
 
-    def half_the_work(self) -> str:
-        return super().half_the_work() or f"steps (now {self.steps}), prompts or group_size (now {self.group_size})"
+    def half_the_work(self, stage: str) -> str:
+        steps = f"half the steps ({self.steps}), prompts or group_size ({self.group_size}) of {stage}"
+        return super().half_the_work(stage) or steps
 
     @property
     def steps_a_rollout(self) -> int:
@@ -252,11 +253,11 @@ class GrpoStage(PolicyStage):
             )
         return self
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
-        yield "task", self.task
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
+        yield Input("task", self.task)
         if self.budget is not None:
-            yield "budget", self.budget.flops_of
+            yield Input("budget", self.budget.flops_of)
 
 
 class OnPolicyStage(PolicyStage):
@@ -299,15 +300,15 @@ class OnPolicyStage(PolicyStage):
             raise ValueError("loss policy_gradient needs scoring: engine and no offline_share")
         return self
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
-        yield "model", self.model
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
         for teacher in teachers_of(self.teacher):
-            yield "teacher", teacher
-        yield "task", self.task
+            yield Input("teacher", teacher)
+        yield Input("task", self.task)
         if self.data is not None:
-            yield "data", self.data
+            yield Input("data", self.data)
         if self.budget is not None:
-            yield "budget", self.budget.flops_of
+            yield Input("budget", self.budget.flops_of)
 
 
 def teachers_of(teacher: str | dict[str, float] | None) -> dict[str, float]:

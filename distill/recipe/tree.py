@@ -38,25 +38,25 @@ def check_references(recipe: Recipe, where: str) -> None:
         if name in recipe.models:
             raise UserError(f"{where}: {name!r} is both a model and a stage; rename one.")
     for name, stage in recipe.stages.items():
-        for key, value in stage.inputs():
-            here = f"{where}: stages.{name}.{key}"
-            if key == "task":
+        for each in stage.inputs():
+            value, here = each.name, f"{where}: stages.{name}.{each.field}"
+            if each.sort == "task":
                 if value not in recipe.tasks:
                     raise UserError(f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)}")
-            elif key.endswith(".against"):
+            elif each.sort == "questions":
                 if value not in recipe.tasks and not _looks_like_path(value):
                     raise UserError(
                         f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)} "
                         "A file is written as a path."
                     )
-            elif key == "data":
+            elif each.sort == "data":
                 if value not in recipe.stages and not _looks_like_path(value):
                     raise UserError(
                         f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} "
                         "A file or folder is written as a path."
                     )
                 _check_kind(recipe, here, value, lambda stage: stage.writes == "traces")
-            elif key == "budget":
+            elif each.sort == "budget":
                 if value not in recipe.stages:
                     raise UserError(f"{here}.flops_of: there is no stage {value!r}.{nearest(value, recipe.stages)}")
                 _check_kind(recipe, f"{here}.flops_of", value, lambda stage: stage.trains)
@@ -88,9 +88,9 @@ def order(recipe: Recipe, where: str = "recipe") -> list[str]:
             cycle = " -> ".join((*path[path.index(name) :], name))
             raise UserError(f"{where}: stages: {cycle} goes round in a circle.")
         if name not in done:
-            for _, value in recipe.stages[name].inputs():
-                if value in recipe.stages:
-                    visit(value, (*path, name))
+            for each in recipe.stages[name].inputs():
+                if each.name in recipe.stages:
+                    visit(each.name, (*path, name))
             done.append(name)
 
     for name in recipe.stages:

@@ -145,10 +145,8 @@ def _fewer(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
     """What half of a stage's work would be, in its own keys, and what that saves; "" where it has no such key."""
     config = recipe.stages[rows[0].name.partition(".")[0]]
     start = sum(row.start for row in rows)
-    what = config.half_the_work()
-    if not what:
-        return ""
-    return f"  half the {what} of {stage}: about {duration((_seconds(rows) - start) / 2)} less"
+    what = config.half_the_work(stage)
+    return f"  {what}: about {duration((_seconds(rows) - start) / 2)} less" if what else ""
 
 
 def _most(rows: Sequence[Row]) -> str:

@@ -28,10 +28,9 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
     states = {name: standing for name in names if (standing := run_folder.read(run / name)) is not None}
     comparisons, examples = [], []
     for standing in states.values():
-        if standing.kind == "compare":
-            comparisons += standing.metrics.get("comparisons", [])
+        if "comparisons" in standing.metrics:
+            comparisons += standing.metrics["comparisons"]
             examples += standing.metrics.get("examples", [])
-    environment = run / "environment.json"
     arms = _arms(recipe, run, states)
     return RunReport(
         name=recipe.name,
@@ -39,7 +38,7 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
         created=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         seed=recipe.seed,
         task=", ".join(f"{name} ({task.fn})" for name, task in recipe.tasks.items()),
-        environment=json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
+        environment=run_folder.environment(run),
         stages=[_stage_row(name, states.get(name), recipe, run) for name in names],
         arms=arms,
         comparisons=comparisons,

@@ -15,7 +15,7 @@ from typing import Any
 from distill import jsonl
 from distill.compute.flops import ModelShape
 from distill.models import PACKAGE, config_of, gguf, package_file
-from distill.recipe import ModelConfig, PolicyStage, Recipe, ScoreStage, StageConfig, TrainStage
+from distill.recipe import ModelConfig, PolicyStage, Recipe, StageConfig, TrainStage
 from distill.records import Task, UserError
 from distill.stages.context import find_data, make_task
 from distill.stages.inputs.score_inputs import is_hub_id, is_traces, open_rows
@@ -43,14 +43,13 @@ class Known:
 
     def assume(self, name: str, config: StageConfig) -> None:
         """For a stage that says nothing of its output: it is like its input, or of an assumed size."""
-        inputs = dict(config.inputs())
+        model, data = (next(iter(config.reads(sort)), "") for sort in ("model", "data"))
         if config.writes == "model":
-            model = inputs.get("model")
             self.shapes[name] = self.shape(model) if model else ModelShape.from_params(1e9)
-            self.replies[name] = self.replies.get(model or "", 0.0)
-            self.spent[name] = self.spent.get(model or "", 0.0)
+            self.replies[name] = self.replies.get(model, 0.0)
+            self.spent[name] = self.spent.get(model, 0.0)
         elif config.writes == "traces":
-            self.traces[name] = self.traces.get(inputs.get("data", ""), ASSUMED_ROWS)
+            self.traces[name] = self.traces.get(data, ASSUMED_ROWS)
 
     def budget(self, config: TrainStage | PolicyStage) -> float:
         """The FLOPs that a stage's budget leaves it (see stages.budget)."""
@@ -93,17 +92,22 @@ class Known:
         return self.shapes[name]
 
 
-def rows_of(config: TrainStage | ScoreStage, data: str, known: Known) -> tuple[float, float, float]:
-    """(rows, prompt tokens, reply tokens) of a file or dataset, from its first rows; of a folder of shards, exactly."""
+def rows_of(
+    data: str, task: str | None, known: Known, *, split: str = "", texts: bool = False
+) -> tuple[float, float, float]:
+    """(rows, prompt tokens, reply tokens) of a file or dataset, from its first rows; of a folder of shards, exactly.
+
+    split: of a dataset. texts: whether the stage takes folders that `datasets` saved and hub datasets, too.
+    """
     path = find_data(data)
-    if path is None and isinstance(config, ScoreStage) and is_hub_id(data):
+    if path is None and texts and is_hub_id(data):
         known.notes.append(f"data {data!r} unverified: {ASSUMED_ROWS[0]} traces are assumed")
         return ASSUMED_ROWS
     if path is None:
         raise UserError(f"data: {data!r} does not exist (looked in {Path.cwd()}).")
-    if is_traces(path) or not (isinstance(config, ScoreStage) or path.suffix == ".jsonl"):
+    if is_traces(path) or not (texts or path.suffix == ".jsonl"):
         return stored(data)
-    source = open_rows(data, config.split if isinstance(config, ScoreStage) else "", "data")
+    source = open_rows(data, split, "data")
     replies, prompts = [], []
     rejected: list[int] = []
     for _, row in itertools.islice(source.rows(lambda line, _: rejected.append(line)), 200):
@@ -115,7 +119,7 @@ def rows_of(config: TrainStage | ScoreStage, data: str, known: Known) -> tuple[f
         replies.append(count_tokens(reply or "") + 1)
     if not replies:
         raise UserError(f"data: {data!r} holds no usable row.")
-    extra = count_tokens(known.task(config.task)[0].template.system or "") if config.task else 0
+    extra = count_tokens(known.task(task)[0].template.system or "") if task else 0
     return source.count(), extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
 
 

@@ -91,7 +91,7 @@ def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
     return Ancestor(
         name=name,
         kind=config.kind,
-        made_from={key: value for key, value in config.inputs() if key not in NO_PARENTS},
+        made_from={each.field: each.name for each in config.inputs() if each.sort not in NO_PARENTS},
         cost=standing.cost if standing else {},
         seconds=standing.seconds if standing else 0.0,
         facts=[

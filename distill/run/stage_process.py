@@ -69,7 +69,7 @@ def _guarded(run: Path, name: str, screen: Screen, engines: list[OneEngine], *, 
 def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: bool) -> None:
     from distill import run_folder
     from distill.run import model_card
-    from distill.stages import dtypes
+    from distill.stages import auto_settings
     from distill.stages.context import Context
     from distill.stages.shared_engine import OneEngine
 
@@ -84,7 +84,7 @@ def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: b
     began, cpu_before = time.monotonic(), _cpu_seconds()
     standing.began = time.time()
     run_folder.write(run / name, standing)
-    config = dtypes.settle(config, context)
+    config = auto_settings.settle(config, context)
     result: Result = _load(config)(config, context)
     if last:
         engine.close()

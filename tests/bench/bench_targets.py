@@ -33,7 +33,7 @@ from torch import Tensor
 from distill import models, recipe
 from distill.records import Array, Traces, stable_hash
 from distill.reports.statistics import bca
-from distill.run import pipeline
+from distill.run import nodes, pipeline
 from distill.traces.reader import TraceReader, open_traces
 from distill.traces.writer import TraceWriter
 
@@ -166,7 +166,7 @@ def run_recipe(folder: Path, seed: int = 17, **tree: Any) -> None:
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(yaml.safe_dump({"name": "targets", "seed": seed, **tree}), encoding="utf-8")
     resolved = recipe.load(source)
-    pipeline.Runner(resolved, source, folder).do(pipeline.nodes(resolved))
+    pipeline.Runner(resolved, source, folder).do(nodes.nodes(resolved))
 
 
 def start(sizes: Sizes) -> Path:

@@ -20,8 +20,8 @@ from distill.progress import Screen
 from distill.recipe import EngineConfig
 from distill.records import UserError
 from distill.run import plan
+from distill.stages.auto_settings import settle_engine
 from distill.stages.context import Context
-from distill.stages.engine_choice import settle_engine
 from distill.traces.reader import open_traces
 
 NO_VLLM = {

@@ -10,6 +10,7 @@ from distill.compute import estimate, flops
 from distill.compute.flops import ModelShape
 from distill.compute.ledger import StageCost, arm_cost
 from distill.machine import DTYPES, Dtype, Machine, Rates
+from distill.recipe import Input
 from distill.records import Cost, UserError
 
 SMOLLM2 = {
@@ -154,17 +155,17 @@ def spent(flops_spent: float) -> Cost:
 
 
 PARENTS = {
-    "cold_start": [("model", "base"), ("data", "data/cold.jsonl"), ("task", "sums")],
-    "teacher": [("model", "cold_start"), ("task", "sums")],
-    "traces": [("model", "teacher"), ("task", "sums")],
-    "clean": [("data", "traces")],
-    "student": [("model", "base")],
-    "kl": [("model", "student"), ("data", "clean")],
-    "polish": [("model", "kl"), ("data", "clean")],
-    "own_traces": [("model", "kl"), ("task", "sums")],
-    "own_clean": [("data", "own_traces")],
-    "rejection": [("model", "kl"), ("data", "own_clean")],
-    "on_policy": [("model", "student"), ("teacher", "teacher"), ("task", "sums")],
+    "cold_start": [Input("model", "base"), Input("data", "data/cold.jsonl"), Input("task", "sums")],
+    "teacher": [Input("model", "cold_start"), Input("task", "sums")],
+    "traces": [Input("model", "teacher"), Input("task", "sums")],
+    "clean": [Input("data", "traces")],
+    "student": [Input("model", "base")],
+    "kl": [Input("model", "student"), Input("data", "clean")],
+    "polish": [Input("model", "kl"), Input("data", "clean")],
+    "own_traces": [Input("model", "kl"), Input("task", "sums")],
+    "own_clean": [Input("data", "own_traces")],
+    "rejection": [Input("model", "kl"), Input("data", "own_clean")],
+    "on_policy": [Input("model", "student"), Input("teacher", "teacher"), Input("task", "sums")],
 }
 KINDS = {
     "cold_start": "train",
@@ -215,7 +216,7 @@ def test_what_a_students_own_line_wrote_is_the_students() -> None:
 
 
 def test_the_model_that_was_pruned_is_a_teacher_not_the_student() -> None:
-    parents = {**PARENTS, "student": [("model", "teacher")]}
+    parents = {**PARENTS, "student": [Input("model", "teacher")]}
     cost = arm_cost("kl", STAGES, parents)
     assert cost.student.flops == total("kl", "student")
     assert set(cost.stages["inference"]) == {"clean", "traces"}

@@ -7,33 +7,34 @@ import json
 import pytest
 from project import REFERENCE, SUMS, Project
 
+from distill import recipe
+
 MODULE = '''
 """Two stage kinds: one that writes traces, one that writes a model."""
 
 import shutil
 
-from distill.recipe import StageConfig
+from distill.recipe import Input, PlugConfig, StageConfig
 from distill.records import Cost
 from distill.stages.context import Result
 from distill.traces.reader import content_fingerprint
 from distill.traces.selection import select
-from distill.recipe import PlugConfig
 
 
 class Sample(StageConfig):
-    """Keep the traces whose completion has at most `longest` characters."""
+    """Keep the traces whose completion has at most `longest` tokens."""
 
     writes = "traces"
-    data: str
+    corpus: str
     longest: int = 10_000
 
     def inputs(self):
-        yield "data", self.data
+        yield Input("data", self.corpus, "corpus")
 
     def run(self, context):
         out = context.folder / "traces"
         shutil.rmtree(out, ignore_errors=True)
-        kept = select(context.data_path(self.data), out, [PlugConfig(fn="length", max_tokens=self.longest)], None)
+        kept = select(context.data_path(self.corpus), out, [PlugConfig(fn="length", max_tokens=self.longest)], None)
         context.say(f"kept {kept.kept} of {kept.rows}")
         return Result(Cost(samples_filtered=kept.rows - kept.kept), {"kept": kept.kept}, content_fingerprint(out))
 
@@ -45,7 +46,7 @@ class Copy(StageConfig):
     model: str
 
     def inputs(self):
-        yield "model", self.model
+        yield Input("model", self.model)
 
     def run(self, context):
         from distill import models
@@ -78,7 +79,7 @@ def project(tiny_dir, tmp_path_factory):
                 "kind": "generate", "model": "copy", "task": "sums", "problems": 4, "samples": 2, "top_logprobs": 4,
                 "sampling": {"max_tokens": 8}, "engine": REFERENCE,
             },
-            "few": {"kind": "ownkinds:Sample", "data": "traces"},
+            "few": {"kind": "ownkinds:Sample", "corpus": "traces"},
             "kl": train,
             "verdict": {
                 "kind": "compare", "arms": {"start": "copy", "kl": "kl"}, "task": "sums", "problems": 2,
@@ -129,6 +130,7 @@ def test_check_says_that_its_cost_is_not_known(project):
         ("stages.few.kind=ownkinds:Nothing", "stages.few.kind: cannot import 'ownkinds:Nothing'"),
         ("stages.few.kind=ownkinds:NoRun", "has no method run"),
         ("stages.few.kind=json:loads", "is not a subclass of distill.recipe.StageConfig"),
+        ("stages.few.corpus=trcs", "stages.few.corpus: there is no stage 'trcs'. Did you mean 'traces'?"),
         ("stages.few.longst=3", "Did you mean 'longest'?"),
         ("stages.few.longest=many", "stages.few.longest"),
         ("stages.kl.data=copy", "'copy' is a stage of kind ownkinds:Copy; a generate or score or filter stage"),
@@ -141,3 +143,11 @@ def test_mistakes_are_one_message(project, override, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_it_is_copied_for_each_seed_with_what_it_reads(project):
+    """Its fields that name stages have names of its own, and are renamed all the same."""
+    loaded = recipe.load(project.recipe, ["stages.traces.seeds=[1,2]"])
+    copies = {name: config.corpus for name, config in loaded.stages.items() if name.startswith("few")}
+    assert copies == {"few@1": "traces@1", "few@2": "traces@2"}
+    assert loaded.stages["kl@2"].data == "few@2"

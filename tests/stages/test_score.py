@@ -18,8 +18,9 @@ from distill.compute.ledger import StageCost, arm_cost
 from distill.engines.transformers import CHUNK, TransformersEngine
 from distill.models import hub
 from distill.progress import Screen
+from distill.recipe import Input
 from distill.records import Cost, Request, Template, Traces, UserError
-from distill.run import pipeline
+from distill.run import decide, nodes
 from distill.run.plan import check_plugs, predict
 from distill.stages import score
 from distill.stages.context import Context
@@ -284,31 +285,31 @@ def cached_dataset(tmp_path, monkeypatch):
 
 def test_a_hub_dataset_counts_by_the_commit_that_is_read(tiny_dir, other_dir, tmp_path, cached_dataset):
     ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data="some/chats")
-    node = next(n for n in pipeline.nodes(ctx.recipe) if n.name == "scored")
+    node = next(n for n in nodes.nodes(ctx.recipe) if n.name == "scored")
 
-    def decide() -> str:
-        return pipeline.decide(node, ctx.recipe, tmp_path).action
+    def action() -> str:
+        return decide.decide(node, ctx.recipe, tmp_path).action
 
     def finish() -> str:
         run_score(ctx)
-        inputs = pipeline.input_fingerprints(node, ctx.recipe, tmp_path)
+        inputs = decide.input_fingerprints(node, ctx.recipe, tmp_path)
         config = node.config.model_dump(mode="json")
         run_folder.write(ctx.folder, run_folder.State("score", config, inputs, status="done"))
         return inputs["data"]
 
-    assert pipeline.input_fingerprints(node, ctx.recipe, tmp_path)["data"] == hub.UNVERIFIED
+    assert decide.input_fingerprints(node, ctx.recipe, tmp_path)["data"] == hub.UNVERIFIED
     cached_dataset(COMMITS[0], "ab")
     assert finish() == COMMITS[0]
     assert open_traces(ctx.folder / "traces").metadata.source == f"some/chats ({COMMITS[0][:16]}), split train"
-    assert decide() == "skip"
+    assert action() == "skip"
     cached_dataset(COMMITS[1], "abc")
-    assert decide() == "grow"
+    assert action() == "grow"
     assert finish() == COMMITS[1]
     assert open_traces(ctx.folder / "traces").num_rows == 3
     # What is not there any more cannot have changed.
     shutil.rmtree(tmp_path / "cache")
     hub.dataset_commit.cache_clear()
-    assert decide() == "skip"
+    assert action() == "skip"
 
 
 def test_a_hub_dataset_at_a_revision(tmp_path, cached_dataset):
@@ -328,25 +329,25 @@ def test_only_moved_data_is_added_to(tiny_dir, other_dir, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "a", "completion": "b"}\n')
     ctx = make(tmp_path, {"a": tiny_dir, "b": other_dir}, data=str(rows))
-    node = next(n for n in pipeline.nodes(ctx.recipe) if n.name == "scored")
-    inputs = {key: pipeline.input_fingerprint(ctx.recipe, tmp_path, ref) for key, ref in node.inputs}
+    node = next(n for n in nodes.nodes(ctx.recipe) if n.name == "scored")
+    inputs = {each.field: decide.input_fingerprint(ctx.recipe, tmp_path, each.name) for each in node.inputs}
     config = node.config.model_dump(mode="json")
 
-    def decide(**moved: str) -> str:
+    def action(**moved: str) -> str:
         run_folder.write(ctx.folder, run_folder.State("score", config, inputs | moved, status="done"))
-        return pipeline.decide(node, ctx.recipe, tmp_path).action
+        return decide.decide(node, ctx.recipe, tmp_path).action
 
-    assert decide() == "skip"
-    assert decide(data="another") == "grow"
-    assert decide(model="another") == "redo"
-    assert decide(model="another", data="another") == "redo"
+    assert action() == "skip"
+    assert action(data="another") == "grow"
+    assert action(model="another") == "redo"
+    assert action(model="another", data="another") == "redo"
 
 
 def test_an_arm_on_scored_traces_pays_for_writing_and_scoring():
     parents = {
-        "traces": [("model", "writer"), ("task", "sums")],
-        "scored": [("model", "teacher"), ("data", "traces")],
-        "kl": [("model", "base"), ("data", "scored")],
+        "traces": [Input("model", "writer"), Input("task", "sums")],
+        "scored": [Input("model", "teacher"), Input("data", "traces")],
+        "kl": [Input("model", "base"), Input("data", "scored")],
     }
     stages = {
         "traces": StageCost(False, Cost(tokens_generated=5)),

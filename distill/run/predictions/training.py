@@ -78,7 +78,9 @@ class _Training:
 def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list[Row]:
     shape = known.shape(config.model)
     # Of several sets that hold the same traces, the one with fewest is the most there can be in common.
-    rows, prompt, reply = min(known.traces.get(data) or rows_of(config, data, known) for data in data_of(config.data))
+    rows, prompt, reply = min(
+        known.traces.get(data) or rows_of(data, config.task, known) for data in data_of(config.data)
+    )
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
     frame = known.frame(next(iter(data_of(config.data))), config.task)
     prompt_trained = _prompt_trained(prompt, reply, frame)
@@ -102,7 +104,7 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     tokens, head_tokens = seen * (prompt_trained + reply), seen * reply
     total = own_flops(seen)
     known.spent[name] = known.spent.get(config.model, 0.0) + total
-    known.snapshots[name] = _points(config, num_steps)
+    known.snapshots[name] = _snapshots(config, num_steps)
     teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
     taught = tuple(
         (each, flops.forward_flops(each, tokens, (prompt + reply + 1) / 2, head_tokens)) for each in teachers
@@ -120,104 +122,135 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     return [Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=start_seconds(part))]
 
 
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    """A stage that trains on its policy's completions: what `sampled` of them take.
+
+    prompt_trained: prompt tokens that the trainer computes a completion. passes: times that a rollout is learned from. scorings:
+    forward passes of the policy and its reference over it besides.
+    """
+
+    config: PolicyStage
+    shape: ModelShape
+    prompt: float
+    reply: float
+    prompt_trained: float
+    passes: int
+    scorings: int
+
+    def trained_flops(self, sampled: float) -> float:
+        return flops.train_flops(
+            self.shape,
+            self.passes * sampled * (self.prompt_trained + self.reply),
+            (self.prompt + self.reply + 1) / 2,
+            self.passes * sampled * self.reply,
+            lora=self.config.lora is not None,
+            checkpointing=self.config.gradient_checkpointing,
+        )
+
+    def read_flops(self, by: ModelShape, sampled: float) -> float:
+        """One forward pass over the completions."""
+        tokens = sampled * (self.prompt_trained + self.reply)
+        return flops.forward_flops(by, tokens, (self.prompt + self.reply + 1) / 2, sampled * self.reply)
+
+    def own_flops(self, sampled: float) -> float:
+        """The student's: its training, its scoring and its sampling."""
+        written = flops.generate_flops(self.shape, sampled * self.prompt, sampled * self.reply, sampled)
+        return self.trained_flops(sampled) + self.scorings * self.read_flops(self.shape, sampled) + written
+
+    def training(self, a_step: float, num_steps: float, teachers: Sequence[ModelShape], reference: bool) -> _Training:
+        """a_step: completions of one optimiser step."""
+        sampled, tokens = num_steps * a_step, self.prompt_trained + self.reply
+        return _Training(
+            self.config,
+            self.shape,
+            self.trained_flops(sampled),
+            self.passes * sampled * tokens,
+            num_steps,
+            self.passes * a_step * tokens,
+            self.scorings * self.read_flops(self.shape, sampled),
+            self.scorings * sampled * tokens,
+            tuple((each, self.read_flops(each, sampled)) for each in teachers),
+            reference,
+        )
+
+    def sampling(self, sampled: float, rollouts: float, machine: Machine) -> Part:
+        """The engine that writes the completions."""
+        return engine_part(
+            self.shape,
+            self.config.engine,
+            machine,
+            lambda dtype, engine: estimate.predict_rollouts_seconds(
+                self.shape,
+                rollouts,
+                sampled / rollouts,
+                self.prompt,
+                self.reply,
+                machine,
+                batch_size=self.config.engine.batch_size,
+                dtype=dtype,
+                engine=engine,
+            ),
+        )
+
+
 def grpo(name: str, config: GrpoStage, known: Known, machine: Machine) -> list[Row]:
     """Its own sampling and its training; every group is taken to have something to learn from."""
     from distill.stages.inputs.resolve import resolve_objective
 
     reference = resolve_objective(config, f"stages.{name}").reference
     scorings = (config.steps_a_rollout > 1) + reference
-    return [_policy(name, config, known, machine, config.num_iterations, scorings, reference)]
+    policy = _policy(config, known, config.num_iterations, scorings)
+    return [_policy_row(name, policy, known, machine, reference=reference)]
 
 
 def on_policy(name: str, config: OnPolicyStage, known: Known, machine: Machine) -> list[Row]:
     """Its own sampling, its teachers' forward passes and its training."""
     teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
     in_engines = config.scoring == "engine"
-    return [_policy(name, config, known, machine, teachers=teachers, in_engines=in_engines)]
+    policy = _policy(config, known, passes=1, scorings=0)
+    return [_policy_row(name, policy, known, machine, teachers=teachers, in_engines=in_engines)]
 
 
-def _policy(
-    name: str,
-    config: PolicyStage,
-    known: Known,
-    machine: Machine,
-    passes: int = 1,
-    scorings: int = 0,
-    reference: bool = False,
-    teachers: Sequence[ModelShape] = (),
-    in_engines: bool = False,
-) -> Row:
-    """passes: times that a rollout is learned from. scorings: forward passes over it besides. in_engines: whether the
-    teachers read in engines of their own."""
+def _policy(config: PolicyStage, known: Known, passes: int, scorings: int) -> _Policy:
     shape, (_, prompt) = known.shape(config.model), known.task(config.task)
     reply = mean_reply(config, known)
     frame = known.frame("", config.task)
     prompt_trained = _prompt_trained(prompt, reply, frame, config.group_size)
-    context = (prompt + reply + 1) / 2
+    return _Policy(config, shape, prompt, reply, prompt_trained, passes, scorings)
 
-    def trained(sampled: float) -> float:
-        return flops.train_flops(
-            shape,
-            passes * sampled * (prompt_trained + reply),
-            context,
-            passes * sampled * reply,
-            lora=config.lora is not None,
-            checkpointing=config.gradient_checkpointing,
-        )
 
-    def read(by: ModelShape, sampled: float) -> float:
-        return flops.forward_flops(by, sampled * (prompt_trained + reply), context, sampled * reply)
-
-    def own_flops(sampled: float) -> float:
-        written = flops.generate_flops(shape, sampled * prompt, sampled * reply, sampled)
-        return trained(sampled) + scorings * read(shape, sampled) + written
-
+def _policy_row(
+    name: str,
+    policy: _Policy,
+    known: Known,
+    machine: Machine,
+    *,
+    reference: bool = False,
+    teachers: Sequence[ModelShape] = (),
+    in_engines: bool = False,
+) -> Row:
+    """in_engines: whether the teachers read in engines of their own."""
+    config, shape = policy.config, policy.shape
     a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
-    num_steps = config.steps or known.budget(config) / own_flops(a_step)
+    num_steps = config.steps or known.budget(config) / policy.own_flops(a_step)
     sampled = num_steps * a_step
-    known.spent[name] = known.spent.get(config.model, 0.0) + own_flops(sampled)
-    known.snapshots[name] = _points(config, num_steps)
-    training = _Training(
-        config,
-        shape,
-        trained(sampled),
-        passes * sampled * (prompt_trained + reply),
-        num_steps,
-        passes * a_step * (prompt_trained + reply),
-        scorings * read(shape, sampled),
-        scorings * sampled * (prompt_trained + reply),
-        tuple((each, read(each, sampled)) for each in teachers),
-        reference,
-    )
-    rollouts = num_steps / config.steps_a_rollout
-    writing = engine_part(
-        shape,
-        config.engine,
-        machine,
-        lambda dtype, engine: estimate.predict_rollouts_seconds(
-            shape,
-            rollouts,
-            sampled / rollouts,
-            prompt,
-            reply,
-            machine,
-            batch_size=config.engine.batch_size,
-            dtype=dtype,
-            engine=engine,
-        ),
-    )
+    known.spent[name] = known.spent.get(config.model, 0.0) + policy.own_flops(sampled)
+    known.snapshots[name] = _snapshots(config, num_steps)
+    training = policy.training(a_step, num_steps, teachers, reference)
+    writing = policy.sampling(sampled, num_steps / config.steps_a_rollout, machine)
     learning = training.part(machine)
-    held = engine_memory(shape, config.engine, writing.choice.dtype, prompt + config.sampling.max_tokens, machine)
+    longest = policy.prompt + config.sampling.max_tokens
+    held = engine_memory(shape, config.engine, writing.choice.dtype, longest, machine)
     # The engine's process is the trainer's.
-    memory = training.memory(learning.choice.dtype, machine) + replace(
-        held, process=max(0.0, held.process - flops.PROCESS_BYTES)
-    )
+    in_trainer = replace(held, process=max(0.0, held.process - flops.PROCESS_BYTES))
+    memory = training.memory(learning.choice.dtype, machine) + in_trainer
     if in_engines:  # their caches; their weights are counted
         memory += Memory(cache=len(teachers) * held.cache)
-    known.shapes[name], known.replies[name] = shape, reply
+    known.shapes[name], known.replies[name] = shape, policy.reply
     amounts = make_amounts(
-        tokens=sampled * (prompt + reply) + training.tokens,
-        flops=own_flops(sampled) + sum(each for _, each in training.taught),
+        tokens=sampled * (policy.prompt + policy.reply) + training.tokens,
+        flops=policy.own_flops(sampled) + sum(each for _, each in training.taught),
         memory=memory.total,
         seconds=learning.seconds + writing.seconds,
     )
@@ -225,7 +258,7 @@ def _policy(
     return Row(name, config.kind, amounts, least=memory.least, parts=parts, start=start_seconds(*parts))
 
 
-def _points(config: TrainStage | PolicyStage, num_steps: float) -> int:
+def _snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:
     """Models kept along the way, the end not counted."""
     return int((num_steps - 1) // config.snapshot_every) if config.snapshot_every else 0
 

@@ -1,0 +1,39 @@
+"""What is wrong with a stage beyond its fields, before anything runs: `name(stage, config, recipe)`, a public function a kind.
+
+Each raises UserError for a loss, objective, reward or filter that does not exist or does not take the options given.
+"""
+
+from __future__ import annotations
+
+from distill import plug
+from distill.recipe import CompareStage, FilterStage, GrpoStage, OnPolicyStage, Recipe, TrainStage
+
+
+def train(name: str, config: TrainStage, recipe: Recipe) -> None:
+    from distill.stages.inputs.resolve import resolve_loss
+
+    resolve_loss(config, f"stages.{name}")
+
+
+def on_policy(name: str, config: OnPolicyStage, recipe: Recipe) -> None:
+    from distill.stages.inputs.resolve import resolve_loss
+
+    resolve_loss(config, f"stages.{name}")
+
+
+def grpo(name: str, config: GrpoStage, recipe: Recipe) -> None:
+    from distill.stages.inputs.resolve import resolve_objective, resolve_rewards
+
+    resolve_objective(config, f"stages.{name}")
+    resolve_rewards(config, f"stages.{name}")
+
+
+def filter(name: str, config: FilterStage, recipe: Recipe) -> None:
+    for number, keep in enumerate(config.keep):
+        plug.bind(keep.fn, keep.options, "distill.traces.filters", f"stages.{name}.keep.{number}")
+
+
+def compare(name: str, config: CompareStage, recipe: Recipe) -> None:
+    from distill.stages.compare import check_start
+
+    check_start(config, recipe)

@@ -1,0 +1,142 @@
+"""What to do with a node whose inputs are there: skip it, run it, resume it, add to it, or do it again.
+
+A finished stage with the same config and inputs is skipped. Otherwise, by what changed:
+    an identity field     refused, naming the keys; `--redo STAGE` does it again
+    a growth field        the stage goes on and adds the difference
+    an execution field    no matter: a finished stage stays, an unfinished one goes on with the new value
+    an input's content    the stage is done again; its former output is kept in RUN/.old. A kind that names the input
+                          in `adds_to` adds the difference
+An unfinished stage goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distill import run_folder
+from distill.models import PACKAGE, hub, package_file
+from distill.recipe import Config, Recipe
+from distill.records import UserError, stable_hash
+from distill.run.nodes import Node
+from distill.stages.context import find_data, fingerprint_of
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is to be done with a node, and why, in words for the user."""
+
+    action: Literal["skip", "run", "resume", "grow", "redo"]
+    why: str = ""
+
+
+def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
+    """Content fingerprint of what a node reads: a stage's output, a model, a task, a file, a hub dataset's commit."""
+    if reference in recipe.stages or ("." in reference and reference.split(".")[0] in recipe.stages):
+        standing = run_folder.read(run / reference)
+        return standing.fingerprint if standing and standing.status == "done" else ""
+    if reference in recipe.models:
+        model = recipe.models[reference]
+        if model.source.startswith(PACKAGE):
+            distribution, path = package_file(model.source)
+            return stable_hash(distribution, path.name, path.stat().st_size)
+        folder = Path(model.source).expanduser()
+        return fingerprint_of(folder) if folder.is_dir() else stable_hash(model.source, model.revision)
+    if reference in recipe.tasks:
+        task = recipe.tasks[reference]
+        files = [Path(str(value)) for value in task.options.values() if isinstance(value, str)]
+        contents = [fingerprint_of(file) for file in files if file.is_file()]
+        return stable_hash(task.model_dump_json(), *contents)
+    if (data := find_data(reference)) is not None:
+        return fingerprint_of(data)
+    on_hub = hub.dataset_id(reference)
+    return hub.dataset_commit(*on_hub) if on_hub is not None else ""
+
+
+def input_fingerprints(node: Node, recipe: Recipe, run: Path) -> dict[str, str]:
+    """Of everything that a node reads, by field; a field that names several has one for them all."""
+    found: dict[str, list[str]] = {}
+    for each in node.inputs:
+        found.setdefault(each.field, []).append(input_fingerprint(recipe, run, each.name))
+    return {field: several[0] if len(several) == 1 else stable_hash(*several) for field, several in found.items()}
+
+
+def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> Decision:
+    """What to do with a node now that its inputs stand. Raises UserError when an identity field changed.
+
+    redo: nodes, stages, or stages of which all copies are meant.
+    """
+    standing = run_folder.read(run / node.name)
+    if standing is None or (standing.status != "done" and not _made_anything(run / node.name)):
+        return Decision("run")
+    if {node.name, *node.stages} & {*redo}:
+        return Decision("redo", "as asked")
+    changed = _changed(node, standing)
+    if identity := [text for role, text in changed if role == "identity"]:
+        raise UserError(
+            f"stage {node.stage!r} was made with other settings:\n  "
+            + "\n  ".join(identity)
+            + f"\nThese decide the result. Take the change back, give the run another name, or do the stage and what "
+            f"rests on it again with --redo {node.stage}."
+        )
+    inputs = input_fingerprints(node, recipe, run)
+    # What cannot be told from here is not called changed.
+    if moved := [k for k in inputs if inputs[k] not in (standing.inputs.get(k), hub.UNVERIFIED)]:
+        named = {key: " or ".join(each.name for each in node.inputs if each.field == key) for key in moved}
+        why = ", ".join(f"{key} ({named[key]}) changed" for key in moved)
+        return Decision("grow" if node.config.adds_to.issuperset(moved) else "redo", why)
+    grown = [text for role, text in changed if role == "growth"]
+    if grown:
+        return Decision("grow", ", ".join(grown))
+    if standing.status == "done":
+        return Decision("skip")
+    return Decision("resume", "it was interrupted" if standing.attempts else "")
+
+
+def _made_anything(folder: Path) -> bool:
+    """Whether a stage that did not end left something that is worth keeping."""
+    kept = ("model", "checkpoints/step-*", "traces/*.parquet", "traces/selection.json")
+    return any(True for pattern in kept for _ in folder.glob(pattern))
+
+
+def _changed(node: Node, standing: run_folder.State) -> list[tuple[str, str]]:
+    """(role, what changed) for every field that differs from what the stage was made with."""
+    if standing.kind != node.kind:
+        return [("identity", f"kind: {standing.kind} -> {node.kind}")]
+    before, now = standing.config, node.config.model_dump(mode="json")
+    for key, decided in standing.decided.items():
+        before, now = _as_decided(before, now, key.split("."), decided["value"])
+    return list(_differences(type(node.config), before, now, ""))
+
+
+def _as_decided(
+    before: dict[str, Any], now: dict[str, Any], key: list[str], value: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both configs with what a field came to in place of "auto": a stage goes on with that, wherever it goes on."""
+    first, *rest = key
+    if rest:
+        inner = _as_decided(before.get(first) or {}, now.get(first) or {}, rest, value)
+        return {**before, first: inner[0]}, {**now, first: inner[1]}
+    before = {**before, first: value}
+    return before, {**now, first: value} if now.get(first) == "auto" else now
+
+
+def _differences(model: Any, before: dict[str, Any], now: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for field in sorted({*before, *now}):
+        old, new = before.get(field), now.get(field)
+        if old == new:
+            continue
+        role = model.role(field) if issubclass(model, Config) else "identity"
+        info = model.model_fields.get(field)
+        nested = info.annotation if info is not None else None
+        if isinstance(old, dict) and isinstance(new, dict) and hasattr(nested, "model_fields"):
+            yield from _differences(nested, old, new, f"{prefix}{field}.")
+            continue
+        text = f"{prefix}{field}: {json.dumps(old)} -> {json.dumps(new)}"
+        shrinks = isinstance(old, int) and isinstance(new, int) and new < old
+        if role == "growth" and (old is None or new is None or shrinks):
+            role, text = "identity", f"{text} (it can grow, not shrink)" if shrinks else text
+        yield role, text

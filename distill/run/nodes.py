@@ -1,0 +1,83 @@
+"""The nodes of a run: one for each stage and for each stage that one expands into; and which of them a command means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill import plug, run_folder
+from distill.recipe import Input, Recipe, StageConfig, base_name, order
+from distill.records import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One process' worth of work: a stage, or one evaluation of a compare stage."""
+
+    name: str
+    stage: str
+    config: StageConfig
+    inputs: tuple[Input, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.config.kind
+
+    @property
+    def stages(self) -> set[str]:
+        """What a user may call its stage: by its own name, or by that of the stage it is a copy of."""
+        return {self.stage, base_name(self.stage)}
+
+    def stages_read(self, recipe: Recipe) -> list[str]:
+        """The stages of the recipe that it reads."""
+        return [each.name for each in self.inputs if each.name in recipe.stages]
+
+
+def nodes(recipe: Recipe) -> list[Node]:
+    """All nodes, inputs first. A compare stage comes after one eval node an arm."""
+    found = []
+    for name in order(recipe):
+        config = recipe.stages[name]
+        children = config.children()
+        found += [Node(f"{name}.{below}", name, child, tuple(child.inputs())) for below, child in children.items()]
+        below = tuple(Input("data", f"{name}.{child}", f"arms.{child}") for child in children)
+        found.append(Node(name, name, config, below or tuple(config.inputs())))
+    return found
+
+
+def select(
+    recipe: Recipe,
+    *,
+    kinds: tuple[str, ...] = (),
+    only: str | None = None,
+    start: str | None = None,
+) -> list[Node]:
+    """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it."""
+    every = nodes(recipe)
+    known = {name for node in every for name in node.stages}
+    for name in (only, start):
+        if name is not None and name not in known:
+            raise UserError(f"there is no stage {name!r}.{plug.nearest(name, known)}")
+    if only is not None:
+        return [node for node in every if only in node.stages]
+    if start is not None:
+        first = next(i for i, node in enumerate(every) if start in node.stages)
+        return every[first:]
+    if kinds:
+        return [node for node in every if node.kind in kinds or recipe.stages[node.stage].kind in kinds]
+    return every
+
+
+def require_inputs(recipe: Recipe, run: Path, wanted: Iterable[Node]) -> None:
+    """Raises UserError when a stage that will not be done now is needed and is not there."""
+    wanted = list(wanted)
+    doing = {node.name for node in wanted}
+    for node in wanted:
+        for reference in (each.name for each in node.inputs):
+            if (reference in recipe.stages or "." in reference) and reference not in doing:
+                standing = run_folder.read(run / reference)
+                if reference.split(".")[0] in recipe.stages and (standing is None or standing.status != "done"):
+                    raise UserError(
+                        f"stage {node.name!r} needs {reference!r}, which is not done yet. Run that one first, or the whole recipe."
+                    )
