@@ -14,10 +14,9 @@ import typer
 from distill.errors import UserError
 
 app = typer.Typer(
-    help="Distil large language models into small ones: generate traces with a teacher's distributions, train students "
-    "on them, compare.",
+    help="Distil large language models into small ones: generate traces with a teacher's distributions, train students on "
+    "them, compare.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -25,7 +24,40 @@ app = typer.Typer(
 traces_app = typer.Typer(help="Look after folders of traces.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(traces_app, name="traces")
 
-RecipeFile = Annotated[Path, typer.Argument(help="A recipe: a YAML file.", show_default=False)]
+
+def _version(asked: bool) -> None:
+    if asked:
+        from distill import __version__
+
+        typer.echo(f"distill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _recipes(incomplete: str) -> list[str]:
+    """Completion of a recipe: files here, and the names of those that come with the package."""
+    from distill.tools import listing
+
+    found = [str(path) for path in Path.cwd().glob("*.yaml")] + [path.stem for path in listing.recipe_files()]
+    return [
+        Path(name).name if name.endswith(".yaml") else name for name in found if Path(name).name.startswith(incomplete)
+    ]
+
+
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        help="A recipe: a YAML file, or a name of `ls recipes`.", show_default=False, autocompletion=_recipes
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key=value, dotted keys: stages.kl.lr=1e-4", show_default=False),
@@ -41,42 +73,23 @@ def run(
     only: Annotated[str | None, typer.Option(help="Do one stage.")] = None,
     start: Annotated[str | None, typer.Option("--from", help="Do a stage and those after it.")] = None,
     redo: Annotated[list[str] | None, typer.Option(help="Do a stage, and what rests on it, again.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Do the stages of a kind: train, generate, ... (see `ls stages`).")
+    ] = None,
     dry_run: DryRun = False,
     runs: RunsDir = Path("runs"),
 ) -> None:
     """Run a recipe: what is done is skipped, what is half done goes on."""
-    _run(recipe, overrides, runs, only=only, start=start, redo=tuple(redo or ()), dry_run=dry_run)
-
-
-def _stage_verb(kinds: tuple[str, ...], text: str) -> Any:
-    def verb(
-        recipe: RecipeFile,
-        overrides: Overrides = None,
-        dry_run: DryRun = False,
-        runs: RunsDir = Path("runs"),
-    ) -> None:
-        _run(recipe, overrides, runs, kinds=kinds, dry_run=dry_run)
-
-    verb.__doc__ = text
-    return verb
-
-
-for _name, _kinds, _text in (
-    ("generate", ("generate",), "Run a recipe's generate stages."),
-    ("score", ("score",), "Run a recipe's score stages: distributions over traces that exist."),
-    ("filter", ("filter",), "Run a recipe's filter stages."),
-    ("prune", ("prune",), "Run a recipe's prune stages."),
-    ("train", ("train",), "Run a recipe's train stages."),
-    ("grpo", ("grpo",), "Run a recipe's grpo stages: reinforcement learning."),
-    (
-        "on-policy",
-        ("on_policy",),
-        "Run a recipe's on_policy stages: a teacher's opinion of the student's own words.",
-    ),
-    ("eval", ("eval",), "Run a recipe's eval stages, those of its comparisons included."),
-    ("compare", ("compare",), "Run a recipe's compare stages."),
-):
-    app.command(name=_name)(_stage_verb(_kinds, _text))
+    _run(
+        recipe,
+        overrides,
+        runs,
+        only=only,
+        start=start,
+        redo=tuple(redo or ()),
+        kinds=tuple(kind or ()),
+        dry_run=dry_run,
+    )
 
 
 def _run(
@@ -91,6 +104,7 @@ def _run(
     dry_run: bool = False,
 ) -> None:
     from distill import interrupt, recipe
+    from distill.recipe.load import find
     from distill.run import nodes, pipeline
 
     resolved = recipe.load(path, overrides or [])
@@ -105,7 +119,7 @@ def _run(
         _print_plan(resolved, folder, redo)
         return
     nodes.require_inputs(resolved, folder, wanted)
-    runner = pipeline.Runner(resolved, path, folder, redo)
+    runner = pipeline.Runner(resolved, find(path), folder, redo)
     command = shlex.join(["distill", "run", str(path), *(overrides or [])])
     try:
         with interrupt.interruptible():
@@ -188,16 +202,52 @@ def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
 
 @app.command("ls")
 def list_things(
-    what: Annotated[
+    sort: Annotated[
         str,
         typer.Argument(help="losses, objectives, rewards, filters, tasks, engines, stages, templates or recipes"),
     ],
+    name: Annotated[str | None, typer.Argument(help="One of them: its options with types and defaults.")] = None,
 ) -> None:
-    """List what a recipe can name."""
+    """List what a recipe can name, or the options of one such thing."""
     from distill.tools import listing
 
-    for name, text in listing.of(what):
-        typer.echo(f"{name:<18}  {text}")
+    if name is None:
+        for each, text in listing.of(sort):
+            typer.echo(f"{each:<18}  {text}")
+        return
+    description, options = listing.options(sort, name)
+    typer.echo(description)
+    if options:
+        typer.echo("")
+        _print_options(options)
+
+
+def _print_options(options: list[Any]) -> None:
+    from distill.tools.listing import ROLES
+
+    width = max(len(one.name) for one in options) + 2
+    for one in options:
+        default = one.default if one.default == "required" else f"default {one.default}"
+        typer.echo(f"{one.name:<{width}}{one.type}, {default} [{one.role}]")
+        if one.meaning:
+            typer.echo(f"{'':<{width}}{one.meaning}")
+    typer.echo("")
+    for role in dict.fromkeys(one.role for one in options):
+        typer.echo(f"[{role}] {ROLES[role]}")
+
+
+@app.command()
+def schema(
+    out: Annotated[Path | None, typer.Argument(help="The file; default: print it.", show_default=False)] = None,
+) -> None:
+    """Write the JSON schema of recipes, which editors use to complete and check them."""
+    from distill.recipe.schema import as_text
+
+    if out is None:
+        typer.echo(as_text(), nl=False)
+    else:
+        out.write_text(as_text(), encoding="utf-8")
+        typer.echo(f"{out} written. Name it in a recipe's first line: # yaml-language-server: $schema={out}")
 
 
 @app.command()
@@ -215,8 +265,11 @@ def init(
         raise UserError(f"{target} exists already; choose another name.")
     text = listing.recipe_file(recipe).read_text(encoding="utf-8")
     lines = [f"name: {target.stem}" if line.startswith("name:") else line for line in text.splitlines()]
+    from distill.recipe.schema import FILE, as_text
+
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (target.parent / FILE).write_text(as_text(), encoding="utf-8")
     typer.echo(f"{target} written. Try it with: distill check {target}")
 
 
@@ -312,7 +365,7 @@ def verify(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="For --audit: default: the engine that wrote them.")] = None,
 ) -> None:
-    """Is everything there, and whole? Exit status 1 when it is not."""
+    """Check that all shards exist and match their checksums. Exit status 1 when they do not."""
     from distill import progress
     from distill.traces import verify as verification
 
@@ -381,10 +434,10 @@ def push(
     folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
     repo: Annotated[str, typer.Argument(help="The data set on the hub: owner/name.")],
     licence: Annotated[str, typer.Option("--license", help="The hub's identifier: apache-2.0, cc-by-4.0, ...")],
-    private: Annotated[bool, typer.Option("--private", help="Make the data set private.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
     build: Annotated[Path | None, typer.Option("--folder", help="Only build the data set, in this folder.")] = None,
 ) -> None:
-    """Publish traces on the hub, with a data card."""
+    """Publish traces and their data card on the hub, private unless asked."""
     from distill import progress
     from distill.traces import push as pushing
 
@@ -394,7 +447,7 @@ def push(
         typer.echo(f"built in {build}; its card is {build / pushing.README}")
     else:
         with progress.working("building and uploading the data set"):
-            pushed = pushing.push(folder, repo, licence=licence, private=private)
+            pushed = pushing.push(folder, repo, licence=licence, private=not public)
         typer.echo(pushed)
 
 

@@ -1,10 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that come with the package."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
+"""The folder with `recipes` and `data`: in an installed wheel inside the package, in a checkout beside it."""
 
 
 def write_atomic(path: Path, text: str) -> Path:

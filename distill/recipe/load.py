@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel
 
 from distill import synonyms
+from distill.files import SHIPPED
 from distill.plug import look_in, nearest
 from distill.recipe.fields import ModelConfig, PlugConfig
 from distill.recipe.seeds import expand
@@ -28,7 +29,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
 
     Raises UserError with one line a mistake: the key, what was wrong and the nearest right name.
     """
-    path = Path(path)
+    path = find(Path(path))
     if not path.is_file():
         raise UserError(
             f"recipe {str(path)!r}: no such file. `distill ls recipes` lists those that come with the project."
@@ -43,6 +44,12 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
         _set(tree, key, value)
     look_in(path.resolve().parent)
     return validate(tree, str(path))
+
+
+def find(path: Path) -> Path:
+    """A recipe's file: the path, or the recipe of that name that comes with the package."""
+    shipped = SHIPPED / "recipes" / f"{path}.yaml"
+    return shipped if not path.exists() and len(path.parts) == 1 and shipped.is_file() else path
 
 
 def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:

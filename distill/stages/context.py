@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from distill import machine, models, plug
+from distill.files import SHIPPED
 from distill.machine import Machine, Width
 from distill.progress import Live, Screen
 from distill.recipe import PlugConfig, Recipe
 from distill.records import Cost, Task, UserError, stable_hash
 from distill.stages.shared_engine import OneEngine
-
-PROJECT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +90,9 @@ class Context:
 
 
 def find_data(reference: str) -> Path | None:
-    """A file or folder by the path a recipe gives: from the working directory, or from the project that holds distill."""
+    """A file or folder by the path a recipe gives: from the working directory, or from what comes with the package."""
     given = Path(reference).expanduser()
-    return next((path for path in (given, PROJECT / given) if path.exists()), None)
+    return next((path for path in (given, SHIPPED / given) if path.exists()), None)
 
 
 def make_task(name: str, config: PlugConfig) -> Task:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import types
+import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from distill import plug
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from distill import files, plug
 from distill.records import UserError
 
 HOMES = {
@@ -17,31 +25,67 @@ HOMES = {
     "tasks": ("distill.tasks",),
     "engines": ("distill.engines.factories",),
 }
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+SORTS = (*HOMES, "stages", "templates", "recipes")
+RECIPES = files.SHIPPED / "recipes"
+ROLES = {
+    "identity": "another value is another result: a finished stage refuses it (--redo does the stage again)",
+    "growth": "a larger value adds the difference to a finished stage",
+    "execution": "may change at any time; the result stays",
+}
 
 
-def of(what: str) -> Iterator[tuple[str, str]]:
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A field of a stage or an option of a plug: its type, its default in words, what a change means, and its meaning."""
+
+    name: str
+    type: str
+    default: str
+    role: str
+    meaning: str
+
+
+def of(sort: str) -> Iterator[tuple[str, str]]:
     """(name, one line) of everything of a sort. Raises UserError for an unknown sort."""
-    if what in HOMES:
-        found = [item for home in HOMES[what] for item in plug.names(home).items()]
-        for name, function in sorted(found):
-            yield name, f"{_options(function)}{_first_line(function)}"
-    elif what == "stages":
+    if sort in HOMES:
+        for name, function in sorted(_plugs(sort).items()):
+            yield name, f"{_option_names(function)}{_first_line(function)}"
+    elif sort == "stages":
         from distill.recipe import KINDS
 
         for name, model in KINDS.items():
             yield name, _first_line(model)
-    elif what == "templates":
+    elif sort == "templates":
         from distill.tasks.templates import TEMPLATES
 
         for name, template in TEMPLATES.items():
             yield name, template.system or template.plain
-    elif what == "recipes":
+    elif sort == "recipes":
         for path in recipe_files():
             yield path.stem, _comment(path)
     else:
-        sorts = [*HOMES, "stages", "templates", "recipes"]
-        raise UserError(f"nothing is called {what!r}.{plug.nearest(what, sorts)}")
+        raise UserError(f"nothing is called {sort!r}.{plug.nearest(sort, SORTS)}")
+
+
+def options(sort: str, name: str) -> tuple[str, list[Option]]:
+    """(description, fields or options) of one thing; for a template or a recipe its text. Raises UserError for an unknown one."""
+    if sort == "stages":
+        from distill.recipe import kind_class
+
+        model = kind_class(name)
+        return inspect.getdoc(model) or "", list(_fields(model))
+    if sort in HOMES:
+        found = _plugs(sort)
+        function = found[name] if name in found else plug.find(name, HOMES[sort][0], sort)
+        return inspect.getdoc(function) or "", list(_parameters(function))
+    if sort == "recipes":
+        return recipe_file(name).read_text(encoding="utf-8"), []
+    if sort == "templates":
+        from distill.tasks import templates
+
+        template = templates.find(name)
+        return "\n".join(f"{key}: {getattr(template, key)}" for key in ("system", "plain", "prefill")), []
+    raise UserError(f"nothing is called {sort!r}.{plug.nearest(sort, SORTS)}")
 
 
 def recipe_files() -> list[Path]:
@@ -52,22 +96,106 @@ def recipe_files() -> list[Path]:
 
 
 def recipe_file(name: str) -> Path:
-    files = {path.stem: path for path in recipe_files()}
-    if name not in files:
-        raise UserError(f"there is no recipe {name!r}.{plug.nearest(name, files)}")
-    return files[name]
+    """The recipe of a name. Raises UserError with the nearest one."""
+    found = {path.stem: path for path in recipe_files()}
+    if name not in found:
+        raise UserError(f"there is no recipe {name!r}.{plug.nearest(name, found)}")
+    return found[name]
+
+
+def _plugs(sort: str) -> dict[str, plug.Function]:
+    return {name: function for home in HOMES[sort] for name, function in plug.names(home).items()}
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
+    """The fields of a stage kind, a section's fields below it by dotted names."""
+    from distill.recipe.fields import Config, PlugConfig
+    from distill.recipe.load import section
+
+    for name, field in model.model_fields.items():
+        if name == "kind":
+            continue
+        role = model.role(name) if issubclass(model, Config) else "identity"
+        yield Option(
+            prefix + name, type_text(field.annotation, field.metadata), _default(field), role, field.description or ""
+        )
+        below = section(model, name)
+        if below is not None and not issubclass(below, PlugConfig):
+            yield from _fields(below, f"{prefix}{name}.")
+
+
+def _parameters(function: plug.Function) -> Iterator[Option]:
+    hints = typing.get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            required = parameter.default is inspect.Parameter.empty
+            default = "required" if required else _value_text(parameter.default)
+            yield Option(name, type_text(hints.get(name, Any)), default, "identity", "")
+
+
+def type_text(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
+    """A type as a reader of YAML knows it: `number > 0`, `a | b`, `list of text`, `section`."""
+    from distill.recipe.fields import PlugConfig
+
+    limits = "".join(_limit(one) for one in metadata)
+    origin, inside = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return type_text(inside[0], [*inside[1:], *metadata])
+    if origin is typing.Literal:
+        return " | ".join(map(str, inside))
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(dict.fromkeys(type_text(one, metadata) for one in inside if one is not type(None)))
+    if origin is list or annotation is list:
+        return f"list of {type_text(inside[0])}" if inside else "list"
+    if origin is tuple:
+        return f"list of {len(inside)} {type_text(inside[0])}s"
+    if origin is dict:
+        return f"mapping of {type_text(inside[0])} to {type_text(inside[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, PlugConfig):
+        return "fn and options"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    names: dict[Any, str] = {int: "whole number", float: "number", bool: "true | false", str: "text", Any: "any"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation))) + limits
+
+
+def _limit(one: Any) -> str:
+    signs = {annotated_types.Gt: ">", annotated_types.Ge: ">=", annotated_types.Lt: "<", annotated_types.Le: "<="}
+    if isinstance(one, FieldInfo):
+        return "".join(_limit(each) for each in one.metadata)
+    for kind, sign in signs.items():
+        if isinstance(one, kind):
+            return f" {sign} {getattr(one, kind.__name__.lower()):g}"
+    return ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, BaseModel):
+        return str(getattr(value, "fn", "as below"))
+    return _value_text(value)
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(list(value) if isinstance(value, tuple) else value)
 
 
 def _first_line(thing: object) -> str:
     return (inspect.getdoc(thing) or "").partition("\n")[0]
 
 
-def _options(function: object) -> str:
-    parameters = inspect.signature(function).parameters.values()  # type: ignore[arg-type]
+def _option_names(function: plug.Function) -> str:
+    parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     return f"({', '.join(names)})  " if names else ""
 
 
 def _comment(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ") if first.startswith("#") else ""
+    """The first comment of a recipe; the line that names its schema for editors is none."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found = [line.lstrip("# ") for line in lines if line.startswith("#") and "yaml-language-server" not in line]
+    return found[0] if found else ""

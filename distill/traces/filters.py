@@ -3,7 +3,8 @@
 A filter gets all traces of one problem, in the order of their samples, and returns one flag a trace; its
 keyword-only arguments are its options. It always sees the whole group, whatever other filters say, so that
 their order does not matter: a trace is kept when every filter flags it. Groups carry text, ids and verdicts;
-`logprob` and `top` are not read. The first line of a filter's docstring is the reason its report gives.
+`logprob` and `top` are not read. The first line of a filter's docstring says what it keeps; the line `Dropped:` is the reason
+that the report gives.
 
 DeepSeek-R1 kept a trace for its students when it was correct and its reasoning had no mixed languages, no long
 paragraphs and no code blocks (section 2.3.3 of the paper, without figures): `correct`, `finished`, `language`,
@@ -36,30 +37,44 @@ _FENCE = re.compile(r"^[^\S\n]*(`{3,}|~{3,})", re.MULTILINE)
 
 
 def correct(group: Traces) -> Array:
-    """judged wrong, or could not be judged"""
+    """Keep traces that were judged correct.
+
+    Dropped: judged wrong, or could not be judged
+    """
     return np.array([flag is True for flag in group.correct], bool)
 
 
 def finished(group: Traces) -> Array:
-    """ended at the token limit, not at a stop token"""
+    """Keep traces that ended at a stop token.
+
+    Dropped: ended at the token limit, not at a stop token
+    """
     return np.array([reason == "stop" for reason in group.finish_reason], bool)
 
 
 def length(group: Traces, *, min_tokens: Count = 0, max_tokens: Count | None = None) -> Array:
-    """completion shorter than min_tokens or longer than max_tokens"""
+    """Keep completions of min_tokens to max_tokens tokens.
+
+    Dropped: completion shorter than min_tokens or longer than max_tokens
+    """
     tokens = group.completion_ids.lengths
     upper = np.inf if max_tokens is None else max_tokens
     return np.asarray((tokens >= min_tokens) & (tokens <= upper))
 
 
 def duplicates(group: Traces) -> Array:
-    """the same text as an earlier sample of the problem"""
+    """Keep the first of samples with the same text.
+
+    Dropped: the same text as an earlier sample of the problem
+    """
     first = {text: row for row, text in reversed(list(enumerate(group.completion)))}
     return np.array([first[text] == row for row, text in enumerate(group.completion)], bool)
 
 
 def near_duplicates(group: Traces, *, threshold: Annotated[float, Field(gt=0, le=1)] = 0.9) -> Array:
-    """nearly the same text as an earlier sample of the problem that was kept
+    """Keep the first of samples with nearly the same text.
+
+    Dropped: nearly the same text as an earlier sample of the problem that was kept
 
     Similarity of two texts: 2 L / (words of one + words of the other), L the length of their longest common
     subsequence of words (case ignored); dropped from `threshold` on. Exact, no sketch: a group is small.
@@ -81,7 +96,9 @@ def near_duplicates(group: Traces, *, threshold: Annotated[float, Field(gt=0, le
 
 
 def language(group: Traces, *, target: str = "en", min_share: Share = 0.9) -> Array:
-    """reasoning with too few words of the target language
+    """Keep reasoning in the target language.
+
+    Dropped: reasoning with too few words of the target language
 
     Reasoning that cannot be judged (figures and formulas only) is kept: no other language is in it.
     """
@@ -90,7 +107,9 @@ def language(group: Traces, *, target: str = "en", min_share: Share = 0.9) -> Ar
 
 
 def paragraphs(group: Traces, *, max_chars: Count | None = 2000, max_words: Count | None = None) -> Array:
-    """reasoning with a paragraph longer than max_chars or max_words
+    """Keep reasoning without long paragraphs.
+
+    Dropped: reasoning with a paragraph longer than max_chars or max_words
 
     Paragraphs are parted by empty lines.
     """
@@ -109,7 +128,9 @@ def paragraphs(group: Traces, *, max_chars: Count | None = 2000, max_words: Coun
 
 
 def code_blocks(group: Traces, *, max_blocks: Count = 0) -> Array:
-    """reasoning with more than max_blocks fenced code blocks
+    """Keep reasoning with at most max_blocks fenced code blocks.
+
+    Dropped: reasoning with more than max_blocks fenced code blocks
 
     A block stands between lines that start with three or more backticks or tildes; one that is never closed
     counts. Code in the answer, after the reasoning, is no matter.
@@ -118,7 +139,9 @@ def code_blocks(group: Traces, *, max_blocks: Count = 0) -> Array:
 
 
 def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: Count = 10) -> Array:
-    """the problem, or ngram words in a row of it, is in the evaluation set `against`
+    """Keep problems that share nothing with the evaluation set `against`.
+
+    Dropped: the problem, or ngram words in a row of it, is in the evaluation set `against`
 
     against: a task of the recipe (its held-out problems) or a JSONL file of problems; what it names arrives as
     held_out. Generated problems share their template's words, so they are compared as a whole only.
@@ -133,7 +156,10 @@ def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: Coun
 
 
 def best_of_n(group: Traces, *, n: Annotated[int, Field(ge=1)] = 1) -> Array:
-    """not among the n of highest reward (equal rewards: correct first, then the earlier sample)"""
+    """Keep the n traces of highest reward.
+
+    Dropped: not among the n of highest reward (equal rewards: correct first, then the earlier sample)
+    """
     rewards = [math.nan if reward is None else reward for reward in group.reward]
     judged = [row for row, reward in enumerate(rewards) if not math.isnan(reward)]
     best = sorted(judged, key=lambda row: (-rewards[row], group.correct[row] is not True, row))[:n]
@@ -143,7 +169,10 @@ def best_of_n(group: Traces, *, n: Annotated[int, Field(ge=1)] = 1) -> Array:
 
 
 def pass_rate(group: Traces, *, low: Share = 0.0, high: Share = 1.0) -> Array:
-    """share of the problem's correct samples outside low..high"""
+    """Keep problems whose share of correct samples is low..high.
+
+    Dropped: share of the problem's correct samples outside low..high
+    """
     judged = [flag for flag in group.correct if flag is not None]
     rate = sum(judged) / len(judged) if judged else math.nan
     return np.full(len(group), low <= rate <= high)

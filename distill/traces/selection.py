@@ -213,8 +213,12 @@ def _gather(rows: list[_Row]) -> Traces:
 
 
 def _why(function: Any) -> str:
-    doc = getattr(function, "func", function).__doc__ or ""
-    return doc.strip().split("\n")[0].rstrip(".")
+    """Why a filter drops a trace, as its docstring says: after `Dropped:`, else that it is none of what the filter keeps."""
+    lines = [line.strip() for line in (getattr(function, "func", function).__doc__ or "").strip().splitlines()]
+    for line in lines:
+        if line.startswith("Dropped:"):
+            return line.removeprefix("Dropped:").strip().rstrip(".")
+    return f"not kept by: {lines[0].rstrip('.')}" if lines else ""
 
 
 def _write(

@@ -1,0 +1,49 @@
+"""The JSON schema of recipes, for editors: what the config classes say, and the short forms that they take."""
+
+from __future__ import annotations
+
+import functools
+import json
+import operator
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+from distill.recipe.stages import KINDS
+from distill.recipe.tree import Recipe
+
+FILE = "recipe.schema.json"
+_SHORT = {"EngineConfig": "an engine's name", "ModelConfig": "the model's source"}
+"""Sections that may be one word instead."""
+
+
+def as_tree() -> dict[str, Any]:
+    """The schema (JSON Schema 2020-12). A stage kind of one's own, `package.module:Class`, takes any field."""
+    kinds: Any = functools.reduce(operator.or_, KINDS.values())
+    stage: Any = Annotated[kinds, Field(discriminator="kind")]
+    stages = pydantic.TypeAdapter(stage).json_schema(ref_template="#/$defs/{model}")
+    tree = Recipe.model_json_schema()
+    definitions = {**tree.pop("$defs"), **stages.pop("$defs")}
+    definitions.pop("StageConfig", None)
+    for name, meaning in _SHORT.items():
+        definitions[name] = {"anyOf": [{"type": "string", "description": meaning}, definitions[name]]}
+    own = {
+        "type": "object",
+        "properties": {"kind": {"type": "string", "pattern": ":"}},
+        "required": ["kind"],
+        "description": "a stage kind of one's own",
+    }
+    (pattern,) = tree["properties"]["stages"]["patternProperties"]
+    any_stage = {
+        "type": "object",
+        "if": {"properties": {"kind": {"pattern": ":"}}, "required": ["kind"]},
+        "then": own,
+        "else": {"oneOf": stages["oneOf"]},
+    }
+    tree["properties"]["stages"]["patternProperties"][pattern] = any_stage
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree, "$defs": definitions}
+
+
+def as_text() -> str:
+    return json.dumps(as_tree(), indent=1, ensure_ascii=False, sort_keys=True) + "\n"
