@@ -64,6 +64,14 @@ def bind(name: str, options: Mapping[str, Any], home: str, where: str = "") -> F
     return functools.partial(function, **check_options(function, options, where or name))
 
 
+def all_options(name: str, options: Mapping[str, Any], home: str, where: str = "") -> dict[str, Any]:
+    """Every option of a function, as given and checked, else its default."""
+    function = find(name, home, where)
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {**defaults, **check_options(function, options, where or name)}
+
+
 def check_options(function: Function, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Validate options against the keyword-only parameters; returns them converted to their annotated types."""
     parameters = {

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from distill import models
-from distill.records import Array, Batch, draw_seed
+from distill.records import Array, Batch
 from distill.training.attention import PACKED, Layout
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
-from distill.training.loss.cross_tokenizer.losses import Pair
-from distill.training.loss.dense import Logits, draw, online_head_loss
+from distill.training.loss.dense import Logits
 from distill.training.loss.head import HeadForm, Student, Targets, head_loss
 from distill.training.loss.kernels.chunks import gathered
-from distill.training.loss.metrics import by_place, watch_rows
-from distill.training.loss.objective import Drawn, Objective, Online, Unlike
+from distill.training.loss.objective import Objective, Output
 
 REFERENCE = "reference/"
 
@@ -40,15 +38,6 @@ class Teacher:
     share: float = 1.0
     vocab_size: int | None = None
     shared: VocabularyMap | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """loss: the weighted sum, differentiable. watched and weight_T [T]: by row, detached."""
-
-    loss: Tensor
-    watched: Mapping[str, Tensor]
-    weight_T: Tensor
 
 
 class StudentModule(nn.Module):
@@ -72,117 +61,11 @@ class StudentModule(nn.Module):
 
     def forward(self, batch: Batch, rows: Tensor) -> Output:
         """rows: indices of the tokens that have a weight; only they reach the head."""
-        hidden_TD, targets = self._hidden(self.model, batch, rows), Targets.of(batch, rows)
-        if self.objective.online is not None:
-            return self._beside_teachers(self.objective.online, hidden_TD, batch, rows, targets)
-        if self.objective.unlike is not None:
-            return self._beside_another(self.objective.unlike, hidden_TD, batch, targets)
-        if self.objective.drawn is not None:
-            targets = self._drawn(self.objective.drawn, batch, rows, targets)
-        if self.objective.couple is not None and targets.old_logp_T is not None:
-            logp_T = self._label_logp(hidden_TD, targets)
-            trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
-            targets = replace(targets, coupled_T=self.objective.couple(logp_T, targets, trace_T))
-        head = _base(self.model).get_output_embeddings()
-        out = head_loss(
-            hidden_TD,
-            head.weight,
-            self.objective.loss,
-            targets,
-            form=self.form,
-            bias_V=getattr(head, "bias", None),
-            measure=self.objective.watch,
-        )
-        return Output(out.loss, out.measures, targets.weight_T)
-
-    def _beside_teachers(
-        self, online: Online, hidden_TD: Tensor, batch: Batch, rows: Tensor, targets: Targets
-    ) -> Output:
-        teachers = self._taught(batch, rows)
-        out = online_head_loss(
-            self._logits(self.model, hidden_TD),
-            teachers,
-            online.divergence,
-            targets,
-            temperature=online.temperature,
-            kl_weight=online.kl.at(batch.progress),
-            ce_weight=online.ce.at(batch.progress),
-            measure=watch_rows,
-        )
-        watched = {"label_nll": -out.label_logp_T, "divergence": out.loss_T, **out.measures}
-        if "kl" in watched:  # not where there is no token at all
-            watched |= by_place("kl", watched["kl"], targets.place_T)
-        return Output(out.loss, watched, targets.weight_T)
-
-    def _drawn(self, drawn: Drawn, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
-        """The targets with ids drawn from the teachers."""
-        seed = draw_seed(drawn.seed, batch.progress, *batch.trace_ids)
-        generator = torch.Generator(rows.device).manual_seed(seed)
-        ids_TK, log_count_TK = draw(self._taught(batch, rows), drawn.draws, generator)
-        nothing_T = torch.full_like(log_count_TK[:, 0], -torch.inf)
-        return replace(
-            targets,
-            teacher_ids_TK=ids_TK,
-            teacher_logp_TK=log_count_TK,
-            teacher_tail_T=nothing_T,
-        )
-
-    @torch.no_grad()
-    def _taught(self, batch: Batch, rows: Tensor) -> list[Logits]:
-        return [self._logits(t.model, self._hidden(t.model, batch, rows), t.share) for t in self.teachers]
-
-    def _beside_another(self, unlike: Unlike, hidden_TD: Tensor, batch: Batch, targets: Targets) -> Output:
-        """The teacher reads the same texts in its own tokens."""
-        (teacher,), spans = self.teachers, batch.cross_tokenizer
-        assert spans is not None, "such a teacher's batches come with its readings"
-        assert teacher.shared is not None, "and it with what it shares"
-        with torch.no_grad():
-            theirs_TE = self._hidden(teacher.model, spans.batch, spans.rows)
-        pair = Pair(
-            self._logits(self.model, hidden_TD),
-            self._logits(teacher.model, theirs_TE, vocab_size=teacher.vocab_size),
-            targets.label_T,
-            spans.batch.label_T[spans.rows],
-            spans,
-            teacher.shared,
-        )
-        out = unlike(pair)
-        assert targets.place_T is not None, "every packed batch has it"
-        place_G = targets.place_T[spans.student_start_G]
-        loss_G = out.loss_T.detach()
-        watched = {
-            "label_nll": -out.label_logp_T,
-            "divergence": loss_G,
-            **by_place("divergence", loss_G, place_G),
-        }
-        return Output(out.loss, watched, pair.weights)
-
-    def _logits(self, model: Any, hidden_TD: Tensor, share: float = 1.0, vocab_size: int | None = None) -> Logits:
-        head = _base(model).get_output_embeddings()
-        form = HeadForm.of(model.config, vocab_size or self.vocab_size)
-        return Logits(hidden_TD, gathered(head.weight), form, getattr(head, "bias", None), share)
-
-    @torch.no_grad()
-    def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Log-probability of the label at each of the rows, nats [rows]."""
-        targets = Targets(batch.label_T[rows], batch.weight_T[rows])
-        return self._label_logp(self._hidden(self.model, batch, rows), targets)
-
-    @torch.no_grad()
-    def _label_logp(self, hidden_TD: Tensor, targets: Targets) -> Tensor:
-        head = _base(self.model).get_output_embeddings()
-        bias_V = getattr(head, "bias", None)
-        return head_loss(
-            hidden_TD.detach(),
-            head.weight.detach(),
-            _label_only,
-            targets,
-            form=self.form,
-            bias_V=None if bias_V is None else bias_V.detach(),
-        ).label_logp_T
+        return self.objective.forward(self, batch, rows)
 
     @staticmethod
-    def _hidden(model: Any, batch: Batch, rows: Tensor) -> Tensor:
+    def hidden(model: Any, batch: Batch, rows: Tensor) -> Tensor:
+        """The last hidden states [rows, D] of a model over a packed batch."""
         hidden_TD: Tensor = (
             _base(model)
             .get_decoder()(
@@ -194,6 +77,41 @@ class StudentModule(nn.Module):
             .last_hidden_state[0]
         )
         return hidden_TD.index_select(0, rows)
+
+    def output_head(self) -> tuple[Tensor, Tensor | None]:
+        """The student's lm_head: weight [V, D] and bias [V]."""
+        head = _base(self.model).get_output_embeddings()
+        return head.weight, getattr(head, "bias", None)
+
+    def logits(self, model: Any, hidden_TD: Tensor, share: float = 1.0, vocab_size: int | None = None) -> Logits:
+        """Where the logits of the student or of a teacher come from. vocab_size: of its tokenizer, None for the student's."""
+        head = _base(model).get_output_embeddings()
+        form = HeadForm.of(model.config, vocab_size or self.vocab_size)
+        return Logits(hidden_TD, gathered(head.weight), form, getattr(head, "bias", None), share)
+
+    @torch.no_grad()
+    def teacher_logits(self, batch: Batch, rows: Tensor) -> list[Logits]:
+        """Of every teacher, over the same tokens."""
+        return [self.logits(t.model, self.hidden(t.model, batch, rows), t.share) for t in self.teachers]
+
+    @torch.no_grad()
+    def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Log-probability of the label at each of the rows, nats [rows]."""
+        targets = Targets(batch.label_T[rows], batch.weight_T[rows])
+        return self.labels_of(self.hidden(self.model, batch, rows), targets)
+
+    @torch.no_grad()
+    def labels_of(self, hidden_TD: Tensor, targets: Targets) -> Tensor:
+        """Log-probability of the labels from hidden states, without a gradient, nats [T]."""
+        weight_VD, bias_V = self.output_head()
+        return head_loss(
+            hidden_TD.detach(),
+            weight_VD.detach(),
+            _label_only,
+            targets,
+            form=self.form,
+            bias_V=None if bias_V is None else bias_V.detach(),
+        ).label_logp_T
 
 
 class Policy:

@@ -26,7 +26,7 @@ from distill.records import Array
 from distill.reports.statistics import bca
 from distill.traces.reader import open_traces
 from distill.training.loss import divergences, sparse
-from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.dense import Logits, dense_loss
 from distill.training.loss.head import HeadForm, Targets, head_loss
 
 SETTINGS = ((4, 1.0), (8, 0.9), (16, 0.95), (32, 0.95), (64, 0.98), (64, 1.0), (128, 1.0))
@@ -75,7 +75,7 @@ def gradient_errors(held_out: HeldOut, student: Path, sizes: Sizes, arms: list[A
     label_T = torch.from_numpy(held_out.traces.completion_ids.values.astype("int64"))[pick]
     plain = Targets(label_T, torch.full((num,), 1 / num))
     teacher = Logits(held_out.teacher_TD[pick], held_out.head_VD, form)
-    exact = online_head_loss(Logits(hidden_TD, head_VD, form), [teacher], divergences.forward_kl, plain)  # fmt: skip
+    exact = dense_loss(Logits(hidden_TD, head_VD, form), [teacher], divergences.forward_kl, plain)  # fmt: skip
     (exact_TD,) = torch.autograd.grad(exact.loss, hidden_TD)
     errors = {}
     for arm in arms:

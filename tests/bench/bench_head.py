@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from distill.training.loss import divergences, metrics, sparse
-from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.dense import Logits, dense_loss
 from distill.training.loss.head import HeadForm, Targets, head_loss
 
 K = 64
@@ -110,9 +110,7 @@ def contestant(name: str, tokens: int, size: int, vocab: int) -> tuple[Callable[
             teacher = Logits(teacher_h, teacher_w, form)
 
             def loss() -> Tensor:
-                return online_head_loss(
-                    Logits(hidden, weight, form), [teacher], divergence, targets, measure=measure
-                ).loss
+                return dense_loss(Logits(hidden, weight, form), [teacher], divergence, targets, measure=measure).loss
 
         return loss, [hidden, weight]
     if name == "ours, forward KL, frozen head":

@@ -23,7 +23,7 @@ import torch
 from distill import models
 from distill.recipe import ModelConfig
 from distill.records import TopK
-from distill.training.loss.objective import Objective
+from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.optim import MasterAdamW
 from distill.training.packing import Example, pack
@@ -59,7 +59,7 @@ def examples(vocab: int, seed: int) -> list[Example]:
 class Ours:
     def __init__(self, folder, loss) -> None:
         self.model = models.load(folder, dtype=models.auto_dtype(folder, "training"))
-        self.student_module = StudentModule(self.model, Objective(loss), self.model.config.vocab_size).train()
+        self.student_module = StudentModule(self.model, StoredObjective(loss), self.model.config.vocab_size).train()
         self.optimizer = MasterAdamW(self.model.named_parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, batch) -> None:

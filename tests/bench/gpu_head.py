@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from distill.training.loss import divergences, sparse
-from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.dense import Logits, dense_loss
 from distill.training.loss.head import HeadForm, Targets, head_loss
 from distill.training.loss.kernels import fused
 
@@ -95,7 +95,7 @@ def contestant(name: str, tokens: int, size: int, vocab: int) -> tuple[Callable[
         return lambda: ChunkedDivergenceFunction.apply(*arguments)[0].mean(), [hidden, weight]
     divergence = divergences.jsd if beta else divergences.forward_kl
     student, teacher = Logits(hidden, weight, form), Logits(teacher_h, teacher_w, form)
-    return lambda: online_head_loss(student, [teacher], divergence, targets).loss, [hidden, weight]
+    return lambda: dense_loss(student, [teacher], divergence, targets).loss, [hidden, weight]
 
 
 def measure(name: str, rounds: int, tokens: int, size: int, vocab: int) -> dict[str, float]:

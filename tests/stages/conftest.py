@@ -10,6 +10,10 @@ from scored_runs import context
 from distill import models
 from distill.stages import generate
 
+FOREIGN_TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}[assistant] "
+)
+
 
 @pytest.fixture(scope="session")
 def other_dir(tiny_dir, tokenizer, tmp_path_factory) -> Path:
@@ -71,3 +75,20 @@ def written(tiny_dir, tmp_path_factory) -> Path:
     ctx = context(run, {"a": tiny_dir, "b": tiny_dir}, "traces")
     generate.run(ctx.recipe.stages["traces"], ctx)
     return run / "traces"
+
+
+@pytest.fixture(scope="session")
+def foreign_dir(mistral, tmp_path_factory):
+    """A tiny random model behind Mistral's tokenizer, with a chat template of its own."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    mistral.chat_template = FOREIGN_TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(mistral), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("foreign")
+    models.save(LlamaForCausalLM(config), mistral, folder)
+    return folder

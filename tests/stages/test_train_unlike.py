@@ -5,29 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from project import REFERENCE, SUMS, Project
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill import models, recipe
+from distill import recipe
 from distill.records import UserError
 from distill.run.plan import check_plugs
-
-TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}[assistant] "
-
-
-@pytest.fixture(scope="module")
-def foreign_dir(mistral, tmp_path_factory):
-    """A tiny random model behind Mistral's tokenizer, with a chat template of its own."""
-    torch.manual_seed(3)
-    mistral.chat_template = TEMPLATE
-    config = LlamaConfig(
-        vocab_size=len(mistral), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.3,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("foreign")
-    models.save(LlamaForCausalLM(config), mistral, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from distill import models
 from distill.recipe import TrainStage
 from distill.records import UserError
 from distill.training.loop import Length, Step, train
-from distill.training.loss.objective import Objective
+from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import cross_entropy
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.packing import Example, pack, steps
@@ -61,7 +61,7 @@ def run(tiny_dir, folder, stop_after=None, loss=cross_entropy, **changes):
         tally = train(
             model,
             source,
-            Objective(loss),
+            StoredObjective(loss),
             cfg,
             length=Length(cfg.steps),
             vocab_size=49152,
@@ -189,7 +189,7 @@ def test_lora_trains_only_the_adapter(tiny_dir, tmp_path):
     train(
         model,
         source,
-        Objective(cross_entropy),
+        StoredObjective(cross_entropy),
         cfg,
         length=Length(2),
         vocab_size=49152,

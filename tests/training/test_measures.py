@@ -8,7 +8,7 @@ import torch
 from head_problems import problem, replace, softmax
 
 from distill import plug
-from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.dense import Logits, dense_loss
 from distill.training.loss.head import HeadForm, head_loss
 from distill.training.loss.metrics import mean_sums, watch, watch_rows
 
@@ -52,7 +52,7 @@ def test_a_teacher_in_the_trainer_against_numpy():
 
     taught = Logits(noisy(hidden), noisy(weight), HeadForm(4))
     divergence = plug.bind("reverse_kl", {}, "distill.training.loss.divergences")
-    seen = online_head_loss(
+    seen = dense_loss(
         Logits(hidden, weight, HeadForm(4)), [taught], divergence, targets, chunk=4, measure=watch_rows
     ).measures  # fmt: skip
     q = softmax((hidden @ weight.T).detach().numpy())

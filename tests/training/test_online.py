@@ -11,7 +11,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from distill import plug
 from distill.training.loss import sparse
-from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.dense import Logits, dense_loss
 from distill.training.loss.head import HeadForm, head_loss
 
 NAMES = ["forward_kl", "reverse_kl", "jsd", "tvd", "skewed_forward_kl", "skewed_reverse_kl"]
@@ -56,7 +56,7 @@ def same_gradients(loss, expected, *tensors, rtol=1e-8, atol=1e-10):
 def test_equals_the_dense_loss(name, temperature, T, V):
     hidden, weight, targets = problem(T=T, V=V, K=1)
     taught = teacher(T, V)
-    out = online_head_loss(
+    out = dense_loss(
         Logits(hidden, weight, HeadForm(V)), [taught], divergence_named(name), targets,
         temperature=temperature, chunk=4,
     )  # fmt: skip
@@ -77,7 +77,7 @@ def test_gradcheck_with_every_form_of_head(name):
     form = HeadForm(11, scale=0.5, softcap=2.0)
 
     def f(h, w, b):
-        return online_head_loss(
+        return dense_loss(
             Logits(h, w, form, b), [taught], divergence_named(name), targets,
             temperature=1.5, ce_weight=0.3, chunk=2,
         ).loss  # fmt: skip
@@ -89,11 +89,11 @@ def test_gradcheck_with_every_form_of_head(name):
 def test_chunks_blocks_and_padding_change_nothing(name, monkeypatch):
     hidden, weight, targets = problem(T=13, V=40, K=1)
     taught = teacher(13, 40)
-    base = online_head_loss(Logits(hidden, weight, HeadForm(40)), [taught], divergence_named(name), targets)
+    base = dense_loss(Logits(hidden, weight, HeadForm(40)), [taught], divergence_named(name), targets)
     monkeypatch.setattr("distill.training.loss.dense.BLOCK_BYTES", {"cpu": 3 * 40 * 8})
     padded = torch.cat([weight, torch.full((6, 5), 9.0, dtype=torch.float64)])
     padded_teacher = replace(taught, weight_VD=torch.cat([taught.weight_VD, torch.full((2, 7), 9.0).double()]))
-    out = online_head_loss(
+    out = dense_loss(
         Logits(hidden, padded, HeadForm(40)), [padded_teacher], divergence_named(name), targets, chunk=5
     )  # fmt: skip
     torch.testing.assert_close(out.loss_T, base.loss_T, rtol=1e-12, atol=1e-14)
@@ -106,7 +106,7 @@ def test_stored_targets_with_every_id_are_the_same_loss(name):
     taught = teacher(6, 23)
     stored = as_taught_by(taught.hidden_TD @ taught.weight_VD.T, targets, 23)
     loss = head_loss(hidden, weight, plug.bind(name, {}, "distill.training.loss.sparse"), stored)
-    live = online_head_loss(Logits(hidden, weight, HeadForm(23)), [taught], divergence_named(name), targets)
+    live = dense_loss(Logits(hidden, weight, HeadForm(23)), [taught], divergence_named(name), targets)
     torch.testing.assert_close(live.loss_T, loss.loss_T, rtol=1e-10, atol=1e-12)
     same_gradients(live.loss, loss.loss, hidden, weight)
 
@@ -115,7 +115,7 @@ def test_stored_targets_with_every_id_are_the_same_loss(name):
 def test_the_teacher_itself_as_student_is_left_alone(name):
     hidden, weight, targets = problem(T=6, V=23, K=1)
     own = Logits(hidden, weight, HeadForm(23))
-    out = online_head_loss(own, [own], divergence_named(name), targets, temperature=2.0)
+    out = dense_loss(own, [own], divergence_named(name), targets, temperature=2.0)
     assert out.loss.abs() < 1e-12
     for grad in torch.autograd.grad(out.loss, (hidden, weight)):
         assert grad.abs().max() < 1e-13
@@ -125,7 +125,7 @@ def test_the_teacher_itself_as_student_is_left_alone(name):
 def test_several_teachers_are_one_mixture(name):
     hidden, weight, targets = problem(T=5, V=17, K=1)
     two = [replace(teacher(5, 17, seed=s), share=share) for s, share in ((1, 3.0), (2, 1.0))]
-    out = online_head_loss(Logits(hidden, weight, HeadForm(17)), two, divergence_named(name), targets, temperature=2.0)
+    out = dense_loss(Logits(hidden, weight, HeadForm(17)), two, divergence_named(name), targets, temperature=2.0)
     p = sum(share * ((t.hidden_TD @ t.weight_VD.T) / 2).softmax(1) for t, share in zip(two, (0.75, 0.25), strict=True))
     dense_T = 4 * probability_space(name, p, ((hidden @ weight.T) / 2).softmax(1))
     torch.testing.assert_close(out.loss_T, dense_T.detach(), rtol=1e-9, atol=1e-12)
@@ -141,7 +141,7 @@ def test_trl_agrees(beta):
     )
     name = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta)
     divergence = divergence_named(name) if name else divergence_named("jsd", beta=beta)
-    out = online_head_loss(Logits(hidden, weight, HeadForm(50)), [taught], divergence, targets, temperature=2.0)
+    out = dense_loss(Logits(hidden, weight, HeadForm(50)), [taught], divergence, targets, temperature=2.0)
     torch.testing.assert_close(out.loss_T, 4 * theirs_T.detach(), rtol=1e-4, atol=1e-5)
     expected = (4 * theirs_T * targets.weight_T).sum()
     same_gradients(out.loss, expected, hidden, weight, rtol=1e-3, atol=1e-5)
@@ -150,7 +150,7 @@ def test_trl_agrees(beta):
 def test_bfloat16_stays_near_and_losses_are_float32():
     hidden, weight, targets = problem(T=31, D=16, V=200, K=1, dtype=torch.bfloat16, spread=1.0)
     taught = teacher(31, 200, dtype=torch.bfloat16)
-    out = online_head_loss(Logits(hidden, weight, HeadForm(200)), [taught], divergence_named("jsd"), targets)
+    out = dense_loss(Logits(hidden, weight, HeadForm(200)), [taught], divergence_named("jsd"), targets)
     q = (hidden.double() @ weight.double().T).softmax(1)
     p = (taught.hidden_TD.double() @ taught.weight_VD.double().T).softmax(1)
     dense_T = probability_space("jsd", p, q)
@@ -167,7 +167,7 @@ def test_ce_weight_adds_the_labels():
     hidden, weight, targets = problem(T=5, V=17, K=1)
     student, taught = Logits(hidden, weight, HeadForm(17)), teacher(5, 17)
     loss = functools.partial(
-        online_head_loss,
+        dense_loss,
         student,
         [taught],
         divergence_named("forward_kl"),
@@ -181,4 +181,4 @@ def test_ce_weight_adds_the_labels():
 def test_models_with_other_vocabularies_are_refused():
     hidden, weight, targets = problem(T=5, V=17, K=1)
     with pytest.raises(ValueError, match="one vocabulary"):
-        online_head_loss(Logits(hidden, weight, HeadForm(17)), [teacher(5, 18)], divergence_named("tvd"), targets)
+        dense_loss(Logits(hidden, weight, HeadForm(17)), [teacher(5, 18)], divergence_named("tvd"), targets)

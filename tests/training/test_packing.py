@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from distill import models
 from distill.records import TopK
 from distill.training import attention
-from distill.training.loss.objective import Objective
+from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.packing import Example, pack, steps
 from distill.training.policy import StudentModule
@@ -102,7 +102,7 @@ def test_steps_run_over_epochs_and_start_anywhere():
 
 @pytest.fixture(scope="module")
 def student_parts(tiny_dir):
-    return lambda loss: StudentModule(models.load(tiny_dir, dtype="float32"), Objective(loss), 49152)
+    return lambda loss: StudentModule(models.load(tiny_dir, dtype="float32"), StoredObjective(loss), 49152)
 
 
 def gradients(student_module, batches):
@@ -246,7 +246,7 @@ def in_fp64(tiny_dir, monkeypatch):
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
     plain = models.load(tiny_dir, dtype="float64", attn_implementation="sdpa")
-    student_module = StudentModule(models.load(tiny_dir, dtype="float64"), Objective(cross_entropy), 49152)
+    student_module = StudentModule(models.load(tiny_dir, dtype="float64"), StoredObjective(cross_entropy), 49152)
     return student_module, plain
 
 
@@ -280,7 +280,7 @@ def test_packed_attention_equals_transformers_own_on_each_trace_alone(tiny_dir):
         example(str(n), rng.integers(3, 1000, p), rng.integers(3, 1000, c))
         for n, (p, c) in enumerate([(5, 9), (40, 300), (2, 17)])
     ]
-    student_module = StudentModule(models.load(tiny_dir, dtype="float32"), Objective(cross_entropy), 49152)
+    student_module = StudentModule(models.load(tiny_dir, dtype="float32"), StoredObjective(cross_entropy), 49152)
     loss, grads = gradients(student_module, pack(examples, micro_tokens=10_000))
     plain = models.load(tiny_dir, dtype="float32", attn_implementation="eager")
     total = torch.zeros(())

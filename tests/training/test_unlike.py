@@ -26,7 +26,7 @@ from distill.training.loss.cross_tokenizer.alignment import (
 )
 from distill.training.loss.cross_tokenizer.divergences import by_text, sorted_gap
 from distill.training.loss.cross_tokenizer.losses import Pair, aligned, uld
-from distill.training.loss.dense import Logits, dense_head_loss
+from distill.training.loss.dense import Logits, compare_rows
 from distill.training.loss.head import HeadForm, Targets
 from distill.training.packing import Example, pack
 
@@ -200,7 +200,7 @@ def pair_of(student, teacher, found, labels_s, labels_t, weight_G, shared):
 def test_the_sorted_gap_through_the_chunks_equals_the_dense_graph():
     student, teacher = models(9, 9, 31, 17)
     weight_T = torch.linspace(0.1, 1, 9, dtype=torch.float64)
-    out = dense_head_loss(student, [teacher], sorted_gap, Targets(torch.zeros(9, dtype=torch.long), weight_T), chunk=4)
+    out = compare_rows(student, [teacher], sorted_gap, Targets(torch.zeros(9, dtype=torch.long), weight_T), chunk=4)
     q = (student.hidden_TD @ student.weight_VD.T).softmax(1)
     p = (teacher.hidden_TD @ teacher.weight_VD.T).softmax(1)
     p = torch.nn.functional.pad(p, (0, 14)).sort(1).values

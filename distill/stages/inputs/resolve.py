@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distill import models, plug
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage, teachers_of
 from distill.records import Reward, UserError
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
+from distill.training.loss.head import LossFn
+from distill.training.loss.metrics import watch
 from distill.training.loss.multi_teacher import over_teachers
 from distill.training.loss.objective import (
     FULL,
     NONE,
-    Drawn,
+    CrossTokenizerObjective,
+    DenseObjective,
     Objective,
-    Online,
-    PolicyObjective,
+    SampledTeacherObjective,
+    StoredObjective,
+    TeacherTopObjective,
     label_nll,
 )
+from distill.training.loss.stored_targets import on_outcomes
 from distill.training.loss.weight_schedule import LinearWeight
 
 if TYPE_CHECKING:
@@ -27,65 +33,115 @@ if TYPE_CHECKING:
 
     from distill.stages.context import Context
     from distill.training.policy import Teacher
+    from distill.training.rl.advantages import PolicyObjective
 
+Form = Literal["targets", "rows", "pair"]
 OBJECTIVES = "distill.training.rl.objectives"
 REWARDS = "distill.tasks.rewards"
 LOSSES = "distill.training.loss.sparse"
 DIVERGENCES = "distill.training.loss.divergences"
-UNLIKE = "distill.training.loss.cross_tokenizer.losses"
+CROSS_TOKENIZER = "distill.training.loss.cross_tokenizer.losses"
 
 
-def is_unlike(config: TrainStage | OnPolicyStage) -> bool:
+TEACHER_ENTRIES = 64
+"""Entries a position that a loss on stored distributions gets from a teacher in the trainer."""
+
+
+def is_cross_tokenizer(config: TrainStage | OnPolicyStage) -> bool:
     """Whether the loss is one between models with different tokenizers."""
-    return config.loss.fn in plug.names(UNLIKE)
+    return _form(config.loss.fn, "loss") == "pair"
+
+
+def _form(fn: str, where: str) -> Form:
+    """What a loss compares, by its positional parameters: `(student, targets)`, `(logp, logq)` or `(pair)`.
+
+    Raises UserError for an unknown loss, and for one of the user's own that takes anything else.
+    """
+    if ":" not in fn:
+        if fn in plug.names(CROSS_TOKENIZER):
+            return "pair"
+        plug.find(fn, LOSSES, where)
+        return "targets"
+    function = plug.find(fn, LOSSES, where)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = tuple(name for name, p in inspect.signature(function).parameters.items() if p.kind in positional)
+    if len(names) == 1:
+        return "pair"
+    if len(names) == 2:
+        return "targets" if names[0] == "student" else "rows"
+    raise UserError(
+        f"{where}.fn: {fn!r} takes {names}; a loss takes (student, targets), a divergence (logp, logq), a comparison of "
+        "models with different tokenizers (pair); options are keyword-only."
+    )
 
 
 def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) -> Objective:
-    """The loss that a stage names: on stored targets, or, with teachers in the trainer, over the whole vocabulary.
+    """The loss that a stage names: on stored targets, or with teachers in the trainer.
 
     seed: of the ids that a loss draws from its teachers.
 
-    Raises UserError for an unknown one, a wrong option, and one that has no form with teachers in the trainer.
+    Raises UserError for an unknown one, a wrong option, and one that does not fit what the stage compares with.
     """
-    from distill.training.loss.metrics import watch
-
-    fn, options = config.loss.fn, dict(config.loss.options)
-    asked_by_engine = isinstance(config, OnPolicyStage) and config.scoring == "engine"
-    if is_unlike(config):
-        if asked_by_engine or len(teachers_of(config.teacher)) != 1 or config.temperature != 1.0:
-            raise UserError(
-                f"{where}.loss: {fn} compares with one teacher in the trainer, at temperature 1: name it in `teacher`"
-                f"{' with scoring: trainer' if asked_by_engine else ''}."
-            )
-        unlike = plug.bind(fn, options, UNLIKE, f"{where}.loss")
-        return Objective(sparse.cross_entropy, unlike=unlike)
-    loss = plug.bind(fn, options, LOSSES, f"{where}.loss")
+    here = f"{where}.loss"
+    form = _form(config.loss.fn, here)
+    in_trainer = bool(teachers_of(config.teacher)) and not _is_scored_by_engine(config)
+    if form == "pair":
+        return _cross_tokenizer(config, here, in_trainer)
+    if config.loss.fn == "sampled_kd":
+        return _sampled(config, here, in_trainer, seed)
+    if in_trainer:
+        return _with_teacher(config, here, form)
+    loss: LossFn = plug.bind(config.loss.fn, config.loss.options, LOSSES, here)
+    if form == "rows":
+        loss = on_outcomes(loss)
     if isinstance(config, TrainStage) and isinstance(config.data, dict):
         total = sum(config.data.values())
         loss = over_teachers(loss, [share / total for share in config.data.values()])
-    if plug.find(fn, LOSSES) is sparse.sampled_kd:
-        if config.teacher is None or asked_by_engine or config.temperature != 1.0:
-            raise UserError(
-                f"{where}.loss: sampled_kd draws from the whole distribution of a teacher in the trainer, at temperature 1; "
-                "stored entries are the likeliest, not draws. Name a teacher, or use forward_kl."
-            )
-        draws = inspect.signature(loss).parameters["draws"].default
-        return Objective(loss, label_nll, drawn=Drawn(draws, seed))
-    if config.teacher is None or asked_by_engine:
-        return Objective(loss, watch)
-    kl, ce = FULL, NONE
-    if fn == "ce_kl":
-        given = inspect.signature(loss).parameters  # with what the recipe says as defaults
-        kl, ce = (
-            LinearWeight(given[name].default, given[f"final_{name}"].default) for name in ("kl_weight", "ce_weight")
-        )
-        fn, options = "forward_kl", {}
-    if fn not in plug.names(DIVERGENCES):
-        known = ", ".join(sorted([*plug.names(DIVERGENCES), *plug.names(UNLIKE), "ce_kl", "sampled_kd"]))
-        raise UserError(f"{where}.loss: {fn} has no form with a teacher in the trainer; there are: {known}.")
-    divergence = plug.bind(fn, options, DIVERGENCES, f"{where}.loss")
+    return StoredObjective(loss, watch)
 
-    return Objective(loss, watch, online=Online(divergence, config.temperature, kl, ce))
+
+def _is_scored_by_engine(config: TrainStage | OnPolicyStage) -> bool:
+    return isinstance(config, OnPolicyStage) and config.scoring == "engine"
+
+
+def _cross_tokenizer(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool) -> Objective:
+    if not in_trainer or len(teachers_of(config.teacher)) != 1 or config.temperature != 1.0:
+        raise UserError(
+            f"{here}: {config.loss.fn} compares with one teacher in the trainer, at temperature 1: name it in `teacher`"
+            f"{' with scoring: trainer' if _is_scored_by_engine(config) else ''}."
+        )
+    return CrossTokenizerObjective(plug.bind(config.loss.fn, config.loss.options, CROSS_TOKENIZER, here))
+
+
+def _sampled(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool, seed: int) -> Objective:
+    if not in_trainer or config.temperature != 1.0:
+        raise UserError(
+            f"{here}: sampled_kd draws from the whole distribution of a teacher in the trainer, at temperature 1; "
+            "stored entries are the likeliest, not draws. Name a teacher, or use forward_kl."
+        )
+    options = plug.all_options("sampled_kd", config.loss.options, LOSSES, here)
+    loss = functools.partial(sparse.sampled_kd, **options)
+    return SampledTeacherObjective(loss, label_nll, draws=options["draws"], seed=seed)
+
+
+def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> Objective:
+    """The divergence of the loss's name over the whole vocabulary; a loss of the user's own on the teacher's entries."""
+    fn, options, kl, ce = config.loss.fn, config.loss.options, FULL, NONE
+    if fn == "ce_kl":
+        given = plug.all_options(fn, options, LOSSES, here)
+        kl, ce = (LinearWeight(given[name], given[f"final_{name}"]) for name in ("kl_weight", "ce_weight"))
+        fn, options = "forward_kl", {}
+    if form == "rows" or fn in plug.names(DIVERGENCES):
+        return DenseObjective(plug.bind(fn, options, DIVERGENCES, here), config.temperature, kl, ce)
+    if ":" not in fn:
+        known = ", ".join(sorted([*plug.names(DIVERGENCES), *plug.names(CROSS_TOKENIZER), "ce_kl", "sampled_kd"]))
+        raise UserError(f"{here}: {fn} has no form with a teacher in the trainer; there are: {known}.")
+    if config.temperature != 1.0:
+        raise UserError(
+            f"{here}: {fn} gets the teacher's {TEACHER_ENTRIES} likeliest ids and its tail, at temperature 1 alone; write it "
+            "as a divergence (logp, logq) to have it over the whole vocabulary at any temperature."
+        )
+    return TeacherTopObjective(plug.bind(fn, options, LOSSES, here), watch, entries=TEACHER_ENTRIES)
 
 
 def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> list[Teacher]:
@@ -98,7 +154,7 @@ def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenize
         context.phase(f"loading the teacher {name}")
         model = models.load(folder, dtype=config.dtype, trust_remote_code=context.trusts(name))
         size, shared = None, None
-        if is_unlike(config):
+        if is_cross_tokenizer(config):
             theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
             student = models.config_of(context.model_dir(config.model))
             size = min(len(theirs), model.config.vocab_size)
@@ -112,11 +168,11 @@ def teacher_dir(name: str, config: TrainStage | OnPolicyStage, context: Context,
     folder = context.model_dir(name)
     theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
     same = models.tokenizer_fingerprint(theirs) == models.tokenizer_fingerprint(tokenizer)
-    if not same and not is_unlike(config):
+    if not same and not is_cross_tokenizer(config):
         raise UserError(
             f"stages.{context.name}.loss: {config.loss.fn} compares ids, and the teacher {name!r} has another tokenizer "
             f"({len(theirs)} tokens) than the student ({len(tokenizer)} tokens). Use one of the losses that compare by text, "
-            f"{' or '.join(sorted(plug.names(UNLIKE)))}, or a teacher that shares the student's tokenizer."
+            f"{' or '.join(sorted(plug.names(CROSS_TOKENIZER)))}, or a teacher that shares the student's tokenizer."
         )
     return folder
 

@@ -19,7 +19,7 @@ from distill.recipe import OnPolicyStage, TrainStage, teachers_of
 from distill.records import Array, Template, UserError, draw_seed
 from distill.stages.context import Context, fingerprint_of
 from distill.stages.inputs.multi_teacher import join
-from distill.stages.inputs.resolve import LOSSES, is_unlike
+from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer
 from distill.stages.inputs.score_inputs import AS_IT_IS
 from distill.traces.reader import TraceReader, open_traces
 from distill.training.loss import sparse
@@ -47,7 +47,7 @@ def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Read
 
 def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Reader | None:
     """How a teacher with another tokenizer reads the stage's traces; None where the loss compares ids."""
-    if not is_unlike(config):
+    if not is_cross_tokenizer(config):
         return None
     (name,) = teachers_of(config.teacher)
     theirs = models.load_tokenizer(context.model_dir(name), trust_remote_code=context.trusts(name))

@@ -1,4 +1,4 @@
-"""Divergences over the whole vocabulary, with the teacher's hidden states beside the student's (`targets: online`).
+"""Divergences over the whole vocabulary, with teachers in the trainer beside the student.
 
 Exact, at any temperature, and never more than a chunk of either model's logits. Costs one product more than stored targets
 for every teacher. The two models may differ in hidden size, scale, cap and padding; their vocabulary is one and the same.
@@ -53,7 +53,7 @@ class Logits:
     share: float = 1.0
 
 
-def online_head_loss(
+def dense_loss(
     student: Logits,
     teachers: Sequence[Logits],
     divergence: Divergence,
@@ -75,7 +75,7 @@ def online_head_loss(
     if any(t.form.vocab_size != student.form.vocab_size for t in teachers):
         sizes = [m.form.vocab_size for m in (student, *teachers)]
         raise ValueError(f"one vocabulary is needed; the models' sizes are {sizes}")
-    return dense_head_loss(
+    return compare_rows(
         student,
         teachers,
         divergence,
@@ -88,7 +88,7 @@ def online_head_loss(
     )
 
 
-def dense_head_loss(
+def compare_rows(
     student: Logits,
     teachers: Sequence[Logits],
     compare: Divergence,
@@ -217,6 +217,29 @@ def draw(teachers: Sequence[Logits], num: int, generator: torch.Generator) -> tu
     count_TN = torch.zeros_like(sorted_TN).scatter_add(1, place_TN, torch.ones_like(sorted_TN))
     ids_TN = torch.full_like(sorted_TN, -1).scatter(1, place_TN, sorted_TN)
     return ids_TN, count_TN.to(wide).log()
+
+
+def top_entries(teachers: Sequence[Logits], num: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `num` likeliest ids of the teachers' mixture at each row, likeliest first.
+
+    As (ids [T, K], log p [T, K], log of the mass of all other ids [T]), K the smaller of num and the vocabulary.
+    """
+    hidden_TE = teachers[0].hidden_TD
+    wide = wide_dtype(hidden_TE)
+    mixture = _Mixture(teachers, wide, 1.0)
+    bytes_each = sum(wide.itemsize * t.form.vocab_size for t in teachers)
+    size = chunk_rows(len(hidden_TE), bytes_each, hidden_TE.device)
+    width = min(num, teachers[0].form.vocab_size)
+    ids, logps, tails = [], [], []
+    for start in range(0, max(1, len(hidden_TE)), size):
+        logp_CV = mixture.logp(slice(start, start + size))
+        logp_CK, ids_CK = logp_CV.topk(width, dim=1)
+        ids.append(ids_CK)
+        logps.append(logp_CK)
+        # The sum over the others, not 1 minus the sum over these: that would be rounding noise where the tail is small.
+        tails.append(logp_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(1))
+    mixture.close()
+    return torch.cat(ids), torch.cat(logps), torch.cat(tails)
 
 
 class _Mixture:

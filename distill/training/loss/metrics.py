@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.records import NO_TAIL
 from distill.training.loss import divergences
 from distill.training.loss.head import OUTSIDE, Student, Targets
-from distill.training.loss.outcomes import outcomes
+from distill.training.loss.stored_targets import outcomes
 
 PLACES = (0, 16, 64, 256)
 """Where in a completion KL is looked at apart: tokens 0-15, 16-63, 64-255, and all from 256 on."""

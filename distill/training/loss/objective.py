@@ -1,33 +1,57 @@
-"""What the loop minimises, as a record, and the parts that policy-gradient objectives are made of.
+"""What the loop minimises: the kinds of losses, each with its own forward pass.
 
-In: rewards of a group, then each sampled token's log-probability under the policy and the streams of a rollout. Out:
-advantages, ratios, estimates of the KL. Left out on purpose: the methods made of them (`objectives`).
+    StoredObjective           a loss on the student's K+1 numbers and what is stored: labels, distributions, rewards
+    TeacherTopObjective       the same loss where a teacher in the trainer gives the entries, with every step
+    SampledTeacherObjective   the same loss on ids drawn from a teacher in the trainer
+    DenseObjective            a divergence over the whole vocabulary, with teachers in the trainer
+    CrossTokenizerObjective   a comparison with a teacher in the trainer that has another tokenizer
+
+Comes in: the module with the student and its teachers, a batch, the rows that have a weight. Goes out: the weighted sum of the
+loss, differentiable, and what is to be logged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from distill.records import Array
+from distill.records import Batch, draw_seed
 from distill.training.loss.cross_tokenizer.losses import Pair
-from distill.training.loss.dense import Divergence
-from distill.training.loss.head import HeadOutput, LossFn, Measure, Student, Targets
+from distill.training.loss.dense import Divergence, dense_loss, draw, top_entries
+from distill.training.loss.head import HeadOutput, LossFn, Measure, Student, Targets, head_loss
+from distill.training.loss.metrics import by_place, watch_rows
 from distill.training.loss.weight_schedule import LinearWeight
 
-Kl = Literal["k3", "k2", "k3_ratio"]
+if TYPE_CHECKING:
+    from distill.training.policy import StudentModule
+
 Couple = Callable[[Tensor, Targets, Tensor], Tensor]
 """(log-probs of the labels [T], targets, trace index [T]) -> what the loss needs of the whole trace, [T]."""
-Unlike = Callable[[Pair], HeadOutput]
-"""A loss of `unlike`, options bound."""
+FULL, NONE = LinearWeight(1.0), LinearWeight(0.0)
 
 
-ADVANTAGE_EPS = 1e-4
+@dataclass(frozen=True, slots=True)
+class Output:
+    """loss: the weighted sum, differentiable. watched and weight_T [T]: by row, detached."""
+
+    loss: Tensor
+    watched: Mapping[str, Tensor]
+    weight_T: Tensor
+
+
+class Objective(Protocol):
+    """One kind of loss. reference: whether it reads the log-probabilities of a frozen reference model."""
+
+    @property
+    def reference(self) -> bool: ...
+
+    def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
+        """The loss of the tokens `rows` [T] of a batch."""
+        ...
 
 
 def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
@@ -35,106 +59,123 @@ def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
     return {"label_nll": -student.label_T}
 
 
-FULL, NONE = LinearWeight(1.0), LinearWeight(0.0)
-
-
 @dataclass(frozen=True, slots=True)
-class Online:
-    """Exact comparison with teachers in the trainer, over the whole vocabulary: kl * temperature^2 * divergence + ce * -log q(label)."""
-
-    divergence: Divergence
-    temperature: float = 1.0
-    kl: LinearWeight = FULL
-    ce: LinearWeight = NONE
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """The loss gets ids drawn from teachers in the trainer, so many a token; the seed, trace ids and step decide them."""
-
-    draws: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """loss: unreduced, [T]. watch: per-token numbers to log, averaged with the loss's weights.
+class StoredObjective:
+    """A loss on what the batch holds. loss: unreduced, [T]. watch: numbers to log a token, averaged with the loss's weights.
 
     couple: a first pass over whole traces, for losses that couple their tokens; it fills Targets.coupled_T.
-    reference: whether the loss reads the log-probabilities of a frozen reference. With teachers in the trainer, instead of the loss on what is stored:
-    online, the comparison over one vocabulary; drawn, the loss on ids drawn from them; unlike, the comparison with a teacher that has another tokenizer.
     """
 
     loss: LossFn
     watch: Measure = label_nll
     couple: Couple | None = None
     reference: bool = False
-    online: Online | None = None
-    drawn: Drawn | None = None
-    unlike: Unlike | None = None
+
+    def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
+        hidden_TD, targets = module.hidden(module.model, batch, rows), Targets.of(batch, rows)
+        targets = self.complete(module, batch, rows, targets)
+        if self.couple is not None and targets.old_logp_T is not None:
+            trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
+            coupled_T = self.couple(module.labels_of(hidden_TD, targets), targets, trace_T)
+            targets = replace(targets, coupled_T=coupled_T)
+        weight_VD, bias_V = module.output_head()
+        out = head_loss(hidden_TD, weight_VD, self.loss, targets, form=module.form, bias_V=bias_V, measure=self.watch)
+        return Output(out.loss, out.measures, targets.weight_T)
+
+    def complete(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
+        """The targets with what the batch does not hold."""
+        return targets
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyObjective(Objective):
-    """A method, resolved: its loss, and how a rollout is turned into what the loss reads.
+class TeacherTopObjective(StoredObjective):
+    """A loss on stored distributions, with the `entries` likeliest ids of the teachers' mixture and its tail from the trainer."""
 
-    scale: whether advantages are divided by the group's standard deviation. normalise: "sequence" gives 1/|o_i|
-    to each token and divides by the number of completions; "token" divides by the number of tokens; "fixed" by
-    completions x max_tokens. mask_truncated: completions cut at the limit are left out of everything, denominators
-    and baseline included; False: they take part with the reward they got. resample: how many times
-    the problems wanted may be sampled in all, in search of groups whose rewards differ.
-    """
+    entries: int = 64
 
-    scale: bool = True
-    normalise: Literal["sequence", "token", "fixed"] = "sequence"
-    mask_truncated: bool = True
-    resample: int = 1
+    def complete(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
+        ids_TK, logp_TK, tail_T = top_entries(module.teacher_logits(batch, rows), self.entries)
+        return replace(targets, teacher_ids_TK=ids_TK, teacher_logp_TK=logp_TK, teacher_tail_T=tail_T)
 
 
-def advantages(rewards: Sequence[float | None], *, scale: bool = True) -> Array:
-    """Group-relative advantages [G], float64: (r - mean) / (std + 1e-4), std with ddof 1 (DeepSeekMath, arXiv 2402.03300).
+@dataclass(frozen=True, slots=True)
+class SampledTeacherObjective(StoredObjective):
+    """A loss on ids drawn from the teachers' mixture, `draws` a token; the seed, trace ids and step decide them."""
 
-    None is left out of the baseline and gets 0. All are exactly 0 where the rewards are equal (compared as
-    numbers: the mean of seven 0.2s is not 0.2) or fewer than two are known. scale False leaves the division out.
-    """
-    known = np.array([r is not None for r in rewards], bool)
-    values = np.array([r for r in rewards if r is not None], np.float64)
-    out = np.zeros(len(rewards))
-    if len(values) < 2 or (values == values[0]).all():
-        return out
-    centred = values - values.mean()
-    out[known] = centred / (values.std(ddof=1) + ADVANTAGE_EPS) if scale else centred
-    return out
+    draws: int = 64
+    seed: int = 0
 
-
-def sequence_log_ratio(logp_T: Tensor, targets: Targets, trace_T: Tensor) -> Tensor:
-    """Mean over each trace's tokens of log pi/pi_old, at every one of its tokens [T], without a gradient."""
-    gap_T = logp_T.detach() - old_logp(logp_T, targets)
-    num = int(trace_T.max()) + 1 if len(trace_T) else 0
-    sums = gap_T.new_zeros(num).index_add_(0, trace_T, gap_T)
-    counts = gap_T.new_zeros(num).index_add_(0, trace_T, torch.ones_like(gap_T))
-    return (sums / counts.clamp(min=1))[trace_T]
+    def complete(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
+        seed = draw_seed(self.seed, batch.progress, *batch.trace_ids)
+        generator = torch.Generator(rows.device).manual_seed(seed)
+        ids_TK, log_count_TK = draw(module.teacher_logits(batch, rows), self.draws, generator)
+        nothing_T = torch.full_like(log_count_TK[:, 0], -torch.inf)
+        return replace(targets, teacher_ids_TK=ids_TK, teacher_logp_TK=log_count_TK, teacher_tail_T=nothing_T)
 
 
-def policy_kl(logp_T: Tensor, targets: Targets, kl: Kl) -> Tensor:
-    """An estimate of KL(policy || reference) at each sampled token, nats [T] (Schulman's k estimators).
+@dataclass(frozen=True, slots=True)
+class DenseObjective:
+    """kl * temperature^2 * divergence over the whole vocabulary + ce * -log q(label), with teachers in the trainer."""
 
-    k3 = e^d - d - 1: unbiased, never negative; its gradient is not the KL's. k2 = d^2 / 2: biased, and its gradient
-    is the KL's. k3_ratio = rho k3 (DeepSeek-V3.2, arXiv 2512.02556): unbiased off policy too, gradient included.
-    """
-    d_T = stream(targets.ref_logp_T) - logp_T
-    if kl == "k2":
-        return 0.5 * d_T.square()
-    k3_T = torch.expm1(d_T) - d_T
-    return k3_T if kl == "k3" else (logp_T - old_logp(logp_T, targets)).exp() * k3_T
+    divergence: Divergence
+    temperature: float = 1.0
+    kl: LinearWeight = FULL
+    ce: LinearWeight = NONE
+
+    @property
+    def reference(self) -> bool:
+        return False
+
+    def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
+        hidden_TD, targets = module.hidden(module.model, batch, rows), Targets.of(batch, rows)
+        out = dense_loss(
+            module.logits(module.model, hidden_TD),
+            module.teacher_logits(batch, rows),
+            self.divergence,
+            targets,
+            temperature=self.temperature,
+            kl_weight=self.kl.at(batch.progress),
+            ce_weight=self.ce.at(batch.progress),
+            measure=watch_rows,
+        )
+        watched = {"label_nll": -out.label_logp_T, "divergence": out.loss_T, **out.measures}
+        if "kl" in watched:  # not where there is no token at all
+            watched |= by_place("kl", watched["kl"], targets.place_T)
+        return Output(out.loss, watched, targets.weight_T)
 
 
-def old_logp(logp_T: Tensor, targets: Targets) -> Tensor:
-    """Of the policy that wrote the rollout; without an update since, the policy's own, as a constant."""
-    return logp_T.detach() if targets.old_logp_T is None else targets.old_logp_T
+@dataclass(frozen=True, slots=True)
+class CrossTokenizerObjective:
+    """A comparison with a teacher that reads the same texts in its own tokens."""
 
+    loss: Callable[[Pair], HeadOutput]
 
-def stream(values: Tensor | None) -> Tensor:
-    """A stream that every rollout carries."""
-    assert values is not None, "a rollout's batches carry this stream"
-    return values
+    @property
+    def reference(self) -> bool:
+        return False
+
+    def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
+        hidden_TD, targets = module.hidden(module.model, batch, rows), Targets.of(batch, rows)
+        (teacher,), spans = module.teachers, batch.cross_tokenizer
+        assert spans is not None, "such a teacher's batches hold its tokens"
+        assert teacher.shared is not None, "such a teacher comes with what its vocabulary shares"
+        with torch.no_grad():
+            theirs_TE = module.hidden(teacher.model, spans.batch, spans.rows)
+        pair = Pair(
+            module.logits(module.model, hidden_TD),
+            module.logits(teacher.model, theirs_TE, vocab_size=teacher.vocab_size),
+            targets.label_T,
+            spans.batch.label_T[spans.rows],
+            spans,
+            teacher.shared,
+        )
+        out = self.loss(pair)
+        assert targets.place_T is not None, "every packed batch has it"
+        place_G = targets.place_T[spans.student_start_G]
+        loss_G = out.loss_T.detach()
+        watched = {
+            "label_nll": -out.label_logp_T,
+            "divergence": loss_G,
+            **by_place("divergence", loss_G, place_G),
+        }
+        return Output(out.loss, watched, pair.weights)

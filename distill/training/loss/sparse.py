@@ -4,6 +4,10 @@ p is the teacher, q the student, S the teacher's kept ids; everything outside S 
 T and student mass P. Each divergence (`divergences`) over these outcomes is a true one: zero exactly when student and
 teacher agree on them, never negative, and a lower bound of the same divergence over the whole vocabulary. A loss is used in
 a recipe by its name; its keyword-only parameters are its options.
+
+A loss of one's own is a function in a module beside the recipe, of one of three forms, told apart by its parameters:
+`(student, targets) -> [T]` as here, `(logp, logq) -> [T]` as in `divergences`, or `(pair) -> HeadOutput` as in
+`cross_tokenizer.losses`.
 """
 
 from __future__ import annotations
@@ -18,13 +22,13 @@ from distill.records import NO_TAIL, UserError
 from distill.training.loss import divergences
 from distill.training.loss.divergences import Alpha, Beta
 from distill.training.loss.head import Student, Targets
-from distill.training.loss.outcomes import kept, outcomes, stored
+from distill.training.loss.stored_targets import outcomes, stored
 from distill.training.loss.weight_schedule import LinearWeight
 
 REFUSED_OPTIONS = {
     "temperature": "stored distributions have temperature 1. At any other, the mass outside the stored ids cannot be "
     "known: for a Zipf-2 teacher with a vocabulary of 150000 and 64 ids stored, the tail is .009 at 1 and .62 at 2, and no stored "
-    "number tells. Remove it, or use targets: online, where the teacher runs beside the student and takes any temperature."
+    "number tells. Remove it, or name the teacher in `teacher:`, which runs it in the trainer at any temperature."
 }
 """Options that people look for and that cannot be, with the reason."""
 
@@ -88,23 +92,11 @@ def ce_kl(
     return ce * cross_entropy(student, targets) + kl * forward_kl(student, targets)
 
 
-def renormalised_kl(student: Student, targets: Targets) -> Tensor:
-    """KL(p / p(S) || q) over S alone, nats [T]. For comparison only: it is what many toolkits do, and it is wrong.
-
-    Its gradient q - p / p(S) is not zero where the student equals the teacher: it goes on pushing the student's tail into
-    S. Measured on SmolLM2 with 64 ids (tests/bench/bench_gradients.py), its gradient is off by 71% to 233% of the
-    whole KL's, forward_kl's by 11% to 14%.
-    """
-    logp_TK, _ = stored(targets)
-    whole_TK = (logp_TK - logp_TK.logsumexp(1, keepdim=True)).masked_fill(logp_TK == -torch.inf, -torch.inf)
-    return divergences.forward_kl(whole_TK, kept(student.top_TK, logp_TK))
-
-
 def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -> Tensor:
     """Cross entropy under ids drawn from the teacher, nats [T]: sum over the drawn ids of count / draws * (-log q).
 
     For comparison, with a teacher in the trainer, from whose whole distribution as many ids are drawn at each token, with
-    repetition (`online.draw`): teacher_ids_TK the distinct ids drawn, teacher_logp_TK = log count. No mass is missing, an id that was not
+    repetition (`dense.draw`): teacher_ids_TK the distinct ids drawn, teacher_logp_TK = log count. No mass is missing, an id that was not
     drawn weighs 0. Its gradient is that of the KL over the whole vocabulary in expectation, however few the draws, with their
     noise on top (random sampling KD, arXiv 2503.16870).
     """

@@ -20,8 +20,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from distill.training.loss.head import Student, Targets
-from distill.training.loss.objective import (
-    Couple,
+from distill.training.loss.objective import Couple
+from distill.training.rl.advantages import (
     Kl,
     PolicyObjective,
     old_logp,

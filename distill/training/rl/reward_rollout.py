@@ -19,9 +19,9 @@ import numpy as np
 from distill.recipe import GrpoStage
 from distill.records import Array, Batch, Group, Scores, draw_seed
 from distill.training.loop import Step, WorkCounts
-from distill.training.loss.objective import PolicyObjective, advantages
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
+from distill.training.rl.advantages import PolicyObjective, advantages
 from distill.training.rl.sampler import Sampler, Written, written_metrics
 
 

@@ -26,7 +26,7 @@ from distill.records import CrossTokenizerBatch
 from distill.training.loss import divergences
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.cross_tokenizer.divergences import by_text, sorted_gap
-from distill.training.loss.dense import Divergence, Logits, dense_head_loss
+from distill.training.loss.dense import Divergence, Logits, compare_rows
 from distill.training.loss.head import HeadOutput, Targets, head_loss
 from distill.training.loss.sparse import cross_entropy
 
@@ -104,7 +104,7 @@ def aligned(
 def _at_starts(pair: Pair, compare: Divergence) -> HeadOutput:
     """The comparison of both models' next tokens at the start of each span."""
     starts = pair.spans.student_start_G
-    return dense_head_loss(
+    return compare_rows(
         _rows(pair.student, starts),
         [_rows(pair.teacher, pair.spans.teacher_start_G)],
         compare,

@@ -1,4 +1,4 @@
-"""Teacher and student over the same few outcomes at each token: the teacher's kept ids, or something else.
+"""Stored targets: teacher and student over the same few outcomes at each token, the teacher's kept ids or something else.
 
 p is the teacher, q the student, S the teacher's kept ids; everything outside S is one more outcome with teacher mass
 T and student mass P. A teacher's tail below 1e-6 is rounding noise and counts as no mass; where S is the whole vocabulary
@@ -8,12 +8,13 @@ there is no tail.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from distill.records import NO_TAIL, UserError
-from distill.training.loss.head import OUTSIDE, Student, Targets
+from distill.training.loss.head import OUTSIDE, LossFn, Student, Targets
 
 
 def outcomes(student: Student, targets: Targets, *, least_tail: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -44,3 +45,8 @@ def stored(targets: Targets) -> tuple[Tensor, Tensor]:
             "stage with top_logprobs > 0, or loss: {fn: cross_entropy}."
         )
     return targets.teacher_logp_TK, targets.teacher_tail_T
+
+
+def on_outcomes(divergence: Callable[..., Tensor]) -> LossFn:
+    """A divergence `(logp, logq)` as a loss on stored targets: over the kept ids and the tail."""
+    return lambda student, targets: divergence(*outcomes(student, targets))

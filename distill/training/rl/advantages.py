@@ -1,0 +1,88 @@
+"""The parts that policy-gradient objectives are made of: advantages, ratios, estimates of the KL to the reference.
+
+In: rewards of a group, then each sampled token's log-probability under the policy and the streams of a rollout. The
+methods made of them are in `objectives`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.records import Array
+from distill.training.loss.head import Targets
+from distill.training.loss.objective import StoredObjective
+
+Kl = Literal["k3", "k2", "k3_ratio"]
+ADVANTAGE_EPS = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective(StoredObjective):
+    """A method, resolved: its loss, and how a rollout is turned into what the loss reads.
+
+    scale: whether advantages are divided by the group's standard deviation. normalise: "sequence" gives 1/|o_i|
+    to each token and divides by the number of completions; "token" divides by the number of tokens; "fixed" by
+    completions x max_tokens. mask_truncated: completions cut at the limit are left out of everything, denominators
+    and baseline included; False: they take part with the reward they got. resample: how many times
+    the problems wanted may be sampled in all, in search of groups whose rewards differ.
+    """
+
+    scale: bool = True
+    normalise: Literal["sequence", "token", "fixed"] = "sequence"
+    mask_truncated: bool = True
+    resample: int = 1
+
+
+def advantages(rewards: Sequence[float | None], *, scale: bool = True) -> Array:
+    """Group-relative advantages [G], float64: (r - mean) / (std + 1e-4), std with ddof 1 (DeepSeekMath, arXiv 2402.03300).
+
+    None is left out of the baseline and gets 0. All are exactly 0 where the rewards are equal (compared as
+    numbers: the mean of seven 0.2s is not 0.2) or fewer than two are known. scale False leaves the division out.
+    """
+    known = np.array([r is not None for r in rewards], bool)
+    values = np.array([r for r in rewards if r is not None], np.float64)
+    out = np.zeros(len(rewards))
+    if len(values) < 2 or (values == values[0]).all():
+        return out
+    centred = values - values.mean()
+    out[known] = centred / (values.std(ddof=1) + ADVANTAGE_EPS) if scale else centred
+    return out
+
+
+def sequence_log_ratio(logp_T: Tensor, targets: Targets, trace_T: Tensor) -> Tensor:
+    """Mean over each trace's tokens of log pi/pi_old, at every one of its tokens [T], without a gradient."""
+    gap_T = logp_T.detach() - old_logp(logp_T, targets)
+    num = int(trace_T.max()) + 1 if len(trace_T) else 0
+    sums = gap_T.new_zeros(num).index_add_(0, trace_T, gap_T)
+    counts = gap_T.new_zeros(num).index_add_(0, trace_T, torch.ones_like(gap_T))
+    return (sums / counts.clamp(min=1))[trace_T]
+
+
+def policy_kl(logp_T: Tensor, targets: Targets, kl: Kl) -> Tensor:
+    """An estimate of KL(policy || reference) at each sampled token, nats [T] (Schulman's k estimators).
+
+    k3 = e^d - d - 1: unbiased, never negative; its gradient is not the KL's. k2 = d^2 / 2: biased, and its gradient
+    is the KL's. k3_ratio = rho k3 (DeepSeek-V3.2, arXiv 2512.02556): unbiased off policy too, gradient included.
+    """
+    d_T = stream(targets.ref_logp_T) - logp_T
+    if kl == "k2":
+        return 0.5 * d_T.square()
+    k3_T = torch.expm1(d_T) - d_T
+    return k3_T if kl == "k3" else (logp_T - old_logp(logp_T, targets)).exp() * k3_T
+
+
+def old_logp(logp_T: Tensor, targets: Targets) -> Tensor:
+    """Of the policy that wrote the rollout; without an update since, the policy's own, as a constant."""
+    return logp_T.detach() if targets.old_logp_T is None else targets.old_logp_T
+
+
+def stream(values: Tensor | None) -> Tensor:
+    """A stream that every rollout carries."""
+    assert values is not None, "a rollout's batches carry this stream"
+    return values
