@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill import plug, run_folder
-from distill.recipe import Input, Recipe, StageConfig, base_name, order
+from distill.recipe import Input, Recipe, StageConfig, base_name, kind_class, order
 from distill.records import UserError
 
 
@@ -53,7 +53,11 @@ def select(
     only: str | None = None,
     start: str | None = None,
 ) -> list[Node]:
-    """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it."""
+    """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it.
+
+    A kind means its stages with all that they expand into, and what other stages expand into of this kind. Raises UserError for a
+    stage or a kind that the recipe does not have.
+    """
     every = nodes(recipe)
     known = {name for node in every for name in node.stages}
     for name in (only, start):
@@ -65,8 +69,16 @@ def select(
         first = next(i for i, node in enumerate(every) if start in node.stages)
         return every[first:]
     if kinds:
+        _check_kinds(kinds, {node.kind for node in every})
         return [node for node in every if node.kind in kinds or recipe.stages[node.stage].kind in kinds]
     return every
+
+
+def _check_kinds(wanted: Iterable[str], there: set[str]) -> None:
+    for kind in wanted:
+        kind_class(kind)
+        if kind not in there:
+            raise UserError(f"no stage of this recipe is of kind {kind!r}. There are: {', '.join(sorted(there))}.")
 
 
 def require_inputs(recipe: Recipe, run: Path, wanted: Iterable[Node]) -> None:

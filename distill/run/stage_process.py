@@ -26,7 +26,6 @@ from distill.progress import Screen, clock
 
 if TYPE_CHECKING:
     from distill import recipe
-    from distill.stages.context import Result
     from distill.stages.shared_engine import OneEngine
 
 
@@ -70,7 +69,7 @@ def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: b
     from distill import run_folder
     from distill.run import model_card
     from distill.stages import auto_settings
-    from distill.stages.context import Context
+    from distill.stages.context import Context, Result
     from distill.stages.shared_engine import OneEngine
 
     resolved = run_folder.recipe(run)
@@ -85,7 +84,9 @@ def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: b
     standing.began = time.time()
     run_folder.write(run / name, standing)
     config = auto_settings.settle(config, context)
-    result: Result = _load(config)(config, context)
+    result = _load(config)(config, context)
+    if not isinstance(result, Result):
+        raise UserError(f"stages.{name}: {config.kind} returned {result!r:.80}, not a distill.stages.context.Result.")
     if last:
         engine.close()
     standing.decided = (run_folder.read(run / name) or standing).decided
