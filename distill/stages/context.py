@@ -95,8 +95,7 @@ class Context:
 
 
 def find_data(reference: str) -> Path | None:
-    """A file or folder by the path in a recipe, relative to the working directory or to the project that holds
-    distill."""
+    """A file or folder by the path a recipe gives: from the working directory, or from the project that holds distill."""
     given = Path(reference).expanduser()
     return next((path for path in (given, PROJECT / given) if path.exists()), None)
 
