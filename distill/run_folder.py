@@ -1,9 +1,9 @@
-"""What a run's folder holds: the recipe as it was resolved, and each stage's stage.json. Written whole or not at all.
+"""The files of a run's folder: the recipe, the environment, and each stage's stage.json. Written whole or not at all.
 
 RUN/recipe.yaml           the recipe as it was given
 RUN/resolved.yaml         the recipe with every default and every copy for a seed written out
 RUN/environment.json      versions, machine, and the folder of the recipe's own modules
-RUN/STAGE/stage.json      what the stage was asked for, where it stands, and what came out
+RUN/STAGE/stage.json      the stage's config, status and results
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENVIRONMENT = "environment.json"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's that has begun."""
+    """Whether a folder is that of a run that has begun."""
     return (folder / RESOLVED).is_file()
 
 
@@ -49,7 +49,7 @@ def environment(run: Path) -> dict[str, Any]:
 
 
 def write_recipe(run: Path, resolved: Recipe, source: Path, machine: Machine) -> None:
-    """Write what a run is of: the recipe as its file has it and as it was resolved, and where it runs."""
+    """Write the recipe, as given and as resolved, and the environment of a run."""
     write_atomic(run / "recipe.yaml", source.read_text(encoding="utf-8"))
     tree = resolved.model_dump(mode="json")
     write_atomic(run / RESOLVED, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
@@ -58,7 +58,7 @@ def write_recipe(run: Path, resolved: Recipe, source: Path, machine: Machine) ->
 
 
 def _versions() -> dict[str, Any]:
-    """Of distill, Python and the packages that results depend on, and what the machine is."""
+    """Versions of distill, Python and the packages that results depend on, and the processor."""
     packages = (
         "torch",
         "transformers",
@@ -87,7 +87,7 @@ def _versions() -> dict[str, Any]:
 
 
 class Decided(TypedDict):
-    """What a field came to on the machine where the stage began, and why."""
+    """The value of an "auto" field on the machine where the stage began, and the reason."""
 
     value: str
     why: str
@@ -95,9 +95,12 @@ class Decided(TypedDict):
 
 @dataclass(slots=True)
 class State:
-    """config: as resolved. inputs: fingerprint by field. seconds: wall time of all attempts, the one under way left out,
-    which began at `began` (seconds since 1970). A killed one counts up to the last file that it wrote. decided: by dotted
-    field, what a field that the recipe leaves to the machine ("auto") came to, and why."""
+    """The content of a stage.json.
+
+    config: as resolved. inputs: fingerprint by field. seconds: wall time of all ended attempts; the running one began
+    at `began` (seconds since 1970). A killed attempt counts up to the last file that it wrote. decided: values of
+    "auto" fields, by dotted field.
+    """
 
     kind: str
     config: dict[str, Any]
@@ -116,13 +119,13 @@ class State:
 
     @property
     def dtypes(self) -> str:
-        """The dtypes of trainer and engine in a word each, for tables."""
+        """The dtypes of trainer and engine, for tables."""
         found = [d["value"] for key, d in self.decided.items() if key.endswith("dtype")]
         return " / ".join(dict.fromkeys(found))
 
 
 def read(folder: Path) -> State | None:
-    """The state of a stage's folder; None where it never started."""
+    """The state of a stage by its folder; None where it never started."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -131,7 +134,7 @@ def read(folder: Path) -> State | None:
 
 
 def settle(folder: Path, state: State) -> None:
-    """Add to `seconds` what a killed attempt took: nobody was left to say so."""
+    """Add the time of a killed attempt to `seconds`, from the times of its files."""
     if state.status == "running" and state.began:
         signs = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
         state.seconds += max(0.0, max(signs, default=state.began) - state.began)

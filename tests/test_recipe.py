@@ -9,7 +9,7 @@ import yaml
 
 from distill import plug, recipe
 from distill.records import UserError
-from distill.run import plan
+from distill.run import nodes, plan
 from distill.tools import listing
 
 BASE = """
@@ -130,3 +130,22 @@ def test_a_resolved_recipe_reads_back_the_same(tmp_path):
     loaded = load(tmp_path)
     again = recipe.validate(yaml.safe_load(yaml.safe_dump(loaded.model_dump(mode="json"))))
     assert again == loaded
+
+
+def test_the_stages_of_a_kind_are_selected_and_a_kind_that_is_not_there_is_named(tmp_path):
+    text = BASE + "  verdict: {kind: compare, arms: {base: base, kl: kl}, task: sums}\n"
+    loaded = load(tmp_path, text=text)
+
+    def names(*kinds: str) -> list[str]:
+        return [node.name for node in nodes.select(loaded, kinds=kinds)]
+
+    assert names("train") == ["kl"]
+    assert names("eval") == ["test", "verdict.base", "verdict.kl"]
+    assert names("compare") == ["verdict.base", "verdict.kl", "verdict"]
+    assert names("generate", "train") == ["traces", "kl"]
+    with pytest.raises(UserError, match=r"there is no stage kind 'trian'\. Did you mean 'train'"):
+        names("trian")
+    with pytest.raises(
+        UserError, match=r"no stage of this recipe is of kind 'prune'\. There are: compare, eval, generate"
+    ):
+        names("prune")

@@ -1,12 +1,13 @@
-"""How long work will take: counts turned into seconds, on a measured `Machine`.
+"""Time estimates: token counts and FLOPs turned into seconds on a measured `Machine`.
 
-Comes in: token counts, FLOPs (`flops`) and a `Machine` (`distill.machine`). Goes out: seconds with nothing else running, and bytes.
+Input: token counts, FLOPs (`flops`) and a `Machine` (`distill.machine`). Output: seconds on an otherwise idle machine,
+and bytes.
 
-Seconds are those of matrix products at the measured rate of their dtype, and of the rest, which does not become faster with
-them: a term a token for elementwise work, one a parameter for the optimiser and files, one a step for Python. The constants were
-fitted to SmolLM2-135M on two cores, in bfloat16 where that is fast and in float32 where it is not; tests/bench/bench_predictions.py
-measures them again. Estimates are meant to be right within a factor of two, and every report prints them beside what was
-measured. The elementwise work of a GPU is counted as memory traffic and has not been measured.
+Seconds are the time of matrix products at the measured rate of their dtype, plus a term per token for elementwise work,
+one per parameter for the optimiser and files, and one per step for Python. The constants are fitted to SmolLM2-135M on
+two cores, in bfloat16 where that is fast and in float32 where it is not; tests/bench/bench_predictions.py measures them
+again. Estimates are meant to be right within a factor of two, and every report prints them beside what was measured.
+The elementwise work of a GPU is counted as memory traffic and has not been measured.
 """
 
 from __future__ import annotations
@@ -54,11 +55,13 @@ TOKEN_SECONDS = 2e-9
 SYNC_BYTES = 4
 """Bytes moved a parameter when a policy's weights are handed to its engine."""
 GPU_ELEMENT_BYTES = 60.0
-"""On a GPU: bytes of memory traffic a token, layer and unit of width in training; a third of it forward. Not measured."""
+"""On a GPU: bytes of memory traffic a token, layer and unit of width in training; a third of it forward. Not
+measured."""
 VERIFY_SECONDS = 0.002
 """A rule-based verdict on one completion."""
 SHARD_BYTES = 8000
-"""Bytes of a shard with next to nothing in it: its schema twice (Parquet's and Arrow's) and each column's own header."""
+"""Bytes of a shard with next to nothing in it: its schema twice (Parquet's and Arrow's) and each column's own
+header."""
 ROW_BYTES = 36
 """Bytes of a trace's own columns: two ids that do not compress (18), the question as text and ids, answer, verdicts."""
 POSITION_BYTES = 2.5
@@ -66,20 +69,22 @@ POSITION_BYTES = 2.5
 CAPTURED_BYTES = 1.4
 """Bytes more of a position whose distribution is kept: its number of candidates and its tail."""
 ENTRY_BYTES = 2.0
-"""Bytes of one kept candidate: its id and log-probability. 0.8 where a model is sure and repeats itself, 2.6 where not."""
+"""Bytes of one kept candidate: its id and log-probability. 0.8 where a model is sure and repeats itself, 2.6 where
+not."""
 
 
 # ------------------------------------------------------------------------------------------------ seconds
 
 
 def rates(shape: ModelShape, machine: Machine, dtype: Dtype) -> Rates:
-    """Of a dtype at a model's width; the slowest known where the machine lacks the dtype."""
+    """The measured rates of a dtype at a model's width; the slowest known ones where the dtype was not measured."""
     known = machine.at((shape.hidden, shape.intermediate))
     return known.get(dtype) or min(known.values(), key=lambda each: each.training)
 
 
 def _elements_seconds(shape: ModelShape, tokens: float, machine: Machine, flops_each: float) -> float:
-    """The work that is no matrix product: norms, rotary embeddings, activations, residuals, casts, Python's calls."""
+    """Seconds of everything but matrix products: norms, rotary embeddings, activations, residuals, casts, Python
+    calls."""
     units = tokens * shape.layers * (shape.hidden + shape.intermediate)
     if machine.device == "cuda":
         share = flops_each / TRAIN_ELEMENTS
@@ -99,9 +104,11 @@ def predict_train_seconds(
     trained: float | None = None,
     checkpoints: int = 1,
 ) -> float:
-    """A train stage: its process, `flops` (as `train_flops` counts them) over `tokens`, `steps` optimiser steps, its files.
+    """Seconds of a train stage: process start, `flops` (as `train_flops` counts them) over `tokens`, `steps` optimiser
+    steps, checkpoints.
 
-    micro_batches: forward and backward passes a step. trained: parameters with a gradient (None: all; LoRA: the adapters).
+    micro_batches: forward and backward passes per step. trained: parameters with a gradient (None: all; LoRA: the
+    adapters).
     """
     lora = trained is not None
     trained = float(shape.params_total) if trained is None else trained
@@ -126,9 +133,10 @@ def predict_generate_seconds(
     engine: str = "vllm",
     verify_seconds: float = VERIFY_SECONDS,
 ) -> float:
-    """A generate or eval stage: process, engine start, prefill, decoding and verdicts. Token counts are totals.
+    """Seconds of a generate or eval stage: process and engine start, prefill, decoding and verdicts. Token counts are
+    totals.
 
-    A decoding step yields one token of each sequence that runs; it cannot be quicker than reading the weights.
+    A decoding step yields one token of each running sequence and takes at least as long as reading the weights.
     """
     start = PROCESS_START + engine_start(engine)
     if sequences <= 0:
@@ -162,7 +170,7 @@ def sampling_seconds(
     engine: str,
     verify_seconds: float = VERIFY_SECONDS,
 ) -> float:
-    """Prefill, decoding and verdicts by an engine that runs already."""
+    """Seconds of prefill, decoding and verdicts with an engine that is already running."""
     rate = rates(shape, machine, dtype)
     decode_flops = generate_flops(shape, prompt_tokens, new_tokens, sequences)
     prefill_flops = 2.0 * shape.params_body * prompt_tokens
@@ -191,8 +199,11 @@ def predict_rollouts_seconds(
     dtype: Dtype,
     engine: str,
 ) -> float:
-    """The engine of a stage that trains on what it writes: its start, and for each of `rollouts` its `sequences` completions and
-    the new weights. prompt, reply: tokens of each."""
+    """Seconds of the rollout engine of a policy stage: its start, and per rollout `sequences` completions and one
+    weight update.
+
+    prompt, reply: tokens of each.
+    """
     each = sampling_seconds(
         shape,
         sequences,
@@ -208,7 +219,7 @@ def predict_rollouts_seconds(
 
 
 def forward_seconds(shape: ModelShape, flops: float, tokens: float, machine: Machine, dtype: Dtype) -> float:
-    """A forward pass in the trainer: of a teacher, a reference, the policy of the rollout."""
+    """Seconds of a forward pass in the trainer, of a teacher, the reference or the rollout policy."""
     products = flops / (rates(shape, machine, dtype).forward * TRAIN_EFFICIENCY)
     return products + _elements_seconds(shape, tokens, machine, FORWARD_ELEMENTS)
 
@@ -222,8 +233,8 @@ def predict_score_seconds(
     dtype: Dtype = "bfloat16",
     engine: str = "vllm",
 ) -> float:
-    """A score stage: process, engine start and one forward pass of `flops` (as `forward_flops` counts them) over `tokens`, of
-    which `scored` have their logits read."""
+    """Seconds of a score stage: process and engine start and one forward pass of `flops` (as `forward_flops` counts
+    them) over `tokens`, of which `scored` have their logits read."""
     products = flops / (rates(shape, machine, dtype).forward * PREFILL_EFFICIENCY)
     elements = _elements_seconds(shape, tokens, machine, FORWARD_ELEMENTS)
     logits = 0.0 if machine.device == "cuda" else scored * shape.vocab * TOKEN_SECONDS
@@ -231,19 +242,20 @@ def predict_score_seconds(
 
 
 def predict_prune_seconds(shape: ModelShape) -> float:
-    """Read a model and write it, in bfloat16."""
+    """Seconds to read a model and write it in bfloat16."""
     return PROCESS_START + 2.0 * shape.params_total / FILE_RATE
 
 
 def predict_filter_seconds(traces: int, seconds_a_trace: float = 1e-4) -> float:
-    """Read traces' verdict columns and decide."""
+    """Seconds to read the verdict columns of traces and filter them."""
     return LIGHT_START + traces * seconds_a_trace
 
 
 def predict_trace_bytes(traces: int, positions: float, entries_a_position: float, *, shard_rows: int = 256) -> float:
-    """Shards on disk, compressed. entries_a_position: candidates kept on average (confident positions keep one), 0 for none captured.
+    """Bytes of compressed shards. entries_a_position: mean number of entries kept (confident positions keep one), 0 for
+    none captured.
 
-    Left out: what a slow writer adds, which closes a shard every half minute whatever is in it.
+    Not counted: the smaller shards of a slow writer, which closes one every half minute.
     """
     shards = math.ceil(traces / shard_rows)
     kept = CAPTURED_BYTES + ENTRY_BYTES * entries_a_position if entries_a_position else 0.0

@@ -1,8 +1,8 @@
-"""What training and generating cost: floating-point operations and memory, from a model's shape.
+"""FLOPs and memory of training and generation, from a model's shape.
 
 Pure functions of counts, used for the prediction (`distill check`) and for what was measured. FLOPs are two a
 multiply-add: 2N a token forward, 6N trained, N = parameters in matmuls with the head and without the
-embedding, attention on top. Left out on purpose: norms, rotary embeddings, softmax and the optimiser's
+embedding, attention on top. Not counted: norms, rotary embeddings, softmax and the optimiser's
 arithmetic (below 1% of a step); mixtures of experts, which are refused.
 """
 
@@ -23,7 +23,7 @@ PLAIN_MLP = {"gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starc
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes that decide what a decoder costs."""
+    """The sizes of a decoder that determine its FLOPs and memory."""
 
     layers: int
     hidden: int
@@ -127,12 +127,13 @@ def causal_context(lengths: Sequence[int]) -> float:
 
 
 def attention_flops(shape: ModelShape, tokens: float, mean_context: float) -> float:
-    """Scores and weighted values: two products of heads x head_dim a token and attended position, each layer."""
+    """FLOPs of attention scores and weighted values: per layer, two products of heads x head_dim a token and attended
+    position."""
     return 4.0 * shape.layers * shape.heads * shape.head_dim * tokens * mean_context
 
 
 def forward_flops(shape: ModelShape, tokens: float, mean_context: float, head_tokens: float | None = None) -> float:
-    """One forward pass. head_tokens: positions that the lm_head is applied to (None = all)."""
+    """FLOPs of one forward pass. head_tokens: positions that the lm_head is applied to (None = all)."""
     head_tokens = tokens if head_tokens is None else head_tokens
     matmuls = 2.0 * (shape.params_body * tokens + shape.params_head * head_tokens)
     return matmuls + attention_flops(shape, tokens, mean_context)
@@ -147,10 +148,10 @@ def train_flops(
     lora: bool = False,
     checkpointing: bool = False,
 ) -> float:
-    """Forward and backward: 6N a token and three times the attention.
+    """FLOPs of forward and backward passes: 6N a token and three times the attention.
 
     lora: no gradient of the frozen weights, so 4N (the adapters' own matmuls, about 1%, are left out).
-    checkpointing: the layers' forward pass is done a second time.
+    checkpointing: the layers' forward pass is computed twice.
     """
     forward = forward_flops(shape, tokens, mean_context, head_tokens)
     attention = attention_flops(shape, tokens, mean_context)
@@ -161,10 +162,10 @@ def train_flops(
 
 
 def generate_flops(shape: ModelShape, prompt_tokens: float, new_tokens: float, sequences: float) -> float:
-    """Prefill and decode of `sequences` completions; token counts are totals over all of them.
+    """FLOPs of prefill and decoding of `sequences` completions; token counts are totals over all of them.
 
     Prompts pass the layers only; each new token costs 2N. Attention is taken at the mean lengths. Where an
-    engine shares a prompt between samples, count the prompt tokens that it really computed.
+    engine shares a prompt between samples, count the prompt tokens that it computed.
     """
     if sequences <= 0:
         return 0.0
@@ -191,7 +192,7 @@ LOGIT_COPIES = 3
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes by what holds them. frozen: weights that are only read (teachers, the reference, an engine's)."""
+    """Bytes of memory by use. frozen: weights that are not trained (of teachers, the reference, an engine)."""
 
     weights: float = 0.0
     masters: float = 0.0
@@ -237,12 +238,12 @@ def train_memory(
     head_rows: int = 512,
     on_cpu: bool = True,
 ) -> Memory:
-    """Training with AdamW: a parameter takes 20 bytes in bfloat16 and 16 in float32 while gradients are there.
+    """Memory of training with AdamW: a parameter takes 20 bytes in bfloat16 and 16 in float32 while gradients are held.
 
-    bfloat16: 2 weight, 4 master, 8 moments, 4 fp32 and 2 bf16 gradients; float32 parameters are their own masters. lora_rank:
-    adapters alone are trained (in float32), the weights are frozen, in fewer bytes where `quantised`. frozen_params: of teachers
-    and a reference. Activations are a rough count of what a Llama-like layer keeps for its backward pass; the head keeps one fp32
-    chunk of logits of `head_rows` tokens and its product.
+    bfloat16: 2 weight, 4 master, 8 moments, 4 fp32 and 2 bf16 gradients; float32 parameters are their own masters.
+    lora_rank: adapters alone are trained (in float32), the weights are frozen, in fewer bytes where `quantised`.
+    frozen_params: of teachers and a reference. Activations are a rough count of what a Llama-like layer keeps for its
+    backward pass; the head keeps one fp32 chunk of logits of `head_rows` tokens and its product.
     """
     size = BYTES[dtype]
     trained = float(shape.params_total)
@@ -285,10 +286,10 @@ def generate_memory(
     scored: bool = False,
     on_cpu: bool = True,
 ) -> Memory:
-    """An engine: weights, the key-value cache, rows of logits, its libraries.
+    """Memory of an engine: weights, the key-value cache, rows of logits, its libraries.
 
-    The cache holds 2 x layers x kv_heads x head_dim values a token, grouped heads once. cache_gib: what vLLM takes
-    whatever is asked (None: what `sequences` need, as transformers does). scored: rows of logits of SCORE_ROWS positions.
+    The cache holds 2 x layers x kv_heads x head_dim values a token, grouped heads once. cache_gib: what vLLM
+    reserves (None: what `sequences` need, as transformers does). scored: rows of logits of SCORE_ROWS positions.
     """
     size = BYTES[dtype]
     cache = float(kv_bytes(shape, dtype) * max_len * sequences)

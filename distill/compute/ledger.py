@@ -1,8 +1,7 @@
-"""What an arm cost: the stages that its model rests on, added up once each, in three views.
+"""The cost of an arm: the stages that its model rests on, each added up once, in three views.
 
-Comes in: each stage's `Cost` and its inputs. Goes out: the student alone; with the teacher's inference; with
-the teacher's training, shared by its students. Left out on purpose: how a stage's cost is counted (`flops`
-has the formulas, stages count their tokens), and evaluation, which no model rests on.
+Input: each stage's `Cost` and its inputs. Output: the student alone; with the teacher's inference; with the teacher's
+training, shared by its students. Evaluation is not counted: no model rests on it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ VIEWS = ("student", "inference", "teacher")
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """A stage's cost. trains: whether its model goes on as another. teacher: the part that a teacher's forward passes took."""
+    """A stage's cost. trains: whether the stage trains its `model` input. teacher: the part that a teacher's forward
+    passes took."""
 
     trains: bool
     cost: Cost
@@ -29,7 +29,7 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True)
 class ArmCost:
-    """Three views of what an arm cost, each with the one before it, and the stages that each view adds."""
+    """Three views of an arm's cost, each including the one before, and the stages that each view adds."""
 
     student: Cost
     with_inference: Cost
@@ -45,10 +45,10 @@ def arm_cost(
 ) -> ArmCost:
     """Add up everything that a trained model rests on, each stage once.
 
-    parents: every stage's inputs. Names that are not stages (models, files, tasks) cost nothing. `lineage.ancestors` says which
-    stage belongs to which view: data that the arm's own line of models wrote is the student's cost, as RL's rollouts are. The
-    teacher's training, with all that it rests on, is shared by `students`. A stage that is reached by several ways counts once,
-    in the first view that has it.
+    parents: every stage's inputs. Names that are not stages (models, files, tasks) cost nothing. `lineage.ancestors`
+    says which stage belongs to which view: data that the arm's own line of models wrote is the student's cost, as RL's
+    rollouts are. The teacher's training, with all that it rests on, is shared by `students`. A stage that is reached by
+    several ways counts once, in the first view that has it.
     """
 
     found = ancestors(stage, {name: one.trains for name, one in stages.items()}, parents)
@@ -66,7 +66,7 @@ def arm_cost(
 
 
 def mean_cost(costs: Sequence[ArmCost]) -> ArmCost:
-    """Of several training seeds of one arm. stages: of all of them."""
+    """The mean cost over several training seeds of one arm. stages: those of all seeds."""
     return ArmCost(
         _share(_sum(cost.student for cost in costs), len(costs)),
         _share(_sum(cost.with_inference for cost in costs), len(costs)),

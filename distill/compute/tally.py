@@ -1,4 +1,4 @@
-"""What a training stage computed, as a Cost."""
+"""The work that a training stage counted, as a `Cost`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def tally_cost(config: OptimStage, shape: ModelShape, tally: WorkCounts) -> Cost:
-    """Training, scoring and the stage's own sampling, in tokens and FLOPs.
+    """The cost of a stage's training, scoring and own sampling, in tokens and FLOPs.
 
     Prompts are counted for every completion, though an engine may share them within a group.
     """
@@ -46,12 +46,14 @@ def tally_cost(config: OptimStage, shape: ModelShape, tally: WorkCounts) -> Cost
 
 
 def _mean_context(squared_lengths: int, tokens: int) -> float:
-    """Positions a token attends to on average, itself included: of causal traces with this sum of squares."""
+    """Mean number of positions a token attends to, itself included, from the sum of squared lengths of causal
+    traces."""
     return (squared_lengths / tokens + 1) / 2 if tokens else 0.0
 
 
 def teachers_cost(teachers: Sequence[Teacher], tally: WorkCounts) -> Cost:
-    """Of teachers in the trainer: each reads every token that is trained on, or the same texts in its own tokens."""
+    """The cost of teachers in the trainer: each reads every token that is trained on, or the same texts in its own
+    tokens."""
     tokens, head, squared = tally.tokens, tally.head_tokens, tally.squared_lengths
     if any(teacher.shared is not None for teacher in teachers):
         tokens, head = tally.taught_tokens, tally.taught_head_tokens

@@ -1,8 +1,9 @@
-"""The small parts of a recipe: models, engines, sampling, adapters, and the role of every field.
+"""The sections of a recipe (models, engines, sampling, adapters), what every stage kind has, and the role of every
+field.
 
-A field of a stage is *identity* (the default: another value is another result, so a finished stage refuses
-it), *growth* (more of it adds only the difference) or *execution* (free to change at any time: batch sizes,
-memory, logging).
+A field of a stage is *identity* (the default: it decides the result, so a finished stage refuses another value),
+*growth* (a larger value adds only the difference) or *execution* (free to change at any time: batch sizes, memory,
+logging).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ AUTO_DTYPE = "auto: bfloat16 on a GPU that has it; on a CPU, whichever of bfloat
 
 
 def base_name(name: str) -> str:
-    """The stage of the recipe that a copy is of: `kl` of `kl@2`."""
+    """The name of the stage without its training seed: `kl` of `kl@2`."""
     return name.partition("@")[0]
 
 
@@ -58,7 +59,7 @@ class Config(BaseModel):
 
     @classmethod
     def role(cls, field: str) -> Role:
-        """What changing a field means: identity unless it says otherwise."""
+        """The role of a field; identity is the default."""
         info = cls.model_fields.get(field)
         extra = info.json_schema_extra if info is not None else None
         role: Any = extra.get("role", "identity") if isinstance(extra, dict) else "identity"
@@ -144,8 +145,9 @@ Sort = Literal["model", "teacher", "data", "task", "questions", "budget"]
 class Input:
     """Something that a stage reads: its sort, its name in the recipe (or a path), and the field that names it.
 
-    model: a model that the stage trains, prunes, runs or evaluates. teacher: a model that the stage learns from. data: traces, by a
-    stage or a path. task: a task. questions: a task, or a file of problems. budget: a stage that trains, for its compute alone.
+    model: a model that the stage trains, prunes, runs or evaluates. teacher: a model that the stage learns from. data:
+    traces, by a stage or a path. task: a task. questions: a task, or a file of problems. budget: a stage that trains,
+    for its compute alone.
     """
 
     sort: Sort
@@ -160,13 +162,15 @@ class Input:
 class StageConfig(Config):
     """A stage kind: the fields that every stage has, and what a kind says of itself.
 
-    A kind of one's own is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`, the
-    attributes below and `run(self, context) -> Result`. With `predict`, `distill check` also says what it will cost.
+    A kind of one's own is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`,
+    the attributes below and `run(self, context) -> Result`. With `predict`, `distill check` also says what it will
+    cost.
 
     writes: what later stages may read. "model": a checkpoint in <folder>/model; "traces": shards or a selection in
-    <folder>/traces. trains: the stage spends compute on its `model`, so a budget can name it; a model that a stage writes
-    without training it begins a line of its own in the ledger. adds_to: inputs of which changed content is added to
-    what the stage has, instead of doing it again. shares_process: evaluations of one comparison run in one process.
+    <folder>/traces. trains: the stage spends compute on its `model`, so a budget can name it; a model that a stage
+    writes without training it begins a line of its own in the ledger. adds_to: fields of inputs whose changed content
+    is added to the stage's output instead of doing the stage again. shares_process: evaluations of one comparison run
+    in one process.
     """
 
     writes: ClassVar[Literal["model", "traces", "nothing"]] = "nothing"
@@ -183,7 +187,7 @@ class StageConfig(Config):
         yield from ()
 
     def reads(self, sort: Sort) -> list[str]:
-        """The names of its inputs of one sort."""
+        """The names of the inputs of one sort."""
         return [each.name for each in self.inputs() if each.sort == sort]
 
     def children(self) -> dict[str, StageConfig]:
@@ -191,7 +195,8 @@ class StageConfig(Config):
         return {}
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
-        """The arms that this stage evaluates: by arm and training seed, the child ("": this stage itself) and the model."""
+        """The arms that this stage evaluates: by arm and training seed, the child ("": this stage itself) and the
+        model."""
         return {}
 
     def held_out_problems(self, task: str) -> int | None:
@@ -199,7 +204,8 @@ class StageConfig(Config):
         return None
 
     def with_copies(self, seeds: Mapping[str, list[int]], where: str) -> StageConfig | None:
-        """This stage with every copy of the stages that it reads, by their seeds; None where it is itself copied for each seed."""
+        """This stage with every copy of the stages that it reads, by their seeds; None where it is itself copied for
+        each seed."""
         return None
 
     def half_the_work(self, stage: str) -> str:
@@ -216,13 +222,15 @@ class StageConfig(Config):
         return own or importlib.import_module(f"distill.stages.{self.kind}").run  # type: ignore[no-any-return]
 
     def check(self, name: str, recipe: Any) -> None:
-        """Raise UserError for what is wrong with the stage beyond its fields: functions that it names, and their options."""
+        """Raise UserError for what is wrong with the stage beyond its fields: functions that it names, and their
+        options."""
         check = plug.names("distill.run.checks").get(self.kind)
         if check is not None:
             check(name, self, recipe)
 
     def predict(self, name: str, known: Any, machine: Any) -> list[Any]:
-        """What the stage will cost: a `run.predictions.row.Row` for each of its processes, or none where that is not known."""
+        """What the stage will cost: a `run.predictions.row.Row` for each of its processes, or none where that is not
+        known."""
         if not self.is_built_in:
             return []
         rows: list[Any] = plug.find(self.kind, "distill.run.predictions")(name, self, known, machine)

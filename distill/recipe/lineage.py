@@ -1,4 +1,5 @@
-"""The stage graph: what a stage rests on, the line of training that a model belongs to, and its role in a comparison."""
+"""The stage graph: what a stage rests on, the line of training that a model belongs to, and its role in a
+comparison."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def rests_on(recipe: Recipe, name: str) -> Iterator[str]:
 
 
 def line(recipe: Recipe, model: str) -> list[str]:
-    """A model and those that it was trained from, the last one first. A model that a stage wrote without training it (a pruned
-    one) begins a line."""
+    """A model and those that it was trained from, the last one first. A model that a stage wrote without training it (a
+    pruned one) begins a line."""
     found = [model]
     while found[-1] in recipe.stages:
         stage = recipe.stages[found[-1]]
@@ -39,7 +40,8 @@ def line(recipe: Recipe, model: str) -> list[str]:
 
 
 def origin(recipe: Recipe, name: str) -> str:
-    """The first of a model's line of `model` inputs, through pruned ones: a model of the recipe, or a stage that reads no model."""
+    """The first of a model's line of `model` inputs, through pruned ones: a model of the recipe, or a stage that reads
+    no model."""
     while name in recipe.stages and (before := recipe.stages[name].reads("model")):
         name = before[0]
     return name
@@ -51,8 +53,8 @@ def origin(recipe: Recipe, name: str) -> str:
 def role_of(recipe: Recipe, model: str) -> Role:
     """A model that teaches another is a teacher; any other is a student where the recipe trains it, and else a start.
 
-    To teach is to be an input of sort `teacher`, or to have written the traces of a stage whose model is not of its own line: a
-    model that learns from its own completions is not its own teacher.
+    To teach is to be an input of sort `teacher`, or to have written the traces of a stage whose model is not of its own
+    line: a model that learns from its own completions is not its own teacher.
     """
     parents = parents_of(recipe)
     for name, inputs in parents.items():
@@ -84,8 +86,8 @@ def roles_of(recipe: Recipe, models: Iterable[str]) -> dict[str, Role]:
 class Ancestors:
     """The stages that a model rests on, each in one list.
 
-    own: the model's stage and those that it was trained from. self_written: data that this line of models wrote. inference: other
-    data. teacher: everything else.
+    own: the model's stage and those that it was trained from. self_written: data that this line of models wrote.
+    inference: other data. teacher: everything else.
     """
 
     own: list[str]
@@ -97,9 +99,10 @@ class Ancestors:
 def ancestors(name: str, trains: Mapping[str, bool], parents: Mapping[str, Sequence[Input]]) -> Ancestors:
     """What a model rests on, by what it is to the model.
 
-    trains: the stages that count, and whether each trains its model. parents: every stage's inputs; names that are not in `trains`
-    (models, files, tasks) end the search. Inputs of sort `model` lead to the model's own earlier training, `data` to the traces that
-    it learned from, all others to its teachers; so does the model that a student was pruned from, which is another model.
+    trains: the stages that count, and whether each trains its model. parents: every stage's inputs; names that are not
+    in `trains` (models, files, tasks) end the search. Inputs of sort `model` lead to the model's own earlier training,
+    `data` to the traces that it learned from, all others to its teachers; so does the model that a student was pruned
+    from, which is another model.
     """
 
     def own_models(one: str) -> list[str]:

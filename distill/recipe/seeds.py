@@ -1,7 +1,7 @@
-"""`seeds: [1, 2, 3]` on a stage, or on the recipe: a copy a seed of it, and of everything below it.
+"""`seeds: [1, 2, 3]` on a stage, or on the recipe: one copy per seed of the stage and of every stage that reads it.
 
-The copies of stage `kl` are `kl@1`, `kl@2`, `kl@3`, each with that seed for its draws; what reads them is copied
-with them. A compare stage is not copied: it has all copies of an arm's model as that arm's training seeds.
+The copies of stage `kl` are `kl@1`, `kl@2`, `kl@3`, each drawing with that seed; stages that read
+them are copied too. A compare stage is not copied: it has all copies of an arm's model as that arm's training seeds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def expand(recipe: Recipe, where: str) -> Recipe:
 def _seeds_of(
     name: str, stage: StageConfig, recipe: Recipe, seeds: dict[str, list[int]], where: str
 ) -> list[int] | None:
-    """Its own, the recipe's, or those of what it reads, which must be the same."""
+    """The seeds of a stage: its own, the recipe's, or those of the stages that it reads, which must agree."""
     inherited = {value: seeds[value] for value in (each.name for each in stage.inputs()) if value in seeds}
     wanted = stage.seeds or recipe.seeds or next(iter(inherited.values()), None)
     for other, theirs in inherited.items():
@@ -57,7 +57,7 @@ def _seeds_of(
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:
-    """The value with every stage name in it, keys included, put as its copy's."""
+    """The value with every stage name in it, keys included, replaced by that of its copy."""
     if isinstance(value, str):
         return names.get(value, value)
     if isinstance(value, dict):

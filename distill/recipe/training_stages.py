@@ -1,4 +1,4 @@
-"""The stage kinds that train a model: from stored traces, from rewards, from a teacher's opinion of its own completions."""
+"""The stage kinds that train a model: on stored traces, by rewards, or on a teacher's distributions (on-policy)."""
 
 from __future__ import annotations
 

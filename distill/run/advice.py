@@ -1,4 +1,5 @@
-"""What `distill check` says below its table: the machine, the dtypes, a recipe that takes long or does not fit, and what helps."""
+"""What `distill check` says below its table: the machine, the dtypes, a recipe that takes long or does not fit, and
+what helps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with a stage beyond its fields, before anything runs: `name(stage, config, recipe)`, a public function a kind.
+"""Checks of a stage before anything runs, one public function per kind: `kind(stage, config, recipe)`.
 
 Each raises UserError for a loss, objective, reward or filter that does not exist or does not take the options given.
 """

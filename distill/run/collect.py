@@ -14,7 +14,7 @@ import yaml
 
 from distill import run_folder
 from distill.compute.ledger import ArmCost, arm_cost, mean_cost
-from distill.recipe import GrpoStage, Recipe, base_name
+from distill.recipe import Recipe, RewardConfig, StageConfig, base_name
 from distill.recipe.lineage import parents_of, role_of, roles_of
 from distill.reports.run_report import ArmRow, RunReport, SeedRow, SnapshotRow, StageRow, view
 from distill.stages.budget import stage_costs
@@ -232,8 +232,13 @@ def _sandboxes(recipe: Recipe) -> list[str]:
     """Where the programs that the recipe's tasks and rewards judge are run, in words."""
     from distill.tasks import sandbox
 
-    rewards = [r for stage in recipe.stages.values() if isinstance(stage, GrpoStage) for r in stage.rewards]
     options = [plug.options for plug in recipe.tasks.values() if plug.fn == "humaneval"]
-    options += [reward.options for reward in rewards if reward.fn == "code"]
+    options += [reward.options for stage in recipe.stages.values() for reward in _rewards(stage) if reward.fn == "code"]
     levels = {sandbox.describe(bool(o.get("unsafe", False)), o.get("sandbox_command")) for o in options}
     return [f"programs run in: {level}" for level in sorted(levels)]
+
+
+def _rewards(stage: StageConfig) -> list[RewardConfig]:
+    """The rewards that a stage names, in whatever field."""
+    lists = [value for _, value in stage if isinstance(value, list)]
+    return [one for value in lists for one in value if isinstance(one, RewardConfig)]

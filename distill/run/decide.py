@@ -27,7 +27,7 @@ from distill.stages.context import find_data, fingerprint_of
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is to be done with a node, and why, in words for the user."""
+    """What to do with a node, and the reason, as shown to the user."""
 
     action: Literal["skip", "run", "resume", "grow", "redo"]
     why: str = ""
@@ -57,7 +57,7 @@ def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
 
 
 def input_fingerprints(node: Node, recipe: Recipe, run: Path) -> dict[str, str]:
-    """Of everything that a node reads, by field; a field that names several has one for them all."""
+    """The fingerprint of each input of a node, by field; a field with several names has one for all of them."""
     found: dict[str, list[str]] = {}
     for each in node.inputs:
         found.setdefault(each.field, []).append(input_fingerprint(recipe, run, each.name))
@@ -65,9 +65,9 @@ def input_fingerprints(node: Node, recipe: Recipe, run: Path) -> dict[str, str]:
 
 
 def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> Decision:
-    """What to do with a node now that its inputs stand. Raises UserError when an identity field changed.
+    """Decide what to do with a node whose inputs are finished. Raises UserError when an identity field changed.
 
-    redo: nodes, stages, or stages of which all copies are meant.
+    redo: names of nodes or stages; a stage's name without a seed means all its copies.
     """
     standing = run_folder.read(run / node.name)
     if standing is None or (standing.status != "done" and not _made_anything(run / node.name)):
@@ -83,7 +83,7 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
             f"rests on it again with --redo {node.stage}."
         )
     inputs = input_fingerprints(node, recipe, run)
-    # What cannot be told from here is not called changed.
+    # An input that cannot be checked from here (a hub without a network) does not count as changed.
     if moved := [k for k in inputs if inputs[k] not in (standing.inputs.get(k), hub.UNVERIFIED)]:
         named = {key: " or ".join(each.name for each in node.inputs if each.field == key) for key in moved}
         why = ", ".join(f"{key} ({named[key]}) changed" for key in moved)
@@ -97,7 +97,7 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
 
 
 def _made_anything(folder: Path) -> bool:
-    """Whether a stage that did not end left something that is worth keeping."""
+    """Whether an unfinished stage left output to resume from."""
     kept = ("model", "checkpoints/step-*", "traces/*.parquet", "traces/selection.json")
     return any(True for pattern in kept for _ in folder.glob(pattern))
 
@@ -115,7 +115,7 @@ def _changed(node: Node, standing: run_folder.State) -> list[tuple[str, str]]:
 def _as_decided(
     before: dict[str, Any], now: dict[str, Any], key: list[str], value: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both configs with what a field came to in place of "auto": a stage goes on with that, wherever it goes on."""
+    """Both configs with the decided value in place of "auto": a resumed stage keeps it, also on another machine."""
     first, *rest = key
     if rest:
         inner = _as_decided(before.get(first) or {}, now.get(first) or {}, rest, value)

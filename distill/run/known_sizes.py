@@ -1,6 +1,6 @@
-"""What is known of a recipe's models, data and tasks before anything runs: sizes, and lengths guessed from a few examples.
+"""Sizes of a recipe's models, data and tasks before anything runs; lengths are estimated from a few examples.
 
-Nothing heavy is loaded; what cannot be looked up (a hub model without a network) is noted as unverified.
+No model is loaded; what cannot be looked up (a hub model without a network) is noted as unverified.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ASSUMED_ROWS = (1000.0, 200.0, 2000.0)
 
 @dataclass(slots=True)
 class Known:
-    """What is known of the recipe's models, data and tasks while its stages are gone through in order."""
+    """Sizes of the recipe's models, data and tasks, filled in stage by stage, inputs first."""
 
     recipe: Recipe
     shapes: dict[str, ModelShape] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Known:
     notes: list[str] = field(default_factory=list)
 
     def assume(self, name: str, config: StageConfig) -> None:
-        """For a stage that says nothing of its output: it is like its input, or of an assumed size."""
+        """Fill in the output of a stage without a prediction: as large as its input, or of an assumed size."""
         model, data = (next(iter(config.reads(sort)), "") for sort in ("model", "data"))
         if config.writes == "model":
             self.shapes[name] = self.shape(model) if model else ModelShape.from_params(1e9)
@@ -52,7 +52,7 @@ class Known:
             self.traces[name] = self.traces.get(data, ASSUMED_ROWS)
 
     def budget(self, config: TrainStage | PolicyStage) -> float:
-        """The FLOPs that a stage's budget leaves it (see stages.budget)."""
+        """The FLOPs that a stage may spend by its budget (see stages.budget)."""
         assert config.budget is not None, "a length is given in steps, epochs or by a budget"
         allowed = config.budget.times * self.spent[config.budget.flops_of]
         return max(allowed - self.spent.get(config.model, 0.0), 0.0)
@@ -65,7 +65,8 @@ class Known:
         return self.tasks[name]
 
     def frame(self, data: str, task: str | None) -> float:
-        """Tokens that all prompts of a data set begin with, of its own task or of that of the stage that wrote it."""
+        """Tokens that all prompts of a data set share at the start: its task's system message and half of the chat
+        template."""
         name = task or self.tasks_of.get(data)
         if name is None:
             return 0.0
@@ -132,7 +133,7 @@ def stored(reference: str) -> tuple[float, float, float]:
 
 
 def count_tokens(text: str) -> float:
-    """Roughly, without a tokenizer: a token for every digit and sign, 1.2 for a word (numbers and code are not prose)."""
+    """An estimate without a tokenizer: 1.2 tokens a word, 0.9 for every digit and sign."""
     words = len(re.findall(r"[^\W\d_]+", text))
     others = len(re.findall(r"\d|[^\w\s]|_", text))
     return 1.2 * words + 0.9 * others

@@ -76,7 +76,8 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
 
 
 def _base(resolved: Recipe, name: str) -> str | None:
-    """Where the model comes from that a stage's model was made of, step by step; None where a stage made it of nothing."""
+    """Where the model comes from that a stage's model was made of, step by step; None where a stage made it of
+    nothing."""
     name = origin(resolved, name)
     if name in resolved.stages:
         return None

@@ -1,4 +1,5 @@
-"""The nodes of a run: one for each stage and for each stage that one expands into; and which of them a command means."""
+"""The nodes of a run: one for each stage and for each stage that one expands into; and which of them a command
+means."""
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill import plug, run_folder
-from distill.recipe import Input, Recipe, StageConfig, base_name, order
+from distill.recipe import Input, Recipe, StageConfig, base_name, kind_class, order
 from distill.records import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One process' worth of work: a stage, or one evaluation of a compare stage."""
+    """A stage, or one of the stages that it expands into (an evaluation of a comparison)."""
 
     name: str
     stage: str
@@ -26,7 +27,7 @@ class Node:
 
     @property
     def stages(self) -> set[str]:
-        """What a user may call its stage: by its own name, or by that of the stage it is a copy of."""
+        """Names that select this node: its stage's, and without a training seed."""
         return {self.stage, base_name(self.stage)}
 
     def stages_read(self, recipe: Recipe) -> list[str]:
@@ -35,7 +36,7 @@ class Node:
 
 
 def nodes(recipe: Recipe) -> list[Node]:
-    """All nodes, inputs first. A compare stage comes after one eval node an arm."""
+    """All nodes, inputs first. A compare stage comes after the eval nodes of its arms."""
     found = []
     for name in order(recipe):
         config = recipe.stages[name]
@@ -53,7 +54,11 @@ def select(
     only: str | None = None,
     start: str | None = None,
 ) -> list[Node]:
-    """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it."""
+    """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it.
+
+    A kind means its stages with all that they expand into, and what other stages expand into of this kind. Raises
+    UserError for a stage or a kind that the recipe does not have.
+    """
     every = nodes(recipe)
     known = {name for node in every for name in node.stages}
     for name in (only, start):
@@ -65,12 +70,20 @@ def select(
         first = next(i for i, node in enumerate(every) if start in node.stages)
         return every[first:]
     if kinds:
+        _check_kinds(kinds, {node.kind for node in every})
         return [node for node in every if node.kind in kinds or recipe.stages[node.stage].kind in kinds]
     return every
 
 
+def _check_kinds(wanted: Iterable[str], there: set[str]) -> None:
+    for kind in wanted:
+        kind_class(kind)
+        if kind not in there:
+            raise UserError(f"no stage of this recipe is of kind {kind!r}. There are: {', '.join(sorted(there))}.")
+
+
 def require_inputs(recipe: Recipe, run: Path, wanted: Iterable[Node]) -> None:
-    """Raises UserError when a stage that will not be done now is needed and is not there."""
+    """Raise UserError when a wanted node reads a stage that is neither wanted nor done."""
     wanted = list(wanted)
     doing = {node.name for node in wanted}
     for node in wanted:

@@ -1,6 +1,6 @@
-"""Runs a recipe: its nodes in order, each in a process of its own, what is done already skipped.
+"""Run a recipe: its nodes in order, each in a process of its own; finished ones are skipped.
 
-`run.nodes` says what there is to do, `run.decide` what is to be done with each.
+`run.nodes` lists the nodes, `run.decide` decides what to do with each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Runner:
-    """One `distill run`: the run's folder, its lock, and the stages to do."""
+    """One `distill run`: a recipe, the run's folder, and the stages to do again."""
 
     recipe: Recipe
     source: Path
@@ -43,7 +43,7 @@ class Runner:
     redo: tuple[str, ...] = ()
 
     def do(self, wanted: Iterable[Node]) -> None:
-        """Do the wanted nodes in order. Raises UserError at the first that fails; what is done stays done."""
+        """Run the wanted nodes in order. Raises UserError at the first that fails; finished ones stay."""
         self.run.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(self.run / ".lock", timeout=0)
         try:
@@ -58,7 +58,7 @@ class Runner:
                 self._refuse_early(wanted)
                 here = self._machine()
                 rows = self._predictions(here)
-            self._weigh(wanted, rows, here)
+            self._check_memory_and_time(wanted, rows, here)
             predictions = {row.name: row.amounts for row in rows}
             run_folder.write_recipe(self.run, self.recipe, self.source, here)
             numbered = enumerate(wanted, 1)
@@ -73,13 +73,13 @@ class Runner:
                     self._spawn([node for node, _ in doing.values()])
 
     def _predictions(self, here: Machine) -> list[Row]:
-        """What every node will cost."""
+        """The predicted cost of every node."""
         from distill.run import plan
 
         return plan.predict(self.recipe, here)
 
-    def _weigh(self, wanted: list[Node], rows: Sequence[Row], here: Machine) -> None:
-        """Say where what is due takes long; refuse what this machine's memory cannot hold."""
+    def _check_memory_and_time(self, wanted: list[Node], rows: Sequence[Row], here: Machine) -> None:
+        """Warn about nodes that take long; refuse those that do not fit this machine's memory."""
         from distill.run import advice
 
         standing = {node.name: run_folder.read(self.run / node.name) for node in wanted}
@@ -90,13 +90,13 @@ class Runner:
             print(line, flush=True)
 
     def _machine(self) -> Machine:
-        """Measured once a run, unless it goes on elsewhere."""
+        """This machine; measured once per run and machine."""
         from distill.run import plan
 
         return machine.of_run(self.run, plan.widths(self.recipe), cache_home() / "machine")
 
     def _refuse_early(self, wanted: list[Node]) -> None:
-        """Everything is decided before anything is written or moved, so that a refusal changes nothing."""
+        """Decide for every node before anything is written or moved, so that a refusal changes nothing."""
         for node in nodes(self.recipe):
             if all(run_folder.read(self.run / ref) for ref in node.stages_read(self.recipe)):
                 decide(node, self.recipe, self.run, self.redo)
@@ -107,9 +107,9 @@ class Runner:
             plan.check_plugs(self.recipe)
 
     def _prepare(self, node: Node, number: int, num: int, predictions: Mapping[str, dict[str, float]]) -> str | None:
-        """Write down what a node is to be done with; why it is done, in words, or None where it is done already.
+        """Write the stage.json that a node starts from; returns the reason to run it, or None where it is finished.
 
-        number: its place among the `num` wanted ones.
+        number: its place among the `num` wanted nodes.
         """
         with working(f"checking what {node.name} reads"):
             decision = decide(node, self.recipe, self.run, self.redo)
@@ -129,12 +129,12 @@ class Runner:
         standing.config, standing.inputs = node.config.model_dump(mode="json"), inputs
         standing.status, standing.predicted = "running", predictions.get(node.name, {})
         standing.attempts += 1
-        standing.began = 0.0  # its process writes when its turn comes
+        standing.began = 0.0  # set by its process when it starts
         run_folder.write(folder, standing)
         return f" ({decision.action}: {decision.why})" if decision.why else ""
 
     def _put_away(self, name: str) -> None:
-        """Keep what a stage made before it is done again."""
+        """Move a stage's former output to RUN/.old before it is done again."""
         attic = self.run / ".old"
         attic.mkdir(exist_ok=True)
         number = 1 + len(list(attic.glob(f"{name}-*")))
@@ -169,7 +169,7 @@ class Runner:
             raise UserError(message)
         if status == -signal.SIGKILL:
             message = (
-                "it was killed, most often for want of memory: lower micro_tokens (train) or engine.batch_size and "
+                "it was killed, most often because memory ran out: lower micro_tokens (train) or engine.batch_size and "
                 "engine.kv_cache_gib (generate, eval). Running again continues."
             )
         raise StageError(
@@ -181,7 +181,7 @@ class Runner:
         return f"in {node.name}{', which keeps ' if found else ''}{found}"
 
     def _fail(self, nodes: list[Node]) -> Node:
-        """Write down that the nodes which a process did not finish failed; the one that it was at."""
+        """Mark the unfinished nodes of a process as failed; returns the one that was running."""
         unfinished = []
         for node in nodes:
             standing = run_folder.read(self.run / node.name)
@@ -193,8 +193,8 @@ class Runner:
         return unfinished[0] if unfinished else nodes[-1]
 
     def _environment(self, node: Node) -> dict[str, str]:
-        # Threads that spin at the end of each parallel region cost a few percent less on an idle machine, and make
-        # everything many times slower as soon as something else runs on one of its cores.
+        # Threads that spin at the end of a parallel region are a few percent faster on an idle machine, and many times
+        # slower as soon as another process runs on one of its cores.
         mine = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
         mine = {key: value for key, value in mine.items() if key not in os.environ}
         engine = getattr(node.config, "engine", None)
@@ -206,12 +206,12 @@ class Runner:
 
 
 def _process(node: Node) -> tuple[str, str]:
-    """Nodes with the same one, next to each other, share a process: the evaluations of a comparison share its engine."""
+    """A key: adjacent nodes with the same one share a process, as the evaluations of a comparison do."""
     return node.kind, node.stage if node.config.shares_process else node.name
 
 
 def _announce(doing: Mapping[int, tuple[Node, str]], num: int) -> None:
-    """One line for the nodes, by their numbers, that a process begins with."""
+    """Print one line for the nodes of a process, by their numbers."""
     first, last = min(doing), max(doing)
     place = f"{first}" if first == last else f"{first}-{last}"
     names = ", ".join(f"{node.name}{why if len(doing) > 1 else ''}" for node, why in doing.values())
@@ -221,7 +221,7 @@ def _announce(doing: Mapping[int, tuple[Node, str]], num: int) -> None:
 
 
 class StageError(Exception):
-    """A stage failed for a reason that is not the user's: a bug, or the machine."""
+    """A stage failed for a reason other than a user error: a bug, or the machine."""
 
 
 def _tail(log: Path, lines: int = 15) -> str:

@@ -1,7 +1,7 @@
-"""What a recipe will cost, before anything heavy loads: tokens, bytes, FLOPs, memory and seconds, stage by stage.
+"""The predicted cost of a recipe, stage by stage: tokens, bytes, FLOPs, memory and seconds. Loads no model.
 
-Lengths are guessed from a few of the task's own problems and from the texts the models learn from; the rest are counts and
-`compute.estimate`. What cannot be looked up (a hub model without a network) is reported as unverified.
+Lengths are estimated from a few of the task's problems and from the texts that the models learn from; the rest are
+counts and `compute.estimate`. What cannot be looked up (a hub model without a network) is reported as unverified.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distill.run.predictions.row import Row, make_amounts
 
 
 def widths(recipe: Recipe) -> list[Width]:
-    """Of every model of the recipe; of one that cannot be looked up, as its number of parameters suggests."""
+    """The width of every model of the recipe, estimated from its parameter count where it cannot be looked up."""
     shapes = [model_shape(model)[0] for model in recipe.models.values()]
     return [(shape.hidden, shape.intermediate) for shape in shapes]
 
@@ -30,9 +30,9 @@ def measured(recipe: Recipe) -> Machine:
 
 
 def predict(recipe: Recipe, machine: Machine | None = None) -> list[Row]:
-    """The rows of all stages, inputs first. machine: None measures this one.
+    """The predictions for all stages, inputs first. machine: None measures this one.
 
-    Raises UserError for what is wrong in a way that can be told now.
+    Raises UserError for mistakes that show without running anything.
     """
     machine = machine or measured(recipe)
     known = Known(recipe)

@@ -1,9 +1,10 @@
-"""`python -m distill.run.stage_process RUN STAGE [STAGE ...]`: the process of one stage, or of a comparison's evaluations one after another.
+"""`python -m distill.run.stage_process RUN STAGE [STAGE ...]`: the process of one stage, or of all evaluations of a
+comparison.
 
-Reads RUN/resolved.yaml, runs the stage, writes its stage.json. Evaluations in one process share its engine, which is given
-each model's weights. The first stage that fails ends the process. What libraries print goes to the stage's log.txt;
-the terminal belongs to the live line. Exit status: 0 done, 2 a user's error (its text in error.txt), 1 a bug,
-130 or 143 interrupted by SIGINT or SIGTERM. What takes long to import is imported after the first line is out.
+Reads RUN/resolved.yaml, runs the stage, writes its stage.json. Evaluations in one process share its engine, which is
+given each model's weights. The first stage that fails ends the process. What libraries print goes to the stage's
+log.txt; the terminal shows the live line. Exit status: 0 done, 2 a user error (its text in error.txt), 1 a bug, 130 or
+143 interrupted by SIGINT or SIGTERM. Slow imports come after the first line is shown.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from distill.progress import Screen, clock
 
 if TYPE_CHECKING:
     from distill import recipe
-    from distill.stages.context import Result
     from distill.stages.shared_engine import OneEngine
 
 
@@ -45,7 +45,7 @@ def main(run: Path, *names: str) -> int:
 
 
 def _guarded(run: Path, name: str, screen: Screen, engines: list[OneEngine], *, last: bool) -> int:
-    """Run one stage; its exit status, with the reason in error.txt. engines: the process's one, once there is one."""
+    """Run one stage; its exit status, with the reason in error.txt. engines: the process's engine, once it exists."""
     error_file = run / name / "error.txt"
     error_file.unlink(missing_ok=True)
     try:
@@ -70,7 +70,7 @@ def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: b
     from distill import run_folder
     from distill.run import model_card
     from distill.stages import auto_settings
-    from distill.stages.context import Context
+    from distill.stages.context import Context, Result
     from distill.stages.shared_engine import OneEngine
 
     resolved = run_folder.recipe(run)
@@ -85,7 +85,9 @@ def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: b
     standing.began = time.time()
     run_folder.write(run / name, standing)
     config = auto_settings.settle(config, context)
-    result: Result = _load(config)(config, context)
+    result = _load(config)(config, context)
+    if not isinstance(result, Result):
+        raise UserError(f"stages.{name}: {config.kind} returned {result!r:.80}, not a distill.stages.context.Result.")
     if last:
         engine.close()
     standing.decided = (run_folder.read(run / name) or standing).decided
@@ -108,9 +110,9 @@ def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: b
 
 
 def _load(config: recipe.StageConfig) -> Any:
-    """The function that does a stage, imported now: not every stage needs every library.
+    """Import the function that does a stage, with the libraries that this kind needs.
 
-    Thousands of modules come with it and stay: no use looking through them for garbage, now or later.
+    Garbage collection is off meanwhile and never looks at these modules again: they stay until the process ends.
     """
     gc.disable()
     try:
@@ -121,21 +123,21 @@ def _load(config: recipe.StageConfig) -> Any:
 
 
 def stage_config(resolved: recipe.Recipe, name: str) -> recipe.StageConfig:
-    """Of a stage, or of one that it expands into (`<stage>.<arm>`)."""
+    """The config of a stage, or of one that it expands into (`<stage>.<arm>`)."""
     parent, _, below = name.partition(".")
     config = resolved.stages[parent]
     return config.children()[below] if below else config
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its ended children so far."""
+    """CPU seconds of this process and its ended children."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime + children.ru_utime + children.ru_stime
 
 
 def _peak_memory() -> int:
-    """Bytes that this process held at most: of the GPU where one was used, else of the machine's memory."""
+    """Peak memory of this process in bytes: of the GPU where one is used, else main memory."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
@@ -144,7 +146,7 @@ def _peak_memory() -> int:
 
 
 def _redirect_output(log: Path) -> None:
-    """Send stdout and stderr, of C code too, to the log."""
+    """Redirect stdout and stderr, including those of C code, to the log."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     os.dup2(descriptor, 1)
@@ -153,7 +155,7 @@ def _redirect_output(log: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """On Linux: no orphan goes on writing after its `distill run` was killed."""
+    """On Linux: end this process when its `distill run` is killed."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,4 +1,4 @@
-"""What an unfinished stage has kept, in words: what running again does not do again."""
+"""What an unfinished stage has on disk to resume from, in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 def kept(folder: Path, config: Any) -> str:
     """For example "the checkpoint of step 10 of 24" or "320 of 640 traces"; empty where there is nothing.
 
-    folder: the stage's. config: its section of the recipe, which says of how many where it can.
+    folder: the stage's. config: its section of the recipe, for the total where it has one.
     """
     steps = sorted(folder.glob("checkpoints/step-*/state.json"))
     if steps:

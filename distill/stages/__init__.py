@@ -1,8 +1,8 @@
-"""Stages: one file a kind, from a typed config and inputs to an output folder. Only here do the rooms meet.
+"""Stage kinds, one module each with `run(config, context) -> Result`; and what they share. Rooms meet only here.
 
-context.py   what a stage is given: its run, folder, inputs, seeds, live line
-sampling.py  problems -> engine -> verdicts -> trace rows; generate and eval share it
-sources.py   traces that exist already, as blocks that a model can score
-prune.py generate.py score.py filter.py train.py eval.py compare.py    the kinds, `run(config, context) -> Result` each
-__main__.py  `python -m distill.stages RUN STAGE`: the process of one stage
+prune.py generate.py score.py filter.py train.py grpo.py on_policy.py eval.py compare.py    the kinds
+context.py         what a stage is given and what it returns
+auto_settings.py   engine and dtypes that the recipe leaves to the machine
+budget.py          a length in another stage's FLOPs
+inputs/            what a stage names, found and opened
 """

@@ -30,8 +30,8 @@ def settle(config: Any, context: Context) -> Any:
 def settle_engine(config: EngineConfig, model: str, context: Context) -> EngineConfig:
     """The engine section with a name in place of "auto"; says which and why where it is not vLLM.
 
-    model: a model of the recipe, or the stage that made it. The stage goes on with the engine that it began with, unless that
-    was vLLM.
+    model: a model of the recipe, or the stage that made it. The stage goes on with the engine that it began with,
+    unless that was vLLM.
     """
     before = _before("engine.fn", context)
     if config.fn == engines.AUTO and before is not None and before["value"] != "vllm":

@@ -1,7 +1,7 @@
 """`budget: {flops_of: OTHER}`: train until as much compute is spent as another stage's student took.
 
-What is counted on both sides is the student's own: training, its rollouts, scoring by itself or its reference; not what
-teachers took. What both rest on (the way to one start, traces that the start wrote) cancels out.
+Both sides count the student's own compute: training, rollouts, scoring by itself or its reference; not the teachers'.
+What both rest on (the training of a common start, traces that the start wrote) cancels out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
-    """What each stage of the run has cost, those that are not done by what their last attempt left."""
+    """The cost of each stage of the run so far; of an unfinished stage, what its stage.json has."""
     costs = {}
     for name in recipe.stages:
         if (standing := run_folder.read(run / name)) is not None:
@@ -32,7 +32,8 @@ def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
 
 
 def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Budget | None:
-    """The FLOPs that the stage may spend; None where its length is given in steps. Raises UserError where none are left."""
+    """The FLOPs that the stage may spend; None where its length is given in steps. Raises UserError where none are
+    left."""
     # Reports and checks read costs here too, and load nothing that trains.
     from distill.training.loop import Budget
 

@@ -36,7 +36,7 @@ def run(config: CompareStage, context: Context) -> Result:
         for results in merged.values()
         for key, messages in results.messages.items()
     }
-    # A recipe writes its students last: theirs are the problems won and lost that the report shows.
+    # Recipes list their students last; the report shows problems that one of the last two wins and the other loses.
     models = {arm: next(iter(runs.values()))[1] for arm, runs in config.evaluations().items()}
     roles = roles_of(context.recipe, models.values())
     students = sorted(arms, key=lambda arm: roles[models[arm]] == "student")[-2:]
@@ -46,7 +46,7 @@ def run(config: CompareStage, context: Context) -> Result:
         "examples": examples(merged, students[0], students[1], questions),
         "arms": {
             arm: score_seeds(runs, config.pass_at, same)
-            | {"snapshots": _points(config, context.run, arm, folders[arm])}
+            | {"snapshots": _snapshot_rows(config, context.run, arm, folders[arm])}
             for arm, runs in arms.items()
             if len(runs) > 1
         },
@@ -54,7 +54,7 @@ def run(config: CompareStage, context: Context) -> Result:
     return Result(Cost(), metrics, stable_hash(json.dumps(metrics, sort_keys=True)))
 
 
-def _points(config: CompareStage, run: Path, arm: str, folders: dict[int, Path]) -> list[dict[str, object]]:
+def _snapshot_rows(config: CompareStage, run: Path, arm: str, folders: dict[int, Path]) -> list[dict[str, object]]:
     kept = [snapshots_of(run / model) for _, model in config.evaluations()[arm].values()]
     if not config.snapshot_problems:
         return []

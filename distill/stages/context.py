@@ -1,4 +1,4 @@
-"""What a stage is given, and what it gives back."""
+"""The context that a stage runs in, and the result that it returns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from distill.stages.shared_engine import OneEngine
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """cost: what the stage took; teacher_cost: what its teachers took while they looked on. metrics: what it reports. fingerprint: of its content, what later stages go by."""
+    """What a stage returns.
+
+    cost: of the stage; teacher_cost: of the teachers' forward passes. metrics: for the report. fingerprint: of the
+    output's content; later stages are done again when it changes.
+    """
 
     cost: Cost
     metrics: Mapping[str, Any]
@@ -31,8 +35,8 @@ class Result:
 class Context:
     """One stage of one run.
 
-    folder: the stage's own, kept between attempts, so that what is there is not done again. engine: of the process, which
-    stages after this one may use as well.
+    folder: the stage's own, kept between attempts. engine: the process's, shared with the stages that run after this
+    one in it.
     """
 
     recipe: Recipe
@@ -47,7 +51,7 @@ class Context:
 
     @property
     def seed(self) -> int:
-        """Of the stage's draws: its own, or the recipe's."""
+        """The seed of the stage's draws: its own, or the recipe's."""
         own = self.recipe.stages[self.name.partition(".")[0]].seed
         return self.recipe.seed if own is None else own
 
@@ -55,11 +59,11 @@ class Context:
         return self.screen.live(total, unit, done)
 
     def phase(self, text: str) -> None:
-        """Say what begins now and may take seconds; it is under way until the next phase or live line."""
+        """Show what begins now and may take seconds, until the next phase or live line."""
         self.screen.phase(text)
 
     def say(self, text: str) -> None:
-        """A plain line for the user."""
+        """Print a plain line."""
         self.screen.say(text)
 
     def model_dir(self, reference: str) -> Path:
@@ -82,7 +86,7 @@ class Context:
         return path
 
     def machine(self, width: Width) -> Machine:
-        """This machine as the run's environment.json has it; measured now where it lacks the width."""
+        """This machine by the run's environment.json; measured now where the width is missing there."""
         return machine.in_stage(self.run, width, models.cache_home() / "machine")
 
     def task(self, reference: str) -> Task:
@@ -103,7 +107,7 @@ def make_task(name: str, config: PlugConfig) -> Task:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> str:
-    """Write folder/model whole or not at all, in a dtype; returns the weights' fingerprint. The model itself changes to it."""
+    """Write folder/model whole or not at all; returns the weights' fingerprint. Casts the model to `dtype` in place."""
     temporary, final = folder / ".model", folder / "model"
     shutil.rmtree(temporary, ignore_errors=True)
     models.save(models.cast(model, dtype), tokenizer, temporary)
@@ -114,7 +118,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> str:
 
 
 def fingerprint_of(path: Path) -> str:
-    """Of something outside the run: a file's bytes, or a folder's names, sizes and times."""
+    """The fingerprint of something outside the run: of a file's bytes, or of a folder's names, sizes and times."""
     if path.is_file():
         return models.file_hash(path)[:16]
     files = sorted(p for p in path.rglob("*") if p.is_file())

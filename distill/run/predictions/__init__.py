@@ -1,4 +1,4 @@
-"""What each stage kind will cost: `name(stage, config, known, machine) -> rows`, a public function a kind."""
+"""Cost predictions, one public function per stage kind: `kind(stage, config, known, machine) -> rows`."""
 
 from distill.run.predictions.inference import compare, eval, filter, generate, prune, score
 from distill.run.predictions.training import grpo, on_policy, train

@@ -1,4 +1,4 @@
-"""Predictions for the stages that run an engine, and for those that compute next to nothing."""
+"""Predictions for the kinds that do not train: generate, eval, compare, score, filter, prune."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def prune(name: str, config: PruneStage, known: Known, machine: Machine) -> list
     known.replies[name] = known.replies.get(config.model, 0.0)
     held = Memory(weights=2.0 * shape.params_total, process=flops.PROCESS_BYTES)
     amounts = make_amounts(seconds=estimate.predict_prune_seconds(known.shapes[name]), memory=held.total)
-    # It works in the machine's memory, which is not what `machine.memory` says where there is a GPU.
+    # Pruning takes main memory; `machine.memory` is the GPU's where there is one.
     return [Row(name, "prune", amounts, least=held.least if machine.device == "cpu" else 0.0)]
 
 
 def mean_reply(config: GenerateStage | EvalStage | PolicyStage, known: Known) -> float:
-    """Tokens of a completion: as many as what the model learned from has, or a part of what it may write."""
+    """Expected tokens of a completion: the mean of what the model was trained on, else 0.6 of max_tokens."""
     learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
     return min(learned, config.sampling.max_tokens)
 
@@ -86,7 +86,8 @@ def eval(name: str, config: EvalStage, known: Known, machine: Machine) -> list[R
 
 
 def compare(name: str, config: CompareStage, known: Known, machine: Machine) -> list[Row]:
-    """One row a model, and one for the comparison. They share a process, and its engine as long as the models are built alike."""
+    """One row a model, and one for the comparison. They share a process, and its engine where the models have one
+    shape."""
     rows: list[Row] = []
     before: ModelShape | None = None
     for arm, child in config.children().items():

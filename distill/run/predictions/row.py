@@ -1,4 +1,4 @@
-"""The prediction for one process of a run, and what every kind's prediction is made of."""
+"""The predicted cost of one node of a run, and the parts that predictions are made of."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from distill.recipe import EngineConfig
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A trainer or an engine of a node: the dtype that it runs in, why, and its seconds.
+    """A trainer or an engine of a node: its dtype with the reason, and its seconds.
 
-    slower: seconds that the dtype of the recipe's choice costs over dtype: auto. engine: its name, and by_vllm: the seconds that
-    vLLM would take where the engine is transformers and vLLM is missing or not asked for.
+    slower: additional seconds of the recipe's dtype over dtype: auto. engine: its name. by_vllm: the seconds that vLLM
+    would take where the engine is transformers.
     """
 
     purpose: Literal["training", "engine"]
@@ -77,7 +77,7 @@ def engine_part(
     machine: Machine,
     seconds: Callable[[Dtype, str], float],
 ) -> Part:
-    """seconds: by dtype and engine."""
+    """An engine's prediction. seconds: a function of dtype and engine name."""
     name = engine_name(config)
     part = dtype_part("engine", shape, config.dtype, machine, lambda dtype: seconds(dtype, name))
     by_vllm = seconds(part.choice.dtype, "vllm") if name == "transformers" else None

@@ -19,7 +19,7 @@ from distill.run.predictions.row import Part, Row, dtype_part, engine_memory, en
 
 @dataclass(frozen=True, slots=True)
 class _Training:
-    """The optimiser steps of a stage: its model, and how many tokens go through it.
+    """The optimiser steps of a stage: its model, FLOPs and tokens.
 
     step_tokens: of one step. taught: the teachers' (shape, FLOPs), over tokens of the whole stage.
     """
@@ -77,7 +77,7 @@ class _Training:
 
 def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list[Row]:
     shape = known.shape(config.model)
-    # Of several sets that hold the same traces, the one with fewest is the most there can be in common.
+    # Sets that hold the same traces have at most as many in common as the smallest holds.
     rows, prompt, reply = min(
         known.traces.get(data) or rows_of(data, config.task, known) for data in data_of(config.data)
     )
@@ -124,10 +124,10 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
 
 @dataclass(frozen=True, slots=True)
 class _Policy:
-    """A stage that trains on its policy's completions: what `sampled` of them take.
+    """A stage that trains on its policy's completions: FLOPs and seconds of `sampled` completions.
 
-    prompt_trained: prompt tokens that the trainer computes a completion. passes: times that a rollout is learned from. scorings:
-    forward passes of the policy and its reference over it besides.
+    prompt_trained: prompt tokens that the trainer computes per completion. passes: times that a rollout is trained on.
+    scorings: additional forward passes over it, of the policy and its reference.
     """
 
     config: PolicyStage
@@ -154,12 +154,12 @@ class _Policy:
         return flops.forward_flops(by, tokens, (self.prompt + self.reply + 1) / 2, sampled * self.reply)
 
     def own_flops(self, sampled: float) -> float:
-        """The student's: its training, its scoring and its sampling."""
+        """The student's FLOPs: training, scoring and sampling."""
         written = flops.generate_flops(self.shape, sampled * self.prompt, sampled * self.reply, sampled)
         return self.trained_flops(sampled) + self.scorings * self.read_flops(self.shape, sampled) + written
 
     def training(self, a_step: float, num_steps: float, teachers: Sequence[ModelShape], reference: bool) -> _Training:
-        """a_step: completions of one optimiser step."""
+        """The optimiser steps of the stage. a_step: completions of one step."""
         sampled, tokens = num_steps * a_step, self.prompt_trained + self.reply
         return _Training(
             self.config,
@@ -195,7 +195,7 @@ class _Policy:
 
 
 def grpo(name: str, config: GrpoStage, known: Known, machine: Machine) -> list[Row]:
-    """Its own sampling and its training; every group is taken to have something to learn from."""
+    """Sampling and training; every group is assumed to have rewards that differ."""
     from distill.stages.inputs.resolve import resolve_objective
 
     reference = resolve_objective(config, f"stages.{name}").reference
@@ -205,7 +205,7 @@ def grpo(name: str, config: GrpoStage, known: Known, machine: Machine) -> list[R
 
 
 def on_policy(name: str, config: OnPolicyStage, known: Known, machine: Machine) -> list[Row]:
-    """Its own sampling, its teachers' forward passes and its training."""
+    """Sampling, the teachers' forward passes and training."""
     teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
     in_engines = config.scoring == "engine"
     policy = _policy(config, known, passes=1, scorings=0)
@@ -230,7 +230,7 @@ def _policy_row(
     teachers: Sequence[ModelShape] = (),
     in_engines: bool = False,
 ) -> Row:
-    """in_engines: whether the teachers read in engines of their own."""
+    """The prediction for a policy stage. in_engines: whether each teacher has an engine of its own."""
     config, shape = policy.config, policy.shape
     a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
     num_steps = config.steps or known.budget(config) / policy.own_flops(a_step)
@@ -245,7 +245,7 @@ def _policy_row(
     # The engine's process is the trainer's.
     in_trainer = replace(held, process=max(0.0, held.process - flops.PROCESS_BYTES))
     memory = training.memory(learning.choice.dtype, machine) + in_trainer
-    if in_engines:  # their caches; their weights are counted
+    if in_engines:  # their key-value caches; their weights are counted already
         memory += Memory(cache=len(teachers) * held.cache)
     known.shapes[name], known.replies[name] = shape, policy.reply
     amounts = make_amounts(
@@ -259,13 +259,13 @@ def _policy_row(
 
 
 def _snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:
-    """Models kept along the way, the end not counted."""
+    """The number of snapshots that the stage keeps, its final model not counted."""
     return int((num_steps - 1) // config.snapshot_every) if config.snapshot_every else 0
 
 
 def _prompt_trained(prompt: float, reply: float, frame: float, group: int = 1) -> float:
-    """Prompt tokens computed a trace: once a group, and the `frame` that all prompts begin with next to never
-    (`training.packing`)."""
+    """Prompt tokens computed per trace: a prompt once per group, and its first `frame` tokens, shared by all prompts,
+    hardly ever (`training.packing`)."""
     if prompt + reply > SHARED:
         return prompt
     return max(prompt - frame, 1.0) / group + (group > 1)
