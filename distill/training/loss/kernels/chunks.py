@@ -125,12 +125,16 @@ class _OverChunks(torch.autograd.Function):
         grads = ctx.gradients or _run(hidden_TD, weight_VD, bias_V, ctx.walk)[2]
         ctx.gradients = None
         # On a CPU looking at a number is free; a step's upstream is mostly 1.
-        if upstream.is_cuda or upstream != 1:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(upstream)
-        dtypes = (None if t is None else t.dtype for t in inputs)
-        return *(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)), None
+        scaled = upstream.is_cuda or bool(upstream != 1)
+        both = zip(grads, inputs, strict=True)
+        return *(None if g is None else _times(g, upstream if scaled else None, t.dtype) for g, t in both), None
+
+
+def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """grad * factor in a dtype, in one pass over it; grad is not needed any more."""
+    if factor is None:
+        return grad.to(dtype)
+    return torch.mul(grad, factor, out=grad if grad.dtype == dtype else torch.empty_like(grad, dtype=dtype))
 
 
 def _run(
@@ -138,14 +142,14 @@ def _run(
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """loss_T, log q(label) [T], and the gradients that are asked for, dweight and dbias in the wide dtype.
 
-    Of a single chunk on a CPU there is nothing to add up: dweight is the product in its own dtype.
+    Of a single chunk there is nothing to add up: dweight is the product in its own dtype.
     """
     wide, vocab = wide_dtype(hidden_TD), walk.vocab_size
     weight_wanted = walk.grads and weight_VD.requires_grad
     bias_wanted = walk.grads and bias_V is not None and bias_V.requires_grad
     grads = weight_wanted or bias_wanted or (walk.grads and hidden_TD.requires_grad)
     dhidden_TD = torch.empty_like(hidden_TD) if grads else None
-    single = len(hidden_TD) <= walk.chunk and not hidden_TD.is_cuda
+    single = len(hidden_TD) <= walk.chunk
     total = weight_VD.dtype if single else wide
     dweight_VD = torch.empty_like(weight_VD, dtype=total) if weight_wanted else None
     dbias_V = torch.zeros_like(bias_V, dtype=wide) if bias_wanted and bias_V is not None else None
