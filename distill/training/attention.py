@@ -76,13 +76,14 @@ class Spans:
 class Layout:
     """The docs of a batch; made once per micro-batch, used by every layer.
 
-    starts, lengths [N], on the CPU: the first packed token and the number of tokens of each doc. prefixes: for each doc
-    the packed tokens that it continues. longest: tokens that the longest trace sees.
+    starts, lengths, before [N], on the CPU: each doc's first packed token, its number of tokens, and the number of those
+    that it continues. prefixes: where these are, in order. longest: tokens that the longest trace sees.
     """
 
     starts: Tensor
     lengths: Tensor
-    prefixes: list[list[int]]
+    before: Tensor
+    prefixes: list[list[range]]
     longest: int
     device: torch.device
 
@@ -92,14 +93,13 @@ class Layout:
         offsets = doc_offsets.cpu()
         starts, lengths = offsets[:-1], offsets.diff()
         prefixes = _prefixes(starts.tolist(), lengths.tolist(), parent)
-        seen = [int(num) + len(prefix) for num, prefix in zip(lengths, prefixes, strict=True)]
-        return Layout(starts, lengths, prefixes, max(seen), doc_offsets.device)
+        before = torch.tensor([sum(map(len, prefix)) for prefix in prefixes])
+        return Layout(starts, lengths, before, prefixes, int((lengths + before).max()), doc_offsets.device)
 
     @cached_property
     def padded(self) -> Padded:
         """In blocks: docs share one when their lengths round up to the same power of two."""
-        starts, lengths, device = self.starts, self.lengths, self.device
-        before = torch.tensor([len(prefix) for prefix in self.prefixes])
+        starts, lengths, before, device = self.starts, self.lengths, self.before, self.device
         kinds = [
             (int(num) > 0, max(SMALLEST, 1 << (int(n) - 1).bit_length()))
             for n, num in zip(lengths, before, strict=True)
@@ -113,7 +113,7 @@ class Layout:
             num = within.shape[1]
             prefix = hidden = None
             if kind[0]:
-                tokens = [torch.tensor(self.prefixes[i]) for i in chosen]
+                tokens = [_tokens(self.prefixes[i]) for i in chosen]
                 prefix = pad_sequence(tokens, batch_first=True)
                 place = torch.arange(prefix.shape[1])
                 hidden = _hidden(before[chosen, None] <= place, num).to(device)
@@ -131,12 +131,11 @@ class Layout:
     @cached_property
     def spans(self) -> Spans:
         """End to end, each doc's prefix before its own tokens."""
-        before = torch.tensor([len(prefix) for prefix in self.prefixes])
-        seen = self.lengths + before
+        seen = self.lengths + self.before
         keys = None
-        if int(before.max()):
+        if int(self.before.max()):
             docs = zip(self.prefixes, self.starts.tolist(), self.lengths.tolist(), strict=True)
-            keys = torch.tensor([k for prefix, start, num in docs for k in (*prefix, *range(start, start + num))])
+            keys = _tokens([r for prefix, start, num in docs for r in (*prefix, range(start, start + num))])
             keys = keys.to(self.device)
         query_offsets, key_offsets = (
             F.pad(counts.cumsum(0), (1, 0)).to(self.device, torch.int32) for counts in (self.lengths, seen)
@@ -144,19 +143,23 @@ class Layout:
         return Spans(query_offsets, key_offsets, int(self.lengths.max()), int(seen.max()), keys)
 
 
-def _prefixes(starts: list[int], lengths: list[int], parent: Tensor | None) -> list[list[int]]:
+def _prefixes(starts: list[int], lengths: list[int], parent: Tensor | None) -> list[list[range]]:
     """For each doc the packed tokens before its own: those of its parent's parents, then its parent's."""
     parents = [-1] * len(starts) if parent is None else parent.tolist()
-    found: dict[int, list[int]] = {-1: []}
+    found: dict[int, list[range]] = {-1: []}
 
-    def through(doc: int) -> list[int]:
+    def through(doc: int) -> list[range]:
         """The tokens of a doc's parents and its own."""
         if doc not in found:
             own = range(starts[doc], starts[doc] + lengths[doc])
-            found[doc] = [*through(parents[doc]), *own]
+            found[doc] = [*through(parents[doc]), own]
         return found[doc]
 
     return [through(doc) for doc in parents]
+
+
+def _tokens(ranges: list[range]) -> Tensor:
+    return torch.cat([torch.arange(r.start, r.stop) for r in ranges])
 
 
 def _hidden(padding_BP: Tensor, num: int) -> Tensor:

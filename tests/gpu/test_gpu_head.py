@@ -23,16 +23,18 @@ LOSSES = {
     "skewed_reverse_kl": sparse.skewed_reverse_kl,
     "ce_kl": sparse.ce_kl,
 }
-NEAR = {torch.float32: 2e-4, torch.bfloat16: 1e-2}
+NEAR = {torch.float32: 5e-5, torch.bfloat16: 1e-2}
 """Most that a gradient may be away, relative to its norm."""
 
 
 def problem(T, V, K, dtype, D=64, rows=None, seed=0):
-    """Hidden states, a weight of `rows` rows (V unless given), and targets: the top K of random logits, some entries unused."""
+    """Hidden states, a weight of `rows` rows (V unless given), and targets: the top K of a teacher near it, some entries unused."""
     torch.manual_seed(seed)
     hidden = torch.randn(T, D, device="cuda").to(dtype).requires_grad_()
     weight = (torch.randn(rows or V, D, device="cuda") * 0.4).to(dtype).requires_grad_()
-    top = (torch.randn(T, V, device="cuda") * 3).log_softmax(1).topk(K, dim=1)
+    # Near the student, so that no gradient is a small difference of large numbers.
+    logits = hidden.detach().float() @ weight.detach().float()[:V].t() + torch.randn(T, V, device="cuda") * 2
+    top = logits.log_softmax(1).topk(K, dim=1)
     logp, ids = top.values, top.indices
     if K > 2:
         ids[::3, -1] = -1
@@ -75,15 +77,15 @@ def sweep(request, monkeypatch):
     return request.param
 
 
-def compare(sweep, loss, shape, form, dtype, chunk=None):
+def compare(sweep, loss, shape, form, dtype, chunk=None, upstream=1.0):
     rows = form.vocab_size + (293 if form.vocab_size == 151643 else 0)
     hidden, weight, targets = problem(*shape, dtype, rows=rows)
     out = head_loss(hidden, weight, loss, targets, form=form, chunk=chunk)
-    out.loss.backward()
+    (out.loss * upstream).backward()
     loss_T, dhidden, dweight = exact(hidden, weight, loss, targets, form)
     torch.testing.assert_close(out.loss_T.double(), loss_T, rtol=1e-4, atol=2e-5)
-    assert distance(hidden.grad, dhidden) < NEAR[dtype]
-    assert distance(weight.grad, dweight) < NEAR[dtype]
+    assert distance(hidden.grad, upstream * dhidden) < NEAR[dtype]
+    assert distance(weight.grad, upstream * dweight) < NEAR[dtype]
     assert weight.grad[form.vocab_size :].abs().sum() == 0
 
 
@@ -108,7 +110,7 @@ def test_every_loss(sweep, loss, dtype):
 )
 def test_ragged_sizes(sweep, shape, chunk, dtype):
     compare(sweep, sparse.forward_kl, shape, HeadForm(shape[1]), dtype, chunk)
-    compare(sweep, sparse.reverse_kl, shape, HeadForm(shape[1]), dtype, chunk)
+    compare(sweep, sparse.reverse_kl, shape, HeadForm(shape[1]), dtype, chunk, upstream=3.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -232,4 +234,4 @@ def test_the_whole_logits_are_never_in_memory(sweep, online):
             loss = head_loss(hidden, weight, sparse.forward_kl, targets).loss
         loss.backward()
 
-    assert peak(work) < 0.25 * T * V * 2
+    assert peak(work) < 0.45 * T * V * 2

@@ -41,10 +41,11 @@ def usable(hidden_TD: Tensor, form: HeadForm) -> bool:
 
 
 class FusedSweep:
-    """See `Sweep`. weight_VD without padded rows."""
+    """See `Sweep`. weight_VD with its padded rows: with some of them the products have a width that cuBLAS is quick at."""
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, tile: int = TILE) -> None:
         self.weight_VD, self.form = weight_VD, form
+        self.width = _aligned(form.vocab_size) if _aligned(form.vocab_size) <= len(weight_VD) else form.vocab_size
         self.bias_V = None if bias_V is None else bias_V.float().contiguous()
         self.tile = min(tile, form.vocab_size)
         self.part = min(PART, _power_of_2(self.tile))
@@ -66,8 +67,9 @@ class FusedSweep:
         if self.x_flat is None or self.e_flat is None or len(self.e_flat) < num * stride:
             self.x_flat = hidden_CD.new_empty(num * tile, dtype=torch.float32)
             self.e_flat = hidden_CD.new_empty(num * stride)
+            self.e_flat.view(num, stride)[:, vocab:] = 0
         x_CW = self.x_flat[: num * tile].view(num, tile)
-        e_CV = self.e_flat[: num * stride].view(num, stride)[:, :vocab]
+        e_CV = self.e_flat[: num * stride].view(num, stride)[:, : self.width]
         ids_CS = ids_CS.contiguous()
         z_CS = torch.empty_like(ids_CS, dtype=torch.float32)
         num_tiles, num_ids = -(-vocab // tile), ids_CS.shape[1]
@@ -78,8 +80,8 @@ class FusedSweep:
         bias_V = z_CS if self.bias_V is None else self.bias_V
         for n in range(num_tiles):
             start, first = n * tile, n * self.parts
-            width = min(tile, vocab - start)
-            wide_product(hidden_CD, self.weight_VD[start : start + width].t(), x_CW[:, :width])
+            width, rows = min(tile, vocab - start), min(tile, self.width - start)
+            wide_product(hidden_CD, self.weight_VD[start : start + rows].t(), x_CW[:, :rows])
             self.kernels.soften[(num, -(-width // self.part))](
                 x_CW, e_CV, ids_CS, z_CS, bias_V, best_NC[first], sum_NC[first], below_NC[first],
                 tile, stride, num_ids, num, start, width, self.form.scale,
@@ -101,9 +103,9 @@ class FusedSweep:
         assert self.kept is not None, "`rest` comes before"
         e_CV, ids_CS, share_NC = self.kept
         factor_NC = (share_NC.exp() * (g_rest_C * self.form.scale)).contiguous()
-        num, vocab = e_CV.shape
+        num = len(e_CV)
         self.kernels.rescale[(num, len(factor_NC))](
-            e_CV, factor_NC, e_CV.stride(0), num, vocab, self.tile, self.parts,
+            e_CV, factor_NC, e_CV.stride(0), num, self.form.vocab_size, self.tile, self.parts,
             BLOCK=self.part, num_warps=_warps(self.part),
         )  # fmt: skip
         return e_CV.scatter_add_(1, ids_CS, (g_CS * self.form.scale).to(e_CV.dtype)), None

@@ -64,3 +64,13 @@ def rescale(e_ptr, factor_ptr, e_stride, num_rows, vocab, tile, parts, BLOCK: tl
     place = e_ptr + row * e_stride + start + column
     e = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     tl.store(place, (e * factor).to(e_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def multiply(x_ptr, factor_ptr, num, BLOCK: tl.constexpr):
+    """x *= factor, a number in memory, in place; nothing is read where it is 1."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + place, mask=place < num, other=0.0).to(tl.float32)
+        tl.store(x_ptr + place, (x * factor).to(x_ptr.dtype.element_ty), mask=place < num)
