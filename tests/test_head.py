@@ -351,10 +351,10 @@ def test_chunks_are_equal_and_within_the_memory(monkeypatch):
     cpu = torch.device("cpu")
     assert chunks.chunk_rows(0, 100, cpu) == 1
     assert chunks.chunk_rows(10, 100, cpu) == 10
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1000)
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1000)
     assert chunks.chunk_rows(25, 100, cpu) == 9  # three chunks of at most ten
     assert chunks.chunk_rows(25, 5000, cpu) == 1
-    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1 << 30)
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1 << 30)
     assert chunks.chunk_rows(4096, 100, cpu) == chunks.CPU_ROWS
 
 

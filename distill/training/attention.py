@@ -1,17 +1,21 @@
 """Causal attention over packed docs that never crosses from one into another, and builds no [T, T] mask.
 
-Docs of similar length are gathered into one padded [B, L] block and attended to there; causal masking hides the padding
-at the end. A doc that continues others (`Batch.parent`) also sees all of their tokens, which were computed once for all
-that continue them. Registered with transformers as the attention implementation "packed":
-`model.set_attn_implementation(PACKED)`, then `model(..., layout=Layout.of(doc_offsets, parent))`.
+A doc that continues others (`Batch.parent`) also sees all of their tokens, which were computed once for all that continue
+them. Registered with transformers as the attention implementation "packed": `model.set_attn_implementation(PACKED)`,
+then `model(..., layout=Layout.of(doc_offsets, parent))`. There are two ways, which give the same numbers:
 
-On a CPU, where a doc sees up to SHORT tokens, two plain batched products are used; fused kernels, which keep no scores,
-are used for all else. Sliding windows shorter than a trace and attention soft-capping are refused.
+- On a GPU in a half-precision dtype, flash attention over docs of unequal length, without padding (`Spans`).
+- Everywhere else, docs of similar length are gathered into one padded [B, L] block and attended to there; causal masking
+  hides the padding at the end (`Padded`). On a CPU, where a doc sees up to SHORT tokens, two plain batched products are
+  used; fused kernels, which keep no scores, are used for all else.
+
+Sliding windows shorter than a trace and attention soft-capping are refused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -40,27 +44,62 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Where each packed token lies in the padded blocks; made once a micro-batch, used by every layer.
+class Padded:
+    """Where each packed token lies in the padded blocks.
 
     gather [padded tokens]: the packed token there (0 at padding). padding: the padded positions that hold none.
-    scatter [T]: each packed token's padded position. longest: tokens that the longest trace sees.
+    scatter [T]: each packed token's padded position.
     """
 
     blocks: tuple[Block, ...]
     gather: Tensor
     padding: Tensor
     scatter: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """The docs of a batch for flash attention, which takes them end to end.
+
+    query_offsets, key_offsets int32 [N+1]: where each doc's own tokens, and the tokens that it sees, start.
+    num_queries, num_keys: the most of either in a doc. keys: the packed token of each key; None where these are all tokens.
+    """
+
+    query_offsets: Tensor
+    key_offsets: Tensor
+    num_queries: int
+    num_keys: int
+    keys: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The docs of a batch; made once per micro-batch, used by every layer.
+
+    starts, lengths, before [N], on the CPU: each doc's first packed token, its number of tokens, and the number of those
+    that it continues. prefixes: where these are, in order. longest: tokens that the longest trace sees.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    before: Tensor
+    prefixes: list[list[range]]
     longest: int
+    device: torch.device
 
     @staticmethod
     def of(doc_offsets: Tensor, parent: Tensor | None = None) -> Layout:
-        """From trace boundaries [N+1]; traces share a block when their lengths round up to the same power of two."""
-        device = doc_offsets.device
+        """From doc boundaries [N+1] and each doc's parent [N] (-1: none)."""
         offsets = doc_offsets.cpu()
         starts, lengths = offsets[:-1], offsets.diff()
         prefixes = _prefixes(starts.tolist(), lengths.tolist(), parent)
-        before = torch.tensor([len(prefix) for prefix in prefixes])
+        before = torch.tensor([sum(map(len, prefix)) for prefix in prefixes])
+        return Layout(starts, lengths, before, prefixes, int((lengths + before).max()), doc_offsets.device)
+
+    @cached_property
+    def padded(self) -> Padded:
+        """In blocks: docs share one when their lengths round up to the same power of two."""
+        starts, lengths, before, device = self.starts, self.lengths, self.before, self.device
         kinds = [
             (int(num) > 0, max(SMALLEST, 1 << (int(n) - 1).bit_length()))
             for n, num in zip(lengths, before, strict=True)
@@ -74,7 +113,7 @@ class Layout:
             num = within.shape[1]
             prefix = hidden = None
             if kind[0]:
-                tokens = [torch.tensor(prefixes[i]) for i in chosen]
+                tokens = [_tokens(self.prefixes[i]) for i in chosen]
                 prefix = pad_sequence(tokens, batch_first=True)
                 place = torch.arange(prefix.shape[1])
                 hidden = _hidden(before[chosen, None] <= place, num).to(device)
@@ -84,31 +123,43 @@ class Layout:
             blocks.append(Block(len(chosen), num, prefix, hidden))
         gather = torch.cat(parts)
         real = gather >= 0
-        scatter = torch.empty(int(offsets[-1]), dtype=torch.long)
+        scatter = torch.empty(int(lengths.sum()), dtype=torch.long)
         scatter[gather[real]] = real.nonzero()[:, 0]
         padding = (~real).nonzero()[:, 0]
-        return Layout(
-            tuple(blocks),
-            gather.clamp(min=0).to(device),
-            padding.to(device),
-            scatter.to(device),
-            int((lengths + before).max()),
+        return Padded(tuple(blocks), gather.clamp(min=0).to(device), padding.to(device), scatter.to(device))
+
+    @cached_property
+    def spans(self) -> Spans:
+        """End to end, each doc's prefix before its own tokens."""
+        seen = self.lengths + self.before
+        keys = None
+        if int(self.before.max()):
+            docs = zip(self.prefixes, self.starts.tolist(), self.lengths.tolist(), strict=True)
+            keys = _tokens([r for prefix, start, num in docs for r in (*prefix, range(start, start + num))])
+            keys = keys.to(self.device)
+        query_offsets, key_offsets = (
+            F.pad(counts.cumsum(0), (1, 0)).to(self.device, torch.int32) for counts in (self.lengths, seen)
         )
+        return Spans(query_offsets, key_offsets, int(self.lengths.max()), int(seen.max()), keys)
 
 
-def _prefixes(starts: list[int], lengths: list[int], parent: Tensor | None) -> list[list[int]]:
+def _prefixes(starts: list[int], lengths: list[int], parent: Tensor | None) -> list[list[range]]:
     """For each doc the packed tokens before its own: those of its parent's parents, then its parent's."""
     parents = [-1] * len(starts) if parent is None else parent.tolist()
-    found: dict[int, list[int]] = {-1: []}
+    found: dict[int, list[range]] = {-1: []}
 
-    def through(doc: int) -> list[int]:
+    def through(doc: int) -> list[range]:
         """The tokens of a doc's parents and its own."""
         if doc not in found:
             own = range(starts[doc], starts[doc] + lengths[doc])
-            found[doc] = [*through(parents[doc]), *own]
+            found[doc] = [*through(parents[doc]), own]
         return found[doc]
 
     return [through(doc) for doc in parents]
+
+
+def _tokens(ranges: list[range]) -> Tensor:
+    return torch.cat([torch.arange(r.start, r.stop) for r in ranges])
 
 
 def _hidden(padding_BP: Tensor, num: int) -> Tensor:
@@ -161,6 +212,56 @@ def packed_attention(
     if softcap is not None:
         raise ValueError("packed attention does not support attention soft-capping")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if takes_flash(query, value):
+        return _by_flash(query, key, value, layout.spans, scale, dropout), None
+    return _by_blocks(query, key, value, layout.padded, scale, dropout), None
+
+
+def takes_flash(query: Tensor, value: Tensor) -> bool:
+    """Whether the flash kernels take these inputs: half precision, one head size for all, an Ampere GPU or newer."""
+    size = query.shape[3]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and size == value.shape[3]
+        and size % 8 == 0
+        and size <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and torch.backends.cuda.is_flash_attention_available()
+    )
+
+
+class _Keys(torch.autograd.Function):
+    """Rows of x [T, G, d] by index, with repetition. Their gradients are added up in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.num = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (index,), grad = ctx.saved_tensors, gradients[0]
+        total = grad.new_zeros(ctx.num, *grad.shape[1:], dtype=torch.float32)
+        return total.index_add_(0, index, grad.float()).to(grad.dtype), None
+
+
+def _by_flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, dropout: float) -> Tensor:
+    """[1, T, H, d]. Where a doc sees more keys than it has queries, its last query sees all of them."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if spans.keys is not None:
+        k, v = (_Keys.apply(x, spans.keys) for x in (k, v))  # type: ignore[no-untyped-call]
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, spans.query_offsets, spans.key_offsets, spans.num_queries, spans.num_keys, dropout, True, False,
+        scale=scale,
+    )[0]  # fmt: skip
+    return out[None]
+
+
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Padded, scale: float, dropout: float) -> Tensor:
+    """[1, T, H, d]."""
     nowhere = layout.padding[:0]
     widths = [x.shape[1] * x.shape[3] for x in (query, key, value)]
     rows = [x[0].transpose(0, 1).reshape(x.shape[2], -1) for x in (query, key, value)]
@@ -190,10 +291,10 @@ def packed_attention(
                 )
             )
             k, v = torch.cat([kp, k], 2), torch.cat([vp, v], 2)
-        out = _attend(q, k, v, block.hidden, scale, dropout)
-        outputs.append(out.transpose(1, 2).reshape(B * L, -1))
-    packed = _Move.apply(torch.cat(outputs), layout.scatter, nowhere, layout.gather, layout.padding)  # type: ignore[no-untyped-call]
-    return packed.view(1, len(packed), -1, value.shape[3]), None
+        attended = _attend(q, k, v, block.hidden, scale, dropout)
+        outputs.append(attended.transpose(1, 2).reshape(B * L, -1))
+    packed: Tensor = _Move.apply(torch.cat(outputs), layout.scatter, nowhere, layout.gather, layout.padding)  # type: ignore[no-untyped-call]
+    return packed.view(1, len(packed), -1, value.shape[3])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, dropout: float) -> Tensor:

@@ -80,11 +80,12 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`; also sets the model's own parameters."""
+        """The inverse of `state`; also sets the model's own parameters. Everything goes to where the parameters are."""
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
             master.copy_(tensors[f"master/{name}"])
             parameter.copy_(master)
-            moments = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{name}" in tensors}
+            stored = {k: tensors.get(f"{k}/{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
+            moments = {k: moment.to(master.device) for k, moment in stored.items() if moment is not None}
             if moments:
                 self.adamw.state[master] = moments
 

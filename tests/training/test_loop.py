@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.optim import AdamW
 
 from distill import models
 from distill.recipe import TrainStage
@@ -120,6 +121,24 @@ def test_bf16_masters_keep_updates_that_bf16_would_round_away():
     assert parameter[0, 0].item() == 254.0
 
 
+def test_a_resumed_optimizer_is_where_its_parameters_are():
+    """The meta device stands for a GPU: checkpoints are read to the CPU."""
+    here = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    saved = MasterAdamW([("w", here)], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    here.grad = torch.ones_like(here)
+    saved.accumulate()
+    saved.step(0.1)
+    there = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16, device="meta"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "AdamW", lambda groups, fused, **options: AdamW(groups, **options))
+        resumed = MasterAdamW([("w", there)], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    resumed.load(saved.state())
+    (master,) = resumed.masters
+    moments = resumed.adamw.state[master]
+    assert set(moments) == {"step", "exp_avg", "exp_avg_sq"}
+    assert {tensor.device.type for tensor in (there, master, *moments.values())} == {"meta"}
+
+
 def test_accumulation_adds_in_fp32():
     parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
     optimizer = MasterAdamW([("b", parameter)], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
@@ -195,7 +214,7 @@ def test_lora_trains_only_the_adapter(tiny_dir, tmp_path):
         vocab_size=49152,
         folder=tmp_path / "l",
     )
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p.cpu(), before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
 

@@ -165,11 +165,11 @@ def _clean(targets: Targets, device: torch.device) -> Targets:
 
 
 def _sweep(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm) -> Sweep:
-    weight_VD = weight_VD.detach()[: form.vocab_size]
+    weight_VD = weight_VD.detach()
     bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
     if fused.usable(hidden_TD, form):
         return fused.FusedSweep(weight_VD, bias_V, form)
-    return PlainSweep(weight_VD, bias_V, form, wide_dtype(hidden_TD))
+    return PlainSweep(weight_VD[: form.vocab_size], bias_V, form, wide_dtype(hidden_TD))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ Shapes: T tokens with a loss, C of them in a chunk, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-CHUNK_BYTES = 256 << 20
-"""Most memory for one chunk. Less where less is free; longer chunks gain nothing."""
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 5 << 29}
+"""Most memory for one chunk. On a GPU each chunk reads and writes d weight once more, so that a few long ones are faster."""
 
 CPU_ROWS = 512
 """Tokens a chunk on a CPU at most: a matrix product gains nothing from more."""
@@ -25,7 +26,10 @@ CPU_ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """loss_C, label_logp_C: by row, detached. The derivative by hidden W^T is factor_C (None: 1) times dz_CV, by row."""
+    """loss_C, label_logp_C: by row, detached. The derivative by hidden W^T is factor_C (None: 1) times dz_CV, by row.
+
+    dz_CV may have a few columns of zeros more than the vocabulary, for rows of the weight beyond it.
+    """
 
     loss_C: Tensor
     label_logp_C: Tensor
@@ -61,13 +65,13 @@ def wide_product(hidden_CD: Tensor, weight_DV: Tensor, out_CV: Tensor, scratch_C
 
 
 def chunk_rows(num_tokens: int, row_bytes: int, device: torch.device) -> int:
-    """Tokens in a chunk: as many as a quarter of the free memory and CHUNK_BYTES hold, in chunks of about one size."""
-    room = CHUNK_BYTES
+    """Tokens in a chunk: as many as CHUNK_BYTES (on a GPU also an eighth of the free memory) holds, in chunks of about one size."""
+    room = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
     most = CPU_ROWS
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room, most = min(room, (free + cached) // 4), num_tokens
+        room, most = min(room, (free + cached) // 8), num_tokens
     rows = max(1, min(room // row_bytes, most))
     rows = -(-num_tokens // -(-num_tokens // rows)) if num_tokens else 1
     return rows if rows < 128 else -(-rows // 64) * 64
@@ -125,12 +129,23 @@ class _OverChunks(torch.autograd.Function):
         grads = ctx.gradients or _run(hidden_TD, weight_VD, bias_V, ctx.walk)[2]
         ctx.gradients = None
         # On a CPU looking at a number is free; a step's upstream is mostly 1.
-        if upstream.is_cuda or upstream != 1:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(upstream)
-        dtypes = (None if t is None else t.dtype for t in inputs)
-        return *(None if g is None else g.to(d) for g, d in zip(grads, dtypes, strict=True)), None
+        scaled = upstream.is_cuda or bool(upstream != 1)
+        both = zip(grads, inputs, strict=True)
+        return *(None if g is None else _times(g, upstream if scaled else None, t.dtype) for g, t in both), None
+
+
+def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """grad * factor in a dtype, in one pass over it; grad is not needed any more."""
+    if factor is None:
+        return grad.to(dtype)
+    if grad.dtype != dtype:
+        return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+    if grad.is_cuda and grad.dtype != torch.float64 and grad.numel() and importlib.util.find_spec("triton") is not None:
+        from distill.training.loss.kernels import triton_source
+
+        triton_source.multiply[(-(-grad.numel() // 4096),)](grad, factor, grad.numel(), BLOCK=4096)
+        return grad
+    return grad.mul_(factor)
 
 
 def _run(
@@ -138,14 +153,14 @@ def _run(
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """loss_T, log q(label) [T], and the gradients that are asked for, dweight and dbias in the wide dtype.
 
-    Of a single chunk on a CPU there is nothing to add up: dweight is the product in its own dtype.
+    Of a single chunk there is nothing to add up: dweight is the product in its own dtype.
     """
     wide, vocab = wide_dtype(hidden_TD), walk.vocab_size
     weight_wanted = walk.grads and weight_VD.requires_grad
     bias_wanted = walk.grads and bias_V is not None and bias_V.requires_grad
     grads = weight_wanted or bias_wanted or (walk.grads and hidden_TD.requires_grad)
     dhidden_TD = torch.empty_like(hidden_TD) if grads else None
-    single = len(hidden_TD) <= walk.chunk and not hidden_TD.is_cuda
+    single = len(hidden_TD) <= walk.chunk
     total = weight_VD.dtype if single else wide
     dweight_VD = torch.empty_like(weight_VD, dtype=total) if weight_wanted else None
     dbias_V = torch.zeros_like(bias_V, dtype=wide) if bias_wanted and bias_V is not None else None
@@ -161,14 +176,16 @@ def _run(
         dz_CV, factor_C = done.dz_CV, done.factor_C
         if dz_CV is None or dhidden_TD is None:
             continue
-        torch.mm(dz_CV, weight_VD[:vocab], out=dhidden_TD[rows])
+        width = dz_CV.shape[1]
+        torch.mm(dz_CV, weight_VD[:width], out=dhidden_TD[rows])
         if factor_C is not None:
             dhidden_TD[rows] *= factor_C[:, None]
             hidden_CD = hidden_CD * factor_C[:, None]
         if dweight_VD is not None:
-            _add_product(dweight_VD[:vocab], dz_CV.t(), hidden_CD, first=start == 0)
+            _add_product(dweight_VD[:width], dz_CV.t(), hidden_CD, first=start == 0)
         if dbias_V is not None:
-            dbias_V[:vocab] += dz_CV.sum(0, dtype=wide) if factor_C is None else factor_C @ dz_CV
+            by_bias_V = dz_CV.sum(0, dtype=wide) if factor_C is None else factor_C @ dz_CV
+            dbias_V[:vocab] += by_bias_V[:vocab]
     walk.chunks.close()
     return loss_T, label_T, (dhidden_TD, dweight_VD, dbias_V)
 

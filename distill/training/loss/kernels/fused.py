@@ -20,7 +20,13 @@ from distill.training.loss.kernels import OUTSIDE, HeadForm, Rest
 from distill.training.loss.kernels.chunks import wide_product
 
 TILE = 8192
-"""Logits of a token in a tile: with a thousand tokens 32 MB, within an H100's second-level cache."""
+"""Logits of a token that one product gives."""
+
+PART = 8192
+"""Logits that one program of a kernel holds in its registers, and that share a maximum."""
+
+ALIGNED = 64
+"""Logits that a row of a chunk is a multiple of in memory: cuBLAS's fast kernels want aligned rows."""
 
 
 def usable(hidden_TD: Tensor, form: HeadForm) -> bool:
@@ -35,48 +41,52 @@ def usable(hidden_TD: Tensor, form: HeadForm) -> bool:
 
 
 class FusedSweep:
-    """See `Sweep`. weight_VD without padded rows."""
+    """See `Sweep`. weight_VD with its padded rows: with some of them the products have a width that cuBLAS is quick at."""
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, tile: int = TILE) -> None:
-        self.weight_VD, self.bias_V, self.form = weight_VD, bias_V, form
+        self.weight_VD, self.form = weight_VD, form
+        self.width = _aligned(form.vocab_size) if _aligned(form.vocab_size) <= len(weight_VD) else form.vocab_size
+        self.bias_V = None if bias_V is None else bias_V.float().contiguous()
         self.tile = min(tile, form.vocab_size)
-        self.num_tiles = -(-form.vocab_size // self.tile)
+        self.part = min(PART, _power_of_2(self.tile))
+        self.parts = -(-self.tile // self.part)
         self.x_flat: Tensor | None = None
         self.e_flat: Tensor | None = None
+        self.kept: tuple[Tensor, Tensor, Tensor] | None = None
         from distill.training.loss.kernels import triton_source
 
         self.kernels: Any = triton_source
 
     @staticmethod
     def row_bytes(form: HeadForm, dtype: torch.dtype) -> int:
-        return form.vocab_size * dtype.itemsize + 4 * min(TILE, form.vocab_size)
+        return _aligned(form.vocab_size) * dtype.itemsize + 4 * min(TILE, form.vocab_size)
 
     def rest(self, hidden_CD: Tensor, ids_CS: Tensor, *, entropy: bool = False) -> Rest:
-        num, vocab = len(hidden_CD), self.form.vocab_size
-        if self.e_flat is None or len(self.e_flat) < num * vocab:
-            self.x_flat = hidden_CD.new_empty(num * self.tile, dtype=torch.float32)
-            self.e_flat = hidden_CD.new_empty(num * vocab)
-        assert self.x_flat is not None
-        e_CV = self.e_flat[: num * vocab].view(num, vocab)
+        num, vocab, tile = len(hidden_CD), self.form.vocab_size, self.tile
+        stride = _aligned(vocab)
+        if self.x_flat is None or self.e_flat is None or len(self.e_flat) < num * stride:
+            self.x_flat = hidden_CD.new_empty(num * tile, dtype=torch.float32)
+            self.e_flat = hidden_CD.new_empty(num * stride)
+            self.e_flat.view(num, stride)[:, vocab:] = 0
+        x_CW = self.x_flat[: num * tile].view(num, tile)
+        e_CV = self.e_flat[: num * stride].view(num, stride)[:, : self.width]
         ids_CS = ids_CS.contiguous()
         z_CS = torch.empty_like(ids_CS, dtype=torch.float32)
-        best_NC = z_CS.new_empty(self.num_tiles, num)
-        sum_NC, below_NC = torch.empty_like(best_NC), torch.empty_like(best_NC)
-        bias_V = z_CS if self.bias_V is None else self.bias_V.float().contiguous()
-        chosen = (ids_CS, z_CS, bias_V)
-        block = _power_of_2(ids_CS.shape[1])
-        plain = {"HAS_BIAS": self.bias_V is not None}
-        for n in range(self.num_tiles):
-            start = n * self.tile
-            width = min(self.tile, vocab - start)
-            x_CW = self.x_flat[: num * width].view(num, width)
-            wide_product(hidden_CD, self.weight_VD[start : start + width].t(), x_CW)
-            size = (ids_CS.shape[1], start, width)
-            self.kernels.choose[(num,)](x_CW, *chosen, *size, self.form.scale, **plain, BLOCK=block)
-            self.kernels.mask[(num,)](x_CW, ids_CS, *size, BLOCK=block)
-            self.kernels.soften[(num,)](
-                x_CW, e_CV, bias_V, best_NC[n], sum_NC[n], below_NC[n], vocab, start, width, self.form.scale,
-                **plain, ENTROPY=entropy, BLOCK=min(2048, _power_of_2(width)),
+        num_tiles, num_ids = -(-vocab // tile), ids_CS.shape[1]
+        # Of parts beyond the end of the vocabulary nothing is written.
+        best_NC = z_CS.new_full((num_tiles * self.parts, num), OUTSIDE)
+        sum_NC = torch.zeros_like(best_NC)
+        below_NC = torch.zeros_like(best_NC) if entropy else sum_NC
+        bias_V = z_CS if self.bias_V is None else self.bias_V
+        for n in range(num_tiles):
+            start, first = n * tile, n * self.parts
+            width, rows = min(tile, vocab - start), min(tile, self.width - start)
+            wide_product(hidden_CD, self.weight_VD[start : start + rows].t(), x_CW[:, :rows])
+            self.kernels.soften[(num, -(-width // self.part))](
+                x_CW, e_CV, ids_CS, z_CS, bias_V, best_NC[first], sum_NC[first], below_NC[first],
+                tile, stride, num_ids, num, start, width, self.form.scale,
+                HAS_BIAS=self.bias_V is not None, ENTROPY=entropy, IDS=_power_of_2(num_ids), BLOCK=self.part,
+                num_warps=_warps(self.part),
             )  # fmt: skip
         best_C = best_NC.amax(0)
         share_NC = (best_NC - best_C).exp()
@@ -90,17 +100,29 @@ class FusedSweep:
         return Rest(z_CS, lse_C, best_C, entropy_C)
 
     def gradient(self, g_CS: Tensor, g_rest_C: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert self.kept is not None, "`rest` comes before"
         e_CV, ids_CS, share_NC = self.kept
         factor_NC = (share_NC.exp() * (g_rest_C * self.form.scale)).contiguous()
-        num, vocab = e_CV.shape
-        self.kernels.rescale[(num, self.num_tiles)](
-            e_CV, factor_NC, num, vocab, self.tile, BLOCK=min(2048, _power_of_2(self.tile))
+        num = len(e_CV)
+        self.kernels.rescale[(num, len(factor_NC))](
+            e_CV, factor_NC, e_CV.stride(0), num, self.form.vocab_size, self.tile, self.parts,
+            BLOCK=self.part, num_warps=_warps(self.part),
         )  # fmt: skip
         return e_CV.scatter_add_(1, ids_CS, (g_CS * self.form.scale).to(e_CV.dtype)), None
 
     def close(self) -> None:
-        self.x_flat = self.e_flat = None
+        self.x_flat = self.e_flat = self.kept = None
 
 
 def _power_of_2(least: int) -> int:
     return 1 << max(least - 1, 0).bit_length()
+
+
+def _aligned(vocab: int) -> int:
+    """The length of a row of a chunk in memory."""
+    return -(-vocab // ALIGNED) * ALIGNED
+
+
+def _warps(block: int) -> int:
+    """Warps of a program: up to 32 logits a thread."""
+    return min(8, max(1, block // 1024))

@@ -30,6 +30,7 @@ class PlainSweep:
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, wide: torch.dtype) -> None:
         self.weight_VD, self.bias_V, self.form, self.wide = weight_VD, bias_V, form, wide
         self.buffers: dict[str, Tensor] = {}
+        self.kept: tuple[Tensor, Tensor | None, Tensor, Tensor, torch.dtype] | None = None
 
     @staticmethod
     def row_bytes(form: HeadForm, dtype: torch.dtype) -> int:
@@ -73,6 +74,7 @@ class PlainSweep:
         )
 
     def gradient(self, g_CS: Tensor, g_rest_C: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert self.kept is not None, "`rest` comes before"
         z_CV, slope_CV, ids_CS, sum_C1, dtype = self.kept
         factor_C1 = torch.where(sum_C1 > 0, g_rest_C[:, None] / sum_C1, 0.0)
         if dtype == self.wide:
@@ -130,6 +132,7 @@ class PlainSweep:
             if flat.device.type == "cpu":
                 _POOL[name, flat.dtype] = flat
         self.buffers.clear()
+        self.kept = None
 
     def _buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         """[rows of `like`, V] scratch, the same memory for every chunk."""

@@ -1,0 +1,127 @@
+"""Packed attention on a GPU: the same numbers as each trace alone, with and without shared prompts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from distill import models
+from distill.records import TopK
+from distill.training import attention
+from distill.training.attention import Layout, packed_attention
+from distill.training.loss.objective import Objective
+from distill.training.loss.sparse import forward_kl
+from distill.training.packing import Example, pack
+from distill.training.policy import Trainee
+
+MODULE = SimpleNamespace(training=True)
+
+
+def tree():
+    """(doc offsets, parents): eleven docs, among them children, grandchildren, and docs of one token."""
+    lengths = [5, 40, 1, 300, 7, 64, 129, 1, 33, 20, 12]
+    parents = [-1, 9, 9, -1, 10, 10, -1, 10, -1, -1, 9]
+    return torch.tensor([0, *np.cumsum(lengths)], device="cuda"), torch.tensor(parents, device="cuda")
+
+
+def attended(function, q, k, v, grad):
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves)
+    out.backward(grad.to(out.dtype))
+    return [out.detach(), *(x.grad for x in leaves)]
+
+
+def one_doc_at_a_time(offsets, parents):
+    """Each doc's attention with a mask, in float64."""
+
+    def function(q, k, v):
+        parts = []
+        for doc in range(len(parents)):
+            own = list(range(offsets[doc], offsets[doc + 1]))
+            seen, above = own, int(parents[doc])
+            while above >= 0:
+                seen, above = [*range(offsets[above], offsets[above + 1]), *seen], int(parents[above])
+            kd, vd = (x[0, :, seen].repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (k, v))
+            scores = q[0, :, own] @ kd.transpose(1, 2) * q.shape[3] ** -0.5
+            later = torch.ones(len(own), len(seen), device=q.device, dtype=torch.bool).triu(1 + len(seen) - len(own))
+            parts.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ vd)
+        return torch.cat(parts, 1).transpose(0, 1)[None]
+
+    return function
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(4, 4, 64), (9, 3, 64), (12, 2, 128)])
+@pytest.mark.parametrize(
+    ("dtype", "flash", "near"),
+    [(torch.bfloat16, True, 8e-3), (torch.bfloat16, False, 8e-3), (torch.float32, False, 1e-5)],
+)
+def test_equals_each_doc_alone_in_float64(shared, heads, groups, size, dtype, flash, near, monkeypatch):
+    offsets, parents = tree()
+    parents = parents if shared else torch.full_like(parents, -1)
+    T = int(offsets[-1])
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, T, size, device="cuda").to(dtype) for n in (heads, groups, groups))
+    grad = torch.randn(1, T, heads, size, device="cuda").to(dtype)
+    assert attention.takes_flash(q, v) == (dtype == torch.bfloat16)
+    if not flash:
+        monkeypatch.setattr(attention, "takes_flash", lambda query, value: False)
+    layout = Layout.of(offsets, parents)
+    mine = attended(lambda *x: packed_attention(MODULE, *x, None, layout=layout)[0], q, k, v, grad)
+    exact = attended(one_doc_at_a_time(offsets.tolist(), parents), *(x.double() for x in (q, k, v)), grad)
+    for a, b in zip(mine, exact, strict=True):
+        assert ((a.double() - b).norm() / b.norm()).item() < near
+
+
+def examples(vocab=49152, K=8):
+    """Traces in groups that share prompts, and a system prompt that most of them share."""
+    rng = np.random.default_rng(0)
+    system, made = rng.integers(3, 1000, 40), []
+    for group in range(6):
+        prompt = np.append(system if group else [], rng.integers(3, 1000, 20 + 7 * group)).astype(np.int32)
+        for n in range(4):
+            reply = rng.integers(3, 1000, 5 + 17 * n).astype(np.int32)
+            ids = np.stack([rng.choice(vocab, K, replace=False) for _ in reply])
+            logits = rng.normal(size=(len(reply), K)) * 2
+            logp = logits - np.log(np.exp(logits).sum(1, keepdims=True)) - 0.05
+            made.append(Example(f"{group}.{n}", prompt, reply, TopK.from_dense(ids, logp)))
+    return made
+
+
+def gradients(trainee, batches):
+    trainee.zero_grad()
+    total, sums = 0.0, {}
+    for batch in batches:
+        rows = torch.from_numpy(batch.weight_T.nonzero()[0]).cuda()
+        out = trainee(batch.to_torch("cuda"), rows)
+        out.loss.backward()
+        total += out.loss.item()
+        for name, p in trainee.named_parameters():
+            sums[name] = sums.get(name, 0) + p.grad.double()
+            p.grad = None
+    return total, torch.cat([grad.flatten() for grad in sums.values()])
+
+
+def alone(made):
+    """Each trace in a micro-batch of its own, under the denominator of all."""
+    return pack(made, micro_tokens=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_packed_and_shared_equals_one_trace_at_a_time(tiny_dir, dtype):
+    made = examples()
+    exact = gradients(Trainee(models.load(tiny_dir, dtype="float64").cuda(), Objective(forward_kl), 49152), alone(made))
+    trainee = Trainee(models.load(tiny_dir, dtype=dtype).cuda(), Objective(forward_kl), 49152)
+    packed, single = (gradients(trainee, batches) for batches in (pack(made, micro_tokens=4096), alone(made)))
+    assert any((batch.parent >= 0).any() for batch in pack(made, micro_tokens=4096))
+    off = [((g - exact[1]).norm() / exact[1].norm()).item() for _, g in (packed, single)]
+    if dtype == "float32":
+        assert packed[0] == pytest.approx(exact[0], rel=1e-5)
+        assert max(off) < 1e-4
+    else:
+        assert packed[0] == pytest.approx(exact[0], rel=5e-3)
+        assert off[0] < 1.3 * off[1]
+        assert off[0] < 5e-2
