@@ -22,7 +22,8 @@ def compiled(kernel, capability: int, constants: dict[str, object], tmp_path) ->
     kinds |= {"scale": "fp32"} if "scale" in names else {}
     kinds |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature=kinds, constexprs=constants)
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+    # An old version of PTX, which every ptxas reads.
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8, "ptx_version": 84})
     listing = tmp_path / "kernel.ptx"
     listing.write_text(made.asm["ptx"])
     (target,) = re.findall(r"\.target (\w+)", made.asm["ptx"])

@@ -23,11 +23,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.records import Batch, TopK
-from distill.training.loss.objective import Objective
+from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.optim import MasterAdamW
 from distill.training.packing import Example, pack
-from distill.training.policy import Trainee
+from distill.training.policy import StudentModule
 
 K = 64
 PEAK = 989e12
@@ -72,12 +72,12 @@ def model(shape: str, attention: str) -> Any:
 class Ours:
     def __init__(self, shape: str, loss: Any) -> None:
         made = model(shape, "sdpa")
-        self.trainee = Trainee(made, Objective(loss), made.config.vocab_size).train()
+        self.student_module = StudentModule(made, StoredObjective(loss), made.config.vocab_size).train()
         self.optimizer = MasterAdamW(made.named_parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, batch: Batch) -> float:
         rows = torch.from_numpy(batch.weight_T.nonzero()[0])
-        loss = self.trainee(batch.to_torch("cuda"), rows.cuda()).loss
+        loss = self.student_module(batch.to_torch("cuda"), rows.cuda()).loss
         loss.backward()
         self.optimizer.accumulate()
         norm = float(self.optimizer.clip(1.0))

@@ -16,7 +16,7 @@ from distill.recipe import TrainStage
 from distill.records import TopK
 from distill.training import loop
 from distill.training.loop import Length, Step, train
-from distill.training.loss.objective import Objective
+from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import forward_kl
 from distill.training.optim import MasterAdamW
 from distill.training.packing import Example, pack
@@ -55,7 +55,7 @@ def main(model_dir: str, folder: Path, dtype: str, stop_after: int) -> None:
 
     folder.mkdir(exist_ok=True)
     try:
-        train(model, source, Objective(forward_kl), config, length=Length(8), vocab_size=49152, folder=folder)
+        train(model, source, StoredObjective(forward_kl), config, length=Length(8), vocab_size=49152, folder=folder)
     except KeyboardInterrupt:
         return
     assert next(model.parameters()).is_cuda

@@ -12,10 +12,10 @@ from distill import models
 from distill.records import TopK
 from distill.training import attention
 from distill.training.attention import Layout, packed_attention
-from distill.training.loss.objective import Objective
+from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import forward_kl
 from distill.training.packing import Example, pack
-from distill.training.policy import Trainee
+from distill.training.policy import StudentModule
 
 MODULE = SimpleNamespace(training=True)
 
@@ -91,15 +91,15 @@ def examples(vocab=49152, K=8):
     return made
 
 
-def gradients(trainee, batches):
-    trainee.zero_grad()
+def gradients(student_module, batches):
+    student_module.zero_grad()
     total, sums = 0.0, {}
     for batch in batches:
         rows = torch.from_numpy(batch.weight_T.nonzero()[0]).cuda()
-        out = trainee(batch.to_torch("cuda"), rows)
+        out = student_module(batch.to_torch("cuda"), rows)
         out.loss.backward()
         total += out.loss.item()
-        for name, p in trainee.named_parameters():
+        for name, p in student_module.named_parameters():
             sums[name] = sums.get(name, 0) + p.grad.double()
             p.grad = None
     return total, torch.cat([grad.flatten() for grad in sums.values()])
@@ -113,9 +113,11 @@ def alone(made):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_packed_and_shared_equals_one_trace_at_a_time(tiny_dir, dtype):
     made = examples()
-    exact = gradients(Trainee(models.load(tiny_dir, dtype="float64").cuda(), Objective(forward_kl), 49152), alone(made))
-    trainee = Trainee(models.load(tiny_dir, dtype=dtype).cuda(), Objective(forward_kl), 49152)
-    packed, single = (gradients(trainee, batches) for batches in (pack(made, micro_tokens=4096), alone(made)))
+    exact = gradients(
+        StudentModule(models.load(tiny_dir, dtype="float64").cuda(), StoredObjective(forward_kl), 49152), alone(made)
+    )
+    student_module = StudentModule(models.load(tiny_dir, dtype=dtype).cuda(), StoredObjective(forward_kl), 49152)
+    packed, single = (gradients(student_module, batches) for batches in (pack(made, micro_tokens=4096), alone(made)))
     assert any((batch.parent >= 0).any() for batch in pack(made, micro_tokens=4096))
     off = [((g - exact[1]).norm() / exact[1].norm()).item() for _, g in (packed, single)]
     if dtype == "float32":

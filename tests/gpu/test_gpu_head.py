@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distill.training.loss import divergences, sparse
-from distill.training.loss.dense import Logits, online_head_loss
+from distill.training.loss.dense import Logits, dense_loss
 from distill.training.loss.head import HeadForm, Student, Targets, head_loss
 from distill.training.loss.kernels import OUTSIDE, fused
 
@@ -186,7 +186,7 @@ def test_a_teacher_in_the_trainer(name, temperature, dtype):
         for D, f, s in ((96, HeadForm(V), 0.75), (48, form, 0.25))
     ]  # fmt: skip
     compare, student = DIVERGENCES[name], Logits(hidden, weight, form)
-    out = online_head_loss(
+    out = dense_loss(
         student, teachers, compare, targets, temperature=temperature, kl_weight=0.7, ce_weight=0.3, chunk=64
     )
     out.loss.backward()
@@ -227,9 +227,7 @@ def test_the_whole_logits_are_never_in_memory(sweep, online):
     def work():
         if online:
             student, form = Logits(hidden, weight, HeadForm(V)), HeadForm(V)
-            loss = online_head_loss(
-                student, [Logits(hidden.detach(), weight.detach(), form)], divergences.jsd, targets
-            ).loss
+            loss = dense_loss(student, [Logits(hidden.detach(), weight.detach(), form)], divergences.jsd, targets).loss
         else:
             loss = head_loss(hidden, weight, sparse.forward_kl, targets).loss
         loss.backward()

@@ -29,19 +29,19 @@ def tree(tiny_dir):
         "stages": {
             "traces": {
                 "kind": "generate", "model": "base", "task": "sums", "problems": 12,
-                "sampling": {"max_tokens": 6}, "top_k": 8, "engine": ENGINE,
+                "sampling": {"max_tokens": 6}, "top_logprobs": 8, "engine": ENGINE,
             },
             "kept": {"kind": "filter", "data": "traces", "keep": [{"fn": "length", "max_tokens": 100}]},
-            "sft": {**train, "loss": {"fn": "cross_entropy"}, "truncated": "keep"},
-            "kl": {**train, "loss": {"fn": "forward_kl"}, "truncated": "keep"},
-            "online": {**train, "loss": {"fn": "jsd"}, "teacher": "sft", "truncated": "keep"},
-            "lora": {**train, "loss": {"fn": "forward_kl"}, "truncated": "keep", "lora": {"rank": 4}},
-            "scored": {"kind": "score", "model": "sft", "data": "kept", "top_k": 8, "engine": ENGINE},
+            "sft": {**train, "loss": {"fn": "cross_entropy"}, "keep_truncated": True},
+            "kl": {**train, "loss": {"fn": "forward_kl"}, "keep_truncated": True},
+            "online": {**train, "loss": {"fn": "jsd"}, "teacher": "sft", "keep_truncated": True},
+            "lora": {**train, "loss": {"fn": "forward_kl"}, "keep_truncated": True, "lora": {"rank": 4}},
+            "scored": {"kind": "score", "model": "sft", "data": "kept", "top_logprobs": 8, "engine": ENGINE},
             "beside": {**taught, "loss": {"fn": "reverse_kl"}},
-            "asked": {**taught, "scoring": "engine", "top_k": 8},
+            "asked": {**taught, "scoring": "engine", "top_logprobs": 8},
             "rl": {
                 **rollout, "kind": "grpo", "rewards": [{"fn": "myrewards:even"}], "mini_batches": 2,
-                "objective": {"fn": "grpo", "beta": 0.01, "truncated": "penalise"},
+                "objective": {"fn": "grpo", "beta": 0.01, "mask_truncated": False},
             },
             "verdict": {
                 "kind": "compare", "arms": {"start": "base", "kl": "kl", "rl": "rl"}, "task": "sums", "problems": 4,
