@@ -1,4 +1,4 @@
-"""The Triton sweep in Triton's interpreter on the CPU: the same numbers and gradients as the plain one.
+"""The Triton kernel in Triton's interpreter on the CPU: the same numbers and gradients as the plain one.
 
 Run by test_fused.py with TRITON_INTERPRET=1 set, which Triton reads when it is imported.
 """
@@ -18,12 +18,12 @@ from distill.training.loss.kernels import OUTSIDE, fused
 
 @pytest.fixture
 def in_triton(monkeypatch):
-    """head_loss through the fused sweep, in tiles that cut the small vocabularies several times."""
+    """head_loss through the fused kernel, in tiles that cut the small vocabularies several times."""
 
     def run(*args, tile=8, **kwargs):
         with monkeypatch.context() as patch:
             patch.setattr(fused, "usable", lambda hidden, form: True)
-            patch.setattr(fused, "FusedSweep", functools.partial(fused.FusedSweep, tile=tile))
+            patch.setattr(fused, "TritonHeadKernel", functools.partial(fused.TritonHeadKernel, tile=tile))
             return head_loss(*args, **kwargs)
 
     return run
@@ -41,13 +41,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("loss", "T", "V", "K", "tile"), CASES)
-def test_equals_the_plain_sweep(in_triton, loss, T, V, K, tile):
+def test_equals_the_plain_kernel(in_triton, loss, T, V, K, tile):
     results = []
     for run in (head_loss, functools.partial(in_triton, tile=tile)):
         hidden, weight, targets = problem(T=T, V=V, K=K, dtype=torch.float32)
         bias = torch.linspace(-1, 1, V).requires_grad_()
         out = run(
-            hidden, weight, loss, targets, form=HeadForm(V, scale=0.7), bias_V=bias, chunk=3, entropy=True,
+            hidden, weight, loss, targets, form=HeadForm(V, scale=0.7), bias_V=bias, chunk=3,
             measure=lambda student, _: {"best": student.best_outside_T, "tail": student.tail_T},
         )  # fmt: skip
         out.loss.backward()
@@ -57,7 +57,6 @@ def test_equals_the_plain_sweep(in_triton, loss, T, V, K, tile):
             (
                 out.loss_T,
                 out.label_logp_T,
-                out.entropy_T,
                 best,
                 tail,
                 hidden.grad,

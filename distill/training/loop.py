@@ -21,8 +21,9 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from distill.recipe import OptimStage
-from distill.records import Batch, UserError
+from distill.records import UserError
 from distill.training import checkpoint, malloc
+from distill.training.batch import Batch
 from distill.training.loss.metrics import mean_sums
 from distill.training.loss.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate

@@ -23,7 +23,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from distill.records import SHARED, Array, Batch, CrossTokenizerBatch, TopK, Traces
+from distill.records import Array, TopK, Traces
+from distill.training import prefix_sharing
+from distill.training.batch import Batch, CrossTokenizerBatch
 from distill.training.loss.cross_tokenizer.alignment import Alignment, Reading
 from distill.training.loss.multi_teacher import TeacherMixture
 
@@ -188,7 +190,7 @@ def _share(examples: Sequence[Example]) -> list[Placed]:
     that. A level is made where it saves LEAST_SAVED tokens. The last prompt token is never shared: it predicts the first
     token of its own example's completion.
     """
-    short = [e for e in examples if len(e) <= SHARED and len(e.prompt_ids)]
+    short = [e for e in examples if len(e) <= prefix_sharing.MAX_TOKENS and len(e.prompt_ids)]
     short.sort(key=lambda e: e.prompt_ids.astype(">u4").tobytes())
     common = [_num_common(a.prompt_ids, b.prompt_ids) for a, b in itertools.pairwise(short)]
     prefixes: list[Prefix | None] = [None] * len(short)
@@ -205,7 +207,7 @@ def _share(examples: Sequence[Example]) -> list[Placed]:
         cuts = [n + 1 for n in range(first, end - 1) if common[n] == shared]
         runs += itertools.pairwise([first, *cuts, end])
     placed = [Placed(e, prefix) for e, prefix in zip(short, prefixes, strict=True)]
-    return placed + [Placed(e) for e in examples if len(e) > SHARED or not len(e.prompt_ids)]
+    return placed + [Placed(e) for e in examples if len(e) > prefix_sharing.MAX_TOKENS or not len(e.prompt_ids)]
 
 
 def _num_common(a: Array, b: Array) -> int:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from distill import models
-from distill.records import Array, Batch
+from distill.records import Array
 from distill.training.attention import PACKED, Layout
+from distill.training.batch import Batch
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.dense import Logits
 from distill.training.loss.head import HeadForm, Student, Targets, head_loss

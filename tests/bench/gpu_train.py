@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill.records import Batch, TopK
+from distill.records import TopK
+from distill.training.batch import Batch
 from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.optim import MasterAdamW

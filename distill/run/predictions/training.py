@@ -11,10 +11,10 @@ from distill.compute import estimate, flops
 from distill.compute.flops import Memory, ModelShape
 from distill.machine import Dtype, Machine
 from distill.recipe import GrpoStage, OnPolicyStage, OptimStage, PolicyStage, TrainStage, data_of, teachers_of
-from distill.records import SHARED
 from distill.run.known_sizes import Known, rows_of
 from distill.run.predictions.inference import mean_reply
 from distill.run.predictions.row import Part, Row, dtype_part, engine_memory, engine_part, make_amounts, start_seconds
+from distill.training import prefix_sharing
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +266,6 @@ def _snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:
 def _prompt_trained(prompt: float, reply: float, frame: float, group: int = 1) -> float:
     """Prompt tokens computed per trace: a prompt once per group, and its first `frame` tokens, shared by all prompts,
     hardly ever (`training.packing`)."""
-    if prompt + reply > SHARED:
+    if prompt + reply > prefix_sharing.MAX_TOKENS:
         return prompt
     return max(prompt - frame, 1.0) / group + (group > 1)

@@ -19,7 +19,7 @@ from distill.training.packing import Example
 
 BUFFER_ROWS = 2048
 COLUMNS = (
-    "trace_id", "prompt_ids", "completion_ids", "logprob", "top_count", "top_ids", "top_logprobs", "tail_logprob",
+    "trace_id", "prompt_ids", "completion_ids", "top_count", "top_ids", "top_logprobs", "tail_logprob",
 )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ class ShardSource:
     def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
         columns = ["trace_id", "prompt_ids", "completion_ids"]
         if self.with_top:
-            columns += ["logprob", "top_count", "top_ids", "top_logprobs", "tail_logprob"]
+            columns += ["top_count", "top_ids", "top_logprobs", "tail_logprob"]
         for block in self.reader.shuffled(draw_seed(self.seed, index), skip=skip, columns=columns):
             yield from examples_of(block, with_top=self.with_top)
 

@@ -11,7 +11,7 @@ The mass outside S is taken by masking S in the chunk, never as 1 - sum: in fp32
 With z the logits, S the chosen ids, g the derivative by the K+1 numbers (z at S, r = log sum over v not in S of e^z_v):
     dL/dz_v = g_v for v in S, else g_r * e^(z_v - r)
 
-The passes over a chunk are a `Sweep` (`kernels`): in torch anywhere, in Triton on a GPU.
+The passes over a chunk are a `HeadKernel` (`kernels`): in torch anywhere, in Triton on a GPU.
 
 Left out on purpose: what losses mean (`training.losses`), weights and denominators (`training.packing`).
 Shapes: T tokens with a loss, C of them in a chunk, D hidden, V vocabulary, K teacher entries.
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.records import Batch
+from distill.training.batch import Batch
 from distill.training.loss.kernels import OUTSIDE as OUTSIDE
 from distill.training.loss.kernels import HeadForm as HeadForm
-from distill.training.loss.kernels import Rest, Sweep, fused
+from distill.training.loss.kernels import HeadKernel, fused
 from distill.training.loss.kernels.chunks import (
     Chunk,
     chunk_rows,
@@ -37,7 +37,7 @@ from distill.training.loss.kernels.chunks import (
     over_chunks,
     wide_dtype,
 )
-from distill.training.loss.kernels.plain import PlainSweep
+from distill.training.loss.kernels.plain import TorchHeadKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +106,13 @@ Measure = Callable[[Student, Targets], Mapping[str, Tensor]]
 class HeadOutput:
     """loss: the weighted sum, differentiable. The others by row, unweighted, detached.
 
-    measures: what `measure` returned. entropy_T: of the student's whole distribution, nats; None unless asked for.
+    measures: what `measure` returned.
     """
 
     loss: Tensor
     loss_T: Tensor
     label_logp_T: Tensor
     measures: Mapping[str, Tensor] = field(default_factory=dict)
-    entropy_T: Tensor | None = None
 
 
 def head_loss(
@@ -126,26 +125,25 @@ def head_loss(
     bias_V: Tensor | None = None,
     chunk: int | None = None,
     measure: Measure | None = None,
-    entropy: bool = False,
 ) -> HeadOutput:
     """Sum over tokens of weight * loss, with gradients to hidden, weight and bias where they ask for one.
 
     hidden_TD and weight_VD share a dtype (bf16, fp32, fp64); everything after the logits is fp32 (fp64 for fp64).
     A weight that is sharded over processes (DTensor) is gathered once here; its gradient is averaged over them.
     chunk: tokens at a time; None takes what fits the memory. T = 0 gives a zero that still has a (zero) gradient.
-    measure: further numbers by row from the same student, each [T]. entropy: also the exact entropy by row.
+    measure: further numbers by row from the same student, each [T].
     """
     weight_VD, bias_V = gathered(weight_VD), None if bias_V is None else gathered(bias_V)
     form = form or HeadForm(weight_VD.shape[0])
-    sweep = _sweep(hidden_TD, weight_VD, bias_V, form)
+    kernel = _kernel(hidden_TD, weight_VD, bias_V, form)
     targets = _clean(targets, hidden_TD.device)
-    calls = _SparsePass(loss_fn, targets, sweep, measure, entropy, {})
+    calls = _SparsePass(loss_fn, targets, kernel, measure, {})
     if chunk is None:
-        bytes_each = sweep.row_bytes(form, hidden_TD.dtype)
+        bytes_each = kernel.row_bytes(form, hidden_TD.dtype)
         chunk = chunk_rows(len(hidden_TD), bytes_each, hidden_TD.device)
     loss, loss_T, label_T = over_chunks(hidden_TD, weight_VD, bias_V, calls, targets.weight_T, form.vocab_size, chunk)
     rows = {name: torch.cat(parts) for name, parts in calls.seen.items()}
-    return HeadOutput(loss, loss_T, label_T, rows, rows.pop("", None))
+    return HeadOutput(loss, loss_T, label_T, rows)
 
 
 def _clean(targets: Targets, device: torch.device) -> Targets:
@@ -164,23 +162,22 @@ def _clean(targets: Targets, device: torch.device) -> Targets:
     return Targets(**rows)
 
 
-def _sweep(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm) -> Sweep:
+def _kernel(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm) -> HeadKernel:
     weight_VD = weight_VD.detach()
     bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
     if fused.usable(hidden_TD, form):
-        return fused.FusedSweep(weight_VD, bias_V, form)
-    return PlainSweep(weight_VD[: form.vocab_size], bias_V, form, wide_dtype(hidden_TD))
+        return fused.TritonHeadKernel(weight_VD, bias_V, form)
+    return TorchHeadKernel(weight_VD[: form.vocab_size], bias_V, form, wide_dtype(hidden_TD))
 
 
 @dataclass(frozen=True, slots=True)
 class _SparsePass:
-    """The chunks of one call of head_loss; `seen` collects what is measured, `""` the entropies."""
+    """The chunks of one call of head_loss; `seen` collects what is measured."""
 
     loss_fn: LossFn
     targets: Targets
-    sweep: Sweep
+    kernel: HeadKernel
     measure: Measure | None
-    entropy: bool
     seen: dict[str, list[Tensor]]
 
     def chunk(self, hidden_CD: Tensor, rows: slice, grads: bool) -> Chunk:
@@ -191,7 +188,7 @@ class _SparsePass:
         # An unused entry points to the label: chosen anyway, so nothing else is masked or counted for it.
         ids_CK = torch.where(used_CK, targets.teacher_ids_TK, label_C1)
         ids_CS = torch.cat([label_C1, ids_CK], dim=1)
-        rest = self.sweep.rest(hidden_CD, ids_CS, entropy=self.entropy)
+        rest = self.kernel.rest(hidden_CD, ids_CS)
         in_top_C = (used_CK & (targets.teacher_ids_TK == label_C1)).any(1)
         z_CS, lse_C = rest.z_CS.requires_grad_(), rest.lse_C.requires_grad_()
         dz_CV = factor_C = None
@@ -200,17 +197,15 @@ class _SparsePass:
             loss_C = self.loss_fn(student, targets)
             if grads:
                 g = torch.autograd.grad((loss_C * targets.weight_T).sum(), [z_CS, lse_C])
-                dz_CV, factor_C = self.sweep.gradient(*g)
+                dz_CV, factor_C = self.kernel.gradient(*g)
         with torch.no_grad():
             if self.measure is not None:
                 for name, value_C in self.measure(student, targets).items():
                     self.seen.setdefault(name, []).append(value_C)
-            if rest.entropy_C is not None:
-                self.seen.setdefault("", []).append(_entropy(rest, student, used_CK, in_top_C))
         return Chunk(loss_C.detach(), student.label_T.detach(), dz_CV, factor_C)
 
     def close(self) -> None:
-        self.sweep.close()
+        self.kernel.close()
 
 
 def _student(z_CS: Tensor, rest_C: Tensor, best_C: Tensor, used_CK: Tensor, in_top_C: Tensor) -> Student:
@@ -221,18 +216,3 @@ def _student(z_CS: Tensor, rest_C: Tensor, best_C: Tensor, used_CK: Tensor, in_t
     lse_C = torch.cat([torch.where(used_CK, z_CK, OUTSIDE), tail_C[:, None]], dim=1).logsumexp(1)
     best_C = torch.maximum(best_C, outside_C.detach()) - lse_C.detach()
     return Student(label_C - lse_C, z_CK - lse_C[:, None], tail_C - lse_C, best_C)
-
-
-def _entropy(rest: Rest, student: Student, used_CK: Tensor, in_top_C: Tensor) -> Tensor:
-    """-sum q log q over the whole vocabulary [C]: the chosen ids, each once, and the rest's own entropy."""
-    assert rest.entropy_C is not None
-    log_share_C = rest.lse_C + (student.label_T - rest.z_CS[:, 0])
-    chosen_CS = torch.cat(
-        [
-            torch.where(in_top_C, OUTSIDE, student.label_T)[:, None],
-            torch.where(used_CK, student.top_TK, OUTSIDE),
-        ],
-        dim=1,
-    )
-    of_chosen_C = -(chosen_CS.exp() * chosen_CS).sum(1)
-    return of_chosen_C + log_share_C.exp() * (rest.entropy_C - log_share_C)

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from distill.records import Batch, draw_seed
+from distill.records import draw_seed
+from distill.training.batch import Batch
 from distill.training.loss.cross_tokenizer.losses import Pair
 from distill.training.loss.dense import Divergence, dense_loss, draw, top_entries
 from distill.training.loss.head import HeadOutput, LossFn, Measure, Student, Targets, head_loss

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from distill.recipe import GrpoStage
-from distill.records import Array, Batch, Group, Scores, draw_seed
+from distill.records import Array, Group, Scores, draw_seed
+from distill.training.batch import Batch
 from distill.training.loop import Step, WorkCounts
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distill.records import CrossTokenizerBatch
+from distill.training.batch import CrossTokenizerBatch
 from distill.training.loss import divergences
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.cross_tokenizer.divergences import by_text, sorted_gap

@@ -1,6 +1,6 @@
 """What happens to one chunk of logits: `plain` in torch on any device, `fused` in Triton on a GPU.
 
-Both are a `Sweep`: it makes the chunk's logits, takes the chosen ones out, sums up the rest, and later turns what it kept
+Both are a `HeadKernel`: it makes the chunk's logits, takes the chosen ones out, sums up the rest, and later turns what it kept
 into the gradient, in the same memory. Neither knows a loss. They hold one chunk and give the same numbers.
 """
 
@@ -44,16 +44,14 @@ class Rest:
     """A chunk's logits, told apart into chosen ones and the rest; S ids a row, repeats allowed.
 
     z_CS: at the chosen ids. lse_C: log-sum-exp of all others (OUTSIDE when there are none). best_C: the highest of them.
-    entropy_C: -sum over the others of e^(z - lse_C) (z - lse_C), their own entropy; None unless asked for.
     """
 
     z_CS: Tensor
     lse_C: Tensor
     best_C: Tensor
-    entropy_C: Tensor | None = None
 
 
-class Sweep(Protocol):
+class HeadKernel(Protocol):
     """One lm_head and the memory of one chunk."""
 
     @staticmethod
@@ -61,7 +59,7 @@ class Sweep(Protocol):
         """Memory that one token of a chunk takes."""
         ...
 
-    def rest(self, hidden_CD: Tensor, ids_CS: Tensor, *, entropy: bool = False) -> Rest:
+    def rest(self, hidden_CD: Tensor, ids_CS: Tensor) -> Rest:
         """The numbers of a chunk of C tokens, in the wide dtype (fp32; fp64 for fp64)."""
         ...
 

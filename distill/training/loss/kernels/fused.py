@@ -30,7 +30,7 @@ ALIGNED = 64
 
 
 def usable(hidden_TD: Tensor, form: HeadForm) -> bool:
-    """Whether this sweep takes these inputs; `plain` takes all."""
+    """Whether this kernel takes these inputs; `plain` takes all."""
     return (
         hidden_TD.is_cuda
         and form.softcap is None
@@ -40,8 +40,8 @@ def usable(hidden_TD: Tensor, form: HeadForm) -> bool:
     )
 
 
-class FusedSweep:
-    """See `Sweep`. weight_VD with its padded rows: with some of them the products have a width that cuBLAS is quick at."""
+class TritonHeadKernel:
+    """See `HeadKernel`. weight_VD with its padded rows: with some of them the products have a width that cuBLAS is quick at."""
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, tile: int = TILE) -> None:
         self.weight_VD, self.form = weight_VD, form
@@ -61,7 +61,7 @@ class FusedSweep:
     def row_bytes(form: HeadForm, dtype: torch.dtype) -> int:
         return _aligned(form.vocab_size) * dtype.itemsize + 4 * min(TILE, form.vocab_size)
 
-    def rest(self, hidden_CD: Tensor, ids_CS: Tensor, *, entropy: bool = False) -> Rest:
+    def rest(self, hidden_CD: Tensor, ids_CS: Tensor) -> Rest:
         num, vocab, tile = len(hidden_CD), self.form.vocab_size, self.tile
         stride = _aligned(vocab)
         if self.x_flat is None or self.e_flat is None or len(self.e_flat) < num * stride:
@@ -76,28 +76,23 @@ class FusedSweep:
         # Of parts beyond the end of the vocabulary nothing is written.
         best_NC = z_CS.new_full((num_tiles * self.parts, num), OUTSIDE)
         sum_NC = torch.zeros_like(best_NC)
-        below_NC = torch.zeros_like(best_NC) if entropy else sum_NC
         bias_V = z_CS if self.bias_V is None else self.bias_V
         for n in range(num_tiles):
             start, first = n * tile, n * self.parts
             width, rows = min(tile, vocab - start), min(tile, self.width - start)
             wide_product(hidden_CD, self.weight_VD[start : start + rows].t(), x_CW[:, :rows])
             self.kernels.soften[(num, -(-width // self.part))](
-                x_CW, e_CV, ids_CS, z_CS, bias_V, best_NC[first], sum_NC[first], below_NC[first],
+                x_CW, e_CV, ids_CS, z_CS, bias_V, best_NC[first], sum_NC[first],
                 tile, stride, num_ids, num, start, width, self.form.scale,
-                HAS_BIAS=self.bias_V is not None, ENTROPY=entropy, IDS=_power_of_2(num_ids), BLOCK=self.part,
+                HAS_BIAS=self.bias_V is not None, IDS=_power_of_2(num_ids), BLOCK=self.part,
                 num_warps=_warps(self.part),
             )  # fmt: skip
         best_C = best_NC.amax(0)
         share_NC = (best_NC - best_C).exp()
         sum_C = (share_NC * sum_NC).sum(0)
         lse_C = torch.where(sum_C > 0, sum_C.log() + best_C, OUTSIDE)
-        entropy_C = None
-        if entropy:
-            below_C = (share_NC * (below_NC + (best_NC - best_C) * sum_NC)).sum(0)
-            entropy_C = torch.where(sum_C > 0, sum_C.log() - below_C / sum_C, 0.0)
         self.kept = (e_CV, ids_CS, best_NC - lse_C)
-        return Rest(z_CS, lse_C, best_C, entropy_C)
+        return Rest(z_CS, lse_C, best_C)
 
     def gradient(self, g_CS: Tensor, g_rest_C: Tensor) -> tuple[Tensor, Tensor | None]:
         assert self.kept is not None, "`rest` comes before"

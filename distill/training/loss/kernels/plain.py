@@ -24,8 +24,8 @@ FLOOR = 1e-30
 """Least size of a row factor, so that the chosen entries can be divided by it."""
 
 
-class PlainSweep:
-    """See `Sweep`. weight_VD without padded rows; wide: fp32, or fp64 for fp64 inputs."""
+class TorchHeadKernel:
+    """See `HeadKernel`. weight_VD without padded rows; wide: fp32, or fp64 for fp64 inputs."""
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, wide: torch.dtype) -> None:
         self.weight_VD, self.bias_V, self.form, self.wide = weight_VD, bias_V, form, wide
@@ -39,7 +39,7 @@ class PlainSweep:
         narrow = dtype.itemsize if dtype.itemsize < wide else 0
         return form.vocab_size * (wide * (1 if form.softcap is None else 2) + narrow)
 
-    def rest(self, hidden_CD: Tensor, ids_CS: Tensor, *, entropy: bool = False) -> Rest:
+    def rest(self, hidden_CD: Tensor, ids_CS: Tensor) -> Rest:
         z_CV = self._product(hidden_CD)
         slope_CV = None if self.form.softcap is None else self._buffer("slope", z_CV, self.wide)
         for rows in self._blocks(z_CV) if self._shaped else ():
@@ -48,29 +48,19 @@ class PlainSweep:
         z_CV.scatter_(1, ids_CS, -torch.inf)
         best_C1 = z_CV.new_empty(len(z_CV), 1)
         sum_C1 = torch.empty_like(best_C1)
-        entropy_C1 = torch.empty_like(best_C1) if entropy else None
         # The rest's softmax, in place: the same numbers serve the log-sum-exp here and the gradient later.
         for rows in self._blocks(z_CV):
             z_RV = z_CV[rows]
             torch.amax(z_RV, 1, keepdim=True, out=best_C1[rows])
             z_RV.sub_(best_C1[rows].clamp_(min=OUTSIDE))
-            if entropy_C1 is not None:
-                below_RV = z_RV.clamp(min=-1e4)  # 0 * -inf would be NaN
-                z_RV.exp_()
-                torch.sum(below_RV.mul_(z_RV), 1, keepdim=True, out=entropy_C1[rows])
-            else:
-                z_RV.exp_()
+            z_RV.exp_()
             torch.sum(z_RV, 1, keepdim=True, out=sum_C1[rows])
-        any_C1 = sum_C1 > 0
-        lse_C1 = torch.where(any_C1, sum_C1.log() + best_C1, OUTSIDE)
-        if entropy_C1 is not None:
-            entropy_C1 = torch.where(any_C1, sum_C1.log() - entropy_C1 / sum_C1, 0.0)
+        lse_C1 = torch.where(sum_C1 > 0, sum_C1.log() + best_C1, OUTSIDE)
         self.kept = (z_CV, slope_CV, ids_CS, sum_C1, hidden_CD.dtype)
         return Rest(
             z_CS,
             lse_C1.squeeze(1),
             best_C1.squeeze(1),
-            None if entropy_C1 is None else entropy_C1.squeeze(1),
         )
 
     def gradient(self, g_CS: Tensor, g_rest_C: Tensor) -> tuple[Tensor, Tensor | None]:

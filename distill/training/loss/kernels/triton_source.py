@@ -9,9 +9,9 @@ import triton.language as tl
 
 @triton.jit
 def soften(
-    x_ptr, e_ptr, ids_ptr, z_ptr, bias_ptr, best_ptr, sum_ptr, below_ptr,
+    x_ptr, e_ptr, ids_ptr, z_ptr, bias_ptr, best_ptr, sum_ptr,
     x_stride, e_stride, num_ids, num_rows, start, width, scale,
-    HAS_BIAS: tl.constexpr, ENTROPY: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Turn BLOCK products of a row into e^(z - their maximum), stored narrow, and its sum; a program per row and part.
 
@@ -40,14 +40,11 @@ def soften(
         z += tl.load(bias_ptr + start + column, mask=inside, other=0.0)
     z = z * scale
     best = tl.maximum(tl.max(z, axis=0), -1e30)
-    gap = z - best
-    e = tl.exp(gap)
+    e = tl.exp(z - best)
     tl.store(e_ptr + row * e_stride + start + column, e.to(e_ptr.dtype.element_ty), mask=inside)
     place = part * num_rows + row
     tl.store(best_ptr + place, best)
     tl.store(sum_ptr + place, tl.sum(e, axis=0))
-    if ENTROPY:
-        tl.store(below_ptr + place, tl.sum(e * tl.maximum(gap, -1e4), axis=0))
 
 
 @triton.jit
