@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Split = Literal["train", "held_out"]
 FinishReason = Literal["stop", "length"]
 Message = Mapping[str, str]
+"""One turn: `role` and `content`."""
+Messages = tuple[Message, ...]
+"""A conversation, in the one form it has from the problem to the reader of a trace."""
 Array = npt.NDArray[Any]
 
 SHORT = 256
@@ -68,7 +71,7 @@ class Problem:
     problem_id: str
     task: str
     question: str
-    messages: tuple[Message, ...]
+    messages: Messages
     gold: str | None = None
     payload: Mapping[str, Any] = field(default_factory=dict)
 
@@ -388,7 +391,7 @@ class Traces:
     trace_id: list[str]
     problem_id: list[str]
     sample: Array
-    messages: list[str]
+    messages: list[Messages]
     completion: list[str]
     answer: list[str | None]
     gold: list[str | None]

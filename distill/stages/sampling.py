@@ -7,7 +7,6 @@ folder holds already are left out. A prompt that leaves no room for a token in t
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -84,7 +83,7 @@ class Rows:
             trace_id=[c.request_id for c in self.completions],
             problem_id=[a.problem.problem_id for a in self.asked],
             sample=np.array([a.sample for a in self.asked], np.int32),
-            messages=[json.dumps([dict(m) for m in a.problem.messages]) for a in self.asked],
+            messages=[a.problem.messages for a in self.asked],
             completion=list(self.texts),
             answer=[v.answer for v in self.verdicts],
             gold=[a.problem.gold for a in self.asked],

@@ -14,7 +14,6 @@ one it is all of the text.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -26,7 +25,7 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from distill.language import language_share
-from distill.records import Array, Traces
+from distill.records import Array, Messages, Traces
 from distill.traces.contamination import HeldOut
 
 Count = Annotated[int, Field(ge=0)]
@@ -146,13 +145,12 @@ def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: Coun
     against: a task of the recipe (its held-out problems) or a JSONL file of problems; what it names arrives as
     held_out. Generated problems share their template's words, so they are compared as a whole only.
     """
-    prompts = [json.loads(messages) for messages in group.messages]
     known: dict[str, bool] = {}
-    for prompt in prompts:
+    for prompt in group.messages:
         for text in _questions(prompt):
             if text not in known:
                 known[text] = held_out.holds(text, ngram)
-    return np.array([not any(known[text] for text in _questions(p)) for p in prompts], bool)
+    return np.array([not any(known[text] for text in _questions(p)) for p in group.messages], bool)
 
 
 def best_of_n(group: Traces, *, n: Annotated[int, Field(ge=1)] = 1) -> Array:
@@ -200,5 +198,5 @@ def _num_blocks(text: str) -> int:
     return num
 
 
-def _questions(messages: list[dict[str, str]]) -> list[str]:
+def _questions(messages: Messages) -> list[str]:
     return [message["content"] for message in messages if message["role"] == "user"]

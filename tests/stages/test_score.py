@@ -386,7 +386,7 @@ def test_a_file_of_conversations_is_rendered_and_scored(tiny_dir, other_dir, tok
     assert tokenizer.decode(block.completion_ids[1]) == "two<|im_end|>"
     assert tokenizer.decode(block.prompt_ids[2]).endswith("<|im_start|>assistant\n")
     assert "2+2?" in tokenizer.decode(block.prompt_ids[2])
-    assert json.loads(block.messages[2]) == [{"role": "user", "content": "2+2?"}]
+    assert block.messages[2] == ({"role": "user", "content": "2+2?"},)
     check_against_a_forward_pass(other_dir, ctx.folder / "traces")
     assert result.metrics["left_out"] == {
         "not usable": 2,

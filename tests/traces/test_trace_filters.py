@@ -173,8 +173,8 @@ def test_paragraphs_and_code_blocks_of_the_reasoning():
 
 
 def asking(*questions: str) -> Traces:
-    messages = [json.dumps([{"role": "user", "content": text}]) for text in questions]
-    filler = [json.dumps([{"role": "user", "content": "filler"}])] * (6 - len(questions))
+    messages = [({"role": "user", "content": text},) for text in questions]
+    filler = [({"role": "user", "content": "filler"},)] * (6 - len(questions))
     return group(messages=messages + filler)
 
 

@@ -25,7 +25,7 @@ from distill.plug import nearest
 from distill.recipe import ScoreStage
 from distill.records import (
     Array,
-    Message,
+    Messages,
     Problem,
     Ragged,
     Task,
@@ -248,7 +248,7 @@ class _Conversation:
     trace_id: str
     problem_id: str
     sample: int
-    messages: tuple[Message, ...]
+    messages: Messages
     question: str
     reply: str
     gold: str | None
@@ -278,7 +278,7 @@ def _traces(block: Sequence[_Conversation], task: Task | None) -> Traces:
         trace_id=[each.trace_id for each in block],
         problem_id=[each.problem_id for each in block],
         sample=np.array([each.sample for each in block], np.int32),
-        messages=[json.dumps([dict(m) for m in each.messages]) for each in block],
+        messages=[each.messages for each in block],
         completion=[each.reply for each in block],
         answer=[verdict.answer for verdict in verdicts],
         gold=[each.gold for each in block],
@@ -320,7 +320,7 @@ def render(block: Traces, tokenizer: Any, template: Template) -> Traces:
     texts: list[str] = []
     ends = tokenizer.eos_token_id is not None
     for messages, text, finish in zip(block.messages, block.completion, block.finish_reason, strict=True):
-        prompt = models.render_prompt(tokenizer, template, json.loads(messages))
+        prompt = models.render_prompt(tokenizer, template, messages)
         opened = tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
         if opened and text.lstrip().startswith(THINK):
             text = text.lstrip().removeprefix(THINK).lstrip("\n")
