@@ -21,8 +21,9 @@ from distill.compute.flops import ModelShape, causal_context, forward_flops
 from distill.recipe import ScoreStage
 from distill.records import Array, Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
 from distill.stages.context import Context, Result
-from distill.stages.inputs.score_inputs import DroppedRows, Given, open_score_inputs
-from distill.stages.sampling import ROOM, context_limit, package_versions
+from distill.stages.inputs.score_inputs import DroppedRows, ScoreInputs, open_score_inputs
+from distill.stages.sampling import context_length, context_limit
+from distill.stages.trace_sampling import package_versions
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
 from distill.traces.summary import stats
@@ -57,7 +58,7 @@ def run(config: ScoreStage, context: Context) -> Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class WantedTrace:
     """What is known of a trace before it is scored. tokens: of prompt and completion."""
 
     tokens: int
@@ -65,16 +66,16 @@ class _Wanted:
     gold: str | None
 
 
-def _survey(given: Given, limit: int, left_out: DroppedRows) -> dict[str, _Wanted]:
+def _survey(given: ScoreInputs, limit: int, left_out: DroppedRows) -> dict[str, WantedTrace]:
     """The traces to be scored by id; the others are counted."""
-    wanted: dict[str, _Wanted] = {}
+    wanted: dict[str, WantedTrace] = {}
     for block in given.blocks(left_out):
         tokens_N = block.prompt_ids.lengths + block.completion_ids.lengths
         empty_N = block.completion_ids.lengths == 0
         left_out.add("longer than the limit", int((tokens_N > limit).sum()))
         left_out.add("an empty completion", int((empty_N & (tokens_N <= limit)).sum()))
         for n in np.flatnonzero(~empty_N & (tokens_N <= limit)):
-            wanted[block.trace_id[n]] = _Wanted(int(tokens_N[n]), int(block.sample[n]), block.gold[n])
+            wanted[block.trace_id[n]] = WantedTrace(int(tokens_N[n]), int(block.sample[n]), block.gold[n])
     return wanted
 
 
@@ -122,9 +123,9 @@ def carry_over(
 def _fill(
     config: ScoreStage,
     context: Context,
-    given: Given,
+    given: ScoreInputs,
     metadata: Metadata,
-    wanted: Mapping[str, _Wanted],
+    wanted: Mapping[str, WantedTrace],
 ) -> None:
     """Score what the folder does not hold yet."""
     folder = context.folder / "traces"
@@ -139,7 +140,7 @@ def _fill(
         engine = engines.open_engine(
             config.engine,
             model_dir,
-            max_model_len=min(limit, -(-longest // ROOM) * ROOM),
+            max_model_len=context_length(longest, limit),
             max_top_k=config.top_logprobs,
         )
         try:
@@ -154,7 +155,7 @@ def _fill(
             engine.close()
 
 
-def _scored(config: ScoreStage, engine: Engine, given: Given, missing: Container[str]) -> Iterator[Traces]:
+def _scored(config: ScoreStage, engine: Engine, given: ScoreInputs, missing: Container[str]) -> Iterator[Traces]:
     """Blocks of the missing traces with the engine's log-probabilities in them."""
     for block in given.blocks(DroppedRows()):
         index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
@@ -219,7 +220,7 @@ def _mean_nll(folder: Path) -> float:
     return total / num if num else float("nan")
 
 
-def _metadata(config: ScoreStage, given: Given, model_dir: Path, tokenizer: Any) -> Metadata:
+def _metadata(config: ScoreStage, given: ScoreInputs, model_dir: Path, tokenizer: Any) -> Metadata:
     """Of the scoring model; what says how the prompts came about stays where the ids stay.
 
     The sampling is that of the shards that hold the text; of a file nothing is known, and the defaults stand.
