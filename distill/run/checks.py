@@ -10,9 +10,10 @@ from distill.recipe import CompareStage, FilterStage, GenerateStage, GrpoStage, 
 
 
 def generate(name: str, config: GenerateStage, recipe: Recipe) -> None:
-    from distill.stages.inputs.named_rewards import resolve_rewards
+    from distill.stages.inputs.named_rewards import combined_reward
 
-    resolve_rewards(config, f"stages.{name}")
+    if config.rewards:
+        combined_reward(config, f"stages.{name}")
 
 
 def train(name: str, config: TrainStage, recipe: Recipe) -> None:
@@ -28,11 +29,11 @@ def on_policy(name: str, config: OnPolicyStage, recipe: Recipe) -> None:
 
 
 def grpo(name: str, config: GrpoStage, recipe: Recipe) -> None:
-    from distill.stages.inputs.named_rewards import resolve_rewards
+    from distill.stages.inputs.named_rewards import combined_reward
     from distill.stages.inputs.resolve import resolve_objective
 
     resolve_objective(config, f"stages.{name}")
-    resolve_rewards(config, f"stages.{name}")
+    combined_reward(config, f"stages.{name}")
 
 
 def filter(name: str, config: FilterStage, recipe: Recipe) -> None:

@@ -212,9 +212,7 @@ def _differences(
     top_k = reader.metadata.top_k
     top_k = min(top_k + MARGIN, reader.metadata.vocab_size) if top_k else 0
     screen.phase(f"starting the {config.fn} engine")
-    engine = engines.open_engine(
-        config, model_dir, max_model_len=context_length(longest, limit), max_top_k=top_k
-    )
+    engine = engines.open_engine(config, model_dir, max_model_len=context_length(longest, limit), max_top_k=top_k)
     live = screen.live(len(chosen), "traces")
     found = _Differences([], [], [])
     try:

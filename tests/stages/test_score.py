@@ -456,7 +456,7 @@ def test_a_cut_trace_gets_no_eos_and_an_opened_thinking_is_not_opened_twice(toke
         return Traces(
             **{
                 **columns,
-                "messages": [json.dumps([{"role": "user", "content": "q"}])],
+                "messages": [({"role": "user", "content": "q"},)],
                 "completion": [text],
                 "finish_reason": [finish],
             }
