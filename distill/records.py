@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Split = Literal["train", "held_out"]
 FinishReason = Literal["stop", "length"]
 Message = Mapping[str, str]
+"""One turn: `role` and `content`."""
+Messages = tuple[Message, ...]
+"""A conversation, in the one form it has from the problem to the reader of a trace."""
 Array = npt.NDArray[Any]
 
 SHORT = 256
@@ -65,7 +68,7 @@ class Problem:
     problem_id: str
     task: str
     question: str
-    messages: tuple[Message, ...]
+    messages: Messages
     gold: str | None = None
     payload: Mapping[str, Any] = field(default_factory=dict)
 
@@ -300,8 +303,12 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-JUDGES = 4
-"""Threads that wait for verdicts while an engine goes on."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """A problem and its prompt [T] in a model's own token ids."""
+
+    problem: Problem
+    ids: Array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -326,6 +333,33 @@ class Group:
         return len(self.texts)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class GradedGroup:
+    """A prompt's completions, and what rewards see of them (`group`); both by sample.
+
+    judge_seconds: time that the task's judge took for them.
+    """
+
+    prompt: Prompt
+    completions: list[Completion]
+    group: Group
+    judge_seconds: float = 0.0
+
+
+class GroupSampler(Protocol):
+    """Writes groups of completions with the policy's engine and has them judged."""
+
+    @property
+    def engine(self) -> Engine: ...
+
+    def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
+        """`num` groups of a rollout; the same for the same arguments and weights.
+
+        version: of the weights that must write them. attempt: counts from 0 where groups of a rollout are sampled again.
+        """
+        ...
+
+
 class Reward(Protocol):
     """A score for each completion of a group; None where it could not be judged, never 0 for that."""
 
@@ -336,11 +370,12 @@ class Reward(Protocol):
 class Scores:
     """What a group's completions earned: each named reward, unweighted, and their weighted sum.
 
-    A total is None where a reward that counts is.
+    A total is None where a reward that counts is. failed: the rewards that raised an exception or did not return in time.
     """
 
     total: list[float | None]
     parts: dict[str, list[float | None]]
+    failed: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------- traces
@@ -385,7 +420,7 @@ class Traces:
     trace_id: list[str]
     problem_id: list[str]
     sample: Array
-    messages: list[str]
+    messages: list[Messages]
     completion: list[str]
     answer: list[str | None]
     gold: list[str | None]

@@ -9,7 +9,6 @@ them. Twelve traces: ordinary ones, an empty completion, certainty, no tail, a t
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -62,7 +61,7 @@ def build() -> tuple[Traces, dict[str, np.ndarray]]:
         trace_id=[f"golden{n:02d}" for n in range(12)],
         problem_id=[f"problem{n // 2}" for n in range(12)],
         sample=np.arange(12, dtype=np.int32) % 2,
-        messages=[json.dumps([{"role": "user", "content": text}]) for text in TEXTS],
+        messages=[({"role": "user", "content": text},) for text in TEXTS],
         completion=list(TEXTS),
         answer=[None if n % 3 == 0 else str(n) for n in range(12)],
         gold=[str(n) for n in range(12)],

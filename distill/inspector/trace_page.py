@@ -27,7 +27,7 @@ from markupsafe import Markup
 
 from distill.inspector import token_text
 from distill.inspector.top_tokens import TEACHER_COLUMNS, Matched, entropy, match
-from distill.records import Array, Completion, TopK, Traces
+from distill.records import Array, Completion, Messages, TopK, Traces
 
 MAX_BYTES = 5_000_000
 WIDTHS = (TEACHER_COLUMNS, 6, 4, 3, 2)
@@ -43,7 +43,7 @@ class Row:
     trace_id: str
     problem_id: str
     sample: int
-    messages: list[dict[str, str]]
+    messages: Messages
     prompt_ids: Array
     ids_T: Array
     logprob_T: Array
@@ -73,7 +73,7 @@ def rows_of(block: Traces, student: Mapping[str, Completion] = {}) -> list[Row]:
             trace_id=trace_id,
             problem_id=block.problem_id[n],
             sample=int(block.sample[n]),
-            messages=json.loads(block.messages[n]),
+            messages=block.messages[n],
             prompt_ids=block.prompt_ids[n],
             ids_T=block.completion_ids[n],
             logprob_T=block.logprob[n],

@@ -14,13 +14,20 @@ from distill.recipe.fields import (
     Input,
     Name,
     PlugConfig,
+    RewardConfig,
     SamplingConfig,
     StageConfig,
     copy_name,
     execution,
     growth,
 )
-from distill.recipe.training_stages import GrpoStage, OnPolicyStage, TrainStage
+from distill.recipe.training_stages import (
+    MAX_FAILED_REWARDS,
+    REWARD_TIMEOUT,
+    GrpoStage,
+    OnPolicyStage,
+    TrainStage,
+)
 from distill.records import UserError
 
 SNAPSHOTS = "held-out problems on which each model kept along the way (snapshot_every) is tried; 0 = none"
@@ -53,6 +60,12 @@ class GenerateStage(StageConfig):
     exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
     engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
     shard_rows: PositiveInt = execution(256, description="traces a shard")
+    rewards: list[RewardConfig] = Field(
+        [],
+        description="rewards that each trace carries by name, their weighted sum as its reward; none = accuracy, and the verdict's score",
+    )
+    max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
+    reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
 
     def half_the_work(self, stage: str) -> str:
         return f"half the problems of {stage} (now {self.problems})"

@@ -24,6 +24,9 @@ from distill.recipe.fields import (
     growth,
 )
 
+MAX_FAILED_REWARDS = "share of groups a reward may fail on before the stage stops"
+REWARD_TIMEOUT = "seconds: limit for one reward of one group"
+
 
 class OptimStage(StageConfig):
     """What every stage with an optimiser has. The learning rate warms up and then falls by half a cosine."""
@@ -217,10 +220,8 @@ class GrpoStage(PolicyStage):
     reference_every: PositiveInt | None = Field(
         None, description="optimiser steps after which the reference becomes the policy of then"
     )
-    max_failed_rewards: float = execution(
-        0.1, ge=0, le=1, description="share of groups a reward may fail on before the stage stops"
-    )
-    reward_timeout: float = execution(60.0, gt=0, description="seconds: limit for one reward of one group")
+    max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
+    reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
 
     @property
     def steps_a_rollout(self) -> int:

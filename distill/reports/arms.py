@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.records import Traces
+from distill.records import Messages, Traces
 from distill.reports import statistics
 from distill.reports.comparison import check_same_problems
 from distill.reports.run_report import ExampleRow, IntervalRow, interval_row
@@ -37,7 +37,7 @@ class ArmResults:
 
     samples: dict[str, list[Sample]]
     gold: dict[str, str | None]
-    messages: dict[str, str]
+    messages: dict[str, Messages]
 
     @staticmethod
     def collect(blocks: Iterable[Traces]) -> ArmResults:
@@ -202,7 +202,7 @@ def examples(
             picked.append(
                 {
                     "problem_id": key,
-                    "question": questions.get(key) or arms[a].messages[key],
+                    "question": questions.get(key) or arms[a].messages[key][-1]["content"],
                     "gold": arms[a].gold[key],
                     "won_by": won_by,
                     "lost_by": lost_by,

@@ -6,7 +6,14 @@ Each raises UserError for a loss, objective, reward or filter that does not exis
 from __future__ import annotations
 
 from distill import plug
-from distill.recipe import CompareStage, FilterStage, GrpoStage, OnPolicyStage, Recipe, TrainStage
+from distill.recipe import CompareStage, FilterStage, GenerateStage, GrpoStage, OnPolicyStage, Recipe, TrainStage
+
+
+def generate(name: str, config: GenerateStage, recipe: Recipe) -> None:
+    from distill.stages.inputs.named_rewards import combined_reward
+
+    if config.rewards:
+        combined_reward(config, f"stages.{name}")
 
 
 def train(name: str, config: TrainStage, recipe: Recipe) -> None:
@@ -22,10 +29,11 @@ def on_policy(name: str, config: OnPolicyStage, recipe: Recipe) -> None:
 
 
 def grpo(name: str, config: GrpoStage, recipe: Recipe) -> None:
-    from distill.stages.inputs.resolve import resolve_objective, resolve_rewards
+    from distill.stages.inputs.named_rewards import combined_reward
+    from distill.stages.inputs.resolve import resolve_objective
 
     resolve_objective(config, f"stages.{name}")
-    resolve_rewards(config, f"stages.{name}")
+    combined_reward(config, f"stages.{name}")
 
 
 def filter(name: str, config: FilterStage, recipe: Recipe) -> None:

@@ -27,14 +27,14 @@ from distill.progress import Screen, clock
 
 if TYPE_CHECKING:
     from distill import recipe
-    from distill.stages.shared_engine import OneEngine
+    from distill.stages.shared_engine import SharedEngine
 
 
 def main(run: Path, *names: str) -> int:
     _die_with_parent()
     interrupt.receive()
     terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
-    engines: list[OneEngine] = []
+    engines: list[SharedEngine] = []
     for name in names:
         (run / name).mkdir(parents=True, exist_ok=True)
         _redirect_output(run / name / "log.txt")
@@ -44,7 +44,7 @@ def main(run: Path, *names: str) -> int:
     return 0
 
 
-def _guarded(run: Path, name: str, screen: Screen, engines: list[OneEngine], *, last: bool) -> int:
+def _guarded(run: Path, name: str, screen: Screen, engines: list[SharedEngine], *, last: bool) -> int:
     """Run one stage; its exit status, with the reason in error.txt. engines: the process's engine, once it exists."""
     error_file = run / name / "error.txt"
     error_file.unlink(missing_ok=True)
@@ -66,19 +66,19 @@ def _guarded(run: Path, name: str, screen: Screen, engines: list[OneEngine], *, 
     return 0
 
 
-def _run(run: Path, name: str, screen: Screen, engines: list[OneEngine], last: bool) -> None:
+def _run(run: Path, name: str, screen: Screen, engines: list[SharedEngine], last: bool) -> None:
     from distill import run_folder
     from distill.run import model_card
     from distill.stages import auto_settings
     from distill.stages.context import Context, Result
-    from distill.stages.shared_engine import OneEngine
+    from distill.stages.shared_engine import SharedEngine
 
     resolved = run_folder.recipe(run)
     config = stage_config(resolved, name)
     standing = run_folder.read(run / name)
     assert standing is not None, "the pipeline writes stage.json before it starts a stage"
     if not engines:
-        engines.append(OneEngine())
+        engines.append(SharedEngine())
     (engine,) = engines
     context = Context(recipe=resolved, run=run, name=name, screen=screen, engine=engine)
     began, cpu_before = time.monotonic(), _cpu_seconds()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from distill import models, run_folder
 from distill.compute.flops import ModelShape
 from distill.compute.ledger import StageCost, arm_cost
-from distill.compute.tally import tally_cost
+from distill.compute.training_cost import training_cost
 from distill.recipe import GrpoStage, OnPolicyStage, Recipe, TrainStage
 from distill.recipe.lineage import parents_of
 from distill.records import Cost, UserError
@@ -55,4 +55,4 @@ def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) 
         )
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
     context.say(f"budget: {flops:.3g} FLOPs, by what {other} took")
-    return Budget(flops, lambda tally: tally_cost(config, shape, tally).flops)
+    return Budget(flops, lambda counts: training_cost(config, shape, counts).flops)

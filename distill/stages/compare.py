@@ -32,9 +32,7 @@ def run(config: CompareStage, context: Context) -> Result:
     rows = [comparison_row(a, b, result) for (a, b), result in pairs.items()]
     merged = {arm: ArmResults.merge(runs.values()) for arm, runs in arms.items()}
     questions = {
-        key: json.loads(messages)[-1]["content"]
-        for results in merged.values()
-        for key, messages in results.messages.items()
+        key: messages[-1]["content"] for results in merged.values() for key, messages in results.messages.items()
     }
     # Recipes list their students last; the report shows problems that one of the last two wins and the other loses.
     models = {arm: next(iter(runs.values()))[1] for arm, runs in config.evaluations().items()}

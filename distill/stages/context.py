@@ -14,7 +14,7 @@ from distill.machine import Machine, Width
 from distill.progress import Live, Screen
 from distill.recipe import PlugConfig, Recipe
 from distill.records import Cost, Task, UserError, stable_hash
-from distill.stages.shared_engine import OneEngine
+from distill.stages.shared_engine import SharedEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Context:
     run: Path
     name: str
     screen: Screen
-    engine: OneEngine = field(default_factory=OneEngine)
+    engine: SharedEngine = field(default_factory=SharedEngine)
 
     @property
     def folder(self) -> Path:

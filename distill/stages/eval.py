@@ -13,8 +13,8 @@ from distill.records import stable_hash
 from distill.reports.arms import ArmResults, score, score_seeds
 from distill.reports.run_report import CheckpointRow
 from distill.stages.context import Context, Result
-from distill.stages.sampling import sample
 from distill.stages.snapshots import FOLDER, Snapshot, snapshots_of
+from distill.stages.trace_sampling import sample_traces
 from distill.traces.reader import content_fingerprint, open_traces
 
 COLUMNS = (
@@ -35,10 +35,10 @@ def run(config: EvalStage, context: Context) -> Result:
     folder = context.folder / "traces"
     snapshots = snapshots_of(context.run / config.model) if config.snapshot_problems else []
     fewer = config.model_copy(update={"problems": min(config.snapshot_problems, config.problems)})
-    counts, cost, _ = sample(config, context, folder, "held_out")
+    counts, cost = sample_traces(config, context, folder, "held_out")
     for snapshot in snapshots:
         beside = context.folder / FOLDER / snapshot.name
-        cost += sample(fewer, context, beside, "held_out", snapshot)[1]
+        cost += sample_traces(fewer, context, beside, "held_out", snapshot)[1]
     same = context.task(config.task).same_answer
     metrics = score(read_results(folder), config.pass_at, same, seed=context.recipe.seed)
     metrics["snapshots"] = checkpoints([context.folder], [snapshots])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from distill.recipe import GenerateStage
 from distill.stages.context import Context, Result
-from distill.stages.sampling import sample
+from distill.stages.trace_sampling import sample_traces
 from distill.traces.reader import content_fingerprint
 from distill.traces.summary import stats
 
 
 def run(config: GenerateStage, context: Context) -> Result:
     folder = context.folder / "traces"
-    counts, cost, _ = sample(config, context, folder, "train")
+    counts, cost = sample_traces(config, context, folder, "train")
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
     metrics = {**held.as_dict(), "prompts_too_long": counts.prompts_too_long}
+    if config.rewards:
+        metrics["rewards_failed"] = counts.rewards_failed
     return Result(cost, metrics, content_fingerprint(folder))

@@ -8,23 +8,22 @@ from typing import Any
 
 from distill import engines, models
 from distill.compute.flops import ModelShape, forward_flops
-from distill.compute.tally import tally_cost, teachers_cost
+from distill.compute.training_cost import teachers_cost, training_cost
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
-from distill.records import Cost, Engine, draw_seed
+from distill.records import Cost, Engine, GradedGroup, draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.resolve import load_teachers, resolve_loss, teacher_dir
 from distill.stages.inputs.student import load_student, save_student
 from distill.stages.inputs.train_examples import open_source, reader_for
-from distill.stages.rollouts import Progress, Samples, open_sampler, policy_metrics
+from distill.stages.policy_metrics import LOGGED_GROUPS, CompletionLog, PolicyProgress, policy_metrics
+from distill.stages.policy_sampling import open_policy_sampler
 from distill.stages.snapshots import keep_snapshots
 from distill.training import loop
 from distill.training.loss.cross_tokenizer.alignment import Reader
 from distill.training.packing import Example
-from distill.training.rl.sampler import Written
-from distill.training.rl.teacher_rollout import OnPolicy
+from distill.training.rl.teacher_rollout import TeacherRollouts
 
-SHOWN = 3
 WATCHED = ("loss", "kl_teacher", "correct", "length", "clipped_ratio", "entropy")
 
 
@@ -36,24 +35,24 @@ def run(config: OnPolicyStage, context: Context) -> Result:
     teachers = load_teachers(config, context, tokenizer) if config.scoring == "trainer" else []
     read = reader_for(config, context, tokenizer)
     with (
-        open_sampler(config, context, tokenizer) as (sampler, pool),
+        open_policy_sampler(config, context, tokenizer) as (sampler, pool),
         _teacher_engine(config, context, tokenizer, sampler.engine.max_model_len) as engine,
     ):
         model = load_student(config, context)
-        samples = Samples(context, config)
-        source = OnPolicy(
+        log = CompletionLog(context, config)
+        rollouts = TeacherRollouts(
             sampler=sampler,
             config=config,
             teacher=engine,
-            offline=_Offline(config, context, tokenizer, read) if config.data else None,
+            offline=OfflineExamples(config, context, tokenizer, read) if config.data else None,
             read=read,
-            watch=lambda step, groups: samples(step, lambda: _shown(groups)),
+            watch=lambda step, groups: log(step, lambda: _logged(groups)),
         )
         length = budget_of(config, context) or loop.Length(config.steps or 0)
-        progress = Progress(context, length, ("loss", "kl_teacher", "correct", "length"))
-        tally = loop.train(
+        progress = PolicyProgress(context, length, ("loss", "kl_teacher", "correct", "length"))
+        counts = loop.train(
             model,
-            source.steps,
+            rollouts.steps,
             objective,
             config,
             length=length,
@@ -66,16 +65,16 @@ def run(config: OnPolicyStage, context: Context) -> Result:
         )
         progress.close()
     fingerprint, shape = save_student(model, tokenizer, config, context)
-    metrics = policy_metrics(context, tally, pool, WATCHED)
-    teaching = teachers_cost(teachers, tally)
+    metrics = policy_metrics(context, counts, pool.too_long, WATCHED)
+    teaching = teachers_cost(teachers, counts)
     if engine is not None:
         (name,) = teachers_of(config.teacher)
         taught = ModelShape.from_config(models.config_of(context.model_dir(name)))
-        tokens, head = tally.taught_tokens, tally.taught_head_tokens
-        mean = tokens / max(tally.completions, 1)
+        tokens, head = counts.taught_tokens, counts.taught_head_tokens
+        mean = tokens / max(counts.completions, 1)
         flops = forward_flops(taught, tokens, (mean + 1) / 2, head)
         teaching = Cost(tokens_scored=tokens, flops=flops)
-    return Result(tally_cost(config, shape, tally), metrics, fingerprint, teaching)
+    return Result(training_cost(config, shape, counts), metrics, fingerprint, teaching)
 
 
 @contextmanager
@@ -95,18 +94,18 @@ def _teacher_engine(
         engine.close()
 
 
-class _Offline:
-    """Traces of `data` for each step, in their own order, epoch after epoch; the same for the same step."""
+class OfflineExamples:
+    """Stored traces of `data` for each step, epoch after epoch in the source's order; the same for the same step."""
 
     def __init__(self, config: OnPolicyStage, context: Context, tokenizer: Any, read: Reader | None) -> None:
-        beside = config.teacher if config.scoring == "trainer" else None
+        teacher = config.teacher if config.scoring == "trainer" else None
         stored = TrainStage(
             kind="train",
             model=config.model,
             data=str(config.data),
             task=config.task,
             loss=config.loss,
-            teacher=beside,
+            teacher=teacher,
             keep_truncated=True,
             steps=1,
         )
@@ -132,7 +131,8 @@ class _Offline:
         return taken
 
 
-def _shown(groups: Sequence[Written]) -> list[Mapping[str, Any]]:
+def _logged(groups: Sequence[GradedGroup]) -> list[Mapping[str, Any]]:
+    """The first completion of each of the first groups."""
     return [
         {
             "problem_id": group.prompt.problem.problem_id,
@@ -141,5 +141,5 @@ def _shown(groups: Sequence[Written]) -> list[Mapping[str, Any]]:
             "finished": group.group.finished[0],
             "correct": group.group.verdicts[0].correct,
         }
-        for group in groups[:SHOWN]
+        for group in groups[:LOGGED_GROUPS]
     ]

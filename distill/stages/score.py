@@ -21,8 +21,9 @@ from distill.compute.flops import ModelShape, causal_context, forward_flops
 from distill.recipe import ScoreStage
 from distill.records import Array, Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
 from distill.stages.context import Context, Result
-from distill.stages.inputs.score_inputs import DroppedRows, Given, open_score_inputs
-from distill.stages.sampling import ROOM, context_limit, package_versions
+from distill.stages.inputs.score_inputs import DroppedRows, ScoreInputs, open_score_inputs
+from distill.stages.sampling import context_length, context_limit
+from distill.stages.trace_sampling import package_versions
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
 from distill.traces.summary import stats
@@ -34,20 +35,20 @@ def run(config: ScoreStage, context: Context) -> Result:
     model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
     context.phase("reading the traces")
-    given = open_score_inputs(config, context, tokenizer)
+    inputs = open_score_inputs(config, context, tokenizer)
     context.say(
-        f"the text is by {given.text_from}; "
-        + ("its ids as they were sampled" if given.same_ids else "rendered in the model's own tokens")
+        f"the text is by {inputs.text_from}; "
+        + ("its ids as they were sampled" if inputs.same_ids else "rendered in the model's own tokens")
     )
     limit = min(context_limit(config.engine, model_dir), config.max_tokens or 1 << 60)
     left_out = DroppedRows()
-    wanted = _survey(given, limit, left_out)
+    wanted = _survey(inputs, limit, left_out)
     _say_left_out(context, left_out)
     if not wanted:
         raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to score.")
-    metadata = _metadata(config, given, model_dir, tokenizer)
+    metadata = _metadata(config, inputs, model_dir, tokenizer)
     carry_over(context, folder, metadata, {i: (row.sample, row.gold) for i, row in wanted.items()})
-    _fill(config, context, given, metadata, wanted)
+    _fill(config, context, inputs, metadata, wanted)
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
     # Rates of what the data does not say (no verdicts, say) are not numbers.
@@ -57,7 +58,7 @@ def run(config: ScoreStage, context: Context) -> Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class WantedTrace:
     """What is known of a trace before it is scored. tokens: of prompt and completion."""
 
     tokens: int
@@ -65,16 +66,16 @@ class _Wanted:
     gold: str | None
 
 
-def _survey(given: Given, limit: int, left_out: DroppedRows) -> dict[str, _Wanted]:
+def _survey(inputs: ScoreInputs, limit: int, left_out: DroppedRows) -> dict[str, WantedTrace]:
     """The traces to be scored by id; the others are counted."""
-    wanted: dict[str, _Wanted] = {}
-    for block in given.blocks(left_out):
+    wanted: dict[str, WantedTrace] = {}
+    for block in inputs.blocks(left_out):
         tokens_N = block.prompt_ids.lengths + block.completion_ids.lengths
         empty_N = block.completion_ids.lengths == 0
         left_out.add("longer than the limit", int((tokens_N > limit).sum()))
         left_out.add("an empty completion", int((empty_N & (tokens_N <= limit)).sum()))
         for n in np.flatnonzero(~empty_N & (tokens_N <= limit)):
-            wanted[block.trace_id[n]] = _Wanted(int(tokens_N[n]), int(block.sample[n]), block.gold[n])
+            wanted[block.trace_id[n]] = WantedTrace(int(tokens_N[n]), int(block.sample[n]), block.gold[n])
     return wanted
 
 
@@ -122,9 +123,9 @@ def carry_over(
 def _fill(
     config: ScoreStage,
     context: Context,
-    given: Given,
+    inputs: ScoreInputs,
     metadata: Metadata,
-    wanted: Mapping[str, _Wanted],
+    wanted: Mapping[str, WantedTrace],
 ) -> None:
     """Score what the folder does not hold yet."""
     folder = context.folder / "traces"
@@ -139,13 +140,13 @@ def _fill(
         engine = engines.open_engine(
             config.engine,
             model_dir,
-            max_model_len=min(limit, -(-longest // ROOM) * ROOM),
+            max_model_len=context_length(longest, limit),
             max_top_k=config.top_logprobs,
         )
         try:
             num = len(wanted) - len(missing)
             live = context.live(len(wanted), "traces", num)
-            for block in _scored(config, engine, given, missing):
+            for block in _scored(config, engine, inputs, missing):
                 writer.add(block)
                 num += len(block)
                 live.update(num)
@@ -154,9 +155,9 @@ def _fill(
             engine.close()
 
 
-def _scored(config: ScoreStage, engine: Engine, given: Given, missing: Container[str]) -> Iterator[Traces]:
+def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Container[str]) -> Iterator[Traces]:
     """Blocks of the missing traces with the engine's log-probabilities in them."""
-    for block in given.blocks(DroppedRows()):
+    for block in inputs.blocks(DroppedRows()):
         index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
         if not len(index):
             continue
@@ -219,29 +220,29 @@ def _mean_nll(folder: Path) -> float:
     return total / num if num else float("nan")
 
 
-def _metadata(config: ScoreStage, given: Given, model_dir: Path, tokenizer: Any) -> Metadata:
+def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenizer: Any) -> Metadata:
     """Of the scoring model; what says how the prompts came about stays where the ids stay.
 
     The sampling is that of the shards that hold the text; of a file nothing is known, and the defaults stand.
     """
-    origin = given.origin
+    origin = inputs.origin
     return Metadata(
         model=config.model,
         weights=models.weights_fingerprint(model_dir),
         tokenizer=models.tokenizer_fingerprint(tokenizer),
         chat_template=origin.chat_template
-        if origin is not None and given.same_ids
+        if origin is not None and inputs.same_ids
         else models.template_hash(tokenizer),
         vocab_size=len(tokenizer),
         task=origin.task if origin is not None else config.task or "",
         task_fingerprint=origin.task_fingerprint if origin is not None else "",
-        template=given.template,
+        template=inputs.template,
         sampling=origin.sampling if origin is not None else Sampling(),
         top_k=config.top_logprobs,
         mass=config.mass,
         exact=config.exact,
         engine=config.engine.fn,
         dtype=config.engine.dtype,
-        source=given.text_from,
+        source=inputs.text_from,
         versions=package_versions(),
     )

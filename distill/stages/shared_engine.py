@@ -23,7 +23,7 @@ NAMES_ONLY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass(slots=True)
-class OneEngine:
+class SharedEngine:
     """At most one engine. kind: what an engine must have been started for to serve; holds: where its weights are from."""
 
     engine: Any = None

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from distill import models, run_folder
 from distill.compute.flops import ModelShape
-from distill.compute.tally import tally_cost
+from distill.compute.training_cost import training_cost
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
 from distill.records import Cost
 from distill.stages.context import Context
@@ -66,7 +66,7 @@ def keep_snapshots(
 
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
 
-    def keep(step: int, tally: WorkCounts, policy: Policy) -> None:
+    def keep(step: int, counts: WorkCounts, policy: Policy) -> None:
         if step % every:
             return
         folder = context.folder / FOLDER
@@ -75,7 +75,7 @@ def keep_snapshots(
         temporary.mkdir(parents=True)
         weights = {n: w.to("cpu", saved_in).contiguous() for n, w in policy.weights()}
         save_file(weights, temporary / WEIGHTS)
-        facts = {"step": step, "cost": asdict(tally_cost(config, shape, tally))}
+        facts = {"step": step, "cost": asdict(training_cost(config, shape, counts))}
         (temporary / FACTS).write_text(json.dumps(facts), encoding="utf-8")
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

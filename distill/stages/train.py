@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import models
-from distill.compute.tally import tally_cost, teachers_cost
+from distill.compute.training_cost import teachers_cost, training_cost
 from distill.recipe import TrainStage
 from distill.records import draw_seed
 from distill.stages.budget import budget_of
@@ -47,7 +47,7 @@ def run(config: TrainStage, context: Context) -> Result:
         live.total = num_steps
         live.update(step, **shown)
 
-    tally = loop.train(
+    counts = loop.train(
         model,
         source_steps,
         objective,
@@ -63,20 +63,20 @@ def run(config: TrainStage, context: Context) -> Result:
     live.close()
     fingerprint, shape = save_student(model, tokenizer, config, context)
     return Result(
-        tally_cost(config, shape, tally),
-        _metrics(context.folder, tally, source),
+        training_cost(config, shape, counts),
+        _metrics(context.folder, counts, source),
         fingerprint,
-        teachers_cost(teachers, tally),
+        teachers_cost(teachers, counts),
     )
 
 
-def _metrics(folder: Path, tally: loop.WorkCounts, source: Source) -> dict[str, Any]:
+def _metrics(folder: Path, counts: loop.WorkCounts, source: Source) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
-        "steps": tally.steps,
+        "steps": counts.steps,
         "examples": source.num_examples,
         "loss": lines[-1]["loss"],
         "label_nll": lines[-1]["label_nll"],
-        "bad_steps": tally.bad_steps,
-        "tokens_per_second": tally.tokens / tally.seconds if tally.seconds else 0.0,
+        "bad_steps": counts.bad_steps,
+        "tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
     }

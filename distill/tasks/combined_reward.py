@@ -31,7 +31,7 @@ class _HungError(Exception):
 
 
 @dataclass(slots=True)
-class _Part:
+class _WeightedReward:
     """One reward with its weight, and how its calls went."""
 
     name: str
@@ -43,7 +43,7 @@ class _Part:
     failed: collections.deque[bool] = field(default_factory=lambda: collections.deque(maxlen=WINDOW))
 
 
-class Rewards:
+class CombinedReward:
     """Scores groups with several rewards: `rewards` holds (name, weight, function); a name that comes twice gets #2.
 
     limit_s: seconds that one reward may take for one group; past them it is left behind in its thread and the group's
@@ -65,9 +65,9 @@ class Rewards:
                 raise UserError(f"rewards.{name}: weight {weight} is not a number.")
         if not any(weight for _, weight, _ in rewards):
             raise UserError("rewards: there is none that counts. Give one a weight other than 0.")
-        self._parts: list[_Part] = []
+        self._parts: list[_WeightedReward] = []
         for name, weight, reward in rewards:
-            self._parts.append(_Part(self._unused(name), weight, reward))
+            self._parts.append(_WeightedReward(self._unused(name), weight, reward))
         self.limit_s, self.first_limit_s = limit_s, first_limit_s
         self.max_failed, self.num_threads = max_failed, num_threads
 
@@ -96,23 +96,26 @@ class Rewards:
     def __call__(self, groups: Sequence[Group]) -> list[Scores]:
         """Scores of each group, in order. Raises UserError for a reward that fails too often or returns no scores."""
         calls = [(group, part) for group in groups for part in self._parts]
-        scored = iter(_Run(self, calls).results())
-        return [self._weighed([next(scored) for _ in self._parts], len(group)) for group in groups]
+        results = iter(_RewardCalls(self, calls).results())
+        return [self._combined([next(results) for _ in self._parts], len(group)) for group in groups]
 
-    def _weighed(self, columns: list[list[float | None]], num: int) -> Scores:
-        counted = [(part.weight, column) for part, column in zip(self._parts, columns, strict=True) if part.weight]
+    def _combined(self, results: list[list[float | None] | None], num: int) -> Scores:
+        """The scores of one group of `num` completions. results: of each reward; None where it failed."""
+        columns: list[list[float | None]] = [[None] * num if result is None else result for result in results]
+        weighted = [(part.weight, column) for part, column in zip(self._parts, columns, strict=True) if part.weight]
         total: list[float | None] = []
         for n in range(num):
-            terms = [weight * score for weight, column in counted if (score := column[n]) is not None]
-            total.append(sum(terms) if len(terms) == len(counted) else None)
-        return Scores(total, dict(zip(self.names, columns, strict=True)))
+            terms = [weight * score for weight, column in weighted if (score := column[n]) is not None]
+            total.append(sum(terms) if len(terms) == len(weighted) else None)
+        failed = tuple(name for name, result in zip(self.names, results, strict=True) if result is None)
+        return Scores(total, dict(zip(self.names, columns, strict=True)), failed)
 
 
-class _Run:
-    """One call of Rewards: daemon threads that take calls in turn; one that hangs is left behind and replaced."""
+class _RewardCalls:
+    """The calls of one `CombinedReward.__call__`: daemon threads take them in turn; one that hangs is left behind and replaced."""
 
-    def __init__(self, rewards: Rewards, calls: list[tuple[Group, _Part]]) -> None:
-        self._rewards, self._calls = rewards, calls
+    def __init__(self, reward: CombinedReward, calls: list[tuple[Group, _WeightedReward]]) -> None:
+        self._reward, self._calls = reward, calls
         self._results: list[list[float | None] | None] = [None] * len(calls)
         self._next, self._open = 0, len(calls)
         self._busy: dict[int, tuple[int, float, float]] = {}  # worker -> call, its limit, deadline
@@ -120,11 +123,11 @@ class _Run:
         self._error: BaseException | None = None
         self._changed = threading.Condition()
 
-    def results(self) -> list[list[float | None]]:
-        """What each call returned, in order."""
+    def results(self) -> list[list[float | None] | None]:
+        """The scores that each call returned, in order; None where it failed."""
         with self._changed:
             try:
-                for _ in range(min(self._rewards.num_threads, len(self._calls))):
+                for _ in range(min(self._reward.num_threads, len(self._calls))):
                     self._start_worker()
                 while self._open and self._error is None:
                     self._changed.wait(WATCH_EVERY_S)
@@ -134,7 +137,7 @@ class _Run:
             finally:
                 self._next = len(self._calls)  # whoever still works takes no further call
                 self._busy.clear()
-        return [result for result in self._results if result is not None]
+        return self._results
 
     def _start_worker(self) -> None:
         self._num_workers += 1
@@ -167,9 +170,9 @@ class _Run:
                 if not self._open or self._error is not None:
                     self._changed.notify_all()
 
-    def _limit(self, part: _Part) -> float:
-        limit_s = self._rewards.limit_s
-        return limit_s if part.returned else max(limit_s, self._rewards.first_limit_s)
+    def _limit(self, part: _WeightedReward) -> float:
+        limit_s = self._reward.limit_s
+        return limit_s if part.returned else max(limit_s, self._reward.first_limit_s)
 
     def _settle(self, n: int, outcome: list[float | None] | BaseException) -> None:
         group, part = self._calls[n]
@@ -179,15 +182,12 @@ class _Run:
             self._error = self._error or outcome
             return
         failed = isinstance(outcome, BaseException)
-        scores: list[float | None] = [None] * len(group)
-        if not isinstance(outcome, BaseException):
-            scores = outcome
-        self._results[n] = scores
-        part.unjudged += scores.count(None)
+        self._results[n] = None if isinstance(outcome, BaseException) else outcome
+        part.unjudged += len(group) if isinstance(outcome, BaseException) else outcome.count(None)
         part.failures += failed
         part.failed.append(failed)
         num, num_failed = len(part.failed), sum(part.failed)
-        if failed and num >= MIN_CALLS and num_failed > self._rewards.max_failed * num:
+        if failed and num >= MIN_CALLS and num_failed > self._reward.max_failed * num:
             self._error = self._error or UserError(
                 f"rewards.{part.name}: failed on {num_failed} of the last {num} groups, last on problem "
                 f"{group.problem.problem_id} with {type(outcome).__name__.lstrip('_')}: {outcome}. "
@@ -195,7 +195,7 @@ class _Run:
             )
 
 
-def _attempt(group: Group, part: _Part) -> list[float | None] | BaseException:
+def _attempt(group: Group, part: _WeightedReward) -> list[float | None] | BaseException:
     error: BaseException | None = None
     for _ in range(ATTEMPTS):
         try:

@@ -2,7 +2,7 @@
 
 Rewards are pure: the same group gives the same scores, whatever is scored beside it. None means that a completion could
 not be judged, which leaves it out of the baseline; it is never a 0. A bad completion is a 0: also an empty one, an
-unfinished one and one whose format is broken. Weights, failures and limits are `scoring`'s.
+unfinished one and one whose format is broken. Weights, failures and limits are `combined_reward`'s.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import pydantic
 
 from distill.language import language_share
+from distill.reasoning import reasoning_of
 from distill.recipe import Dtype
 from distill.records import Group, Template, UserError, draw_seed
 from distill.tasks.templates import last_box
@@ -49,12 +50,12 @@ def think_format(group: Group) -> list[float | None]:
 def language(group: Group, *, target: str = "en") -> list[float | None]:
     """Share of the reasoning's words that are of the language `target` (ISO 639-1), in [0, 1] (DeepSeek-R1, 2.3.2).
 
-    The reasoning is what stands inside <think>; the whole text where there is no <think>. Reasoning without any words
-    (pure arithmetic) breaks no rule and gets 1; no reasoning at all gets 0.
+    Judges the same span as the filter `language`: the reasoning in what the model wrote (`reasoning_of`), without the
+    template's prefill. Reasoning without any words (pure arithmetic) breaks no rule and gets 1; no reasoning at all gets 0.
     """
     scores: list[float | None] = []
     for text in group.texts:
-        reasoning = _reasoning(text)
+        reasoning = reasoning_of(text.removeprefix(group.template.prefill))
         share = language_share(reasoning, target)
         scores.append(float(bool(reasoning.strip())) if share is None else share)
     return scores
@@ -187,11 +188,3 @@ def _ends_with_its_only_box(text: str) -> bool:
     closed = text.find(content, boxes[0].end()) + len(content)
     rest = text[closed:].lstrip()
     return rest.startswith("}") and _AFTER_BOX.fullmatch(rest[1:]) is not None
-
-
-def _reasoning(text: str) -> str:
-    _, opened, rest = text.partition("<think>")
-    if opened:
-        return rest.rpartition("</think>")[0] if "</think>" in rest else rest
-    before, closed, _ = text.rpartition("</think>")  # opened by the prompt
-    return before if closed else text

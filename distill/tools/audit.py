@@ -22,7 +22,8 @@ from distill import engines, models, recipe, run_folder
 from distill.progress import PATIENCE, Screen
 from distill.recipe import EngineConfig, GenerateStage, ModelConfig, ScoreStage
 from distill.records import Array, Completion, Engine, Request, TopK, Traces, UserError
-from distill.stages.sampling import ROOM, package_versions
+from distill.stages.sampling import context_length
+from distill.stages.trace_sampling import package_versions
 from distill.traces import provenance
 from distill.traces.reader import TraceReader, open_traces
 
@@ -211,9 +212,7 @@ def _differences(
     top_k = reader.metadata.top_k
     top_k = min(top_k + MARGIN, reader.metadata.vocab_size) if top_k else 0
     screen.phase(f"starting the {config.fn} engine")
-    engine = engines.open_engine(
-        config, model_dir, max_model_len=min(limit, -(-longest // ROOM) * ROOM), max_top_k=top_k
-    )
+    engine = engines.open_engine(config, model_dir, max_model_len=context_length(longest, limit), max_top_k=top_k)
     live = screen.live(len(chosen), "traces")
     found = _Differences([], [], [])
     try:

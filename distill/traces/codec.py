@@ -11,7 +11,6 @@ Left out on purpose: files and folders (`folder.py`), how a distribution is roun
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.records import Array, Ragged, TopK, Traces, UserError
+from distill.records import Array, Messages, Ragged, TopK, Traces, UserError
 from distill.traces import quantisation
 from distill.traces.schema import ARROW_SCHEMA, DISTRIBUTION_COLUMNS, METADATA_KEY, Metadata
 
@@ -177,19 +176,18 @@ def clean_text(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _messages(column: Sequence[str]) -> pa.Array:
-    """JSON texts of [{"role", "content"}, ...] as lists of structs."""
-    turns = [json.loads(text) for text in column]
-    for row in turns:
+def _messages(column: Sequence[Messages]) -> pa.Array:
+    """Conversations as lists of {role, content} structs."""
+    for row in column:
         for turn in row:
             if set(turn) != {"role", "content"}:
                 raise ValueError(f"a message has the keys role and content, not {sorted(turn)}")
-    flat = [turn for row in turns for turn in row]
+    flat = [turn for row in column for turn in row]
     values = pa.StructArray.from_arrays(
         [_text([turn["role"] for turn in flat]), _text([turn["content"] for turn in flat])],
         ["role", "content"],
     )
-    offsets = np.cumsum([0, *map(len, turns)], dtype=np.int32)
+    offsets = np.cumsum([0, *map(len, column)], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), values)
 
 
@@ -226,7 +224,7 @@ def from_table(table: pa.Table, metadata: Metadata) -> Traces:
         trace_id=texts("trace_id"),
         problem_id=texts("problem_id"),
         sample=column["sample"].to_numpy() if "sample" in column else np.zeros(num, np.int32),
-        messages=[json.dumps(row, ensure_ascii=False) for row in texts("messages", [])],
+        messages=[tuple(row or ()) for row in texts("messages", ())],
         completion=texts("completion"),
         answer=texts("answer", None),
         gold=texts("gold", None),

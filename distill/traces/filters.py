@@ -8,13 +8,11 @@ that the report gives.
 
 DeepSeek-R1 kept a trace for its students when it was correct and its reasoning had no mixed languages, no long
 paragraphs and no code blocks (section 2.3.3 of the paper, without figures): `correct`, `finished`, `language`,
-`paragraphs` and `code_blocks` are those. The reasoning is what stands before the last `</think>`; without
-one it is all of the text.
+`paragraphs` and `code_blocks` are those. The reasoning is what `reasoning_of` finds, as for the reward `language`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -26,7 +24,9 @@ from rapidfuzz import process
 from rapidfuzz.distance import Indel
 
 from distill.language import language_share
-from distill.records import Array, Traces
+from distill.plug import nearest
+from distill.reasoning import reasoning_of
+from distill.records import Array, Messages, Traces, UserError
 from distill.traces.contamination import HeldOut
 
 Count = Annotated[int, Field(ge=0)]
@@ -100,9 +100,10 @@ def language(group: Traces, *, target: str = "en", min_share: Share = 0.9) -> Ar
 
     Dropped: reasoning with too few words of the target language
 
-    Reasoning that cannot be judged (figures and formulas only) is kept: no other language is in it.
+    Judges the same span as the reward `language` (`reasoning_of`). Reasoning that cannot be judged (figures and formulas
+    only) is kept: no other language is in it.
     """
-    shares = [language_share(_reasoning(text), target) for text in group.completion]
+    shares = [language_share(reasoning_of(text), target) for text in group.completion]
     return np.array([share is None or share >= min_share for share in shares], bool)
 
 
@@ -119,7 +120,7 @@ def paragraphs(group: Traces, *, max_chars: Count | None = 2000, max_words: Coun
         [
             all(
                 len(part.strip()) <= chars_limit and len(part.split()) <= words_limit
-                for part in _PARAGRAPH.split(_reasoning(text))
+                for part in _PARAGRAPH.split(reasoning_of(text))
             )
             for text in group.completion
         ],
@@ -135,7 +136,7 @@ def code_blocks(group: Traces, *, max_blocks: Count = 0) -> Array:
     A block stands between lines that start with three or more backticks or tildes; one that is never closed
     counts. Code in the answer, after the reasoning, is no matter.
     """
-    return np.array([_num_blocks(_reasoning(text)) <= max_blocks for text in group.completion], bool)
+    return np.array([_num_blocks(reasoning_of(text)) <= max_blocks for text in group.completion], bool)
 
 
 def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: Count = 10) -> Array:
@@ -146,23 +147,28 @@ def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: Coun
     against: a task of the recipe (its held-out problems) or a JSONL file of problems; what it names arrives as
     held_out. Generated problems share their template's words, so they are compared as a whole only.
     """
-    prompts = [json.loads(messages) for messages in group.messages]
     known: dict[str, bool] = {}
-    for prompt in prompts:
+    for prompt in group.messages:
         for text in _questions(prompt):
             if text not in known:
                 known[text] = held_out.holds(text, ngram)
-    return np.array([not any(known[text] for text in _questions(p)) for p in prompts], bool)
+    return np.array([not any(known[text] for text in _questions(p)) for p in group.messages], bool)
 
 
-def best_of_n(group: Traces, *, n: Annotated[int, Field(ge=1)] = 1) -> Array:
+def best_of_n(group: Traces, *, n: Annotated[int, Field(ge=1)] = 1, reward: str | None = None) -> Array:
     """Keep the n traces of highest reward.
 
     Dropped: not among the n of highest reward (equal rewards: correct first, then the earlier sample)
+
+    reward: a named reward that the traces carry; None = their `reward`, which is the weighted sum where the stage that wrote
+    them names rewards, else the verdict's score. Raises UserError for a name that no trace of the group has.
     """
-    rewards = [math.nan if reward is None else reward for reward in group.reward]
-    judged = [row for row, reward in enumerate(rewards) if not math.isnan(reward)]
-    best = sorted(judged, key=lambda row: (-rewards[row], group.correct[row] is not True, row))[:n]
+    if reward is not None and reward not in group.rewards:
+        raise UserError(f"keep.best_of_n.reward: the traces have no reward {reward!r}.{nearest(reward, group.rewards)}")
+    column = group.reward if reward is None else group.rewards[reward]
+    values = [math.nan if value is None else value for value in column]
+    judged = [row for row, value in enumerate(values) if not math.isnan(value)]
+    best = sorted(judged, key=lambda row: (-values[row], group.correct[row] is not True, row))[:n]
     flags = np.zeros(len(group), bool)
     flags[best] = True
     return flags
@@ -176,11 +182,6 @@ def pass_rate(group: Traces, *, low: Share = 0.0, high: Share = 1.0) -> Array:
     judged = [flag for flag in group.correct if flag is not None]
     rate = sum(judged) / len(judged) if judged else math.nan
     return np.full(len(group), low <= rate <= high)
-
-
-def _reasoning(text: str) -> str:
-    before, found, _ = text.rpartition("</think>")
-    return (before if found else text).removeprefix("<think>")
 
 
 def _shared(one: Counter[str], other: Counter[str]) -> float:
@@ -200,5 +201,5 @@ def _num_blocks(text: str) -> int:
     return num
 
 
-def _questions(messages: list[dict[str, str]]) -> list[str]:
+def _questions(messages: Messages) -> list[str]:
     return [message["content"] for message in messages if message["role"] == "user"]

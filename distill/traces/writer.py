@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill.records import Array, Traces, UserError
+from distill.records import Array, Messages, Traces, UserError
 from distill.traces import codec, folder, reader
 from distill.traces.schema import Metadata
 
@@ -266,11 +266,16 @@ class _Pending:
 def row_bytes(traces: Traces) -> Array:
     """[N] about what each row takes in memory while it waits to be written."""
     text = zip(traces.completion, traces.messages, strict=True)
-    bytes_N = np.array([64 + len(written) + len(messages) for written, messages in text], np.int64)
+    bytes_N = np.array([64 + len(written) + _num_bytes(messages) for written, messages in text], np.int64)
     bytes_N += 4 * traces.prompt_ids.lengths + 16 * traces.completion_ids.lengths
     if traces.top is not None:
         bytes_N += 8 * np.diff(traces.top.offsets[traces.completion_ids.offsets])
     return bytes_N
+
+
+def _num_bytes(messages: Messages) -> int:
+    """About the length of a conversation as JSON."""
+    return sum(29 + len(message["role"]) + len(message["content"]) for message in messages)
 
 
 def describe(name: str, data: pa.Buffer | bytes, table: pa.Table) -> folder.Shard:

@@ -1,7 +1,7 @@
 """The loop: takes optimiser steps' worth of batches and a loss, and knows no algorithm.
 
 In: a model, a source of steps, a loss. Out: the trained weights (in place), one line of metrics a step,
-checkpoints that resume bitwise, and a tally of what was computed. The loss is a sum over tokens divided once by
+checkpoints that resume bitwise, and counts of what was computed. The loss is a sum over tokens divided once by
 the step's denominator, so micro-batching and the number of processes change nothing.
 """
 
@@ -69,12 +69,12 @@ class Step:
     """One optimiser step's work.
 
     batches: micro-batches, numpy; none at all is a step whose gradient is zero. metrics: to be logged beside the
-    loss. tally: what making the step took. resumable: whether training can start again after this step.
+    loss. counts: what making the step took. resumable: whether training can start again after this step.
     """
 
     batches: list[Batch]
     metrics: Mapping[str, float] = field(default_factory=dict)
-    tally: WorkCounts = field(default_factory=WorkCounts)
+    counts: WorkCounts = field(default_factory=WorkCounts)
     resumable: bool = True
 
 
@@ -88,12 +88,12 @@ class Length:
 
     num_steps: int
 
-    def steps(self, tally: WorkCounts) -> int:
+    def steps(self, counts: WorkCounts) -> int:
         """How many there will be, as it looks by now."""
         return self.num_steps
 
-    def reached(self, tally: WorkCounts) -> bool:
-        return tally.steps >= self.num_steps
+    def reached(self, counts: WorkCounts) -> bool:
+        return counts.steps >= self.num_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +103,17 @@ class Budget:
     flops: float
     count: Callable[[WorkCounts], float]
 
-    def steps(self, tally: WorkCounts) -> int:
+    def steps(self, counts: WorkCounts) -> int:
         """How many there will be, as it looks by now."""
-        if not tally.steps:
+        if not counts.steps:
             return FIRST_GUESS
-        return max(tally.steps, round(self.flops / self.count(tally) * tally.steps))
+        return max(counts.steps, round(self.flops / self.count(counts) * counts.steps))
 
-    def reached(self, tally: WorkCounts) -> bool:
-        if not tally.steps:
+    def reached(self, counts: WorkCounts) -> bool:
+        if not counts.steps:
             return False
-        spent = self.count(tally)
-        return spent + spent / tally.steps / 2 >= self.flops
+        spent = self.count(counts)
+        return spent + spent / counts.steps / 2 >= self.flops
 
 
 def train(
@@ -151,18 +151,18 @@ def train(
     optimizer = MasterAdamW(
         model.named_parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
-    tally, start = _resume(folder, optimizer, policy)
+    counts, start = _resume(folder, optimizer, policy)
     drop_lines_after(folder / "metrics.jsonl", start)
     bad_in_a_row, due = 0, False
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
         began = time.perf_counter()
-        steps = iter(()) if length.reached(tally) else source(start, policy)
+        steps = iter(()) if length.reached(counts) else source(start, policy)
         for done, step in enumerate(steps, start + 1):
-            num_steps = length.steps(tally)
-            tally.add(step.tally)
+            num_steps = length.steps(counts)
+            counts.add(step.counts)
             progress = min(1.0, (done - 1) / max(num_steps - 1, 1))
             batches = [replace(batch, progress=progress) for batch in step.batches]
-            metrics = _accumulate(accelerator, student_module, optimizer, batches, tally)
+            metrics = _accumulate(accelerator, student_module, optimizer, batches, counts)
             norm = float(optimizer.clip(config.max_grad_norm))
             lr = learning_rate(
                 done - 1,
@@ -177,10 +177,10 @@ def train(
             else:
                 optimizer.zero_grad()
                 bad_in_a_row += 1
-                tally.bad_steps += 1
+                counts.bad_steps += 1
                 _dump_bad_step(folder, done, step.batches, bad_in_a_row, config.max_bad_steps)
             seconds, began = time.perf_counter() - began, time.perf_counter()
-            tally.seconds += seconds
+            counts.seconds += seconds
             tokens = sum(len(batch.ids_T) for batch in step.batches)
             metrics |= {
                 "grad_norm": norm,
@@ -190,8 +190,8 @@ def train(
                 "tokens_per_second": tokens * accelerator.num_processes / seconds,
                 **step.metrics,
             }
-            tally.steps = done
-            last = step.resumable and length.reached(tally)
+            counts.steps = done
+            last = step.resumable and length.reached(counts)
             if accelerator.is_main_process and (done % config.log_every == 0 or last):
                 lines.write(json.dumps({"step": done, **metrics}) + "\n")
                 lines.flush()
@@ -205,18 +205,18 @@ def train(
                     folder / "checkpoints",
                     done,
                     tensors,
-                    asdict(tally),
+                    asdict(counts),
                     # The last one alone is of use once the model is there: to go on from.
                     keep=1 if last else config.keep_checkpoints,
                 )
                 due = False
             if accelerator.is_main_process and keep is not None:
-                keep(done, tally, policy)
+                keep(done, counts, policy)
             if last:
                 break
     for tracker in accelerator.trackers:
         tracker.finish()
-    return tally
+    return counts
 
 
 def _accelerator(config: OptimStage, folder: Path, name: str) -> Accelerator:
@@ -242,20 +242,20 @@ def _accumulate(
     student_module: Any,
     optimizer: MasterAdamW,
     micro_batches: list[Batch],
-    tally: WorkCounts,
+    counts: WorkCounts,
 ) -> dict[str, float]:
     """Gradients of one step's micro-batches; returns its loss and the means of what is watched, over all processes."""
     loss = torch.zeros((), device=accelerator.device)
     sums: dict[str, Tensor] = {}
     for batch in micro_batches:
         rows = torch.from_numpy(batch.weight_T.nonzero()[0])
-        tally.tokens += len(batch.ids_T)
-        tally.head_tokens += len(rows)
-        tally.squared_lengths += batch.squared_lengths
+        counts.tokens += len(batch.ids_T)
+        counts.head_tokens += len(rows)
+        counts.squared_lengths += batch.squared_lengths
         if batch.cross_tokenizer is not None:
-            tally.taught_tokens += len(batch.cross_tokenizer.batch.ids_T)
-            tally.taught_head_tokens += len(batch.cross_tokenizer.rows)
-            tally.taught_squared_lengths += batch.cross_tokenizer.batch.squared_lengths
+            counts.taught_tokens += len(batch.cross_tokenizer.batch.ids_T)
+            counts.taught_head_tokens += len(batch.cross_tokenizer.rows)
+            counts.taught_squared_lengths += batch.cross_tokenizer.batch.squared_lengths
         out = student_module(batch.to_torch(accelerator.device), rows.to(accelerator.device))
         # Data parallelism averages gradients over processes; the denominator is already everybody's.
         accelerator.backward(out.loss * accelerator.num_processes)

@@ -12,7 +12,6 @@ Shapes: T positions over all completions, D hidden size, V vocabulary, N complet
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +171,7 @@ def block_of(chat: Chat, top: TopK, logp_T: Array, name: str = "") -> Traces:
         trace_id=[f"{name}{n}" for n in range(num)],
         problem_id=[f"problem{n}" for n in range(num)],
         sample=np.zeros(num, np.int32),
-        messages=[json.dumps([{"role": "user", "content": text}]) for text in chat.prompt_text],
+        messages=[({"role": "user", "content": text},) for text in chat.prompt_text],
         completion=chat.text,
         answer=[None] * num,
         gold=[None] * num,

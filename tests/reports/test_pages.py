@@ -39,7 +39,7 @@ def traces(chance: float, seed: int, problems: int = 40, samples: int = 2) -> Tr
         trace_id=[f"{key}-{s}" for key, s in keys],
         problem_id=[key for key, _ in keys],
         sample=np.array([s for _, s in keys]),
-        messages=['[{"role": "user"}]'] * len(keys),
+        messages=[({"role": "user", "content": "?"},)] * len(keys),
         completion=[f"{HOSTILE} {ok}" for ok in right],
         answer=["7" if ok else None for ok in right],
         gold=["7"] * len(keys),

@@ -23,6 +23,11 @@ def broken(group):
 def hangs(group):
     import time
     time.sleep(600)
+
+def fails_at_times(group):
+    if int(group.problem.problem_id, 16) % 2:
+        raise ConnectionError("the judge is out")
+    return [float(len(text)) for text in group.texts]
 '''
 
 
@@ -193,6 +198,26 @@ def test_a_reward_that_never_works_stops_the_stage_by_name(tiny_dir, tmp_path, r
     assert done.returncode == 2
     assert f"rewards.{reward}" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_completions_that_a_reward_failed_on_are_counted(tiny_dir, tmp_path):
+    """In the stage's cost, which the report's column `failed` shows; over attempts too."""
+    made = project(
+        tmp_path / "at_times",
+        tiny_dir,
+        rewards=[{"fn": "myrewards:fails_at_times"}, {"fn": "think_format"}],
+        max_failed_rewards=1.0,
+        prompts=3,
+        group_size=2,
+        mini_batches=1,
+        steps=2,
+    )
+    for steps in (2, 4):
+        done = made.run("--only", "rl", f"stages.rl.steps={steps}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        failed = sum(2 * m["unjudged"] * 3 for m in lines(made))
+        assert 0 < failed < 3 * 2 * steps
+        assert made.state("rl")["cost"]["samples_failed"] == failed
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, tokenizer: 
         trace_id=[one.request_id for one in written],
         problem_id=[f"p{n}" for n in range(num)],
         sample=np.zeros(num, np.int32),
-        messages=[json.dumps([{"role": "user", "content": q}]) for q in QUESTIONS],
+        messages=[({"role": "user", "content": q},) for q in QUESTIONS],
         completion=[tokenizer.decode(one.ids_T) for one in written],
         answer=["4", None, "8", None],
         gold=["4", "6", "8", "10"],

@@ -386,7 +386,7 @@ def test_a_file_of_conversations_is_rendered_and_scored(tiny_dir, other_dir, tok
     assert tokenizer.decode(block.completion_ids[1]) == "two<|im_end|>"
     assert tokenizer.decode(block.prompt_ids[2]).endswith("<|im_start|>assistant\n")
     assert "2+2?" in tokenizer.decode(block.prompt_ids[2])
-    assert json.loads(block.messages[2]) == [{"role": "user", "content": "2+2?"}]
+    assert block.messages[2] == ({"role": "user", "content": "2+2?"},)
     check_against_a_forward_pass(other_dir, ctx.folder / "traces")
     assert result.metrics["left_out"] == {
         "not usable": 2,
@@ -456,7 +456,7 @@ def test_a_cut_trace_gets_no_eos_and_an_opened_thinking_is_not_opened_twice(toke
         return Traces(
             **{
                 **columns,
-                "messages": [json.dumps([{"role": "user", "content": "q"}])],
+                "messages": [({"role": "user", "content": "q"},)],
                 "completion": [text],
                 "finish_reason": [finish],
             }

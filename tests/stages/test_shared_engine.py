@@ -11,7 +11,7 @@ from project import SUMS, Project
 
 from distill import models
 from distill.recipe import EngineConfig
-from distill.stages.shared_engine import OneEngine
+from distill.stages.shared_engine import SharedEngine
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_an_arm_that_fails_is_the_one_that_is_named_and_the_others_keep_what_the
 
 def test_an_engine_serves_only_what_it_was_started_for(tiny_dir: Path, deeper_dir: Path) -> None:
     config = EngineConfig(fn="reference")
-    one = OneEngine()
+    one = SharedEngine()
     engine = one.open(config, tiny_dir, max_model_len=64, max_top_k=0)
     assert one.serves(config, tiny_dir, 0, 64)
     assert one.open(config, tiny_dir, max_model_len=32, max_top_k=0) is engine

@@ -146,6 +146,12 @@ def test_language_is_that_of_the_reasoning_alone():
     assert rewards.language(group(*texts[:2]), target="de") == [0.0, 1.0]
 
 
+def test_the_template_s_prefill_is_not_the_models_own_language():
+    prefilled = Template("german", None, "{question}", str, prefill="Denken wir zuerst gründlich nach. ")
+    text = prefilled.prefill + "First we add the numbers and then we stop here."
+    assert rewards.language(group(text, template=prefilled)) == [1.0]
+
+
 def test_half_and_half_is_a_half():
     text = "<think>So the answer must be twelve. 所以这个问题的答案是十二。</think>"  # 6 words, 12 characters = 6
     assert rewards.language(group(text)) == [0.5]

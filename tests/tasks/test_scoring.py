@@ -12,7 +12,7 @@ from test_rewards import group
 
 from distill.errors import UserError
 from distill.records import Problem
-from distill.tasks.combined_reward import Rewards
+from distill.tasks.combined_reward import CombinedReward
 
 
 def given(*scores):
@@ -37,7 +37,7 @@ def index(group):
 
 
 def test_the_total_is_the_weighted_sum_and_the_parts_are_unweighted():
-    rewards = Rewards(
+    rewards = CombinedReward(
         [
             ("accuracy", 1.0, given(1, 0)),
             ("format", 0.25, given(1.0, 1.0)),
@@ -52,20 +52,20 @@ def test_the_total_is_the_weighted_sum_and_the_parts_are_unweighted():
 
 
 def test_a_total_is_none_where_a_reward_that_counts_is():
-    rewards = Rewards([("a", 1.0, given(1, None, 1, None)), ("b", -1.0, given(0.5, 1, None, None))])
+    rewards = CombinedReward([("a", 1.0, given(1, None, 1, None)), ("b", -1.0, given(0.5, 1, None, None))])
     [scores] = rewards(groups(1, 4))
     assert scores.total == [0.5, None, None, None]
 
 
 def test_a_reward_of_weight_nought_is_shown_and_does_not_count():
-    rewards = Rewards([("a", 1.0, given(1, 0)), ("watched", 0.0, given(None, 7))])
+    rewards = CombinedReward([("a", 1.0, given(1, 0)), ("watched", 0.0, given(None, 7))])
     [scores] = rewards(groups(1))
     assert scores.total == [1.0, 0.0]
     assert scores.parts["watched"] == [None, 7.0]
 
 
 def test_what_is_not_finite_could_not_be_judged():
-    rewards = Rewards([("a", 1.0, given(math.nan, math.inf, -math.inf, None, 0.5))])
+    rewards = CombinedReward([("a", 1.0, given(math.nan, math.inf, -math.inf, None, 0.5))])
     [scores] = rewards(groups(1, 5))
     assert scores.total == scores.parts["a"] == [None, None, None, None, 0.5]
     assert rewards.unjudged == {"a": 4}
@@ -73,7 +73,7 @@ def test_what_is_not_finite_could_not_be_judged():
 
 
 def test_numbers_of_any_kind_are_scores():
-    rewards = Rewards(
+    rewards = CombinedReward(
         [
             ("a", 1.0, lambda group: np.array([0.5, 1.0], np.float32)),
             ("b", 1.0, given(True, np.int64(3))),
@@ -86,7 +86,7 @@ def test_numbers_of_any_kind_are_scores():
 def test_two_of_a_name_are_told_apart():
     reward = given(1, 1)
     named = [("a", 1.0, reward), ("a#2", 1.0, reward), ("a", 1.0, reward), ("a", 1.0, reward)]
-    rewards = Rewards(named)
+    rewards = CombinedReward(named)
     assert rewards.names == ["a", "a#2", "a#3", "a#4"]
     assert rewards(groups(1))[0].total == [4.0, 4.0]
 
@@ -96,7 +96,7 @@ def test_results_are_in_order_whoever_is_done_first():
         time.sleep(0.05 if index(group) < 4 else 0)
         return [float(index(group))] * len(group)
 
-    rewards = Rewards([("slow", 1.0, slow_at_first), ("quick", 10.0, lambda group: [index(group), 0])])
+    rewards = CombinedReward([("slow", 1.0, slow_at_first), ("quick", 10.0, lambda group: [index(group), 0])])
     scored = rewards(groups(12))
     assert [scores.total for scores in scored] == [[11.0 * n, float(n)] for n in range(12)]
     assert [scores.total for scores in rewards(groups(12))] == [scores.total for scores in scored]
@@ -109,11 +109,11 @@ def test_calls_run_beside_one_another():
         meeting.wait()  # returns once three calls are in it
         return [1.0] * len(group)
 
-    assert len(Rewards([("meet", 1.0, meet)], num_threads=3)(groups(6))) == 6
+    assert len(CombinedReward([("meet", 1.0, meet)], num_threads=3)(groups(6))) == 6
 
 
 def test_no_groups_and_empty_groups():
-    rewards = Rewards([("a", 1.0, lambda group: [1.0] * len(group))])
+    rewards = CombinedReward([("a", 1.0, lambda group: [1.0] * len(group))])
     assert rewards([]) == []
     [scores] = rewards(groups(1, 0))
     assert (scores.total, scores.parts) == ([], {"a": []})
@@ -131,7 +131,7 @@ def test_a_reward_that_raises_once_is_tried_again():
             raise OSError("sandbox away")
         return [1.0, 0.0]
 
-    rewards = Rewards([("moody", 1.0, moody)])
+    rewards = CombinedReward([("moody", 1.0, moody)])
     assert [scores.total for scores in rewards(groups(3))] == [[1.0, 0.0]] * 3
     assert sorted(tried) == [0, 0, 1, 1, 2, 2]
     assert rewards.failures == {"moody": 0}
@@ -144,7 +144,7 @@ def test_a_reward_that_raises_twice_scores_none_for_that_group_and_never_nought(
             raise error
         return [1.0, 0.0]
 
-    rewards = Rewards([("good", 1.0, given(1, 1)), ("bad", 1.0, fails_on_one)])
+    rewards = CombinedReward([("good", 1.0, given(1, 1)), ("bad", 1.0, fails_on_one)])
     first, second, third = rewards(groups(3))
     assert first.total == third.total == [2.0, 1.0]
     assert second.total == second.parts["bad"] == [None, None]
@@ -161,7 +161,7 @@ def test_a_reward_that_hangs_is_left_behind():
             release.wait(60)
         return [float(index(group))] * 2
 
-    rewards = Rewards([("hangs", 1.0, hangs_on_some)], limit_s=0.3, num_threads=2)
+    rewards = CombinedReward([("hangs", 1.0, hangs_on_some)], limit_s=0.3, num_threads=2)
     rewards(groups(1))
     began = time.monotonic()
     scored = rewards(groups(8))
@@ -179,7 +179,7 @@ def test_one_that_comes_back_too_late_changes_nothing():
             time.sleep(1.0)
         return [1.0, 1.0]
 
-    rewards = Rewards([("late", 1.0, late)], limit_s=0.2, num_threads=1)
+    rewards = CombinedReward([("late", 1.0, late)], limit_s=0.2, num_threads=1)
     rewards(groups(1))
     scored = rewards(groups(3))
     time.sleep(1.2)
@@ -199,9 +199,9 @@ def test_the_first_call_may_take_its_time():
                 time.sleep(0.8)
         return [1.0, 1.0]
 
-    rewards = Rewards([("loads", 1.0, loads)], limit_s=0.2, first_limit_s=20)
+    rewards = CombinedReward([("loads", 1.0, loads)], limit_s=0.2, first_limit_s=20)
     assert [scores.total for scores in rewards(groups(4))] == [[1.0, 1.0]] * 4
-    hung = Rewards([("hangs", 1.0, lambda group: time.sleep(30))], limit_s=0.1, first_limit_s=0.3)
+    hung = CombinedReward([("hangs", 1.0, lambda group: time.sleep(30))], limit_s=0.1, first_limit_s=0.3)
     assert hung(groups(1))[0].total == [None, None]
 
 
@@ -209,7 +209,7 @@ def test_a_hanging_reward_does_not_keep_the_process():
     script = (
         "import sys, threading; sys.path.insert(0, 'tests/tasks')\n"
         "from test_scoring import *\n"
-        "rewards = Rewards([('hangs', 1.0, lambda group: threading.Event().wait())], limit_s=0.1, first_limit_s=0.1)\n"
+        "rewards = CombinedReward([('hangs', 1.0, lambda group: threading.Event().wait())], limit_s=0.1, first_limit_s=0.1)\n"
         "print(rewards(groups(1))[0].total)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
@@ -238,7 +238,7 @@ def test_what_are_no_scores_is_an_error_that_names_the_reward(returned, message)
         return returned
 
     with pytest.raises(UserError, match=message):
-        Rewards([("right", 1.0, given(1, 1)), ("wrong", 1.0, wrong)])(groups(1))
+        CombinedReward([("right", 1.0, given(1, 1)), ("wrong", 1.0, wrong)])(groups(1))
     assert len(calls) == 1
 
 
@@ -247,7 +247,7 @@ def test_a_users_mistake_is_told_at_once():
         raise UserError("length: cache is too large.")
 
     with pytest.raises(UserError, match=r"length: cache is too large\."):
-        Rewards([("length", 1.0, mistaken)])(groups(40))
+        CombinedReward([("length", 1.0, mistaken)])(groups(40))
 
 
 def failing(*failures):
@@ -260,7 +260,7 @@ def failing(*failures):
 
 
 def test_too_many_failures_end_it_with_the_name_and_the_last_exception():
-    rewards = Rewards([("good", 1.0, given(1, 1)), ("code", 1.0, failing(*range(1000)))], num_threads=1)
+    rewards = CombinedReward([("good", 1.0, given(1, 1)), ("code", 1.0, failing(*range(1000)))], num_threads=1)
     with pytest.raises(
         UserError,
         match=r"rewards\.code: failed on 20 of the last 20 groups.*p19.*ValueError: sandbox is down at 19",
@@ -270,21 +270,21 @@ def test_too_many_failures_end_it_with_the_name_and_the_last_exception():
 
 
 def test_a_tenth_of_failures_is_borne_and_one_more_is_not():
-    rewards = Rewards([("code", 1.0, failing(0, 10))], num_threads=1)
+    rewards = CombinedReward([("code", 1.0, failing(0, 10))], num_threads=1)
     rewards(groups(20))
     assert rewards.failures == {"code": 2}
-    assert len(Rewards([("code", 1.0, failing(0, 10))], num_threads=1)(groups(19))) == 19
+    assert len(CombinedReward([("code", 1.0, failing(0, 10))], num_threads=1)(groups(19))) == 19
     with pytest.raises(UserError, match="failed on 3 of the last 20 groups"):
-        Rewards([("code", 1.0, failing(0, 10, 19))], num_threads=1)(groups(20))
-    assert len(Rewards([("code", 1.0, failing(0, 10, 19))], num_threads=1, max_failed=0.5)(groups(20))) == 20
+        CombinedReward([("code", 1.0, failing(0, 10, 19))], num_threads=1)(groups(20))
+    assert len(CombinedReward([("code", 1.0, failing(0, 10, 19))], num_threads=1, max_failed=0.5)(groups(20))) == 20
 
 
 def test_the_failure_rate_is_of_the_last_calls_over_all_batches():
-    rewards = Rewards([("code", 1.0, failing(19))], num_threads=1)
+    rewards = CombinedReward([("code", 1.0, failing(19))], num_threads=1)
     for _ in range(6):
         rewards(groups(20))  # one in twenty
     assert rewards.failures == {"code": 6}
-    down = Rewards([("code", 1.0, failing(200, 201))], num_threads=1)
+    down = CombinedReward([("code", 1.0, failing(200, 201))], num_threads=1)
     down(groups(200))
     down._parts[0].reward = failing(*range(100))
     with pytest.raises(UserError, match="failed on 11 of the last 100 groups"):
@@ -292,7 +292,7 @@ def test_the_failure_rate_is_of_the_last_calls_over_all_batches():
 
 
 def test_failures_of_another_reward_are_its_own():
-    rewards = Rewards([("a", 1.0, failing(1)), ("b", 1.0, failing(2)), ("c", 1.0, failing(3))])
+    rewards = CombinedReward([("a", 1.0, failing(1)), ("b", 1.0, failing(2)), ("c", 1.0, failing(3))])
     assert len(rewards(groups(20))) == 20
     assert rewards.failures == {"a": 1, "b": 1, "c": 1}
 
@@ -311,4 +311,4 @@ def test_failures_of_another_reward_are_its_own():
 )
 def test_rewards_that_cannot_work(named, message):
     with pytest.raises(UserError, match=message):
-        Rewards(named)
+        CombinedReward(named)

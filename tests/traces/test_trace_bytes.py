@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from trace_samples import distribution, metadata, settled
@@ -48,7 +46,7 @@ def rows(questions, texts, ids, logprobs, top) -> Traces:
         trace_id=[stable_hash("trace", n) for n in range(num)],
         problem_id=[stable_hash("problem", n) for n in range(num)],
         sample=np.zeros(num, np.int32),
-        messages=[json.dumps([{"role": "user", "content": q}]) for q in questions],
+        messages=[({"role": "user", "content": q},) for q in questions],
         completion=texts,
         answer=[text[-12:-9] for text in texts],
         gold=[text[-12:-9] for text in texts],

@@ -11,8 +11,10 @@ import pytest
 import trace_samples as samples
 
 from distill import plug
+from distill.reasoning import reasoning_of
 from distill.recipe import PlugConfig
-from distill.records import Traces, UserError
+from distill.records import Group, Problem, Template, Traces, UserError
+from distill.tasks import rewards, templates
 from distill.traces import filters
 from distill.traces.contamination import HeldOut
 from distill.traces.export import export_sft, merge
@@ -55,6 +57,19 @@ def test_filters_on_a_group_made_by_hand():
     assert flags(filters.best_of_n(scored)) == "----+-"
     assert flags(filters.best_of_n(scored, n=2)) == "--+-+-"
     assert flags(filters.best_of_n(scored, n=9)) == "+-+-++"
+
+
+def test_best_of_n_by_a_named_reward():
+    named = group(
+        reward=[0.0] * 6,
+        rewards={"format": [0.1, None, 0.3, 0.2, 0.3, float("nan")], "accuracy": [None] * 6},
+        correct=[True, True, False, True, True, False],
+    )
+    assert flags(filters.best_of_n(named, reward="format")) == "----+-"
+    assert flags(filters.best_of_n(named, n=3, reward="format")) == "--+++-"
+    assert flags(filters.best_of_n(named, reward="accuracy")) == "------"
+    with pytest.raises(UserError, match=r"no reward 'formt'\. Did you mean 'format'"):
+        filters.best_of_n(named, reward="formt")
 
 
 def test_near_duplicates_are_told_by_their_common_words():
@@ -117,6 +132,7 @@ def test_near_duplicates_against_the_table_on_random_texts():
 
 
 ENGLISH = "We are asked how many apples are left, so we take three away from the seven that he had."
+PREFILLED = Template("prefilled", None, "{question}", templates.think_answer.extract, prefill="Let me see. <think>\n")
 CHINESE = "我们需要先计算苹果的总数，然后再减去他吃掉的三个苹果，最后得到答案。"
 
 
@@ -141,6 +157,45 @@ def test_language_judges_the_reasoning_alone():
 def test_a_model_that_repeats_a_letter_for_ever_is_judged_in_time():
     texts = ["a" * 100_000, "a." * 50_000, "a@" * 50_000, "\n" * 100_000, ""]
     assert flags(filters.language(group(completion=texts))) == "+++++"
+
+
+@pytest.mark.parametrize("template", [templates.think_answer, templates.raw, PREFILLED], ids=lambda each: each.name)
+def test_the_filter_and_the_reward_judge_the_same_span(template):
+    texts = [
+        f"<think>{ENGLISH}</think>{CHINESE}",
+        f"{CHINESE} <think>{ENGLISH}</think>4",
+        f"{ENGLISH} <think>{CHINESE}</think>4",
+        f" <think>{ENGLISH} {CHINESE}",
+        f"{ENGLISH}</think>{CHINESE}",
+        f"{ENGLISH}</think>{CHINESE}</think>4",
+        f"{CHINESE}</think><think>{ENGLISH}",
+        f"{CHINESE} <think> {ENGLISH}",
+        f"{ENGLISH} {CHINESE}",
+        CHINESE,
+    ]
+    problem = Problem("p", "t", "q", ({"role": "user", "content": "q"},))
+    ones = (1,) * len(texts)
+    rewarded = Group(problem, template, tuple(template.prefill + text for text in texts), ones, ones, ones, 100)
+    shares = rewards.language(rewarded)
+    for start in range(0, len(texts), 5):
+        six = group(completion=[*texts[start : start + 5], ""])
+        for min_share in (0.2, 0.5, 0.9):
+            want = [share >= min_share for share in shares[start : start + 5]]
+            assert filters.language(six, min_share=min_share).tolist()[:5] == want
+
+
+def test_reasoning_is_inside_think_or_before_its_end_or_everything():
+    for text, want in {
+        "<think>a</think>b": "a",
+        "x <think>a</think>b</think>c": "a</think>b",
+        "<think>a": "a",
+        "a</think>b": "a",
+        "a</think><think>b": "b",
+        "a": "a",
+        "<think></think>a": "",
+        "": "",
+    }.items():
+        assert reasoning_of(text) == want
 
 
 def test_paragraphs_and_code_blocks_of_the_reasoning():
@@ -173,8 +228,8 @@ def test_paragraphs_and_code_blocks_of_the_reasoning():
 
 
 def asking(*questions: str) -> Traces:
-    messages = [json.dumps([{"role": "user", "content": text}]) for text in questions]
-    filler = [json.dumps([{"role": "user", "content": "filler"}])] * (6 - len(questions))
+    messages = [({"role": "user", "content": text},) for text in questions]
+    filler = [({"role": "user", "content": "filler"},)] * (6 - len(questions))
     return group(messages=messages + filler)
 
 

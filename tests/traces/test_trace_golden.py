@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import runpy
 from pathlib import Path
@@ -78,7 +77,7 @@ def test_our_reader_reads_version_1(name, truth, texts):
     rows = [row for block in blocks for row in zip(block.trace_id, block.sample, block.answer, block.correct, strict=True)]  # fmt: skip
     assert rows[3:5] == [("golden03", 1, None, None), ("golden04", 0, "4", False)]
     assert [text for block in blocks for text in block.completion] == texts
-    assert [json.loads(m)[0]["content"] for block in blocks for m in block.messages] == texts
+    assert [m[0]["content"] for block in blocks for m in block.messages] == texts
     assert shard_a.rewards == {"accuracy": [None, 0.0, 1.0, None, 0.0, 1.0, None, 0.0], "format": [0.25] * 8}  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def traces(numbers: Iterable[int], *, tokens: int = 24, samples: int = 2, top: b
         trace_id=[f"trace{n:06d}" for n in numbers],
         problem_id=[f"problem{n // samples:06d}" for n in numbers],
         sample=np.array([n % samples for n in numbers], np.int32),
-        messages=[json.dumps([{"role": "user", "content": f"{n} + ⅓ = ?"}], ensure_ascii=False) for n in numbers],
+        messages=[({"role": "user", "content": f"{n} + ⅓ = ?"},) for n in numbers],
         completion=[f"<think>{n}</think><answer>{n}</answer>" for n in numbers],
         answer=[None if n % 5 == 0 else str(n) for n in numbers],
         gold=[str(n) for n in numbers],
@@ -90,7 +89,7 @@ def row_digests(path: Path) -> dict[str, str]:
 
 
 def digest(block: Traces, n: int) -> str:
-    texts = (block.problem_id[n], int(block.sample[n]), json.loads(block.messages[n]), block.completion[n],
+    texts = (block.problem_id[n], int(block.sample[n]), list(block.messages[n]), block.completion[n],
              block.answer[n], block.gold[n], block.reward[n], block.correct[n], block.finish_reason[n],
              sorted((name, column[n]) for name, column in block.rewards.items()))  # fmt: skip
     hasher = hashlib.sha256(repr(texts).encode())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from distill.records import Completion, Group, Problem, Scores, Verdict
+from distill.records import Completion, GradedGroup, Group, Problem, Prompt, Scores, Verdict
 from distill.tasks.templates import raw
-from distill.training.rl.reward_rollout import Rollout, Rollouts
-from distill.training.rl.sampler import Prompt, Written
+from distill.training.rl.reward_rollout import RewardRollouts, Rollout
 
 MAX_TOKENS = 9
 
@@ -30,8 +29,8 @@ class Numbers:
                     noise = rng.normal(0, spread, n)
                     getattr(self, name)[key] = (base + noise).astype(np.float32)
 
-    def sampled(self, scale_of):
-        """The groups as a rollout holds them; scale_of: the Rollouts whose conventions give the advantages."""
+    def groups(self, scale_of):
+        """The groups as a rollout holds them; scale_of: the RewardRollouts whose conventions give the advantages."""
         out = []
         for g, rewards in enumerate(self.rewards):
             size = len(rewards)
@@ -56,9 +55,9 @@ class Numbers:
                 (Verdict(True, 1.0, "1"),) * size,
                 MAX_TOKENS,
             )
-            written = Written(Prompt(problem, np.array([3, 4], np.int32)), completions, group)
+            graded = GradedGroup(Prompt(problem, np.array([3, 4], np.int32)), completions, group)
             scores = Scores(list(rewards), {"r": list(rewards)})
-            out.append(scale_of._advantages(written, scores))
+            out.append(scale_of.score(graded, scores))
         return out
 
     def stub(self):
@@ -97,11 +96,11 @@ def by_row(batch, table):
 
 def rollouts(objective, config):
     """A source without an engine: only its conventions are asked for."""
-    return Rollouts(sampler=None, rewards=None, config=config, objective=objective, seed=1)
+    return RewardRollouts(sampler=None, rewards=None, config=config, objective=objective, seed=1)
 
 
 def rollout_of(numbers, source):
-    return Rollout(numbers.sampled(source), num_groups=len(numbers.rewards))
+    return Rollout(numbers.groups(source), num_groups=len(numbers.rewards))
 
 
 __all__ = ["MAX_TOKENS", "Numbers", "by_row", "key_of", "rollout_of", "rollouts"]

@@ -59,7 +59,7 @@ def run(tiny_dir, folder, stop_after=None, loss=cross_entropy, **changes):
             yield Step(pack(taken, micro_tokens=cfg.micro_tokens, normalise=cfg.normalise))
 
     try:
-        tally = train(
+        counts = train(
             model,
             source,
             StoredObjective(loss),
@@ -70,7 +70,7 @@ def run(tiny_dir, folder, stop_after=None, loss=cross_entropy, **changes):
         )
     except KeyboardInterrupt:
         return None, None
-    return model, tally
+    return model, counts
 
 
 def metrics(folder):
@@ -79,10 +79,10 @@ def metrics(folder):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_resumed_equals_uninterrupted_bitwise(tiny_dir, tmp_path, dtype):
-    whole, tally = run(tiny_dir, tmp_path / "whole", dtype=dtype)
+    whole, counts = run(tiny_dir, tmp_path / "whole", dtype=dtype)
     run(tiny_dir, tmp_path / "cut", stop_after=5, dtype=dtype)
     assert len(metrics(tmp_path / "cut")) == 5
-    resumed, resumed_tally = run(tiny_dir, tmp_path / "cut", dtype=dtype)
+    resumed, resumed_counts = run(tiny_dir, tmp_path / "cut", dtype=dtype)
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
     timeless = [
@@ -90,7 +90,7 @@ def test_resumed_equals_uninterrupted_bitwise(tiny_dir, tmp_path, dtype):
         for f in ("whole", "cut")
     ]
     assert timeless[0] == timeless[1]
-    assert (tally.tokens, tally.head_tokens) == (resumed_tally.tokens, resumed_tally.head_tokens)
+    assert (counts.tokens, counts.head_tokens) == (resumed_counts.tokens, resumed_counts.head_tokens)
 
 
 def test_it_learns_and_any_micro_batch_split_gives_the_same_metrics(tiny_dir, tmp_path):
@@ -176,8 +176,8 @@ def test_one_bad_step_leaves_the_weights_alone(tiny_dir, tmp_path):
         calls.append(1)
         return -student.label_T * (math.nan if len(calls) == 2 else 1.0)
 
-    model, tally = run(tiny_dir, tmp_path / "once", loss=once, steps=3)
-    assert tally.bad_steps == 1
+    model, counts = run(tiny_dir, tmp_path / "once", loss=once, steps=3)
+    assert counts.bad_steps == 1
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert math.isnan(metrics(tmp_path / "once")[1]["loss"])
 

@@ -12,7 +12,9 @@ import torch
 
 from distill import engines, models
 from distill.recipe import EngineConfig, OnPolicyStage
-from distill.records import Problem, Verdict
+from distill.records import Problem, Prompt, Verdict
+from distill.stages.policy_sampling import PolicySampler
+from distill.stages.sampling import Grader
 from distill.tasks.templates import raw
 from distill.training import loop
 from distill.training.loss import divergences, sparse
@@ -21,8 +23,7 @@ from distill.training.loss.metrics import watch
 from distill.training.loss.objective import DenseObjective, StoredObjective
 from distill.training.packing import Example
 from distill.training.policy import Teacher
-from distill.training.rl.sampler import Prompt, Sampler
-from distill.training.rl.teacher_rollout import OnPolicy
+from distill.training.rl.teacher_rollout import TeacherRollouts
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +84,17 @@ def prompts(rollout, attempt, num):
 
 
 def source(engine, config, teacher=None, offline=None):
-    sampler = Sampler(
+    sampler = PolicySampler(
         engine=engine,
-        template=raw,
+        grader=Grader(
+            template=raw, judge=lambda problem, text, finished: Verdict(None, None, None), decode=lambda ids: "x"
+        ),
         prompts=prompts,
-        judge=lambda problem, text, finished: Verdict(None, None, None),
-        decode=lambda ids: "x",
         sampling=config.sampling.record(),
         group_size=config.group_size,
         seed=1,
     )
-    return OnPolicy(sampler, config, teacher=teacher, offline=offline)
+    return TeacherRollouts(sampler, config, teacher=teacher, offline=offline)
 
 
 def run(tiny_dir, folder, on_policy, objective, teachers=(), stop_before=None):

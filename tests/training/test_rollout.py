@@ -12,12 +12,13 @@ import torch
 
 from distill import engines, models
 from distill.recipe import EngineConfig, GrpoStage, LoraConfig
-from distill.records import Problem, Scores, UserError, Verdict
+from distill.records import Problem, Prompt, Scores, UserError, Verdict
+from distill.stages.policy_sampling import PolicySampler
+from distill.stages.sampling import Grader
 from distill.tasks.templates import raw
 from distill.training import loop
 from distill.training.rl import objectives
-from distill.training.rl.reward_rollout import Rollouts
-from distill.training.rl.sampler import Prompt, Sampler
+from distill.training.rl.reward_rollout import RewardRollouts
 
 
 def problems(num=6):
@@ -86,12 +87,14 @@ def stage(**changes):
 
 def source(engine, config, objective, reward, seed=1, **changes):
     pool = problems()
-    sampler = Sampler(
+    sampler = PolicySampler(
         engine=engine,
-        template=raw,
+        grader=Grader(
+            template=raw,
+            judge=lambda problem, text, finished: Verdict(True, 1.0, text),
+            decode=lambda ids: " ".join(str(i) for i in ids),
+        ),
         prompts=lambda rollout, attempt, num: [pool[(rollout + n + attempt) % 6] for n in range(num)],
-        judge=lambda problem, text, finished: Verdict(True, 1.0, text),
-        decode=lambda ids: " ".join(str(i) for i in ids),
         sampling=config.sampling.record(),
         group_size=config.group_size,
         seed=seed,
@@ -103,7 +106,7 @@ def source(engine, config, objective, reward, seed=1, **changes):
         "rewards": lambda groups: [Scores(reward(g), {"r": reward(g)}) for g in groups],
         "seed": seed,
     }
-    return Rollouts(**{**defaults, **changes})
+    return RewardRollouts(**{**defaults, **changes})
 
 
 def run(tiny_dir, folder, rollouts, *, lora=None, stop_before=None):
@@ -232,11 +235,11 @@ def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(tiny_dir, e
     )
     run(tiny_dir, tmp_path, rollouts)
     (rollout,) = kept
-    assert len(rollout.sampled) == 4
+    assert len(rollout.groups) == 4
     asked = [len(call) // 4 for call in spy.requests]
     assert asked[0] == 4
     assert asked[1] == 2  # p0 and p1 are replaced
-    assert all(s.advantage.any() for s in rollout.sampled)
+    assert all(s.advantage.any() for s in rollout.groups)
     assert metrics(tmp_path)[0]["frac_reward_zero_std"] == pytest.approx(2 / sum(asked), abs=0.2)
 
     def always_dull(group):
@@ -282,7 +285,7 @@ def test_unjudged_completions_are_counted_and_carry_no_advantage(tiny_dir, engin
     )
     run(tiny_dir, tmp_path, rollouts)
     assert metrics(tmp_path)[0]["unjudged"] == 0.5
-    for sampled in kept[0].sampled:
+    for sampled in kept[0].groups:
         assert (sampled.advantage[::2] == 0).all()
 
 

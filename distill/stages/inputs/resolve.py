@@ -1,4 +1,4 @@
-"""What a stage names, found and with its options checked: losses, objectives, rewards, teachers."""
+"""What a stage names, found and with its options checked: losses, objectives, teachers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill import models, plug
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage, teachers_of
-from distill.records import Reward, UserError
+from distill.records import UserError
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.head import LossFn
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 Form = Literal["targets", "rows", "pair"]
 OBJECTIVES = "distill.training.rl.objectives"
-REWARDS = "distill.tasks.rewards"
 LOSSES = "distill.training.loss.sparse"
 DIVERGENCES = "distill.training.loss.divergences"
 CROSS_TOKENIZER = "distill.training.loss.cross_tokenizer.losses"
@@ -182,15 +181,3 @@ def resolve_objective(config: GrpoStage, where: str) -> PolicyObjective:
     make = plug.bind(config.objective.fn, config.objective.options, OBJECTIVES, f"{where}.objective")
     objective: PolicyObjective = make()
     return objective
-
-
-def resolve_rewards(config: GrpoStage, where: str) -> list[tuple[str, float, Reward]]:
-    """(name, weight, function) of each reward; raises UserError for an unknown one or a wrong option."""
-    return [
-        (
-            reward.fn.rpartition(":")[2],
-            reward.weight,
-            plug.bind(reward.fn, reward.options, REWARDS, f"{where}.rewards.{number}"),
-        )
-        for number, reward in enumerate(config.rewards)
-    ]

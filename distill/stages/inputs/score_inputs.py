@@ -25,7 +25,7 @@ from distill.plug import nearest
 from distill.recipe import ScoreStage
 from distill.records import (
     Array,
-    Message,
+    Messages,
     Problem,
     Ragged,
     Task,
@@ -48,7 +48,7 @@ AS_IT_IS = Template(name="as it is", system=None, plain="{question}", extract=st
 
 
 @dataclass(frozen=True, slots=True)
-class RowSource:
+class ConversationSource:
     """A file or dataset of conversations.
 
     rows: numbered from 1; what is no row at all goes to the callback, by number with the reason.
@@ -77,7 +77,7 @@ class DroppedRows:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class ScoreInputs:
     """Traces to be scored.
 
     blocks: of at most BLOCK_ROWS rows, the same every time; what cannot be used is counted. text_from: who wrote the
@@ -92,7 +92,7 @@ class Given:
     template: str
 
 
-def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> Given:
+def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> ScoreInputs:
     """What a score stage's `data` names. Raises UserError where there is nothing of the kind."""
     task = context.task(config.task) if config.task is not None else None
     template = task.template if task is not None else AS_IT_IS
@@ -100,7 +100,7 @@ def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> G
     if config.data in context.recipe.stages or is_traces(find_data(config.data)):
         reader = open_traces(context.data_path(config.data))
         if models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer:
-            return Given(
+            return ScoreInputs(
                 lambda _: reader.blocks(BLOCK_ROWS, LIGHT_COLUMNS),
                 provenance.text_from(reader),
                 reader.metadata,
@@ -118,7 +118,7 @@ def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> G
             for block in reader.blocks(BLOCK_ROWS, LIGHT_COLUMNS):
                 yield render(block, tokenizer, template)
 
-        return Given(rendered, provenance.text_from(reader), reader.metadata, False, template.name)
+        return ScoreInputs(rendered, provenance.text_from(reader), reader.metadata, False, template.name)
 
     models.check_template(tokenizer, template, where)
     source = open_rows(config.data, config.split, f"{where}.data", config.subset)
@@ -127,7 +127,7 @@ def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> G
         for block in _blocks(source, task, left_out):
             yield render(block, tokenizer, template)
 
-    return Given(conversations, source.name, None, False, template.name)
+    return ScoreInputs(conversations, source.name, None, False, template.name)
 
 
 def is_traces(path: Path | None) -> bool:
@@ -140,11 +140,11 @@ def is_traces(path: Path | None) -> bool:
 # --------------------------------------------------------------------------------------- files and datasets
 
 
-def open_rows(data: str, split: str, where: str, subset: str | None = None) -> RowSource:
+def open_rows(data: str, split: str, where: str, subset: str | None = None) -> ConversationSource:
     """A JSONL file, a folder that `datasets` saved, or a hub dataset. Raises UserError where it is none of them."""
     path = find_data(data)
     if path is not None and path.suffix == ".jsonl":
-        return RowSource(
+        return ConversationSource(
             f"{path.name} ({models.file_hash(path)[:16]})",
             lambda reject: jsonl.read_rows(path, reject),
             lambda: sum(1 for _ in jsonl.read_rows(path, lambda number, reason: None)),
@@ -155,7 +155,7 @@ def open_rows(data: str, split: str, where: str, subset: str | None = None) -> R
     else:
         table = _from_hub(data, split, subset, where)
         name = f"{data.partition('@')[0]} ({hub.loaded_commit(table)[:16]}), split {split}"
-    return RowSource(
+    return ConversationSource(
         name,
         lambda _: ((number, dict(row)) for number, row in enumerate(table, 1)),
         lambda: len(table),
@@ -216,7 +216,7 @@ def _split_of(found: Any, split: str, where: str) -> Any:
     return found[split]
 
 
-def _blocks(source: RowSource, task: Task | None, left_out: DroppedRows) -> Iterator[Traces]:
+def _blocks(source: ConversationSource, task: Task | None, left_out: DroppedRows) -> Iterator[Traces]:
     """Rows as blocks without ids; a conversation that was there before is left out."""
     seen: set[str] = set()
     samples: Counter[str] = Counter()
@@ -248,7 +248,7 @@ class _Conversation:
     trace_id: str
     problem_id: str
     sample: int
-    messages: tuple[Message, ...]
+    messages: Messages
     question: str
     reply: str
     gold: str | None
@@ -278,7 +278,7 @@ def _traces(block: Sequence[_Conversation], task: Task | None) -> Traces:
         trace_id=[each.trace_id for each in block],
         problem_id=[each.problem_id for each in block],
         sample=np.array([each.sample for each in block], np.int32),
-        messages=[json.dumps([dict(m) for m in each.messages]) for each in block],
+        messages=[each.messages for each in block],
         completion=[each.reply for each in block],
         answer=[verdict.answer for verdict in verdicts],
         gold=[each.gold for each in block],
@@ -320,7 +320,7 @@ def render(block: Traces, tokenizer: Any, template: Template) -> Traces:
     texts: list[str] = []
     ends = tokenizer.eos_token_id is not None
     for messages, text, finish in zip(block.messages, block.completion, block.finish_reason, strict=True):
-        prompt = models.render_prompt(tokenizer, template, json.loads(messages))
+        prompt = models.render_prompt(tokenizer, template, messages)
         opened = tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
         if opened and text.lstrip().startswith(THINK):
             text = text.lstrip().removeprefix(THINK).lstrip("\n")

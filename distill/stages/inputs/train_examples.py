@@ -6,7 +6,6 @@ that has others, is kept in memory.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -199,7 +198,7 @@ def _text_source(
     columns = ["trace_id", "messages", "completion", "prompt_ids", "completion_ids"]
     for block in reader.blocks(256, columns):
         for n, trace_id in enumerate(block.trace_id):
-            messages = json.loads(block.messages[n])
+            messages = block.messages[n]
             prompt: Array = block.prompt_ids[n]
             reply: Array = block.completion_ids[n]
             if rendered:

@@ -1,7 +1,6 @@
-"""Rollouts: problems through an engine, rewards and advantages, into the same batches that stored traces become.
+"""Learning from rewards: the policy's own completions with their advantages, in the batches that stored traces become.
 
-In: a sampler and rewards (handed in: this room knows none of theirs). Out: `Step`s for the
-loop, with `advantage_T`, `engine_logp_T` and, where the loss needs them, `old_logp_T` and `ref_logp_T`. A rollout is
+In: a sampler and rewards (`records` has their protocols). Out: `Step`s for the loop, with `advantage_T`, `engine_logp_T` and, where the loss needs them, `old_logp_T` and `ref_logp_T`. A rollout is
 prompts x mini_batches problems with group_size completions each; it gives mini_batches x num_iterations steps. With one step
 a rollout the policy that learns is the one that wrote: no old log-probabilities, no forward pass for them.
 A rollout depends on its number, the seed and the weights only, so a resumed run writes the same ones.
@@ -17,20 +16,20 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from distill.recipe import GrpoStage
-from distill.records import Array, Group, Scores, draw_seed
+from distill.records import Array, GradedGroup, Group, GroupSampler, Scores, draw_seed
 from distill.training.batch import Batch
 from distill.training.loop import Step, WorkCounts
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
 from distill.training.rl.advantages import PolicyObjective, advantages
-from distill.training.rl.sampler import Sampler, Written, written_metrics
+from distill.training.rl.completion_metrics import completion_metrics, count_completions
 
 
 @dataclass(slots=True, eq=False)
-class Sampled:
-    """A group with what it earned. advantage [G]; counted [G]: takes part in the loss."""
+class ScoredGroup:
+    """A group with what it earned. advantage [G]; counted [G] bool: takes part in the loss."""
 
-    written: Written
+    graded: GradedGroup
     scores: Scores
     advantage: Array
     counted: Array
@@ -38,24 +37,27 @@ class Sampled:
 
 @dataclass(slots=True)
 class Rollout:
-    """What one call of the sampler gave, and what it took."""
+    """The groups of a rollout, and what making them took.
 
-    sampled: list[Sampled]
+    groups: those that are learned from. num_groups: all that were sampled; num_zero_std: those among them without an advantage.
+    """
+
+    groups: list[ScoredGroup]
     num_groups: int = 0
     num_zero_std: int = 0
     generate_seconds: float = 0.0
     reward_seconds: float = 0.0
-    tally: WorkCounts = field(default_factory=WorkCounts)
+    counts: WorkCounts = field(default_factory=WorkCounts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rollouts:
+class RewardRollouts:
     """A source of steps (see loop.Source).
 
     rewards: scores a group each. watch(step, rollout): called for each rollout before it is learned from.
     """
 
-    sampler: Sampler
+    sampler: GroupSampler
     config: GrpoStage
     objective: PolicyObjective
     rewards: Callable[[Sequence[Group]], list[Scores]]
@@ -83,7 +85,7 @@ class Rollouts:
                 yield Step(
                     mini_batches[number % config.mini_batches],
                     metrics,
-                    rollout.tally if number == 0 else WorkCounts(),
+                    rollout.counts if number == 0 else WorkCounts(),
                     resumable=number == a_rollout - 1,
                 )
 
@@ -93,39 +95,42 @@ class Rollouts:
         """Rollout `index`: enough groups for its mini-batches, those with nothing to learn from sampled again."""
         wanted = self.config.prompts * self.config.mini_batches
         rollout = Rollout([])
-        equal: list[Sampled] = []
+        equal: list[ScoredGroup] = []
         for attempt in range(self.objective.resample):
-            missing = wanted - len(rollout.sampled)
-            for sampled in self._groups(index, attempt, missing, version, rollout):
-                keep = self.objective.resample == 1 or sampled.advantage.any()
-                (rollout.sampled if keep else equal).append(sampled)
-            if len(rollout.sampled) >= wanted:
+            missing = wanted - len(rollout.groups)
+            for scored in self._groups(index, attempt, missing, version, rollout):
+                keep = self.objective.resample == 1 or scored.advantage.any()
+                (rollout.groups if keep else equal).append(scored)
+            if len(rollout.groups) >= wanted:
                 break
-        rollout.sampled += equal[: wanted - len(rollout.sampled)]
+        rollout.groups += equal[: wanted - len(rollout.groups)]
         return rollout
 
-    def _groups(self, index: int, attempt: int, num: int, version: int, rollout: Rollout) -> list[Sampled]:
+    def _groups(self, index: int, attempt: int, num: int, version: int, rollout: Rollout) -> list[ScoredGroup]:
         began = time.perf_counter()
-        written = self.sampler.groups(index, num, version=version, tally=rollout.tally, attempt=attempt)
+        graded = self.sampler.groups(index, num, version=version, attempt=attempt)
+        count_completions(rollout.counts, graded)
         rollout.generate_seconds += time.perf_counter() - began
         began = time.perf_counter()
-        scores = self.rewards([w.group for w in written])
-        sampled = [self._advantages(w, s) for w, s in zip(written, scores, strict=True)]
+        scores = self.rewards([one.group for one in graded])
+        scored = [self.score(one, s) for one, s in zip(graded, scores, strict=True)]
         seconds = time.perf_counter() - began
         rollout.reward_seconds += seconds
-        rollout.tally.judge_seconds += seconds
-        rollout.num_groups += len(sampled)
-        rollout.num_zero_std += sum(not s.advantage.any() for s in sampled)
-        return sampled
+        rollout.counts.judge_seconds += seconds
+        rollout.counts.samples_failed += sum(len(one.scores.total) for one in scored if one.scores.failed)
+        rollout.num_groups += len(scored)
+        rollout.num_zero_std += sum(not one.advantage.any() for one in scored)
+        return scored
 
-    def _advantages(self, written: Written, scores: Scores) -> Sampled:
-        group = written.group
+    def score(self, graded: GradedGroup, scores: Scores) -> ScoredGroup:
+        """The group with its advantages, by the objective's conventions."""
+        group = graded.group
         counted = np.ones(len(group), bool)
         if self.objective.mask_truncated:
             counted = np.array(group.finished, bool)
         known = [total if counts else None for total, counts in zip(scores.total, counted, strict=True)]
         advantage = advantages(known, scale=self.objective.scale)
-        return Sampled(written, scores, advantage, counted)
+        return ScoredGroup(graded, scores, advantage, counted)
 
     # -------------------------------------------------------------------------------------------- batches
 
@@ -136,13 +141,13 @@ class Rollouts:
         count them all the same.
         """
         config = self.config
-        order = np.random.default_rng(draw_seed(self.seed, index, "order")).permutation(len(rollout.sampled))
+        order = np.random.default_rng(draw_seed(self.seed, index, "order")).permutation(len(rollout.groups))
         several = config.mini_batches * config.num_iterations > 1
         parts = []
         for part in np.array_split(order, config.mini_batches):
-            chosen = [rollout.sampled[n] for n in part]
+            chosen = [rollout.groups[n] for n in part]
             batches = pack(
-                [example for sampled in chosen for example in self._examples(sampled, f"rollout-{index}")],
+                [example for scored in chosen for example in self._examples(scored, f"rollout-{index}")],
                 micro_tokens=config.micro_tokens,
                 normalise="sequence" if self.objective.normalise == "sequence" else "token",
                 denominator=self._denominator(chosen),
@@ -150,37 +155,37 @@ class Rollouts:
             for n, batch in enumerate(batches):
                 if several:
                     batch = replace(batch, old_logp_T=policy.logp(batch))
-                    _count_scored(rollout.tally, batch)
+                    _count_scored(rollout.counts, batch)
                 if self.objective.reference:
                     batch = replace(batch, ref_logp_T=policy.reference_logp(batch))
-                    _count_scored(rollout.tally, batch)
+                    _count_scored(rollout.counts, batch)
                 batches[n] = batch
             parts.append(batches)
         return parts
 
-    def _examples(self, sampled: Sampled, rollout: str) -> Iterator[Example]:
-        for n, completion in enumerate(sampled.written.completions):
-            learns = sampled.advantage[n] != 0 or self.objective.reference
-            if sampled.counted[n] and learns and len(completion.ids_T):
+    def _examples(self, scored: ScoredGroup, rollout: str) -> Iterator[Example]:
+        for n, completion in enumerate(scored.graded.completions):
+            learns = scored.advantage[n] != 0 or self.objective.reference
+            if scored.counted[n] and learns and len(completion.ids_T):
                 yield Example(
-                    f"{rollout}/{sampled.written.prompt.problem.problem_id}/{n}",
-                    sampled.written.prompt.ids,
+                    f"{rollout}/{scored.graded.prompt.problem.problem_id}/{n}",
+                    scored.graded.prompt.ids,
                     completion.ids_T,
-                    advantage=float(sampled.advantage[n]),
+                    advantage=float(scored.advantage[n]),
                     engine_logp=completion.logprob_T,
                 )
 
-    def _denominator(self, chosen: Sequence[Sampled]) -> float:
+    def _denominator(self, chosen: Sequence[ScoredGroup]) -> float:
         """Of one optimiser step: completions, their tokens, or completions x max_tokens; at least 1."""
         lengths = [
             length
-            for sampled in chosen
-            for length, counts in zip(sampled.written.group.num_tokens, sampled.counted, strict=True)
-            if counts
+            for scored in chosen
+            for length, is_counted in zip(scored.graded.group.num_tokens, scored.counted, strict=True)
+            if is_counted
         ]
         match self.objective.normalise:
             case "fixed":
-                num = sum(len(sampled.written.group) for sampled in chosen)
+                num = sum(len(scored.graded.group) for scored in chosen)
                 return float(num * self.config.sampling.max_tokens)
             case "token":
                 return max(float(sum(lengths)), 1.0)
@@ -188,26 +193,26 @@ class Rollouts:
                 return max(float(len(lengths)), 1.0)
 
 
-def _count_scored(tally: WorkCounts, batch: Batch) -> None:
-    tally.scored_tokens += len(batch.ids_T)
-    tally.scored_head_tokens += int(np.count_nonzero(batch.weight_T))
-    tally.scored_squared_lengths += batch.squared_lengths
+def _count_scored(counts: WorkCounts, batch: Batch) -> None:
+    counts.scored_tokens += len(batch.ids_T)
+    counts.scored_head_tokens += int(np.count_nonzero(batch.weight_T))
+    counts.scored_squared_lengths += batch.squared_lengths
 
 
 def _metrics(rollout: Rollout) -> dict[str, float]:
-    """What one watches in RL, over all completions of the rollout: `written_metrics`, and:
+    """Metrics of a rollout over all its completions: `completion_metrics`, and those of rewards.
 
     reward and reward/<name>: means of what could be judged, left out where nothing could. frac_reward_zero_std: share of the
     sampled groups without any advantage. unjudged: share of completions without a total.
     """
-    totals = [t for s in rollout.sampled for t in s.scores.total]
+    totals = [t for s in rollout.groups for t in s.scores.total]
     scores = {"reward": totals}
-    for name in rollout.sampled[0].scores.parts:
-        scores[f"reward/{name}"] = [v for s in rollout.sampled for v in s.scores.parts[name]]
+    for name in rollout.groups[0].scores.parts:
+        scores[f"reward/{name}"] = [v for s in rollout.groups for v in s.scores.parts[name]]
     known = {key: [v for v in values if v is not None] for key, values in scores.items()}
     metrics = {key: float(np.mean(values)) for key, values in known.items() if values}
     return metrics | {
-        **written_metrics([s.written for s in rollout.sampled]),
+        **completion_metrics([s.graded for s in rollout.groups]),
         "frac_reward_zero_std": rollout.num_zero_std / rollout.num_groups,
         "groups": float(rollout.num_groups),
         "unjudged": sum(t is None for t in totals) / len(totals),

@@ -1,4 +1,4 @@
-"""On-policy distillation: the student writes, the teacher is asked what it would have written, token by token.
+"""On-policy distillation: the student's own completions with the teacher's log-probabilities of their tokens.
 
 In: a sampler, and the teacher's engine or none. Out: `Step`s for the loop. Without an engine the batches hold the student's
 tokens alone, for a loss with a teacher in the trainer; with one they hold the teacher's top entries and tail, and its
@@ -16,29 +16,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from distill.recipe import OnPolicyStage
-from distill.records import Array, Completion, Engine, Request
+from distill.records import Array, Completion, Engine, GradedGroup, GroupSampler, Request
 from distill.training.loop import Step, WorkCounts
 from distill.training.loss.cross_tokenizer.alignment import Reader
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
-from distill.training.rl.sampler import Sampler, Written, written_metrics
+from distill.training.rl.completion_metrics import completion_metrics, count_completions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class OnPolicy:
+class TeacherRollouts:
     """A source of steps (see loop.Source), one rollout each.
 
     teacher: scores the student's completions (None: the trainer does). read: for a teacher with another tokenizer; what
-    it cannot read is left out. offline(step, num): traces from elsewhere, the same
-    for the same arguments. watch(step, groups): called for each rollout before it is learned from.
+    it cannot read is left out. offline(step, num): traces from elsewhere, the same for the same arguments. watch(step, groups): called for each rollout before it is learned from.
     """
 
-    sampler: Sampler
+    sampler: GroupSampler
     config: OnPolicyStage
     teacher: Engine | None = None
     read: Reader | None = None
     offline: Callable[[int, int], list[Example]] | None = None
-    watch: Callable[[int, list[Written]], None] | None = None
+    watch: Callable[[int, list[GradedGroup]], None] | None = None
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
         """Optimiser steps from `start` on, without end."""
@@ -47,26 +46,27 @@ class OnPolicy:
             self.sampler.engine.sync(policy.weights(), version=step)
             sync_seconds = time.perf_counter() - began
             began = time.perf_counter()
-            tally = WorkCounts()
+            counts = WorkCounts()
             num_offline = round(self.config.prompts * self.config.offline_share)
-            groups = self.sampler.groups(step, self.config.prompts - num_offline, version=step, tally=tally)
-            metrics = written_metrics(groups) | {
+            groups = self.sampler.groups(step, self.config.prompts - num_offline, version=step)
+            count_completions(counts, groups)
+            metrics = completion_metrics(groups) | {
                 "generate_seconds": time.perf_counter() - began,
                 "sync_seconds": sync_seconds,
             }
             if self.watch is not None:
                 self.watch(step + 1, groups)
             began = time.perf_counter()
-            scored = self._score(groups, tally)
+            scored = self._score(groups, counts)
             if scored is not None:
                 metrics["kl_teacher"] = _reverse_kl(groups, scored)
                 metrics["score_seconds"] = time.perf_counter() - began
             examples = list(self._examples(step, groups, scored))
             if self.offline is not None and num_offline:
                 examples += self.offline(step, num_offline * self.config.group_size)
-            yield Step(pack(examples, micro_tokens=self.config.micro_tokens), metrics, tally)
+            yield Step(pack(examples, micro_tokens=self.config.micro_tokens), metrics, counts)
 
-    def _score(self, groups: Sequence[Written], tally: WorkCounts) -> list[list[Completion]] | None:
+    def _score(self, groups: Sequence[GradedGroup], counts: WorkCounts) -> list[list[Completion]] | None:
         if self.teacher is None:
             return None
         requests = [
@@ -77,12 +77,12 @@ class OnPolicy:
         top_k = 0 if self.config.loss.fn == "policy_gradient" else self.config.top_logprobs
         scored = iter(self.teacher.score(requests, top_k=top_k))
         found = [[next(scored) for _ in group.completions] for group in groups]
-        tally.taught_tokens += sum(len(r.prompt_ids) + len(_given(r)) for r in requests)
-        tally.taught_head_tokens += sum(len(_given(r)) for r in requests)
+        counts.taught_tokens += sum(len(r.prompt_ids) + len(_completion_ids(r)) for r in requests)
+        counts.taught_head_tokens += sum(len(_completion_ids(r)) for r in requests)
         return found
 
     def _examples(
-        self, step: int, groups: Sequence[Written], scored: list[list[Completion]] | None
+        self, step: int, groups: Sequence[GradedGroup], scored: list[list[Completion]] | None
     ) -> Iterator[Example]:
         for n, group in enumerate(groups):
             for i, own in enumerate(group.completions):
@@ -109,12 +109,12 @@ class OnPolicy:
                     )
 
 
-def _given(request: Request) -> Array:
+def _completion_ids(request: Request) -> Array:
     assert request.completion_ids is not None
     return request.completion_ids
 
 
-def _reverse_kl(groups: Sequence[Written], scored: Sequence[Sequence[Completion]]) -> float:
+def _reverse_kl(groups: Sequence[GradedGroup], scored: Sequence[Sequence[Completion]]) -> float:
     """Mean over the sampled tokens of log q - log p: the reverse KL in expectation, nats a token."""
     gaps = [
         own.logprob_T - said.logprob_T

@@ -14,34 +14,34 @@ if TYPE_CHECKING:
     from distill.training.policy import Teacher
 
 
-def tally_cost(config: OptimStage, shape: ModelShape, tally: WorkCounts) -> Cost:
+def training_cost(config: OptimStage, shape: ModelShape, counts: WorkCounts) -> Cost:
     """The cost of a stage's training, scoring and own sampling, in tokens and FLOPs.
 
     Prompts are counted for every completion, though an engine may share them within a group.
     """
     trained = train_flops(
         shape,
-        tally.tokens,
-        _mean_context(tally.squared_lengths, tally.tokens),
-        tally.head_tokens,
+        counts.tokens,
+        _mean_context(counts.squared_lengths, counts.tokens),
+        counts.head_tokens,
         lora=config.lora is not None,
         checkpointing=config.gradient_checkpointing,
     )
     scored = forward_flops(
         shape,
-        tally.scored_tokens,
-        _mean_context(tally.scored_squared_lengths, tally.scored_tokens),
-        tally.scored_head_tokens,
+        counts.scored_tokens,
+        _mean_context(counts.scored_squared_lengths, counts.scored_tokens),
+        counts.scored_head_tokens,
     )
-    sampled = generate_flops(shape, tally.prompt_tokens, tally.generated_tokens, tally.completions)
+    sampled = generate_flops(shape, counts.prompt_tokens, counts.generated_tokens, counts.completions)
     return Cost(
-        tokens_trained=tally.tokens,
-        tokens_scored=tally.scored_tokens,
-        tokens_generated=tally.generated_tokens,
-        tokens_prompt=tally.prompt_tokens,
+        tokens_trained=counts.tokens,
+        tokens_scored=counts.scored_tokens,
+        tokens_generated=counts.generated_tokens,
+        tokens_prompt=counts.prompt_tokens,
         flops=trained + scored + sampled,
-        judge_seconds=tally.judge_seconds,
-        samples_failed=tally.samples_failed,
+        judge_seconds=counts.judge_seconds,
+        samples_failed=counts.samples_failed,
     )
 
 
@@ -51,13 +51,13 @@ def _mean_context(squared_lengths: int, tokens: int) -> float:
     return (squared_lengths / tokens + 1) / 2 if tokens else 0.0
 
 
-def teachers_cost(teachers: Sequence[Teacher], tally: WorkCounts) -> Cost:
+def teachers_cost(teachers: Sequence[Teacher], counts: WorkCounts) -> Cost:
     """The cost of teachers in the trainer: each reads every token that is trained on, or the same texts in its own
     tokens."""
-    tokens, head, squared = tally.tokens, tally.head_tokens, tally.squared_lengths
+    tokens, head, squared = counts.tokens, counts.head_tokens, counts.squared_lengths
     if any(teacher.shared is not None for teacher in teachers):
-        tokens, head = tally.taught_tokens, tally.taught_head_tokens
-        squared = tally.taught_squared_lengths
+        tokens, head = counts.taught_tokens, counts.taught_head_tokens
+        squared = counts.taught_squared_lengths
     flops = sum(
         forward_flops(
             ModelShape.from_config(teacher.model.config.to_dict()),

@@ -1,0 +1,159 @@
+"""Groups of the policy's own completions for the stages that learn from them: the engine, and the problems it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from distill import engines, models
+from distill.recipe import PolicyStage
+from distill.records import Completion, Engine, GradedGroup, Prompt, Sampling, Task, UserError, draw_seed
+from distill.stages.context import Context
+from distill.stages.sampling import (
+    CompletionRequest,
+    GradedCompletion,
+    Grader,
+    context_length,
+    context_limit,
+    fitting_prompts,
+    sample_completions,
+)
+
+UNKNOWN_ROLLOUTS = 64
+"""Rollouts that get fresh problems where a budget decides how many there are; later ones go over the same problems again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PolicySampler:
+    """A `GroupSampler`: asks an engine for groups of completions, which are judged while it generates.
+
+    prompts(rollout, attempt, num): the problems to take. Draws depend on (seed, rollout, attempt, problem, sample) only.
+    """
+
+    engine: Engine
+    grader: Grader
+    prompts: Callable[[int, int, int], Sequence[Prompt]]
+    sampling: Sampling
+    group_size: int
+    seed: int
+
+    def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
+        """See `GroupSampler`. Raises RuntimeError where the engine answers with weights of another version."""
+        prompts = self.prompts(rollout, attempt, num)
+        requests = [
+            CompletionRequest(
+                f"{n}/{sample}",
+                prompt,
+                sample,
+                draw_seed(self.seed, rollout, attempt, prompt.problem.problem_id, sample, "rollout"),
+            )
+            for n, prompt in enumerate(prompts)
+            for sample in range(self.group_size)
+        ]
+
+        def current(completion: Completion) -> Completion:
+            if completion.version != version:
+                raise RuntimeError(
+                    f"the engine wrote a completion with weights of version {completion.version}; the policy is at "
+                    f"{version}."
+                )
+            return completion
+
+        graded = sample_completions(self.engine, requests, self.sampling, self.grader, receive=current)
+        by_id = {one.request.request_id: one for one in graded}
+        seed = draw_seed(self.seed, rollout, attempt, "reward")
+        return [
+            self._group(prompt, [by_id[f"{n}/{sample}"] for sample in range(self.group_size)], seed)
+            for n, prompt in enumerate(prompts)
+        ]
+
+    def _group(self, prompt: Prompt, graded: list[GradedCompletion], seed: int) -> GradedGroup:
+        group = self.grader.group(graded, self.sampling.max_tokens, seed)
+        return GradedGroup(prompt, [one.completion for one in graded], group, sum(one.seconds for one in graded))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptPool:
+    """The train problems of a stage, and which of them each rollout takes.
+
+    One epoch goes through them in the task's order, later ones in shuffled orders; groups that are sampled again
+    take others at random.
+    """
+
+    prompts: list[Prompt]
+    a_rollout: int
+    seed: int
+    too_long: int = 0
+
+    @staticmethod
+    def of(config: PolicyStage, context: Context, task: Task, tokenizer: Any, limit: int) -> PromptPool:
+        """Rendered problems that leave room for a completion in the context; UserError where too few do."""
+        a_rollout = config.prompts_a_rollout
+        rollouts = config.steps // config.steps_a_rollout if config.steps else UNKNOWN_ROLLOUTS
+        num = config.problems or rollouts * a_rollout
+        try:
+            problems = list(task.problems("train", num, context.seed))
+        except UserError as error:
+            hint = "" if config.problems else f" Set stages.{context.name}.problems to go over fewer again."
+            raise UserError(f"{error}{hint}") from None
+        fitting, too_long = fitting_prompts(problems, tokenizer, task.template, limit, context.say)
+        if len(fitting) < min(a_rollout, num):
+            raise UserError(
+                f"stages.{context.name}: only {len(fitting)} of {num} prompts fit the context of {limit} tokens; a "
+                f"rollout takes {a_rollout}."
+            )
+        seed = draw_seed(context.seed, context.name, "prompts")
+        return PromptPool(fitting, a_rollout, seed, too_long)
+
+    def __call__(self, rollout: int, attempt: int, num: int) -> Sequence[Prompt]:
+        """`num` prompts of a rollout; the same for the same arguments."""
+        size = len(self.prompts)
+        first = range(rollout * self.a_rollout, (rollout + 1) * self.a_rollout)
+        orders = {epoch: self._order(epoch) for epoch in {slot // size for slot in first}}
+        regular = [orders[slot // size][slot % size] for slot in first]
+        if attempt == 0:
+            return [self.prompts[n] for n in regular[:num]]
+        others = np.setdiff1d(np.arange(size), regular)
+        candidates = others if len(others) >= num else np.arange(size)
+        rng = np.random.default_rng(draw_seed(self.seed, rollout, attempt))
+        chosen = rng.choice(candidates, num, replace=len(candidates) < num)
+        return [self.prompts[n] for n in chosen]
+
+    def _order(self, epoch: int) -> np.ndarray[Any, Any]:
+        if epoch == 0:
+            return np.arange(len(self.prompts))
+        return np.random.default_rng(draw_seed(self.seed, epoch)).permutation(len(self.prompts))
+
+
+@contextmanager
+def open_policy_sampler(
+    config: PolicyStage, context: Context, tokenizer: Any
+) -> Iterator[tuple[PolicySampler, PromptPool]]:
+    """The policy's engine, started on the stage's model, with the train problems that it is asked; closed at the end."""
+    folder = context.model_dir(config.model)
+    task = context.task(config.task)
+    models.check_template(tokenizer, task.template, f"tasks.{config.task}")
+    limit = context_limit(config.engine, folder)
+    context.phase(f"reading the task {config.task}")
+    pool = PromptPool.of(config, context, task, tokenizer, limit)
+    longest = max(len(prompt.ids) for prompt in pool.prompts) + config.sampling.max_tokens
+    context.phase(f"starting the {config.engine.fn} engine")
+    engine = engines.open_engine(config.engine, folder, max_model_len=context_length(longest, limit), max_top_k=0)
+    try:
+        yield (
+            PolicySampler(
+                engine=engine,
+                grader=Grader.of(task, tokenizer),
+                prompts=pool,
+                sampling=config.sampling.record(),
+                group_size=config.group_size,
+                seed=draw_seed(context.seed, context.name, "rollouts"),
+            ),
+            pool,
+        )
+    finally:
+        engine.close()

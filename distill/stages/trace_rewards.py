@@ -1,0 +1,128 @@
+"""The rewards that trace rows carry: the verdict's, or those that a stage names, made from a problem's whole group."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from distill.records import Completion, FinishReason, Group, Scores
+from distill.stages.sampling import CompletionRequest, GradedCompletion, Grader, map_in_threads
+from distill.traces.reader import open_traces
+
+REWARD_BATCH = 32
+"""Completions whose rewards are asked for together, at least."""
+MAX_WAITING_BATCHES = 2
+"""Batches whose rewards are awaited before the engine has to wait."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RewardedCompletion:
+    """A graded completion with its `reward` and its named rewards, as a trace holds them.
+
+    failed: whether a reward failed on its group, by an exception or by its limit.
+    """
+
+    graded: GradedCompletion
+    reward: float | None
+    rewards: Mapping[str, float | None]
+    failed: bool = False
+
+
+def by_verdict(graded: Iterable[GradedCompletion]) -> Iterator[RewardedCompletion]:
+    """The verdict's score as the reward, and accuracy, where a stage names no rewards."""
+    for one in graded:
+        correct = one.verdict.correct
+        yield RewardedCompletion(one, one.verdict.score, {"accuracy": None if correct is None else float(correct)})
+
+
+def rewarded(
+    graded: Iterable[GradedCompletion],
+    stored: Sequence[GradedCompletion],
+    requests: Sequence[CompletionRequest],
+    group_of: Callable[[Sequence[GradedCompletion]], Group],
+    rewards: Callable[[Sequence[Group]], list[Scores]],
+) -> Iterator[RewardedCompletion]:
+    """The completions with their weighted sum and named rewards, problem by problem; made in a thread while others are sampled.
+
+    stored: completions of the same problems that are there already; rewards see them, and they are not given out.
+    requests: for all completions of these problems.
+    """
+    known = {one.request.request_id for one in stored}
+
+    def score(groups: list[list[GradedCompletion]]) -> list[tuple[list[GradedCompletion], Scores]]:
+        return list(zip(groups, rewards([group_of(group) for group in groups]), strict=True))
+
+    batches = in_blocks(_whole_groups(graded, stored, requests), REWARD_BATCH, len)
+    for batch in map_in_threads(score, batches, 1, MAX_WAITING_BATCHES):
+        for group, scores in batch:
+            for n, one in enumerate(group):
+                if one.request.request_id not in known:
+                    named = {name: column[n] for name, column in scores.parts.items()}
+                    yield RewardedCompletion(one, scores.total[n], named, bool(scores.failed))
+
+
+def of_problems_with_others(
+    folder: Path, requests: Sequence[CompletionRequest], missing: Sequence[CompletionRequest], grader: Grader
+) -> list[GradedCompletion]:
+    """The completions in `folder` of the problems that lack others, judged again.
+
+    requests: for all completions of a stage; missing: those among them that the folder does not hold.
+    """
+    lacking = {request.request_id for request in missing}
+    problems = {request.prompt.problem.problem_id for request in missing}
+    wanted = {
+        request.request_id: request
+        for request in requests
+        if request.request_id not in lacking and request.prompt.problem.problem_id in problems
+    }
+    if not wanted:
+        return []
+    found = []
+    for block in open_traces(folder).blocks(1024, ["trace_id", "completion_ids", "finish_reason"]):
+        for n, trace_id in enumerate(block.trace_id):
+            if trace_id in wanted:
+                ids_T = block.completion_ids[n]
+                reason: FinishReason = "stop" if block.finish_reason[n] == "stop" else "length"
+                completion = Completion(trace_id, ids_T, np.zeros(len(ids_T), np.float32), None, reason)
+                found.append(grader.grade(wanted[trace_id], completion, grader.decode(ids_T)))
+    return found
+
+
+def _whole_groups(
+    graded: Iterable[GradedCompletion], stored: Sequence[GradedCompletion], requests: Sequence[CompletionRequest]
+) -> Iterator[list[GradedCompletion]]:
+    """The completions of each problem by sample, as soon as its last one is there."""
+    size: dict[str, int] = defaultdict(int)
+    for request in requests:
+        size[request.prompt.problem.problem_id] += 1
+    waiting: dict[str, list[GradedCompletion]] = defaultdict(list)
+    for one in stored:
+        waiting[one.request.prompt.problem.problem_id].append(one)
+    for one in graded:
+        problem = one.request.prompt.problem.problem_id
+        waiting[problem].append(one)
+        if len(waiting[problem]) == size[problem]:
+            yield sorted(waiting.pop(problem), key=lambda each: each.request.sample)
+
+
+def in_blocks(
+    items: Iterable[Item], min_size: int, size: Callable[[Item], int] = lambda item: 1
+) -> Iterator[list[Item]]:
+    """The items in lists whose sizes add up to `min_size` at least; the last list has what is left."""
+    block: list[Item] = []
+    total = 0
+    for item in items:
+        block.append(item)
+        total += size(item)
+        if total >= min_size:
+            yield block
+            block, total = [], 0
+    if block:
+        yield block
