@@ -1,27 +1,139 @@
-"""Files that appear whole or not at all, and files that come with the package."""
+"""Files and folders that appear whole or not at all, locks that name their holder, and files that come with the package."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
 import os
-import tempfile
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
+
+from distill.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
-"""The folder with `recipes` and `data`: in an installed wheel inside the package, in a checkout beside it."""
+"""The folder with `recipes` and `data`: inside the package in an installed wheel, beside it in a checkout."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomic(path: Path, text: str) -> Path:
-    """Write a file by temp, fsync and rename: readers see the old one or the new one, never a part."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_atomic(path: Path, data: str | bytes | memoryview) -> Path:
+    """Write a file by temporary file, fsync and rename: readers see the old file or the new one, never a part.
+
+    Text is written as UTF-8. Raises UserError when the disk is full or a folder has that name; the old file stays then.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, where a file should be written. Move it away.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with room_for(path), open(temporary, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        sync(path.parent)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill that gets the name `final` when the block ends, in place of an older one; removed when it fails.
+
+    What a killed process has left of it is removed by the next one. Raises UserError when the disk is full.
+    """
+    temporary = final.with_name(f".building-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        with room_for(final):
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk into a UserError that names the path and the free space."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise UserError(
+            f"{path}: no room to write it ({error.strerror}, {free_space(path.parent):,} bytes free). "
+            "What was written before is whole; make room and run again to add what is missing."
+        ) from error
+
+
+def free_space(folder: Path) -> int:
+    """Free bytes of the disk that holds a folder."""
+    return shutil.disk_usage(folder).free
+
+
+def sync(path: Path) -> None:
+    """Make the disk hold a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file `path`; the file beside it, <name>.holder, names the process and host that hold it.
+
+    The operating system frees the lock when its process ends. A holder on another host is believed, for some network file
+    systems do not pass locks on. Raises UserError with `refusal`, in which {holder} stands for process and host.
+    """
+    import filelock
+
+    lock, beside = filelock.FileLock(path, timeout=0), path.with_name(f"{path.name}.holder")
+    here = {"pid": os.getpid(), "host": socket.gethostname()}
+    try:
+        with room_for(path):
+            lock.acquire()
+    except filelock.Timeout:
+        raise UserError(refusal.format(holder=_in_words(_holder(beside)))) from None
+    except NotImplementedError as error:
+        raise UserError(
+            f"{path}: this file system has no file locks ({error}); choose a folder on another one."
+        ) from error
+    try:
+        holder = _holder(beside)
+        if holder.get("host", here["host"]) != here["host"]:
+            raise UserError(refusal.format(holder=_in_words(holder)) + f" If that machine is gone, remove {beside}.")
+        for killed in path.parent.glob(f".{beside.name}.*.tmp"):
+            killed.unlink()
+        write_atomic(beside, json.dumps(here))
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _holder(beside: Path) -> Mapping[str, Any]:
+    try:
+        return dict(json.loads(beside.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def _in_words(holder: Mapping[str, Any]) -> str:
+    return f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'this host')}"

@@ -15,8 +15,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from distill import machine
+from distill.files import whole_folder
 from distill.records import Array, Message, Template, UserError, stable_hash
 
 if TYPE_CHECKING:
@@ -122,8 +121,7 @@ def _dequantise(path: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    temporary = Path(tempfile.mkdtemp(prefix=".building-", dir=target.parent))
-    try:
+    with whole_folder(target) as building:
         model = AutoModelForCausalLM.from_pretrained(
             path.parent,
             gguf_file=path.name,
@@ -132,10 +130,7 @@ def _dequantise(path: Path, target: Path) -> None:
         )
         model.config.quantization_config = None
         del model.config.quantization_config
-        save(model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), temporary)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        save(model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), building)
 
 
 def file_hash(path: Path) -> str:

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import filelock
-
 from distill import interrupt, machine, run_folder
+from distill.files import locked
 from distill.machine import Machine
 from distill.models import cache_home
 from distill.progress import working
@@ -45,14 +44,10 @@ class Runner:
     def do(self, wanted: Iterable[Node]) -> None:
         """Run the wanted nodes in order. Raises UserError at the first that fails; finished ones stay."""
         self.run.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(self.run / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise UserError(
-                f"{self.run} is in use by another `distill run`; wait for it, or give this run another name."
-            ) from None
-        with lock:
+        refusal = (
+            f"{self.run} is in use by another `distill run` ({{holder}}); wait for it, or give this run another name."
+        )
+        with locked(self.run / ".lock", refusal):
             wanted = list(wanted)
             with working("checking the recipe"):
                 self._refuse_early(wanted)

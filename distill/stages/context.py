@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distill import machine, models, plug
-from distill.files import SHIPPED
+from distill.files import SHIPPED, whole_folder
 from distill.machine import Machine, Width
 from distill.progress import Live, Screen
 from distill.recipe import PlugConfig, Recipe
@@ -108,13 +107,9 @@ def make_task(name: str, config: PlugConfig) -> Task:
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> str:
     """Write folder/model whole or not at all; returns the weights' fingerprint. Casts the model to `dtype` in place."""
-    temporary, final = folder / ".model", folder / "model"
-    shutil.rmtree(temporary, ignore_errors=True)
-    models.save(models.cast(model, dtype), tokenizer, temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    return models.weights_fingerprint(final)
+    with whole_folder(folder / "model") as building:
+        models.save(models.cast(model, dtype), tokenizer, building)
+    return models.weights_fingerprint(folder / "model")
 
 
 def fingerprint_of(path: Path) -> str:

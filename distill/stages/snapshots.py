@@ -7,7 +7,6 @@ step, and what the stage had computed by then). An evaluation hands their weight
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from distill import models, run_folder
 from distill.compute.flops import ModelShape
 from distill.compute.training_cost import training_cost
+from distill.files import whole_folder
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
 from distill.records import Cost
 from distill.stages.context import Context
@@ -69,16 +69,11 @@ def keep_snapshots(
     def keep(step: int, counts: WorkCounts, policy: Policy) -> None:
         if step % every:
             return
-        folder = context.folder / FOLDER
-        temporary, final = folder / ".building", folder / f"step-{step:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
         weights = {n: w.to("cpu", saved_in).contiguous() for n, w in policy.weights()}
-        save_file(weights, temporary / WEIGHTS)
         facts = {"step": step, "cost": asdict(training_cost(config, shape, counts))}
-        (temporary / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        with whole_folder(context.folder / FOLDER / f"step-{step:08d}") as building:
+            save_file(weights, building / WEIGHTS)
+            (building / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 
     return keep
 

@@ -28,7 +28,7 @@ def export_sft(source: str | Path, out: str | Path, style: Style = "chat") -> in
     """
     out, num = Path(out), 0
     folder.make_folder(out.parent)
-    temporary = out.with_name(f".{out.name}{folder.TEMPORARY}")
+    temporary = out.with_name(f".{out.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         for row in _sft_rows(str(source), style):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

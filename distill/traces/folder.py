@@ -2,7 +2,7 @@
 
     shard-<writer>-00000.parquet   whole shards, never changed once they have their name
     manifest-<writer>.json         metadata, and for each of that writer's shards its rows, bytes and SHA-256
-    lock-<writer>                  pid and host of the open writer
+    lock-<writer>                  held by the open writer; lock-<writer>.holder names its process and host
 
 The manifests together say what the folder holds; a shard that none of them lists is not there. Each writer
 changes only its own files, so that several (processes, machines) can fill one folder. Every file appears
@@ -12,27 +12,20 @@ whole or not at all: temporary file in the same folder, fsync, rename, fsync of 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import re
-import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.files import locked, write_atomic
 from distill.records import UserError, stable_hash
 from distill.traces.schema import Metadata
 
 FORMAT = "distill-traces"
-TEMPORARY = ".tmp"
 _SHARD = re.compile(r"shard-(?P<writer>[A-Za-z0-9_]+)-(?P<index>\d{5,})\.parquet")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_locks_held: set[Path] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,44 +107,6 @@ def refuse_differences(folder: Path, there: Metadata, new: Metadata, what: str) 
         )
 
 
-# ------------------------------------------------------------------------------------------- whole files
-
-
-def write_whole(path: Path, data: Any) -> None:
-    """A file that appears under its name only when all of it is on the disk.
-
-    Raises UserError when the disk is full, or a folder has that name; nothing of the new file is left then, and an old
-    one stays.
-    """
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder, where a file should be written. Move it away.")
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
-    try:
-        with _room_for(path), open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, UserError):
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def _room_for(path: Path) -> Iterator[None]:
-    """Says in words that the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise UserError(
-            f"{path}: no room to write it ({error.strerror}, {free_space(path.parent):,} bytes free). "
-            "What was written before is whole; make room and run again to add what is missing."
-        ) from error
-
-
 def make_folder(folder: Path) -> None:
     """The folder and those above it. Raises UserError where something else is in the way, or nothing may be written."""
     try:
@@ -160,29 +115,10 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be made a folder: {error.strerror}.") from None
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def free_space(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
-
-
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Say that a disk will be full before it is. Raises UserError."""
-    free = free_space(folder)
-    if free < num_bytes:
-        raise UserError(f"{folder}: {num_bytes:,} bytes are needed and {free:,} are free. Make room first.")
-
-
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
     """JSON with a checksum of itself, whole or not at all."""
     checksum = stable_hash(json.dumps(tree, sort_keys=True), length=64)
-    write_whole(path, (json.dumps({**tree, "checksum": checksum}, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps({**tree, "checksum": checksum}, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -203,70 +139,9 @@ def sha256(data: Any) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------- the lock
-
-
 @contextlib.contextmanager
 def writer_lock(folder: Path, writer: str) -> Iterator[None]:
-    """Hold a writer's lock. Raises UserError that names the holder.
-
-    The kernel holds it (a POSIX record lock: gone with its process, not inherited by children), the file
-    says who: a dead writer's lock is taken over, one from another host is believed even where the file
-    system does not pass locks on.
-    """
-    path = (folder / f"lock-{writer}").resolve()
-    if path in _locks_held:
-        raise _held(path, {"pid": os.getpid(), "host": socket.gethostname()})
-    _locks_held.add(path)
-    try:
-        with _room_for(path):
-            file = open(path, "a+b", buffering=0)  # noqa: SIM115
-        with file:
-            with _room_for(path):
-                _acquire(path, file)
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-    finally:
-        _locks_held.discard(path)
-
-
-def _acquire(path: Path, file: Any) -> None:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise UserError(
-                f"{path}: this file system has no file locks ({error.strerror}); write the traces to another one."
-            ) from error
-        raise _held(path, _holder(file)) from None
-    here, holder = socket.gethostname(), _holder(file)
-    if holder.get("host", here) != here or not _is_same_file(path, file):
-        raise _held(path, holder)
-    file.truncate(0)
-    file.write(json.dumps({"pid": os.getpid(), "host": here}).encode())
-
-
-def _holder(file: Any) -> dict[str, Any]:
-    file.seek(0)
-    try:
-        return dict(json.loads(file.read()))
-    except (ValueError, TypeError):
-        return {}
-
-
-def _is_same_file(path: Path, file: Any) -> bool:
-    """False where the holder removed the file between our opening and our locking it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _held(path: Path, holder: Mapping[str, Any]) -> UserError:
-    return UserError(
-        f"{path.parent}: another writer is open here (process {holder.get('pid', 'unknown')} on "
-        f"{holder.get('host', 'this host')}). Wait for it, or write to another folder; "
-        f"if that machine is gone, remove {path}."
-    )
+    """Hold a writer's lock. Raises UserError that names the process and host that hold it."""
+    refusal = f"{folder}: another writer is open here ({{holder}}). Wait for it, or write to another folder."
+    with locked(folder.resolve() / f"lock-{writer}", refusal):
+        yield

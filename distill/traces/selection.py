@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distill import plug
+from distill.files import write_atomic
 from distill.recipe import PlugConfig
 from distill.records import Array, Ragged, Traces, UserError
 from distill.traces import codec, folder
@@ -251,9 +252,9 @@ def _write(
             ),
         }
     )
-    folder.write_whole(out / DROPPED_FILE, _parquet(dropped))
+    write_atomic(out / DROPPED_FILE, _parquet(dropped))
     data = _parquet(table)
-    folder.write_whole(out / KEEP_FILE, data)
+    write_atomic(out / KEEP_FILE, data)
     folder.write_json(
         out / SELECTION_FILE,
         {

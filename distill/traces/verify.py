@@ -104,7 +104,7 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
         for manifest in sorted({folder.manifest_name(_writer_of(name)) for name in names} - there)
     ]
     notes = [Finding(name, "not in a manifest (a writer was killed)") for name in unlisted]
-    notes += [Finding(p.name, "a half-written file") for p in sorted(path.glob(f".*{folder.TEMPORARY}"))]
+    notes += [Finding(p.name, "a half-written file") for p in sorted(path.glob(".*.tmp"))]
     return Report(path, len(listed), rows, positions, tuple(findings), tuple(notes))
 
 

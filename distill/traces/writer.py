@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from distill.files import write_atomic
 from distill.records import Array, Messages, Traces, UserError
 from distill.traces import codec, folder, reader
 from distill.traces.schema import Metadata
@@ -195,7 +196,7 @@ class TraceWriter:
         data = codec.encode(table, self._metadata)
         taken = folder.shard_files(self.folder, self.writer).values()
         name = folder.shard_name(self.writer, max(taken, default=-1) + 1)
-        folder.write_whole(self.folder / name, data)
+        write_atomic(self.folder / name, data)
         self._list(describe(name, data, table))
 
     def _list(self, *shards: folder.Shard) -> None:
@@ -206,7 +207,7 @@ class TraceWriter:
 
     def _open(self) -> None:
         for mine in (f"shard-{self.writer}-*.parquet", folder.manifest_name(self.writer)):
-            for path in self.folder.glob(f".{mine}{folder.TEMPORARY}"):
+            for path in self.folder.glob(f".{mine}*.tmp"):
                 path.unlink()
         manifests = folder.read_manifests(self.folder)
         for manifest in manifests:

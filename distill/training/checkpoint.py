@@ -7,7 +7,6 @@ A checkpoint is a folder `step-00000050` with `state.safetensors` (master weight
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,31 +15,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.files import whole_folder
 from distill.records import UserError
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], progress: dict[str, Any], *, keep: int) -> Path:
     """Write checkpoint `step` under `folder` and remove all but the newest `keep`."""
     folder.mkdir(parents=True, exist_ok=True)
-    final, temporary = folder / f"step-{step:08d}", folder / f".building-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    final = folder / f"step-{step:08d}"
     random_state = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
     contiguous = {name: tensor.contiguous() for name, tensor in {**tensors, **_prefixed(random_state)}.items()}
     try:
-        save_file(contiguous, temporary / "state.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **progress}), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+        with whole_folder(final) as building:
+            save_file(contiguous, building / "state.safetensors")
+            (building / "state.json").write_text(json.dumps({"step": step, **progress}), encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"cannot write the checkpoint {final}: {error}. Free some space and run again.") from None
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _sync(folder)
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -74,11 +66,3 @@ def _prefixed(random_state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _all(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

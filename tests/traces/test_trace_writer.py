@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import trace_samples as samples
 
+from distill.files import write_atomic
 from distill.records import Sampling, UserError
 from distill.traces import folder
 from distill.traces import writer as writer_module
@@ -152,7 +153,7 @@ def test_a_dead_writers_lock_is_taken_over_and_a_strangers_is_not(tmp_path):
     assert (tmp_path / "lock-0").exists()
     with TraceWriter(tmp_path, samples.metadata()):
         pass
-    (tmp_path / "lock-0").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    (tmp_path / "lock-0.holder").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
     with pytest.raises(UserError, match=r"process 1 on elsewhere.*remove"):
         TraceWriter(tmp_path, samples.metadata())
 
@@ -253,7 +254,7 @@ GENERATOR = """
             missing = [r for r in requests if r.request_id not in writer]
             for c in engine.generate(missing, Sampling(max_tokens=6), top_k=16):
                 n = int(c.request_id[5:])
-                writer.add(Traces([c.request_id], [f"p{n}"], np.array([0]), ["[]"], [""], [None], [None],
+                writer.add(Traces([c.request_id], [f"p{n}"], np.array([0]), [()], [""], [None], [None],
                     Ragged.from_rows([requests[n].prompt_ids], np.int64), Ragged.from_rows([c.ids_T], np.int64),
                     Ragged.from_rows([c.logprob_T], np.float32), c.top.truncate(mass=0.9), [None], {}, [None],
                     [c.finish_reason]))
@@ -361,12 +362,6 @@ def test_a_writer_does_not_open_on_a_disk_without_a_byte(small_disk):
         assert writer.num_rows == 8
 
 
-def test_a_disk_too_small_can_be_foreseen(tmp_path):
-    folder.require_space(tmp_path, 1)
-    with pytest.raises(UserError, match="needed"):
-        folder.require_space(tmp_path, 1 << 62)
-
-
 def test_after_a_full_disk_there_is_room_again_and_just_the_missing_rows_are_added(small_disk):
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(900_000))
@@ -392,7 +387,7 @@ def test_what_goes_wrong_in_the_background_comes_to_light(tmp_path, monkeypatch)
     def broken(path, data):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(folder, "write_whole", broken)
+    monkeypatch.setattr(writer_module, "write_atomic", broken)
     writer = TraceWriter(tmp_path, samples.metadata(), shard_rows=1)
 
     def add_many():
@@ -427,7 +422,8 @@ def test_adding_waits_for_nothing_but_a_full_queue(tmp_path, monkeypatch):
         slow.wait(20)
         written.append(path.name)
 
-    monkeypatch.setattr(folder, "write_whole", held_up)
+    for module in (writer_module, folder):
+        monkeypatch.setattr(module, "write_atomic", held_up)
     writer = TraceWriter(tmp_path, samples.metadata(), shard_rows=4, flush_every=1e9)
     for n in range(8):  # two shards: one being written, one ahead
         writer.add(samples.traces([n]))
@@ -490,5 +486,5 @@ def test_several_processes_fill_one_folder_and_the_same_name_twice_is_refused(tm
 def test_a_folder_in_the_way_of_a_file_is_said(tmp_path):
     (tmp_path / "manifest-0.json").mkdir()
     with pytest.raises(UserError, match=r"manifest-0\.json: is a folder"):
-        folder.write_whole(tmp_path / "manifest-0.json", b"{}")
+        write_atomic(tmp_path / "manifest-0.json", b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["manifest-0.json"]
