@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from needs import slowness
 
 from distill import models, recipe
 from distill.stages.context import make_task
@@ -92,7 +93,7 @@ def test_the_teacher_got_its_rl_stage_and_one_can_see_what_it_did(run):
         assert line["kl_engine"] < 0.01
         assert 0 <= line["reward/accuracy"] <= 1
         overhead = line["sync_seconds"] + line["reward_seconds"] + line["prepare_seconds"]
-        assert line["sync_seconds"] < 5
+        assert line["sync_seconds"] < 5 * slowness()
         assert overhead < 0.35 * line["seconds"]
 
 

@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+from needs import slowness
 
 from distill.jsonl import conversation, read_rows
 from distill.records import UserError
@@ -241,7 +242,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_seconds(tmp_path, monkeypatch):
     task = hub("gsm8k", dataset="gsm8k")
     with pytest.raises(UserError, match=r"'openai/gsm8k' cannot be loaded: .*folder.*JSONL"):
         task.problems("train", 1, 1)
-    assert time.perf_counter() - start < 15
+    assert time.perf_counter() - start < 15 * slowness()
     assert constants.HF_HUB_OFFLINE is False
 
 

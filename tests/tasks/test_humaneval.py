@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from needs import missing
 
 from distill import plug
 from distill.errors import UserError
@@ -45,7 +46,7 @@ def test_every_canonical_solution_passes(level):
         try:
             held = isolation.bubblewrap()
         except isolation.UnavailableError as error:
-            pytest.skip(f"level 2 is not available here: {error}")
+            missing("bwrap", f"level 2 is not available here: {error}")
     else:
         held = isolation.limits_only()
 

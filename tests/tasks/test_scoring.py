@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from needs import slowness
 from test_rewards import group
 
 from distill.errors import UserError
@@ -167,7 +168,7 @@ def test_a_reward_that_hangs_is_left_behind():
     scored = rewards(groups(8))
     took = time.monotonic() - began
     release.set()
-    assert 0.3 <= took < 5
+    assert 0.3 <= took < 5 * slowness()
     expected = [[None, None] if n in (2, 5) else [float(n)] * 2 for n in range(8)]
     assert [scores.total for scores in scored] == expected
     assert rewards.failures == {"hangs": 2}
@@ -207,7 +208,7 @@ def test_the_first_call_may_take_its_time():
 
 def test_a_hanging_reward_does_not_keep_the_process():
     script = (
-        "import sys, threading; sys.path.insert(0, 'tests/tasks')\n"
+        "import sys, threading; sys.path[:0] = ['tests', 'tests/tasks']\n"
         "from test_scoring import *\n"
         "rewards = CombinedReward([('hangs', 1.0, lambda group: threading.Event().wait())], limit_s=0.1, first_limit_s=0.1)\n"
         "print(rewards(groups(1))[0].total)\n"

@@ -11,6 +11,7 @@ import pytest
 from answer_table import KINDS, RIGHT_COMPLETIONS, ROWS, WRONG_COMPLETIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import slowness
 
 from distill.tasks import templates
 from distill.tasks.judge import worker_pool
@@ -105,7 +106,7 @@ def test_a_tower_is_cut_off_and_the_next_answer_judged(monkeypatch):
         verdict = math_verdict(f"{TOWER}+1", TOWER)
         assert (verdict.correct, verdict.score) == (None, None)
         assert verdict.answer == f"{TOWER}+1"
-        assert time.perf_counter() - start < 30
+        assert time.perf_counter() - start < 30 * slowness()
     assert math_verdict("x+2", "2+x").correct is True
 
 
@@ -114,7 +115,7 @@ def test_long_and_deep_answers_are_wrong_not_slow():
     assert math_verdict("1+" * 600 + "1", "x").reason == "answer too long"
     assert math_verdict("(" * 400 + "1" + ")" * 400, "2x").reason == "answer nested too deep"
     assert math_verdict("[" * 499 + "]" * 499, "[1]").reason == "answer nested too deep"
-    assert time.perf_counter() - start < 15
+    assert time.perf_counter() - start < 15 * slowness()
 
 
 @pytest.mark.parametrize("gold", ["7", "(1,2)", "x \\cup [1,2)", "B", "x > 3"])

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trace_samples as samples
+from needs import missing
 
 from distill.files import write_atomic
 from distill.records import Sampling, UserError
@@ -350,7 +351,7 @@ def test_a_full_disk_stops_cleanly_and_what_was_there_stays(small_disk):
 
 def test_a_writer_does_not_open_on_a_disk_without_a_byte(small_disk):
     if not os.path.ismount(small_disk):
-        pytest.skip("needs a file system of its own, which this process may not mount")
+        missing("mount", "this process may not mount a file system of its own")
     samples.write(small_disk, 8)
     with contextlib.suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as file:
         while True:
