@@ -75,7 +75,7 @@ class ArmResults:
 
     @property
     def correct(self) -> dict[str, list[bool | None]]:
-        """correct[problem_id][sample], as `compare_arms` takes it."""
+        """correct[problem_id][sample]; None where a sample could not be judged."""
         return {key: [one.correct for one in samples] for key, samples in self.samples.items()}
 
 

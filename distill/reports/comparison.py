@@ -1,7 +1,7 @@
 """Whether one arm is better than another, and what may be said about it.
 
 Two questions, never to be mixed up. *Do these two checkpoints differ?* is answered by a paired comparison on
-the same problems (`paired_difference`). *Does this way of training beat that one?* needs several training
+the same problems (`paired`). *Does this way of training beat that one?* needs several training
 seeds an arm and is answered by resampling seeds and problems together (`difference_over_seeds`); only that
 may print "supported".
 
@@ -24,7 +24,6 @@ from distill.reports.statistics import (
     BLOCK,
     LEVEL,
     RESAMPLES,
-    Correct,
     Floats,
     Interval,
     bca,
@@ -36,8 +35,6 @@ from distill.reports.statistics import (
 Verdict = Literal["supported", "inconclusive"]
 
 MIN_SEEDS = 3
-EXACT_FLIPS = 12
-"""Up to this many problems that differ, all their sign flips are enumerated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,23 +78,13 @@ class SeedsDifference:
 # ----------------------------------------------------------------------------- two checkpoints, same problems
 
 
-def paired_difference(
-    a: Correct, b: Correct, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
-) -> Paired:
-    """a[problem][sample] against b on the same problems in the same order.
+def paired(delta_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Paired:
+    """Compare two arms by the differences of their mean correctness, one a problem; nan where an arm was not judged.
 
-    One sample a problem: McNemar's exact test, and Bonett and Price's (2012) interval, which does not collapse
-    when few problems differ. Several: bootstrap (BCa) of the per-problem differences, so that both arms are
-    resampled together, and a sign-flip permutation test. Problems that either arm has no judged sample of are
-    left out. Raises ValueError where the two do not have the same number of problems, or none is left.
+    One sample a problem (differences of -1, 0 and 1): McNemar's exact test, and Bonett and Price's (2012) interval, which
+    does not collapse when few problems differ. Several: the bootstrap (BCa) of the differences, so that both arms are
+    resampled together, and a sign-flip permutation test. Raises ValueError where no problem was judged in both arms.
     """
-    if len(a) != len(b):
-        raise ValueError(f"paired arms need the same problems: {len(a)} against {len(b)}")
-    return _paired(problem_means(a) - problem_means(b), level, resamples, seed)
-
-
-def _paired(delta_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Paired:
-    """The same from per-problem differences; nan where one was not judged."""
     delta_P = delta_P[~np.isnan(delta_P)]
     if not len(delta_P):
         raise ValueError("no problem was judged in both arms")
@@ -121,19 +108,22 @@ def mcnemar(wins: int, losses: int) -> float:
 def permutation_p(delta_P: Floats, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """Two-sided p-value of a mean of paired differences under random sign flips.
 
-    All flips when few problems differ; else drawn, with the observed one counted in (never 0).
+    All flips where they are no more than the resamples; else drawn, with the observed one counted in (never 0).
     """
     delta_P = delta_P[np.abs(delta_P) > 1e-12]
-    num = len(delta_P)
-    observed = abs(float(delta_P.sum())) - 1e-9
-    if num <= EXACT_FLIPS:
-        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=num))).reshape(2**num, num)
-        return float((np.abs(signs @ delta_P) >= observed).mean())
-    rng, rows, extreme = np.random.default_rng(seed), max(1, BLOCK // num), 0
-    for start in range(0, resamples, rows):
-        signs = rng.integers(0, 2, (min(rows, resamples - start), num)) * 2.0 - 1.0
-        extreme += int((np.abs(signs @ delta_P) >= observed).sum())
-    return (extreme + 1) / (resamples + 1)
+    if not len(delta_P):
+        return 1.0
+    found = distributions.permutation_test(
+        (delta_P,),
+        lambda flipped, axis: np.abs(flipped.sum(axis=axis)),
+        permutation_type="samples",
+        alternative="greater",
+        n_resamples=resamples,
+        vectorized=True,
+        batch=max(1, BLOCK // len(delta_P)),
+        rng=np.random.default_rng(seed),
+    )
+    return float(found.pvalue)
 
 
 def _bonett_price(wins: int, losses: int, n: int, level: float) -> Interval:
@@ -154,22 +144,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running
     return adjusted
-
-
-def compare_arms(
-    arms: Mapping[str, Mapping[str, Sequence[bool | float | None]]], seed: int = 0
-) -> dict[tuple[str, str], Paired]:
-    """Every pair of arms, paired by problem id, with Holm over the pairs. arms[name][problem_id][sample].
-
-    Raises UserError where two arms were not evaluated on the same problems.
-    """
-    check_same_problems({name: results.keys() for name, results in arms.items()})
-    results_by_pair = {}
-    for a, b in itertools.combinations(arms, 2):
-        order = list(arms[a])
-        results_by_pair[a, b] = paired_difference([arms[a][i] for i in order], [arms[b][i] for i in order], seed=seed)
-    adjusted = holm([pair.p_value for pair in results_by_pair.values()])
-    return {names: replace(pair, p_holm=p) for (names, pair), p in zip(results_by_pair.items(), adjusted, strict=True)}
 
 
 def check_same_problems(problems: Mapping[str, Collection[str]]) -> None:
@@ -227,7 +201,7 @@ def compare_trained(
             found[a, b] = difference_over_seeds(list(values[a]), list(values[b]), resamples=resamples, seed=seed)
         else:
             delta_P = values[a].mean(0) - values[b].mean(0)
-            found[a, b] = _paired(delta_P, resamples=resamples, seed=seed)
+            found[a, b] = paired(delta_P, resamples=resamples, seed=seed)
     for kind in (Paired, SeedsDifference):
         names = [pair for pair, one in found.items() if isinstance(one, kind)]
         adjusted = holm([found[pair].p_value for pair in names])
@@ -264,7 +238,7 @@ def difference_over_seeds(
     spread = float(drawn_R.std())
     if variance <= 1e-24 or spread <= 1e-12:
         # Nothing varied, which says less than that nothing varies: as wide as one pair of checkpoints would be.
-        pair = _paired(a_SP.mean(0) - b_SP.mean(0), level, resamples, seed)
+        pair = paired(a_SP.mean(0) - b_SP.mean(0), level, resamples, seed)
         p_value, low, high = pair.p_value, pair.difference.low, pair.difference.high
     else:
         t = float(distributions.t.ppf(0.5 + level / 2, freedom))

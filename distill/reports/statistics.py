@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
+from scipy import special, stats
 
 Floats = npt.NDArray[np.float64]
 Correct = Sequence[Sequence[bool | float | None]]
@@ -46,51 +46,32 @@ def z_value(level: float) -> float:
 # --------------------------------------------------------------------------------------------- intervals
 
 
-def wilson(successes: float, n: int, level: float = LEVEL) -> Interval:
+def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
     """Wilson's score interval of a proportion (Wilson 1927)."""
     if n < 1:
         raise ValueError("a proportion needs at least one observation")
-    z, p = z_value(level), successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # At 0 and 1 the formula's end is the estimate itself, but for rounding.
-    return Interval(p, min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p), n, "wilson")
-
-
-def bootstrap_means(values_P: Floats, resamples: int, seed: int) -> Floats:
-    """[R] means of `values_P` resampled with replacement."""
-    rng, num = np.random.default_rng(seed), len(values_P)
-    rows = max(1, BLOCK // num)
-    return np.concatenate(
-        [
-            values_P[rng.integers(0, num, (min(rows, resamples - start), num))].mean(1)
-            for start in range(0, resamples, rows)
-        ]
-    )
+    ends = stats.binomtest(successes, n).proportion_ci(level, "wilson")
+    return Interval(successes / n, float(ends.low), float(ends.high), n, "wilson")
 
 
 def bca(values_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Bias-corrected and accelerated bootstrap interval of a mean (Efron 1987).
 
-    The jackknife's acceleration of a mean is sum(d^3) / (6 sum(d^2)^1.5) with d the deviations. Values that
-    are all equal have no spread to resample: the interval is then the value itself.
+    Values that are all equal have no spread to resample: the interval is then the value itself.
     """
     num, value = len(values_P), float(values_P.mean())
-    deviation_P = values_P - value
-    squares = float((deviation_P**2).sum())
-    if squares <= 1e-24 * num:
+    if float(((values_P - value) ** 2).sum()) <= 1e-24 * num:
         return Interval(value, value, value, num, "bootstrap")
-    means_R = np.sort(bootstrap_means(values_P, resamples, seed))
-    # Half of the ties count as below: the means of few values fall on a grid.
-    below = 0.5 * (np.searchsorted(means_R, value, "left") + np.searchsorted(means_R, value, "right"))
-    bias = float(special.ndtri(np.clip(below / resamples, 1 / (resamples + 1), 1 - 1 / (resamples + 1))))
-    acceleration = float((deviation_P**3).sum()) / (6 * squares**1.5)
-    ends = []
-    for z in (-z_value(level), z_value(level)):
-        shifted = bias + z
-        ends.append(float(special.ndtr(bias + shifted / (1 - acceleration * shifted))))
-    low, high = np.quantile(means_R, ends)
-    return Interval(value, float(low), float(high), num, "bootstrap")
+    ends = stats.bootstrap(
+        (values_P,),
+        np.mean,
+        method="BCa",
+        confidence_level=level,
+        n_resamples=resamples,
+        batch=max(1, BLOCK // num),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(value, float(ends.low), float(ends.high), num, "bootstrap")
 
 
 def mean_interval(
@@ -108,7 +89,7 @@ def mean_interval(
     if not len(values_P):
         raise ValueError("no problem was judged")
     if bool(np.isin(values_P, (0.0, 1.0)).all()):
-        return wilson(float(values_P.sum()), len(values_P), level)
+        return wilson(int(values_P.sum()), len(values_P), level)
     if len(values_P) == 1:
         return Interval(float(values_P[0]), 0.0, 1.0, 1, "one problem")
     return bca(values_P, level, resamples, seed)

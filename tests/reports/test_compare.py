@@ -8,6 +8,7 @@ from scipy import stats as distributions
 
 from distill.records import UserError
 from distill.reports import comparison
+from distill.reports.statistics import problem_means
 
 
 def test_mcnemar_by_hand() -> None:
@@ -17,10 +18,15 @@ def test_mcnemar_by_hand() -> None:
     assert comparison.mcnemar(5, 5) == 1.0
 
 
+def paired(a, b, **options):
+    """Two arms by correct[problem][sample]."""
+    return comparison.paired(problem_means(a) - problem_means(b), **options)
+
+
 def test_one_sample_a_problem_is_mcnemar() -> None:
     a = [[1]] * 9 + [[0]] + [[1]] * 20
     b = [[0]] * 9 + [[1]] + [[1]] * 20
-    pair = comparison.paired_difference(a, b)
+    pair = paired(a, b)
     assert (pair.wins, pair.losses, pair.method) == (9, 1, "McNemar exact")
     assert pair.p_value == pytest.approx(22 / 1024)
     assert pair.difference.value == pytest.approx(8 / 30)
@@ -51,7 +57,7 @@ def test_pairing_sees_what_separate_intervals_hide() -> None:
     base = rng.integers(0, 13, 60)
     a = [[1] * int(n + 3) + [0] * int(13 - n) for n in base]
     b = [[1] * int(n + 1) + [0] * int(15 - n) for n in base]
-    pair = comparison.paired_difference(a, b)
+    pair = paired(a, b)
     assert pair.difference.value == pytest.approx(2 / 16)
     assert pair.differ
     assert pair.p_value < 1e-3
@@ -59,7 +65,7 @@ def test_pairing_sees_what_separate_intervals_hide() -> None:
 
 def test_equal_arms_do_not_differ() -> None:
     same = [[1, 0], [0, 0], [1, 1]]
-    pair = comparison.paired_difference(same, same)
+    pair = paired(same, same)
     assert (pair.p_value, pair.wins, pair.losses, pair.differ) == (1.0, 0, 0, False)
     assert pair.difference.low < 0 < pair.difference.high
 
@@ -67,7 +73,7 @@ def test_equal_arms_do_not_differ() -> None:
 def test_swapping_the_arms_changes_the_sign_only() -> None:
     rng = np.random.default_rng(9)
     a, b = (rng.random((2, 50, 4)) < np.array([0.5, 0.35])[:, None, None]).tolist()
-    one, other = comparison.paired_difference(a, b), comparison.paired_difference(b, a)
+    one, other = paired(a, b), paired(b, a)
     assert one.difference.value == -other.difference.value
     assert one.difference.low == pytest.approx(-other.difference.high, abs=0.01)
     assert (one.wins, one.losses) == (other.losses, other.wins)
@@ -78,7 +84,7 @@ def test_paired_false_positives_are_alpha() -> None:
     for trial in range(trials):
         chance = rng.beta(0.8, 1.0, 50)
         a, b = (rng.random((2, 50, 4)) < chance[:, None]).tolist()
-        wrong += comparison.paired_difference(a, b, resamples=1000, seed=trial).differ
+        wrong += paired(a, b, resamples=1000, seed=trial).differ
     assert wrong / trials < 0.05 + 3 * np.sqrt(0.05 * 0.95 / trials)
 
 
@@ -93,7 +99,7 @@ def test_every_pair_is_compared_by_problem_id_and_corrected() -> None:
     ids = [f"p{i}" for i in range(40)]
     low, high = {i: [0] for i in ids}, {i: [1] for i in reversed(ids)}
     coin = {i: [int(rng.random() < 0.5)] for i in ids}
-    pairs = comparison.compare_arms({"low": low, "high": high, "coin": coin})
+    pairs = comparison.compare_trained({"low": {0: low}, "high": {0: high}, "coin": {0: coin}})
     assert list(pairs) == [("low", "high"), ("low", "coin"), ("high", "coin")]
     assert pairs["low", "high"].difference.value == -1
     assert all(pair.p_holm >= pair.p_value for pair in pairs.values())
@@ -101,9 +107,7 @@ def test_every_pair_is_compared_by_problem_id_and_corrected() -> None:
 
 def test_arms_on_other_problems_are_refused() -> None:
     with pytest.raises(UserError, match="different problems"):
-        comparison.compare_arms({"a": {"p1": [1]}, "b": {"p2": [1]}})
-    with pytest.raises(ValueError, match="same problems"):
-        comparison.paired_difference([[1]], [[1], [0]])
+        comparison.compare_trained({"a": {0: {"p1": [1]}}, "b": {0: {"p2": [1]}}})
 
 
 # -------------------------------------------------------------------------------------- seeds and problems
@@ -237,7 +241,7 @@ def test_seeds_without_any_variation_are_not_certainty() -> None:
     """All wrong in every seed of both arms says no more than one pair of checkpoints that are all wrong."""
     nothing = [[0.0] * 5] * 3
     none = comparison.difference_over_seeds(nothing, nothing)
-    pair = comparison.paired_difference([[False]] * 5, [[False]] * 5)
+    pair = paired([[False]] * 5, [[False]] * 5)
     assert none.difference.low == pytest.approx(pair.difference.low)
     assert none.difference.high == pytest.approx(pair.difference.high)
     assert none.p_value == 1.0

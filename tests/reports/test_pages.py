@@ -76,7 +76,7 @@ def report() -> RunReport:
     }
     roles = {"teacher": "teacher"}
     cost = Cost(tokens_trained=120_000, flops=8.1e13, wall_seconds=95.4, bytes_written=5_000_000)
-    pairs = comparison.compare_arms({name: one.correct for name, one in results.items()})
+    pairs = comparison.compare_trained({name: {0: one.correct} for name, one in results.items()})
     stage: StageRow = {
         "name": "kl",
         "kind": "train",
