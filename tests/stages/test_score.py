@@ -565,7 +565,7 @@ def test_the_real_model_through_the_command_line(smollm2_dir, tokenizer, tmp_pat
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    said = distill("score", str(recipe_file), "--runs", str(tmp_path))
+    said = distill("run", str(recipe_file), "--kind", "score", "--runs", str(tmp_path))
     assert "rendered in the model's own tokens" in said
     folder = tmp_path / "real" / "scored" / "traces"
     model = models.load(smollm2_dir, dtype="float32").eval()
