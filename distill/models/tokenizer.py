@@ -1,0 +1,54 @@
+"""Tokenizers: loaded, told apart, and which ids end a completion."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill.records import UserError, stable_hash
+
+
+def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a local model folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash over vocabulary, merges and special tokens: equal exactly when the same text gives the same ids."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
+    merges = state.get("model", {}).get("merges", [])
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    specials = sorted(
+        (token_id, token.content, token.special) for token_id, token in tokenizer.added_tokens_decoder.items()
+    )
+    return stable_hash(json.dumps([vocabulary, merges, specials], ensure_ascii=True))
+
+
+def template_hash(tokenizer: Any) -> str:
+    """Hash of the chat template; empty for a tokenizer without one."""
+    return stable_hash(tokenizer.chat_template) if tokenizer.chat_template else ""
+
+
+def check_same_tokenizer(written_by: str, vocab_size: int, tokenizer: Any, where: str) -> None:
+    """Refuse stored distributions of another tokenizer, of the same size or not.
+
+    written_by, vocab_size: the tokenizer fingerprint and length in the traces' metadata.
+    """
+    mine = tokenizer_fingerprint(tokenizer)
+    if (written_by, vocab_size) != (mine, len(tokenizer)):
+        raise UserError(
+            f"{where}: the traces' distributions are over another tokenizer ({written_by}, {vocab_size} tokens) than "
+            f"the student's ({mine}, {len(tokenizer)} tokens): their ids mean other text. Learn from the text instead, "
+            "with loss: {fn: cross_entropy}, or take a teacher that shares the student's tokenizer."
+        )
+
+
+def stop_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a completion: the generation config's, and the tokenizer's EOS. Empty: nothing does."""
+    path = Path(folder) / "generation_config.json"
+    stored = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    ids = stored if isinstance(stored, list) else [stored]
+    return tuple(sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}))
