@@ -11,6 +11,8 @@ import pytest
 from distill import engines
 from distill.recipe import EngineConfig
 
+pytest_plugins = ["browser", "tiny_models"]
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
@@ -39,7 +41,7 @@ FIRST = (
 
 
 SANDBOXES = (
-    "test_sandbox.py", "test_code.py", "test_humaneval.py", "test_generated.py", "test_scoring.py",
+    "test_sandbox.py", "test_code.py", "test_humaneval.py", "test_reasoning_gym.py", "test_combined_reward.py",
 )  # fmt: skip
 """Files that run programs in sandboxes: one after another, for some look whether any such process is left on the machine."""
 

@@ -209,7 +209,7 @@ def test_the_first_call_may_take_its_time():
 def test_a_hanging_reward_does_not_keep_the_process():
     script = (
         "import sys, threading; sys.path[:0] = ['tests', 'tests/tasks']\n"
-        "from test_scoring import *\n"
+        "from test_combined_reward import *\n"
         "rewards = CombinedReward([('hangs', 1.0, lambda group: threading.Event().wait())], limit_s=0.1, first_limit_s=0.1)\n"
         "print(rewards(groups(1))[0].total)\n"
     )

@@ -1,14 +1,10 @@
-"""Fixtures of the score and audit tests: more tiny models, and traces that one of them wrote."""
+"""More tiny models, and traces that one of them wrote."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from scored_runs import context
-
-from distill import models
-from distill.stages import generate
 
 FOREIGN_TEMPLATE = (
     "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}[assistant] "
@@ -19,6 +15,8 @@ FOREIGN_TEMPLATE = (
 def other_dir(tiny_dir, tokenizer, tmp_path_factory) -> Path:
     """The tiny model with other weights."""
     import torch
+
+    from distill import models
 
     model = models.load(tiny_dir, dtype="float32")
     torch.manual_seed(5)
@@ -37,6 +35,8 @@ def narrow_dir(tokenizer, tmp_path_factory) -> Path:
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers import models as kinds
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from distill import models
 
     words = [
         "<unk>",
@@ -71,6 +71,10 @@ def narrow_dir(tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def written(tiny_dir, tmp_path_factory) -> Path:
     """The traces of the first teacher, made once."""
+    from scored_runs import context
+
+    from distill.stages import generate
+
     run = tmp_path_factory.mktemp("written")
     ctx = context(run, {"a": tiny_dir, "b": tiny_dir}, "traces")
     generate.run(ctx.recipe.stages["traces"], ctx)
@@ -82,6 +86,8 @@ def foreign_dir(mistral, tmp_path_factory):
     """A tiny random model behind Mistral's tokenizer, with a chat template of its own."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from distill import models
 
     torch.manual_seed(3)
     mistral.chat_template = FOREIGN_TEMPLATE
