@@ -1,7 +1,7 @@
-"""The config tree of a recipe: what a YAML file may say, and nothing else.
+"""Config classes of a recipe: every key that the YAML file may have.
 
-Frozen pydantic models; an unknown key is an error that names the nearest one. Plugs (losses, objectives,
-rewards, filters, tasks) keep their options with their function; here they are `fn` and the rest.
+The classes are frozen pydantic models; an unknown key is an error that names the nearest known one. The options of a
+plug (a loss, objective, reward, filter or task) are declared by its function; here a plug is `fn` and a dict of options.
 """
 
 from distill.recipe.fields import (

@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a Recipe; a mistake is one line with the nearest right name."""
+"""Load a recipe from a YAML file and `key=value` overrides. Each mistake is one line with the nearest known name."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from distill.recipe.tree import Recipe, check_references
 from distill.records import UserError
 
 SHORTHANDS = {"engine": "fn", "loss": "fn", "objective": "fn"}
-"""Sections that may be written as one word, and the field that the word is."""
+"""Sections that may be written as one word, and the field that this word sets."""
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Recipe:  # type: ignore[assignment]
     """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
 
-    Raises UserError with one line a mistake: the key, what was wrong and the nearest right name.
+    Raises UserError with one line for each mistake: the key, what is wrong and the nearest known name.
     """
     path = find(Path(path))
     if not path.is_file():
         raise UserError(
-            f"recipe {str(path)!r}: no such file. `distill ls recipes` lists those that come with the project."
+            f"recipe {str(path)!r}: no such file. `distill ls recipes` lists the recipes that come with the project."
         )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -47,13 +47,13 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
 
 
 def find(path: Path) -> Path:
-    """A recipe's file: the path, or the recipe of that name that comes with the package."""
+    """The path of a recipe: the given path, or the recipe of that name that comes with the package."""
     shipped = SHIPPED / "recipes" / f"{path}.yaml"
     return shipped if not path.exists() and len(path.parts) == 1 and shipped.is_file() else path
 
 
 def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """The tree as a Recipe, its references checked and its seeds written out; raises UserError."""
+    """Build a Recipe from a tree, check its references and expand its seeds. Raises UserError."""
     stages, mistakes = _stages(tree, where)
     try:
         recipe = Recipe.model_validate({**tree, "stages": stages})
@@ -67,7 +67,7 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
-    """The stages, each as its kind's class, and what is wrong with the others, a line a mistake."""
+    """The valid stages as objects of their kinds' classes, and one line for each mistake in the others."""
     given = tree.get("stages")
     if not isinstance(given, Mapping):
         return given, []
@@ -76,9 +76,9 @@ def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
     for name, stage in given.items():
         here = f"{where}: stages.{name}"
         if not isinstance(stage, Mapping):
-            stages[name] = stage  # the recipe's own class says what is wrong
+            stages[name] = stage  # validation of the whole recipe reports this mistake
         elif "kind" not in stage:
-            mistakes.append(f"{here}.kind: is required. There are: {', '.join(sorted(KINDS))}.")
+            mistakes.append(f"{here}.kind: is required. The kinds are: {', '.join(sorted(KINDS))}.")
         else:
             try:
                 stages[name] = kind_class(stage["kind"]).model_validate(stage)
@@ -91,6 +91,7 @@ def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
 
 
 def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dict[str, Any]:
+    """Values by dotted key, from `key=value` texts whose values are YAML. Raises UserError."""
     if isinstance(overrides, Mapping):
         return dict(overrides)
     parsed = {}
@@ -107,7 +108,7 @@ def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dic
 
 def _yaml_value(text: str) -> Any:
     value = yaml.safe_load(text)
-    # YAML 1.1 reads 1e-4 as text; a recipe's reader means the number.
+    # YAML 1.1 reads 1e-4 as text; a user means the number.
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
@@ -146,7 +147,7 @@ def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
 
 
 def _right_name(tree: Mapping[str, Any], loc: list[str]) -> str:
-    """What an unknown key is called here: a synonym's name, the nearest one, or the whole list."""
+    """The hint for an unknown key: the key for a known synonym, the nearest key, or the list of keys."""
     model = _model_at(tree, loc[:-1])
     return synonyms.answer(loc[-1], lambda key: _has(model, key)) or nearest(
         loc[-1], model.model_fields if model else ()
@@ -154,7 +155,7 @@ def _right_name(tree: Mapping[str, Any], loc: list[str]) -> str:
 
 
 def _model_at(tree: Mapping[str, Any], loc: list[str]) -> type[BaseModel] | None:
-    """The class of the mapping at a place in the recipe; None where it is not known."""
+    """The class of the mapping at a place in the recipe; None if unknown."""
     if not loc:
         return Recipe
     if loc[0] == "models":
@@ -168,14 +169,14 @@ def _model_at(tree: Mapping[str, Any], loc: list[str]) -> type[BaseModel] | None
 
 
 def section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The class of a field that is a section of its own; None for any other."""
+    """The class of a field that is a section; None for any other field."""
     field = model.model_fields.get(key)
     options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
     return next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
 
 
 def _has(model: type[BaseModel] | None, dotted: str) -> bool:
-    """Whether a class has a field; the options of a plug are taken on trust."""
+    """Whether a class has a field; the options of a plug are not checked."""
     first, _, rest = dotted.partition(".")
     if model is None or first not in model.model_fields:
         return False

@@ -1,4 +1,4 @@
-"""The stage kinds: what each may be told, one frozen class a kind."""
+"""Config classes of the stage kinds; those that train a model are in training_stages.py."""
 
 from __future__ import annotations
 
@@ -30,39 +30,46 @@ from distill.recipe.training_stages import (
 )
 from distill.records import UserError
 
-SNAPSHOTS = "held-out problems on which each model kept along the way (snapshot_every) is tried; 0 = none"
+SNAPSHOTS = "number of held-out problems on which every snapshot of a training stage (snapshot_every) is evaluated; 0 = snapshots are not evaluated"
+TOP_LOGPROBS = "maximum number of tokens per position whose log-probability is stored"
+MASS = "stop storing tokens at a position once the stored ones have this probability in total"
+EXACT = "store log-probabilities as float32; false = rounded to steps of 1/32 nat"
+SHARD_ROWS = "number of traces in one Parquet file"
+HELD_OUT = "number of held-out problems"
+SAMPLES = "number of completions for each problem"
+PASS_AT = "values of k for pass@k and maj@k; the largest needs as many samples"
 
 
 class PruneStage(StageConfig):
-    """Keep `layers` decoder layers, evenly spaced, the first and the last among them."""
+    """Remove decoder layers: keep `layers` of them, evenly spaced, with the first and the last."""
 
     writes: ClassVar = "model"
     kind: Literal["prune"]
     model: str = Field(description="model to prune")
-    layers: int = Field(ge=2, description="decoder layers that are kept")
+    layers: int = Field(ge=2, description="number of decoder layers to keep")
 
     def inputs(self) -> Iterator[Input]:
         yield Input("model", self.model)
 
 
 class GenerateStage(StageConfig):
-    """Completions of a task's train problems with the distribution at every position, as Parquet shards."""
+    """Sample completions of a task's train problems and store them, with the distribution at every position, as Parquet."""
 
     writes: ClassVar = "traces"
     kind: Literal["generate"]
-    model: str = Field(description="teacher that writes the traces")
-    task: str = Field(description="task whose train problems it is asked")
-    problems: PositiveInt = growth(description="problems")
-    samples: PositiveInt = growth(1, description="completions a problem")
+    model: str = Field(description="model that writes the completions, usually the teacher")
+    task: str = Field(description="task whose train problems are the prompts")
+    problems: PositiveInt = growth(description="number of train problems")
+    samples: PositiveInt = growth(1, description=SAMPLES)
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    top_logprobs: int = Field(64, ge=0, description="entries kept at a position at most; 0 = text and ids only")
-    mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
-    exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
-    shard_rows: PositiveInt = execution(256, description="traces a shard")
+    top_logprobs: int = Field(64, ge=0, description=f"{TOP_LOGPROBS}; 0 = store only text and token ids")
+    mass: float = Field(0.98, gt=0, le=1, description=MASS)
+    exact: bool = Field(False, description=EXACT)
+    engine: EngineConfig = Field(EngineConfig(), description="engine that writes the completions")
+    shard_rows: PositiveInt = execution(256, description=SHARD_ROWS)
     rewards: list[RewardConfig] = Field(
         [],
-        description="rewards that each trace carries by name, their weighted sum as its reward; none = accuracy, and the verdict's score",
+        description="rewards computed for every trace: each is stored by name, and their weighted sum as the trace's reward; empty = the task's own judgement is the accuracy and the reward",
     )
     max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
@@ -76,31 +83,36 @@ class GenerateStage(StageConfig):
 
 
 class ScoreStage(StageConfig):
-    """This model's distributions over traces that exist, teacher-forced: a stage's, a folder's, a file's, a hub dataset's.
+    """Compute a model's distributions over existing traces by teacher forcing: no text is generated.
 
-    A JSONL file, a folder that `datasets` saved and a hub dataset (owner/name, or owner/name@revision) are in chat form: rows with
-    `messages`, whose last is the assistant's. Trace ids do not depend on the model, so several models may score the
-    same traces.
+    The traces are those of a stage or folder, or rows of a JSONL file, of a folder that `datasets` saved or of a hub
+    dataset (owner/name, or owner/name@revision). Each row has `messages` in chat form, the last one by the assistant.
+    Trace ids do not depend on the model, so several models can score the same traces.
     """
 
     writes: ClassVar = "traces"
     adds_to: ClassVar = frozenset({"data"})
     kind: Literal["score"]
-    model: str = Field(description="teacher that reads the traces")
+    model: str = Field(description="model whose distributions are computed, usually the teacher")
     data: str = Field(
         description="traces of a stage or folder, a JSONL file, a `datasets` folder, or a hub dataset (owner/name[@revision])"
     )
-    split: str = Field("train", description="of a `datasets` folder or hub dataset")
-    subset: str | None = Field(None, description="of a hub dataset: its configuration")
-    task: str | None = Field(None, description="its template renders text, its judge compares with a row's `answer`")
-    max_tokens: PositiveInt | None = Field(
-        None, description="prompt and completion; longer traces are left out and counted"
+    split: str = Field("train", description="split of the `datasets` folder or hub dataset")
+    subset: str | None = Field(
+        None, description="configuration (subset) of the hub dataset; None = its only or default one"
     )
-    top_logprobs: PositiveInt = Field(64, description="entries kept at a position at most")
-    mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
-    exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
-    engine: EngineConfig = Field(EngineConfig(), description="engine that reads")
-    shard_rows: PositiveInt = execution(256, description="traces a shard")
+    task: str | None = Field(
+        None,
+        description="task whose template renders the rows, and whose judge compares completions with the rows' `answer`",
+    )
+    max_tokens: PositiveInt | None = Field(
+        None, description="maximum number of tokens in prompt and completion; longer traces are skipped and counted"
+    )
+    top_logprobs: PositiveInt = Field(64, description=TOP_LOGPROBS)
+    mass: float = Field(0.98, gt=0, le=1, description=MASS)
+    exact: bool = Field(False, description=EXACT)
+    engine: EngineConfig = Field(EngineConfig(), description="engine that computes the distributions")
+    shard_rows: PositiveInt = execution(256, description=SHARD_ROWS)
 
     def inputs(self) -> Iterator[Input]:
         yield Input("model", self.model)
@@ -110,12 +122,14 @@ class ScoreStage(StageConfig):
 
 
 class FilterStage(StageConfig):
-    """A selection of traces: those that every filter keeps. The shards themselves are not copied."""
+    """Select the traces that every filter keeps. Only the selection is written; the shards are not copied."""
 
     writes: ClassVar = "traces"
     kind: Literal["filter"]
     data: str = Field(description="traces of a stage or folder")
-    keep: list[PlugConfig] = Field(min_length=1, description="filters; a trace stays where every one keeps it")
+    keep: list[PlugConfig] = Field(
+        min_length=1, description="filters, each fn and its options; a trace is kept if every filter keeps it"
+    )
 
     def inputs(self) -> Iterator[Input]:
         yield Input("data", self.data)
@@ -125,24 +139,24 @@ class FilterStage(StageConfig):
 
 
 class EvalStage(StageConfig):
-    """Held-out accuracy of one model on one task."""
+    """Measure the accuracy of one model on a task's held-out problems."""
 
     shares_process: ClassVar = True
     kind: Literal["eval"]
     model: str = Field(description="model to evaluate")
-    task: str = Field(description="task whose held-out problems it is asked")
-    problems: PositiveInt = growth(256, description="held-out problems")
-    samples: PositiveInt = growth(1, description="completions a problem")
+    task: str = Field(description="task whose held-out problems are the prompts")
+    problems: PositiveInt = growth(256, description=HELD_OUT)
+    samples: PositiveInt = growth(1, description=SAMPLES)
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    pass_at: list[PositiveInt] = Field([1], description="the k of pass@k and maj@k")
+    pass_at: list[PositiveInt] = Field([1], description=PASS_AT)
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that writes the completions")
 
     @pydantic.model_validator(mode="after")
     def _enough_samples(self) -> EvalStage:
         if max(self.pass_at, default=1) > self.samples:
             raise ValueError(
-                f"pass_at {max(self.pass_at)} needs at least as many samples a problem, not {self.samples}"
+                f"pass_at {max(self.pass_at)} needs samples: {max(self.pass_at)} or more; samples is {self.samples}"
             )
         return self
 
@@ -161,25 +175,26 @@ class EvalStage(StageConfig):
 
 
 class CompareStage(StageConfig):
-    """Held-out accuracy of several models on the same problems, and their paired differences.
+    """Measure the accuracy of several models on the same held-out problems, and their paired differences.
 
-    Expands into one eval stage an arm, `<stage>.<arm>`, each in a process of its own.
+    The stage expands into one eval stage for each arm, `<stage>.<arm>`.
     """
 
     kind: Literal["compare"]
     arms: dict[Name, str | dict[int, str]] = growth(
-        min_length=2, description="a model each, or one a training seed: {1: a, 2: b, 3: c}"
+        min_length=2,
+        description="models to compare, by arm name: one model each, or one for each training seed, as {1: a, 2: b, 3: c}",
     )
-    task: str = Field(description="task whose held-out problems all arms are asked")
-    problems: PositiveInt = growth(256, description="held-out problems")
-    samples: PositiveInt = growth(1, description="completions a problem")
+    task: str = Field(description="task whose held-out problems are the prompts of every arm")
+    problems: PositiveInt = growth(256, description=HELD_OUT)
+    samples: PositiveInt = growth(1, description=SAMPLES)
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    pass_at: list[PositiveInt] = Field([1], description="the k of pass@k and maj@k")
+    pass_at: list[PositiveInt] = Field([1], description=PASS_AT)
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that writes the completions")
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
-        """The seed of an arm of one model is 0."""
+        """The evaluations by arm and training seed; an arm with a single model has the seed 0."""
         return {
             arm: {0: (arm, models)}
             if isinstance(models, str)
@@ -188,7 +203,7 @@ class CompareStage(StageConfig):
         }
 
     def children(self) -> dict[str, StageConfig]:
-        """The eval stages, by their names below this one's."""
+        """The eval stages of the arms, by name."""
         shared = {
             key: getattr(self, key)
             for key in ("task", "problems", "samples", "sampling", "pass_at", "snapshot_problems", "engine")
@@ -218,19 +233,19 @@ class CompareStage(StageConfig):
     @pydantic.model_validator(mode="after")
     def _not_copied(self) -> CompareStage:
         if self.seeds is not None:
-            raise ValueError("seeds belong on the stages that are trained, not on the comparison")
+            raise ValueError("a compare stage takes no seeds; put them on the stages that train the compared models")
         return self
 
 
 def _copies(models: str | dict[int, str], seeds: Mapping[str, list[int]], here: str) -> str | dict[int, str]:
-    """An arm's models: all copies of the one it names, or the copy of each that it names by seed."""
+    """The models of an arm, by seed: all copies of its one model, or for each seed the copy of the model it names."""
     if isinstance(models, str):
         if models not in seeds:
             return models
         return {seed: copy_name(models, seed) for seed in seeds[models]}
     for seed, model in models.items():
         if model in seeds and seed not in seeds[model]:
-            raise UserError(f"{here}: {seed} is none of the seeds that {model!r} is trained with: {seeds[model]}.")
+            raise UserError(f"{here}: {model!r} is not trained with seed {seed}; its seeds are {seeds[model]}.")
     return {seed: copy_name(model, seed) if model in seeds else model for seed, model in models.items()}
 
 
@@ -248,7 +263,7 @@ KINDS: dict[str, type[StageConfig]] = {
 
 
 def kind_class(kind: object) -> type[StageConfig]:
-    """The class of a stage kind, by its name or as `package.module:Class`. Raises UserError for an unknown one."""
+    """The class of a stage kind, by name or as `package.module:Class`. Raises UserError if it is unknown."""
     if isinstance(kind, str) and ":" in kind:
         found = plug.find(kind, __name__)
         if not (isinstance(found, type) and issubclass(found, StageConfig)):

@@ -14,7 +14,7 @@ import yaml
 from distill import run_folder
 from distill.models import hub
 from distill.recipe import Recipe
-from distill.recipe.lineage import NO_PARENTS, origin, rests_on
+from distill.recipe.lineage import NOT_UPSTREAM, origin, upstream_stages
 from distill.records import UserError
 from distill.reports.model_card_markdown import FILE, Ancestor, Card, write_card
 from distill.reports.report_blocks import VIEWS
@@ -41,7 +41,7 @@ def write_all(resolved: Recipe, run: Path, report: RunReport) -> list[Path]:
 
 def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Card:
     """What the run's folders say of the model of a stage."""
-    above = set(rests_on(resolved, name))
+    above = set(upstream_stages(resolved, name))
     lineage = [_ancestor(resolved, run, one) for one in resolved.stages if one in above]
     base = _base(resolved, name)
     scores = {
@@ -92,7 +92,7 @@ def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
     return Ancestor(
         name=name,
         kind=config.kind,
-        made_from={each.field: each.name for each in config.inputs() if each.sort not in NO_PARENTS},
+        made_from={each.field: each.name for each in config.inputs() if each.sort not in NOT_UPSTREAM},
         cost=standing.cost if standing else {},
         seconds=standing.seconds if standing else 0.0,
         facts=[

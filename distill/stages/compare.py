@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from distill.recipe import CompareStage, Recipe, base_name
-from distill.recipe.lineage import line, role_of, roles_of
+from distill.recipe.lineage import role_of, roles_of, training_line
 from distill.records import Cost, stable_hash
 from distill.reports.arms import ArmResults, examples, score_seeds
 from distill.reports.comparison import check_same_start, compare_trained
@@ -68,5 +68,5 @@ def check_start(config: CompareStage, recipe: Recipe) -> None:
     for arm, runs in config.evaluations().items():
         for _, model in runs.values():
             if role_of(recipe, model) == "student":
-                starts[arm] = base_name(line(recipe, model)[-1])
+                starts[arm] = base_name(training_line(recipe, model)[-1])
     check_same_start(starts)

@@ -117,7 +117,7 @@ def test_an_arm_may_name_its_seeds_one_by_one(tiny_dir):
     arms = recipe.validate(named).stages["verdict"].arms
     assert arms == {"kl": {1: "kl@1"}, "mixed": {2: "rl@2", 7: "start"}}
     named["stages"]["verdict"]["arms"]["kl"] = {3: "kl"}
-    with pytest.raises(UserError, match=r"arms\.kl: 3 is none of the seeds .* \[1, 2\]"):
+    with pytest.raises(UserError, match=r"arms\.kl: .* is not trained with seed 3; its seeds are \[1, 2\]"):
         recipe.validate(named)
 
 
