@@ -146,6 +146,6 @@ def test_the_stages_of_a_kind_are_selected_and_a_kind_that_is_not_there_is_named
     with pytest.raises(UserError, match=r"there is no stage kind 'trian'\. Did you mean 'train'"):
         names("trian")
     with pytest.raises(
-        UserError, match=r"no stage of this recipe is of kind 'prune'\. There are: compare, eval, generate"
+        UserError, match=r"no stage of this recipe is of kind 'prune'\. Its kinds are: compare, eval, generate"
     ):
         names("prune")

@@ -114,12 +114,12 @@ def test_a_card_holds_no_markup_and_no_path_of_the_machine(run: Path, tiny_dir: 
 def test_push_finds_checkpoints_and_names_them(run: Path, tmp_path: Path) -> None:
     assert checkpoint(run / "kl") == run / "kl" / "model"
     assert checkpoint(run / "kl" / "model") == run / "kl" / "model"
-    with pytest.raises(UserError, match="is not a checkpoint"):
+    with pytest.raises(UserError, match="is not a model"):
         checkpoint(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"has no README\.md"):
         push(run / "kl", "me/model")
     write(resolved("x/y"), run, "kl")
-    with pytest.raises(UserError, match="is not the name of a model"):
+    with pytest.raises(UserError, match="is not a valid repository name"):
         push(run / "kl", "model")
 
 
