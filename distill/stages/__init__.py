@@ -1,8 +1,10 @@
-"""Stage kinds, one module each with `run(config, context) -> Result`; and what they share. Rooms meet only here.
+"""The stage kinds, one module each with `run(config, context) -> Result`, and modules that they share.
+
+Only stages import from several other packages of distill (engines, training, tasks, traces).
 
 prune.py generate.py score.py filter.py train.py grpo.py on_policy.py eval.py compare.py    the kinds
-context.py         what a stage is given and what it returns
-auto_settings.py   engine and dtypes that the recipe leaves to the machine
-budget.py          a length in another stage's FLOPs
-inputs/            what a stage names, found and opened
+context.py         the context that a stage runs in, and its result
+auto_settings.py   choice of engine and dtypes where the recipe says "auto"
+budget.py          training length given as another stage's FLOPs
+inputs/            loading of the data, models, losses and rewards that a stage names
 """

@@ -1,6 +1,6 @@
-"""What a recipe leaves to the machine ("auto"): a stage's engine and its dtypes, decided before anything loads.
+"""Choose a stage's engine and dtypes where the recipe says "auto", before anything is loaded.
 
-A stage goes on with what it began with, also on another machine: stage.json keeps each decision and its reason.
+stage.json keeps each choice and its reason; a resumed stage keeps its choices, even on another machine.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from distill.stages.context import Context
 
 
 def settle(config: Any, context: Context) -> Any:
-    """The stage's config with an engine and a dtype in place of every "auto"; says which and why."""
+    """The stage's config with an engine and a dtype in place of every "auto". Prints the choices with their reasons."""
     model = next(iter(config.reads("model")), None)
     if isinstance(config, OptimStage) and model is not None:
         dtype = _dtype("dtype", config.dtype, "training", model, context)
@@ -28,10 +28,9 @@ def settle(config: Any, context: Context) -> Any:
 
 
 def settle_engine(config: EngineConfig, model: str, context: Context) -> EngineConfig:
-    """The engine section with a name in place of "auto"; says which and why where it is not vLLM.
+    """The engine section with an engine's name in place of "auto". Prints the choice and its reason unless it is vLLM.
 
-    model: a model of the recipe, or the stage that made it. The stage goes on with the engine that it began with,
-    unless that was vLLM.
+    model: a model of the recipe, or the stage that made it. A resumed stage keeps its engine, unless that was vLLM.
     """
     before = _before("engine.fn", context)
     if config.fn == engines.AUTO and before is not None and before["value"] != "vllm":
@@ -46,7 +45,7 @@ def settle_engine(config: EngineConfig, model: str, context: Context) -> EngineC
 
 
 def _dtype(key: str, wish: str, purpose: Literal["training", "engine"], model: str, context: Context) -> str:
-    """The dtype that the stage began with, where the recipe does not wish for another; else `machine.choose`'s."""
+    """The dtype: the stage's earlier choice if the recipe still allows it, else the choice of `machine.choose`."""
     before = _before(key, context)
     if before is not None and wish in ("auto", before["value"]):
         context.say(f"{key} {before['value']}: as this stage began ({before['why']})")
@@ -54,7 +53,7 @@ def _dtype(key: str, wish: str, purpose: Literal["training", "engine"], model: s
     width = machine.width_of(models.config_of(context.model_dir(model)))
     choice = machine.choose(context.machine(width), width, wish, purpose)
     decided: run_folder.Decided = {"value": choice.dtype, "why": choice.why}
-    if not _said_before(key, decided, context):
+    if not _said_by_another_stage(key, decided, context):
         context.say(f"{key} {choice.dtype}: {choice.why}")
     _keep(key, decided, context)
     return choice.dtype
@@ -67,7 +66,7 @@ def _state(context: Context) -> run_folder.State:
 
 
 def _before(key: str, context: Context) -> run_folder.Decided | None:
-    """What was decided when the stage began; None at its first attempt."""
+    """The choice of an earlier attempt of this stage; None at the first attempt."""
     return _state(context).decided.get(key)
 
 
@@ -77,8 +76,8 @@ def _keep(key: str, decided: run_folder.Decided, context: Context) -> None:
     run_folder.write(context.folder, standing)
 
 
-def _said_before(key: str, decided: run_folder.Decided, context: Context) -> bool:
-    """Whether another stage of the run came to the same for the same reason: once a run is enough."""
+def _said_by_another_stage(key: str, decided: run_folder.Decided, context: Context) -> bool:
+    """Whether another stage of the run made the same choice for the same reason, and so printed it already."""
     others = [file.parent for file in context.run.glob(f"*/{run_folder.FILE}")]
     states = [run_folder.read(folder) for folder in others if folder != context.folder]
     return any(one is not None and one.decided.get(key) == decided for one in states)

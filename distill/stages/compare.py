@@ -1,4 +1,4 @@
-"""compare: several models on the same held-out problems, paired. The evaluations are stages of their own."""
+"""compare: paired comparison of several models on the same held-out problems. Each evaluation is a stage of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.reports.arms import ArmResults, examples, score_seeds
 from distill.reports.comparison import check_same_start, compare_trained
 from distill.reports.run_report import comparison_row
 from distill.stages.context import Context, Result
-from distill.stages.eval import checkpoints, read_results
+from distill.stages.eval import read_results, snapshot_rows
 from distill.stages.snapshots import snapshots_of
 
 
@@ -34,7 +34,7 @@ def run(config: CompareStage, context: Context) -> Result:
     questions = {
         key: messages[-1]["content"] for results in merged.values() for key, messages in results.messages.items()
     }
-    # Recipes list their students last; the report shows problems that one of the last two wins and the other loses.
+    # The report shows problems that only one of the last two students solves.
     models = {arm: next(iter(runs.values()))[1] for arm, runs in config.evaluations().items()}
     roles = roles_of(context.recipe, models.values())
     students = sorted(arms, key=lambda arm: roles[models[arm]] == "student")[-2:]
@@ -56,13 +56,13 @@ def _snapshot_rows(config: CompareStage, run: Path, arm: str, folders: dict[int,
     kept = [snapshots_of(run / model) for _, model in config.evaluations()[arm].values()]
     if not config.snapshot_problems:
         return []
-    return [dict(row) for row in checkpoints(list(folders.values()), kept)]
+    return [dict(row) for row in snapshot_rows(list(folders.values()), kept)]
 
 
 def check_start(config: CompareStage, recipe: Recipe) -> None:
-    """Raise UserError where the students among the arms were not trained from one start checkpoint.
+    """Raise UserError if the students among the arms were not trained from the same start model.
 
-    Copies of one start, a training seed each, are the same start where they go together seed by seed.
+    The copies of one start for several training seeds count as the same start.
     """
     starts: dict[str, str] = {}
     for arm, runs in config.evaluations().items():

@@ -18,10 +18,10 @@ from distill.stages.shared_engine import SharedEngine
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a stage returns.
+    """The result of a stage.
 
-    cost: of the stage; teacher_cost: of the teachers' forward passes. metrics: for the report. fingerprint: of the
-    output's content; later stages are done again when it changes.
+    cost: of the stage. teacher_cost: of the teachers' forward passes. metrics: for the report. fingerprint: of the
+    output's content; when it changes, the stages that read this output are done again.
     """
 
     cost: Cost
@@ -32,10 +32,10 @@ class Result:
 
 @dataclass(slots=True)
 class Context:
-    """One stage of one run.
+    """The context of one stage of a run: the recipe, its folders, the terminal and the engine.
 
-    folder: the stage's own, kept between attempts. engine: the process's, shared with the stages that run after this
-    one in it.
+    folder: the stage's folder, kept between attempts. engine: the engine of this process, shared with the stages that
+    run in it later.
     """
 
     recipe: Recipe
@@ -50,15 +50,16 @@ class Context:
 
     @property
     def seed(self) -> int:
-        """The seed of the stage's draws: its own, or the recipe's."""
+        """The random seed of the stage: its own, or the recipe's."""
         own = self.recipe.stages[self.name.partition(".")[0]].seed
         return self.recipe.seed if own is None else own
 
     def live(self, total: int, unit: str, done: int = 0) -> Live:
+        """A live progress line on the terminal."""
         return self.screen.live(total, unit, done)
 
     def phase(self, text: str) -> None:
-        """Show what begins now and may take seconds, until the next phase or live line."""
+        """Show the name of a phase that may take seconds, until the next phase or live line."""
         self.screen.phase(text)
 
     def say(self, text: str) -> None:
@@ -72,11 +73,11 @@ class Context:
         return models.resolve(self.recipe.models[reference], self.phase)
 
     def trusts(self, reference: str) -> bool:
-        """Whether the recipe allows a model's own code to run."""
+        """Whether the recipe allows Python code that comes with the model to run."""
         return reference in self.recipe.models and self.recipe.models[reference].trust_remote_code
 
     def data_path(self, reference: str) -> Path:
-        """The traces of a stage, or a file or folder."""
+        """The path of a stage's traces, or of a file or folder. Raises UserError if it does not exist."""
         if reference in self.recipe.stages:
             return self.run / reference / "traces"
         path = find_data(reference)
@@ -85,35 +86,36 @@ class Context:
         return path
 
     def machine(self, width: Width) -> Machine:
-        """This machine by the run's environment.json; measured now where the width is missing there."""
+        """This machine, from the run's environment.json; measured now if the width is missing there."""
         return machine.in_stage(self.run, width, models.cache_home() / "machine")
 
     def task(self, reference: str) -> Task:
+        """A task of the recipe."""
         return make_task(reference, self.recipe.tasks[reference])
 
 
 def find_data(reference: str) -> Path | None:
-    """A file or folder by the path a recipe gives: from the working directory, or from what comes with the package."""
+    """The file or folder at a recipe's path, relative to the working directory or to the package's data; None if absent."""
     given = Path(reference).expanduser()
     return next((path for path in (given, SHIPPED / given) if path.exists()), None)
 
 
 def make_task(name: str, config: PlugConfig) -> Task:
-    """The task a recipe describes; raises UserError for an unknown one or a wrong option."""
+    """Make the task that a recipe describes. Raises UserError for an unknown task or a wrong option."""
     function = plug.bind(config.fn, config.options, "distill.tasks", f"tasks.{name}")
     task: Task = function(name)
     return task
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> str:
-    """Write folder/model whole or not at all; returns the weights' fingerprint. Casts the model to `dtype` in place."""
+    """Write the model to folder/model atomically and return the weights' fingerprint. Casts it to `dtype` in place."""
     with whole_folder(folder / "model") as building:
         models.save(models.cast(model, dtype), tokenizer, building)
     return models.weights_fingerprint(folder / "model")
 
 
 def fingerprint_of(path: Path) -> str:
-    """The fingerprint of something outside the run: of a file's bytes, or of a folder's names, sizes and times."""
+    """Fingerprint of a path outside the run: of a file's bytes, or of the names, sizes and times of a folder's files."""
     if path.is_file():
         return models.file_hash(path)[:16]
     files = sorted(p for p in path.rglob("*") if p.is_file())

@@ -1,6 +1,6 @@
-"""eval: held-out accuracy of one model on one task, and of those that its stage kept along the way.
+"""eval: accuracy of one model on a task's held-out problems, and of the snapshots of its training stage.
 
-Every completion is kept, as traces without distributions: of the model in `traces`, of a snapshot in `snapshots/<its step>`.
+Every completion is stored as a trace without distributions: the model's in `traces`, a snapshot's in `snapshots/<name>`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run(config: EvalStage, context: Context) -> Result:
         cost += sample_traces(fewer, context, beside, "held_out", snapshot)[1]
     same = context.task(config.task).same_answer
     metrics = score(read_results(folder), config.pass_at, same, seed=context.recipe.seed)
-    metrics["snapshots"] = checkpoints([context.folder], [snapshots])
+    metrics["snapshots"] = snapshot_rows([context.folder], [snapshots])
     metrics["prompts_too_long"] = counts.prompts_too_long
     accuracy = metrics["accuracy"]
     context.say(
@@ -52,10 +52,10 @@ def run(config: EvalStage, context: Context) -> Result:
     return Result(cost, metrics, stable_hash(content_fingerprint(folder), *made))
 
 
-def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[CheckpointRow]:
-    """How the models along the way did: of one training seed, or over several that kept equally many.
+def snapshot_rows(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[CheckpointRow]:
+    """The accuracy of each snapshot: of one training seed, or over several seeds, whose snapshots are paired in order.
 
-    evaluations: the folder of each seed's eval stage; snapshots: what its training stage kept.
+    evaluations: the folder of each seed's eval stage. snapshots: the snapshots of each seed's training stage.
     """
     rows = []
     for together in zip(*snapshots, strict=False):
@@ -75,6 +75,6 @@ def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapsh
 
 
 def read_results(folder: Path, columns: Sequence[str] = COLUMNS) -> ArmResults:
-    """An evaluation's completions by problem, problems by id: the order they were written in is the engine's."""
+    """An evaluation's completions by problem, sorted by problem id because the engine writes them in any order."""
     results = ArmResults.collect(open_traces(folder).blocks(1024, columns))
     return ArmResults(dict(sorted(results.samples.items())), results.gold, results.messages)

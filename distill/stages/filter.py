@@ -1,4 +1,4 @@
-"""filter: which traces to learn from. Writes a selection; the shards stay as they are."""
+"""filter: select the traces to train on. Writes only the selection; the shards do not change."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def run(config: FilterStage, context: Context) -> Result:
 def held_out(against: str, context: Context) -> HeldOut:
     """The evaluation set that a filter's `against` names: a task of the recipe, or a JSONL file of problems.
 
-    Of a task that writes problems without end: those that the recipe's eval and compare stages draw. Raises
-    UserError where there are none.
+    For a task with an unlimited number of problems, the set is the problems that the recipe's eval and compare stages
+    use. Raises UserError if there is no such stage or file.
     """
     where = f"stages.{context.name}.keep.against"
     if against not in context.recipe.tasks:
@@ -51,16 +51,16 @@ def held_out(against: str, context: Context) -> HeldOut:
         num = max((each for each in drawn if each is not None), default=None)
         if num is None:
             raise UserError(
-                f"{where}: the task {against!r} writes problems without end, and no eval or compare stage says which of "
-                "them are evaluated on. Add that stage, or name a JSONL file of the problems."
+                f"{where}: the task {against!r} has an unlimited number of problems, and no eval or compare stage says how "
+                "many of them are evaluated. Add such a stage, or name a JSONL file of the problems."
             )
     problems = task.problems("held_out", num, context.recipe.seed)
     return HeldOut((p.question for p in problems), normalise, prose=num is None)
 
 
 def _questions(path: Path) -> Iterator[str]:
-    """The last user message of every row. Raises UserError at a row that is no problem: a set with holes protects
-    nobody."""
+    """The last user message of every row. Raises UserError for an invalid row, because skipping it would let its
+    contamination pass."""
     for number, row in jsonl.read_rows(path):
         try:
             messages, _ = jsonl.conversation(row)

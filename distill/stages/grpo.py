@@ -1,4 +1,4 @@
-"""grpo: a model learns from rewards on its own completions."""
+"""grpo: train a model by reinforcement learning with rewards on its own completions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(config: GrpoStage, context: Context) -> Result:
 
 
 def _logged(rollout: Rollout) -> list[Mapping[str, Any]]:
-    """Of the first groups: the completion of the highest advantage, and the last one."""
+    """Rows for the completion log: from each of the first groups, the completion of the highest advantage and the last."""
     rows: list[Mapping[str, Any]] = []
     for scored in rollout.groups[:LOGGED_GROUPS]:
         problem, group = scored.graded.prompt.problem, scored.graded.group

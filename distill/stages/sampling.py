@@ -1,7 +1,7 @@
-"""The one rollout path: problems through an engine, their completions judged while it generates.
+"""Sample completions of problems from an engine and judge them while the engine generates; shared by all stages.
 
-In: problems and an engine. Out: graded completions. generate and eval write them as traces (`trace_sampling`); grpo and
-on_policy learn from them in groups (`policy_sampling`).
+Input: problems and an engine. Output: graded completions. generate and eval store them as traces (`trace_sampling`);
+grpo and on_policy train on them in groups (`policy_sampling`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from distill.records import (
 )
 
 JUDGE_THREADS = 4
-"""Verdicts made at a time. Most of them wait for a process or a sandbox."""
+"""Number of threads that judge completions; most of the time they wait for a process or a sandbox."""
 MAX_WAITING = 64
-"""Completions whose verdict is awaited before the engine has to wait: a program may run until its limit."""
+"""Maximum number of completions without a verdict; beyond it the engine waits, since judging a program may take long."""
 CONTEXT_STEP = 64
-"""Context lengths are rounded up to this, so that a slightly longer prompt does not change the engine."""
+"""Context lengths are rounded up to a multiple of this, so that a slightly longer prompt needs no new engine."""
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -45,7 +45,7 @@ Done = TypeVar("Done")
 
 
 def context_limit(engine: EngineConfig, model_dir: Path) -> int:
-    """Tokens of prompt and completion together that the model, or the recipe, allows."""
+    """Maximum number of tokens in prompt and completion together, by the model and the recipe."""
     own = models.config_of(model_dir).get("max_position_embeddings")
     limits = [n for n in (own, engine.max_model_len) if n]
     return min(limits) if limits else 1 << 20
@@ -59,9 +59,9 @@ def context_length(longest: int, limit: int) -> int:
 def fitting_prompts(
     problems: Iterable[Problem], tokenizer: Any, template: Template, limit: int, say: Callable[[str], None]
 ) -> tuple[list[Prompt], int]:
-    """The problems' prompts that leave room for a completion in the context, and how many others there are.
+    """The prompts that leave room for a completion in the context, and the number of those that do not.
 
-    say: is told of the others.
+    say: prints a line if there are any of the latter.
     """
     prompts = [Prompt(p, models.render_prompt(tokenizer, template, p.messages)) for p in problems]
     fitting = [prompt for prompt in prompts if len(prompt.ids) < limit]
@@ -76,7 +76,7 @@ def fitting_prompts(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompletionRequest:
-    """One completion to be sampled. request_id: unique among the requests of one call. seed: of its draws."""
+    """A request for one completion. request_id: unique within one call. seed: random seed of the completion."""
 
     request_id: str
     prompt: Prompt
@@ -86,7 +86,7 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GradedCompletion:
-    """A completion with its text (without the template's prefill) and its verdict. seconds: that the judge took."""
+    """A completion with its text (without the template's prefill) and its verdict. seconds: time spent by the judge."""
 
     request: CompletionRequest
     completion: Completion
@@ -97,9 +97,9 @@ class GradedCompletion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grader:
-    """Turns completions into text and verdicts.
+    """Decodes completions and judges them.
 
-    judge: the task's verdict on a completion's text, the template's prefill in front. decode: completion ids -> text.
+    judge: (problem, text with the template's prefill, whether it finished) -> verdict. decode: completion ids -> text.
     """
 
     template: Template
@@ -108,7 +108,7 @@ class Grader:
 
     @staticmethod
     def of(task: Task, tokenizer: Any) -> Grader:
-        """The task's judge on what a tokenizer decodes, without the stop token and its like."""
+        """A grader with the task's judge and the tokenizer's decoding, without special tokens."""
 
         def decode(ids_T: Array) -> str:
             text: str = tokenizer.decode(ids_T, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -117,14 +117,14 @@ class Grader:
         return Grader(task.template, task.judge, decode)
 
     def grade(self, request: CompletionRequest, completion: Completion, text: str) -> GradedCompletion:
-        """The completion with its verdict."""
+        """Judge a completion."""
         began = time.monotonic()
         finished = completion.finish_reason == "stop"
         verdict = self.judge(request.prompt.problem, self.template.prefill + text, finished)
         return GradedCompletion(request, completion, text, verdict, time.monotonic() - began)
 
     def group(self, graded: Sequence[GradedCompletion], max_tokens: int, seed: int) -> Group:
-        """All completions of one problem as rewards see them. max_tokens: the limit they were sampled under."""
+        """The completions of one problem as a group for rewards. max_tokens: the limit in sampling."""
         return Group(
             problem=graded[0].request.prompt.problem,
             template=self.template,
@@ -146,9 +146,9 @@ def sample_completions(
     top_k: int = 0,
     receive: Callable[[Completion], Completion] = lambda completion: completion,
 ) -> Iterator[GradedCompletion]:
-    """Graded completions in the order in which the engine finishes them; judged in threads while it generates.
+    """Graded completions in the order in which the engine finishes them. Threads judge them while the engine generates.
 
-    receive: applied to each completion as it comes, before it waits for its verdict.
+    receive: applied to each completion when it arrives, before it is judged.
     """
     open_requests: dict[str, CompletionRequest] = {}
 
@@ -168,9 +168,9 @@ def sample_completions(
 def map_in_threads(
     work: Callable[[Item], Done], items: Iterable[Item], num_threads: int, max_waiting: int
 ) -> Iterator[Done]:
-    """work(item) of every item, in the items' order; threads work while the next items are made.
+    """Yield work(item) for every item, in order; threads do the work while the next items are produced.
 
-    At most `max_waiting` results are awaited; then the next item is not asked for until the oldest is there.
+    At most about `max_waiting` results are pending; then no new item is taken until the oldest result is ready.
     """
     waiting: deque[Future[Done]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:

@@ -1,7 +1,8 @@
-"""score: a teacher's distributions over traces that exist, teacher-forced.
+"""score: a model's distributions over existing traces, by teacher forcing.
 
-Only what is missing is scored, also where the data has grown or shrunk since; a trace longer than the context (or `max_tokens`), or empty, is left out and counted.
-The engine scores in chunks, so a long trace never has its whole [tokens, vocabulary] of logits.
+Only missing traces are scored, also after the data has grown or shrunk. A trace that is empty, or longer than the
+context or `max_tokens`, is skipped and counted. The engine scores in chunks, so that the logits [tokens, vocabulary] of
+a long trace are never in memory at once.
 """
 
 from __future__ import annotations
@@ -37,21 +38,21 @@ def run(config: ScoreStage, context: Context) -> Result:
     context.phase("reading the traces")
     inputs = open_score_inputs(config, context, tokenizer)
     context.say(
-        f"the text is by {inputs.text_from}; "
-        + ("its ids as they were sampled" if inputs.same_ids else "rendered in the model's own tokens")
+        f"the text is from {inputs.text_from}; "
+        + ("its token ids are used as stored" if inputs.same_ids else "it is tokenised with this model's tokenizer")
     )
     limit = min(context_limit(config.engine, model_dir), config.max_tokens or 1 << 60)
     left_out = DroppedRows()
     wanted = _survey(inputs, limit, left_out)
     _say_left_out(context, left_out)
     if not wanted:
-        raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to score.")
+        raise UserError(f"stages.{context.name}.data: {config.data!r} has no trace that can be scored.")
     metadata = _metadata(config, inputs, model_dir, tokenizer)
     carry_over(context, folder, metadata, {i: (row.sample, row.gold) for i, row in wanted.items()})
     _fill(config, context, inputs, metadata, wanted)
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
-    # Rates of what the data does not say (no verdicts, say) are not numbers.
+    # A rate that the data does not determine (no verdicts, for example) is NaN; leave it out.
     known = {key: value for key, value in held.as_dict().items() if value == value}
     metrics = {**known, "mean_nll": _mean_nll(folder), "left_out": dict(left_out.reasons)}
     return Result(_cost(folder, model_dir, left_out), metrics, content_fingerprint(folder))
@@ -59,7 +60,7 @@ def run(config: ScoreStage, context: Context) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class WantedTrace:
-    """What is known of a trace before it is scored. tokens: of prompt and completion."""
+    """Facts about a trace that is to be scored. tokens: of prompt and completion together."""
 
     tokens: int
     sample: int
@@ -67,7 +68,7 @@ class WantedTrace:
 
 
 def _survey(inputs: ScoreInputs, limit: int, left_out: DroppedRows) -> dict[str, WantedTrace]:
-    """The traces to be scored by id; the others are counted."""
+    """The traces to score, by id. Counts the skipped ones in `left_out`."""
     wanted: dict[str, WantedTrace] = {}
     for block in inputs.blocks(left_out):
         tokens_N = block.prompt_ids.lengths + block.completion_ids.lengths
@@ -82,12 +83,14 @@ def _survey(inputs: ScoreInputs, limit: int, left_out: DroppedRows) -> dict[str,
 def carry_over(
     context: Context, folder: Path, metadata: Metadata, wanted: Mapping[str, tuple[int, str | None]]
 ) -> None:
-    """Make a folder of an earlier attempt one that can be added to, without scoring anything twice.
+    """Prepare the folder of an earlier attempt so that new traces can be added and nothing is scored twice.
 
-    Data that changed may ask for fewer traces, for some with another answer, or for traces of another kind; where it
-    comes from (a file names its content) may change alone, for a trace's id says what its text is. What is still wanted
-    moves to a new folder, the former one goes to RUN/.old. Killed at any instant, nothing is lost. wanted: trace id ->
-    (sample, gold).
+    Changed data may have fewer traces, other gold answers, or other metadata. If any trace is not wanted any more, or
+    the metadata differs, the wanted traces are copied to a new folder and the old folder moves to RUN/.old. A change of
+    `source` alone keeps the traces, because a trace's id depends on its text. The function can be killed at any moment
+    without loss of traces.
+
+    wanted: trace id -> (sample, gold).
     """
     carrying = folder.with_name(".carrying")
     if folder.is_dir():
@@ -110,13 +113,13 @@ def carry_over(
     if keep_N.all() and former.metadata.source == metadata.source and same:
         return
     if not keep_N.all():
-        context.say(f"{int((~keep_N).sum())} traces of an earlier attempt are not asked for any more")
+        context.say(f"{int((~keep_N).sum())} traces of an earlier attempt are no longer wanted")
     with TraceWriter(carrying, metadata) as writer:
         for block in former.where(keep_N).blocks():
             writer.add(block)
-    attic = context.run / ".old"
-    attic.mkdir(exist_ok=True)
-    folder.rename(attic / f"{context.name}-traces-{time.time_ns()}")
+    old = context.run / ".old"
+    old.mkdir(exist_ok=True)
+    folder.rename(old / f"{context.name}-traces-{time.time_ns()}")
     carrying.rename(folder)
 
 
@@ -127,7 +130,7 @@ def _fill(
     metadata: Metadata,
     wanted: Mapping[str, WantedTrace],
 ) -> None:
-    """Score what the folder does not hold yet."""
+    """Score the wanted traces that the folder does not have yet."""
     folder = context.folder / "traces"
     with TraceWriter(folder, metadata, shard_rows=config.shard_rows) as writer:
         missing = wanted.keys() - writer.done_ids()
@@ -156,7 +159,7 @@ def _fill(
 
 
 def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Container[str]) -> Iterator[Traces]:
-    """Blocks of the missing traces with the engine's log-probabilities in them."""
+    """Blocks of the missing traces with the engine's log-probabilities."""
     for block in inputs.blocks(DroppedRows()):
         index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
         if not len(index):
@@ -175,11 +178,11 @@ def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Co
 
 
 def take(block: Traces, index: Array) -> Traces:
-    """Some rows of a block without distributions."""
+    """The rows `index` of a block that has no distributions."""
 
     def rows(column: Any) -> Any:
         if isinstance(column, Ragged):
-            # Columns that were not read are as long as the block, with nothing in them.
+            # A column that was not read has one empty entry per row.
             return column.take(index)
         if isinstance(column, dict):
             return {name: rows(each) for name, each in column.items()}
@@ -198,7 +201,7 @@ def _say_left_out(context: Context, left_out: DroppedRows) -> None:
 
 
 def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
-    """Of all that the folder holds, whichever attempt wrote it."""
+    """Cost of all traces in the folder, from every attempt."""
     lengths = open_traces(folder).lengths()
     whole_N = lengths.prompt.astype(np.int64) + lengths.completion
     tokens = int(whole_N.sum())
@@ -212,7 +215,7 @@ def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
 
 
 def _mean_nll(folder: Path) -> float:
-    """Nats a token that the text surprises the model by."""
+    """Mean negative log-likelihood of the completion tokens under the model, in nats per token."""
     total, num = 0.0, 0
     for block in open_traces(folder).blocks(256, ["completion_ids", "logprob"]):
         total -= float(block.logprob.values.sum(dtype=np.float64))
@@ -221,9 +224,8 @@ def _mean_nll(folder: Path) -> float:
 
 
 def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenizer: Any) -> Metadata:
-    """Of the scoring model; what says how the prompts came about stays where the ids stay.
-
-    The sampling is that of the shards that hold the text; of a file nothing is known, and the defaults stand.
+    """Metadata of the scored traces: the scoring model's, with the task, sampling and (if the ids are unchanged) chat
+    template of the shards that the text comes from. For text from a file, the sampling is unknown; it has the defaults.
     """
     origin = inputs.origin
     return Metadata(

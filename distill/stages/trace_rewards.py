@@ -1,4 +1,4 @@
-"""The rewards that trace rows carry: the verdict's, or those that a stage names, made from a problem's whole group."""
+"""Rewards of trace rows: the verdict's score, or the named rewards of a stage, computed on all completions of a problem."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from distill.stages.sampling import CompletionRequest, GradedCompletion, Grader,
 from distill.traces.reader import open_traces
 
 REWARD_BATCH = 32
-"""Completions whose rewards are asked for together, at least."""
+"""Minimum number of completions whose rewards are computed together."""
 MAX_WAITING_BATCHES = 2
-"""Batches whose rewards are awaited before the engine has to wait."""
+"""Maximum number of batches whose rewards are pending; beyond it the engine waits."""
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RewardedCompletion:
-    """A graded completion with its `reward` and its named rewards, as a trace holds them.
+    """A graded completion with its `reward` and its named rewards, as stored in a trace.
 
-    failed: whether a reward failed on its group, by an exception or by its limit.
+    failed: whether a reward failed on its group, by an exception or by the time limit.
     """
 
     graded: GradedCompletion
@@ -36,7 +36,7 @@ class RewardedCompletion:
 
 
 def by_verdict(graded: Iterable[GradedCompletion]) -> Iterator[RewardedCompletion]:
-    """The verdict's score as the reward, and accuracy, where a stage names no rewards."""
+    """Completions with the verdict's score as the reward, and accuracy; for a stage that names no rewards."""
     for one in graded:
         correct = one.verdict.correct
         yield RewardedCompletion(one, one.verdict.score, {"accuracy": None if correct is None else float(correct)})
@@ -49,10 +49,11 @@ def rewarded(
     group_of: Callable[[Sequence[GradedCompletion]], Group],
     rewards: Callable[[Sequence[Group]], list[Scores]],
 ) -> Iterator[RewardedCompletion]:
-    """The completions with their weighted sum and named rewards, problem by problem; made in a thread while others are sampled.
+    """Completions with their named rewards and the weighted sum, problem by problem. A thread computes the rewards while
+    other completions are sampled.
 
-    stored: completions of the same problems that are there already; rewards see them, and they are not given out.
-    requests: for all completions of these problems.
+    stored: completions of the same problems from earlier attempts; they are part of the groups but are not yielded.
+    requests: the requests for all completions of these problems.
     """
     known = {one.request.request_id for one in stored}
 
@@ -68,12 +69,12 @@ def rewarded(
                     yield RewardedCompletion(one, scores.total[n], named, bool(scores.failed))
 
 
-def of_problems_with_others(
+def completions_of_incomplete_problems(
     folder: Path, requests: Sequence[CompletionRequest], missing: Sequence[CompletionRequest], grader: Grader
 ) -> list[GradedCompletion]:
-    """The completions in `folder` of the problems that lack others, judged again.
+    """The completions in `folder` of problems that have missing completions; each is judged again.
 
-    requests: for all completions of a stage; missing: those among them that the folder does not hold.
+    requests: the requests for all completions of a stage. missing: those whose completion is not in the folder.
     """
     lacking = {request.request_id for request in missing}
     problems = {request.prompt.problem.problem_id for request in missing}
@@ -98,7 +99,7 @@ def of_problems_with_others(
 def _whole_groups(
     graded: Iterable[GradedCompletion], stored: Sequence[GradedCompletion], requests: Sequence[CompletionRequest]
 ) -> Iterator[list[GradedCompletion]]:
-    """The completions of each problem by sample, as soon as its last one is there."""
+    """Yield the completions of each problem, in sample order, as soon as all of them are finished."""
     size: dict[str, int] = defaultdict(int)
     for request in requests:
         size[request.prompt.problem.problem_id] += 1
@@ -115,7 +116,7 @@ def _whole_groups(
 def in_blocks(
     items: Iterable[Item], min_size: int, size: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[list[Item]]:
-    """The items in lists whose sizes add up to `min_size` at least; the last list has what is left."""
+    """Yield the items in lists of total size `min_size` or more; the last list has the remaining items."""
     block: list[Item] = []
     total = 0
     for item in items:

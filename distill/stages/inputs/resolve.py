@@ -1,4 +1,4 @@
-"""What a stage names, found and with its options checked: losses, objectives, teachers."""
+"""Look up the losses, objectives and teachers that a stage names, and check their options."""
 
 from __future__ import annotations
 
@@ -43,18 +43,19 @@ CROSS_TOKENIZER = "distill.training.loss.cross_tokenizer.losses"
 
 
 TEACHER_ENTRIES = 64
-"""Entries a position that a loss on stored distributions gets from a teacher in the trainer."""
+"""Tokens per position that a custom loss on stored distributions gets from a teacher in the trainer."""
 
 
 def is_cross_tokenizer(config: TrainStage | OnPolicyStage) -> bool:
-    """Whether the loss is one between models with different tokenizers."""
+    """Whether the loss compares models with different tokenizers."""
     return _form(config.loss.fn, "loss") == "pair"
 
 
 def _form(fn: str, where: str) -> Form:
-    """What a loss compares, by its positional parameters: `(student, targets)`, `(logp, logq)` or `(pair)`.
+    """The form of a loss, by its positional parameters: "targets" for `(student, targets)`, "rows" for `(logp, logq)`,
+    "pair" for `(pair)`.
 
-    Raises UserError for an unknown loss, and for one of the user's own that takes anything else.
+    Raises UserError for an unknown loss, and for a custom loss with other parameters.
     """
     if ":" not in fn:
         if fn in plug.names(CROSS_TOKENIZER):
@@ -69,17 +70,16 @@ def _form(fn: str, where: str) -> Form:
     if len(names) == 2:
         return "targets" if names[0] == "student" else "rows"
     raise UserError(
-        f"{where}.fn: {fn!r} takes {names}; a loss takes (student, targets), a divergence (logp, logq), a comparison of "
-        "models with different tokenizers (pair); options are keyword-only."
+        f"{where}.fn: {fn!r} takes {names}; a loss takes (student, targets), a divergence takes (logp, logq), and a loss "
+        "between models with different tokenizers takes (pair). Options must be keyword-only."
     )
 
 
 def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) -> Objective:
-    """The loss that a stage names: on stored targets, or with teachers in the trainer.
+    """The objective for the loss that a stage names, with stored targets or with teachers in the trainer.
 
-    seed: of the ids that a loss draws from its teachers.
-
-    Raises UserError for an unknown one, a wrong option, and one that does not fit what the stage compares with.
+    seed: random seed of a loss that samples tokens from its teachers. Raises UserError for an unknown loss, a wrong
+    option, or a loss that does not fit the stage's teacher.
     """
     here = f"{where}.loss"
     form = _form(config.loss.fn, here)
@@ -106,7 +106,7 @@ def _is_scored_by_engine(config: TrainStage | OnPolicyStage) -> bool:
 def _cross_tokenizer(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool) -> Objective:
     if not in_trainer or len(teachers_of(config.teacher)) != 1 or config.temperature != 1.0:
         raise UserError(
-            f"{here}: {config.loss.fn} compares with one teacher in the trainer, at temperature 1: name it in `teacher`"
+            f"{here}: {config.loss.fn} needs one teacher in the trainer, at temperature 1: name it in `teacher`"
             f"{' with scoring: trainer' if _is_scored_by_engine(config) else ''}."
         )
     return CrossTokenizerObjective(plug.bind(config.loss.fn, config.loss.options, CROSS_TOKENIZER, here))
@@ -115,8 +115,8 @@ def _cross_tokenizer(config: TrainStage | OnPolicyStage, here: str, in_trainer: 
 def _sampled(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool, seed: int) -> Objective:
     if not in_trainer or config.temperature != 1.0:
         raise UserError(
-            f"{here}: sampled_kd draws from the whole distribution of a teacher in the trainer, at temperature 1; "
-            "stored entries are the likeliest, not draws. Name a teacher, or use forward_kl."
+            f"{here}: sampled_kd samples tokens from the whole distribution of a teacher in the trainer, at temperature 1; "
+            "stored distributions have only the most likely tokens. Name a teacher, or use forward_kl."
         )
     options = plug.all_options("sampled_kd", config.loss.options, LOSSES, here)
     loss = functools.partial(sparse.sampled_kd, **options)
@@ -124,7 +124,8 @@ def _sampled(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool, se
 
 
 def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> Objective:
-    """The divergence of the loss's name over the whole vocabulary; a loss of the user's own on the teacher's entries."""
+    """The objective with teachers in the trainer: a built-in loss uses the whole vocabulary, a custom loss on stored
+    targets uses the teacher's most likely tokens."""
     fn, options, kl, ce = config.loss.fn, config.loss.options, FULL, NONE
     if fn == "ce_kl":
         given = plug.all_options(fn, options, LOSSES, here)
@@ -134,17 +135,17 @@ def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> 
         return DenseObjective(plug.bind(fn, options, DIVERGENCES, here), config.temperature, kl, ce)
     if ":" not in fn:
         known = ", ".join(sorted([*plug.names(DIVERGENCES), *plug.names(CROSS_TOKENIZER), "ce_kl", "sampled_kd"]))
-        raise UserError(f"{here}: {fn} has no form with a teacher in the trainer; there are: {known}.")
+        raise UserError(f"{here}: {fn} cannot be used with a teacher in the trainer; the losses that can are: {known}.")
     if config.temperature != 1.0:
         raise UserError(
-            f"{here}: {fn} gets the teacher's {TEACHER_ENTRIES} likeliest ids and its tail, at temperature 1 alone; write it "
-            "as a divergence (logp, logq) to have it over the whole vocabulary at any temperature."
+            f"{here}: {fn} gets the teacher's {TEACHER_ENTRIES} most likely tokens and the mass of the rest, which is possible "
+            "only at temperature 1; write it as a divergence (logp, logq) to use the whole vocabulary at any temperature."
         )
     return TeacherTopObjective(plug.bind(fn, options, LOSSES, here), watch, entries=TEACHER_ENTRIES)
 
 
 def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> list[Teacher]:
-    """The models that teach in the trainer; raises UserError for one whose tokenizer the loss cannot do with."""
+    """Load the teachers that run in the trainer. Raises UserError for a tokenizer that does not fit the loss."""
     from distill.training.policy import Teacher
 
     teachers = []
@@ -163,21 +164,21 @@ def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenize
 
 
 def teacher_dir(name: str, config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Path:
-    """Where a teacher is; raises UserError for one with another tokenizer than the student's, unless the loss is made for that."""
+    """The folder of a teacher. Raises UserError if its tokenizer differs from the student's and the loss needs the same."""
     folder = context.model_dir(name)
     theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
     same = models.tokenizer_fingerprint(theirs) == models.tokenizer_fingerprint(tokenizer)
     if not same and not is_cross_tokenizer(config):
         raise UserError(
-            f"stages.{context.name}.loss: {config.loss.fn} compares ids, and the teacher {name!r} has another tokenizer "
-            f"({len(theirs)} tokens) than the student ({len(tokenizer)} tokens). Use one of the losses that compare by text, "
-            f"{' or '.join(sorted(plug.names(CROSS_TOKENIZER)))}, or a teacher that shares the student's tokenizer."
+            f"stages.{context.name}.loss: {config.loss.fn} compares token ids, but the teacher {name!r} has another tokenizer "
+            f"({len(theirs)} tokens) than the student ({len(tokenizer)} tokens). Use a loss for different tokenizers, "
+            f"{' or '.join(sorted(plug.names(CROSS_TOKENIZER)))}, or a teacher with the student's tokenizer."
         )
     return folder
 
 
 def resolve_objective(config: GrpoStage, where: str) -> PolicyObjective:
-    """The objective that a stage names; raises UserError for an unknown one or a wrong option."""
+    """The objective that a stage names. Raises UserError for an unknown objective or a wrong option."""
     make = plug.bind(config.objective.fn, config.objective.options, OBJECTIVES, f"{where}.objective")
     objective: PolicyObjective = make()
     return objective
