@@ -47,8 +47,8 @@ from distill.stages.snapshots import Snapshot
 from distill.stages.trace_rewards import (
     RewardedCompletion,
     by_verdict,
-    in_blocks,
     completions_of_incomplete_problems,
+    in_blocks,
     rewarded,
 )
 from distill.traces.reader import open_traces

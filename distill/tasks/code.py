@@ -1,18 +1,18 @@
-"""Judges programs by running them: what a completion's code is, and how many of a problem's tests it passes.
+"""Judge programs by running them: extract the code from a completion and count the problem's tests that it passes.
 
-A problem's payload holds its tests, in one of three forms:
+A problem's payload has its tests, in one of three forms:
 
     {"tests": [{"stdin": "3\\n", "stdout": "4\\n"}, ...]}
-        the program is run with each input. Passed: exit status 0 and the same lines, spaces at their ends and
-        empty lines at the end aside.
+        The program runs with each input. A test passes if the exit status is 0 and the lines are equal; spaces at the
+        ends of lines and empty lines at the end are ignored.
     {"entry_point": "f", "tests": [{"args": [3], "kwargs": {}, "expected": 4}, ...]}
-        the function is called (`Solution.f`: of a fresh instance). Passed: equal as Python has it, a tuple as the
-        list that JSON makes of it, floats to a relative 1e-9. `kwargs` may be left out.
+        The function is called (`Solution.f`: on a new instance). A test passes if the results are equal in Python; a
+        tuple equals a list, and floats are compared with relative tolerance 1e-9. `kwargs` is optional.
     {"entry_point": "f", "prompt": "def f(x): ...", "check": "def check(candidate): ..."}
-        HumanEval's: tests written as code, run in a trusted process of ours (`checking`).
+        HumanEval's form: tests written as code, which run in a trusted process (`code_checks`).
 
-Expected results stay on this side; the program only ever sees inputs (`sandbox`). A program that is bad in
-whatever way scores 0; only where the sandbox itself fails is there no verdict.
+The program sees only inputs, never expected results (`sandbox`). Any failure of the program scores 0. Only a failure of
+the sandbox itself gives no verdict.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Payload = Mapping[str, Any]
 Test = Mapping[str, Any]
 
 CHECK_GRACE_S = 20.0
-"""Seconds beyond a problem's own that its trusted process gets, to start and for what it does itself."""
+"""Seconds added to a problem's time limit for the trusted process, for its start and its own work."""
 
 MAX_PROGRAM_CHARS = 200_000
 _MAX_REMEMBERED = 4096
@@ -50,9 +50,9 @@ _remembered: dict[str, Verdict] = {}
 
 
 def extract(answer: str) -> str:
-    """The last fenced block marked as Python; without one the last fenced block; without any, all of it.
+    """The code in an answer: the last fenced block marked as Python, else the last fenced block, else the whole answer.
 
-    A fence that is never closed runs to the end.
+    A fence without an end extends to the end of the answer.
     """
     blocks: list[tuple[bool, list[str]]] = []
     inside = False
@@ -71,10 +71,10 @@ def extract(answer: str) -> str:
 
 
 def complete(prompt: str, answer: str, entry_point: str) -> str:
-    """The program that an answer to a function's header and docstring means.
+    """The whole program for an answer to a prompt with a function's header and docstring.
 
-    An answer that defines the function stands behind the prompt's imports and helpers; another continues the
-    prompt, up to where something else begins (the stop sequences of Chen et al. 2021, arXiv 2107.03374).
+    An answer that defines the function is appended to the prompt's imports and helpers. Any other answer continues the
+    prompt and is cut at the stop sequences of Chen et al. 2021 (arXiv 2107.03374).
     """
     code = extract(answer)
     definition = re.compile(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
@@ -85,16 +85,16 @@ def complete(prompt: str, answer: str, entry_point: str) -> str:
 
 
 def code_verdicts(answers: Sequence[str], payload: Payload, isolation: Isolation, limits: Limits) -> list[Verdict]:
-    """`code_verdict` of each answer, as many at a time as there are cores."""
+    """`code_verdict` of each answer, in parallel on all cores."""
     with ThreadPoolExecutor(min(NUM_AT_ONCE, max(1, len(answers)))) as threads:
         return list(threads.map(lambda a: code_verdict(a, payload, isolation, limits), answers))
 
 
 def code_verdict(answer: str, payload: Payload, isolation: Isolation, limits: Limits | None = None) -> Verdict:
-    """Runs an answer's program against the payload's tests. The score is the share of them that it passed.
+    """Run an answer's program on the payload's tests. The score is the share of the tests that it passes.
 
-    None where the sandbox did not work. The same program on the same tests is run once in a process's life,
-    so a reward does not run again what the task's own judge has run.
+    Score and verdict are None if the sandbox failed. Results are cached in the process, so that a reward does not run a
+    program again that the task's judge has run.
     """
     limits = limits or Limits()
     if "check" in payload:
@@ -150,7 +150,7 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
             reasons += ["timeout"] * (len(tests) - len(reasons))
             break
         with Session(isolation, program, entry_point=entry_point, limits=limits, budget_s=left_s) as session:
-            reasons += _until_it_ends(session, tests[len(reasons) :], judge)
+            reasons += _run_tests(session, tests[len(reasons) :], judge)
             left_s = session.left_s
     passed = reasons.count(None)
     failed = [(n, text) for n, text in enumerate(reasons, 1) if text is not None]
@@ -158,12 +158,12 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
     return Verdict(passed == len(tests), passed / len(tests), program, reason)
 
 
-def _until_it_ends(
+def _run_tests(
     session: Session, tests: Sequence[Test], judge: Callable[[Session, Test], str | None]
 ) -> list[str | None]:
-    """Why each test failed, None where it passed, up to the one that ended the session.
+    """Run tests until one ends the session. Return why each failed, or None if it passed.
 
-    A reason may be the program's own words, or empty: it never says that a test was passed.
+    A reason may be text from the program, or empty; only None means that a test passed.
     """
     reasons: list[str | None] = []
     for test in tests:
@@ -171,7 +171,7 @@ def _until_it_ends(
             reasons.append(judge(session, test))
         except RaisedError as error:
             if not session.loaded:
-                return [str(error)] * len(tests)  # it will not load for the others either
+                return [str(error)] * len(tests)  # the program does not load, so no test can run
             reasons.append(str(error))
         except FaultError as fault:
             return [*reasons, str(fault)]
@@ -191,12 +191,12 @@ def _judge_call(session: Session, test: Test) -> str | None:
 
 
 def lines(text: str) -> list[str]:
-    """Lines without spaces at their ends, and without empty ones at the end."""
+    """The lines of a text without spaces at their ends and without empty lines at the end."""
     return "\n".join(line.rstrip() for line in text.splitlines()).rstrip().split("\n")
 
 
 def same_value(result: Any, expected: Any) -> bool:
-    """Whether a function's result is the one that a test's JSON expects; both of built-in types."""
+    """Whether a function's result equals the value that a test's JSON expects; both are of built-in types."""
     if isinstance(result, list | tuple) and isinstance(expected, list | tuple):
         return len(result) == len(expected) and all(map(same_value, result, expected))
     if isinstance(result, dict) and isinstance(expected, dict):
