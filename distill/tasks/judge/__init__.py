@@ -1,1 +1,1 @@
-"""The judge of answers: extraction, spelling, and equivalence."""
+"""The judge of answers: decides whether a completion's answer is equal to the gold answer."""

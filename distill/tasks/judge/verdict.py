@@ -1,11 +1,11 @@
-"""The one judge of answers: rewards, filters and evaluation all come here.
+"""Verdicts on answers, for rewards, filters and evaluation alike; programs as answers are judged in `tasks.code`.
 
-`math_verdict` compares an answer with a gold answer: as clean text (`spelling`), as plain numbers (`numbers`, `units`),
-as a choice or words, as pieces of the number line (`regions`), as collections item by item (`forms`), and only what
-is left symbolically (`symbolic`), in a worker process with a hard limit. It is strict about what is said (nothing left
-to compute, no contradictory equation, brackets and order as in the gold, no percent for a fraction, no tolerance that
-a tiny number escapes) and lenient about dress (units, typography, notation, names on the left).
-`judge` takes a completion from its text to a verdict. Left out on purpose: answers that must be run (code).
+`judge` extracts the answer from a completion and scores it. `math_verdict` compares an answer with a gold answer: as
+clean text (`spelling`), as plain numbers (`numbers`, `units`), as a choice or words (`structure`), as sets of numbers
+(`number_sets`), as collections item by item (`structure`), and as a last resort symbolically (`symbolic`) in a worker
+process with a time limit. It is strict about the content (nothing left to compute, no contradictory equation, brackets
+and order as in the gold answer, no percent for a fraction, only relative tolerance) and lenient about the form (units,
+typography, notation, names on the left side).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from distill.tasks.judge import number_sets, numbers, spelling, structure, units
 
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 40
-"""Of brackets within brackets; what is deeper is no answer."""
+"""Maximum nesting depth of brackets; an answer with more is wrong."""
 
 Scorer = Callable[[str], Verdict]
 
 
 def judge(template: Template, completion: str, finished: bool, score: Scorer) -> Verdict:
-    """A completion's verdict: cut short or without an answer it is wrong, otherwise its answer is scored."""
+    """The verdict on a completion: wrong if it is unfinished or has no answer, else the score of its answer."""
     if not finished:
         return Verdict(False, 0.0, None, "unfinished")
     if template.prefill and not completion.startswith(template.prefill):
@@ -37,7 +37,7 @@ def judge(template: Template, completion: str, finished: bool, score: Scorer) ->
 
 
 def math_verdict(answer: str, gold: str) -> Verdict:
-    """Whether an answer equals the gold; None where the comparison did not end in time."""
+    """The verdict whether an answer equals the gold answer; `correct` is None if the comparison took too long."""
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, 0.0, answer, "answer too long")
     if spelling.depth(answer) > MAX_DEPTH:
@@ -49,12 +49,12 @@ def math_verdict(answer: str, gold: str) -> Verdict:
 
 
 def exact_verdict(answer: str, gold: str) -> Verdict:
-    """Whether an answer is the gold, whitespace at its ends and runs of it aside."""
+    """The verdict whether an answer is the same text as the gold answer, up to whitespace."""
     return _verdict(" ".join(answer.split()) == " ".join(gold.split()), answer)
 
 
-def unreadable(gold: str) -> str | None:
-    """Why a gold answer cannot be compared with anything, or None where it can."""
+def why_unreadable(gold: str) -> str | None:
+    """The reason why a gold answer cannot be compared with answers; None if it can."""
     if len(gold) > MAX_ANSWER_CHARS:
         return "the gold answer is too long"
     if spelling.depth(gold) > MAX_DEPTH:
@@ -93,7 +93,7 @@ def _equal_answers(answer: str, gold: str) -> bool:
 
 
 def _equal(answer: str, gold: str) -> bool:
-    """Whether two cleaned texts are equal. The order matters: the certain and cheap readings come first."""
+    """Whether two cleaned texts are equal. The order matters: reliable and fast comparisons come first."""
     if not answer or not gold:
         return False
     if spelling.same_text(answer, gold):
@@ -125,7 +125,7 @@ def _equal(answer: str, gold: str) -> bool:
 
 
 def _equal_approximately(answer: str, gold: str) -> bool:
-    r"""`\frac13 \approx 0.333` is 1/3; `x \approx 11` names 11."""
+    r"""Whether texts with `\approx` are equal: `\frac13 \approx 0.333` means 1/3, `x \approx 11` means 11."""
     if r"\approx" in gold:
         exact = gold.partition(r"\approx")[0].strip()
         return bool(exact) and not structure.is_name(exact) and _equal(answer, exact)
@@ -136,7 +136,7 @@ def _equal_approximately(answer: str, gold: str) -> bool:
 
 
 def _equal_choices(answer: str, gold: str, gold_choice: tuple[str, str]) -> bool:
-    """The same letter; or the text behind it. `5 = B` and `x = B` are the letter too."""
+    """Whether the answer is the letter of the gold choice, or its text; `5 = B` and `x = B` mean the letter B."""
     letter, text = gold_choice
     if (answer_choice := structure.choice(answer)) is not None:
         return answer_choice[0] == letter
@@ -149,7 +149,7 @@ def _equal_choices(answer: str, gold: str, gold_choice: tuple[str, str]) -> bool
 
 
 def _equal_regions(answer: str, gold: str) -> bool:
-    """Inequalities, intervals and unions. `(1, 3)` may be a point, which `1 < x < 3` is not."""
+    """Whether inequalities, intervals or unions are equal. `(1, 3)` may be a point, but `1 < x < 3` is not one."""
     about = [number_sets.names(text) for text in (answer, gold) if number_sets.is_relation(text)]
     if len(about) == 2 and all(len(names) == 1 for names in about) and about[0] != about[1]:
         return False
@@ -176,14 +176,15 @@ def _equal_regions(answer: str, gold: str) -> bool:
 def _equal_shapes(
     answer: str, gold: str, answer_shape: structure.Shape | None, gold_shape: structure.Shape | None
 ) -> bool:
-    """Brackets and order as in the gold; a list and a set are both unordered; a set of one is its element."""
+    """Whether collections are equal: brackets and order as in the gold answer. Lists and sets are unordered, and a set
+    with one element equals the element."""
     if answer_shape is None or gold_shape is None:
         shape, other = answer_shape or gold_shape, gold if answer_shape else answer
         assert shape is not None
         if shape.kind == "set" and len(shape.items) == 1 and r"\emptyset" not in shape.items:
             pair = (shape.items[0], gold) if answer_shape else (answer, shape.items[0])
             return _equal(*pair)
-        # x = (1, 2), x \in [0, 1]: the collection is on the right of a name.
+        # x = (1, 2), x \in [0, 1]: the collection is the right side, after a name.
         name, *rest = structure.sides(other)
         if len(rest) == 1 and structure.is_name(name):
             return _equal(answer, rest[0]) if answer_shape else _equal(rest[0], gold)
@@ -201,7 +202,7 @@ def _equal_shapes(
 
 
 def _equal_named_tuple(answer: structure.Shape, gold: structure.Shape) -> bool:
-    """`y = 12, x = 2` is (2, 12) by the alphabet; `p = 5, q = 2` as gold is (5, 2) by its own order."""
+    """Whether named values equal a tuple. An answer `y = 12, x = 2` is (2, 12), by alphabet; a gold answer keeps its order."""
     named = structure.named_values(answer if answer.kind == "list" else gold)
     if named is None:
         return False
@@ -212,7 +213,7 @@ def _equal_named_tuple(answer: structure.Shape, gold: structure.Shape) -> bool:
 
 
 def _equal_lists(answer: structure.Shape, gold: structure.Shape) -> bool:
-    """Any order, unless the items have names of their own and only one side says which is which."""
+    """Whether two lists are equal: in any order, but by name if both have names, and in order if only one has names."""
     answer_names, gold_names = structure.named_values(answer), structure.named_values(gold)
     if answer_names and gold_names:
         return answer_names.keys() == gold_names.keys() and all(
@@ -224,7 +225,7 @@ def _equal_lists(answer: structure.Shape, gold: structure.Shape) -> bool:
 
 
 def _match_items(answer: list[str], gold: list[str]) -> bool:
-    """Equality is transitive, so the first match of each item is as good as any other."""
+    """Whether the items match in any order. Equality is transitive, so any match of an item will do."""
     answer = list(answer)
     for item in gold:
         found = next((n for n, other in enumerate(answer) if _equal(other, item)), None)
@@ -238,7 +239,7 @@ def _match_items(answer: list[str], gold: list[str]) -> bool:
 
 
 def _equal_sides(answer: str, gold: str) -> bool:
-    """Single things, perhaps with an equals sign: `x = 5` is 5, `3 + 4 = 7` is 7, `5 = 7` is nothing."""
+    """Whether single items are equal, with or without equals signs: `x = 5` is 5, `3 + 4 = 7` is 7, `5 = 7` is wrong."""
     answer_sides, gold_sides = structure.sides(answer), structure.sides(gold)
     if len(answer_sides) == 2 and structure.is_name(answer_sides[1]):
         answer_sides.sort(key=structure.is_name, reverse=True)  # 5 = x
@@ -256,7 +257,7 @@ def _equal_sides(answer: str, gold: str) -> bool:
 
 
 def _equal_last(answer_sides: list[str], gold: str) -> bool:
-    """Whether the last side is the gold, and no side before it claims another number."""
+    """Whether the last side equals the gold answer and no earlier side states another number."""
     *claims, last = answer_sides
     claims = [claim for claim in claims if not structure.names_something(claim)]
     return bool(last) and _equal(last, gold) and all(_same_value(claim, last) for claim in claims)
@@ -287,7 +288,7 @@ def _equal_expressions(answer: str, gold: str) -> bool:
 
 
 def _equal_angles(answer: str, gold: str) -> bool:
-    r"""`30^\circ` and `\frac{\pi}{6}`."""
+    r"""Whether two angles are equal, one in degrees and one with pi: `30^\circ` and `\frac{\pi}{6}`."""
     one, other = numbers.number(answer), numbers.number(gold)
     if one is not None and one.unit == "degree" and r"\pi" in gold:
         return _symbolic(
@@ -300,12 +301,12 @@ def _equal_angles(answer: str, gold: str) -> bool:
 
 def _symbolic(answer: str, gold: str, strict: bool = True) -> bool:
     if strict and not _letters(answer) <= _letters(gold):
-        return False  # what the strict comparison finds too, after it has parsed both
+        return False  # the strict comparison would find this too, but only after parsing both
     return _in_worker(answer, gold, strict)
 
 
 def _letters(text: str) -> set[str]:
-    """The letters outside of commands, but for those that have a meaning of their own."""
+    """The letters outside commands, without e, i and d, which have a fixed meaning."""
     return set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", text)) - set("eid")
 
 
@@ -314,5 +315,5 @@ _PROSE = re.compile(r"(?<![A-Za-z\\])(?:or|and|not)(?![A-Za-z])")
 
 def _in_worker(*request: str | bool) -> bool:
     if any(isinstance(text, str) and _PROSE.search(text) for text in request):
-        return False  # the parser would take the letters of these words for factors
+        return False  # the parser would read these words as products of letters
     return bool(worker_pool.ask("math", *request))

@@ -1,4 +1,4 @@
-"""Runs programs that nobody has read: see `isolation` for what holds them, `session` for how they are talked to."""
+"""Run untrusted programs: `isolation` chooses the sandbox, `session` starts a program and exchanges messages with it."""
 
 from distill.tasks.sandbox.isolation import Isolation, choose, describe
 from distill.tasks.sandbox.session import (

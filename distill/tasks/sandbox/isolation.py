@@ -1,15 +1,15 @@
-"""How strongly untrusted programs are held, and what this machine has to hold them with.
+"""Levels of isolation for untrusted programs, and the choice of the strongest one that this machine supports.
 
-Level 1, a command of the user's that starts a Python elsewhere (`docker run --rm -i --network none python:3.12-slim
-python`): what it isolates is its own affair. Level 2, bubblewrap: no network, a file system of the system's and the
-interpreter's files only, read-only, a private and bounded /tmp, own process, ipc, host name and network namespaces,
-a new session, dead with its parent. Level 3, nothing but resource limits, a scrubbed environment and refused
-system calls; for those who say `unsafe: true`. Levels 2 and 3 give each program a user id of its own where
-this process is root.
+Level 1: a command of the user that starts a Python elsewhere, such as `docker run --rm -i --network none
+python:3.12-slim python`. The command decides what is isolated.
+Level 2: bubblewrap. No network, a read-only file system with only the system's and the interpreter's files, a private
+/tmp of limited size, separate process, ipc, host name and network namespaces, a new session; it ends with its parent.
+Level 3, for `unsafe: true`: only resource limits, a minimal environment and a filter of system calls.
+Levels 2 and 3 run each program under a user id of its own if this process is root.
 
-What level 3 cannot stop: reading whatever is open to all (a benchmark's answers, if they lie there), filling the disk
-as fast as the time limit allows; and, where this process is not root, reading, changing and deleting the user's own
-files, and looking into the user's own processes.
+Level 3 does not prevent a program from reading files that everybody may read (such as the answers of a benchmark) or
+from filling the disk within the time limit. If this process is not root, it also does not prevent reading, changing and
+deleting the user's files, or inspecting the user's processes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Level = Literal[1, 2, 3]
 CHILD = Path(__file__).with_name("child.py").read_text(encoding="utf-8")
 SCRATCH_BYTES = 64 * 2**20
 FIRST_UID = 2**30
-"""Above every user's; no entry of the user database, no files."""
+"""First user id for programs: larger than the ids of real users, and no file belongs to it."""
 
 INSTALL = (
-    "Install bubblewrap (`apt-get install bubblewrap`, `dnf install bubblewrap`), give `sandbox_command`, a command "
-    "that starts a Python in a container, or say `unsafe: true` to run generated code with resource limits only"
+    "Install bubblewrap (`apt-get install bubblewrap`, `dnf install bubblewrap`), set `sandbox_command` to a command "
+    "that starts a Python in a container, or set `unsafe: true` to run generated code with resource limits only"
 )
 _FLAGS = ("-s", "-S", "-B", "-X", "utf8", "-c", CHILD)
 _SYSTEM_DIRS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
@@ -51,7 +51,7 @@ _counter = itertools.count()
 
 @dataclass(frozen=True)
 class Isolation:
-    """A level and the command that starts the child at it. own_uid: each program runs as a user of its own."""
+    """A level and the command that starts the child process. own_uid: each program runs under a user id of its own."""
 
     level: Level
     argv: tuple[str, ...]
@@ -60,7 +60,7 @@ class Isolation:
 
     @contextlib.contextmanager
     def command(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-        """The command that starts the child, and the files it must inherit; until the end of the context."""
+        """The command that starts the child, and the file descriptors that it inherits; valid within the context."""
         refused = syscalls.denied(namespaces=True) if self.level == 2 else b""
         if not refused:
             yield self.argv, ()
@@ -73,14 +73,14 @@ class Isolation:
             os.close(file)
 
     def new_uid(self) -> int:
-        """A user id that no other program has at this time; 0 to stay who we are."""
+        """A user id that no other running program has; 0 = keep the current user."""
         if not self.own_uid:
             return 0
         return FIRST_UID + os.getpid() % 2**22 * 64 + next(_counter) % 64
 
 
 def choose(unsafe: bool = False, command: str | None = None) -> Isolation:
-    """The strongest isolation there is; level 3 only where it is asked for. UserError says what is missing."""
+    """The strongest isolation of this machine; level 3 only if `unsafe`. Raises UserError that says what is missing."""
     if command is not None:
         return by_command(command)
     try:
@@ -92,7 +92,7 @@ def choose(unsafe: bool = False, command: str | None = None) -> Isolation:
 
 
 def describe(unsafe: bool = False, command: str | None = None) -> str:
-    """The level that would be used, in words, for reports and doctor; never raises."""
+    """A description of the level that `choose` returns, for reports and `doctor`. Does not raise."""
     try:
         isolation = choose(unsafe, command)
     except UserError as error:
@@ -101,11 +101,11 @@ def describe(unsafe: bool = False, command: str | None = None) -> str:
 
 
 class UnavailableError(Exception):
-    """A level that this machine does not have; the message says why."""
+    """This machine does not support a level; the message says why."""
 
 
 def by_command(command: str) -> Isolation:
-    """Level 1. The command's last word is a Python (3.8 or newer) that reads its standard input."""
+    """Level 1. The command's last word is a Python (3.8 or newer) that reads its standard input. Raises UserError."""
     words = shlex.split(command)
     if not words or shutil.which(words[0]) is None:
         raise UserError(f"sandbox_command: {command!r}: there is no such program.")
@@ -114,7 +114,7 @@ def by_command(command: str) -> Isolation:
 
 @functools.cache
 def bubblewrap() -> Isolation:
-    """Level 2, tried once. UnavailableError where bubblewrap is not installed or may not make namespaces."""
+    """Level 2; tested once per process. Raises UnavailableError if bubblewrap is missing or cannot create namespaces."""
     program = shutil.which("bwrap")
     if program is None:
         raise UnavailableError("bubblewrap (bwrap) is not installed")
@@ -131,18 +131,18 @@ def bubblewrap() -> Isolation:
     if tried.stdout.strip() != "works":
         said = (tried.stderr.strip().splitlines() or [f"exit status {tried.returncode}"])[0]
         raise UnavailableError(
-            f"bubblewrap is installed but does not work here ({said}): in a container it needs the right to "
-            f"make namespaces"
+            f"bubblewrap is installed but does not work here ({said}): in a container it needs permission to "
+            f"create namespaces"
         )
     return made
 
 
 @functools.cache
 def limits_only() -> Isolation:
-    """Level 3. UserError where there is no Linux to set the limits."""
+    """Level 3. Raises UserError if this is not Linux, where the limits cannot be set."""
     if sys.platform != "linux":
         raise UserError(
-            "generated code runs on Linux only. Elsewhere give `sandbox_command`, a command that starts a Python in a container."
+            "generated code runs only on Linux. On this system, set `sandbox_command` to a command that starts a Python in a container."
         )
     own_uid = os.geteuid() == 0 and _may_change_uid()
     python = _interpreter(_open_to_all if own_uid else lambda path: True)
@@ -157,7 +157,7 @@ def _may_change_uid() -> bool:
 
 
 def _interpreter(usable: object) -> str:
-    """This interpreter outside its virtual environment, or the system's where that is not `usable`."""
+    """This interpreter outside its virtual environment; the system's interpreter if that one is not `usable`."""
     assert callable(usable)
     own = os.path.realpath(sys.executable)
     if usable(own):
@@ -179,7 +179,7 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
     )
     yield from ("--die-with-parent", "--new-session", "--hostname", "sandbox")
     if root:
-        # The child gives these up when it becomes another user; no namespace of users is needed.
+        # The child drops these capabilities when it changes its user; no user namespace is needed.
         yield from ("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
     else:
         yield "--unshare-user"
@@ -199,7 +199,7 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
                 "0755",
                 "--dir",
                 str(parent),
-            )  # else closed to others, as a home is
+            )  # without this, another user could not enter the folder
         yield from ("--ro-bind", base, base)
     for folder in sorted(_package_dirs()):
         if os.path.isdir(folder):
@@ -208,12 +208,12 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
                 folder,
                 "--remount-ro",
                 folder,
-            )  # a benchmark's answers may lie there
+            )  # hide installed packages, which may contain a benchmark's answers
     yield from ("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (0, 8):
         yield from ("--perms", "1777", "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp")
     else:
-        yield from ("--perms", "1777", "--tmpfs", "/tmp")  # bounded by the program's own time only
+        yield from ("--perms", "1777", "--tmpfs", "/tmp")  # old versions cannot limit its size
     yield from ("--remount-ro", "/", "--chdir", "/tmp")
 
 
