@@ -31,11 +31,6 @@ SCHEMA_VERSION: Final = 1
 
 METADATA_KEY = b"distill"
 
-IDENTITY_COLUMNS = ("trace_id", "problem_id", "sample")
-TEXT_COLUMNS = ("messages", "completion", "answer", "gold")
-TOKEN_COLUMNS = ("prompt_ids", "completion_ids")
-COUNT_COLUMNS = ("prompt_tokens", "completion_tokens")
-VERDICT_COLUMNS = ("reward", "rewards", "correct", "finish_reason")
 VALUE_COLUMNS = ("top_steps", "top_logprobs")
 """Two forms of one thing, of which a folder has one: whoever asks for either gets both."""
 DISTRIBUTION_COLUMNS = ("top_count", "top_ids", *VALUE_COLUMNS, "tail_logprob")
