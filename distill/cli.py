@@ -241,7 +241,7 @@ def schema(
     out: Annotated[Path | None, typer.Argument(help="The file; default: print it.", show_default=False)] = None,
 ) -> None:
     """Write the JSON schema of recipes, which editors use to complete and check them."""
-    from distill.recipe.schema import as_text
+    from distill.recipe.json_schema import as_text
 
     if out is None:
         typer.echo(as_text(), nl=False)
@@ -265,7 +265,7 @@ def init(
         raise UserError(f"{target} exists already; choose another name.")
     text = listing.recipe_file(recipe).read_text(encoding="utf-8")
     lines = [f"name: {target.stem}" if line.startswith("name:") else line for line in text.splitlines()]
-    from distill.recipe.schema import FILE, as_text
+    from distill.recipe.json_schema import FILE, as_text
 
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from distill.training.rl.advantages import PolicyObjective
 
 Form = Literal["targets", "rows", "pair"]
-OBJECTIVES = "distill.training.rl.objectives"
+OBJECTIVES = "distill.training.rl.policy_objectives"
 LOSSES = "distill.training.loss.sparse"
 DIVERGENCES = "distill.training.loss.divergences"
 CROSS_TOKENIZER = "distill.training.loss.cross_tokenizer.losses"

@@ -25,7 +25,7 @@ from torch import Tensor
 from distill.training.batch import CrossTokenizerBatch
 from distill.training.loss import divergences
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
-from distill.training.loss.cross_tokenizer.divergences import by_text, sorted_gap
+from distill.training.loss.cross_tokenizer.vocabulary_divergences import by_text, sorted_gap
 from distill.training.loss.dense import Divergence, Logits, compare_rows
 from distill.training.loss.head import HeadOutput, Targets, head_loss
 from distill.training.loss.sparse import cross_entropy
