@@ -1,4 +1,4 @@
-"""Causal attention over packed docs that never crosses from one into another, and builds no [T, T] mask.
+"""Causal attention over packed documents ("docs"): no token sees another document, and no [T, T] mask is built.
 
 A doc that continues others (`Batch.parent`) also sees all of their tokens, which were computed once for all that continue
 them. Registered with transformers as the attention implementation "packed": `model.set_attn_implementation(PACKED)`,
@@ -33,8 +33,8 @@ SMALLEST = 16
 class Block(NamedTuple):
     """B docs of similar length, padded to L tokens.
 
-    prefix [B * P]: the packed tokens that each doc continues, padded to P; None where all docs start a trace.
-    hidden bool [B or 1, 1, L, P + L]: the tokens that a token does not see; None = causal by the fused kernel.
+    prefix [B * P]: the packed tokens that each doc continues, padded to P; None if no doc has a parent.
+    hidden bool [B or 1, 1, L, P + L]: True where a query must not see a key; None = causal by the fused kernel.
     """
 
     docs: int
@@ -45,9 +45,9 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """Where each packed token lies in the padded blocks.
+    """The mapping between packed tokens and padded blocks.
 
-    gather [padded tokens]: the packed token there (0 at padding). padding: the padded positions that hold none.
+    gather [padded tokens]: the packed token at each padded position (0 at padding). padding: positions without a token.
     scatter [T]: each packed token's padded position.
     """
 
@@ -61,8 +61,9 @@ class Padded:
 class Spans:
     """The docs of a batch for flash attention, which takes them end to end.
 
-    query_offsets, key_offsets int32 [N+1]: where each doc's own tokens, and the tokens that it sees, start.
-    num_queries, num_keys: the most of either in a doc. keys: the packed token of each key; None where these are all tokens.
+    query_offsets, key_offsets int32 [N+1]: the start of each doc's own tokens, and of the tokens that it sees.
+    num_queries, num_keys: the largest number of either in a doc. keys: the packed token of each key; None if they are all
+    tokens in order.
     """
 
     query_offsets: Tensor
@@ -76,8 +77,8 @@ class Spans:
 class Layout:
     """The docs of a batch; made once per micro-batch, used by every layer.
 
-    starts, lengths, before [N], on the CPU: each doc's first packed token, its number of tokens, and the number of those
-    that it continues. prefixes: where these are, in order. longest: tokens that the longest trace sees.
+    starts, lengths, before [N], on the CPU: each doc's first packed token, its number of tokens, and the number of tokens
+    of its parents. prefixes: the packed positions of those, in order. longest: the length of the longest trace in tokens.
     """
 
     starts: Tensor
@@ -89,7 +90,7 @@ class Layout:
 
     @staticmethod
     def of(doc_offsets: Tensor, parent: Tensor | None = None) -> Layout:
-        """From doc boundaries [N+1] and each doc's parent [N] (-1: none)."""
+        """Build the layout from doc boundaries [N+1] and each doc's parent [N] (-1: none)."""
         offsets = doc_offsets.cpu()
         starts, lengths = offsets[:-1], offsets.diff()
         prefixes = _prefixes(starts.tolist(), lengths.tolist(), parent)
@@ -98,7 +99,7 @@ class Layout:
 
     @cached_property
     def padded(self) -> Padded:
-        """In blocks: docs share one when their lengths round up to the same power of two."""
+        """Return the docs in padded blocks; docs whose lengths round up to the same power of two share one."""
         starts, lengths, before, device = self.starts, self.lengths, self.before, self.device
         kinds = [
             (int(num) > 0, max(SMALLEST, 1 << (int(n) - 1).bit_length()))
@@ -130,7 +131,7 @@ class Layout:
 
     @cached_property
     def spans(self) -> Spans:
-        """End to end, each doc's prefix before its own tokens."""
+        """Return the docs end to end, each doc's prefix before its own tokens."""
         seen = self.lengths + self.before
         keys = None
         if int(self.before.max()):
@@ -144,12 +145,12 @@ class Layout:
 
 
 def _prefixes(starts: list[int], lengths: list[int], parent: Tensor | None) -> list[list[range]]:
-    """For each doc the packed tokens before its own: those of its parent's parents, then its parent's."""
+    """Return the packed tokens before each doc's own: those of its parent's parents, then its parent's."""
     parents = [-1] * len(starts) if parent is None else parent.tolist()
     found: dict[int, list[range]] = {-1: []}
 
     def through(doc: int) -> list[range]:
-        """The tokens of a doc's parents and its own."""
+        """Return the tokens of a doc's parents and its own."""
         if doc not in found:
             own = range(starts[doc], starts[doc] + lengths[doc])
             found[doc] = [*through(parents[doc]), own]
@@ -163,7 +164,7 @@ def _tokens(ranges: list[range]) -> Tensor:
 
 
 def _hidden(padding_BP: Tensor, num: int) -> Tensor:
-    """bool [B, 1, L, P + L]: the padding of the prefixes and, of the L = num own tokens, the later ones."""
+    """Return a mask [B, 1, L, P + L], True at the padding of the prefixes and at later tokens among the L = num own ones."""
     later_LL = torch.ones(num, num, dtype=torch.bool).triu(1)
     B = len(padding_BP)
     both = [padding_BP[:, None].expand(B, num, -1), later_LL.expand(B, num, num)]
@@ -171,7 +172,7 @@ def _hidden(padding_BP: Tensor, num: int) -> Tensor:
 
 
 class _Move(torch.autograd.Function):
-    """Rows of x by index, some set to zero; backward is a gather by the inverse index, not a scatter-add."""
+    """Select rows of x by index and set some to zero; backward is a gather by the inverse index, not a scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, zero: Tensor, inverse: Tensor, inverse_zero: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def packed_attention(
 
 
 def takes_flash(query: Tensor, value: Tensor) -> bool:
-    """Whether the flash kernels take these inputs: half precision, one head size for all, an Ampere GPU or newer."""
+    """Return whether the flash kernels take these inputs: half precision, one head size, an Ampere GPU or newer."""
     size = query.shape[3]
     return (
         query.is_cuda
@@ -232,7 +233,7 @@ def takes_flash(query: Tensor, value: Tensor) -> bool:
 
 
 class _Keys(torch.autograd.Function):
-    """Rows of x [T, G, d] by index, with repetition. Their gradients are added up in fp32."""
+    """Select rows of x [T, G, d] by index, with repetition; gradients are summed in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -249,7 +250,7 @@ class _Keys(torch.autograd.Function):
 
 
 def _by_flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, dropout: float) -> Tensor:
-    """[1, T, H, d]. Where a doc sees more keys than it has queries, its last query sees all of them."""
+    """Attend by flash attention; [1, T, H, d]. A doc with more keys than queries aligns its last query with its last key."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if spans.keys is not None:
         k, v = (_Keys.apply(x, spans.keys) for x in (k, v))  # type: ignore[no-untyped-call]
@@ -261,13 +262,13 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: fl
 
 
 def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Padded, scale: float, dropout: float) -> Tensor:
-    """[1, T, H, d]."""
+    """Attend block by block; [1, T, H, d]."""
     nowhere = layout.padding[:0]
     widths = [x.shape[1] * x.shape[3] for x in (query, key, value)]
     rows = [x[0].transpose(0, 1).reshape(x.shape[2], -1) for x in (query, key, value)]
     flat = torch.cat(rows, 1)
     padded = _Move.apply(flat, layout.gather, layout.padding, layout.scatter, nowhere)  # type: ignore[no-untyped-call]
-    # In fp32, so that the gradients of all docs that continue a prefix are added up in it.
+    # In fp32, so that the gradients of all docs that continue a prefix are summed in fp32.
     shared = flat[:, widths[0] :]
     shared = shared.float() if shared.dtype.itemsize < 4 else shared
     outputs = []
@@ -313,7 +314,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
 
 
 class _Plain(torch.autograd.Function):
-    """Attention by two batched products, with as few passes over the scores [B, H, L, M] as there can be.
+    """Attention by two batched products, with as few passes over the scores [B, H, L, M] as possible.
 
     Only the weights are kept for backward. Scores are rounded to the inputs' dtype, their softmax is fp32 inside.
     """

@@ -1,6 +1,7 @@
-"""The model in training, as the loop and a rollout source see it.
+"""The model in training: `StudentModule` for the loop, `Policy` for sources of rollouts.
 
-`StudentModule` is the model with an objective's loss on its head, one module that accelerate can wrap; `Policy` scores batches with the weights of the moment and of the reference, and hands the weights to an engine.
+`StudentModule` is the model with an objective's loss on its output head, one module that accelerate can wrap. `Policy`
+computes log-probabilities of batches under the current weights and the reference, and gives the weights to an engine.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ REFERENCE = "reference/"
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """A model that teaches in the trainer, frozen, and its share of the mixture.
+    """A frozen teacher model in the trainer, and its share of the mixture.
 
-    vocab_size: its tokenizer's length, and shared: the tokens it has in common with the student; None for the student's own tokenizer.
+    vocab_size: its tokenizer's length. shared: the tokens that it has in common with the student. Both are None for a
+    teacher with the student's tokenizer.
     """
 
     model: Any
@@ -42,7 +44,7 @@ class Teacher:
 
 
 class StudentModule(nn.Module):
-    """A causal language model with the loss on its head. The teachers are no part of it: nothing of theirs is trained or wrapped."""
+    """A causal language model with the loss on its head. Teachers are kept outside: they are not trained or wrapped."""
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class StudentModule(nn.Module):
 
     @staticmethod
     def hidden(model: Any, batch: Batch, rows: Tensor) -> Tensor:
-        """The last hidden states [rows, D] of a model over a packed batch."""
+        """Return a model's last hidden states [rows, D] for the given rows of a packed batch."""
         hidden_TD: Tensor = (
             _base(model)
             .get_decoder()(
@@ -80,30 +82,30 @@ class StudentModule(nn.Module):
         return hidden_TD.index_select(0, rows)
 
     def output_head(self) -> tuple[Tensor, Tensor | None]:
-        """The student's lm_head: weight [V, D] and bias [V]."""
+        """Return the student's output head: weight [V, D] and bias [V]."""
         head = _base(self.model).get_output_embeddings()
         return head.weight, getattr(head, "bias", None)
 
     def logits(self, model: Any, hidden_TD: Tensor, share: float = 1.0, vocab_size: int | None = None) -> Logits:
-        """Where the logits of the student or of a teacher come from. vocab_size: of its tokenizer, None for the student's."""
+        """Return the logits' inputs of the student or a teacher. vocab_size: of its tokenizer, None for the student's."""
         head = _base(model).get_output_embeddings()
         form = HeadForm.of(model.config, vocab_size or self.vocab_size)
         return Logits(hidden_TD, gathered(head.weight), form, getattr(head, "bias", None), share)
 
     @torch.no_grad()
     def teacher_logits(self, batch: Batch, rows: Tensor) -> list[Logits]:
-        """Of every teacher, over the same tokens."""
+        """Return the inputs of every teacher's logits over the same tokens."""
         return [self.logits(t.model, self.hidden(t.model, batch, rows), t.share) for t in self.teachers]
 
     @torch.no_grad()
     def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Log-probability of the label at each of the rows, nats [rows]."""
+        """Return the label's log-probability at each of the rows, nats [rows]."""
         targets = Targets(batch.label_T[rows], batch.weight_T[rows])
         return self.labels_of(self.hidden(self.model, batch, rows), targets)
 
     @torch.no_grad()
     def labels_of(self, hidden_TD: Tensor, targets: Targets) -> Tensor:
-        """Log-probability of the labels from hidden states, without a gradient, nats [T]."""
+        """Return the labels' log-probabilities from hidden states, without a gradient, nats [T]."""
         weight_VD, bias_V = self.output_head()
         return head_loss(
             hidden_TD.detach(),
@@ -116,7 +118,7 @@ class StudentModule(nn.Module):
 
 
 class Policy:
-    """The model in training, for a rollout source.
+    """The model in training and its reference, as a source of rollouts uses them.
 
     The reference is a copy of the model as it was at the start; under LoRA it is the model without its adapter.
     """
@@ -132,22 +134,22 @@ class Policy:
             self._reference = StudentModule(frozen, objective, vocab_size).to(device)
 
     def logp(self, batch: Batch) -> Array:
-        """Log-probability of the labels under the present weights, float32 [T]; 0 where the weight is."""
+        """Return the labels' log-probabilities under the current weights, float32 [T]; 0 where weight_T is 0."""
         return self._score(_unwrapped(self._student_module), batch)
 
     def reference_logp(self, batch: Batch) -> Array:
-        """The same under the reference."""
+        """Return the labels' log-probabilities under the reference, float32 [T]; 0 where weight_T is 0."""
         if self._reference is not None:
             return self._score(self._reference, batch)
         with self._model.disable_adapter():
             return self._score(_unwrapped(self._student_module), batch)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the checkpoint, tensor) of all weights, adapters merged in."""
+        """Yield (name in the checkpoint, tensor) of all weights, with adapters merged in."""
         return models.exported_weights(self._model)
 
     def refresh_reference(self) -> None:
-        """The reference becomes the policy of this moment."""
+        """Copy the current weights into the reference."""
         assert self._reference is not None, "the recipe allows this with a reference of its own only"
         self._refreshed = True
         with torch.no_grad():
@@ -155,7 +157,7 @@ class Policy:
                 mine.copy_(theirs)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold besides the optimiser's: a reference that is no longer the start."""
+        """Return the tensors of a reference that was refreshed, which a checkpoint must hold."""
         if not self._refreshed or self._reference is None:
             return {}
         named = self._reference.model.named_parameters()
@@ -182,7 +184,7 @@ class Policy:
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout inside."""
+    """Turn dropout off inside the context."""
     before = module.training
     module.eval()
     try:
