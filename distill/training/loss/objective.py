@@ -1,13 +1,13 @@
-"""What the loop minimises: the kinds of losses, each with its own forward pass.
+"""The objectives that the loop minimises, one class a kind of loss, each with its own forward pass.
 
     StoredObjective           a loss on the student's K+1 numbers and what is stored: labels, distributions, rewards
-    TeacherTopObjective       the same loss where a teacher in the trainer gives the entries, with every step
+    TeacherTopObjective       the same loss on the top entries of a teacher in the trainer, computed at every step
     SampledTeacherObjective   the same loss on ids drawn from a teacher in the trainer
     DenseObjective            a divergence over the whole vocabulary, with teachers in the trainer
     CrossTokenizerObjective   a comparison with a teacher in the trainer that has another tokenizer
 
-Comes in: the module with the student and its teachers, a batch, the rows that have a weight. Goes out: the weighted sum of the
-loss, differentiable, and what is to be logged.
+In: the module with the student and its teachers, a batch, the rows that have a weight. Out: the weighted sum of the loss,
+differentiable, and the metrics to log.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from distill.training.policy import StudentModule
 
 Couple = Callable[[Tensor, Targets, Tensor], Tensor]
-"""(log-probs of the labels [T], targets, trace index [T]) -> what the loss needs of the whole trace, [T]."""
+"""(log-probs of the labels [T], targets, trace index [T]) -> a value of the whole trace at each of its tokens, [T]."""
 FULL, NONE = LinearWeight(1.0), LinearWeight(0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """loss: the weighted sum, differentiable. watched and weight_T [T]: by row, detached."""
+    """The result of an objective. loss: the weighted sum, differentiable. watched (metrics) and weight_T: [T], detached."""
 
     loss: Tensor
     watched: Mapping[str, Tensor]
@@ -45,13 +45,13 @@ class Output:
 
 
 class Objective(Protocol):
-    """One kind of loss. reference: whether it reads the log-probabilities of a frozen reference model."""
+    """One kind of loss. reference: whether it needs the log-probabilities of a frozen reference model."""
 
     @property
     def reference(self) -> bool: ...
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
-        """The loss of the tokens `rows` [T] of a batch."""
+        """Compute the loss at the tokens `rows` [T] of a batch."""
         ...
 
 
@@ -62,9 +62,9 @@ def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class StoredObjective:
-    """A loss on what the batch holds. loss: unreduced, [T]. watch: numbers to log a token, averaged with the loss's weights.
+    """A loss on the batch's own streams. loss: unreduced, [T]. watch: metrics a token, averaged with the loss's weights.
 
-    couple: a first pass over whole traces, for losses that couple their tokens; it fills Targets.coupled_T.
+    couple: a first pass over whole traces, for losses that couple a trace's tokens; it fills Targets.coupled_T.
     """
 
     loss: LossFn
@@ -84,13 +84,13 @@ class StoredObjective:
         return Output(out.loss, out.measures, targets.weight_T)
 
     def complete(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
-        """The targets with what the batch does not hold."""
+        """Add to the targets what the batch does not hold."""
         return targets
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherTopObjective(StoredObjective):
-    """A loss on stored distributions, with the `entries` likeliest ids of the teachers' mixture and its tail from the trainer."""
+    """A loss for stored distributions, on the `entries` likeliest ids (and the tail) of teachers in the trainer."""
 
     entries: int = 64
 
@@ -147,7 +147,7 @@ class DenseObjective:
 
 @dataclass(frozen=True, slots=True)
 class CrossTokenizerObjective:
-    """A comparison with a teacher that reads the same texts in its own tokens."""
+    """A comparison with a teacher that reads the same texts re-tokenised."""
 
     loss: Callable[[Pair], HeadOutput]
 
