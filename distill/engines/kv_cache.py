@@ -1,10 +1,10 @@
-"""A key-value cache of transformers whose rows can leave and join while a batch is decoded.
+"""A key-value cache for transformers models whose rows can leave and join while a batch is decoded.
 
 The library's own cache copies all keys and values at every token; this one writes them into buffers with room to grow.
-Only for models whose layers all attend to everything before them; `growing` says None for others.
+It supports models whose layers all attend to all earlier positions; `growing` returns None for other models.
 
-Shapes: B rows of the batch, H heads, P positions, D a head's size. A row's positions end together at the right;
-what is left of its first one is masked.
+Shapes: B rows of the batch, H heads, P positions, D head size. Rows are aligned at the right; positions before a row's
+first one are masked.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 ROOM = 64
-"""Positions by which a full buffer grows."""
+"""The number of positions by which a full buffer grows."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -36,7 +36,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def _reserve(self, keys: torch.Tensor, values: torch.Tensor, start: int, end: int) -> None:
-        """Make the views `end` positions long, those before `start` kept."""
+        """Make the views `end` positions long and keep the positions before `start`."""
         if not self.is_initialized or end > self._buffers[0].shape[2]:
             wider = [like.new_empty(like.shape[0], like.shape[1], end + ROOM, like.shape[3]) for like in (keys, values)]
             if start:
@@ -51,7 +51,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     @torch.inference_mode()
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only the rows of `indices`, in that order; only those that change their place are copied."""
+        """Keep the rows of `indices`, in that order; copy only rows whose place changes."""
         num, end = len(indices), self.get_seq_length()
         if num > len(self.keys):
             self._buffers = [buffer[indices] for buffer in self._buffers]
@@ -63,13 +63,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     @torch.inference_mode()
     def join(self, other: GrowingLayer, skip: int) -> None:
-        """Take up another's rows below its own; `skip` positions at the left of its own are dropped."""
+        """Append another layer's rows below these, and drop `skip` positions at the left of these."""
         mine, theirs = self.get_seq_length() - skip, other.get_seq_length()
         end, num = max(mine, theirs), len(self.keys)
         rows = num + len(other.keys)
         joined = []
         for own, new in ((self.keys, other.keys), (self.values, other.values)):
-            # Zeros where a row is masked: what is never looked at must not be a NaN all the same.
+            # Zeros where a row is masked: a NaN there would spread through the attention even with weight 0.
             buffer = own.new_zeros(rows, own.shape[1], end + ROOM, own.shape[3])
             buffer[:num, :, end - mine : end] = own[:, :, skip:]
             buffer[num:, :, end - theirs : end] = new
@@ -87,7 +87,7 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
 
 
 def growing(config: Any) -> GrowingCache | None:
-    """An empty cache for a model of this configuration; None where a layer keeps something else than all positions."""
+    """Return an empty cache for a model of this configuration; None if a layer stores anything but all positions."""
     cache = GrowingCache(config=config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None

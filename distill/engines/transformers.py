@@ -1,9 +1,9 @@
-"""Plain transformers as an engine: a batch is decoded together with a key-value cache; rows leave as they finish.
+"""An engine on plain transformers: a batch is decoded together with a key-value cache; rows leave as they finish.
 
-When half of them have left, others take their places. Prompts are padded on the left; what all prompts of a batch begin
-with is computed once, and so is a prompt that is asked several times. Each request draws from its own generator, one
-uniform number a token. With a batch of one nothing depends on anything but the request:
-that, in float32, is the reference engine. Log-probabilities are raw: before temperature and top-p.
+When half of the rows have left, new requests join. Prompts are padded on the left; a batch's common prompt prefix is
+computed once, and so is a prompt that occurs several times. Each request draws from its own generator, one uniform number a
+token. With a batch of one a result depends on its request only: in float32 that is the reference engine.
+Log-probabilities are raw: before temperature and top-p.
 
 Shapes: B rows of the batch, V vocabulary, K candidates, T positions, P prompt tokens.
 """
@@ -27,16 +27,16 @@ from distill.engines.kv_cache import GrowingCache, growing
 from distill.records import Array, Completion, Request, Sampling
 
 CHUNK = 256
-"""Positions of one long completion scored at a time: bounds the logits to [CHUNK, vocabulary]."""
+"""The number of positions of one long completion scored at a time: bounds the logits to [CHUNK, vocabulary]."""
 SCORED = 1024
-"""Positions scored at a time where several completions are: bounds the logits to [SCORED, vocabulary]."""
+"""The number of positions scored at a time over several completions: bounds the logits to [SCORED, vocabulary]."""
 FED = 4096
-"""Tokens of those completions with their prompts: bounds the activations."""
+"""The number of tokens, prompts included, of completions scored together: bounds the activations."""
 
 
 @dataclass(slots=True)
 class _Row:
-    """A completion being written."""
+    """A completion in progress."""
 
     request: Request
     limit: int
@@ -47,10 +47,10 @@ class _Row:
 
 
 @dataclass(slots=True)
-class _Live:
-    """Rows being written, with the attention mask [B, P], the logits of their next tokens [B, V] and the cache.
+class _Running:
+    """The completions in progress, their attention mask [B, P], next-token logits [B, V] and key-value cache.
 
-    joins: whether the cache can take up others.
+    joins: whether new rows can be added to the cache.
     """
 
     rows: list[_Row]
@@ -60,7 +60,7 @@ class _Live:
     joins: bool
 
     def keep(self, kept: list[int], next_B: torch.Tensor) -> torch.Tensor:
-        """Only these rows, in this order; returns their next tokens."""
+        """Keep these rows, in this order; return their next tokens."""
         if len(kept) == len(self.rows):
             return next_B
         index_B = torch.tensor(kept, device=next_B.device)
@@ -69,19 +69,19 @@ class _Live:
         self.cache.batch_select_indices(index_B)
         return next_B[index_B]
 
-    def join(self, new: _Live) -> _Live:
-        """These rows and new ones below them. Positions at the left that none of these rows has are dropped."""
+    def join(self, new: _Running) -> _Running:
+        """Add new rows below these. Positions at the left that none of these rows uses are dropped."""
         skip = int(self.mask_BP.any(0).long().argmax())
         self.cache.join(new.cache, skip)
         mine, theirs = self.mask_BP[:, skip:], new.mask_BP
         width = max(mine.shape[1], theirs.shape[1])
         mask_BP = torch.cat([F.pad(mask, (width - mask.shape[1], 0)) for mask in (mine, theirs)], dim=0)
         logits_BV = torch.cat([self.logits_BV, new.logits_BV])
-        return _Live(self.rows + new.rows, mask_BP, logits_BV, self.cache, True)
+        return _Running(self.rows + new.rows, mask_BP, logits_BV, self.cache, True)
 
 
 class TransformersEngine:
-    """A model of transformers as an engine (see distill.records.Engine)."""
+    """An engine on a transformers model (see distill.records.Engine)."""
 
     def __init__(
         self,
@@ -105,9 +105,9 @@ class TransformersEngine:
             layer.forward = lambda hidden: self._head(hidden, layer.weight, layer.bias)
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
-        """Completions as they finish; at most batch_size requests are unfinished at a time."""
+        """Yield completions as they finish; at most batch_size requests are in progress at a time."""
         source = iter(requests)
-        live: _Live | None = None
+        live: _Running | None = None
         while True:
             if live is None or (live.joins and len(live.rows) <= self._batch_size // 2):
                 free = self._batch_size - (len(live.rows) if live else 0)
@@ -124,7 +124,7 @@ class TransformersEngine:
                 row.ids.append(ids_BK[index])
                 row.logp.append(logp_BK[index])
                 if int(ids_BK[index, 0]) in self._stop_ids or len(row.ids) == row.limit:
-                    # The last row takes its place, so that few are moved.
+                    # The last row takes the finished row's place, so that few rows move.
                     kept[index] = kept[-1]
                     kept.pop()
                     yield self._completion(row, top_k)
@@ -135,8 +135,8 @@ class TransformersEngine:
             live.mask_BP = torch.cat([live.mask_BP, live.mask_BP.new_ones(len(kept), 1)], dim=1)
             live.logits_BV, live.cache = self._forward(next_B[:, None], live.mask_BP, live.cache)
 
-    def _start(self, batch: list[Request], sampling: Sampling) -> _Live:
-        """New rows with their prompts computed, up to the logits of their first tokens."""
+    def _start(self, batch: list[Request], sampling: Sampling) -> _Running:
+        """Compute the prompts of new rows, up to the logits of their first tokens."""
         rows_B = [
             _Row(
                 request,
@@ -153,12 +153,12 @@ class TransformersEngine:
         which = torch.tensor(which_B, device=self._device)
         cache.batch_select_indices(which)
         joins = isinstance(cache, GrowingCache)
-        return _Live(rows_B, mask_UP[which], logits_UV[which], cache, joins)
+        return _Running(rows_B, mask_UP[which], logits_UV[which], cache, joins)
 
     def _prefill(self, ids: list[Array], keep: int = 1) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Logits [B * keep, V] of the last positions of several sequences, their mask [B, P] and the cache.
+        """Return logits [B * keep, V] of the last positions of several sequences, their mask [B, P] and the cache.
 
-        What all of them begin with is computed once, where the model's cache allows it.
+        Their common prefix is computed once, if the model's cache allows it.
         """
         cache = growing(self._model.config)
         shared = 0 if cache is None else _common(ids, keep)
@@ -183,7 +183,7 @@ class TransformersEngine:
         )
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
-        """The given completions' log-probabilities, teacher-forced, in the order asked; a few at a time."""
+        """Yield the given completions' log-probabilities, teacher-forced, in the order of the requests."""
         for group in self._groups(requests):
             for request, (ids, logp) in zip(group, self._score_group(group, top_k), strict=True):
                 yield completions.completion(
@@ -197,7 +197,7 @@ class TransformersEngine:
                 )
 
     def _groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
-        """Requests that are scored together, in the order asked: no more than FED tokens and SCORED of them scored."""
+        """Group consecutive requests to score together: at most FED tokens, of which at most SCORED are scored."""
         group: list[Request] = []
         longest = whole = 0
         for request in requests:
@@ -213,7 +213,7 @@ class TransformersEngine:
             yield group
 
     def _score_group(self, group: list[Request], top_k: int) -> Iterator[tuple[Array, Array]]:
-        """ids and log-probs [T, 1 + K] of each request's completion."""
+        """Return ids and log-probabilities [T, 1 + K] of each request's completion."""
         given = [completions.given(request, self.max_model_len) for request in group]
         if len(group) == 1:
             parts = list(self._score_chunks(group[0].prompt_ids, given[0], top_k))
@@ -244,7 +244,7 @@ class TransformersEngine:
     def _forward(
         self, ids_BP: torch.Tensor, mask_BP: torch.Tensor | None, cache: Any, keep: int = 1
     ) -> tuple[torch.Tensor, Any]:
-        """float32 logits of the last `keep` positions, [B * keep, V], over the tokenizer's ids, and the cache."""
+        """Return float32 logits of the last `keep` positions, [B * keep, V], over the tokenizer's ids, and the cache."""
         length = ids_BP.shape[1]
         if mask_BP is None:
             start = cache.get_seq_length() if cache is not None else 0
@@ -264,7 +264,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Copy new weights in, by their names in the checkpoint; raises ValueError for unknown or missing ones."""
+        """Copy new weights by their names in the checkpoint; raises ValueError for unknown or missing names."""
         mine = self._model.state_dict()
         needed = {name for name, _ in self._model.named_parameters()}
         for name, tensor in weights:
@@ -289,7 +289,7 @@ def _key(request: Request) -> bytes:
 
 
 def _common(sequences: list[Array], keep: int) -> int:
-    """How many tokens all the sequences begin with, each one's last `keep` left out; 0 for one alone."""
+    """Return the length of the sequences' common prefix, without each one's last `keep` tokens; 0 for a single sequence."""
     width = min(len(ids) for ids in sequences) - keep
     if len(sequences) < 2 or width <= 0:
         return 0
@@ -298,7 +298,7 @@ def _common(sequences: list[Array], keep: int) -> int:
 
 
 def _left_padded(prompts: list[Array], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt ids and attention mask [B, P]."""
+    """Return prompt ids and attention mask, [B, P] each, padded on the left."""
     width = max(map(len, prompts))
     ids_BP = torch.zeros(len(prompts), width, dtype=torch.long)
     mask_BP = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -310,7 +310,7 @@ def _left_padded(prompts: list[Array], device: str) -> tuple[torch.Tensor, torch
 
 @torch.inference_mode()
 def _draw(logits_BV: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> torch.Tensor:
-    """One token a row [B]: the inverse of the cumulative distribution at one uniform number of its generator."""
+    """Draw one token a row [B] by inverting the cumulative distribution at one uniform number of the row's generator."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     prob_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
@@ -330,7 +330,7 @@ def _draw(logits_BV: torch.Tensor, sampling: Sampling, generators: list[torch.Ge
 
 @torch.inference_mode()
 def _head_rows(logits_BV: torch.Tensor, token_B: torch.Tensor, top_k: int) -> tuple[Array, Array]:
-    """ids and raw log-probabilities [B, 1 + K]: the token itself, then the top_k most probable."""
+    """Return ids and raw log-probabilities [B, 1 + K]: the token itself, then the top_k most probable ids."""
     logp_BV = logits_BV.log_softmax(-1)
     top = logp_BV.topk(min(top_k, logp_BV.shape[1]), dim=-1)
     token_B1 = token_B[:, None]

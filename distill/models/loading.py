@@ -1,4 +1,4 @@
-"""Load and save models, and what their folders say without loading them."""
+"""Load and save models, and read a model folder's config and fingerprint without loading it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.records import stable_hash
 
 
 def load(folder: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool = False, **options: Any) -> Any:
-    """A causal language model from a local folder, safetensors only. `options` go to from_pretrained."""
+    """Load a causal language model from a local folder, safetensors only. `options` go to from_pretrained."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -27,33 +27,33 @@ def load(folder: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Weights as safetensors, config, tokenizer and chat template: what transformers and vLLM load as it is."""
+    """Save weights (safetensors), config, tokenizer and chat template, which transformers and vLLM load directly."""
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
 
 def auto_dtype(folder: str | Path, purpose: Literal["training", "engine"] = "engine") -> Literal["bfloat16", "float32"]:
-    """The dtype in which this machine runs, or trains, the model of a local folder fastest, measured (see `machine`)."""
+    """Return the dtype in which this machine runs, or trains, a local model fastest, as measured (see `machine`)."""
     width = machine.width_of(config_of(folder))
     measured = machine.measured([width], cache_home() / "machine")
     return machine.choose(measured, width, "auto", purpose).dtype
 
 
 def cast(model: Any, dtype: str) -> Any:
-    """The model in a dtype ("bfloat16", "float32"), changed in place."""
+    """Convert the model to a dtype ("bfloat16", "float32") in place."""
     import torch
 
     return model.to(getattr(torch, dtype))
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:
-    """config.json of a local model folder."""
+    """Read config.json of a local model folder."""
     loaded: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return loaded
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """Hash over the names and SHA-256 of a folder's safetensors files and its config."""
+    """Return a hash over the names and SHA-256 of a folder's safetensors files and its config."""
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     return stable_hash(*[f"{file.name}:{file_hash(file)}" for file in (*files, folder / "config.json")])
