@@ -102,7 +102,7 @@ class SamplingConfig(Config):
 
 
 class EngineConfig(Config):
-    """Which engine runs a model, and how much of the machine it may take. A name alone stands for `{fn: name}`."""
+    """The engine that runs a model, and the resources it may use. A name alone stands for `{fn: name}`."""
 
     fn: str = Field("auto", description="auto: vllm where it is installed and can be used, else transformers")
     dtype: Dtype = Field("auto", description=AUTO_DTYPE)
@@ -120,7 +120,7 @@ class EngineConfig(Config):
 
 
 class BudgetConfig(Config):
-    """How long to train: until this student has taken `times` the FLOPs of that stage's student, in all."""
+    """Training length as compute: until this student has used `times` the FLOPs of another stage's student, in all."""
 
     flops_of: str = Field(description="stage whose student's FLOPs are the measure")
     times: float = Field(1.0, gt=0, description="multiple of them")
@@ -160,11 +160,10 @@ class Input:
 
 
 class StageConfig(Config):
-    """A stage kind: the fields that every stage has, and what a kind says of itself.
+    """A stage kind: the fields that every stage has, and the kind's attributes and methods.
 
-    A kind of one's own is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`,
-    the attributes below and `run(self, context) -> Result`. With `predict`, `distill check` also says what it will
-    cost.
+    Your own kind is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`,
+    the attributes below and `run(self, context) -> Result`. With `predict`, `distill check` also predicts its cost.
 
     writes: what later stages may read. "model": a checkpoint in <folder>/model; "traces": shards or a selection in
     <folder>/traces. trains: the stage spends compute on its `model`, so a budget can name it; a model that a stage
@@ -209,7 +208,7 @@ class StageConfig(Config):
         return None
 
     def half_the_work(self, stage: str) -> str:
-        """What half of the work of `stage` is, in words and in its own keys; "" where it has no such key."""
+        """Return how to halve the work of `stage`, in words and with its own keys; "" if it has no such key."""
         return ""
 
     @property

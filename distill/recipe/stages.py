@@ -1,4 +1,4 @@
-"""The stage kinds: what each may be told, one frozen class a kind."""
+"""The stage kinds that do not train, one frozen class each."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class ScoreStage(StageConfig):
 
 
 class FilterStage(StageConfig):
-    """A selection of traces: those that every filter keeps. The shards themselves are not copied."""
+    """Select the traces that every filter keeps. The shards are not copied."""
 
     writes: ClassVar = "traces"
     kind: Literal["filter"]

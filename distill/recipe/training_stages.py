@@ -29,7 +29,7 @@ REWARD_TIMEOUT = "seconds: limit for one reward of one group"
 
 
 class OptimStage(StageConfig):
-    """What every stage with an optimiser has. The learning rate warms up and then falls by half a cosine."""
+    """The fields of every stage with an optimiser. The learning rate warms up and then falls by half a cosine."""
 
     writes: ClassVar = "model"
     trains: ClassVar = True
@@ -150,7 +150,7 @@ class TrainStage(OptimStage):
 
 
 class PolicyStage(OptimStage):
-    """What every stage that learns from the policy's own completions has. `steps` counts optimiser steps."""
+    """The fields of every stage that learns from the policy's own completions. `steps` counts optimiser steps."""
 
     model: str = Field(description="model to train")
     task: str = Field(description="task whose train problems it is asked")
@@ -170,7 +170,7 @@ class PolicyStage(OptimStage):
 
     @property
     def steps_a_rollout(self) -> int:
-        """Optimiser steps between one time that the policy writes and the next."""
+        """The number of optimiser steps for each rollout."""
         return 1
 
     @property
@@ -262,10 +262,10 @@ class GrpoStage(PolicyStage):
 
 
 class OnPolicyStage(PolicyStage):
-    """On-policy distillation: the student writes, the teacher says what it would have written, token by token.
+    """On-policy distillation: the student samples completions and learns the teacher's distribution at every token.
 
-    The teacher is compared over the whole vocabulary in the trainer, or (scoring: engine) its top_k entries and
-    tail come from an engine of its own. `offline_share` is the share of traces from `data` in every step.
+    The teacher's whole distribution is computed in the trainer, or (scoring: engine) its likeliest entries and
+    tail come from an engine of its own. `offline_share` is the share of stored traces from `data` in every step.
     """
 
     kind: Literal["on_policy"]
@@ -313,12 +313,12 @@ class OnPolicyStage(PolicyStage):
 
 
 def teachers_of(teacher: str | dict[str, float] | None) -> dict[str, float]:
-    """Models that teach in the trainer, and their shares."""
+    """Return the teachers in the trainer and their shares."""
     if teacher is None:
         return {}
     return {teacher: 1.0} if isinstance(teacher, str) else teacher
 
 
 def data_of(data: str | dict[str, float]) -> dict[str, float]:
-    """Trace sets (or a file), and their shares."""
+    """Return the trace sets (or a file) and their shares."""
     return {data: 1.0} if isinstance(data, str) else data

@@ -1,4 +1,4 @@
-"""What to do with a node whose inputs are there: skip it, run it, resume it, add to it, or do it again.
+"""Decide what to do with a node whose inputs are finished: skip it, run it, resume it, add to it, or do it again.
 
 A finished stage with the same config and inputs is skipped. Otherwise, by what changed:
     an identity field     refused, naming the keys; `--redo STAGE` does it again

@@ -64,7 +64,7 @@ def run(config: GrpoStage, context: Context) -> Result:
 
 
 def _logged(rollout: Rollout) -> list[Mapping[str, Any]]:
-    """Of the first groups: the completion of the highest advantage, and the last one."""
+    """Return, for the first groups, the completion of the highest advantage and the last one."""
     rows: list[Mapping[str, Any]] = []
     for scored in rollout.groups[:LOGGED_GROUPS]:
         problem, group = scored.graded.prompt.problem, scored.graded.group

@@ -95,7 +95,7 @@ def _teacher_engine(
 
 
 class OfflineExamples:
-    """Stored traces of `data` for each step, epoch after epoch in the source's order; the same for the same step."""
+    """Stored traces of `data` for each step, epoch by epoch in the source's order; deterministic for a step."""
 
     def __init__(self, config: OnPolicyStage, context: Context, tokenizer: Any, read: Reader | None) -> None:
         teacher = config.teacher if config.scoring == "trainer" else None
@@ -132,7 +132,7 @@ class OfflineExamples:
 
 
 def _logged(groups: Sequence[GradedGroup]) -> list[Mapping[str, Any]]:
-    """The first completion of each of the first groups."""
+    """Return the first completion of each of the first groups."""
     return [
         {
             "problem_id": group.prompt.problem.problem_id,
