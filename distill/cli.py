@@ -43,7 +43,7 @@ def common(
 
 
 def _recipes(incomplete: str) -> list[str]:
-    """Completion of a recipe: files here, and the names of those that come with the package."""
+    """Complete a recipe: files here, and the names of shipped recipes."""
     from distill.tools import listing
 
     found = [str(path) for path in Path.cwd().glob("*.yaml")] + [path.stem for path in listing.recipe_files()]
@@ -278,7 +278,7 @@ def show(
     run: Annotated[Path, typer.Argument(help="A run's folder, or its name under runs/.")],
     html: Annotated[bool, typer.Option("--html", help="Say where the page is, and open it.")] = False,
 ) -> None:
-    """What a run holds."""
+    """Show a run: its stages, scores and curves."""
     from distill import run_folder
     from distill.reports import pages
 
@@ -314,7 +314,7 @@ def inspect(
     sample: Annotated[int, typer.Option(min=1, help="At most so many traces.")] = 200,
     tokenizer: Annotated[str | None, typer.Option(help="A folder with the tokenizer that wrote the traces.")] = None,
 ) -> None:
-    """A page that shows traces with the teacher's distribution behind every token."""
+    """Write a page that shows traces with the teacher's distribution behind every token."""
     from distill import progress
 
     with progress.working("reading the traces") as screen:
@@ -365,7 +365,7 @@ def verify(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="For --audit: default: the engine that wrote them.")] = None,
 ) -> None:
-    """Check that all shards exist and match their checksums. Exit status 1 when they do not."""
+    """Check that all shards exist and match their checksums. Exit status 1 if they do not."""
     from distill import progress
     from distill.traces import verify as verification
 
@@ -388,7 +388,7 @@ def verify(
 def stats(
     folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
 ) -> None:
-    """What a folder holds, in numbers."""
+    """Print statistics of a folder of traces."""
     from distill import progress
     from distill.traces.summary import stats as count
 
@@ -402,7 +402,7 @@ def merge(
     out: Annotated[Path, typer.Argument(help="The new folder.")],
     sources: Annotated[list[Path], typer.Argument(help="Folders of the same teacher and settings.")],
 ) -> None:
-    """Several folders as one."""
+    """Merge several folders into one."""
     from distill import progress
     from distill.traces import export
 
@@ -417,7 +417,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="NAME.jsonl: a JSONL file; otherwise a folder for `datasets`.")],
     style: Annotated[str, typer.Option(help="chat: messages; text: prompt and completion")] = "chat",
 ) -> None:
-    """The traces' text, the reply included, for other trainers."""
+    """Export the traces' text as JSONL or a `datasets` folder, for other trainers."""
     from distill import progress
     from distill.traces import export as exporting
 
@@ -452,7 +452,7 @@ def push(
 
 
 def main() -> None:
-    """The `distill` command. A user's error is one message and exit status 2."""
+    """Run the `distill` command. A user error is one message and exit status 2."""
     try:
         app()
     except UserError as error:

@@ -1,8 +1,8 @@
-"""Errors that are the user's to mend; alone in a module so that the command line starts without numpy."""
+"""Errors that the user can solve; in a module without imports, so that the command line starts fast."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The message names the key, file or row, what was wrong and the fix.
+    """An error that the user can solve. The message names the key, file or row, what was wrong and the fix.
 
     The command line prints it without a traceback and exits with status 2.
     """

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, locks that name their holder, the cache, and files that come with the package."""
+"""Atomic writes of files and folders, locks that name their holder, the cache, and the files shipped with the package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def write_atomic(path: Path, data: str | bytes | memoryview) -> Path:
     """Write a file by temporary file, fsync and rename: readers see the old file or the new one, never a part.
 
-    Text is written as UTF-8. Raises UserError when the disk is full or a folder has that name; the old file stays then.
+    Text is written as UTF-8. Raises UserError if the disk is full or a folder has that name; the old file is kept then.
     """
     if path.is_dir():
         raise UserError(f"{path}: is a folder, where a file should be written. Move it away.")
@@ -44,9 +44,9 @@ def write_atomic(path: Path, data: str | bytes | memoryview) -> Path:
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill that gets the name `final` when the block ends, in place of an older one; removed when it fails.
+    """Make a temporary folder that is renamed to `final` when the block ends, replacing an older one; removed on failure.
 
-    What a killed process has left of it is removed by the next one. Raises UserError when the disk is full.
+    Leftovers of a killed process are removed by the next call. Raises UserError if the disk is full.
     """
     temporary = final.with_name(f".building-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,12 +80,12 @@ def room_for(path: Path) -> Iterator[None]:
 
 
 def free_space(folder: Path) -> int:
-    """Free bytes of the disk that holds a folder."""
+    """Return the free bytes of the disk that holds a folder."""
     return shutil.disk_usage(folder).free
 
 
 def sync(path: Path) -> None:
-    """Make the disk hold a file's bytes, or a folder's names."""
+    """Flush a file's bytes, or a folder's names, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,10 +95,10 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file `path`; the file beside it, <name>.holder, names the process and host that hold it.
+    """Hold the lock file `path`; the file <name>.holder beside it names the process and host that hold it.
 
-    The operating system frees the lock when its process ends. A holder on another host is believed, for some network file
-    systems do not pass locks on. Raises UserError with `refusal`, in which {holder} stands for process and host.
+    The operating system frees the lock when its process ends. A holder file of another host counts as a lock, because some
+    network file systems do not share locks. Raises UserError with `refusal`, in which {holder} stands for process and host.
     """
     import filelock
 
@@ -141,13 +141,13 @@ def _in_words(holder: Mapping[str, Any]) -> str:
 
 
 def cache_home() -> Path:
-    """Where dequantised models are kept: $DISTILL_CACHE, or distill/ in the user's cache folder."""
+    """Return the cache folder: $DISTILL_CACHE, or distill/ in the user's cache folder."""
     if explicit := os.environ.get("DISTILL_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill"
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

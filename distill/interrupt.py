@@ -1,7 +1,7 @@
-"""Ctrl-C and its kin: an exception in the command's process, and an end of the processes that it started.
+"""SIGINT (Ctrl-C) and SIGTERM: an exception in the command's process, and the end of its child processes.
 
-Stages can be killed at any instant without loss, so `end` asks once, waits a moment and then kills, the processes below
-included: a product of matrices or an engine's step in C code does not come back to Python in time to be asked.
+Stages can be killed at any instant without loss, so `end` sends a signal, waits a moment and then kills the child and all
+processes below it: C code (a matrix product, an engine's step) may not return to Python in time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 0.5
-"""Seconds that a process is given to leave things in order."""
+"""Seconds that a process has to clean up after a signal."""
 
 DYING = 0.3
-"""Seconds at most that killed processes below the child are waited for: on a busy machine dying takes its turn too."""
+"""The longest wait, in seconds, for killed processes below the child to end."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came that ends the command. kept: in words, what the stage under way has kept; empty where unknown."""
+    """A signal ended the command. kept: a description of what the running stage has stored; empty if unknown."""
 
     def __init__(self, number: int = signal.SIGINT, kept: str = "") -> None:
         super().__init__(number)
@@ -32,13 +32,13 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """Exit status, as shells have it."""
+        """The exit status by the shells' convention: 128 + the signal."""
         return 128 + self.number
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted, also where whoever started this process had it ignore them."""
+    """Make SIGINT and SIGTERM raise Interrupted, even if the parent process had them ignored."""
 
     def handler(number: int, _: FrameType | None) -> None:
         raise Interrupted(number)
@@ -53,13 +53,13 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Signals wait until the end of the block; a child started in it begins with them blocked (see `receive`)."""
+    """Defer signals until the end of the block; a child started in it begins with them blocked (see `receive`)."""
     came: list[int] = []
 
     def handler(number: int, _: FrameType | None) -> None:
         came.append(number)
 
-    # Blocking them in this thread is for the child alone: another thread may still be the one that gets them.
+    # Blocking signals in this thread only affects the child: another thread of this process may still receive them.
     former = {number: signal.signal(number, handler) for number in SIGNALS}
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -73,9 +73,9 @@ def held_back() -> Iterator[None]:
 
 
 def receive() -> None:
-    """In a child that was started with the signals held back: the first one raises Interrupted from here on.
+    """Unblock signals in a child that was started within `held_back`: the first one raises Interrupted.
 
-    Further ones do not disturb its cleaning up: its parent ends it if it takes long.
+    Further ones are ignored while it cleans up; its parent kills it if that takes long.
     """
 
     def handler(number: int, _: FrameType | None) -> None:
@@ -89,9 +89,9 @@ def receive() -> None:
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """End a child and all below it: asked to first, killed after GRACE seconds or at the next signal.
+    """End a child and all processes below it: by a signal first, killed after GRACE seconds or at the next signal.
 
-    Signals that come while it kills are ignored.
+    Signals during the kill are ignored.
     """
     below: list[psutil.Process] = []
     try:

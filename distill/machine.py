@@ -1,11 +1,11 @@
-"""What this machine can do, measured: matrix products by dtype, memory and its bandwidth; and the dtype that follows.
+"""Measure this machine (matrix products by dtype, memory, bandwidth) and choose dtypes from the measurement.
 
 `python -m distill.machine 576x1536 ...` measures in a process of its own and prints JSON, so that the command line does not
 import torch. A measurement is kept for an hour in the user's cache and, for each run, in its environment.json.
 
 The products are the three of a layer in training at the model's own width: forward (x W^T), by the input (g W) and by the weight
-(g^T x). No list of processor features decides: a processor with AVX2 alone multiplies bfloat16 10 to 100 times slower than float32,
-one with AMX or AVX-512-BF16 four times faster, and the libraries between differ too.
+(g^T x). Processor features are not used: a processor with AVX2 only multiplies bfloat16 10 to 100 times slower than float32,
+one with AMX or AVX-512-BF16 four times faster, and libraries differ too.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ ROWS = 256
 DECODE_ROWS = 64
 """Sequences in a decoding step."""
 PRODUCT_FLOPS = 0.5e9
-"""One product's size at most: a wide matrix is cut in its output, so that the slowest dtype is measured within a second."""
+"""The largest size of a measured product: a wide matrix is cut, so that the slowest dtype is measured within a second."""
 REPEATS = 24
 HOPELESS = 10.0
-"""A dtype that is this many times slower at its first run is not run again."""
+"""A dtype that is slower by this factor in its first run is not run again."""
 KEPT_SECONDS = 3600.0
 METHOD = "CPU time"
-"""Of measuring: measurements taken in another way are not read."""
+"""Version of the measurement; stored measurements of other versions are not used."""
 SETTINGS = ("ONEDNN_", "DNNL_", "ATEN_", "MKL_", "OMP_", "KMP_", "GOMP_", "CUDA_VISIBLE_DEVICES")
-"""Environment variables that change how fast products are, by their beginning."""
+"""Prefixes of environment variables that affect the speed of products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,31 +87,31 @@ class Machine:
         return Machine(**{**tree, "rates": rates})
 
     def at(self, width: Width) -> dict[Dtype, Rates]:
-        """Rates by dtype at a model's width, or at the nearest one measured."""
+        """Return the rates by dtype at a model's width, or at the nearest measured width."""
         if named := self.rates.get(name_of(width)):
             return named
         return min(self.rates.items(), key=lambda item: abs(int(item[0].partition("x")[0]) - width[0]))[1]
 
     def best(self, width: Width) -> float:
-        """FLOP/s of the faster dtype in training."""
+        """Return the FLOP/s of the faster dtype in training."""
         return max(rates.training for rates in self.at(width).values())
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A dtype, and why, in words for the user."""
+    """A dtype, and the reason as a message for the user."""
 
     dtype: Dtype
     why: str
 
 
 def choose(machine: Machine, width: Width, wish: str, purpose: Literal["training", "engine"]) -> Choice:
-    """The dtype of a stage's trainer or engine: as wished, or for "auto" the one whose products are measured to be faster.
+    """Choose the dtype of a stage's trainer or engine: the recipe's or, for "auto", the one with faster measured products.
 
-    On a GPU auto is bfloat16 wherever the GPU has it.
+    On a GPU, auto is bfloat16 if the GPU supports it.
     """
     speed = {dtype: getattr(rates, purpose) for dtype, rates in machine.at(width).items()}
-    # bfloat16 first: of equals it takes half the memory.
+    # bfloat16 first: at equal speed it takes half the memory.
     fastest = max(sorted(speed), key=lambda dtype: speed[dtype])
     figures = ", ".join(f"{dtype} {speed[dtype] / 1e9:.3g}" for dtype in sorted(speed))
     measured = f"measured at width {name_of(width)}: {figures} GFLOP/s"
@@ -214,7 +214,7 @@ def _rates(width: Width, dtypes: tuple[Dtype, ...], device: str) -> dict[Dtype, 
 
 
 def _best(works: Mapping[Dtype, Callable[[], object]], device: str) -> dict[Dtype, float]:
-    """Seconds of each, the least of a few runs taken in turns; one that is hopelessly slow runs once."""
+    """Return the least seconds of each over a few alternating runs; very slow ones run once."""
     times = {dtype: busy_seconds(work, device) for dtype, work in works.items()}
     for _ in range(REPEATS):
         for dtype, work in works.items():
@@ -224,10 +224,10 @@ def _best(works: Mapping[Dtype, Callable[[], object]], device: str) -> dict[Dtyp
 
 
 def busy_seconds(work: Callable[[], object], device: str) -> float:
-    """Seconds that the work takes with nothing else running.
+    """Return the seconds that the work would take on an idle machine.
 
-    On a CPU: the main thread's CPU time, or that of all threads over the cores where it is more. The threads wait passively for
-    one another, so wall time on a busy machine can be several times as long while CPU time stays the same.
+    On a CPU: the main thread's CPU time, or that of all threads divided by the cores if it is more. Threads wait passively,
+    so on a busy machine wall time can be several times as long while CPU time stays the same.
     """
     import torch
 
@@ -247,9 +247,9 @@ def busy_seconds(work: Callable[[], object], device: str) -> float:
 
 
 def measured(widths: Iterable[Width], cache: Path) -> Machine:
-    """This machine, from the cache where it is fresh and has these widths, else measured in a process of its own.
+    """Return this machine from the cache if it is fresh and has these widths, else measure in a separate process.
 
-    cache: a folder for measurements. Raises UserError where torch cannot multiply at all.
+    cache: a folder for measurements. Raises UserError if torch cannot multiply at all.
     """
     wanted = sorted({*widths}) or [(1024, 4096)]
     file = cache / f"{key()}.json"
@@ -279,7 +279,7 @@ def measured(widths: Iterable[Width], cache: Path) -> Machine:
 
 
 def of_run(run: Path, widths: Iterable[Width], cache: Path) -> Machine:
-    """This machine as the run's environment.json has it; measured where that has another machine or lacks a width."""
+    """Return this machine from the run's environment.json; measure if that is of another machine or lacks a width."""
     wanted = list(widths)
     known = recorded(run)
     if known is not None and known.key == key():
@@ -290,9 +290,9 @@ def of_run(run: Path, widths: Iterable[Width], cache: Path) -> Machine:
 
 
 def in_stage(run: Path, width: Width, cache: Path) -> Machine:
-    """The machine as the run's environment.json has it; a width that it lacks is measured and added.
+    """Return the machine from the run's environment.json; measure and add a missing width.
 
-    A stage's parent has seen to it that it is this machine; the stage's own environment has other settings.
+    The stage's parent has checked that it is this machine; the stage's own environment has other settings.
     """
     known = recorded(run)
     if known is not None and name_of(width) in known.rates:
@@ -307,14 +307,14 @@ def in_stage(run: Path, width: Width, cache: Path) -> Machine:
 
 
 def recorded(run: Path) -> Machine | None:
-    """The machine in a run's environment.json; None where there is none."""
+    """Return the machine in a run's environment.json; None if there is none."""
     file = run / "environment.json"
     tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return Machine.from_json(tree["machine"]) if "machine" in tree else None
 
 
 def key() -> str:
-    """What a measurement holds for: this processor, its cores, this torch, these settings, and this way to measure."""
+    """Return the key of a measurement: processor, cores, torch, settings, and version of the measurement."""
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)}
     settings.pop("OMP_WAIT_POLICY", None)  # stages set it
     torch = importlib.metadata.version("torch")
@@ -322,14 +322,14 @@ def key() -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """Return the processor's name as given by the system."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -339,7 +339,7 @@ def processor() -> str:
 
 
 def memory_bytes() -> float:
-    """Memory that this process may use: the machine's, or its control group's where that is less."""
+    """Return the memory that this process may use: the machine's, or its control group's limit if lower."""
     limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         path = Path(file)

@@ -1,7 +1,7 @@
-"""A name, or `package.module:function`, becomes a checked function.
+"""Find the function that a name, or `package.module:function`, means, and check its options.
 
 The registry of a kind of plug (losses, filters, tasks, templates) is its home module: every public
-function defined there, or below it, is on offer under its own name. A function's keyword-only
+function defined in it, or below it, is available under its own name. A function's keyword-only
 parameters are its options, and their annotations are a strict schema, so a typo in a recipe is an error
 that names the nearest option. Nothing is registered, decorated or inherited.
 """
@@ -28,7 +28,7 @@ Function = Callable[..., Any]
 
 
 def names(home: str) -> dict[str, Function]:
-    """Every plug of a home module, by name."""
+    """Return every plug of a home module, by name."""
     module = importlib.import_module(home)
     return {
         name: value
@@ -38,9 +38,9 @@ def names(home: str) -> dict[str, Function]:
 
 
 def find(name: str, home: str, where: str = "") -> Function:
-    """The function called `name` in the home module, or the one that `package.module:function` names.
+    """Return the function `name` of the home module, or the one that `package.module:function` names.
 
-    Raises UserError with the nearest name when there is none.
+    Raises UserError with the nearest name if there is none.
     """
     prefix = f"{where}: " if where else ""
     if ":" in name:
@@ -59,13 +59,13 @@ def find(name: str, home: str, where: str = "") -> Function:
 
 
 def bind(name: str, options: Mapping[str, Any], home: str, where: str = "") -> Function:
-    """The function with its options checked and filled in: a partial that takes the positional arguments only."""
+    """Bind a function to its checked options; the result takes only the positional arguments."""
     function = find(name, home, where)
     return functools.partial(function, **check_options(function, options, where or name))
 
 
 def all_options(name: str, options: Mapping[str, Any], home: str, where: str = "") -> dict[str, Any]:
-    """Every option of a function, as given and checked, else its default."""
+    """Return every option of a function: the given value, checked, or its default."""
     function = find(name, home, where)
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -106,9 +106,9 @@ def explain(
     known: Iterable[str] = (),
     refused: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """A pydantic error as one message: a line a mistake, each with its key, what was wrong and the nearest key.
+    """Format a pydantic error: a line a mistake, each with its key, what was wrong and the nearest key.
 
-    refused: keys that cannot be, with the reason (a module says so in its REFUSED_OPTIONS).
+    refused: keys that are not supported, with the reason (a module's REFUSED_OPTIONS).
     """
     lines = []
     for mistake in error.errors():
@@ -131,7 +131,7 @@ def explain(
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?', or the list when nothing is near."""
+    """Return ' Did you mean ...?', or the list of names if none is near."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
@@ -140,7 +140,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def look_in(folder: Path) -> None:
-    """Import modules of the user's from a folder, too: that of the recipe."""
+    """Also import the user's modules from a folder: the recipe's."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 

@@ -1,9 +1,9 @@
-"""What a person sees of work under way: one live line on a terminal, plain lines elsewhere.
+"""Progress of running work: one live line on a terminal, plain lines elsewhere.
 
-A `Screen` owns a stream and shows one thing at a time: a phase ("loading base") or a count that grows (`Live`). On a
-terminal its line is redrawn in place; elsewhere it is printed when it begins, and again, with the time that it has
-taken, whenever nothing else was printed for QUIET seconds. `ticking` starts the thread that sees to both, so that they
-hold inside a slow step too.
+A `Screen` owns a stream and shows one thing at a time: a phase ("loading base") or a count (`Live`). On a terminal its line
+is redrawn in place. Elsewhere, where rich's progress prints nothing before the end, the line is printed when the work
+begins, and again with the elapsed time after QUIET seconds without another line. `ticking` starts the thread that does
+both, so that they work during a slow step too.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from dataclasses import dataclass
 from typing import TextIO
 
 QUIET = 25.0
-"""Seconds without a line, not on a terminal, after which what is under way is said again."""
+"""Without a terminal: seconds without a line after which the running work is printed again."""
 PLAIN_EVERY = 15.0
-"""Seconds between two lines of a count that grows, not on a terminal."""
+"""Without a terminal: seconds between two lines of a count."""
 REDRAW = 0.2
-"""Seconds between two drawings of a count that grows, on a terminal."""
+"""On a terminal: seconds between two updates of a count."""
 TICK = 1.0
 SLOW = 2.0
-"""Seconds without an advance after which a live line says how long the next one has been under way."""
+"""Seconds without progress after which a live line shows the time since the last progress."""
 PATIENCE = 2.0
-"""Seconds after which a command that is usually quick says what it is doing."""
+"""Seconds after which a command that is usually quick shows what it is doing."""
 LABEL = 12
 CLEAR = "\x1b[2K"
 
 
 class Screen:
-    """The lines of one process. label: the name in front of what is under way, a stage's for example."""
+    """The lines of one process. label: a name in front of them, for example a stage's."""
 
     def __init__(
         self,
@@ -53,16 +53,16 @@ class Screen:
         self._silent_until = now()
 
     def say(self, text: str) -> None:
-        """Print a plain line; what is under way stays below it."""
+        """Print a plain line above the running work's line."""
         with self._lock:
             self._print(f"  {text}")
             if self.terminal:
                 self._draw(0.0)
 
     def phase(self, text: str, *, after: float = 0.0) -> None:
-        """Say what begins now; it is under way until the next phase or live line begins.
+        """Show the work that begins now, until the next phase or live line begins.
 
-        after: seconds for which it is not shown, for work that is usually over by then.
+        after: seconds before it is shown, for work that is usually done by then.
         """
         with self._lock:
             self._current = _Phase(text, self.now())
@@ -80,12 +80,12 @@ class Screen:
         return live
 
     def tick(self) -> None:
-        """Show again what is under way: on a terminal always, elsewhere after QUIET seconds without a line."""
+        """Show the running work again: on a terminal always, elsewhere after QUIET seconds without a line."""
         self._draw(0.0 if self.terminal or not self._told else QUIET)
 
     @contextmanager
     def ticking(self) -> Iterator[Screen]:
-        """Tick every second in a thread of its own; the end clears the terminal's last line."""
+        """Tick every second in a thread; at the end clear the terminal's last line."""
         ended = threading.Event()
 
         def run() -> None:
@@ -104,7 +104,7 @@ class Screen:
                 self._current = None
 
     def _draw(self, every: float) -> None:
-        """Show what is under way unless something was shown less than `every` seconds ago."""
+        """Show the running work unless something was shown less than `every` seconds ago."""
         with self._lock:
             now = self.now()
             if self._current is None or now < self._silent_until or now - self._shown_at < every:
@@ -155,7 +155,7 @@ class _Phase:
 
 
 class Live:
-    """A count that grows. `update` may be called as often as one likes: it draws a few times a second at most."""
+    """A count. `update` may be called often: it draws at most a few times a second."""
 
     def __init__(self, screen: Screen, total: int, unit: str, done: int = 0) -> None:
         self.screen, self.total, self.unit = screen, total, unit
@@ -189,7 +189,7 @@ class Live:
 
 @contextmanager
 def working(text: str) -> Iterator[Screen]:
-    """For a command whose output is its result: what it does is said on stderr, where it takes its time."""
+    """For a command whose output is its result: show progress on stderr if it takes long."""
     screen = Screen(sys.stderr)
     with screen.ticking():
         screen.phase(text, after=PATIENCE)

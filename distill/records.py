@@ -1,8 +1,7 @@
-"""What crosses the borders between rooms: records, columns and protocols.
+"""The types that rooms exchange: records, columns and protocols.
 
 Nothing here imports torch: records are numpy and plain Python, so that the command line, the trace store
-and the reports start quickly. Left out on purpose: behaviour that belongs to one room (encoding to
-Parquet is `traces`, judging is `tasks`, tensors are `training`).
+and the reports start quickly.
 
 Shape suffixes, used throughout the package:
     T positions (tokens)    K kept candidates a position    E entries, flat over positions (sum of counts)
@@ -30,24 +29,24 @@ FinishReason = Literal["stop", "length"]
 Message = Mapping[str, str]
 """One turn: `role` and `content`."""
 Messages = tuple[Message, ...]
-"""A conversation, in the one form it has from the problem to the reader of a trace."""
+"""A conversation; the same type everywhere, from a problem to the reader of a trace."""
 Array = npt.NDArray[Any]
 
 SHORT = 256
-"""Tokens that a trace sees at most where plain attention products are quick."""
+"""The longest trace in tokens for which plain attention products are fast."""
 
 NO_TAIL = 1e-6
 """Tail masses below this are rounding noise of fp32 log-probabilities and count as no tail at all."""
 
 
 def stable_hash(*parts: object, length: int = 16) -> str:
-    """Hex digest of the parts' text, the same on every machine and in every process."""
+    """Return a hex digest of the parts' text, the same on every machine and in every process."""
     joined = "\x1f".join(str(part) for part in parts)
     return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
 def draw_seed(*parts: object) -> int:
-    """A 63-bit seed from (run seed, stage, problem id, sample, purpose); independent of order and batch."""
+    """Return a 63-bit seed from (run seed, stage, problem id, sample, purpose); independent of order and batch."""
     return int(stable_hash(*parts, length=16), 16) >> 1
 
 
@@ -75,10 +74,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a completion was judged. `correct` means a full score; None means it could not be judged.
+    """The judgement of a completion. `correct`: a full score; None if it could not be judged.
 
     score: in [0, 1], partial credit included (for rewards only). answer: as extracted, or None.
-    reason: why it is not correct, in a word or two; empty where it is.
+    reason: why it is not correct, in a word or two; empty if it is.
     """
 
     correct: bool | None
@@ -89,12 +88,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How a task's problems are put to a model and where the answer stands in what comes back.
+    """The prompt of a task's problems, and the extraction of the answer from a completion.
 
     system: the system message, through the tokenizer's chat template (None: no system message).
     plain: the whole prompt as text with one `{question}`, for models without a chat template.
     chat: False always uses `plain`. prefill: text the assistant's turn starts with; the completion that
-    `extract` gets includes it. extract: completion text -> answer text, or None where the format is broken
+    `extract` gets includes it. extract: completion text -> answer text, or None if the format is broken
     (an unclosed <think>, no answer).
     """
 
@@ -107,27 +106,26 @@ class Template:
 
 
 class Task(Protocol):
-    """A source of problems and the one judge of completions (rewards, filters and eval all use it)."""
+    """A source of problems and the judge of their completions, which rewards, filters and evaluations share."""
 
     name: str
     template: Template
     fingerprint: str
 
     def problems(self, split: Split, num: int | None, seed: int) -> Iterator[Problem]:
-        """`num` distinct problems of a split, a prefix of the same sequence for every larger `num`.
+        """Yield `num` distinct problems of a split, a prefix of the same sequence for every larger `num`.
 
-        `None` yields all there are (finite tasks only). Raises UserError, saying how many there are, when
-        there are too few.
+        None: all problems (finite tasks only). Raises UserError with the number of problems if there are too few.
         """
         ...
 
     @property
     def is_endless(self) -> bool:
-        """Whether problems are made, not listed. Such a task judges its own problems only, and needs a number of them."""
+        """Whether problems are generated without end. Such a task judges only its own problems, and needs a number of them."""
         ...
 
     def holds_out(self, question: str) -> bool:
-        """Whether a question is one of the task's held-out problems, which nothing may be trained on."""
+        """Return whether a question is one of the task's held-out problems, which must not be trained on."""
         ...
 
     def judge(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
@@ -135,7 +133,7 @@ class Task(Protocol):
         ...
 
     def same_answer(self, one: str, other: str) -> bool:
-        """Whether two extracted answers are one and the same, whatever is right: what a majority vote counts."""
+        """Return whether two extracted answers are the same, for a majority vote."""
         ...
 
 
@@ -144,7 +142,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """The kept head of a next-token distribution at T positions, ragged, and the mass of everything else.
+    """The kept top entries of next-token distributions at T positions, ragged, and the mass of all other ids.
 
     count_T:  entries kept at each position.
     ids_E:    token ids, position after position, by descending probability within a position.
@@ -162,7 +160,7 @@ class TopK:
 
     @staticmethod
     def from_dense(ids_TK: Array, logp_TK: Array) -> TopK:
-        """From rectangular [T, K] candidates, any order; -inf entries are dropped, the tail is 1 - sum."""
+        """Make from rectangular [T, K] candidates in any order; -inf entries are dropped, the tail is 1 - sum."""
         ids_TK, logp_TK = np.asarray(ids_TK), np.asarray(logp_TK, dtype=np.float32)
         if (logp_TK[:, 1:] > logp_TK[:, :-1]).any():
             order_TK = np.argsort(-logp_TK, axis=1, kind="stable")
@@ -178,7 +176,7 @@ class TopK:
 
     @staticmethod
     def concat(parts: Sequence[TopK]) -> TopK:
-        """Positions of several, one after another."""
+        """Concatenate the positions of several."""
         if not parts:
             return TopK(
                 np.empty(0, np.int32),
@@ -190,24 +188,24 @@ class TopK:
 
     @property
     def width(self) -> int:
-        """The most entries that a position has."""
+        """The largest number of entries of a position."""
         return int(self.count_T.max(initial=0))
 
     @cached_property
     def offsets(self) -> Array:
-        """[T+1] where each position's entries start in the flat columns."""
+        """The start of each position's entries in the flat columns, [T+1]."""
         return np.concatenate([[0], np.cumsum(self.count_T, dtype=np.int64)])
 
     def slice(self, start: int, stop: int) -> TopK:
-        """Positions start..stop."""
+        """Return positions start..stop."""
         offsets = self.offsets
         a, b = offsets[start], offsets[stop]
         return TopK(self.count_T[start:stop], self.ids_E[a:b], self.logp_E[a:b], self.tail_T[start:stop])
 
     def truncate(self, *, top_k: int | None = None, mass: float | None = None) -> TopK:
-        """Keep at each position the smallest head that reaches `mass`, of at most `top_k` entries, at least one.
+        """Keep at each position the fewest top entries that reach `mass`, at most `top_k` and at least one.
 
-        What is dropped is added to the tail, so entries + tail keep their total.
+        The mass of dropped entries is added to the tail, so entries + tail keep their total.
         """
         if len(self) == 0 or (top_k is None and mass is None):
             return self
@@ -215,7 +213,7 @@ class TopK:
         running = np.concatenate([[0.0], np.cumsum(np.exp(self.logp_E.astype(np.float64)))])
         count_T = num_T
         if mass is not None:
-            # The first entry that those before it leave nothing for.
+            # The number of entries after which the mass is reached.
             count_T = np.searchsorted(running, running[start_T] + mass) - start_T
         limit = len(self.ids_E) if top_k is None else max(top_k, 1)
         count_T = np.minimum(np.clip(count_T, 1, limit), num_T)
@@ -227,7 +225,7 @@ class TopK:
         return TopK(count_T.astype(np.int32), self.ids_E[keep_E], self.logp_E[keep_E], log_tail_T)
 
     def dense(self, width: int | None = None) -> tuple[Array, Array]:
-        """Rectangular ids [T, K] (padding -1) and log-probs [T, K] (padding -inf)."""
+        """Return rectangular ids [T, K] (padding -1) and log-probabilities [T, K] (padding -inf)."""
         width = self.width if width is None else width
         ids_TK = np.full((len(self), width), -1, np.int64)
         logp_TK = np.full((len(self), width), -np.inf, np.float32)
@@ -246,7 +244,7 @@ def _log_rest(kept_T: Array) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn. temperature 0 is greedy; max_tokens counts completion tokens, EOS included."""
+    """Sampling parameters. temperature 0 is greedy; max_tokens counts completion tokens, EOS included."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -255,7 +253,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """What an engine is asked to continue, or (with completion_ids) to score. All ids, never text."""
+    """A request to an engine: token ids to continue or, with completion_ids, to score."""
 
     request_id: str
     prompt_ids: Array
@@ -269,7 +267,7 @@ class Completion:
 
     ids_T: the ids sampled (or given), the stop id included.
     logprob_T: log-probability of each, of the raw distribution (temperature 1, before top-p), float32.
-    top: the distribution at each position; row t is over token t of the completion. None when not asked for.
+    top: the distribution at each position; row t is over token t of the completion. None if not requested.
     finish_reason: "stop" at a stop id, "length" at the token limit. version: of the weights that wrote it.
     """
 
@@ -289,15 +287,15 @@ class Engine(Protocol):
     version: int
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
-        """Completions as they finish, in any order. A request longer than the context raises ValueError."""
+        """Yield completions as they finish, in any order. A request longer than the context raises ValueError."""
         ...
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
-        """The given completions' log-probabilities, teacher-forced, in the order asked."""
+        """Yield the given completions' log-probabilities, teacher-forced, in the order of the requests."""
         ...
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Put new weights in the live engine, the tied head included, and stamp what follows with `version`."""
+        """Load new weights into the running engine, the tied head included; later completions carry `version`."""
         ...
 
     def close(self) -> None: ...
@@ -313,11 +311,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """All completions of one problem, as rewards see them; every tuple has one entry a completion.
+    """All completions of one problem, the input of rewards; every tuple has one entry a completion.
 
-    texts: the template's prefill and what the model wrote. num_tokens: of the completion, the stop id included.
-    finished: ended at a stop id. verdicts: the task's judge on each. max_tokens: the limit they were sampled
-    under. seed: for rewards that draw.
+    texts: the template's prefill and the completion. num_tokens: of the completion, the stop id included.
+    finished: whether it ended at a stop id. verdicts: the task's judgements. max_tokens: the sampling limit.
+    seed: for rewards that draw random numbers.
     """
 
     problem: Problem
@@ -335,9 +333,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GradedGroup:
-    """A prompt's completions, and what rewards see of them (`group`); both by sample.
+    """A prompt's completions, and the group that rewards get; both by sample.
 
-    judge_seconds: time that the task's judge took for them.
+    judge_seconds: the task's judge's time for them.
     """
 
     prompt: Prompt
@@ -347,30 +345,30 @@ class GradedGroup:
 
 
 class GroupSampler(Protocol):
-    """Writes groups of completions with the policy's engine and has them judged."""
+    """Samples groups of completions with the policy's engine and judges them."""
 
     @property
     def engine(self) -> Engine: ...
 
     def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
-        """`num` groups of a rollout; the same for the same arguments and weights.
+        """Sample `num` groups of a rollout; deterministic for the arguments and weights.
 
-        version: of the weights that must write them. attempt: counts from 0 where groups of a rollout are sampled again.
+        version: of the weights to sample with. attempt: counts from 0 when groups of a rollout are sampled again.
         """
         ...
 
 
 class Reward(Protocol):
-    """A score for each completion of a group; None where it could not be judged, never 0 for that."""
+    """Returns a score for each completion of a group; None if it could not be judged."""
 
     def __call__(self, group: Group) -> Sequence[float | None]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """What a group's completions earned: each named reward, unweighted, and their weighted sum.
+    """The scores of a group's completions: each named reward, unweighted, and their weighted sum.
 
-    A total is None where a reward that counts is. failed: the rewards that raised an exception or did not return in time.
+    A total is None if a reward with a weight is. failed: the rewards that raised an exception or did not return in time.
     """
 
     total: list[float | None]
@@ -412,9 +410,9 @@ class Ragged:
 class Traces:
     """A block of N traces, in columns. Token columns are flat values + offsets, never a Python object a token.
 
-    Text and verdict columns are lists of length N. `rewards` holds each named reward's column. `top` runs
-    over all completion positions of the block (its positions follow `completion_ids.offsets`); None where no
-    distribution was captured. `correct` and `reward` are None where they could not be judged.
+    Text and verdict columns are lists of length N. `rewards` holds each named reward's column. `top` covers
+    all completion positions of the block (by `completion_ids.offsets`); None if no
+    distribution was captured. `correct` and `reward` are None for traces that could not be judged.
     """
 
     trace_id: list[str]
@@ -437,7 +435,7 @@ class Traces:
         return len(self.trace_id)
 
     def top_of(self, n: int) -> TopK | None:
-        """The distribution of trace n."""
+        """Return the distribution of trace n."""
         if self.top is None:
             return None
         return self.top.slice(int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1]))
@@ -448,7 +446,7 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a stage cost. Tokens are counted where the work was done; FLOPs two a multiply-add."""
+    """The cost of a stage. Tokens are counted as processed; a multiply-add is two FLOPs."""
 
     tokens_trained: int = 0
     tokens_scored: int = 0
@@ -464,7 +462,7 @@ class Cost:
 
     @staticmethod
     def of(tree: Mapping[str, Any]) -> Cost:
-        """From a mapping that may lack fields, or have others."""
+        """Make from a mapping that may lack fields or have others."""
         return Cost(**{f.name: tree[f.name] for f in fields(Cost) if f.name in tree})
 
     def __add__(self, other: Cost) -> Cost:

@@ -1,4 +1,4 @@
-"""The files of a run's folder: the recipe, the environment, and each stage's stage.json. Written whole or not at all.
+"""The files of a run's folder: the recipe, the environment, and each stage's stage.json; all written atomically.
 
 RUN/recipe.yaml           the recipe as it was given
 RUN/resolved.yaml         the recipe with every default and every copy for a seed written out
@@ -29,12 +29,12 @@ ENVIRONMENT = "environment.json"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run that has begun."""
+    """Return whether a folder is a run's."""
     return (folder / RESOLVED).is_file()
 
 
 def recipe(run: Path) -> Recipe:
-    """The recipe of a run as it was resolved. Modules of its own are looked for beside the recipe."""
+    """Load a run's resolved recipe. The user's modules are imported from the recipe's folder."""
     if beside := environment(run).get("modules"):
         plug.look_in(Path(beside))
     path = run / RESOLVED
@@ -42,7 +42,7 @@ def recipe(run: Path) -> Recipe:
 
 
 def environment(run: Path) -> dict[str, Any]:
-    """A run's versions and machine; empty where it has not begun."""
+    """Read a run's versions and machine; empty if the run has not begun."""
     path = run / ENVIRONMENT
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
@@ -125,7 +125,7 @@ class State:
 
 
 def read(folder: Path) -> State | None:
-    """The state of a stage by its folder; None where it never started."""
+    """Read a stage's state from its folder; None if it never started."""
     path = folder / FILE
     if not path.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Names from other frameworks, and what they are called here.
+"""Names of other frameworks and their names in distill.
 
 A recipe key that is unknown is looked up here before the nearest spelling is suggested. Sources of the names: TRL and
 transformers (`learning_rate`), torchtune (`max_steps_per_epoch`), verl (`kl_loss_coef`), prime-rl (`rollouts_per_example`),
@@ -242,7 +242,7 @@ ABSENT: dict[str, str] = {
     "stop": "a completion ends at the model's own end-of-text tokens",
     "max_prompt_length": "prompts that leave no room in the context are skipped and counted",
 }
-"""Names without a key here, and why there is none."""
+"""Names without a key in distill, and the reason."""
 
 
 def answer(name: str, exists: Callable[[str], bool]) -> str:

@@ -1,7 +1,6 @@
-"""The numbers behind a token on the inspector's page: entropy, and two models' candidates side by side with their KL.
+"""The numbers of a token on the inspector's page: entropy, and two models' candidates side by side with their KL.
 
-Comes in: stored distributions of the same positions. Goes out: columns. Left out on purpose: how they are packed and
-shown (`inspector`).
+In: stored distributions of the same positions. Out: columns, which `trace_page` packs and shows.
 
 Shape suffixes: T positions, K teacher's entries, L student's entries, C candidates shown, E entries, flat.
 """
@@ -15,13 +14,13 @@ import numpy as np
 from distill.records import NO_TAIL, Array, TopK
 
 TEACHER_COLUMNS = 8
-"""Teacher's candidates that are matched."""
+"""The number of the teacher's candidates that are matched."""
 STUDENT_EXTRA = 4
-"""Candidates of the student's own that are shown beside the teacher's."""
+"""The number of the student's own candidates shown beside the teacher's."""
 
 
 def entropy(top: TopK) -> Array:
-    """[T] entropy in nats of the stored entries and one outcome for all the rest: at most the full entropy."""
+    """Return the entropy in nats of the stored entries and one outcome for the rest, [T]: at most the full entropy."""
     position_E = np.repeat(np.arange(len(top)), top.count_T)
     logp_E, tail_T = top.logp_E.astype(np.float64), top.tail_T.astype(np.float64)
     head_T = np.bincount(position_E, -np.exp(logp_E) * logp_E, minlength=len(top))
@@ -31,9 +30,9 @@ def entropy(top: TopK) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
-    """What is shown at each position: count_T of them, flat; log-probabilities, nan where they are in the rest.
+    """The candidates shown at each position, count_T of them, flat; a log-probability is nan if it is not stored.
 
-    teacher_rest_T, student_rest_T: log of the mass of all that is not shown.
+    teacher_rest_T, student_rest_T: log of the mass of all candidates that are not shown.
     """
 
     count_T: Array
@@ -62,7 +61,7 @@ class Matched:
     kl_T: Array
 
     def candidates(self, width: int) -> Candidates:
-        """The teacher's first `width` and those of the student's that are not among them."""
+        """Return the teacher's first `width` candidates and those of the student's that are not among them."""
         column_C = np.arange(self.ids_TC.shape[1])
         wanted_TC = np.where(column_C < TEACHER_COLUMNS, column_C < width, self.rank_TC >= width)
         shown_TC = wanted_TC & (self.ids_TC >= 0)
@@ -81,7 +80,7 @@ class Matched:
 
 
 def match(top: TopK, student: TopK | None) -> Matched:
-    """Both models' stored entries of the same positions side by side; without a student all of its are unknown."""
+    """Match both models' stored entries at the same positions; without a student all its values are unknown."""
     student = _nothing(len(top)) if student is None else student
     ids_TK, teacher_TK = top.dense(max(TEACHER_COLUMNS, int(top.count_T.max(initial=0))))
     own_TL, student_TL = student.dense(max(STUDENT_EXTRA, int(student.count_T.max(initial=0))))
@@ -101,7 +100,7 @@ def match(top: TopK, student: TopK | None) -> Matched:
 
 
 def _nothing(positions: int) -> TopK:
-    """A distribution of which nothing is known."""
+    """Return a distribution without entries."""
     return TopK(
         np.zeros(positions, np.int32),
         np.empty(0, np.int64),
@@ -111,7 +110,7 @@ def _nothing(positions: int) -> TopK:
 
 
 def _ranks(ids_TA: Array, among_TB: Array) -> Array:
-    """[T, A] the column of `among` that holds each id at the same position; B where none does."""
+    """Return the column of `among` with each id at the same position, [T, A]; B if there is none."""
     position_T = np.arange(len(ids_TA))[:, None]
     keys = (position_T << 32) + among_TB
     order = np.argsort(keys, axis=None, kind="stable")
@@ -123,7 +122,7 @@ def _ranks(ids_TA: Array, among_TB: Array) -> Array:
 
 
 def _taken(values_TB: Array, rank_TA: Array) -> Array:
-    """[T, A] values at the ranks; -inf where there is none."""
+    """Return the values at the ranks, [T, A]; -inf if there is none."""
     padded = np.concatenate([values_TB, np.full((len(values_TB), 1), -np.inf)], 1)
     return np.asarray(np.take_along_axis(padded, rank_TA, 1))
 
@@ -133,7 +132,7 @@ def _mass(top: TopK, logp_TK: Array) -> Array:
 
 
 def _kl(top: TopK, student: TopK, teacher_TK: Array, there_TK: Array, student_TL: Array, back_TL: Array) -> Array:
-    """[T] sum p log(p/q) over the shared entries, and the rest of both sides as one outcome."""
+    """Return sum p log(p/q) over the shared entries and the rest of both sides as one outcome, [T]."""
     shared_TK = ~np.isneginf(there_TK) & ~np.isneginf(teacher_TK)
     p_TK = np.where(shared_TK, np.exp(teacher_TK.astype(np.float64)), 0.0)
     with np.errstate(invalid="ignore"):
@@ -147,6 +146,6 @@ def _kl(top: TopK, student: TopK, teacher_TK: Array, there_TK: Array, student_TL
 
 
 def _log(mass_T: Array) -> Array:
-    """Log of a mass; masses within rounding of none are none."""
+    """Return the log of a mass; masses at rounding level count as 0."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.log(np.where(mass_T > NO_TAIL, mass_T, 0.0)))

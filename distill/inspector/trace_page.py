@@ -1,9 +1,9 @@
 """The trace inspector: a sample of traces as one page, the teacher's distribution behind every token.
 
-Comes in: columns of traces, the bytes of every token id used and, if asked for, a student's scores of the same
-completions. Goes out: one HTML file that needs nothing else. Numbers travel as 16-bit thousandths of a nat in
-byte planes, ids as places in a table of those used, all of it deflated; the page draws one trace at a time.
-Left out on purpose: reading shards, tokenizers and engines (`stages/inspect`).
+In: columns of traces, the bytes of every token id used and, optionally, a student's scores of the same
+completions. Out: one self-contained HTML file. Numbers are stored as 16-bit thousandths of a nat in
+byte planes, ids as indices into a table of those used, all deflated; the page draws one trace at a time.
+Shards, tokenizers and engines are opened in `tools.inspect`.
 
 Shape suffixes: T positions, E entries, flat.
 """
@@ -31,14 +31,14 @@ from distill.records import Array, Completion, Messages, TopK, Traces
 
 MAX_BYTES = 5_000_000
 WIDTHS = (TEACHER_COLUMNS, 6, 4, 3, 2)
-"""Teacher's candidates kept a position: the most that fit the page."""
+"""Possible numbers of the teacher's candidates a position; the largest that fits the page is used."""
 QUANTUM = 1000
 UNKNOWN = 65535
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One trace to be shown. `top`: the teacher's distribution; `student`: its scores of the same tokens."""
+    """One trace to show. `top`: the teacher's distribution; `student`: the student's scores of the same tokens."""
 
     trace_id: str
     problem_id: str
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What stands around the traces. facts: label and value. student: what the second model is called."""
+    """The page's frame. facts: label and value. student: the name of the second model."""
 
     title: str
     facts: Sequence[tuple[str, str]] = ()
@@ -67,7 +67,7 @@ class Page:
 
 
 def rows_of(block: Traces, student: Mapping[str, Completion] = {}) -> list[Row]:
-    """A block's traces as rows. student: scores by trace id."""
+    """Convert a block's traces to rows. student: scores by trace id."""
     return [
         Row(
             trace_id=trace_id,
@@ -96,10 +96,10 @@ def render(
     page: Page,
     max_bytes: int = MAX_BYTES,
 ) -> str:
-    """The page. bytes_of: token ids -> their bytes. special: ids of control tokens, which are dimmed.
+    """Render the page. bytes_of: token ids -> their bytes. special: ids of control tokens, which are dimmed.
 
-    Of each position as many candidates are kept as `max_bytes` allows, and of the traces, from the first on, as many
-    as then fit; where some are left out the page says so.
+    As many candidates a position are kept as `max_bytes` allows, then as many traces as fit; the page says if traces were
+    left out.
     """
     shown = [(row, _matched(row)) for row in rows]
     bytes_of = _remembering(bytes_of)
@@ -143,7 +143,7 @@ def _html(payload: bytes, page: Page, left_out: int) -> str:
 
 @dataclass(slots=True)
 class _Columns:
-    """What the page's arrays are made of, a list entry a trace."""
+    """The page's arrays before they are packed, a list entry a trace."""
 
     ids: list[Array] = field(default_factory=list)
     surprise: list[Array] = field(default_factory=list)
@@ -161,7 +161,7 @@ class _Columns:
 def _remembering(
     bytes_of: Callable[[Sequence[int]], Sequence[bytes]],
 ) -> Callable[[Sequence[int]], Sequence[bytes]]:
-    """The same, asked once for each id."""
+    """Cache a function of token ids."""
     known: dict[int, bytes] = {}
 
     def read(ids: Sequence[int]) -> list[bytes]:
@@ -184,7 +184,7 @@ def _pack(
     special: frozenset[int],
     width: int,
 ) -> bytes:
-    """Header length, header (JSON), arrays in byte planes; deflated."""
+    """Pack header length, header (JSON) and arrays in byte planes; deflated."""
     columns = _Columns()
     for row, matched in rows:
         _add(columns, row, matched, width)
@@ -224,7 +224,7 @@ _POSITIVE = ("entropy", "kl")
 
 
 def _quantised(values: Array) -> Array:
-    """Nats as thousandths; UNKNOWN for nan and for what is beyond 65 nats (no mass at all)."""
+    """Convert nats to thousandths; UNKNOWN for nan and for values beyond 65 nats (no mass)."""
     scaled = np.rint(np.asarray(values, np.float64) * QUANTUM)
     return np.where(scaled < UNKNOWN, np.maximum(scaled, 0), UNKNOWN).astype(np.int64)
 
@@ -270,8 +270,8 @@ def _trace(
 
 
 def thinking(prompt: bytes, spelled: Sequence[bytes]) -> int:
-    """How many of the first tokens are reasoning: up to the last </think>; all where one was opened and never
-    closed, by the prompt or the completion; none where there is no mark."""
+    """Return the number of reasoning tokens at the start: up to the last </think>; all if a <think> (of prompt or
+    completion) is never closed; none without a tag."""
     joined = b"".join(spelled)
     end = joined.rfind(b"</think>")
     if end < 0:

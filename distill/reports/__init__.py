@@ -1,1 +1,1 @@
-"""Statistics, the compute ledger, cost estimates and the pages of a run. No torch, no other room."""
+"""Statistics, comparisons, and the pages and plots of a run. Imports no torch and no other room."""

@@ -1,7 +1,7 @@
-"""The report's plots of arms: accuracy, accuracy against compute, pass@k. Each as a small SVG of its own.
+"""The report's plots of arms: accuracy, accuracy against compute, pass@k; a small SVG each.
 
-Comes in: a report's arms. Goes out: SVG. An arm's mark is the same in all plots; models that were not trained in
-the comparison (teacher, start) are grey. Left out on purpose: how things are drawn (`svg`).
+An arm has the same mark in all plots; models that were not trained in the comparison (teacher, start) are grey. The
+drawing itself is in `svg`.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ def _kind(arm: ArmRow) -> str:
 
 
 def _top(arms: Arms) -> float:
-    """Where an accuracy axis ends: the highest interval, rounded up to a tick."""
+    """Return the end of an accuracy axis: the highest interval's end, rounded up to a tick."""
     high = max(arm["accuracy"]["high"] for arm in arms.values())
     step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if high / s <= 6 or s == 0.2)
     return min(1.0, math.ceil(round(high / step, 9)) * step) or step
 
 
 def describe(arms: Arms) -> str:
-    """Accuracies in words, for those who do not see the plot."""
+    """Describe the accuracies in words, for readers who do not see the plot."""
     return "Accuracy: " + "; ".join(f"{name} {interval_text(arm['accuracy'])}" for name, arm in arms.items())
 
 
 def accuracy_svg(arms: Arms, width: int = WIDE) -> str:
-    """A horizontal dot plot of accuracy with intervals, best arm first."""
+    """Draw a horizontal dot plot of accuracy with intervals, best arm first."""
     order = sorted(arms, key=lambda name: -arms[name]["accuracy"]["value"])
     row = 30
     canvas = Canvas(
@@ -85,9 +85,9 @@ def percent0(share: float) -> str:
 
 
 def compute_svg(arms: Arms, view: str, width: int = WIDE) -> str:
-    """Accuracy against FLOPs (logarithmic) in one view of cost, checkpoints along the way as a line.
+    """Draw accuracy against FLOPs (logarithmic) in one view of cost, with an arm's snapshots as a line.
 
-    Arms that cost nothing in this view are levels.
+    Arms without a cost in this view are horizontal lines.
     """
     canvas = Canvas(width, round(width * 0.52) if width > 500 else 300, describe(arms), top=30, bottom=40)
     costs = {name: _points(arm, view) for name, arm in arms.items()}
@@ -149,7 +149,7 @@ def _compute_arm(
 
 
 def _points(arm: ArmRow, view: str) -> list[SnapshotRow]:
-    """The arm along its training, its end last. What a view adds to the student's own FLOPs is paid from the start."""
+    """Return the arm's snapshots and its end. A view's additional FLOPs count from the start."""
     flops = arm["cost"][view]["flops"]  # type: ignore[index]
     added = flops - arm["flops"]
     accuracy = arm["accuracy"]
@@ -166,7 +166,7 @@ def has_pass_curve(arms: Arms) -> bool:
 
 
 def pass_svg(arms: Arms, width: int = WIDE) -> str:
-    """pass@k against k (powers of two apart equally), with intervals; labels at the right end."""
+    """Draw pass@k against k on a logarithmic axis, with intervals; labels at the right end."""
     names = [name for name in arms if arms[name]["pass_at"]]
     ks = sorted({int(k) for name in names for k in arms[name]["pass_at"]})
     label = "; ".join(_pass_text(name, arms[name]) for name in names)
@@ -205,7 +205,7 @@ def _pass_text(name: str, arm: ArmRow) -> str:
 
 
 def _apart(wanted: list[float], least: float = 15.0) -> list[float]:
-    """Rising positions near those wanted, at least so far apart: pushed down, then up from the end."""
+    """Return increasing positions near the wanted ones, at least `least` apart."""
     placed: list[float] = []
     for position in wanted:
         placed.append(max(position, placed[-1] + least) if placed else position)

@@ -1,9 +1,9 @@
-"""Whether one arm is better than another, and what may be said about it.
+"""Compare arms: whether one is better than another, and which claim that supports.
 
-Two questions, never to be mixed up. *Do these two checkpoints differ?* is answered by a paired comparison on
-the same problems (`paired`). *Does this way of training beat that one?* needs several training
-seeds an arm and is answered by resampling seeds and problems together (`difference_over_seeds`); only that
-may print "supported".
+There are two different questions. *Do these two checkpoints differ?* is answered by a paired comparison on
+the same problems (`paired`). *Is this way of training better than that one?* needs several training
+seeds an arm and is answered by resampling seeds and problems together (`difference_over_seeds`); only the latter
+may give the verdict "supported".
 
 Shape suffixes: P problems, S training seeds, R resamples.
 """
@@ -41,7 +41,7 @@ MIN_SEEDS = 3
 class Paired:
     """Arm a minus arm b on the same problems. p_holm equals p_value until several pairs are corrected.
 
-    wins, losses: problems on which a, or b, did better. method: of the p-value.
+    wins, losses: the number of problems on which a, or b, did better. method: of the p-value.
     """
 
     difference: Interval
@@ -53,7 +53,7 @@ class Paired:
 
     @property
     def differ(self) -> bool:
-        """These two checkpoints differ on problems like these. Says nothing about how they were trained."""
+        """Whether these two checkpoints differ on such problems; no claim about how they were trained."""
         outside = self.difference.low > 0 or self.difference.high < 0
         return outside and self.p_holm < 1 - LEVEL
 
@@ -79,11 +79,11 @@ class SeedsDifference:
 
 
 def paired(delta_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Paired:
-    """Compare two arms by the differences of their mean correctness, one a problem; nan where an arm was not judged.
+    """Compare two arms by the differences of their mean correctness, one a problem; nan if an arm was not judged.
 
-    One sample a problem (differences of -1, 0 and 1): McNemar's exact test, and Bonett and Price's (2012) interval, which
-    does not collapse when few problems differ. Several: the bootstrap (BCa) of the differences, so that both arms are
-    resampled together, and a sign-flip permutation test. Raises ValueError where no problem was judged in both arms.
+    With one sample a problem (differences of -1, 0 and 1): McNemar's exact test, and Bonett and Price's (2012) interval,
+    which stays valid when few problems differ. With several: the bootstrap (BCa) of the differences, which resamples both
+    arms together, and a sign-flip permutation test. Raises ValueError if no problem was judged in both arms.
     """
     delta_P = delta_P[~np.isnan(delta_P)]
     if not len(delta_P):
@@ -99,7 +99,7 @@ def paired(delta_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, se
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided exact p-value: the problems that differ are fair coin tosses if the arms are equal."""
+    """Return McNemar's two-sided exact p-value: if the arms are equal, each differing problem is a fair coin toss."""
     if wins + losses == 0:
         return 1.0
     return float(distributions.binomtest(wins, wins + losses, 0.5).pvalue)
@@ -108,7 +108,8 @@ def mcnemar(wins: int, losses: int) -> float:
 def permutation_p(delta_P: Floats, resamples: int = RESAMPLES, seed: int = 0) -> float:
     """Two-sided p-value of a mean of paired differences under random sign flips.
 
-    All flips where they are no more than the resamples; else drawn, with the observed one counted in (never 0).
+    All flips are enumerated if there are at most `resamples`; otherwise they are drawn and the observed one is included, so
+    that p is never 0.
     """
     delta_P = delta_P[np.abs(delta_P) > 1e-12]
     if not len(delta_P):
@@ -147,7 +148,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def check_same_problems(problems: Mapping[str, Collection[str]]) -> None:
-    """Raise UserError where two arms (or seeds of one) were evaluated on different problems."""
+    """Raise UserError if two arms (or seeds of one) were evaluated on different problems."""
     first = next(iter(problems), None)
     for name, ids in problems.items():
         if first is not None and set(ids) != set(problems[first]):
@@ -159,8 +160,8 @@ def check_same_problems(problems: Mapping[str, Collection[str]]) -> None:
 
 
 def check_same_start(starts: Mapping[str, str]) -> None:
-    """Raise UserError where trained arms do not come from one start checkpoint. starts: by arm, the model that
-    nothing of the comparison was trained into yet."""
+    """Raise UserError if trained arms do not come from the same start checkpoint. starts: each arm's model before its
+    training in this comparison."""
     first = next(iter(starts), None)
     for name, start in starts.items():
         if first is not None and start != starts[first]:
@@ -179,12 +180,12 @@ def compare_trained(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[tuple[str, str], Paired | SeedsDifference]:
-    """Every pair of arms[name][training seed][problem_id][sample].
+    """Compare every pair of arms[name][training seed][problem_id][sample].
 
-    Two arms with several training seeds each are compared over seeds and problems; a pair with an arm that has only
-    one (a teacher, a start) as checkpoints, on per-problem means over the seeds there are. Holm's correction is over
+    Two arms with several training seeds each are compared over seeds and problems. A pair with an arm of one seed (a
+    teacher, a start) is compared as checkpoints, on per-problem means over the seeds. Holm's correction is over
     the pairs of each kind. Problems without a judged sample in every arm and seed are left out. Raises UserError
-    where arms or seeds were evaluated on different problems.
+    if arms or seeds were evaluated on different problems.
     """
     check_same_problems({f"{a} (seed {s})": results for a, runs in arms.items() for s, results in runs.items()})
     values = {
@@ -218,11 +219,11 @@ def difference_over_seeds(
 ) -> SeedsDifference:
     """Arm a minus arm b, from a[seed][problem] and b[seed][problem]: per-problem mean correctness.
 
-    Seeds (of each arm) and problems (of both arms together) are resampled at once. Resampling three seeds
-    shrinks their spread by a third and knows nothing of having only three of them, so the resampled
+    Seeds (of each arm) and problems (of both arms together) are resampled at once. Resampling of three seeds
+    underestimates their variance by a third and ignores the few degrees of freedom, so the resampled
     deviations are rescaled to the unbiased variance of the two-way random-effects model (seeds, problems) and
-    to Student's t at Satterthwaite's degrees of freedom, which also gives the p-value. Without this, equal
-    arms are called different far more often than α. One seed an arm: the interval is all of [-1, 1].
+    to Student's t at Satterthwaite's degrees of freedom, which also gives the p-value. Otherwise equal
+    arms would be called different far more often than α. With one seed an arm the interval is all of [-1, 1].
     """
     a_SP, b_SP = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a_SP.ndim != 2 or b_SP.ndim != 2 or a_SP.shape[1] != b_SP.shape[1]:
@@ -237,7 +238,7 @@ def difference_over_seeds(
     drawn_R = _resample_both(a_SP, b_SP, resamples, seed)
     spread = float(drawn_R.std())
     if variance <= 1e-24 or spread <= 1e-12:
-        # Nothing varied, which says less than that nothing varies: as wide as one pair of checkpoints would be.
+        # Zero sample variance is not zero variance: use the interval of one pair of checkpoints.
         pair = paired(a_SP.mean(0) - b_SP.mean(0), level, resamples, seed)
         p_value, low, high = pair.p_value, pair.difference.low, pair.difference.high
     else:
@@ -251,7 +252,7 @@ def difference_over_seeds(
 
 
 def _resample_both(a_SP: Floats, b_SP: Floats, resamples: int, seed: int) -> Floats:
-    """[R] differences of means over seeds drawn for each arm and problems drawn for both."""
+    """Return R differences of means, over seeds drawn for each arm and problems drawn for both."""
     rng, num = np.random.default_rng(seed), a_SP.shape[1]
     rows, drawn = max(1, BLOCK // num), []
     for start in range(0, resamples, rows):
@@ -266,16 +267,16 @@ def _resample_both(a_SP: Floats, b_SP: Floats, resamples: int, seed: int) -> Flo
 
 
 def _draw_weights(rng: np.random.Generator, rows: int, num: int) -> Floats:
-    """[rows, num] how often each of `num` was drawn in `num` draws with replacement, over `num`."""
+    """Return [rows, num], the count of each of `num` items in `num` draws with replacement, divided by `num`."""
     drawn = rng.integers(0, num, (rows, num)) + num * np.arange(rows)[:, None]
     return np.bincount(drawn.ravel(), minlength=rows * num).reshape(rows, num) / num
 
 
 def _variance(a_SP: Floats, b_SP: Floats) -> tuple[float, float]:
-    """Variance of the difference of means, and its degrees of freedom.
+    """Return the variance of the difference of means, and its degrees of freedom.
 
-    The parts of `seed_variance`, the problems' of the arms' differences; the noise that is in both parts is taken off
-    once. Never below either part alone.
+    It is the sum of the parts of `seed_variance`, with the problems' part of the arms' differences, minus the noise that both
+    parts include; at least as large as either part.
     """
     seed_parts, noise, freedoms = [], 0.0, []
     for y_SP in (a_SP, b_SP):

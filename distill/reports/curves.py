@@ -1,7 +1,7 @@
-"""Training curves: a small panel a quantity, whatever the stage has logged.
+"""Training curves: a small panel for each logged quantity.
 
-Comes in: a stage's curves as `collect` reads them from metrics.jsonl. Goes out: SVG panels. Raw values faint, a
-running mean over them; each named reward is a grey line beside the total.
+In: a stage's curves, read from metrics.jsonl. Out: SVG panels with faint raw values and a running mean; each named reward
+is a grey line beside the total.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distill.reports.svg import Canvas, Scale, group, linear, linear_ticks
 WIDTH, HEIGHT = 300, 168
 REWARD = "reward/"
 LONG = 40
-"""Values from which on a running mean is drawn over the raw ones."""
+"""The least number of values for which a running mean is drawn."""
 
 Values = Sequence[float | None]
 
@@ -36,11 +36,11 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("mismatch", "KL engine to trainer (nats)", ("kl_engine",)),
     ("norm", "gradient norm", ("grad_norm",)),
 )
-"""File name, title and keys of each panel, the first that a reader looks at first."""
+"""File name, title and keys of each panel, the most important first."""
 
 
 def panels(stage: StageRow) -> list[tuple[str, str, str]]:
-    """(file stem, description, SVG) of every quantity that the stage has logged."""
+    """Return (file stem, description, SVG) of every quantity that the stage has logged."""
     curves = stage.get("curves", {})
     found = []
     for stem, title, keys in _shown(stage):
@@ -51,7 +51,7 @@ def panels(stage: StageRow) -> list[tuple[str, str, str]]:
 
 
 def seed_panels(copies: Sequence[StageRow]) -> list[tuple[str, str, str]]:
-    """The same of one stage trained with several seeds: a line a seed, their mean at the end beside the title."""
+    """Like `panels`, for one stage with several training seeds: a line a seed, and their mean at the end in the title."""
     found = []
     for stem, title, keys in _shown(copies[0]):
         lines = {
@@ -65,7 +65,7 @@ def seed_panels(copies: Sequence[StageRow]) -> list[tuple[str, str, str]]:
 
 
 def by_stage(stages: Sequence[StageRow]) -> list[list[StageRow]]:
-    """Stages in order, the copies of one (`kl@1`, `kl@2`) together."""
+    """Group stages in order, the copies of one (`kl@1`, `kl@2`) together."""
     found: dict[str, list[StageRow]] = {}
     for stage in stages:
         found.setdefault(stage["name"].partition("@")[0], []).append(stage)
@@ -73,18 +73,18 @@ def by_stage(stages: Sequence[StageRow]) -> list[list[StageRow]]:
 
 
 def shown_keys(stage: StageRow) -> list[str]:
-    """The curves that are worth a look, in the panels' order."""
+    """Return the keys that have a panel, in the panels' order."""
     return [key for _, _, keys in _shown(stage) for key in keys]
 
 
 def _shown(stage: StageRow) -> list[tuple[str, str, list[str]]]:
-    """Panels with the keys of each that hold a number; each named reward beside the total."""
+    """Return the panels with those of their keys that have values; named rewards join the total's panel."""
     curves = stage.get("curves", {})
     found = []
     for stem, title, keys in PANELS:
         wanted = [*keys, *(key for key in curves if stem == "reward" and key.startswith(REWARD))]
         known = [key for key in wanted if _known(curves.get(key, []))]
-        # Where the loss is the label's surprise, once is enough.
+        # If the loss is the label's NLL, one panel is enough.
         if known and not (stem == "nll" and curves["label_nll"] == curves.get("loss")):
             found.append((stem, title, known))
     return found
@@ -95,7 +95,7 @@ def _known(values: Values) -> list[float]:
 
 
 def smooth(values: Values, window: int) -> list[float | None]:
-    """Centred running mean over `window` values, fewer at the ends; unknown ones are left out."""
+    """Return the centred running mean over `window` values, fewer at the ends; missing values are ignored."""
     half, found = window // 2, []
     for i in range(len(values)):
         near = _known(values[max(0, i - half) : i + half + 1])
@@ -164,8 +164,8 @@ def _tick(value: float) -> str:
 
 
 def _range(known: Sequence[float]) -> tuple[float, float]:
-    """The axis: from 0 where the values come near it, with a little air; single spikes above the 98th percentile of
-    long curves are cut off."""
+    """Return the range of the axis, from 0 if the values come near it; spikes above a long curve's 98th percentile are
+    clipped."""
     ordered = sorted(known)
     high = ordered[-1] if len(ordered) < 50 else ordered[int(0.98 * (len(ordered) - 1))]
     low = ordered[0]

@@ -1,8 +1,7 @@
-"""A model's card: README.md in a checkpoint's folder, as the hub reads it.
+"""Render a model card: README.md in a checkpoint's folder, in the hub's format.
 
-Comes in: what a run knows of the model (recipe, lineage, cost, scores). Goes out: front matter by huggingface_hub's
-own types and Markdown that is escaped like the report's. Left out on purpose: finding all that out (`stages/card`),
-and a licence, which nobody but the author can give.
+In: the facts about a model (recipe, lineage, cost, scores), collected in `run.model_card`. Out: front matter by
+huggingface_hub's own types, and Markdown that is escaped like the report's. The licence is left to the author.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ FILE = "README.md"
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """A stage that the model rests on. made_from: its inputs by field. facts: what its data says of itself."""
+    """An ancestor stage of the model. made_from: its inputs by field. facts: about its data."""
 
     name: str
     kind: str
@@ -36,11 +35,11 @@ class Ancestor:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a card says.
+    """The content of a card.
 
-    base: the hub id or other source that the first of the model's line was loaded from. base_on_hub: whether that is a
-    hub id. settings: the stage's own, as YAML. scores: by the arm's name, of this model only; empty until it was
-    evaluated. cost: by view, empty until known. readings: comparisons with other arms in words.
+    base: the hub id or other source of the first model in the line of training. base_on_hub: whether that is a
+    hub id. settings: the stage's own, as YAML. scores: by the arm's name, of this model only; empty before its
+    evaluation. cost: by view, empty until known. readings: comparisons with other arms in words.
     """
 
     name: str
@@ -60,17 +59,17 @@ class Card:
 
 
 def write_card(folder: Path, card: Card) -> Path:
-    """Write the card into a checkpoint's folder, whole or not at all."""
+    """Write the card into a checkpoint's folder, atomically."""
     return write_atomic(Path(folder) / FILE, render(card))
 
 
 def render(card: Card) -> str:
-    """Front matter and text."""
+    """Return the card: front matter and text."""
     return f"---\n{front_matter(card)}\n---\n\n{markdown(f'{card.run}/{card.name}', body(card))}"
 
 
 def front_matter(card: Card) -> str:
-    """YAML by huggingface_hub's ModelCardData, scores as a model-index."""
+    """Return the front matter, YAML by huggingface_hub's ModelCardData, with scores as a model-index."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -98,7 +97,7 @@ def front_matter(card: Card) -> str:
 
 
 def body(card: Card) -> list[Block]:
-    """The text below the front matter."""
+    """Return the text below the front matter."""
     start = f" It starts from {card.base}." if card.base else ""
     found: list[Block] = [
         Text(f"The model of stage {card.name} ({card.kind}) of the run {card.run}.{start}"),

@@ -1,7 +1,7 @@
-"""What a report says, as blocks: headings, sentences, tables, figures, folded examples.
+"""The content of a report as blocks: headings, sentences, tables, figures, folded examples.
 
-Comes in: a `RunReport`. Goes out: a list of blocks that Markdown and HTML both render, so the two cannot
-disagree. Left out on purpose: any markup, and the numbers' wording (`wording`).
+In: a `RunReport`. Out: blocks that both Markdown and HTML are rendered from, so the two have the same content. Numbers are
+put into words in `wording`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Text to be shown as it is, whatever it holds."""
+    """Text to show verbatim."""
 
     text: str
     language: str = "text"
@@ -52,8 +52,8 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A self-contained SVG; file is its name beside the report, alt what it shows in words. narrow: drawn anew for
-    a phone. label: what its tab is called among others."""
+    """A self-contained SVG. file: its name beside the report; alt: its description in words. narrow: the same drawn for
+    a phone. label: the name of its tab."""
 
     file: str
     svg: str
@@ -64,7 +64,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Figures of which the page shows one at a time."""
+    """Figures in tabs: the page shows one at a time."""
 
     name: str
     figures: Sequence[Figure]
@@ -72,7 +72,7 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """Small figures side by side, as many as fit."""
+    """Small figures side by side."""
 
     title: str
     figures: Sequence[Figure]
@@ -80,7 +80,7 @@ class Panels:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one arm answered. judged: correct, wrong or not judged, with the answer found."""
+    """One arm's completion. judged: correct, wrong or not judged, with the extracted answer."""
 
     arm: str
     judged: str
@@ -90,7 +90,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """Blocks that are folded away where the page can fold."""
+    """Blocks that are folded in HTML."""
 
     summary: str
     blocks: Sequence[Text | Code | Answer]
@@ -109,7 +109,7 @@ VIEWS = {
 
 
 def blocks(report: RunReport) -> list[Block]:
-    """The whole report, top to bottom; sections that have nothing to say are left out."""
+    """Return the whole report from top to bottom, without empty sections."""
     found: list[Block] = [Text(report.get("verdict") or verdict(report))]
     if report["description"]:
         found.append(Text(report["description"]))
@@ -243,7 +243,7 @@ def accuracy_table(report: RunReport) -> Table:
 
 
 def seed_table(report: RunReport) -> Table:
-    """A row an arm, a column a training seed."""
+    """Return a table of accuracies, a row an arm, a column a training seed."""
     by_arm = {name: {one["seed"]: one for one in arm.get("by_seed", [])} for name, arm in report["arms"].items()}
     seeds = sorted({seed for found in by_arm.values() for seed in found})
     rows = [
@@ -392,7 +392,7 @@ def settings_blocks(report: RunReport) -> list[Block]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
-    """Nested settings as dotted rows."""
+    """Flatten nested settings to rows with dotted names."""
     rows = []
     for key, value in tree.items():
         if isinstance(value, Mapping):

@@ -1,8 +1,7 @@
-"""What a report holds: the tree that the pipeline collects, and that report.json is, word for word.
+"""The data of a report: the tree that `run.collect` makes and report.json holds.
 
-Plain dictionaries, so that a report read back from its JSON is the same thing as one just collected. All
-numbers are raw: shares in [0, 1], tokens, bytes, FLOPs, seconds. Left out on purpose: how it looks
-(`content` and what renders it).
+Plain dictionaries, so that a report read from its JSON equals one just collected. All
+numbers are raw: shares in [0, 1], tokens, bytes, FLOPs, seconds. The presentation is in `report_blocks`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class IntervalRow(TypedDict):
 
 
 class Amounts(TypedDict):
-    """What `check` predicts of a stage, and what is measured beside it. memory: bytes at the peak; absent where not measured."""
+    """Amounts of a stage's work, predicted by `check` or measured. memory: peak bytes; absent if not measured."""
 
     tokens: float
     bytes: float
@@ -59,7 +58,7 @@ class View(TypedDict):
 
 
 class CheckpointRow(TypedDict):
-    """A model kept along a stage's way: the FLOPs that the stage had taken by then, and how the model did."""
+    """A snapshot of a stage: the stage's FLOPs up to it, and its scores."""
 
     step: float
     flops: float
@@ -67,7 +66,7 @@ class CheckpointRow(TypedDict):
 
 
 class SnapshotRow(TypedDict):
-    """A checkpoint on an arm's way: the student's own FLOPs by then, accuracy and its interval."""
+    """A snapshot of an arm: the student's own FLOPs up to it, accuracy and its interval."""
 
     flops: float
     accuracy: float
@@ -76,7 +75,7 @@ class SnapshotRow(TypedDict):
 
 
 class SeedRow(TypedDict):
-    """One training seed of an arm: what was evaluated, and how it did on the same problems."""
+    """One training seed of an arm: the evaluated stage, and its scores on the same problems."""
 
     seed: int
     stage: str
@@ -113,7 +112,7 @@ class ArmRow(TypedDict):
 
 
 class ComparisonRow(TypedDict):
-    """Arm a minus arm b. `unit` says what was resampled, and so what the verdict is about."""
+    """Arm a minus arm b. `unit`: the units that were resampled, which determine what the verdict is about."""
 
     a: str
     b: str
@@ -137,7 +136,7 @@ class ExampleAnswer(TypedDict):
 
 
 class ExampleRow(TypedDict):
-    """A problem on which two arms fared differently; `won_by` did better than `lost_by`."""
+    """A problem on which the arm `won_by` did better than `lost_by`."""
 
     problem_id: str
     question: str
@@ -150,7 +149,7 @@ class ExampleRow(TypedDict):
 class RunReport(TypedDict):
     """A run. environment: versions and machine, nested as it comes. recipe: resolved, as YAML.
 
-    reproduce: shell commands. notes: what a reader must know (limits, warnings). verdict: filled in when the
+    reproduce: shell commands. notes: limits and warnings for the reader. verdict: filled in when the
     report is written.
     """
 
@@ -181,7 +180,7 @@ def interval_row(interval: Interval) -> IntervalRow:
 
 
 def comparison_row(a: str, b: str, result: Paired | SeedsDifference) -> ComparisonRow:
-    """A comparison's result as a row of the report."""
+    """Convert a comparison's result to a row of the report."""
     row: ComparisonRow = {
         "a": a,
         "b": b,
@@ -203,13 +202,13 @@ def comparison_row(a: str, b: str, result: Paired | SeedsDifference) -> Comparis
 
 
 def view(cost: Cost) -> View:
-    """A cost as one view of an arm: all tokens that any of its models processed or wrote."""
+    """Convert a cost to one view of an arm: all tokens that any of its models processed or generated."""
     tokens = cost.tokens_trained + cost.tokens_scored + cost.tokens_generated + cost.tokens_prompt
     return {"tokens": tokens, "flops": cost.flops, "seconds": cost.wall_seconds}
 
 
 def measured(stage: StageRow) -> Amounts:
-    """What a stage took, in the units of its prediction."""
+    """Return a stage's measured amounts, in the units of its prediction."""
     cost = stage["cost"]
     kinds = ("tokens_trained", "tokens_scored", "tokens_generated", "tokens_prompt")
     found: Amounts = {

@@ -1,6 +1,6 @@
-"""A run in the terminal: its verdict, stages and arms with their intervals, curves as sparklines.
+"""Show a run in the terminal: its verdict, stages and arms with their intervals, curves as sparklines.
 
-Renders a `RunReport` with rich, complete or half way. Everything from outside goes through `Text`, which knows
+Renders a finished or unfinished `RunReport` with rich. Text from outside goes through `Text`, which interprets
 no markup, with control characters replaced.
 """
 
@@ -48,9 +48,9 @@ def show(report: RunReport, console: Console | None = None) -> None:
 
 
 def sparkline(values: Sequence[float | None], width: int = 40) -> str:
-    """A curve in one line: the mean of each of `width` stretches, from the lowest block to the highest.
+    """Draw a curve in one line of `width` blocks, each the mean of a section of the curve.
 
-    Values that are not finite (null in JSON) are left out; a stretch with none is a space; a flat curve is low.
+    Values that are not finite (null in JSON) are ignored; a section without values is a space; a flat curve is low.
     """
     if not values:
         return ""
@@ -69,7 +69,7 @@ def sparkline(values: Sequence[float | None], width: int = 40) -> str:
 
 
 def interval_bar(interval: Mapping[str, float], width: int = 20, end: float = 1.0) -> str:
-    """An estimate between 0 and `end` with its interval, `width` cells wide: ····├──●──┤····"""
+    """Draw an estimate between 0 and `end` with its interval, `width` cells wide: ····├──●──┤····"""
     low, value, high = (min(width - 1, max(0, int(interval[key] / end * width))) for key in ("low", "value", "high"))
     cells = ["·"] * width
     cells[low : high + 1] = "─" * (high + 1 - low)
@@ -97,7 +97,7 @@ def stage_table(report: RunReport) -> Table:
 
 
 def curve_table(report: RunReport) -> Table:
-    """The quantities that the report has panels of, a sparkline each; of several training seeds, the first one's."""
+    """Return a sparkline for each quantity with a panel in the report; for several training seeds, the first one's."""
     table = _table("stage", "curve", "", ">first", ">last")
     for stage in (copies[0] for copies in by_stage(report["stages"])):
         before = None
@@ -112,7 +112,7 @@ def curve_table(report: RunReport) -> Table:
 
 
 def arm_table(report: RunReport) -> Table:
-    """The verdict's table: every arm with its interval, best first."""
+    """Return the table of arms with their intervals, best first."""
     arms = report["arms"]
     end = min(1.0, max(arm["accuracy"]["high"] for arm in arms.values()) * 1.1) or 1.0
     ks = sorted({int(k) for arm in arms.values() for k in arm["pass_at"]} - {1})[-1:]
@@ -144,7 +144,7 @@ def comparison_table(report: RunReport) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    """Columns by heading; > aligns to the right."""
+    """Make a table with columns by heading; > aligns to the right."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")

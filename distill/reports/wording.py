@@ -1,6 +1,6 @@
-"""Numbers and findings in words: how the report, its page and the terminal say the same thing.
+"""Numbers and findings in words, shared by the report, its page and the terminal.
 
-Comes in: raw numbers and rows of the report. Goes out: short text.
+In: raw numbers and rows of the report. Out: short text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def percent(share: float) -> str:
 
 
 def interval_text(row: IntervalRow | Mapping[str, Any], signed: bool = False) -> str:
-    """41.0% [35.1, 47.1]; signed, in points: +8.2 [1.1, 15.3]."""
+    """Format an interval: 41.0% [35.1, 47.1]; signed, in points: +8.2 [1.1, 15.3]."""
     value, low, high = (100 * row[key] for key in ("value", "low", "high"))
     head = f"{value:+.1f}" if signed else f"{value:.1f}%"
     ends = f"{low:+.1f}, {high:+.1f}" if signed else f"{low:.1f}, {high:.1f}"
@@ -26,7 +26,7 @@ def interval_text(row: IntervalRow | Mapping[str, Any], signed: bool = False) ->
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """Three significant digits with an SI prefix: 12.3 k, 1.23 P."""
+    """Format with three significant digits and an SI prefix: 12.3 k, 1.23 P."""
     if value == 0:
         return f"0 {unit}".rstrip()
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
@@ -52,7 +52,7 @@ def _p_said(p: float) -> str:
 
 
 def reading(row: ComparisonRow) -> str:
-    """What a comparison allows one to say."""
+    """Return the claim that a comparison supports."""
     return {
         "differ": "checkpoints differ",
         "not shown": "no difference shown",
@@ -62,7 +62,7 @@ def reading(row: ComparisonRow) -> str:
 
 
 def verdict(report: RunReport) -> str:
-    """The run in one sentence: its students, best first, how they differ and how far that carries."""
+    """Summarise the run in one sentence: its students, best first, their differences and what these support."""
     arms = report["arms"]
     if not arms:
         return "No arm of this run has been evaluated yet."
@@ -110,7 +110,7 @@ CHECKPOINT_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """A pair of arms, the better one first, as it is said. seeds: how many of each; none for checkpoints."""
+    """A pair of arms, the better one first. seeds: their number for each arm; None for checkpoints."""
 
     verdict: str
     text: str
@@ -118,7 +118,7 @@ class _Reading:
 
 
 def _reading_of(report: RunReport, best: str, second: str) -> _Reading | None:
-    """What the report has on two arms, training seeds before checkpoints."""
+    """Return the report's comparison of two arms; one over training seeds is preferred to one of checkpoints."""
     found = [row for row in report["comparisons"] if {row["a"], row["b"]} == {best, second}]
     row = next((row for row in found if row["unit"] == "training seeds"), found[0] if found else None)
     if row is None:
@@ -132,7 +132,7 @@ def _reading_of(report: RunReport, best: str, second: str) -> _Reading | None:
 
 
 def _evidence(readings: list[_Reading], words: Mapping[str, tuple[str, str]]) -> str:
-    """The readings under their verdicts, the firm ones first."""
+    """Return the readings grouped by verdict, the strongest first."""
     parts = []
     for verdict, (one, several) in words.items():
         texts = [reading.text for reading in readings if reading.verdict == verdict]

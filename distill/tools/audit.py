@@ -1,11 +1,10 @@
-"""Are these the distributions of the weights that the traces name? Random positions are scored again.
+"""Audit traces: score random positions again to check that the distributions are those of the named weights.
 
 In: a folder of traces (or a selection), and the model, found by name or through the run that the folder lies in. Out:
-a certificate, printed and kept beside the manifest, for the data card. It holds while the content's fingerprint does.
+a certificate, printed and stored beside the manifest, for the data card. It is valid for the content's fingerprint.
 
-The differences hold everything that lies between two computations of one number: the codec's rounding, other sums in
-other batches, another engine where one is named. Left out on purpose: the text (a model may say anything), and
-whether the files are whole (`verify`).
+The differences include everything between two computations of one number: the codec's rounding, other summation orders in
+other batches, another engine if one is named. Files are checked by `traces.verify`.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from distill.traces import provenance
 from distill.traces.reader import TraceReader, open_traces
 
 MARGIN = 16
-"""Entries asked for beyond the stored ones: near the end of the list two computations differ in the order."""
+"""The number of entries requested beyond the stored ones: near the end of the list two computations may order them differently."""
 MAX_MEAN = 0.05
-"""Nats. Engines differ by less than 0.02 on average in bfloat16; other weights by tenths, or whole nats."""
+"""Nats. In bfloat16 engines differ by less than 0.02 on average; other weights differ by tenths of a nat or more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What an audit found; all differences are absolute, in nats.
+    """The result of an audit; all differences are absolute, in nats.
 
-    token_*: log-probability of the trace's own token. entry_*: of a kept entry; one that the engine does not list
-    any more counts with the least that it does list (`unlisted` of them). kl_*: of the stored distribution from the
-    one scored again, on the kept entries and the tail. fingerprint: of the traces' content.
+    token_*: of the trace's own token. entry_*: of a kept entry; an entry that the engine does not return counts with the
+    lowest value that it returns (`unlisted` is the number of these). kl_*: KL of the stored distribution from the
+    new one, on the kept entries and the tail. fingerprint: of the traces' content.
     """
 
     positions: int
@@ -62,7 +61,7 @@ class Certificate:
 
     @property
     def ok(self) -> bool:
-        """Whether these can be the weights: the sampled tokens differ by no more than engines do."""
+        """Whether these can be the weights: the sampled tokens differ no more than between engines."""
         return self.token_mean <= MAX_MEAN
 
     def __str__(self) -> str:
@@ -92,11 +91,11 @@ def audit(
     seed: int = 0,
     screen: Screen | None = None,
 ) -> Certificate:
-    """Score `num` random positions again (all, where there are fewer) and keep the certificate beside the traces.
+    """Score `num` random positions again (all, if there are fewer) and store the certificate beside the traces.
 
-    model: a folder, hub id or package:// source; None: what the run's recipe says. engine: by name; None: the one
-    that wrote the traces. screen: shows what is under way; None: one on stdout. Raises UserError where the model cannot
-    be found or has other weights than the traces name.
+    model: a folder, hub id or package:// source; None: the model of the run's recipe. engine: by name; None: the one
+    that wrote the traces. screen: shows progress; None: one on stdout. Raises UserError if the model cannot
+    be found or its weights are not those that the traces name.
     """
     screen = screen or Screen()
     reader = open_traces(path)
@@ -144,7 +143,7 @@ def audit(
 
 
 def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path, EngineConfig]:
-    """The model's folder, and the engine that wrote the traces as far as it is known."""
+    """Return the model's folder, and the engine that wrote the traces if known."""
     made = _stage(reader)
     config = made[1].engine if made is not None else EngineConfig(fn=reader.metadata.engine)
     if config.fn == engines.AUTO:
@@ -166,7 +165,7 @@ def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path
 
 
 def _stage(reader: TraceReader) -> tuple[recipe.Recipe, GenerateStage | ScoreStage] | None:
-    """The recipe and the stage that wrote the traces, where they lie in RUN/STAGE/traces."""
+    """Return the recipe and the stage that wrote the traces, if they lie in RUN/STAGE/traces."""
     stage_folder = reader.base.resolve().parent
     if not run_folder.is_run(stage_folder.parent):
         return None
@@ -179,7 +178,7 @@ def _stage(reader: TraceReader) -> tuple[recipe.Recipe, GenerateStage | ScoreSta
 
 
 def _choose(reader: TraceReader, num: int, seed: int) -> dict[int, Array]:
-    """Row (in the order of `blocks`) -> positions of it, ascending; every position is as likely as any other."""
+    """Choose positions uniformly: row (in the order of `blocks`) -> its positions, ascending."""
     lengths = reader.lengths().completion.astype(np.int64)
     total = int(lengths.sum())
     if not total:
@@ -226,7 +225,7 @@ def _differences(
 
 
 def _rows(reader: TraceReader, chosen: dict[int, Array]) -> Iterator[tuple[Traces, int, Array]]:
-    """(block, row of it, positions) of the chosen traces; shards without one are not read."""
+    """Yield (block, row in it, positions) of the chosen traces; shards without one are not read."""
     flags = np.zeros(reader.num_rows, bool)
     flags[list(chosen)] = True
     positions = iter(chosen.values())
@@ -236,7 +235,7 @@ def _rows(reader: TraceReader, chosen: dict[int, Array]) -> Iterator[tuple[Trace
 
 
 def _score(engine: Engine, block: Traces, n: int, positions: Array, top_k: int) -> Completion:
-    """The trace up to the last position that is wanted."""
+    """Score the trace up to the last chosen position."""
     ids = np.array(block.completion_ids[n][: positions[-1] + 1])
     request = Request(block.trace_id[n], np.array(block.prompt_ids[n]), completion_ids=ids)
     return next(iter(engine.score([request], top_k=top_k)))
@@ -255,7 +254,7 @@ def _compare(found: _Differences, block: Traces, n: int, positions: Array, again
 
 
 def _compare_position(stored: TopK, again: TopK) -> tuple[Array, float, int]:
-    """(differences of the kept entries, KL on entries and tail, entries that the engine does not list) at a position."""
+    """Return (differences of the kept entries, KL on entries and tail, number of unlisted entries) at a position."""
     listed = dict(zip(again.ids_E.tolist(), again.logp_E.tolist(), strict=True))
     least = float(again.logp_E.min())
     logq = np.array([listed.get(i, least) for i in stored.ids_E.tolist()], np.float64)

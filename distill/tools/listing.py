@@ -1,4 +1,4 @@
-"""What a recipe can name, for `distill ls`: read from the code itself, never from a second list."""
+"""Lists for `distill ls`: everything that a recipe can name, read from the code itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A field of a stage or an option of a plug: its type, its default in words, what a change means, and its meaning."""
+    """A field of a stage or an option of a plug: its type, default, role (the effect of a change) and meaning."""
 
     name: str
     type: str
@@ -46,7 +46,7 @@ class Option:
 
 
 def of(sort: str) -> Iterator[tuple[str, str]]:
-    """(name, one line) of everything of a sort. Raises UserError for an unknown sort."""
+    """Return (name, one line) of everything of a sort. Raises UserError for an unknown sort."""
     if sort in HOMES:
         for name, function in sorted(_plugs(sort).items()):
             yield name, f"{_option_names(function)}{_first_line(function)}"
@@ -68,7 +68,7 @@ def of(sort: str) -> Iterator[tuple[str, str]]:
 
 
 def options(sort: str, name: str) -> tuple[str, list[Option]]:
-    """(description, fields or options) of one thing; for a template or a recipe its text. Raises UserError for an unknown one."""
+    """Return (description, fields or options) of one name; a template's or recipe's text. Raises UserError if unknown."""
     if sort == "stages":
         from distill.recipe import kind_class
 
@@ -89,14 +89,14 @@ def options(sort: str, name: str) -> tuple[str, list[Option]]:
 
 
 def recipe_files() -> list[Path]:
-    """The recipes of this project, and those in the working directory's recipes/ folder."""
+    """Return the shipped recipes, and those in the working directory's recipes/ folder."""
     here = Path("recipes").resolve()
     folders = [RECIPES] if here == RECIPES else [RECIPES, here]
     return sorted(path for folder in folders for path in folder.glob("*.yaml"))
 
 
 def recipe_file(name: str) -> Path:
-    """The recipe of a name. Raises UserError with the nearest one."""
+    """Return the recipe with a name. Raises UserError with the nearest name."""
     found = {path.stem: path for path in recipe_files()}
     if name not in found:
         raise UserError(f"there is no recipe {name!r}.{plug.nearest(name, found)}")
@@ -108,7 +108,7 @@ def _plugs(sort: str) -> dict[str, plug.Function]:
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
-    """The fields of a stage kind, a section's fields below it by dotted names."""
+    """Return the fields of a stage kind, with a section's fields by dotted names."""
     from distill.recipe.fields import Config, PlugConfig
     from distill.recipe.load import section
 
@@ -134,7 +134,7 @@ def _parameters(function: plug.Function) -> Iterator[Option]:
 
 
 def type_text(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
-    """A type as a reader of YAML knows it: `number > 0`, `a | b`, `list of text`, `section`."""
+    """Describe a type in YAML's terms: `number > 0`, `a | b`, `list of text`, `section`."""
     from distill.recipe.fields import PlugConfig
 
     limits = "".join(_limit(one) for one in metadata)
@@ -195,7 +195,7 @@ def _option_names(function: plug.Function) -> str:
 
 
 def _comment(path: Path) -> str:
-    """The first comment of a recipe; the line that names its schema for editors is none."""
+    """Return a recipe's first comment, except the line that names its schema for editors."""
     lines = path.read_text(encoding="utf-8").splitlines()
     found = [line.lstrip("# ") for line in lines if line.startswith("#") and "yaml-language-server" not in line]
     return found[0] if found else ""
