@@ -29,6 +29,18 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
         raise UserError(f"lora.target_modules: {error}") from None
 
 
+def effective_weight(layer: Any) -> Any:
+    """Return a linear layer's weight [V, D]; with the differentiable part of its LoRA adapters added, if it has any."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer):
+        return layer.weight
+    weight = layer.get_base_layer().weight
+    for name in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight
+
+
 def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield (name in the checkpoint, tensor) of every weight, with LoRA adapters merged in; the model is not changed.
 

@@ -196,7 +196,7 @@ class CompareStage(StageConfig):
         """The eval stages, by their names below this one's."""
         shared = {
             key: getattr(self, key)
-            for key in ("task", "number of problems", "samples", "sampling", "pass_at", "snapshot_problems", "engine")
+            for key in ("task", "problems", "samples", "sampling", "pass_at", "snapshot_problems", "engine")
         }
         return {
             name: EvalStage(kind="eval", model=model, **shared)

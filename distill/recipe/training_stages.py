@@ -252,7 +252,7 @@ class GrpoStage(PolicyStage):
         if self.steps is not None and self.steps % a_rollout:
             raise ValueError(
                 f"steps {self.steps} is not a multiple of mini_batches x num_iterations = {a_rollout}: a rollout is that many "
-                "number of optimiser steps"
+                "optimiser steps"
             )
         if self.reference_every is not None and self.reference_every % a_rollout:
             raise ValueError(

@@ -9,7 +9,8 @@ then `model(..., layout=Layout.of(doc_offsets, parent))`. There are two ways, wh
   hides the padding at the end (`Padded`). On a CPU, where a doc sees up to SHORT tokens, two plain batched products are
   used; fused kernels, which keep no scores, are used for all else.
 
-Sliding windows shorter than a trace and attention soft-capping are refused.
+Sliding windows, soft-capped scores and attention sinks are supported by the second way. A model that asks for anything
+else (a position bias, chosen indices, an attention mask of its own) is refused; `forward.prove` then takes another layout.
 """
 
 from __future__ import annotations
@@ -28,6 +29,17 @@ from distill.records import SHORT
 
 PACKED = "packed"
 SMALLEST = 16
+HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "position_embeddings", "is_causal"})
+"""Keywords that transformers passes to attention functions and that change nothing for packed documents."""
+
+
+class Scores(NamedTuple):
+    """How attention weights are made: the scale of the scores, dropout, a soft cap, and sinks [H]."""
+
+    scale: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 class Block(NamedTuple):
@@ -35,12 +47,28 @@ class Block(NamedTuple):
 
     prefix [B * P]: the packed tokens that each doc continues, padded to P; None if no doc has a parent.
     hidden bool [B or 1, 1, L, P + L]: True where a query must not see a key; None = causal by the fused kernel.
+    before [B]: the number of tokens that each doc continues.
     """
 
     docs: int
     length: int
     prefix: Tensor | None
     hidden: Tensor | None
+    before: Tensor
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Return `hidden` for attention to the last `window` tokens only; as it is for None."""
+        if window is None:
+            return self.hidden
+        L, device = self.length, self.before.device
+        P = 0 if self.prefix is None else len(self.prefix) // self.docs
+        query_L, key_P = torch.arange(L, device=device), torch.arange(P, device=device)
+        before_B11 = self.before[:, None, None]
+        far_BLP = before_B11 + query_L[:, None] - key_P >= window
+        hidden_BLP = far_BLP | (key_P >= before_B11)
+        gap_LL = query_L[:, None] - query_L
+        own_BLL = ((gap_LL < 0) | (gap_LL >= window)).expand(self.docs, L, L)
+        return torch.cat([hidden_BLP, own_BLL], dim=2)[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +125,11 @@ class Layout:
         before = torch.tensor([sum(map(len, prefix)) for prefix in prefixes])
         return Layout(starts, lengths, before, prefixes, int((lengths + before).max()), doc_offsets.device)
 
+    def tokens(self, doc: int) -> Tensor:
+        """Return the packed positions of all tokens that a doc's last one sees: those of its parents and its own."""
+        start = int(self.starts[doc])
+        return _tokens([*self.prefixes[doc], range(start, start + int(self.lengths[doc]))]).to(self.device)
+
     @cached_property
     def padded(self) -> Padded:
         """Return the docs in padded blocks; docs whose lengths round up to the same power of two share one."""
@@ -121,7 +154,7 @@ class Layout:
                 prefix = prefix.flatten().to(device)
             elif num <= SHORT and device.type == "cpu":
                 hidden = _hidden(torch.empty(1, 0, dtype=torch.bool), num)
-            blocks.append(Block(len(chosen), num, prefix, hidden))
+            blocks.append(Block(len(chosen), num, prefix, hidden, before[chosen].to(device)))
         gather = torch.cat(parts)
         real = gather >= 0
         scatter = torch.empty(int(lengths.sum()), dtype=torch.long)
@@ -203,19 +236,26 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    s_aux: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for query [1, H, T, d] and key, value [1, G, T, d]; gives [1, T, H, d]."""
-    if sliding_window is not None and layout.longest > sliding_window:
-        raise ValueError(
-            f"a trace of {layout.longest} tokens is longer than the model's attention window of {sliding_window}"
-        )
-    if softcap is not None:
-        raise ValueError("packed attention does not support attention soft-capping")
+    """transformers' attention function for query [1, H, T, d] and key, value [1, G, T, d]; gives [1, T, H, d].
+
+    softcap c: scores become c tanh(scores / c). s_aux [H]: attention sinks, the logits of a key without a value.
+    """
+    unknown = [name for name, value in others.items() if name not in HARMLESS and value not in (None, False)]
+    if others.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if unknown:
+        raise ValueError(f"packed attention does not support {', '.join(unknown)} ({type(module).__name__})")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if takes_flash(query, value):
+    window = sliding_window if sliding_window is not None and layout.longest > sliding_window else None
+    if window is None and softcap is None and s_aux is None and takes_flash(query, value):
         return _by_flash(query, key, value, layout.spans, scale, dropout), None
-    return _by_blocks(query, key, value, layout.padded, scale, dropout), None
+    shape = Scores(scale, dropout, softcap, s_aux)
+    return _by_blocks(query, key, value, layout.padded, shape, window), None
 
 
 def takes_flash(query: Tensor, value: Tensor) -> bool:
@@ -261,7 +301,7 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: fl
     return out[None]
 
 
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Padded, scale: float, dropout: float) -> Tensor:
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Padded, shape: Scores, window: int | None) -> Tensor:
     """Attend block by block; [1, T, H, d]."""
     nowhere = layout.padding[:0]
     widths = [x.shape[1] * x.shape[3] for x in (query, key, value)]
@@ -292,14 +332,17 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Padded, scale:
                 )
             )
             k, v = torch.cat([kp, k], 2), torch.cat([vp, v], 2)
-        attended = _attend(q, k, v, block.hidden, scale, dropout)
+        attended = _attend(q, k, v, block.mask(window), shape)
         outputs.append(attended.transpose(1, 2).reshape(B * L, -1))
     packed: Tensor = _Move.apply(torch.cat(outputs), layout.scatter, nowhere, layout.gather, layout.padding)  # type: ignore[no-untyped-call]
     return packed.view(1, len(packed), -1, value.shape[3])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, dropout: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, shape: Scores) -> Tensor:
     """Attention of q [B, H, L, d] to k and v [B, G, M, d]; the query heads of a group share theirs."""
+    scale, dropout = shape.scale, shape.dropout
+    if shape.softcap is not None or shape.sinks is not None:
+        return _attend_explicitly(q, k, v, hidden, shape)
     if hidden is None:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
@@ -311,6 +354,23 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
     # No fused kernel takes both a mask and grouped heads on every device.
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(q, k, v, ~hidden, dropout_p=dropout, scale=scale)
+
+
+def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, shape: Scores) -> Tensor:
+    """Attention with soft-capped scores or sinks, as the eager attention of Gemma 2 and GPT-OSS: holds [B, H, L, M]."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * shape.scale
+    if shape.softcap is not None:
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    if hidden is None:
+        L, M = scores.shape[2:]
+        hidden = torch.ones(L, M, dtype=torch.bool, device=q.device).triu(M - L + 1)
+    scores = scores.float().masked_fill(hidden, -torch.inf)
+    if shape.sinks is not None:
+        sinks = shape.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=3)
+    weights = scores.softmax(-1)[..., : k.shape[2]].to(v.dtype)
+    return F.dropout(weights, shape.dropout, training=shape.dropout > 0) @ v
 
 
 class _Plain(torch.autograd.Function):

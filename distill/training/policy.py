@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from distill import models
 from distill.records import Array
-from distill.training.attention import PACKED, Layout
 from distill.training.batch import Batch
+from distill.training.forward import ForwardPlan, base_model, is_adapted, with_vocab
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.dense import Logits
-from distill.training.loss.head import HeadForm, Student, Targets, head_loss
+from distill.training.loss.head import Student, Targets, head_loss
 from distill.training.loss.kernels.chunks import gathered
 from distill.training.loss.objective import Objective, Output
 
@@ -34,17 +34,21 @@ class Teacher:
     """A frozen teacher model in the trainer, and its share of the mixture.
 
     vocab_size: its tokenizer's length. shared: the tokens that it has in common with the student. Both are None for a
-    teacher with the student's tokenizer.
+    teacher with the student's tokenizer. plan: how it is computed; None = as a Llama-like model.
     """
 
     model: Any
     share: float = 1.0
     vocab_size: int | None = None
     shared: VocabularyMap | None = None
+    plan: ForwardPlan | None = None
 
 
 class StudentModule(nn.Module):
-    """A causal language model with the loss on its head. Teachers are kept outside: they are not trained or wrapped."""
+    """A causal language model with the loss on its head. Teachers are kept outside: they are not trained or wrapped.
+
+    plan: how the model is computed; None = as a Llama-like model.
+    """
 
     def __init__(
         self,
@@ -52,69 +56,88 @@ class StudentModule(nn.Module):
         objective: Objective,
         vocab_size: int,
         teachers: Sequence[Teacher] = (),
+        plan: ForwardPlan | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
-        self.vocab_size = vocab_size
-        self.form = HeadForm.of(model.config, vocab_size)
+        self.plan = plan or ForwardPlan.of(model, vocab_size)
+        self.plan.apply(model)
         self.teachers = tuple(teachers)
-        for each in (model, *(teacher.model for teacher in teachers)):
-            _base(each).set_attn_implementation(PACKED)
+        plans = [
+            with_vocab(t.plan or ForwardPlan.of(t.model, vocab_size), min(t.vocab_size or vocab_size, _rows(t.model)))
+            for t in teachers
+        ]
+        self.teacher_plans = tuple(plans)
+        for teacher, its_plan in zip(teachers, plans, strict=True):
+            its_plan.apply(teacher.model)
 
     def forward(self, batch: Batch, rows: Tensor) -> Output:
         """rows: indices of the tokens that have a weight; only they reach the head."""
         return self.objective.forward(self, batch, rows)
 
-    @staticmethod
-    def hidden(model: Any, batch: Batch, rows: Tensor) -> Tensor:
-        """Return a model's last hidden states [rows, D] for the given rows of a packed batch."""
-        hidden_TD: Tensor = (
-            _base(model)
-            .get_decoder()(
-                input_ids=batch.ids_T[None],
-                position_ids=batch.position_T[None],
-                use_cache=False,
-                layout=Layout.of(batch.doc_offsets, batch.parent),
-            )
-            .last_hidden_state[0]
-        )
-        return hidden_TD.index_select(0, rows)
+    def hidden(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Return the student's last hidden states [rows, D] for the given rows of a packed batch."""
+        return self.plan.hidden(self.model, batch, rows)
 
     def output_head(self) -> tuple[Tensor, Tensor | None]:
         """Return the student's output head: weight [V, D] and bias [V]."""
-        head = _base(self.model).get_output_embeddings()
-        return head.weight, getattr(head, "bias", None)
+        return output_head(self.model)
 
-    def logits(self, model: Any, hidden_TD: Tensor, share: float = 1.0, vocab_size: int | None = None) -> Logits:
-        """Return the logits' inputs of the student or a teacher. vocab_size: of its tokenizer, None for the student's."""
-        head = _base(model).get_output_embeddings()
-        form = HeadForm.of(model.config, vocab_size or self.vocab_size)
-        return Logits(hidden_TD, gathered(head.weight), form, getattr(head, "bias", None), share)
+    def logits(self, hidden_TD: Tensor) -> Logits:
+        """Return the inputs of the student's logits."""
+        return _logits(self.model, self.plan, hidden_TD, 1.0)
 
     @torch.no_grad()
     def teacher_logits(self, batch: Batch, rows: Tensor) -> list[Logits]:
         """Return the inputs of every teacher's logits over the same tokens."""
-        return [self.logits(t.model, self.hidden(t.model, batch, rows), t.share) for t in self.teachers]
+        return [
+            _logits(t.model, plan, plan.hidden(t.model, batch, rows), t.share)
+            for t, plan in zip(self.teachers, self.teacher_plans, strict=True)
+        ]
 
     @torch.no_grad()
     def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
         """Return the label's log-probability at each of the rows, nats [rows]."""
-        targets = Targets(batch.label_T[rows], batch.weight_T[rows])
-        return self.labels_of(self.hidden(self.model, batch, rows), targets)
+        return label_logp(self.model, self.plan, batch, rows)
 
     @torch.no_grad()
     def labels_of(self, hidden_TD: Tensor, targets: Targets) -> Tensor:
         """Return the labels' log-probabilities from hidden states, without a gradient, nats [T]."""
-        weight_VD, bias_V = self.output_head()
-        return head_loss(
-            hidden_TD.detach(),
-            weight_VD.detach(),
-            _label_only,
-            targets,
-            form=self.form,
-            bias_V=None if bias_V is None else bias_V.detach(),
-        ).label_logp_T
+        return _labels_of(self.model, self.plan, hidden_TD, targets)
+
+
+def output_head(model: Any) -> tuple[Tensor, Tensor | None]:
+    """Return a model's output head: weight [V, D], with an adapter's part added, and bias [V]."""
+    head = base_model(model).get_output_embeddings()
+    return models.effective_weight(head), getattr(head, "bias", None)
+
+
+@torch.no_grad()
+def label_logp(model: Any, plan: ForwardPlan, batch: Batch, rows: Tensor) -> Tensor:
+    """Return the label's log-probability under a model at the given rows of a packed batch, nats [rows]."""
+    return _labels_of(model, plan, plan.hidden(model, batch, rows), Targets(batch.label_T[rows], batch.weight_T[rows]))
+
+
+def _labels_of(model: Any, plan: ForwardPlan, hidden_TD: Tensor, targets: Targets) -> Tensor:
+    weight_VD, bias_V = output_head(model)
+    return head_loss(
+        hidden_TD.detach(),
+        weight_VD.detach(),
+        _label_only,
+        targets,
+        form=plan.form,
+        bias_V=None if bias_V is None else bias_V.detach(),
+    ).label_logp_T
+
+
+def _logits(model: Any, plan: ForwardPlan, hidden_TD: Tensor, share: float) -> Logits:
+    weight_VD, bias_V = output_head(model)
+    return Logits(hidden_TD, gathered(weight_VD), plan.form, bias_V, share)
+
+
+def _rows(model: Any) -> int:
+    return int(base_model(model).get_output_embeddings().weight.shape[0])
 
 
 class Policy:
@@ -129,9 +152,10 @@ class Policy:
         self._model, self._student_module, self._device = model, student_module, device
         self._refreshed = False
         self._reference: StudentModule | None = None
-        if objective.reference and not _is_adapted(model):
+        if objective.reference and not is_adapted(model):
             frozen = copy.deepcopy(model).eval().requires_grad_(False)
-            self._reference = StudentModule(frozen, objective, vocab_size).to(device)
+            plan = _unwrapped(student_module).plan
+            self._reference = StudentModule(frozen, objective, vocab_size, plan=plan).to(device)
 
     def logp(self, batch: Batch) -> Array:
         """Return the labels' log-probabilities under the current weights, float32 [T]; 0 where weight_T is 0."""
@@ -195,14 +219,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 def _label_only(student: Student, targets: Targets) -> Tensor:
     return -student.label_T
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if _is_adapted(model) else model
-
-
-def _is_adapted(model: Any) -> bool:
-    return hasattr(model, "get_base_model")
 
 
 def _unwrapped(student_module: Any) -> StudentModule:

@@ -73,14 +73,16 @@ class StoredObjective:
     reference: bool = False
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
-        hidden_TD, targets = module.hidden(module.model, batch, rows), Targets.of(batch, rows)
+        hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
         targets = self.complete(module, batch, rows, targets)
         if self.couple is not None and targets.old_logp_T is not None:
             trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
             coupled_T = self.couple(module.labels_of(hidden_TD, targets), targets, trace_T)
             targets = replace(targets, coupled_T=coupled_T)
         weight_VD, bias_V = module.output_head()
-        out = head_loss(hidden_TD, weight_VD, self.loss, targets, form=module.form, bias_V=bias_V, measure=self.watch)
+        out = head_loss(
+            hidden_TD, weight_VD, self.loss, targets, form=module.plan.form, bias_V=bias_V, measure=self.watch
+        )
         return Output(out.loss, out.measures, targets.weight_T)
 
     def complete(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
@@ -128,9 +130,9 @@ class DenseObjective:
         return False
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
-        hidden_TD, targets = module.hidden(module.model, batch, rows), Targets.of(batch, rows)
+        hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
         out = dense_loss(
-            module.logits(module.model, hidden_TD),
+            module.logits(hidden_TD),
             module.teacher_logits(batch, rows),
             self.divergence,
             targets,
@@ -156,15 +158,14 @@ class CrossTokenizerObjective:
         return False
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
-        hidden_TD, targets = module.hidden(module.model, batch, rows), Targets.of(batch, rows)
+        hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
         (teacher,), spans = module.teachers, batch.cross_tokenizer
         assert spans is not None, "such a teacher's batches hold its tokens"
         assert teacher.shared is not None, "such a teacher comes with what its vocabulary shares"
-        with torch.no_grad():
-            theirs_TE = module.hidden(teacher.model, spans.batch, spans.rows)
+        (theirs,) = module.teacher_logits(spans.batch, spans.rows)
         pair = Pair(
-            module.logits(module.model, hidden_TD),
-            module.logits(teacher.model, theirs_TE, vocab_size=teacher.vocab_size),
+            module.logits(hidden_TD),
+            theirs,
             targets.label_T,
             spans.batch.label_T[spans.rows],
             spans,
