@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from distill import machine
 from distill.files import cache_home, file_hash
+from distill.models.shape import text_part
 from distill.records import stable_hash
+
+LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "opt", "openai-gpt", "biogpt", "imagegpt", "gpt-sw3"})
+"""Model types with a table of positions, which a longer trace would leave."""
 
 
 def load(folder: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool = False, **options: Any) -> Any:
@@ -44,6 +49,27 @@ def cast(model: Any, dtype: str) -> Any:
     import torch
 
     return model.to(getattr(torch, dtype))
+
+
+def without_dropout(model: Any) -> None:
+    """Turn a model's dropout off in place: modules, and the rates that attention layers hold as numbers."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
+def learned_positions(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a model has learned embeddings for; None for rotary or relative positions."""
+    config = text_part(config)
+    if any(key.startswith(("rope", "rotary", "alibi", "attn_config")) for key in config):
+        return None
+    limit = config.get("n_positions") or config.get("n_ctx") or config.get("max_position_embeddings")
+    return int(limit) if config.get("model_type") in LEARNED_POSITIONS and limit else None
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:

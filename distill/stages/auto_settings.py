@@ -40,7 +40,7 @@ def settle_engine(config: EngineConfig, model: str, context: Context) -> EngineC
     if config.fn == engines.AUTO and choice.fn != "vllm":
         began = "" if before is None else f"this stage began with {before['value']}, but "
         context.say(f"engine {choice.fn}: {began}{choice.why}")
-    _keep("engine.fn", {"value": choice.fn, "why": choice.why}, context)
+    keep("engine.fn", {"value": choice.fn, "why": choice.why}, context)
     return config.model_copy(update={"fn": choice.fn})
 
 
@@ -55,7 +55,7 @@ def _dtype(key: str, wish: str, purpose: Literal["training", "engine"], model: s
     decided: run_folder.Decided = {"value": choice.dtype, "why": choice.why}
     if not _said_before(key, decided, context):
         context.say(f"{key} {choice.dtype}: {choice.why}")
-    _keep(key, decided, context)
+    keep(key, decided, context)
     return choice.dtype
 
 
@@ -70,7 +70,8 @@ def _before(key: str, context: Context) -> run_folder.Decided | None:
     return _state(context).decided.get(key)
 
 
-def _keep(key: str, decided: run_folder.Decided, context: Context) -> None:
+def keep(key: str, decided: run_folder.Decided, context: Context) -> None:
+    """Store a decision in the stage's stage.json."""
     standing = _state(context)
     standing.decided[key] = decided
     run_folder.write(context.folder, standing)

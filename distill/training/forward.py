@@ -28,6 +28,8 @@ from distill.training.loss.kernels import HeadForm
 
 LayoutName = Literal["packed", "rows", "single"]
 
+EXACT, ROUNDED = 1e-4, 5e-3
+"""Relative errors below which logits count as a multiple of the output head's product: in float32, and in bfloat16."""
 WASTE = 2
 """A row of a padded batch is at most this many times as long as the shortest one."""
 
@@ -61,6 +63,17 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if is_adapted(model) else model
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the part of a model that gives the last hidden states, without the output head."""
+    base = base_model(model)
+    decoder = base.get_decoder()
+    if decoder is base:
+        decoder = next(
+            (getattr(base, name) for name in ("model", "transformer", "backbone") if hasattr(base, name)), base
+        )
+    return decoder
+
+
 def is_adapted(model: Any) -> bool:
     """Return whether a model is wrapped by peft."""
     return hasattr(model, "get_base_model")
@@ -68,16 +81,12 @@ def is_adapted(model: Any) -> bool:
 
 def _packed(model: Any, batch: Batch) -> Tensor:
     """Compute all documents of a batch end to end, [T, D]."""
-    out: Tensor = (
-        base_model(model)
-        .get_decoder()(
-            input_ids=batch.ids_T[None],
-            position_ids=batch.position_T[None],
-            use_cache=False,
-            layout=Layout.of(batch.doc_offsets, batch.parent),
-        )
-        .last_hidden_state[0]
-    )
+    out: Tensor = decoder_of(model)(
+        input_ids=batch.ids_T[None],
+        position_ids=batch.position_T[None],
+        use_cache=False,
+        layout=Layout.of(batch.doc_offsets, batch.parent),
+    ).last_hidden_state[0]
     return out
 
 
@@ -92,7 +101,7 @@ def _by_rows(model: Any, batch: Batch, rows: Tensor, *, alone: bool) -> Tensor:
     wanted: dict[int, list[int]] = {}
     for n, doc in enumerate(doc_R.tolist()):
         wanted.setdefault(doc, []).append(n)
-    decoder = base_model(model).get_decoder()
+    decoder = decoder_of(model)
     parts, order = [], []
     for docs in _groups({doc: int(layout.lengths[doc] + layout.before[doc]) for doc in wanted}, alone):
         ids = [batch.ids_T[layout.tokens(doc)] for doc in docs]
@@ -211,7 +220,7 @@ def _plain(model: Any, vocab_size: int, batch: Batch, rows: Tensor) -> tuple[Hea
     vocab, capture, forms = min(vocab_size, head.weight.shape[0]), _Capture(), []
     hooks = [
         head.register_forward_hook(capture.head),
-        base_model(model).get_decoder().register_forward_hook(capture.decoder),
+        decoder_of(model).register_forward_hook(capture.decoder),
     ]
     try:
         for doc in sorted(set(doc_R.tolist())):
@@ -219,6 +228,8 @@ def _plain(model: Any, vocab_size: int, batch: Batch, rows: Tensor) -> tuple[Hea
             logits = base_model(model)(input_ids=batch.ids_T[tokens][None], use_cache=False).logits[0]
             forms.append(_form(base_model(model).config, capture, logits, vocab))
             chosen = (doc_R == doc).nonzero()[:, 0].to(rows.device)
+            if not forms[1:]:
+                _check_causal(model, batch.ids_T[tokens][None], logits)
             place = rows[chosen] - int(layout.starts[doc]) + int(layout.before[doc])
             logp = logits[place, :vocab].float().log_softmax(-1)
             logp_R[chosen] = logp.gather(1, batch.label_T[rows[chosen], None])[:, 0]
@@ -226,6 +237,16 @@ def _plain(model: Any, vocab_size: int, batch: Batch, rows: Tensor) -> tuple[Hea
         for hook in hooks:
             hook.remove()
     return forms[0], logp_R
+
+
+def _check_causal(model: Any, ids_1T: Tensor, logits_TV: Tensor) -> None:
+    """Raise NotProvenError if a document's last token changes the predictions at earlier ones."""
+    other_1T = ids_1T.clone()
+    other_1T[0, -1] = (other_1T[0, -1] + 1) % 7
+    other_TV = base_model(model)(input_ids=other_1T, use_cache=False).logits[0]
+    gap = (other_TV[:-1] - logits_TV[:-1]).abs().float()
+    if float(gap.median()) > ROUNDED * float(logits_TV[:-1].abs().float().mean()):
+        raise NotProvenError("it is not causal: a token's prediction depends on later tokens")
 
 
 def _form(config: Any, capture: _Capture, logits: Tensor, vocab: int) -> HeadForm:
@@ -238,26 +259,32 @@ def _form(config: Any, capture: _Capture, logits: Tensor, vocab: int) -> HeadFor
         raise NotProvenError("a layer between the last hidden states and the output head is not known here")
     raw, final = capture.after[0, :, :vocab].float(), logits[:, :vocab].float()
     outer = _scale(raw, final, numbers)
-    if outer is not None:
-        return HeadForm(vocab, inner * outer)
-    for cap in sorted(number for number in numbers if number > 0):
-        inverse = torch.atanh((final / cap).clamp(-0.999, 0.999)) * cap
-        near = (final / cap).abs() < 0.9
-        scale = _scale(raw[near], inverse[near], numbers) if bool(near.any()) else None
-        if scale is not None and torch.allclose(cap * torch.tanh(scale * raw / cap), final, rtol=1e-2, atol=1e-2):
-            return HeadForm(vocab, inner * scale, cap)
+    rounding = EXACT if logits.dtype in (torch.float32, torch.float64) else ROUNDED
+    if outer is not None and outer[1] < rounding:
+        return HeadForm(vocab, inner[0] * outer[0])
+    capped: list[tuple[float, HeadForm]] = []
+    largest = float(final.abs().max())
+    for cap in (number for number in numbers if number > largest * 0.99):
+        near = final.abs() < 0.9 * cap
+        scale = _scale(raw[near], torch.atanh(final[near] / cap) * cap, numbers)
+        if scale is not None:
+            gap = float((cap * torch.tanh(scale[0] * raw / cap) - final).abs().mean())
+            capped.append((gap, HeadForm(vocab, inner[0] * scale[0], cap)))
+    gap, form = min(capped, key=lambda each: each[0], default=(torch.inf, None))
+    if form is not None and gap < 0.01 * float(final.abs().mean()):
+        return form
     raise NotProvenError("the logits are neither a multiple nor a soft-capped multiple of the output head's product")
 
 
-def _scale(x: Tensor, y: Tensor, numbers: set[float]) -> float | None:
-    """Return a with y = a x, a number of the config if one fits; None if there is no such a."""
+def _scale(x: Tensor, y: Tensor, numbers: set[float]) -> tuple[float, float] | None:
+    """Return (a, relative error) with y = a x, a number of the config if one fits; None if there is no such a."""
     x, y = x.double().flatten(), y.double().flatten()
     fitted = float(x @ y / (x @ x).clamp(min=1e-30))
     error = float((y - fitted * x).norm() / y.norm().clamp(min=1e-30))
-    if not error < 0.02:
+    if not error < 10 * ROUNDED:
         return None
     near = [number for number in numbers if abs(number - fitted) <= max(1e-4, error) * abs(fitted)]
-    return min(near, key=lambda number: abs(number - fitted), default=fitted)
+    return min(near, key=lambda number: abs(number - fitted), default=fitted), error
 
 
 def _numbers(config: Any) -> set[float]:

@@ -24,6 +24,7 @@ from distill.recipe import OptimStage
 from distill.records import UserError
 from distill.training import checkpoint, malloc
 from distill.training.batch import Batch
+from distill.training.forward import ForwardPlan
 from distill.training.loss.metrics import mean_sums
 from distill.training.loss.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
@@ -127,13 +128,14 @@ def train(
     vocab_size: int,
     folder: Path,
     teachers: Sequence[Teacher] = (),
+    plan: ForwardPlan | None = None,
     name: str = "train",
     show: Callable[[int, int, dict[str, float]], None] | None = None,
     keep: Callable[[int, WorkCounts, Policy], None] | None = None,
 ) -> WorkCounts:
     """Train in place to the end of `length`, from the newest checkpoint in `folder` when there is one.
 
-    Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. show(step, expected number of steps, metrics)
+    plan: how the model is computed; None = as a Llama-like model. Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. show(step, expected number of steps, metrics)
     and keep are called after every step. Raises UserError after config.max_bad_steps consecutive steps whose loss or
     gradient is not finite.
     """
@@ -146,7 +148,7 @@ def train(
     for teacher in teachers:
         teacher.model.eval().requires_grad_(False).to(accelerator.device)
     student_module = accelerator.prepare_model(
-        StudentModule(model, objective, vocab_size, teachers).to(accelerator.device)
+        StudentModule(model, objective, vocab_size, teachers, plan).to(accelerator.device)
     )
     policy = Policy(model, student_module, accelerator.device, objective, vocab_size)
     optimizer = MasterAdamW(

@@ -142,8 +142,11 @@ def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> 
     return TeacherTopObjective(plug.bind(fn, options, LOSSES, here), watch, entries=TEACHER_ENTRIES)
 
 
-def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> list[Teacher]:
-    """Load the teachers in the trainer. Raises UserError for a teacher whose tokenizer the loss does not support."""
+def load_teachers(
+    config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any, max_tokens: int
+) -> list[Teacher]:
+    """Load the teachers in the trainer and prove their forward passes. max_tokens: of the longest trace. Raises UserError for a teacher whose tokenizer the loss does not support."""
+    from distill.stages.inputs.forward_proof import prove_forward
     from distill.training.policy import Teacher
 
     teachers = []
@@ -157,7 +160,8 @@ def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenize
             student = models.config_of(context.model_dir(config.model))
             size = min(len(theirs), model.config.vocab_size)
             shared = VocabularyMap.of_tokenizers(tokenizer, min(len(tokenizer), student["vocab_size"]), theirs, size)
-        teachers.append(Teacher(model, share, size, shared))
+        plan = prove_forward(model, name, size or len(tokenizer), context, max_tokens)
+        teachers.append(Teacher(model, share, size, shared, plan))
     return teachers
 
 

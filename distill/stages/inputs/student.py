@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Any:
-    """Load the stage's model in its dtype, with an adapter if the stage has one.
+    """Load the stage's model in its dtype, with an adapter if the stage has one. The model's own dropout is turned off.
 
     Raises UserError if a required package or device is missing.
     """
@@ -30,6 +30,7 @@ def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
     model = models.load(folder, dtype=config.dtype, trust_remote_code=trust, **options)
     if config.liger:
         _use_liger(model, where)
+    models.without_dropout(model)
     return model if config.lora is None else models.add_lora(model, config.lora)
 
 
