@@ -86,6 +86,17 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
             mine.join(theirs, skip)
 
 
+class Replay:
+    """In place of a cache, for models without one that can be trusted: the ids so far, which are computed again."""
+
+    def __init__(self, ids_BP: torch.Tensor) -> None:
+        self.ids_BP = ids_BP
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows of `indices`, in that order."""
+        self.ids_BP = self.ids_BP[indices]
+
+
 def growing(config: Any) -> GrowingCache | None:
     """Return an empty cache for a model of this configuration; None if a layer stores anything but all positions."""
     cache = GrowingCache(config=config)

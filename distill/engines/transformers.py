@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 from distill import models
 from distill.engines import completions
+from distill.engines.decoding_proof import Decoding, prove_decoding
 from distill.engines.float32_head import Float32Head
-from distill.engines.kv_cache import GrowingCache, growing
+from distill.engines.kv_cache import GrowingCache, Replay, growing
 from distill.records import Array, Completion, Request, Sampling
 
 CHUNK = 256
@@ -103,6 +104,11 @@ class TransformersEngine:
         if dtype != "float32":
             layer = self._model.get_output_embeddings()
             layer.forward = lambda hidden: self._head(hidden, layer.weight, layer.bias)
+        self.decoding = Decoding()
+        self.decoding = prove_decoding(self, 2e-3 if dtype == "float32" else 0.2)
+        self.note = self.decoding.note
+        if not self.decoding.batched:
+            self._batch_size = 1
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
         """Yield completions as they finish; at most batch_size requests are in progress at a time."""
@@ -160,7 +166,8 @@ class TransformersEngine:
 
         Their common prefix is computed once, if the model's cache allows it.
         """
-        cache = growing(self._model.config)
+        decoding = self.decoding
+        cache = growing(self._model.config) if decoding.batched and decoding.cached else None
         shared = 0 if cache is None else _common(ids, keep)
         if cache is not None and shared:
             self._forward(torch.tensor(ids[0][None, :shared], device=self._device), None, cache)
@@ -246,6 +253,10 @@ class TransformersEngine:
     ) -> tuple[torch.Tensor, Any]:
         """Return float32 logits of the last `keep` positions, [B * keep, V], over the tokenizer's ids, and the cache."""
         length = ids_BP.shape[1]
+        if not self.decoding.cached:
+            ids_BP = ids_BP if cache is None else torch.cat([cache.ids_BP, ids_BP], dim=1)
+            logits_BPV = torch.stack([self.plain_logits(ids)[-keep:] for ids in ids_BP])
+            return logits_BPV.reshape(-1, self.vocab_size), Replay(ids_BP)
         if mask_BP is None:
             start = cache.get_seq_length() if cache is not None else 0
             position_BP = torch.arange(start, start + length, device=self._device)[None]
@@ -261,6 +272,14 @@ class TransformersEngine:
         )
         logits = out.logits[:, :, : self.vocab_size].float()
         return logits.reshape(-1, self.vocab_size), out.past_key_values
+
+    @torch.inference_mode()
+    def plain_logits(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [T, V] of one sequence by the model's plain forward pass, over the tokenizer's ids."""
+        logits: torch.Tensor = self._model(input_ids=ids_T[None].to(self._device), use_cache=False).logits[
+            0, :, : self.vocab_size
+        ]
+        return logits.float()
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

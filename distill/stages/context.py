@@ -65,6 +65,11 @@ class Context:
         """Print a plain line."""
         self.screen.say(text)
 
+    def say_note(self, engine: Any) -> None:
+        """Print an engine's note on how it runs the model, if it has one (an optional attribute of engines)."""
+        if note := getattr(engine, "note", ""):
+            self.say(note)
+
     def model_dir(self, reference: str) -> Path:
         """Return the folder of a model of the recipe or of a stage."""
         if reference in self.recipe.stages:

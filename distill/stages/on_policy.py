@@ -94,6 +94,7 @@ def _teacher_engine(
     folder = teacher_dir(name, config, context, tokenizer)
     context.phase(f"starting the {config.engine.fn} engine of the teacher")
     engine = engines.open_engine(config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_logprobs)
+    context.say_note(engine)
     try:
         yield engine
     finally:

@@ -143,6 +143,7 @@ def open_policy_sampler(
     longest = max(len(prompt.ids) for prompt in pool.prompts) + config.sampling.max_tokens
     context.phase(f"starting the {config.engine.fn} engine")
     engine = engines.open_engine(config.engine, folder, max_model_len=context_length(longest, limit), max_top_k=0)
+    context.say_note(engine)
     try:
         yield (
             PolicySampler(

@@ -143,6 +143,7 @@ def _fill(
             max_model_len=context_length(longest, limit),
             max_top_k=config.top_logprobs,
         )
+        context.say_note(engine)
         try:
             num = len(wanted) - len(missing)
             live = context.live(len(wanted), "traces", num)

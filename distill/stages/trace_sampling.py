@@ -126,13 +126,16 @@ def _open_engine(
 ) -> Engine:
     longest = max(len(request.prompt.ids) for request in missing) + config.sampling.max_tokens
     length = context_length(longest, limit)
-    if not context.engine.serves(config.engine, model_dir, top_k, length):
+    starts = not context.engine.serves(config.engine, model_dir, top_k, length)
+    if starts:
         context.phase(f"starting the {config.engine.fn} engine for {len(missing)} completions")
     elif snapshot is not None:
         context.phase(f"loading the weights of {snapshot.name} into the engine")
     engine: Engine = context.engine.open(
         config.engine, model_dir, max_model_len=length, max_top_k=top_k, snapshot=snapshot
     )
+    if starts:
+        context.say_note(engine)
     return engine
 
 
