@@ -25,7 +25,7 @@ def made_up(bfloat16: float | None, device: str = "cpu") -> Machine:
 
 
 @pytest.mark.parametrize(
-    ("rate", "device", "wish", "dtype", "why"),
+    ("rate", "device", "setting", "dtype", "why"),
     [
         (400e9, "cpu", "auto", "bfloat16", "bfloat16 400, float32 100 GFLOP/s"),
         (20e9, "cpu", "auto", "float32", "bfloat16 20, float32 100 GFLOP/s"),
@@ -34,14 +34,14 @@ def made_up(bfloat16: float | None, device: str = "cpu") -> Machine:
         (400e9, "cpu", "float32", "float32", "4 times slower here than bfloat16"),
         (50e9, "cuda", "auto", "bfloat16", "made up) has bfloat16"),
         (None, "cuda", "auto", "float32", "made up) lacks bfloat16"),
-        (None, "cuda", "bfloat16", "bfloat16", "no bfloat16 of its own"),
+        (None, "cuda", "bfloat16", "bfloat16", "does not support bfloat16 in hardware"),
     ],
 )
 @pytest.mark.parametrize("purpose", ["training", "engine"])
-def test_the_faster_dtype_is_taken_and_a_slow_wish_is_obeyed_with_its_price(
-    rate: float | None, device: str, wish: str, dtype: str, why: str, purpose: str
+def test_auto_takes_the_faster_dtype_and_a_slow_setting_is_kept_and_said(
+    rate: float | None, device: str, setting: str, dtype: str, why: str, purpose: str
 ) -> None:
-    choice = choose(made_up(rate, device), (64, 256), wish, purpose)
+    choice = choose(made_up(rate, device), (64, 256), setting, purpose)
     assert choice.dtype == dtype
     assert why in choice.why
 
