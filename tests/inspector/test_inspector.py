@@ -206,14 +206,14 @@ def test_what_is_packed_is_what_was_given() -> None:
     assert [table[i] for i in arrays["cand_ids"]] == [" the", "seven", "seven", "<|im_end|>"]
     assert np.exp(-arrays["cand_teacher"] / 1000) == pytest.approx([0.5, 0.25, 0.9, 0.99], abs=5e-4)
     assert np.exp(-arrays["rest"] / 1000) == pytest.approx([0.25, 0.1, 0.01], abs=5e-4)
-    assert arrays["surprise"].tolist() == [100, 1550, 3000]
+    assert arrays["nll"].tolist() == [100, 1550, 3000]
     assert [header["table_ids"][i] for i in header["special"]] == [END]
     assert "kl" not in arrays
 
 
 def test_traces_without_distributions() -> None:
     header, arrays = unpack(trace_page.render([row(0, [2, END], None)], bytes_of, frozenset(), Page("t")))
-    assert set(arrays) == {"ids", "surprise"}
+    assert set(arrays) == {"ids", "nll"}
     assert header["traces"][0]["tokens"] == 2
 
 
@@ -299,7 +299,7 @@ def test_hover_and_keys(page_of: Callable[..., Path], visit: Callable[..., Any])
     assert page.inner_text("#detail .where").startswith("token 3 of 4")
     page.keyboard.press("ArrowLeft")
     assert page.evaluate("document.activeElement.textContent") == "‹F0 9F›"
-    page.keyboard.press(".")  # the next lower surprise: they rise along the trace
+    page.keyboard.press(".")  # the next lower NLL: they rise along the trace
     assert page.evaluate("location.hash") == "#trace1.0"
     page.keyboard.press(",")
     page.keyboard.press(",")

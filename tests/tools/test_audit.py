@@ -58,7 +58,7 @@ def test_a_model_with_other_weights_is_refused_and_one_that_lies_is_found_out(
     tmp_path,
 ):
     folder = run / "traces" / "traces"
-    with pytest.raises(UserError, match="Those cannot vouch"):
+    with pytest.raises(UserError, match="Give the model that wrote the traces with --model"):
         audit(folder, 5, model=str(other_dir))
     honest = open_traces(folder)
     forged = tmp_path / "forged"
@@ -68,7 +68,7 @@ def test_a_model_with_other_weights_is_refused_and_one_that_lies_is_found_out(
     with TraceWriter(forged, claim) as writer:
         for block in open_traces(ctx.folder / "traces").blocks():
             writer.add(block)
-    with pytest.raises(UserError, match="Name it with --model"):
+    with pytest.raises(UserError, match="Give it with --model"):
         audit(forged, 5)
     found = audit(forged, 30, model=str(tiny_dir))
     assert not found.ok
