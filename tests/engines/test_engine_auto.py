@@ -205,7 +205,7 @@ def test_a_name_alone_is_an_engine_section(kind, tiny_dir):
 def test_a_model_that_vllm_does_not_know_is_run_by_transformers(tiny_dir, tmp_path):
     if engines.expected(EngineConfig()) != "vllm":
         pytest.skip("vLLM is not installed")
-    assert engines.choose(EngineConfig(), tiny_dir) == engines.Choice("vllm", "it is installed and knows this model")
+    assert engines.choose(EngineConfig(), tiny_dir) == engines.Choice("vllm", "it is installed and supports this model")
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
     tokenizer = models.load_tokenizer(tiny_dir)
@@ -217,7 +217,7 @@ def test_a_model_that_vllm_does_not_know_is_run_by_transformers(tiny_dir, tmp_pa
     models.save(GPTNeoForCausalLM(config), tokenizer, tmp_path / "neo")
     found = engines.choose(EngineConfig(), tmp_path / "neo")
     assert found.fn == "transformers"
-    assert "vLLM does not know the architecture GPTNeoForCausalLM" in found.why
+    assert "vLLM does not support the architecture GPTNeoForCausalLM" in found.why
     # What the user can mend is an error, not another engine.
     shutil.copytree(tiny_dir, tmp_path / "short")
     with pytest.raises(UserError, match="vLLM does not start"):
