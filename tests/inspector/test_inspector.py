@@ -402,6 +402,6 @@ def test_two_hundred_traces_of_500_tokens(page_of: Callable[..., Path], visit: C
           return [median(took), median(known)];
         }"""
     )
-    # CrossTokenizerBatch known work on the same machine at the same time (four million square roots, some 10 ms on an idle one).
+    # Relative to known work on the same machine at the same time (four million square roots, some 10 ms on an idle one).
     assert took < 6 * known, (took, known)
     assert page.locator(".tokens span").count() == 500

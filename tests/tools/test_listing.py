@@ -44,7 +44,7 @@ def test_a_field_is_printed_with_all_that_is_known_of_it():
     assert "micro_tokens            whole number > 0, default 2048 [execution]\n" in text
     assert "lora.rank               whole number > 0, default 16 [identity]\n" in text
     assert "model                   text, required [identity]\n" in text
-    assert "[growth] a larger value adds the difference to a finished stage" in text
+    assert "[growth] a larger value adds only the difference to a finished stage" in text
 
 
 def test_options_of_a_plug_and_its_whole_docstring():
