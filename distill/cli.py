@@ -291,7 +291,7 @@ def init(
         raise UserError(f"{target} exists already; choose another name.")
     text = listing.recipe_file(recipe).read_text(encoding="utf-8")
     lines = [f"name: {target.stem}" if line.startswith("name:") else line for line in text.splitlines()]
-    from distill.recipe.schema import FILE, as_text
+    from distill.recipe.json_schema import FILE, as_text
 
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -402,7 +402,7 @@ def verify(
         str | None, typer.Option(help="For --audit: the engine. Default: the one that wrote the traces.")
     ] = None,
 ) -> None:
-    """Check that all shards exist and match their checksums. Exit status 1 when they do not."""
+    """Check that all shards exist and match their checksums. Exit status 1 if they do not."""
     from distill import progress
     from distill.traces import verify as verification
 

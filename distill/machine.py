@@ -101,7 +101,7 @@ class Machine:
         return min(self.rates.items(), key=lambda item: abs(int(item[0].partition("x")[0]) - width[0]))[1]
 
     def best(self, width: Width) -> float:
-        """FLOP/s of the faster dtype in training."""
+        """Return the FLOP/s of the faster dtype in training."""
         return max(rates.training for rates in self.at(width).values())
 
 

@@ -436,7 +436,7 @@ class Traces:
         return len(self.trace_id)
 
     def top_of(self, n: int) -> TopK | None:
-        """The distribution of trace n."""
+        """Return the distribution of trace n."""
         if self.top is None:
             return None
         return self.top.slice(int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1]))

@@ -78,7 +78,7 @@ def vocabulary(model_dir: Path) -> tuple[int, frozenset[int]]:
 
 
 def head_size(model_dir: Path) -> int:
-    """Rows of the model's output head, padding included."""
+    """Return the number of rows of the model's output head, padding included."""
     config = models.config_of(model_dir)
     return int(config.get("text_config", config)["vocab_size"])
 

@@ -77,7 +77,7 @@ class _Live:
         width = max(mine.shape[1], theirs.shape[1])
         mask_BP = torch.cat([F.pad(mask, (width - mask.shape[1], 0)) for mask in (mine, theirs)], dim=0)
         logits_BV = torch.cat([self.logits_BV, new.logits_BV])
-        return _Live(self.rows + new.rows, mask_BP, logits_BV, self.cache, True)
+        return _Running(self.rows + new.rows, mask_BP, logits_BV, self.cache, True)
 
 
 class TransformersEngine:
@@ -107,7 +107,7 @@ class TransformersEngine:
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
         """Yield completions as they finish; at most batch_size requests run at a time."""
         source = iter(requests)
-        live: _Live | None = None
+        live: _Running | None = None
         while True:
             if live is None or (live.joins and len(live.rows) <= self._batch_size // 2):
                 free = self._batch_size - (len(live.rows) if live else 0)
@@ -153,7 +153,7 @@ class TransformersEngine:
         which = torch.tensor(which_B, device=self._device)
         cache.batch_select_indices(which)
         joins = isinstance(cache, GrowingCache)
-        return _Live(rows_B, mask_UP[which], logits_UV[which], cache, joins)
+        return _Running(rows_B, mask_UP[which], logits_UV[which], cache, joins)
 
     def _prefill(self, ids: list[Array], keep: int = 1) -> tuple[torch.Tensor, torch.Tensor, Any]:
         """Logits [B * keep, V] of the last `keep` positions of several sequences, their mask [B, P] and the cache.
@@ -213,7 +213,7 @@ class TransformersEngine:
             yield group
 
     def _score_group(self, group: list[Request], top_k: int) -> Iterator[tuple[Array, Array]]:
-        """ids and log-probs [T, 1 + K] of each request's completion."""
+        """Return ids and log-probabilities [T, 1 + K] of each request's completion."""
         given = [completions.given(request, self.max_model_len) for request in group]
         if len(group) == 1:
             parts = list(self._score_chunks(group[0].prompt_ids, given[0], top_k))

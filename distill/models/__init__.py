@@ -9,9 +9,18 @@ are used by processes that never load a model.
 """
 
 from distill.files import cache_home, file_hash
-from distill.models.loading import auto_dtype, cast, config_of, load, save, weights_fingerprint
+from distill.models.loading import (
+    auto_dtype,
+    cast,
+    config_of,
+    learned_positions,
+    load,
+    save,
+    weights_fingerprint,
+    without_dropout,
+)
 from distill.models.locate import OFFLINE_WAYS, PACKAGE, package_file, resolve
-from distill.models.lora import add_lora, exported_weights
+from distill.models.lora import add_lora, effective_weight, exported_weights
 from distill.models.prune import kept_layers, prune_layers
 from distill.models.rendering import check_template, render_completion, render_prompt
 from distill.models.tokenizer import (
@@ -32,9 +41,11 @@ __all__ = [
     "check_same_tokenizer",
     "check_template",
     "config_of",
+    "effective_weight",
     "exported_weights",
     "file_hash",
     "kept_layers",
+    "learned_positions",
     "load",
     "load_tokenizer",
     "package_file",
@@ -47,4 +58,5 @@ __all__ = [
     "template_hash",
     "tokenizer_fingerprint",
     "weights_fingerprint",
+    "without_dropout",
 ]

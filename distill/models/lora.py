@@ -1,4 +1,4 @@
-"""Adapters (LoRA), and the weights of a model by the names of its checkpoint."""
+"""LoRA adapters, and a model's weights by their names in its checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def add_lora(model: Any, lora: LoraConfig) -> Any:
-    """The model wrapped by peft; only the adapter (and modules_to_save) learns."""
+    """Wrap the model with peft; only the adapter (and modules_to_save) is trained."""
     import peft
 
     config = peft.LoraConfig(
@@ -29,10 +29,22 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
         raise UserError(f"lora.target_modules: {error}") from None
 
 
-def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
-    """(name in the checkpoint, tensor) of every weight, LoRA adapters merged in; the model stays as it is.
+def effective_weight(layer: Any) -> Any:
+    """Return a linear layer's weight [V, D]; with the differentiable part of its LoRA adapters added, if it has any."""
+    from peft.tuners.lora import LoraLayer
 
-    Merging in place and taking it back would leave rounding errors in bf16 weights, time after time.
+    if not isinstance(layer, LoraLayer):
+        return layer.weight
+    weight = layer.get_base_layer().weight
+    for name in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight
+
+
+def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (name in the checkpoint, tensor) of every weight, with LoRA adapters merged in; the model is not changed.
+
+    Merging in place and unmerging would leave rounding errors in bf16 weights each time.
     """
     if not hasattr(model, "get_base_model"):
         yield from ((name, p.detach()) for name, p in model.named_parameters())

@@ -1,4 +1,4 @@
-"""Messages turned into ids, by the task's template and the tokenizer's chat template. Nothing else renders."""
+"""Render messages to token ids with the task's template and the tokenizer's chat template; the only place that does."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The config tree of a recipe: what a YAML file may say, and nothing else.
+"""The config tree of a recipe.
 
-Frozen pydantic models; an unknown key is an error that names the nearest one. Plugs (losses, objectives,
-rewards, filters, tasks) keep their options with their function; here they are `fn` and the rest.
+Frozen pydantic models; an unknown key is an error that names the nearest one. The options of plugs (losses, objectives,
+rewards, filters, tasks) are parameters of their functions; here a plug is `fn` and a mapping of options.
 """
 
 from distill.recipe.fields import (

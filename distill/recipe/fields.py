@@ -94,24 +94,26 @@ class ModelConfig(Config):
 
 class SamplingConfig(Config):
     temperature: float = Field(1.0, ge=0, description="0 = greedy")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus that is sampled from")
-    max_tokens: PositiveInt = Field(256, description="tokens of a completion at most")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling: the probability mass to sample from")
+    max_tokens: PositiveInt = Field(256, description="the most tokens of a completion")
 
     def record(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.max_tokens)
 
 
 class EngineConfig(Config):
-    """Which engine runs a model, and how much of the machine it may take. A name alone stands for `{fn: name}`."""
+    """The engine that runs a model, and the resources it may use. A name alone stands for `{fn: name}`."""
 
-    fn: str = Field("auto", description="auto: vllm where it is installed and can be used, else transformers")
+    fn: str = Field("auto", description="auto: vllm if it is installed and can be used, else transformers")
     dtype: Dtype = Field("auto", description=AUTO_DTYPE)
-    max_model_len: PositiveInt | None = Field(None, description="tokens; None = what the stage needs")
-    batch_size: PositiveInt = execution(64, description="completions decoded at once")
+    max_model_len: PositiveInt | None = Field(None, description="context length in tokens; None = what the stage needs")
+    batch_size: PositiveInt = execution(64, description="number of completions decoded at once")
     kv_cache_gib: float | None = execution(
-        None, gt=0, description="key-value cache; None = 1 GiB on CPU, vLLM's own on a GPU"
+        None, gt=0, description="size of the key-value cache in GiB; None = 1 on a CPU, vLLM's default on a GPU"
     )
-    eager: bool = execution(True, description="no compilation: quick to start, a little slower to run")
+    eager: bool = execution(
+        True, description="run without compilation (vLLM's enforce_eager): faster to start, a little slower to run"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -120,21 +122,23 @@ class EngineConfig(Config):
 
 
 class BudgetConfig(Config):
-    """How long to train: until this student has taken `times` the FLOPs of that stage's student, in all."""
+    """Training length as compute: until this student has used `times` the FLOPs of another stage's student, in all."""
 
-    flops_of: str = Field(description="stage whose student's FLOPs are the measure")
-    times: float = Field(1.0, gt=0, description="multiple of them")
+    flops_of: str = Field(description="stage whose student's FLOPs are the budget")
+    times: float = Field(1.0, gt=0, description="factor on that stage's FLOPs")
 
 
 class LoraConfig(Config):
     rank: PositiveInt = Field(16, description="rank of the adapter")
-    alpha: float = Field(32.0, description="the adapter is scaled by alpha / rank")
+    alpha: float = Field(32.0, description="scale of the adapter: alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
-    target_modules: str | list[str] = Field("all-linear", description="layers that get an adapter, by PEFT's rules")
-    modules_to_save: list[str] | None = Field(None, description="layers that are trained whole beside the adapter")
+    target_modules: str | list[str] = Field("all-linear", description="modules that get an adapter, as in PEFT")
+    modules_to_save: list[str] | None = Field(
+        None, description="modules that are trained fully, beside the adapter (PEFT's modules_to_save)"
+    )
     quantised: Literal["nf4", "int8"] | None = Field(
         None,
-        description="of the frozen weights beneath the adapter while it is trained (QLoRA), by bitsandbytes",
+        description="quantisation of the frozen weights under the adapter (QLoRA), by bitsandbytes",
     )
 
 
@@ -160,11 +164,10 @@ class Input:
 
 
 class StageConfig(Config):
-    """A stage kind: the fields that every stage has, and what a kind says of itself.
+    """A stage kind: the fields that every stage has, and the kind's attributes and methods.
 
-    A kind of one's own is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`,
-    the attributes below and `run(self, context) -> Result`. With `predict`, `distill check` also says what it will
-    cost.
+    Your own kind is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`,
+    the attributes below and `run(self, context) -> Result`. With `predict`, `distill check` also predicts its cost.
 
     writes: what later stages may read. "model": a checkpoint in <folder>/model; "traces": shards or a selection in
     <folder>/traces. trains: the stage spends compute on its `model`, so a budget can name it; a model that a stage
@@ -179,8 +182,10 @@ class StageConfig(Config):
     shares_process: ClassVar[bool] = False
 
     kind: str
-    seed: int | None = Field(None, ge=0, description="of its draws; None = the recipe's")
-    seeds: Seeds | None = Field(None, description="a copy of the stage, and of all that reads it, for each of them")
+    seed: int | None = Field(None, ge=0, description="seed of the stage's random draws; None = the recipe's")
+    seeds: Seeds | None = Field(
+        None, description="training seeds; the stage and every stage that reads it is copied for each of them"
+    )
 
     def inputs(self) -> Iterator[Input]:
         """Everything that this stage reads."""
@@ -209,7 +214,7 @@ class StageConfig(Config):
         return None
 
     def half_the_work(self, stage: str) -> str:
-        """What half of the work of `stage` is, in words and in its own keys; "" where it has no such key."""
+        """Return how to halve the work of `stage`, in words and with its own keys; "" if it has no such key."""
         return ""
 
     @property

@@ -12,16 +12,16 @@ from distill.recipe.tree import Recipe
 
 Role = Literal["start", "teacher", "student"]
 NO_PARENTS = ("task", "budget")
-"""Sorts of inputs that no part of a model comes from."""
+"""Sorts of inputs that are not part of a model's origin."""
 
 
 def parents_of(recipe: Recipe) -> dict[str, list[Input]]:
-    """What each stage reads."""
+    """Return each stage's inputs."""
     return {name: list(config.inputs()) for name, config in recipe.stages.items()}
 
 
 def rests_on(recipe: Recipe, name: str) -> Iterator[str]:
-    """The stage itself and every stage that its output is made of, nearest first."""
+    """Return the stage and all its ancestors, nearest first."""
     parents = parents_of(recipe)
     yield from _reach([name], parents, lambda one: _above(one, parents))
 

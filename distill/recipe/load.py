@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a Recipe; a mistake is one line with the nearest right name."""
+"""Load a Recipe from a YAML file and `key=value` overrides; each mistake is one line with the nearest right name."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
 
 
 def find(path: Path) -> Path:
-    """A recipe's file: the path, or the recipe of that name that comes with the package."""
+    """Return a recipe's file: the path, or the shipped recipe of that name."""
     shipped = SHIPPED / "recipes" / f"{path}.yaml"
     return shipped if not path.exists() and len(path.parts) == 1 and shipped.is_file() else path
 
 
 def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """The tree as a Recipe, its references checked and its seeds written out; raises UserError."""
+    """Convert a tree to a Recipe, check its references and expand its seeds. Raises UserError."""
     stages, mistakes = _stages(tree, where)
     try:
         recipe = Recipe.model_validate({**tree, "stages": stages})
@@ -67,7 +67,7 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
-    """The stages, each as its kind's class, and what is wrong with the others, a line a mistake."""
+    """Return the stages, each as its kind's class, and the mistakes in the others, a line each."""
     given = tree.get("stages")
     if not isinstance(given, Mapping):
         return given, []
@@ -130,7 +130,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
-    """One pydantic mistake as one line."""
+    """Explain one pydantic error in one line."""
     loc = [str(part) for part in mistake["loc"]]
     key = ".".join(loc)
     if mistake["type"] == "extra_forbidden":
@@ -146,7 +146,7 @@ def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
 
 
 def _right_name(tree: Mapping[str, Any], loc: list[str]) -> str:
-    """What an unknown key is called here: a synonym's name, the nearest one, or the whole list."""
+    """Return the right name of an unknown key: by the table of synonyms, the nearest name, or all names."""
     model = _model_at(tree, loc[:-1])
     return synonyms.answer(loc[-1], lambda key: _has(model, key)) or nearest(
         loc[-1], model.model_fields if model else ()
@@ -154,7 +154,7 @@ def _right_name(tree: Mapping[str, Any], loc: list[str]) -> str:
 
 
 def _model_at(tree: Mapping[str, Any], loc: list[str]) -> type[BaseModel] | None:
-    """The class of the mapping at a place in the recipe; None where it is not known."""
+    """Return the config class at a place in the recipe; None if unknown."""
     if not loc:
         return Recipe
     if loc[0] == "models":
@@ -168,14 +168,14 @@ def _model_at(tree: Mapping[str, Any], loc: list[str]) -> type[BaseModel] | None
 
 
 def section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The class of a field that is a section of its own; None for any other."""
+    """Return the class of a field that is a section; None for other fields."""
     field = model.model_fields.get(key)
     options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
     return next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
 
 
 def _has(model: type[BaseModel] | None, dotted: str) -> bool:
-    """Whether a class has a field; the options of a plug are taken on trust."""
+    """Return whether a class has a field; options of a plug are not checked."""
     first, _, rest = dotted.partition(".")
     if model is None or first not in model.model_fields:
         return False

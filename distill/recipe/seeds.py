@@ -17,7 +17,7 @@ COPIED = ("model", "teacher", "data", "budget")
 
 
 def expand(recipe: Recipe, where: str) -> Recipe:
-    """The recipe with its copies written out; itself where it has no seeds. Raises UserError."""
+    """Return the recipe with a copy of stages for each seed, or the same recipe if it has no seeds. Raises UserError."""
     if recipe.seeds is None and all(stage.seeds is None for stage in recipe.stages.values()):
         return recipe
     seeds: dict[str, list[int]] = {}

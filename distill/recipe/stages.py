@@ -1,4 +1,4 @@
-"""The stage kinds: what each may be told, one frozen class a kind."""
+"""The stage kinds that do not train, one frozen class each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from distill.recipe.training_stages import (
 )
 from distill.records import UserError
 
-SNAPSHOTS = "held-out problems on which each model kept along the way (snapshot_every) is tried; 0 = none"
+SNAPSHOTS = "number of held-out problems on which each snapshot of the training (snapshot_every) is evaluated; 0 = none"
 
 
 class PruneStage(StageConfig):
@@ -39,7 +39,7 @@ class PruneStage(StageConfig):
     writes: ClassVar = "model"
     kind: Literal["prune"]
     model: str = Field(description="model to prune")
-    layers: int = Field(ge=2, description="decoder layers that are kept")
+    layers: int = Field(ge=2, description="number of decoder layers to keep")
 
     def inputs(self) -> Iterator[Input]:
         yield Input("model", self.model)
@@ -50,19 +50,21 @@ class GenerateStage(StageConfig):
 
     writes: ClassVar = "traces"
     kind: Literal["generate"]
-    model: str = Field(description="teacher that writes the traces")
-    task: str = Field(description="task whose train problems it is asked")
-    problems: PositiveInt = growth(description="problems")
-    samples: PositiveInt = growth(1, description="completions a problem")
+    model: str = Field(description="teacher model that generates the traces")
+    task: str = Field(description="task whose train problems are used")
+    problems: PositiveInt = growth(description="number of problems")
+    samples: PositiveInt = growth(1, description="number of completions a problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    top_logprobs: int = Field(64, ge=0, description="entries kept at a position at most; 0 = text and ids only")
-    mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
-    exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
-    shard_rows: PositiveInt = execution(256, description="traces a shard")
+    top_logprobs: int = Field(
+        64, ge=0, description="the largest number of entries kept a position; 0 = no distributions, only text and ids"
+    )
+    mass: float = Field(0.98, gt=0, le=1, description="probability mass after which a position keeps no more entries")
+    exact: bool = Field(False, description="store float32 log-probabilities instead of values quantised to 1/32 nat")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that generates")
+    shard_rows: PositiveInt = execution(256, description="number of traces a shard")
     rewards: list[RewardConfig] = Field(
         [],
-        description="rewards that each trace carries by name, their weighted sum as its reward; none = accuracy, and the verdict's score",
+        description="rewards stored with each trace, and their weighted sum; none = accuracy and the verdict's score",
     )
     max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
@@ -86,21 +88,24 @@ class ScoreStage(StageConfig):
     writes: ClassVar = "traces"
     adds_to: ClassVar = frozenset({"data"})
     kind: Literal["score"]
-    model: str = Field(description="teacher that reads the traces")
+    model: str = Field(description="teacher model that scores the traces")
     data: str = Field(
-        description="traces of a stage or folder, a JSONL file, a `datasets` folder, or a hub dataset (owner/name[@revision])"
+        description="traces: a stage, a folder of shards, a JSONL file, a `datasets` folder, or a hub data set (owner/name[@revision])"
     )
-    split: str = Field("train", description="of a `datasets` folder or hub dataset")
-    subset: str | None = Field(None, description="of a hub dataset: its configuration")
-    task: str | None = Field(None, description="its template renders text, its judge compares with a row's `answer`")
+    split: str = Field("train", description="split of a `datasets` folder or hub data set")
+    subset: str | None = Field(None, description="configuration of a hub data set")
+    task: str | None = Field(
+        None, description="task whose template renders the text, and whose judge compares with a row's `answer`"
+    )
     max_tokens: PositiveInt | None = Field(
-        None, description="prompt and completion; longer traces are left out and counted"
+        None,
+        description="the most tokens of a trace, prompt and completion together; longer traces are left out and counted",
     )
-    top_logprobs: PositiveInt = Field(64, description="entries kept at a position at most")
-    mass: float = Field(0.98, gt=0, le=1, description="stop keeping entries once this much probability is covered")
-    exact: bool = Field(False, description="keep float32 log-probabilities, not steps of 1/32 nat")
-    engine: EngineConfig = Field(EngineConfig(), description="engine that reads")
-    shard_rows: PositiveInt = execution(256, description="traces a shard")
+    top_logprobs: PositiveInt = Field(64, description="the largest number of entries kept a position")
+    mass: float = Field(0.98, gt=0, le=1, description="probability mass after which a position keeps no more entries")
+    exact: bool = Field(False, description="store float32 log-probabilities instead of values quantised to 1/32 nat")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that scores the traces")
+    shard_rows: PositiveInt = execution(256, description="number of traces a shard")
 
     def inputs(self) -> Iterator[Input]:
         yield Input("model", self.model)
@@ -110,12 +115,12 @@ class ScoreStage(StageConfig):
 
 
 class FilterStage(StageConfig):
-    """A selection of traces: those that every filter keeps. The shards themselves are not copied."""
+    """Select the traces that every filter keeps. The shards are not copied."""
 
     writes: ClassVar = "traces"
     kind: Literal["filter"]
-    data: str = Field(description="traces of a stage or folder")
-    keep: list[PlugConfig] = Field(min_length=1, description="filters; a trace stays where every one keeps it")
+    data: str = Field(description="traces: a stage or a folder")
+    keep: list[PlugConfig] = Field(min_length=1, description="filters; a trace is kept if every filter keeps it")
 
     def inputs(self) -> Iterator[Input]:
         yield Input("data", self.data)
@@ -130,13 +135,13 @@ class EvalStage(StageConfig):
     shares_process: ClassVar = True
     kind: Literal["eval"]
     model: str = Field(description="model to evaluate")
-    task: str = Field(description="task whose held-out problems it is asked")
-    problems: PositiveInt = growth(256, description="held-out problems")
-    samples: PositiveInt = growth(1, description="completions a problem")
+    task: str = Field(description="task whose held-out problems the model is evaluated on")
+    problems: PositiveInt = growth(256, description="number of held-out problems")
+    samples: PositiveInt = growth(1, description="number of completions a problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    pass_at: list[PositiveInt] = Field([1], description="the k of pass@k and maj@k")
+    pass_at: list[PositiveInt] = Field([1], description="values of k for pass@k and maj@k")
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that generates")
 
     @pydantic.model_validator(mode="after")
     def _enough_samples(self) -> EvalStage:
@@ -168,15 +173,15 @@ class CompareStage(StageConfig):
 
     kind: Literal["compare"]
     arms: dict[Name, str | dict[int, str]] = growth(
-        min_length=2, description="a model each, or one a training seed: {1: a, 2: b, 3: c}"
+        min_length=2, description="the models to compare, by arm; for several training seeds {1: a, 2: b, 3: c}"
     )
-    task: str = Field(description="task whose held-out problems all arms are asked")
-    problems: PositiveInt = growth(256, description="held-out problems")
-    samples: PositiveInt = growth(1, description="completions a problem")
+    task: str = Field(description="task whose held-out problems all arms are evaluated on")
+    problems: PositiveInt = growth(256, description="number of held-out problems")
+    samples: PositiveInt = growth(1, description="number of completions a problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    pass_at: list[PositiveInt] = Field([1], description="the k of pass@k and maj@k")
+    pass_at: list[PositiveInt] = Field([1], description="values of k for pass@k and maj@k")
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that generates")
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
         """The seed of an arm of one model is 0."""

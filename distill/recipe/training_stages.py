@@ -24,49 +24,53 @@ from distill.recipe.fields import (
     growth,
 )
 
-MAX_FAILED_REWARDS = "share of groups a reward may fail on before the stage stops"
-REWARD_TIMEOUT = "seconds: limit for one reward of one group"
+MAX_FAILED_REWARDS = "share of groups on which a reward may fail before the stage stops"
+REWARD_TIMEOUT = "limit in seconds for one reward of one group"
 
 
 class OptimStage(StageConfig):
-    """What every stage with an optimiser has. The learning rate warms up and then falls by half a cosine."""
+    """The fields of every stage with an optimiser. The learning rate warms up and then falls by half a cosine."""
 
     writes: ClassVar = "model"
     trains: ClassVar = True
 
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     warmup_ratio: float = Field(
-        0.03, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0"
+        0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises linearly from 0"
     )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="where the cosine ends, as a share of lr")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate as a share of lr")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
-    max_grad_norm: float = Field(1.0, gt=0, description="norm that gradients are clipped to")
+    max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
     dtype: Dtype = Field("auto", description=f"of the computation; {AUTO_DTYPE}")
     save_dtype: SavedDtype | None = Field(
         None,
-        description="of the weights that the stage writes; None = dtype where that is said, else bfloat16",
+        description="dtype of the saved weights; None = `dtype` if that is set, else bfloat16",
     )
     lora: LoraConfig | None = Field(
-        None, description="train an adapter, merged into the model at the end; None = all weights"
+        None, description="train a LoRA adapter, which is merged at the end; None = train all weights"
     )
-    micro_tokens: PositiveInt = execution(2048, description="tokens packed into one forward pass")
+    micro_tokens: PositiveInt = execution(
+        2048, description="number of tokens packed into one forward pass (a micro-batch)"
+    )
     gradient_checkpointing: bool = execution(
         False, description="recompute activations in the backward pass: less memory, about a third slower"
     )
-    liger: bool = execution(False, description="liger-kernel's kernels in the body, on a GPU; the head has its own")
+    liger: bool = execution(False, description="use liger-kernel's kernels in the model's body, on a GPU")
     budget: BudgetConfig | None = Field(
         None,
-        description="instead of a number of steps: until the FLOPs of that stage's student are spent, own rollouts counted",
+        description="train with the same FLOPs as another stage's student, instead of a number of steps",
     )
     snapshot_every: PositiveInt | None = execution(
-        None, description="optimiser steps between models kept for accuracy against cost"
+        None, description="keep a snapshot of the model every N optimiser steps, for accuracy against cost; 0 = never"
     )
-    checkpoint_every: PositiveInt = execution(50, description="optimiser steps")
-    keep_checkpoints: PositiveInt = execution(2, description="newest checkpoints that are kept")
-    log_every: PositiveInt = execution(1, description="optimiser steps between lines of metrics.jsonl")
+    checkpoint_every: PositiveInt = execution(50, description="number of optimiser steps")
+    keep_checkpoints: PositiveInt = execution(2, description="number of newest checkpoints to keep")
+    log_every: PositiveInt = execution(1, description="log metrics every N optimiser steps")
     trackers: list[str] = execution([], description="accelerate trackers by name: tensorboard, wandb, trackio, ...")
-    max_bad_steps: PositiveInt = execution(5, description="steps in a row with a loss or gradient that is not finite")
+    max_bad_steps: PositiveInt = execution(
+        5, description="number of consecutive steps with a non-finite loss or gradient after which the stage stops"
+    )
 
     def half_the_work(self, stage: str) -> str:
         if self.budget is not None:
@@ -97,23 +101,30 @@ class TrainStage(OptimStage):
     kind: Literal["train"]
     model: str = Field(description="model to train")
     data: str | dict[str, PositiveFloat] = Field(
-        description="traces or a JSONL file; or the same traces as several teachers scored them, by share"
+        description="traces (a stage or a folder) or a JSONL file; several scored copies of the same traces as {name: share}"
     )
-    task: str | None = Field(None, description="task whose template renders rows of text; None = as the rows are")
-    loss: PlugConfig = Field(PlugConfig(fn="forward_kl"), description="loss, and its options")
+    task: str | None = Field(
+        None, description="task whose template renders rows of text; None = the tokenizer's chat template only"
+    )
+    loss: PlugConfig = Field(PlugConfig(fn="forward_kl"), description="loss and its options")
     teacher: str | dict[str, float] | None = Field(
         None,
-        description="a model in the trainer (or several with their shares) instead of stored distributions",
+        description="teacher in the trainer, instead of stored distributions; several as {name: share}",
     )
-    temperature: float = Field(1.0, gt=0, description="of both distributions; only with a teacher")
-    epochs: PositiveInt | None = growth(None, description="passes over the data")
-    steps: PositiveInt | None = growth(None, description="optimiser steps")
-    batch_traces: PositiveInt = Field(64, description="traces an optimiser step, over all processes")
-    max_tokens: PositiveInt = Field(4096, description="longer traces are left out and counted")
+    temperature: float = Field(
+        1.0, gt=0, description="softmax temperature of both distributions; needs a teacher in the trainer"
+    )
+    epochs: PositiveInt | None = growth(None, description="number of passes over the data")
+    steps: PositiveInt | None = growth(None, description="number of optimiser steps")
+    batch_traces: PositiveInt = Field(64, description="number of traces an optimiser step, over all processes")
+    max_tokens: PositiveInt = Field(
+        4096,
+        description="the most tokens of a trace, prompt and completion together; longer traces are left out and counted",
+    )
     normalise: Literal["token", "sequence"] = Field(
-        "token", description="what counts equally: every token, or every trace"
+        "token", description="what has equal weight in the loss: every token, or every trace"
     )
-    keep_truncated: bool = Field(False, description="learn from traces that ended at the token limit")
+    keep_truncated: bool = Field(False, description="whether traces that ended at the token limit are learned from")
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> TrainStage:
@@ -150,18 +161,20 @@ class TrainStage(OptimStage):
 
 
 class PolicyStage(OptimStage):
-    """What every stage that learns from the policy's own completions has. `steps` counts optimiser steps."""
+    """The fields of every stage that learns from the policy's own completions. `steps` counts optimiser steps."""
 
     model: str = Field(description="model to train")
-    task: str = Field(description="task whose train problems it is asked")
-    steps: PositiveInt | None = growth(None, description="optimiser steps")
-    prompts: PositiveInt = Field(8, description="problems an optimiser step")
-    group_size: int = Field(8, ge=1, description="completions a problem")
-    problems: PositiveInt | None = Field(None, description="distinct train problems; None = a fresh one each time")
+    task: str = Field(description="task whose train problems are used")
+    steps: PositiveInt | None = growth(None, description="number of optimiser steps")
+    prompts: PositiveInt = Field(8, description="number of problems a mini-batch")
+    group_size: int = Field(8, ge=1, description="number of completions a problem")
+    problems: PositiveInt | None = Field(
+        None, description="number of distinct train problems; None = new problems at every step"
+    )
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes the completions")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that samples the completions")
     log_completions_every: PositiveInt = execution(
-        10, description="rollouts between completions shown in the log and kept in completions.jsonl"
+        10, description="log some completions every N rollouts, in the log and in completions.jsonl"
     )
 
     def half_the_work(self, stage: str) -> str:
@@ -170,7 +183,7 @@ class PolicyStage(OptimStage):
 
     @property
     def steps_a_rollout(self) -> int:
-        """Optimiser steps between one time that the policy writes and the next."""
+        """The number of optimiser steps for each rollout."""
         return 1
 
     @property
@@ -207,18 +220,20 @@ class GrpoStage(PolicyStage):
     """
 
     kind: Literal["grpo"]
-    rewards: list[RewardConfig] = Field(min_length=1, description="rewards, each with its weight in the sum")
-    objective: PlugConfig = Field(PlugConfig(fn="grpo"), description="policy-gradient objective, and its options")
-    group_size: int = Field(8, ge=2, description="completions a problem; an advantage needs at least two")
-    mini_batches: PositiveInt = Field(1, description="optimiser steps a rollout is split into")
-    num_iterations: PositiveInt = Field(1, description="times a rollout is learned from (mu)")
+    rewards: list[RewardConfig] = Field(min_length=1, description="rewards with their weights in the sum")
+    objective: PlugConfig = Field(PlugConfig(fn="grpo"), description="policy-gradient objective and its options")
+    group_size: int = Field(8, ge=2, description="number of completions a problem, at least two")
+    mini_batches: PositiveInt = Field(
+        1, description="number of mini-batches, one optimiser step each, that a rollout is split into"
+    )
+    num_iterations: PositiveInt = Field(1, description="number of optimisation passes over a rollout (GRPO's mu)")
     lr: float = Field(1e-6, gt=0, description="peak learning rate")
     warmup_ratio: float = Field(
-        0.0, ge=0, lt=1, description="share of the steps over which the learning rate rises from 0"
+        0.0, ge=0, lt=1, description="share of the steps in which the learning rate rises linearly from 0"
     )
     min_lr_ratio: float = Field(1.0, ge=0, le=1, description="1 keeps the learning rate constant")
     reference_every: PositiveInt | None = Field(
-        None, description="optimiser steps after which the reference becomes the policy of then"
+        None, description="number of optimiser steps after which the reference becomes the current policy"
     )
     max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
@@ -262,25 +277,36 @@ class GrpoStage(PolicyStage):
 
 
 class OnPolicyStage(PolicyStage):
-    """On-policy distillation: the student writes, the teacher says what it would have written, token by token.
+    """On-policy distillation: the student samples completions and learns the teacher's distribution at every token.
 
-    The teacher is compared over the whole vocabulary in the trainer, or (scoring: engine) its top_k entries and
-    tail come from an engine of its own. `offline_share` is the share of traces from `data` in every step.
+    The teacher's whole distribution is computed in the trainer, or (scoring: engine) its likeliest entries and
+    tail come from an engine of its own. `offline_share` is the share of stored traces from `data` in every step.
     """
 
     kind: Literal["on_policy"]
-    teacher: str | dict[str, float] = Field(description="a model, or several with their shares of the mixture")
-    loss: PlugConfig = Field(PlugConfig(fn="reverse_kl"), description="divergence, and its options")
-    temperature: float = Field(1.0, gt=0, description="of both distributions; scoring: trainer")
+    teacher: str | dict[str, float] = Field(description="teacher model; several as {name: share} of a mixture")
+    loss: PlugConfig = Field(PlugConfig(fn="reverse_kl"), description="divergence and its options")
+    temperature: float = Field(
+        1.0, gt=0, description="softmax temperature of both distributions; needs scoring: trainer"
+    )
     scoring: Literal["trainer", "engine"] = Field(
         "trainer",
-        description="where the teacher reads: in the trainer (whole vocabulary), or in an engine of its own (top_logprobs entries and the tail)",
+        description="where the teacher scores: in the trainer (whole vocabulary), or in an engine of its own (top_logprobs entries and the tail)",
     )
-    top_logprobs: PositiveInt = Field(64, description="entries a position; scoring: engine")
-    mass: float = Field(0.98, gt=0, le=1, description="as in generate; scoring: engine")
-    data: str | None = Field(None, description="stored traces that are mixed in")
-    offline_share: float = Field(0.0, ge=0, lt=1, description="share of traces from data, the rest on policy")
-    group_size: int = Field(4, ge=1, description="completions a problem")
+    top_logprobs: PositiveInt = Field(
+        64, description="with scoring: engine, the number of the teacher's entries a position"
+    )
+    mass: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="with scoring: engine, the probability mass after which a position keeps no more entries",
+    )
+    data: str | None = Field(None, description="stored traces to mix with on-policy ones")
+    offline_share: float = Field(
+        0.0, ge=0, lt=1, description="share of traces in a step that come from `data`; the others are on-policy"
+    )
+    group_size: int = Field(4, ge=1, description="number of completions a problem")
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
 
     @pydantic.model_validator(mode="after")
@@ -313,12 +339,12 @@ class OnPolicyStage(PolicyStage):
 
 
 def teachers_of(teacher: str | dict[str, float] | None) -> dict[str, float]:
-    """Models that teach in the trainer, and their shares."""
+    """Return the teachers in the trainer and their shares."""
     if teacher is None:
         return {}
     return {teacher: 1.0} if isinstance(teacher, str) else teacher
 
 
 def data_of(data: str | dict[str, float]) -> dict[str, float]:
-    """Trace sets (or a file), and their shares."""
+    """Return the trace sets (or a file) and their shares."""
     return {data: 1.0} if isinstance(data, str) else data

@@ -1,4 +1,4 @@
-"""A whole recipe, whether its parts fit together, and the order of its stages."""
+"""A whole recipe, the check of its references, and the order of its stages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Recipe(Config):
 
 
 def check_references(recipe: Recipe, where: str) -> None:
-    """Every stage input exists, is of the right sort, and nothing is its own ancestor."""
+    """Check that every stage input exists and is of the right sort, and that no stage is its own ancestor."""
     for name in recipe.stages:
         if name in recipe.models:
             raise UserError(f"{where}: {name!r} is both a model and a stage; rename one.")
@@ -80,7 +80,7 @@ def _looks_like_path(value: str) -> bool:
 
 
 def order(recipe: Recipe, where: str = "recipe") -> list[str]:
-    """Stage names, inputs first, otherwise as written. Raises UserError that spells out a cycle."""
+    """Return the stage names, inputs first, otherwise in the order of the file. Raises UserError that names a cycle."""
     done: list[str] = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:

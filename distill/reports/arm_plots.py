@@ -51,7 +51,7 @@ def describe(arms: Arms) -> str:
 
 
 def accuracy_svg(arms: Arms, width: int = WIDE) -> str:
-    """A horizontal dot plot of accuracy with intervals, best arm first."""
+    """Draw a horizontal dot plot of accuracy with intervals, best arm first."""
     order = sorted(arms, key=lambda name: -arms[name]["accuracy"]["value"])
     row = 30
     canvas = Canvas(

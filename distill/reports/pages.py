@@ -107,7 +107,7 @@ def escape_markdown(text: str) -> str:
 
 
 def fence(text: str, language: str = "text") -> str:
-    """A code block whose fence is longer than any run of backticks inside."""
+    """Return a code block whose fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
     return f"{ticks}{language}\n{printable(text).rstrip()}\n{ticks}"

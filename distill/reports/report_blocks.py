@@ -71,7 +71,7 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """Small figures side by side, as many as fit."""
+    """Small figures side by side."""
 
     title: str
     figures: Sequence[Figure]

@@ -38,7 +38,7 @@ class Interval:
 
 
 def z_value(level: float) -> float:
-    """The normal quantile that leaves (1 - level) / 2 above it."""
+    """Return the normal quantile with (1 - level) / 2 above it."""
     return float(special.ndtri(0.5 + level / 2))
 
 

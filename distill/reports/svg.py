@@ -44,7 +44,7 @@ def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
 
 
 def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from low to high, at most `most` steps of 1, 2 or 5 times a power of ten."""
+    """Return round numbers from low to high, at most `most` steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / most
@@ -126,7 +126,7 @@ class Canvas:
             self.text(0, self.top - 13, title, "start", "quiet")
 
     def upright(self, x: float, low: float, high: float, kind: str = "bar") -> None:
-        """A vertical error bar with caps."""
+        """Draw a vertical error bar with caps."""
         self.add(f'<path class="{kind}" d="M{x} {low}V{high}M{x - 3.5} {low}h7M{x - 3.5} {high}h7" fill="none"/>')
 
     def mark(self, x: float, y: float, shape: int, size: float = 4.5) -> None:

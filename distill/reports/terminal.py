@@ -69,7 +69,7 @@ def sparkline(values: Sequence[float | None], width: int = 40) -> str:
 
 
 def interval_bar(interval: Mapping[str, float], width: int = 20, end: float = 1.0) -> str:
-    """An estimate between 0 and `end` with its interval, `width` cells wide: ····├──●──┤····"""
+    """Draw an estimate between 0 and `end` with its interval, `width` cells wide: ····├──●──┤····"""
     low, value, high = (min(width - 1, max(0, int(interval[key] / end * width))) for key in ("low", "value", "high"))
     cells = ["·"] * width
     cells[low : high + 1] = "─" * (high + 1 - low)

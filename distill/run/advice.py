@@ -1,5 +1,5 @@
-"""What `distill check` says below its table: the machine, the dtypes, a recipe that takes long or does not fit, and
-what helps."""
+"""The advice of `distill check` below its table: the machine, the dtypes, stages that take long or do not fit, and
+remedies."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from distill.reports.wording import duration
 from distill.run.predictions.row import Part, Row
 
 LONG = 3600.0
-"""Seconds from which on a recipe is said to take long."""
+"""Seconds beyond which a recipe counts as long."""
 GIB = 2.0**30
 WORTH = 0.05
-"""Share of the whole that a saving must have to be named."""
+"""The least share of the total time that a saving must have to be mentioned."""
 
 
 def machine_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """The machine, and each dtype that is used on it with the reason, once."""
+    """Describe the machine and, once each, the dtypes used on it with their reasons."""
     first = f"this machine: {machine.name}, {machine.cores} cores, {machine.memory / GIB:.3g} GiB"
     if machine.device == "cuda":
         first += " on the GPU"
@@ -40,7 +40,7 @@ def machine_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
 
 
 def too_large(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """The stages whose weights, masters and moments alone are more than the machine's memory, with what helps."""
+    """Return the stages whose weights, masters and moments alone exceed the machine's memory, with remedies."""
     found = []
     for row in rows:
         if row.least <= machine.memory:
@@ -56,13 +56,13 @@ def too_large(rows: Sequence[Row], machine: Machine) -> list[str]:
 
 
 def refuse(rows: Sequence[Row], machine: Machine) -> None:
-    """Raises UserError where a stage cannot fit the machine's memory."""
+    """Raise UserError if a stage cannot fit the machine's memory."""
     if lines := too_large(rows, machine):
         raise UserError(lines[0])
 
 
 def memory_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """A warning where stages are estimated to take more memory than there is, by what lowers it."""
+    """Warn about stages that probably need more memory than there is, grouped by remedy."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.least <= machine.memory < row.amounts["memory"]:
@@ -85,7 +85,7 @@ def _memory_knobs(row: Row) -> str:
 
 
 def short_lines(rows: Sequence[Row]) -> list[str]:
-    """For a run, before its first stage: one line where it takes long."""
+    """Return one line for a run that takes long, shown before its first stage."""
     seconds = _seconds(rows)
     if seconds <= LONG:
         return []
@@ -96,7 +96,7 @@ def short_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def long_lines(recipe: Recipe, rows: Sequence[Row], machine: Machine) -> list[str]:
-    """For `check`: where a recipe takes long, its longest stages, and what would make it shorter by how much."""
+    """For `check`: return the longest stages of a recipe that takes long, and how much each remedy would save."""
     seconds = _seconds(rows)
     if seconds <= LONG:
         return []
@@ -128,7 +128,7 @@ def _without_vllm(parts: Sequence[tuple[Row, Part]], machine: Machine, seconds: 
 
 
 def _stages(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by stage, copies for several seeds and the evaluations of a comparison together; the longest first."""
+    """Group rows by stage, seed copies and a comparison's evaluations together; the longest first."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(base_name(row.name.partition(".")[0]), []).append(row)
@@ -136,14 +136,14 @@ def _stages(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _longest(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The stages that take most, at most three, while they are a tenth of the whole."""
+    """Return the longest stages, at most three, each at least a tenth of the total."""
     first, *others = list(_stages(rows).items())[:3]
     whole = _seconds(rows)
     return dict([first, *(each for each in others if _seconds(each[1]) > 0.1 * whole)])
 
 
 def _fewer(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
-    """What half of a stage's work would be, in its own keys, and what that saves; "" where it has no such key."""
+    """Return how to halve a stage's work with its own keys, and the time saved; "" if it has no such key."""
     config = recipe.stages[rows[0].name.partition(".")[0]]
     start = sum(row.start for row in rows)
     what = config.half_the_work(stage)

@@ -1,4 +1,4 @@
-"""A run's folders as one report: stages, arms with what they cost, comparisons, predictions beside measurements."""
+"""Collect a run's folders into one report: stages, arms with their costs, comparisons, predictions and measurements."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from distill.reports.run_report import ArmRow, RunReport, SeedRow, SnapshotRow, 
 from distill.stages.budget import stage_costs
 
 MAX_POINTS = 240
-"""Of a curve: longer ones are thinned to means of stretches."""
+"""The largest number of points of a curve; longer curves are thinned by averaging."""
 
 
 def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunReport:
-    """Everything the run holds by now. names: of its nodes, in order. command: that makes it again."""
+    """Collect everything that the run holds so far. names: of its nodes, in order. command: the one that repeats the run."""
     states = {name: standing for name in names if (standing := run_folder.read(run / name)) is not None}
     comparisons, examples = [], []
     for standing in states.values():
@@ -50,14 +50,14 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
 
 
 def collect_run(run: Path) -> RunReport:
-    """What a run's folder holds, finished or half way."""
+    """Collect a run from its folder, finished or not."""
     recipe = run_folder.recipe(run)
     names = [name for stage in recipe.stages for name in (*_children(recipe, stage), stage)]
     return collect(recipe, run, names, f"distill run {run / run_folder.RESOLVED}")
 
 
 def _children(recipe: Recipe, stage: str) -> list[str]:
-    """The stages that one expands into, by their folders."""
+    """Return the child stages of a stage, by their folders."""
     return [f"{stage}.{below}" for below in recipe.stages[stage].children()]
 
 
@@ -86,9 +86,9 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
 
 
 def read_curves(lines: Path) -> tuple[list[float], dict[str, list[float | None]]]:
-    """(steps, values by key) of a metrics.jsonl: whatever numbers its lines hold; None where one was not logged.
+    """Return (steps, values by key) of a metrics.jsonl: all its numbers; None at steps without a value.
 
-    A line that a kill cut short is left out. Long curves are thinned to `MAX_POINTS` means.
+    A line that a kill cut short is skipped. Long curves are thinned to `MAX_POINTS` means.
     """
     records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     records = [record for record in records if "step" in record]
@@ -121,8 +121,7 @@ def _arms(recipe: Recipe, run: Path, states: dict[str, run_folder.State]) -> dic
         for arm, runs in config.evaluations().items():
             nodes = {seed: f"{name}.{child}" if child else name for seed, (child, _) in runs.items()}
             found.append(_Found(arm or name, name, nodes, [model for _, model in runs.values()]))
-    # A teacher that was trained once has as many students as there are to share its cost; training seeds of one arm
-    # are one student.
+    # A teacher's training cost is shared by all its students; the training seeds of one arm are one student.
     taught = {
         base_name(model)
         for one in found
@@ -154,7 +153,7 @@ class _Found:
     models: list[str]
 
     def metrics(self, states: dict[str, run_folder.State]) -> dict[str, Any] | None:
-        """Its scores, over its training seeds where it has several; None before they are there."""
+        """Return the arm's scores, over its training seeds if there are several; None before they exist."""
         if any(node not in states or states[node].status != "done" for node in self.nodes.values()):
             return None
         if len(self.nodes) == 1:
@@ -167,7 +166,7 @@ class _Found:
 
 
 def _arm(found: _Found, role: Any, metrics: dict[str, Any], cost: ArmCost, before: float) -> ArmRow:
-    """before: the student's FLOPs up to the stage that was evaluated."""
+    """Describe one arm. before: the student's FLOPs up to the stage that was evaluated."""
     model = found.models[0]
     scores = {
         key: metrics[key]
@@ -229,7 +228,7 @@ def _notes(states: dict[str, run_folder.State]) -> list[str]:
 
 
 def _sandboxes(recipe: Recipe) -> list[str]:
-    """Where the programs that the recipe's tasks and rewards judge are run, in words."""
+    """Describe the sandboxes in which the recipe's tasks and rewards run programs."""
     from distill.tasks import sandbox
 
     options = [plug.options for plug in recipe.tasks.values() if plug.fn == "humaneval"]
@@ -239,6 +238,6 @@ def _sandboxes(recipe: Recipe) -> list[str]:
 
 
 def _rewards(stage: StageConfig) -> list[RewardConfig]:
-    """The rewards that a stage names, in whatever field."""
+    """Return the rewards that a stage names, in any of its fields."""
     lists = [value for _, value in stage if isinstance(value, list)]
     return [one for value in lists for one in value if isinstance(one, RewardConfig)]

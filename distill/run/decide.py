@@ -1,4 +1,4 @@
-"""What to do with a node whose inputs are there: skip it, run it, resume it, add to it, or do it again.
+"""Decide what to do with a node whose inputs are finished: skip it, run it, resume it, add to it, or do it again.
 
 A finished stage with the same config and inputs is skipped. Otherwise, by what changed:
     an identity field     refused, naming the keys; `--redo STAGE` does it again
@@ -108,6 +108,8 @@ def _changed(node: Node, standing: run_folder.State) -> list[tuple[str, str]]:
         return [("identity", f"kind: {standing.kind} -> {node.kind}")]
     before, now = standing.config, node.config.model_dump(mode="json")
     for key, decided in standing.decided.items():
+        if key.partition(".")[0] not in before:
+            continue  # no field: how a model is computed, for example
         before, now = _as_decided(before, now, key.split("."), decided["value"])
     return list(_differences(type(node.config), before, now, ""))
 

@@ -1,6 +1,6 @@
-"""Model cards: what a run knows of each model that a stage made, written beside its weights; and the way to the hub.
+"""Model cards, written beside a stage's weights from the run's records; and the upload to the hub.
 
-`write` is called when a stage ends, `write_all` when the report is, because scores come later than models.
+`write` is called when a stage ends, `write_all` with the report, because scores are known later than models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def write(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Path | None:
-    """The card of one stage's model, with the report's scores once there are any; None for stages without a model."""
+    """Write the card of one stage's model, with the report's scores if there are any; None for stages without a model."""
     folder = run / name / "model"
     if not (folder / "config.json").is_file():
         return None
@@ -34,13 +34,13 @@ def write(resolved: Recipe, run: Path, name: str, report: RunReport | None = Non
 
 
 def write_all(resolved: Recipe, run: Path, report: RunReport) -> list[Path]:
-    """The cards of all models that the run has made."""
+    """Write the cards of all models of the run."""
     written = [write(resolved, run, name, report) for name in resolved.stages]
     return [path for path in written if path is not None]
 
 
 def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Card:
-    """What the run's folders say of the model of a stage."""
+    """Collect the facts about a stage's model from the run's folders."""
     above = set(rests_on(resolved, name))
     lineage = [_ancestor(resolved, run, one) for one in resolved.stages if one in above]
     base = _base(resolved, name)
@@ -76,8 +76,8 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
 
 
 def _base(resolved: Recipe, name: str) -> str | None:
-    """Where the model comes from that a stage's model was made of, step by step; None where a stage made it of
-    nothing."""
+    """Return the origin of the model from which a stage's model was made, through all stages; None if a stage created it
+    from nothing."""
     name = origin(resolved, name)
     if name in resolved.stages:
         return None
@@ -107,7 +107,7 @@ def _facts(traces: Path) -> Iterator[tuple[str, str]]:
         return
     try:
         reader = open_traces(traces)
-    except UserError:  # moved or changed since: no reason to lose the model that was trained on it
+    except UserError:  # moved or changed since; the trained model's card is still written
         yield "traces", "changed since, or not whole"
         return
     metadata = reader.metadata
@@ -124,10 +124,10 @@ def _facts(traces: Path) -> Iterator[tuple[str, str]]:
 
 
 def push(reference: Path, repo: str, *, private: bool = True) -> str:
-    """Upload a checkpoint and its card to the model `repo` (owner/name), made where it is not there; its address.
+    """Upload a checkpoint and its card to the model `repo` (owner/name), created if missing; return its address.
 
-    reference: a checkpoint's folder, or a stage's that holds one. Raises UserError: no checkpoint, a hub that cannot be
-    reached, or one that refuses.
+    reference: a checkpoint's folder, or a stage's folder with one. Raises UserError if there is no checkpoint, or the hub
+    cannot be reached or refuses.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -160,7 +160,7 @@ def push(reference: Path, repo: str, *, private: bool = True) -> str:
 
 
 def checkpoint(reference: Path) -> Path:
-    """The folder with config.json and weights that a path means: itself, or a stage's `model`."""
+    """Return the folder with config.json and weights for a path: itself, or a stage's `model`."""
     for base in (reference, Path("runs") / reference):
         for folder in (base, base / "model"):
             if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):

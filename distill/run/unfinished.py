@@ -1,4 +1,4 @@
-"""What an unfinished stage has on disk to resume from, in words."""
+"""Describe what an unfinished stage has on disk to resume from."""
 
 from __future__ import annotations
 

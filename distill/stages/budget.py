@@ -1,7 +1,7 @@
-"""`budget: {flops_of: OTHER}`: train until as much compute is spent as another stage's student took.
+"""`budget: {flops_of: OTHER}`: train with the same compute as another stage's student.
 
 Both sides count the student's own compute: training, rollouts, scoring by itself or its reference; not the teachers'.
-What both rest on (the training of a common start, traces that the start wrote) cancels out.
+Common ancestors (the training of a common start, traces that the start wrote) cancel out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
-    """The cost of each stage of the run so far; of an unfinished stage, what its stage.json has."""
+    """Return the cost of each stage of the run so far; for an unfinished stage, the cost in its stage.json."""
     costs = {}
     for name in recipe.stages:
         if (standing := run_folder.read(run / name)) is not None:
@@ -41,7 +41,7 @@ def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) 
         return None
     other = config.budget.flops_of
     costs, parents = stage_costs(context.recipe, context.run), parents_of(context.recipe)
-    costs[context.name] = StageCost(config.trains, Cost())  # what it rests on, not an earlier attempt
+    costs[context.name] = StageCost(config.trains, Cost())  # its ancestors only, not an earlier attempt of its own
 
     def spent(model: str) -> float:
         return arm_cost(model, costs, parents).student.flops

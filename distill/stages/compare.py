@@ -34,7 +34,7 @@ def run(config: CompareStage, context: Context) -> Result:
     questions = {
         key: messages[-1]["content"] for results in merged.values() for key, messages in results.messages.items()
     }
-    # Recipes list their students last; the report shows problems that one of the last two wins and the other loses.
+    # Recipes list their students last; the report shows problems that only one of the last two arms solves.
     models = {arm: next(iter(runs.values()))[1] for arm, runs in config.evaluations().items()}
     roles = roles_of(context.recipe, models.values())
     students = sorted(arms, key=lambda arm: roles[models[arm]] == "student")[-2:]
@@ -60,9 +60,9 @@ def _snapshot_rows(config: CompareStage, run: Path, arm: str, folders: dict[int,
 
 
 def check_start(config: CompareStage, recipe: Recipe) -> None:
-    """Raise UserError where the students among the arms were not trained from one start checkpoint.
+    """Raise UserError if the students among the arms were not trained from the same start checkpoint.
 
-    Copies of one start, a training seed each, are the same start where they go together seed by seed.
+    Copies of a start for several training seeds count as the same start if the arms are paired seed by seed.
     """
     starts: dict[str, str] = {}
     for arm, runs in config.evaluations().items():

@@ -50,7 +50,7 @@ class Context:
 
     @property
     def seed(self) -> int:
-        """The seed of the stage's draws: its own, or the recipe's."""
+        """The seed of the stage's random draws: its own, or the recipe's."""
         own = self.recipe.stages[self.name.partition(".")[0]].seed
         return self.recipe.seed if own is None else own
 
@@ -58,7 +58,7 @@ class Context:
         return self.screen.live(total, unit, done)
 
     def phase(self, text: str) -> None:
-        """Show what begins now and may take seconds, until the next phase or live line."""
+        """Show a step that may take seconds, until the next phase or live line."""
         self.screen.phase(text)
 
     def say(self, text: str) -> None:
@@ -66,17 +66,17 @@ class Context:
         self.screen.say(text)
 
     def model_dir(self, reference: str) -> Path:
-        """The folder of a model of the recipe, or of the model that a stage made."""
+        """Return the folder of a model of the recipe or of a stage."""
         if reference in self.recipe.stages:
             return self.run / reference / "model"
         return models.resolve(self.recipe.models[reference], self.phase)
 
     def trusts(self, reference: str) -> bool:
-        """Whether the recipe allows a model's own code to run."""
+        """Return whether the recipe allows a model's own code to run (trust_remote_code)."""
         return reference in self.recipe.models and self.recipe.models[reference].trust_remote_code
 
     def data_path(self, reference: str) -> Path:
-        """The traces of a stage, or a file or folder."""
+        """Return the path of a stage's traces, or of a file or folder."""
         if reference in self.recipe.stages:
             return self.run / reference / "traces"
         path = find_data(reference)
@@ -85,7 +85,7 @@ class Context:
         return path
 
     def machine(self, width: Width) -> Machine:
-        """This machine by the run's environment.json; measured now where the width is missing there."""
+        """Return this machine from the run's environment.json; measure it now if the width is missing there."""
         return machine.in_stage(self.run, width, models.cache_home() / "machine")
 
     def task(self, reference: str) -> Task:
@@ -93,27 +93,27 @@ class Context:
 
 
 def find_data(reference: str) -> Path | None:
-    """A file or folder by the path a recipe gives: from the working directory, or from what comes with the package."""
+    """Find a file or folder of a recipe: relative to the working directory, or among the files shipped with the package."""
     given = Path(reference).expanduser()
     return next((path for path in (given, SHIPPED / given) if path.exists()), None)
 
 
 def make_task(name: str, config: PlugConfig) -> Task:
-    """The task a recipe describes; raises UserError for an unknown one or a wrong option."""
+    """Make the task that a recipe describes. Raises UserError for an unknown task or a wrong option."""
     function = plug.bind(config.fn, config.options, "distill.tasks", f"tasks.{name}")
     task: Task = function(name)
     return task
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> str:
-    """Write folder/model whole or not at all; returns the weights' fingerprint. Casts the model to `dtype` in place."""
+    """Write folder/model atomically; return the weights' fingerprint. Casts the model to `dtype` in place."""
     with whole_folder(folder / "model") as building:
         models.save(models.cast(model, dtype), tokenizer, building)
     return models.weights_fingerprint(folder / "model")
 
 
 def fingerprint_of(path: Path) -> str:
-    """The fingerprint of something outside the run: of a file's bytes, or of a folder's names, sizes and times."""
+    """Return the fingerprint of a file's bytes, or of the names, sizes and times of a folder's files."""
     if path.is_file():
         return models.file_hash(path)[:16]
     files = sorted(p for p in path.rglob("*") if p.is_file())

@@ -1,6 +1,6 @@
-"""eval: held-out accuracy of one model on one task, and of those that its stage kept along the way.
+"""eval: held-out accuracy of one model on one task, and of the snapshots of its training.
 
-Every completion is kept, as traces without distributions: of the model in `traces`, of a snapshot in `snapshots/<its step>`.
+Every completion is stored as a trace without distribution: the model's in `traces`, a snapshot's in `snapshots/<step>`.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def run(config: EvalStage, context: Context) -> Result:
 
 
 def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[CheckpointRow]:
-    """How the models along the way did: of one training seed, or over several that kept equally many.
+    """Return the accuracy of each snapshot, of one training seed or over several seeds with equally many snapshots.
 
-    evaluations: the folder of each seed's eval stage; snapshots: what its training stage kept.
+    evaluations: the folder of each seed's eval stage; snapshots: those of its training stage.
     """
     rows = []
     for together in zip(*snapshots, strict=False):
@@ -75,6 +75,6 @@ def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapsh
 
 
 def read_results(folder: Path, columns: Sequence[str] = COLUMNS) -> ArmResults:
-    """An evaluation's completions by problem, problems by id: the order they were written in is the engine's."""
+    """Return an evaluation's completions by problem, sorted by problem id: the file's order depends on the engine."""
     results = ArmResults.collect(open_traces(folder).blocks(1024, columns))
     return ArmResults(dict(sorted(results.samples.items())), results.gold, results.messages)

@@ -1,4 +1,4 @@
-"""filter: which traces to learn from. Writes a selection; the shards stay as they are."""
+"""filter: select the traces to learn from. Writes a selection; the shards are not changed."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def run(config: FilterStage, context: Context) -> Result:
 
 
 def held_out(against: str, context: Context) -> HeldOut:
-    """The evaluation set that a filter's `against` names: a task of the recipe, or a JSONL file of problems.
+    """Return the evaluation set that a filter's `against` names: a task of the recipe, or a JSONL file of problems.
 
-    Of a task that writes problems without end: those that the recipe's eval and compare stages draw. Raises
-    UserError where there are none.
+    For a task with endless problems: the problems that the recipe's eval and compare stages use. Raises
+    UserError if there are none.
     """
     where = f"stages.{context.name}.keep.against"
     if against not in context.recipe.tasks:
@@ -59,8 +59,8 @@ def held_out(against: str, context: Context) -> HeldOut:
 
 
 def _questions(path: Path) -> Iterator[str]:
-    """The last user message of every row. Raises UserError at a row that is no problem: a set with holes protects
-    nobody."""
+    """Return the last user message of every row. Raises UserError at a row that is not a problem: a set with gaps would
+    miss contamination."""
     for number, row in jsonl.read_rows(path):
         try:
             messages, _ = jsonl.conversation(row)

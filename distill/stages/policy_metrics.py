@@ -1,4 +1,4 @@
-"""What a stage that learns from its own completions shows and reports: completions, the live line, metrics at the end."""
+"""Output of stages that learn from their own completions: logged completions, the live line, final metrics."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from distill.stages.inputs.student import live_steps
 from distill.training import loop
 
 LOGGED_GROUPS = 3
-"""Groups of a rollout of which completions are logged."""
+"""The number of groups of a rollout whose completions are logged."""
 MISMATCH_ALARM = 0.01
-"""KL between engine and trainer, nats a token, above which the user is told."""
+"""The KL between engine and trainer, nats a token, above which a warning is printed."""
 
 
 class CompletionLog:
-    """Some completions of every few rollouts: in completions.jsonl and the log; the first of all on the screen too."""
+    """Writes some completions of every few rollouts to completions.jsonl and the log; the very first to the screen too."""
 
     def __init__(self, context: Context, config: PolicyStage) -> None:
         self.context, self.path = context, context.folder / "completions.jsonl"
@@ -29,7 +29,7 @@ class CompletionLog:
         self.fresh = True
 
     def __call__(self, step: int, rows: Callable[[], list[Mapping[str, Any]]]) -> None:
-        """rows: makes what is logged of the rollout that starts at this step; called only where it is."""
+        """Log the rollout that starts at this step, if it is due. rows: makes the rows to log; called only if due."""
         if self.fresh:
             loop.drop_lines_after(self.path, step - 1)
             self.fresh = False
@@ -45,7 +45,7 @@ class CompletionLog:
 
 
 class PolicyProgress:
-    """The live line, and one warning where the engine's and the trainer's probabilities disagree."""
+    """The live line, and one warning if the engine's and the trainer's probabilities disagree."""
 
     def __init__(self, context: Context, length: loop.Length | loop.Budget, shown: Sequence[str]) -> None:
         self.context, self.shown = context, shown
@@ -71,7 +71,7 @@ class PolicyProgress:
 def policy_metrics(
     context: Context, counts: loop.WorkCounts, prompts_too_long: int, watched: Sequence[str]
 ) -> dict[str, Any]:
-    """The stage's counts, and each watched metric at the start and at the end of training."""
+    """Return the stage's counts, and each watched metric at the start and at the end of training."""
     return {
         "steps": counts.steps,
         "completions": counts.completions,
@@ -83,7 +83,7 @@ def policy_metrics(
 
 
 def _first_and_last(folder: Path, keys: Sequence[str]) -> dict[str, float | None]:
-    """Of metrics.jsonl: each key's mean over the first tenth of the steps and over the last."""
+    """Return each key's mean over the first and over the last tenth of the steps in metrics.jsonl."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     window = max(1, len(lines) // 10)

@@ -1,4 +1,4 @@
-"""Groups of the policy's own completions for the stages that learn from them: the engine, and the problems it is asked."""
+"""Sample groups of the policy's completions for grpo and on_policy: the engine, and the choice of problems."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from distill.stages.sampling import (
 )
 
 UNKNOWN_ROLLOUTS = 64
-"""Rollouts that get fresh problems where a budget decides how many there are; later ones go over the same problems again."""
+"""With a FLOP budget: the number of rollouts with new problems; later rollouts repeat these problems."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicySampler:
-    """A `GroupSampler`: asks an engine for groups of completions, which are judged while it generates.
+    """A `GroupSampler` on an engine; completions are judged while the engine generates.
 
-    prompts(rollout, attempt, num): the problems to take. Draws depend on (seed, rollout, attempt, problem, sample) only.
+    prompts(rollout, attempt, num): the prompts to use. Draws depend only on (seed, rollout, attempt, problem, sample).
     """
 
     engine: Engine
@@ -42,7 +42,7 @@ class PolicySampler:
     seed: int
 
     def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
-        """See `GroupSampler`. Raises RuntimeError where the engine answers with weights of another version."""
+        """See `GroupSampler`. Raises RuntimeError if the engine answers with weights of another version."""
         prompts = self.prompts(rollout, attempt, num)
         requests = [
             CompletionRequest(
@@ -78,10 +78,10 @@ class PolicySampler:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptPool:
-    """The train problems of a stage, and which of them each rollout takes.
+    """The train problems of a stage, and the choice of problems for each rollout.
 
-    One epoch goes through them in the task's order, later ones in shuffled orders; groups that are sampled again
-    take others at random.
+    The first epoch takes them in the task's order, later ones in shuffled orders; groups that are sampled again
+    take random other problems.
     """
 
     prompts: list[Prompt]
@@ -91,7 +91,7 @@ class PromptPool:
 
     @staticmethod
     def of(config: PolicyStage, context: Context, task: Task, tokenizer: Any, limit: int) -> PromptPool:
-        """Rendered problems that leave room for a completion in the context; UserError where too few do."""
+        """Render the problems that leave room for a completion in the context. Raises UserError if there are too few."""
         a_rollout = config.prompts_a_rollout
         rollouts = config.steps // config.steps_a_rollout if config.steps else UNKNOWN_ROLLOUTS
         num = config.problems or rollouts * a_rollout
@@ -110,7 +110,7 @@ class PromptPool:
         return PromptPool(fitting, a_rollout, seed, too_long)
 
     def __call__(self, rollout: int, attempt: int, num: int) -> Sequence[Prompt]:
-        """`num` prompts of a rollout; the same for the same arguments."""
+        """Return `num` prompts of a rollout; deterministic for the arguments."""
         size = len(self.prompts)
         first = range(rollout * self.a_rollout, (rollout + 1) * self.a_rollout)
         orders = {epoch: self._order(epoch) for epoch in {slot // size for slot in first}}
@@ -133,7 +133,7 @@ class PromptPool:
 def open_policy_sampler(
     config: PolicyStage, context: Context, tokenizer: Any
 ) -> Iterator[tuple[PolicySampler, PromptPool]]:
-    """The policy's engine, started on the stage's model, with the train problems that it is asked; closed at the end."""
+    """Start the policy's engine on the stage's model, with the train problems; closed at the end of the context."""
     folder = context.model_dir(config.model)
     task = context.task(config.task)
     models.check_template(tokenizer, task.template, f"tasks.{config.task}")

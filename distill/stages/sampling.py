@@ -1,4 +1,4 @@
-"""The one rollout path: problems through an engine, their completions judged while it generates.
+"""The rollout path of every stage: problems go through an engine, and completions are judged while it generates.
 
 In: problems and an engine. Out: graded completions. generate and eval write them as traces (`trace_sampling`); grpo and
 on_policy learn from them in groups (`policy_sampling`).
@@ -31,9 +31,9 @@ from distill.records import (
 )
 
 JUDGE_THREADS = 4
-"""Verdicts made at a time. Most of them wait for a process or a sandbox."""
+"""The number of verdicts computed at a time; most of them wait for a process or a sandbox."""
 MAX_WAITING = 64
-"""Completions whose verdict is awaited before the engine has to wait: a program may run until its limit."""
+"""The largest number of completions waiting for a verdict before the engine waits too: programs may be slow."""
 CONTEXT_STEP = 64
 """Context lengths are rounded up to this, so that a slightly longer prompt does not change the engine."""
 
@@ -45,23 +45,23 @@ Done = TypeVar("Done")
 
 
 def context_limit(engine: EngineConfig, model_dir: Path) -> int:
-    """Tokens of prompt and completion together that the model, or the recipe, allows."""
+    """Return the largest number of tokens, prompt and completion together, that the model and the recipe allow."""
     own = models.config_of(model_dir).get("max_position_embeddings")
     limits = [n for n in (own, engine.max_model_len) if n]
     return min(limits) if limits else 1 << 20
 
 
 def context_length(longest: int, limit: int) -> int:
-    """Context to start an engine with: the longest text in tokens, rounded up, within the limit."""
+    """Return the context length to start an engine with: the longest text in tokens, rounded up, within the limit."""
     return min(limit, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
 
 
 def fitting_prompts(
     problems: Iterable[Problem], tokenizer: Any, template: Template, limit: int, say: Callable[[str], None]
 ) -> tuple[list[Prompt], int]:
-    """The problems' prompts that leave room for a completion in the context, and how many others there are.
+    """Return the prompts that leave room for a completion in the context, and the number of the others.
 
-    say: is told of the others.
+    say: called with a message about the others.
     """
     prompts = [Prompt(p, models.render_prompt(tokenizer, template, p.messages)) for p in problems]
     fitting = [prompt for prompt in prompts if len(prompt.ids) < limit]
@@ -86,7 +86,7 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GradedCompletion:
-    """A completion with its text (without the template's prefill) and its verdict. seconds: that the judge took."""
+    """A completion with its text (without the template's prefill) and its verdict. seconds: the judge's time."""
 
     request: CompletionRequest
     completion: Completion
@@ -97,7 +97,7 @@ class GradedCompletion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grader:
-    """Turns completions into text and verdicts.
+    """Decodes and judges completions.
 
     judge: the task's verdict on a completion's text, the template's prefill in front. decode: completion ids -> text.
     """
@@ -108,7 +108,7 @@ class Grader:
 
     @staticmethod
     def of(task: Task, tokenizer: Any) -> Grader:
-        """The task's judge on what a tokenizer decodes, without the stop token and its like."""
+        """Make the grader of a task, which decodes without special tokens."""
 
         def decode(ids_T: Array) -> str:
             text: str = tokenizer.decode(ids_T, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -117,14 +117,14 @@ class Grader:
         return Grader(task.template, task.judge, decode)
 
     def grade(self, request: CompletionRequest, completion: Completion, text: str) -> GradedCompletion:
-        """The completion with its verdict."""
+        """Judge a completion."""
         began = time.monotonic()
         finished = completion.finish_reason == "stop"
         verdict = self.judge(request.prompt.problem, self.template.prefill + text, finished)
         return GradedCompletion(request, completion, text, verdict, time.monotonic() - began)
 
     def group(self, graded: Sequence[GradedCompletion], max_tokens: int, seed: int) -> Group:
-        """All completions of one problem as rewards see them. max_tokens: the limit they were sampled under."""
+        """Group all completions of one problem for the rewards. max_tokens: their sampling limit."""
         return Group(
             problem=graded[0].request.prompt.problem,
             template=self.template,
@@ -146,9 +146,9 @@ def sample_completions(
     top_k: int = 0,
     receive: Callable[[Completion], Completion] = lambda completion: completion,
 ) -> Iterator[GradedCompletion]:
-    """Graded completions in the order in which the engine finishes them; judged in threads while it generates.
+    """Yield graded completions in the order in which the engine finishes them; threads judge while it generates.
 
-    receive: applied to each completion as it comes, before it waits for its verdict.
+    receive: called with each completion when it arrives, before its verdict.
     """
     open_requests: dict[str, CompletionRequest] = {}
 
@@ -168,9 +168,9 @@ def sample_completions(
 def map_in_threads(
     work: Callable[[Item], Done], items: Iterable[Item], num_threads: int, max_waiting: int
 ) -> Iterator[Done]:
-    """work(item) of every item, in the items' order; threads work while the next items are made.
+    """Yield work(item) of every item, in the items' order; threads work while the next items are made.
 
-    At most `max_waiting` results are awaited; then the next item is not asked for until the oldest is there.
+    At most `max_waiting` results are pending; then the next item is requested only after the oldest result.
     """
     waiting: deque[Future[Done]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:

@@ -1,7 +1,7 @@
-"""score: a teacher's distributions over traces that exist, teacher-forced.
+"""score: compute a teacher's distributions over existing traces, teacher-forced.
 
-Only what is missing is scored, also where the data has grown or shrunk since; a trace longer than the context (or `max_tokens`), or empty, is left out and counted.
-The engine scores in chunks, so a long trace never has its whole [tokens, vocabulary] of logits.
+Only missing traces are scored, also after the data has grown or shrunk; a trace that is empty or longer than the context
+(or `max_tokens`) is left out and counted. The engine scores in chunks: a long trace never has all its logits at once.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(config: ScoreStage, context: Context) -> Result:
     _fill(config, context, inputs, metadata, wanted)
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
-    # Rates of what the data does not say (no verdicts, say) are not numbers.
+    # Rates of values that the data does not have (no verdicts, for example) are nan.
     known = {key: value for key, value in held.as_dict().items() if value == value}
     metrics = {**known, "mean_nll": _mean_nll(folder), "left_out": dict(left_out.reasons)}
     return Result(_cost(folder, model_dir, left_out), metrics, content_fingerprint(folder))
@@ -59,7 +59,7 @@ def run(config: ScoreStage, context: Context) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class WantedTrace:
-    """What is known of a trace before it is scored. tokens: of prompt and completion."""
+    """A trace that is to be scored. tokens: of prompt and completion."""
 
     tokens: int
     sample: int
@@ -67,7 +67,7 @@ class WantedTrace:
 
 
 def _survey(inputs: ScoreInputs, limit: int, left_out: DroppedRows) -> dict[str, WantedTrace]:
-    """The traces to be scored by id; the others are counted."""
+    """Return the traces to score, by id; count the others."""
     wanted: dict[str, WantedTrace] = {}
     for block in inputs.blocks(left_out):
         tokens_N = block.prompt_ids.lengths + block.completion_ids.lengths
@@ -82,11 +82,11 @@ def _survey(inputs: ScoreInputs, limit: int, left_out: DroppedRows) -> dict[str,
 def carry_over(
     context: Context, folder: Path, metadata: Metadata, wanted: Mapping[str, tuple[int, str | None]]
 ) -> None:
-    """Make a folder of an earlier attempt one that can be added to, without scoring anything twice.
+    """Prepare the folder of an earlier attempt so that missing traces can be added and nothing is scored twice.
 
-    Data that changed may ask for fewer traces, for some with another answer, or for traces of another kind; where it
-    comes from (a file names its content) may change alone, for a trace's id says what its text is. What is still wanted
-    moves to a new folder, the former one goes to RUN/.old. Killed at any instant, nothing is lost. wanted: trace id ->
+    Changed data may need fewer traces, some with another answer, or traces of another kind. A change of the data's origin
+    alone (a file's fingerprint) keeps the traces, because a trace's id follows from its text. Traces that are still wanted
+    move to a new folder; the former folder moves to RUN/.old. A kill at any instant loses nothing. wanted: trace id ->
     (sample, gold).
     """
     carrying = folder.with_name(".carrying")
@@ -127,7 +127,7 @@ def _fill(
     metadata: Metadata,
     wanted: Mapping[str, WantedTrace],
 ) -> None:
-    """Score what the folder does not hold yet."""
+    """Score the traces that the folder does not hold yet."""
     folder = context.folder / "traces"
     with TraceWriter(folder, metadata, shard_rows=config.shard_rows) as writer:
         missing = wanted.keys() - writer.done_ids()
@@ -156,7 +156,7 @@ def _fill(
 
 
 def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Container[str]) -> Iterator[Traces]:
-    """Blocks of the missing traces with the engine's log-probabilities in them."""
+    """Yield blocks of the missing traces with the engine's log-probabilities."""
     for block in inputs.blocks(DroppedRows()):
         index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
         if not len(index):
@@ -175,11 +175,11 @@ def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Co
 
 
 def take(block: Traces, index: Array) -> Traces:
-    """Some rows of a block without distributions."""
+    """Take rows of a block without distributions."""
 
     def rows(column: Any) -> Any:
         if isinstance(column, Ragged):
-            # Columns that were not read are as long as the block, with nothing in them.
+            # Columns that were not read have the block's length and empty values.
             return column.take(index)
         if isinstance(column, dict):
             return {name: rows(each) for name, each in column.items()}
@@ -198,7 +198,7 @@ def _say_left_out(context: Context, left_out: DroppedRows) -> None:
 
 
 def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
-    """Of all that the folder holds, whichever attempt wrote it."""
+    """Compute the cost of all traces in the folder, whichever attempt wrote them."""
     lengths = open_traces(folder).lengths()
     whole_N = lengths.prompt.astype(np.int64) + lengths.completion
     tokens = int(whole_N.sum())
@@ -212,7 +212,7 @@ def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
 
 
 def _mean_nll(folder: Path) -> float:
-    """Nats a token that the text surprises the model by."""
+    """Return the text's mean negative log-likelihood, nats a token."""
     total, num = 0.0, 0
     for block in open_traces(folder).blocks(256, ["completion_ids", "logprob"]):
         total -= float(block.logprob.values.sum(dtype=np.float64))
@@ -221,9 +221,9 @@ def _mean_nll(folder: Path) -> float:
 
 
 def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenizer: Any) -> Metadata:
-    """Of the scoring model; what says how the prompts came about stays where the ids stay.
+    """Return the metadata of the scored traces. Where ids are kept, the prompts' template and task are kept too.
 
-    The sampling is that of the shards that hold the text; of a file nothing is known, and the defaults stand.
+    The sampling is that of the shards that hold the text; for a file it is unknown, and the defaults are stored.
     """
     origin = inputs.origin
     return Metadata(

@@ -1,4 +1,4 @@
-"""The engine of a stage's process: started when it is first needed, and given other models' weights where they fit."""
+"""The engine of a stage's process: started when first needed, and reused for other models of the same architecture."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from distill.stages.snapshots import Snapshot
 
 NAMES_ONLY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Keys of config.json that do not say how the model is built."""
+"""Keys of config.json that do not affect the model's architecture."""
 
 
 @dataclass(slots=True)
 class SharedEngine:
-    """At most one engine. kind: what an engine must have been started for to serve; holds: where its weights are from."""
+    """Holds at most one engine. kind: the architecture and settings it was started with; holds: the source of its weights."""
 
     engine: Any = None
     kind: str = ""
     holds: str = ""
 
     def serves(self, config: EngineConfig, model_dir: Path, max_top_k: int, tokens: int) -> bool:
-        """Whether the engine that is there can run this model once it has its weights."""
+        """Return whether the current engine can run this model with new weights."""
         return (
             self.engine is not None
             and self.kind == _kind(config, model_dir, max_top_k)
@@ -47,9 +47,9 @@ class SharedEngine:
         max_top_k: int,
         snapshot: Snapshot | None = None,
     ) -> Any:
-        """The engine with the model's weights, or those of a snapshot of its way.
+        """Return the engine with the model's weights, or with a snapshot's.
 
-        An engine that is there and serves takes new weights, which is a matter of a second; any other is closed first.
+        A current engine that can run the model takes new weights, which takes about a second; otherwise it is closed first.
         """
         if not self.serves(config, model_dir, max_top_k, max_model_len):
             self._start(config, model_dir, max_model_len, max_top_k)
@@ -78,7 +78,7 @@ class SharedEngine:
 
 
 def _kind(config: EngineConfig, model_dir: Path, max_top_k: int) -> str:
-    """How the model is built, its vocabulary and stop ids, and how the engine was asked to run it."""
+    """Return the model's architecture, vocabulary and stop ids, and the engine's settings."""
     built = {k: v for k, v in models.config_of(model_dir).items() if k not in NAMES_ONLY}
     return stable_hash(
         config.model_dump_json(),
@@ -89,7 +89,7 @@ def _kind(config: EngineConfig, model_dir: Path, max_top_k: int) -> str:
 
 
 def _weights(model_dir: Path) -> Iterator[tuple[str, Any]]:
-    """(name in the checkpoint, tensor) of a folder's safetensors files."""
+    """Yield (name in the checkpoint, tensor) of a folder's safetensors files."""
     for path in sorted(model_dir.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118

@@ -1,7 +1,7 @@
-"""Models kept along a training stage's way, and the evaluation of each: accuracy against cost as a curve, not a snapshot.
+"""Snapshots: models kept during training and evaluated, which gives a curve of accuracy against cost.
 
 A snapshot is RUN/STAGE/snapshots/step-00000010: `model.safetensors` (the weights, adapters merged in) and `snapshot.json` (the
-step, and what the stage had computed by then). An evaluation hands their weights to the engine that it has running.
+step, and the stage's cost up to it). An evaluation loads the weights into its running engine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FACTS = "snapshot.json"
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A model of the way to a stage's end. cost: the stage's own by then."""
+    """A model kept during training. cost: the stage's own up to this step."""
 
     folder: Path
     step: int
@@ -44,7 +44,7 @@ class Snapshot:
         return self.folder.name
 
     def weights(self) -> list[tuple[str, Any]]:
-        """(name in the checkpoint, tensor)."""
+        """Yield (name in the checkpoint, tensor)."""
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
 
@@ -56,7 +56,7 @@ class Snapshot:
 def keep_snapshots(
     config: TrainStage | GrpoStage | OnPolicyStage, context: Context
 ) -> Callable[[int, WorkCounts, Policy], None] | None:
-    """For the loop to call after each step: keeps the model every `snapshot_every` steps; None where none are kept."""
+    """Return a function that the loop calls after each step and that keeps a snapshot every `snapshot_every` steps, or None."""
     if (every := config.snapshot_every) is None:
         return None
     import torch
@@ -79,7 +79,7 @@ def keep_snapshots(
 
 
 def snapshots_of(folder: Path) -> list[Snapshot]:
-    """The models that a stage kept along the way, by step; its end, which is its model, is not one of them."""
+    """Return a stage's snapshots by step, without the final model."""
     standing = run_folder.read(folder)
     end = standing.metrics.get("steps") if standing is not None else None
     found = []

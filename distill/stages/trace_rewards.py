@@ -1,4 +1,4 @@
-"""The rewards that trace rows carry: the verdict's, or those that a stage names, made from a problem's whole group."""
+"""The rewards stored with traces: the verdict's score, or a stage's named rewards over a problem's whole group."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from distill.stages.sampling import CompletionRequest, GradedCompletion, Grader,
 from distill.traces.reader import open_traces
 
 REWARD_BATCH = 32
-"""Completions whose rewards are asked for together, at least."""
+"""The least number of completions whose rewards are computed together."""
 MAX_WAITING_BATCHES = 2
-"""Batches whose rewards are awaited before the engine has to wait."""
+"""The number of batches pending for rewards before the engine waits."""
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RewardedCompletion:
-    """A graded completion with its `reward` and its named rewards, as a trace holds them.
+    """A graded completion with its `reward` and its named rewards, as stored in a trace.
 
     failed: whether a reward failed on its group, by an exception or by its limit.
     """
@@ -36,7 +36,7 @@ class RewardedCompletion:
 
 
 def by_verdict(graded: Iterable[GradedCompletion]) -> Iterator[RewardedCompletion]:
-    """The verdict's score as the reward, and accuracy, where a stage names no rewards."""
+    """Use the verdict's score as the reward, plus accuracy, for a stage without named rewards."""
     for one in graded:
         correct = one.verdict.correct
         yield RewardedCompletion(one, one.verdict.score, {"accuracy": None if correct is None else float(correct)})
@@ -49,9 +49,9 @@ def rewarded(
     group_of: Callable[[Sequence[GradedCompletion]], Group],
     rewards: Callable[[Sequence[Group]], list[Scores]],
 ) -> Iterator[RewardedCompletion]:
-    """The completions with their weighted sum and named rewards, problem by problem; made in a thread while others are sampled.
+    """Yield the completions with their named rewards and weighted sum, problem by problem, computed in a thread.
 
-    stored: completions of the same problems that are there already; rewards see them, and they are not given out.
+    stored: existing completions of the same problems, which rewards see but which are not yielded.
     requests: for all completions of these problems.
     """
     known = {one.request.request_id for one in stored}
@@ -71,9 +71,9 @@ def rewarded(
 def of_problems_with_others(
     folder: Path, requests: Sequence[CompletionRequest], missing: Sequence[CompletionRequest], grader: Grader
 ) -> list[GradedCompletion]:
-    """The completions in `folder` of the problems that lack others, judged again.
+    """Judge again the completions in `folder` of problems that lack other completions.
 
-    requests: for all completions of a stage; missing: those among them that the folder does not hold.
+    requests: for all completions of a stage; missing: those of them that the folder does not hold.
     """
     lacking = {request.request_id for request in missing}
     problems = {request.prompt.problem.problem_id for request in missing}
@@ -98,7 +98,7 @@ def of_problems_with_others(
 def _whole_groups(
     graded: Iterable[GradedCompletion], stored: Sequence[GradedCompletion], requests: Sequence[CompletionRequest]
 ) -> Iterator[list[GradedCompletion]]:
-    """The completions of each problem by sample, as soon as its last one is there."""
+    """Yield each problem's completions by sample, as soon as its last one arrives."""
     size: dict[str, int] = defaultdict(int)
     for request in requests:
         size[request.prompt.problem.problem_id] += 1
@@ -115,7 +115,7 @@ def _whole_groups(
 def in_blocks(
     items: Iterable[Item], min_size: int, size: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[list[Item]]:
-    """The items in lists whose sizes add up to `min_size` at least; the last list has what is left."""
+    """Yield lists of items whose sizes add up to at least `min_size`; the last list has the rest."""
     block: list[Item] = []
     total = 0
     for item in items:

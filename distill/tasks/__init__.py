@@ -1,4 +1,4 @@
-"""Problems and the one judge of answers: every public function here is a task that a recipe can name."""
+"""Tasks: sources of problems with their judge. Every public function here is a task that a recipe can name."""
 
 from distill.tasks.hub_task import hub
 from distill.tasks.humaneval import humaneval

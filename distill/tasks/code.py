@@ -1,4 +1,4 @@
-"""Judges programs by running them: what a completion's code is, and how many of a problem's tests it passes.
+"""Judge programs by running them: extract a completion's code and count the problem's tests that it passes.
 
 A problem's payload holds its tests, in one of three forms:
 
@@ -11,8 +11,8 @@ A problem's payload holds its tests, in one of three forms:
     {"entry_point": "f", "prompt": "def f(x): ...", "check": "def check(candidate): ..."}
         HumanEval's: tests written as code, run in a trusted process of ours (`checking`).
 
-Expected results stay on this side; the program only ever sees inputs (`sandbox`). A program that is bad in
-whatever way scores 0; only where the sandbox itself fails is there no verdict.
+Expected results stay in this process; the program sees inputs only (`sandbox`). Any fault of the program scores 0; only a
+failure of the sandbox itself gives no verdict.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Payload = Mapping[str, Any]
 Test = Mapping[str, Any]
 
 CHECK_GRACE_S = 20.0
-"""Seconds beyond a problem's own that its trusted process gets, to start and for what it does itself."""
+"""Seconds that a problem's trusted process gets beyond the problem's limit, to start and for its own work."""
 
 MAX_PROGRAM_CHARS = 200_000
 _MAX_REMEMBERED = 4096
@@ -50,9 +50,9 @@ _remembered: dict[str, Verdict] = {}
 
 
 def extract(answer: str) -> str:
-    """The last fenced block marked as Python; without one the last fenced block; without any, all of it.
+    """Return the last fenced block marked as Python, else the last fenced block, else the whole text.
 
-    A fence that is never closed runs to the end.
+    A fence that is never closed extends to the end.
     """
     blocks: list[tuple[bool, list[str]]] = []
     inside = False
@@ -71,10 +71,10 @@ def extract(answer: str) -> str:
 
 
 def complete(prompt: str, answer: str, entry_point: str) -> str:
-    """The program that an answer to a function's header and docstring means.
+    """Build the program from a function's header and docstring (the prompt) and an answer.
 
-    An answer that defines the function stands behind the prompt's imports and helpers; another continues the
-    prompt, up to where something else begins (the stop sequences of Chen et al. 2021, arXiv 2107.03374).
+    An answer that defines the function is put after the prompt's imports and helpers; any other answer continues the
+    prompt, up to the stop sequences of Chen et al. 2021 (arXiv 2107.03374).
     """
     code = extract(answer)
     definition = re.compile(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
@@ -85,16 +85,16 @@ def complete(prompt: str, answer: str, entry_point: str) -> str:
 
 
 def code_verdicts(answers: Sequence[str], payload: Payload, isolation: Isolation, limits: Limits) -> list[Verdict]:
-    """`code_verdict` of each answer, as many at a time as there are cores."""
+    """Return the `code_verdict` of each answer, in parallel on all cores."""
     with ThreadPoolExecutor(min(NUM_AT_ONCE, max(1, len(answers)))) as threads:
         return list(threads.map(lambda a: code_verdict(a, payload, isolation, limits), answers))
 
 
 def code_verdict(answer: str, payload: Payload, isolation: Isolation, limits: Limits | None = None) -> Verdict:
-    """Runs an answer's program against the payload's tests. The score is the share of them that it passed.
+    """Run an answer's program against the payload's tests. The score is the share of tests passed.
 
-    None where the sandbox did not work. The same program on the same tests is run once in a process's life,
-    so a reward does not run again what the task's own judge has run.
+    None if the sandbox failed. A process runs the same program on the same tests only once, so a reward reuses the result
+    of the task's own judge.
     """
     limits = limits or Limits()
     if "check" in payload:
@@ -161,9 +161,9 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
 def _until_it_ends(
     session: Session, tests: Sequence[Test], judge: Callable[[Session, Test], str | None]
 ) -> list[str | None]:
-    """Why each test failed, None where it passed, up to the one that ended the session.
+    """Return why each test failed (None: passed), up to the test that ended the session.
 
-    A reason may be the program's own words, or empty: it never says that a test was passed.
+    A reason may be the program's own message, or empty; it never means that a test passed.
     """
     reasons: list[str | None] = []
     for test in tests:
@@ -191,12 +191,12 @@ def _judge_call(session: Session, test: Test) -> str | None:
 
 
 def lines(text: str) -> list[str]:
-    """Lines without spaces at their ends, and without empty ones at the end."""
+    """Return the lines without trailing spaces, and without empty lines at the end."""
     return "\n".join(line.rstrip() for line in text.splitlines()).rstrip().split("\n")
 
 
 def same_value(result: Any, expected: Any) -> bool:
-    """Whether a function's result is the one that a test's JSON expects; both of built-in types."""
+    """Return whether a function's result equals the result in a test's JSON; both are of built-in types."""
     if isinstance(result, list | tuple) and isinstance(expected, list | tuple):
         return len(result) == len(expected) and all(map(same_value, result, expected))
     if isinstance(result, dict) and isinstance(expected, dict):

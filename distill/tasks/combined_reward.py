@@ -1,8 +1,7 @@
-"""Several rewards as one: weighed, held to their limits, and never in the way of a run.
+"""Combine several rewards into one weighted score, with time limits and tolerance of rare failures.
 
-What cannot be judged is None and leaves the completion out; a reward that raises or hangs costs its group's scores
-and nothing else, as long as it happens rarely. Left out on purpose: what the rewards mean (`rewards`), and what
-is made of the scores (advantages are the trainer's).
+A completion that cannot be judged gets None and is excluded. A reward that raises or hangs loses its group's scores only,
+unless it happens often. The rewards are in `rewards`; advantages are computed by the trainer.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from dataclasses import dataclass, field
 from distill.records import Group, Reward, Scores, UserError
 
 MIN_CALLS = 20
-"""No failure rate is taken of fewer calls."""
+"""The least number of calls for which a failure rate is computed."""
 WINDOW = 100
-"""Calls of one reward that its failure rate is taken of: the last ones."""
+"""The failure rate of a reward is over this many of its last calls."""
 ATTEMPTS = 2
 WATCH_EVERY_S = 0.2
-"""Between two looks for calls past their limit."""
+"""Seconds between checks for calls past their limit."""
 
 
 class _HungError(Exception):
@@ -32,7 +31,7 @@ class _HungError(Exception):
 
 @dataclass(slots=True)
 class _WeightedReward:
-    """One reward with its weight, and how its calls went."""
+    """One reward, its weight, and the outcome of its calls."""
 
     name: str
     weight: float
@@ -44,11 +43,12 @@ class _WeightedReward:
 
 
 class CombinedReward:
-    """Scores groups with several rewards: `rewards` holds (name, weight, function); a name that comes twice gets #2.
+    """Scores groups with several rewards: `rewards` holds (name, weight, function); a repeated name gets #2.
 
-    limit_s: seconds that one reward may take for one group; past them it is left behind in its thread and the group's
-    scores are None. first_limit_s: the same until it first returned, since it may have a model to load. max_failed: share of a reward's last calls (of at least 20) that may fail, with an exception twice over or past
-    the limit, before a UserError ends the run. num_threads: calls at a time, for rewards that wait for processes or sandboxes.
+    limit_s: seconds that one reward may take for one group; after them it is abandoned in its thread and the group's
+    scores are None. first_limit_s: the same until its first result, because it may have to load a model. max_failed: the
+    share of a reward's last calls (at least 20) that may fail (two exceptions in a row, or past the limit) before a
+    UserError ends the run. num_threads: parallel calls, for rewards that wait for processes or sandboxes.
     """
 
     def __init__(
@@ -80,27 +80,27 @@ class CombinedReward:
 
     @property
     def names(self) -> list[str]:
-        """Of the rewards, in order: the keys of `Scores.parts`."""
+        """The rewards' names in order: the keys of `Scores.parts`."""
         return [part.name for part in self._parts]
 
     @property
     def failures(self) -> dict[str, int]:
-        """Groups that each reward failed on so far."""
+        """The number of groups on which each reward has failed."""
         return {part.name: part.failures for part in self._parts}
 
     @property
     def unjudged(self) -> dict[str, int]:
-        """Completions that each reward gave no score so far, failures included."""
+        """The number of completions that each reward gave no score, failures included."""
         return {part.name: part.unjudged for part in self._parts}
 
     def __call__(self, groups: Sequence[Group]) -> list[Scores]:
-        """Scores of each group, in order. Raises UserError for a reward that fails too often or returns no scores."""
+        """Return the scores of each group, in order. Raises UserError for a reward that fails too often or returns no scores."""
         calls = [(group, part) for group in groups for part in self._parts]
         results = iter(_RewardCalls(self, calls).results())
         return [self._combined([next(results) for _ in self._parts], len(group)) for group in groups]
 
     def _combined(self, results: list[list[float | None] | None], num: int) -> Scores:
-        """The scores of one group of `num` completions. results: of each reward; None where it failed."""
+        """Combine the scores of one group of `num` completions. results: each reward's; None if it failed."""
         columns: list[list[float | None]] = [[None] * num if result is None else result for result in results]
         weighted = [(part.weight, column) for part, column in zip(self._parts, columns, strict=True) if part.weight]
         total: list[float | None] = []
@@ -112,7 +112,7 @@ class CombinedReward:
 
 
 class _RewardCalls:
-    """The calls of one `CombinedReward.__call__`: daemon threads take them in turn; one that hangs is left behind and replaced."""
+    """The calls of one `CombinedReward.__call__`, made by daemon threads; a thread that hangs is abandoned and replaced."""
 
     def __init__(self, reward: CombinedReward, calls: list[tuple[Group, _WeightedReward]]) -> None:
         self._reward, self._calls = reward, calls
@@ -124,7 +124,7 @@ class _RewardCalls:
         self._changed = threading.Condition()
 
     def results(self) -> list[list[float | None] | None]:
-        """The scores that each call returned, in order; None where it failed."""
+        """Return each call's scores, in order; None for a call that failed."""
         with self._changed:
             try:
                 for _ in range(min(self._reward.num_threads, len(self._calls))):
@@ -135,7 +135,7 @@ class _RewardCalls:
                 if self._error is not None:
                     raise self._error
             finally:
-                self._next = len(self._calls)  # whoever still works takes no further call
+                self._next = len(self._calls)  # threads that still run take no further call
                 self._busy.clear()
         return self._results
 
@@ -145,7 +145,7 @@ class _RewardCalls:
         threading.Thread(target=self._work, args=(self._num_workers,), name=name, daemon=True).start()
 
     def _leave_hung(self) -> None:
-        """Give up on the calls that are past their limit."""
+        """Abandon the calls that are past their limit."""
         now = time.monotonic()
         for worker, (n, limit, deadline) in list(self._busy.items()):
             if deadline <= now:
@@ -165,7 +165,7 @@ class _RewardCalls:
             outcome = _attempt(*self._calls[n])
             with self._changed:
                 if self._busy.pop(worker, None) is None:
-                    return  # too late: given up on
+                    return  # too late: abandoned
                 self._settle(n, outcome)
                 if not self._open or self._error is not None:
                     self._changed.notify_all()
@@ -202,14 +202,14 @@ def _attempt(group: Group, part: _WeightedReward) -> list[float | None] | BaseEx
             return _checked(part.name, part.reward(group), len(group))
         except UserError as mistake:
             return mistake  # trying again would not help
-        except BaseException as raised:  # a thread's SystemExit is one more way to fail
+        except BaseException as raised:  # a reward's SystemExit is a failure too
             error = raised
     assert error is not None
     return error
 
 
 def _checked(name: str, scores: object, num: int) -> list[float | None]:
-    """The scores as floats, None for what is not finite; UserError where they are no list of `num` numbers."""
+    """Return the scores as floats, None if not finite. Raises UserError if they are not a list of `num` numbers."""
     if isinstance(scores, str | bytes | dict) or not hasattr(scores, "__len__"):
         raise UserError(
             f"rewards.{name}: returned a {type(scores).__name__}, not a list with a score (or None) a completion."

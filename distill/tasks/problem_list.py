@@ -1,7 +1,7 @@
-"""A task that is a list of problems: what file tasks and hub tasks share.
+"""A task that is a list of problems: the common part of file tasks and hub tasks.
 
-Problems come in an order that the seed and their ids decide, so it does not depend on the file's, and every
-shorter list is a prefix of a longer one.
+The seed and the problems' ids decide their order, so it does not depend on the file's order, and every shorter list is a
+prefix of a longer one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A question with its answer, and the line or row number it stands at."""
+    """A question with its answer, and its line or row number."""
 
     number: int
     messages: tuple[Message, ...]
@@ -37,20 +37,20 @@ class Row:
 
     @property
     def content(self) -> str:
-        """What makes it this problem: the whole conversation, without the system message."""
+        """The text that identifies the problem: the whole conversation without the system message."""
         return "\n".join(m["content"] for m in self.messages if m["role"] != "system")
 
 
 @dataclass(slots=True)
 class Loaded:
-    """Good problems by split, and (number, reason) of every row that is not one."""
+    """The problems by split, and (number, reason) of every rejected row."""
 
     by_split: dict[Split, list[Problem]] = field(default_factory=lambda: {"train": [], "held_out": []})
     rejected: Rejected = field(default_factory=list)
 
 
 class FiniteTask:
-    """Problems of a file or dataset, read when they are first needed."""
+    """A task whose problems come from a file or data set, read when they are first needed."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class FiniteTask:
 
     @property
     def rejected(self) -> Rejected:
-        """(line or row number, reason) of everything that was left out."""
+        """The (line or row number, reason) of every rejected row."""
         return self._problems().rejected
 
     def problems(self, split: Split, num: int | None, seed: int) -> Iterator[Problem]:
@@ -119,7 +119,7 @@ class FiniteTask:
 
 
 def describe(rejected: Rejected) -> str:
-    """' 3 rows were rejected: row 2: ...', or nothing."""
+    """Return ' 3 rows were rejected: row 2: ...', or an empty text."""
     if not rejected:
         return ""
     shown = "; ".join(f"{number}: {reason}" for number, reason in rejected[:MAX_SHOWN])
@@ -128,7 +128,7 @@ def describe(rejected: Rejected) -> str:
 
 
 def assemble(task: str, source: str, rows: Sequence[Row], judge: Judge, rejected: Rejected) -> Loaded:
-    """Rows as problems: a gold answer that cannot be compared and a repeated question are rejected.
+    """Convert rows to problems; gold answers that cannot be compared and repeated questions are rejected.
 
     A question in both official splits is held out.
     """

@@ -1,13 +1,13 @@
 """Problems from the generators of reasoning_gym, judged by the generators' own scorers.
 
 A generator seeds item i with `seed + i`, so two neighbouring seeds share nearly all their items, and small
-spaces repeat. Problems are therefore drawn from a stream of far-apart blocks, those of the other split and
-those seen before are dropped (by content), and what is left is counted before anything is built on it.
+spaces repeat. So problems are drawn from blocks whose seeds are far apart; problems of the other split and repeated
+problems are dropped (by content), and the rest is counted before any is used.
 
-Some scorers evaluate the answer as Python. Those get only expressions that call nothing but mathematical
-functions, and run in a worker process with a hard limit. A few generators walk over sets of text, so what they
-write depends on the process's hash seed: they run in the worker altogether, where that is fixed, since two arms
-of a comparison must get the same problems.
+Some scorers evaluate the answer as Python. They get only expressions that call nothing but mathematical
+functions, and run in a worker process with a hard limit. A few generators iterate over sets of text, so their items
+depend on the process's hash seed: they run in the worker, where that seed is fixed, because all arms of a comparison must
+get the same problems.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from distill.tasks.judge import worker_pool
 from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict
 
 BLOCK = 256
-"""Items drawn from one generator seed. Part of the stream's definition: another value is another stream."""
+"""The number of items drawn from one generator seed. A change of this value changes the problems."""
 
 HASH_SEEDED = frozenset(
     [
@@ -63,20 +63,20 @@ def reasoning_gym(
     options: dict[str, Any] | None = None,
     template: str = "think_answer",
 ) -> GeneratedTask:
-    """Problems of any reasoning_gym generator; `options` are the generator's own, without seed and size."""
+    """Problems of any reasoning_gym generator; `options` are the generator's own, except seed and size."""
     options = dict(options or {})
     where = f"tasks.{name}"
     _check_options(dataset, options, where)
     try:
         generator(dataset, options, 0)[0]
     except Exception as error:
-        # A generator checks its options with asserts, or not at all until it draws.
+        # Generators check their options with asserts, or only when an item is drawn.
         raise UserError(f"{where}.options: {dataset} refuses them: {str(error) or type(error).__name__}.") from error
     return GeneratedTask(name, dataset, options, templates.find(template, f"{where}.template"))
 
 
 class GeneratedTask:
-    """A generator as a task; endless unless its space is small."""
+    """A task of generated problems; endless unless the generator's space is small."""
 
     def __init__(self, name: str, dataset: str, options: Mapping[str, Any], template: Template) -> None:
         self.name, self.template = name, template
@@ -89,7 +89,7 @@ class GeneratedTask:
         )
 
     def problems(self, split: Split, num: int | None, seed: int) -> Iterator[Problem]:
-        """`num` distinct problems of a split; all are drawn before the first is handed out."""
+        """Return `num` distinct problems of a split; all are drawn before the first is returned."""
         if num is None:
             raise UserError(f"tasks.{self.name}: {self.dataset} writes problems without end; say how many are wanted.")
         return iter(self._collect(split, num, seed))
@@ -127,7 +127,7 @@ class GeneratedTask:
         return found
 
     def _draws(self, seed: int) -> Iterator[tuple[int, int, Any]]:
-        """The stream of a seed: (generator seed, item, entry); a draw that fails yields its exception."""
+        """Yield the items of a seed: (generator seed, item, entry); a failed draw yields its exception."""
         for block in itertools.count():
             base = draw_seed("reasoning_gym", seed, block) % 2**31
             for index in range(BLOCK):
@@ -167,7 +167,7 @@ class GeneratedTask:
         return judge(self.template, completion, finished, functools.partial(self._verdict, problem))
 
     def same_answer(self, one: str, other: str) -> bool:
-        """Word for word, or as mathematics: a generator's own scorer only knows its gold answer."""
+        """Compare two answers as text or as mathematics: a generator's own scorer only compares with its gold answer."""
         return exact_verdict(one, other).correct is True or math_verdict(one, other).correct is True
 
     def _verdict(self, problem: Problem, answer: str) -> Verdict:
@@ -204,7 +204,7 @@ def library() -> Any:
 
 
 def generator(dataset: str, options: Mapping[str, Any], seed: int) -> Any:
-    """The generator with its options, at a seed of its own."""
+    """Return the generator with its options and a seed."""
     kind, config = library()[dataset]
     options = dict(options)
     if dataset == "composite":
@@ -215,7 +215,7 @@ def generator(dataset: str, options: Mapping[str, Any], seed: int) -> Any:
 
 
 def item(dataset: str, options: Mapping[str, Any], seed: int, index: int) -> tuple[Any, Any]:
-    """The generator and its item."""
+    """Return the generator and one of its items."""
     items = _items(dataset, json.dumps(options, sort_keys=True), seed)
     return items, items[index]
 
@@ -226,7 +226,7 @@ def _items(dataset: str, options: str, seed: int) -> Any:
 
 
 def score(dataset: str, options: Mapping[str, Any], seed: int, index: int, *, answer: str) -> float:
-    """The score that a generator's own scorer gives an answer to its item."""
+    """Score an answer to an item with the generator's own scorer."""
     items, entry = _scored(dataset, json.dumps(options, sort_keys=True), seed, index)
     return float(items.score_answer(answer, entry))
 
@@ -238,18 +238,18 @@ def _scored(dataset: str, options: str, seed: int, index: int) -> tuple[Any, Any
 
 @functools.cache
 def evaluates(dataset: str) -> bool:
-    """Whether a generator's scorer may run the answer as code."""
+    """Return whether a generator's scorer may run the answer as code."""
     source = inspect.getsource(sys.modules[library()[dataset][0].__module__])
     return dataset == "composite" or re.search(r"\b(?:eval|parse_expr)\(", source) is not None
 
 
 def harmless(answer: str) -> bool:
-    """Whether evaluating an answer as Python could do arithmetic only (or fail)."""
+    """Return whether evaluating an answer as Python can only do arithmetic (or fail)."""
     text = answer.strip().replace("!", "")
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # No expression, so nothing runs; sympy's own notations are the exception, and they call by name.
+        # Not an expression, so nothing runs, except sympy's own notations, which call functions by name.
         return re.search(r"[A-Za-z_]{2,}\s*\(|__|\.\s*[A-Za-z_]", text) is None
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):

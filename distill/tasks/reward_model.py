@@ -1,7 +1,7 @@
 """A trained reward model: loaded once a process, prompt and completion in, one logit out.
 
-It sees the problem's conversation and the completion through its own tokenizer and chat template, never the
-policy's ids. Left out on purpose: the task template's instructions (it judges the reply to the question), generative judges.
+It reads the problem's conversation and the completion with its own tokenizer and chat template, never the policy's ids, and
+without the task template's instructions: it judges the reply to the question. Generative judges are not supported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _loading = threading.Lock()
 
 
 def load(path: str, dtype: Dtype = "auto") -> RewardModel:
-    """The reward model of a folder or hub id, loaded at the first call, on the GPU where there is one."""
+    """Load the reward model of a folder or hub id once a process, on the GPU if there is one."""
     with _loading:
         return _load(path, dtype)
 
@@ -66,7 +66,7 @@ class RewardModel:
         self._tokenizer.padding_side = "right"
         config = classifier.config
         if config.pad_token_id is None:
-            # The classifier reads the last position that is not padding, so it has to know the padding.
+            # The classifier reads the last position that is not padding, so its config must name the padding id.
             config.pad_token_id = tokenizer.pad_token_id
         self._pads = config.pad_token_id is not None and tokenizer.pad_token_id is not None
         self._max_tokens = getattr(config, "max_position_embeddings", None)
@@ -80,7 +80,7 @@ class RewardModel:
         sigmoid: bool = False,
         batch_size: int = 8,
     ) -> list[float | None]:
-        """A logit (or its sigmoid) for each text as the reply to `messages`; None where both are too long together."""
+        """Return a logit (or its sigmoid) for each text as the reply to `messages`; None if both are too long together."""
         ids = [self._encode(messages, text) for text in texts]
         fits = [n for n, row in enumerate(ids) if not self._max_tokens or len(row) <= self._max_tokens]
         # Neighbours in length go together, so little is padding.
@@ -96,7 +96,7 @@ class RewardModel:
         return scores
 
     def _encode(self, messages: Sequence[Message], text: str) -> list[int]:
-        """Ids of the conversation: through the chat template, or as question and reply for a tokenizer without one."""
+        """Return the conversation's ids: through the chat template, or as question and reply for a tokenizer without one."""
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
             return list(tokenizer(messages[-1]["content"], text)["input_ids"])

@@ -1,8 +1,8 @@
-"""What completions earn: each public function here is a reward, `name(group, *, options) -> a score a completion`.
+"""Rewards: each public function here is a reward, `name(group, *, options) -> one score a completion`.
 
-Rewards are pure: the same group gives the same scores, whatever is scored beside it. None means that a completion could
-not be judged, which leaves it out of the baseline; it is never a 0. A bad completion is a 0: also an empty one, an
-unfinished one and one whose format is broken. Weights, failures and limits are `combined_reward`'s.
+Rewards are pure: a group's scores do not depend on other groups. None means that a completion could not be judged, which
+excludes it from the baseline; it is not the same as 0. A bad completion gets 0, also if it is empty, unfinished or its
+format is broken. Weights, failures and limits are in `combined_reward`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _AFTER_BOX = re.compile(r"(?:[\s.$*]|\\\)|\\\])*")
 
 
 def accuracy(group: Group, *, partial: bool = False) -> list[float | None]:
-    """1 for a correct completion, 0 for a wrong one, None where the verdict is None (DeepSeek-R1, section 2.2.2).
+    """1 for a correct completion, 0 for a wrong one, None if the verdict is None (DeepSeek-R1, section 2.2.2).
 
-    partial: the verdict's score in [0, 1] instead, which gives partial credit where the task's scorer does.
+    partial: use the verdict's score in [0, 1], which gives partial credit if the task's scorer does.
     """
     if partial:
         return [verdict.score for verdict in group.verdicts]
@@ -34,7 +34,7 @@ def accuracy(group: Group, *, partial: bool = False) -> list[float | None]:
 
 
 def think_format(group: Group) -> list[float | None]:
-    r"""1 where the whole text is one `<think>...</think>` with content and then one answer, else 0 (DeepSeek-R1, 2.2.2).
+    r"""1 if the whole text is one `<think>...</think>` with content and then one answer, else 0 (DeepSeek-R1, 2.2.2).
 
     The answer has the form that the task's template asks for: one `<answer>...</answer>` with content and nothing
     around it; or a text that ends with its only `\boxed{...}`; or whatever else the template finds an answer in.
@@ -48,10 +48,10 @@ def think_format(group: Group) -> list[float | None]:
 
 
 def language(group: Group, *, target: str = "en") -> list[float | None]:
-    """Share of the reasoning's words that are of the language `target` (ISO 639-1), in [0, 1] (DeepSeek-R1, 2.3.2).
+    """Share of the reasoning's words in the language `target` (ISO 639-1), in [0, 1] (DeepSeek-R1, 2.3.2).
 
     Judges the same span as the filter `language`: the reasoning in what the model wrote (`reasoning_of`), without the
-    template's prefill. Reasoning without any words (pure arithmetic) breaks no rule and gets 1; no reasoning at all gets 0.
+    template's prefill. Reasoning without words (pure arithmetic) gets 1; a completion without reasoning gets 0.
     """
     scores: list[float | None] = []
     for text in group.texts:
@@ -87,13 +87,13 @@ def model(
     batch_size: pydantic.PositiveInt = 8,
     dtype: Dtype = "auto",
 ) -> list[float | None]:
-    """The one logit r(prompt, completion) of a reward model that was trained with the Bradley-Terry loss
+    """The logit r(prompt, completion) of a reward model trained with the Bradley-Terry loss
     -log sigmoid(r_chosen - r_rejected) (InstructGPT, arXiv 2203.02155, eq. 1).
 
-    path: of a sequence classifier with one label: a folder or a hub id. sigmoid: 1 / (1 + exp(-r)) in (0, 1) instead of r,
-    which has no scale of its own, so that a few extreme logits do not drown the other rewards. batch_size, dtype:
-    of its forward passes. None where prompt and completion together are longer than the model's context.
-    Raises UserError for a model that cannot be reached or is no reward model.
+    path: of a sequence classifier with one label: a folder or a hub id. sigmoid: use 1 / (1 + exp(-r)) in (0, 1), because r
+    has no fixed scale and a few extreme logits would dominate the other rewards. batch_size, dtype:
+    of its forward passes. None if prompt and completion together are longer than the model's context.
+    Raises UserError for a model that cannot be reached or is not a reward model.
     """
     from distill.tasks import reward_model
 
@@ -113,10 +113,10 @@ def code(
     """Share of the problem's tests that the completion's program passes, in [0, 1]; for problems with tests (`tasks.code`).
 
     test_timeout_s, timeout_s: wall seconds for one test and for all of a program's. memory_mb: address space of each
-    process. unsafe, sandbox_command: what holds the program (`tasks.sandbox`). None where the sandbox failed; unfinished
-    completions and ones without an answer get 0. A group waits for its slowest programs: give the rewards a limit of
+    process. unsafe, sandbox_command: the isolation of the program (`tasks.sandbox`). None if the sandbox failed; unfinished
+    completions and those without an answer get 0. A group waits for its slowest programs: set reward_timeout to
     timeout_s times the group's size over the number of cores.
-    Raises UserError for a problem without tests, and where there is no sandbox.
+    Raises UserError for a problem without tests, or without a sandbox.
     """
     from distill.tasks import sandbox
     from distill.tasks.code import code_verdicts
@@ -139,7 +139,7 @@ def code(
 
 
 def random(group: Group, *, probability: float = 0.5) -> list[float | None]:
-    """The control: 1 with a probability, whatever was written, else 0; drawn from (seed, problem, place in the group)."""
+    """A control: 1 with the given probability, else 0, for any text; drawn from (seed, problem, index in the group)."""
     return [
         float(draw_seed(group.seed, group.problem.problem_id, index) < probability * 2**63)
         for index in range(len(group))
@@ -150,9 +150,9 @@ def random(group: Group, *, probability: float = 0.5) -> list[float | None]:
 
 
 def _answer_form(template: Template) -> str:
-    """What a template takes for an answer: "any" text, one in "tags", or one in a "box"; found by asking it.
+    """Return the form of answer that a template accepts, found by trying it: "any" text, one in "tags", or in a "box".
 
-    One whose instructions ask for tags is held to them, even where it makes do with less (r1_zero).
+    A template whose instructions ask for tags requires them here, even if its `extract` accepts less (r1_zero).
     """
     if "<answer>" in f"{template.system or ''}{template.plain}":
         return "tags"
@@ -180,7 +180,7 @@ def _is_formatted(text: str, template: Template, form: str) -> bool:
 
 
 def _ends_with_its_only_box(text: str) -> bool:
-    """Typography may follow the box: a full stop, the formula's closing dollar sign."""
+    """Return whether a text ends with its only box; a full stop or a closing dollar sign may follow."""
     boxes = list(_BOX.finditer(text))
     content = last_box(text)
     if len(boxes) != 1 or not content or "<answer>" in text:

@@ -1,12 +1,10 @@
-"""How a problem is put to a model, and where the answer stands in what it writes back.
+"""Task templates: the prompt of a problem, and the extraction of the answer from a completion.
 
 A template is data (`records.Template`): a short system message for models with a chat template, the whole
 prompt as text for those without, and a function from the completion's text to its answer. `extract` never
-raises: a broken format is None. What it reads stands after the *last* `</think>`; a `<think>` that is never
-closed has no answer, however much of one its reasoning holds. `plain` is filled in with
-`str.replace("{question}", ...)`, since it may hold other braces.
-
-Left out on purpose: whether an answer is right (`judge`), and the format reward.
+raises: a broken format gives None. It reads the text after the *last* `</think>`; a `<think>` that is never
+closed has no answer, whatever its reasoning holds. `plain` is filled in with `str.replace("{question}", ...)`, because it
+may hold other braces. Whether an answer is right is decided in `judge`.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ def after_thinking(text: str) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}` whose braces match; escaped braces do not count.
+    r"""Return the content of the last `\boxed{...}` whose braces match; escaped braces do not count.
 
-    One pass, however many boxes a completion that repeats itself leaves open.
+    A single pass, so a repetitive completion with many unclosed boxes stays fast.
     """
     opened: list[int | None] = []  # where each open brace's content starts, if it is a box's
     last: tuple[int, int] | None = None
@@ -103,8 +101,8 @@ think_answer = Template(
     extract=_extract_answer_tag,
 )
 
-# For reinforcement learning from a model that was never shown the format: it asks for the tags, and takes the last number
-# for an answer until they come, so that there is something to reward. The format reward asks for the tags all the same.
+# For reinforcement learning from a model that never saw the format: it asks for the tags, but accepts the last number as
+# an answer until they appear, so that rewards differ from the start. The format reward requires the tags.
 r1_zero = Template(
     name="r1_zero",
     system=_R1_ZERO,

@@ -1,1 +1,1 @@
-"""A stage's inputs, found and opened: examples, texts to score, teachers, losses, the student."""
+"""Find and open a stage's inputs: examples, texts to score, teachers, losses, the student."""

@@ -1,8 +1,8 @@
-"""Several trace sets that hold the same traces, scored by different teachers, joined by trace_id.
+"""Join several trace sets with the same traces, scored by different teachers, by trace_id.
 
-The first set's order is the stage's; the others are looked up. A buffer of the first set at a time is joined with the rows
-of the others that have its trace ids, and of them only the shards that hold such rows are read: cheap where the sets lie in the
-same order, as score stages write them, and correct in any.
+The first set determines the order. A buffer of the first set at a time is joined with the rows of the others that have its
+trace ids; of their shards only those with such rows are read. This is cheap if the sets have the same order, as score
+stages write them, and correct for any order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JoinedSource:
-    """Traces with a distribution of each teacher. readers: of the traces that all have, in an order of their own each."""
+    """Traces with a distribution of each teacher. readers: of the common traces, each in its own order."""
 
     readers: Sequence[TraceReader]
     rows: Sequence[Mapping[str, int]]
@@ -61,9 +61,9 @@ class JoinedSource:
 def join(
     readers: Sequence[TraceReader], shares: Mapping[str, float], seed: int, where: str
 ) -> tuple[JoinedSource, int]:
-    """The traces that every set has with the same tokens, and how many of the first set's others lack.
+    """Return the traces that every set has with the same tokens, and the number of the first set's traces that others lack.
 
-    shares: by the sets' names in the recipe, in the readers' order. Raises UserError where none is common.
+    shares: by the sets' names in the recipe, in the readers' order. Raises UserError if there is no common trace.
     """
     tokens = [_tokens_of(reader) for reader in readers]
     common = {
@@ -85,7 +85,7 @@ def join(
 
 
 def _tokens_of(reader: TraceReader) -> dict[str, int]:
-    """A mark of each trace's ids, by trace_id, in the order of `blocks`."""
+    """Return a hash of each trace's token ids, by trace_id, in the order of `blocks`."""
     return {
         trace_id: hash((block.prompt_ids[n].tobytes(), block.completion_ids[n].tobytes()))
         for block in reader.blocks(256, ["trace_id", "prompt_ids", "completion_ids"])

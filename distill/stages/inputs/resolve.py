@@ -1,4 +1,4 @@
-"""What a stage names, found and with its options checked: losses, objectives, teachers."""
+"""Find the losses, objectives and teachers that a stage names, and check their options."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ if TYPE_CHECKING:
     from distill.training.rl.advantages import PolicyObjective
 
 Form = Literal["targets", "rows", "pair"]
-OBJECTIVES = "distill.training.rl.objectives"
+OBJECTIVES = "distill.training.rl.policy_objectives"
 LOSSES = "distill.training.loss.sparse"
 DIVERGENCES = "distill.training.loss.divergences"
 CROSS_TOKENIZER = "distill.training.loss.cross_tokenizer.losses"
 
 
 TEACHER_ENTRIES = 64
-"""Entries a position that a loss on stored distributions gets from a teacher in the trainer."""
+"""The number of entries a position that a loss for stored distributions gets from a teacher in the trainer."""
 
 
 def is_cross_tokenizer(config: TrainStage | OnPolicyStage) -> bool:
-    """Whether the loss is one between models with different tokenizers."""
+    """Return whether the loss compares models with different tokenizers."""
     return _form(config.loss.fn, "loss") == "pair"
 
 
 def _form(fn: str, where: str) -> Form:
-    """What a loss compares, by its positional parameters: `(student, targets)`, `(logp, logq)` or `(pair)`.
+    """Return a loss's form by its positional parameters: `(student, targets)`, `(logp, logq)` or `(pair)`.
 
-    Raises UserError for an unknown loss, and for one of the user's own that takes anything else.
+    Raises UserError for an unknown loss, and for a user's loss with other parameters.
     """
     if ":" not in fn:
         if fn in plug.names(CROSS_TOKENIZER):
@@ -75,11 +75,10 @@ def _form(fn: str, where: str) -> Form:
 
 
 def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) -> Objective:
-    """The loss that a stage names: on stored targets, or with teachers in the trainer.
+    """Return the objective of the loss that a stage names: on stored targets, or with teachers in the trainer.
 
-    seed: of the ids that a loss draws from its teachers.
-
-    Raises UserError for an unknown one, a wrong option, and one that does not fit what the stage compares with.
+    seed: of the ids that a loss draws from its teachers. Raises UserError for an unknown loss, a wrong option, and a loss
+    that does not fit the stage's data or teacher.
     """
     here = f"{where}.loss"
     form = _form(config.loss.fn, here)
@@ -124,7 +123,7 @@ def _sampled(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool, se
 
 
 def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> Objective:
-    """The divergence of the loss's name over the whole vocabulary; a loss of the user's own on the teacher's entries."""
+    """Return the loss's divergence over the whole vocabulary, or a user's loss on the teacher's entries."""
     fn, options, kl, ce = config.loss.fn, config.loss.options, FULL, NONE
     if fn == "ce_kl":
         given = plug.all_options(fn, options, LOSSES, here)
@@ -143,8 +142,11 @@ def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> 
     return TeacherTopObjective(plug.bind(fn, options, LOSSES, here), watch, entries=TEACHER_ENTRIES)
 
 
-def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> list[Teacher]:
-    """The models that teach in the trainer; raises UserError for one whose tokenizer the loss cannot do with."""
+def load_teachers(
+    config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any, max_tokens: int
+) -> list[Teacher]:
+    """Load the teachers in the trainer and prove their forward passes. max_tokens: of the longest trace. Raises UserError for a teacher whose tokenizer the loss does not support."""
+    from distill.stages.inputs.forward_proof import prove_forward
     from distill.training.policy import Teacher
 
     teachers = []
@@ -158,12 +160,13 @@ def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenize
             student = models.config_of(context.model_dir(config.model))
             size = min(len(theirs), model.config.vocab_size)
             shared = VocabularyMap.of_tokenizers(tokenizer, min(len(tokenizer), student["vocab_size"]), theirs, size)
-        teachers.append(Teacher(model, share, size, shared))
+        plan = prove_forward(model, name, size or len(tokenizer), context, max_tokens)
+        teachers.append(Teacher(model, share, size, shared, plan))
     return teachers
 
 
 def teacher_dir(name: str, config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Path:
-    """Where a teacher is; raises UserError for one with another tokenizer than the student's, unless the loss is made for that."""
+    """Return a teacher's folder. Raises UserError if its tokenizer differs from the student's and the loss needs the same."""
     folder = context.model_dir(name)
     theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
     same = models.tokenizer_fingerprint(theirs) == models.tokenizer_fingerprint(tokenizer)
@@ -177,7 +180,7 @@ def teacher_dir(name: str, config: TrainStage | OnPolicyStage, context: Context,
 
 
 def resolve_objective(config: GrpoStage, where: str) -> PolicyObjective:
-    """The objective that a stage names; raises UserError for an unknown one or a wrong option."""
+    """Return the objective that a stage names. Raises UserError for an unknown objective or a wrong option."""
     make = plug.bind(config.objective.fn, config.objective.options, OBJECTIVES, f"{where}.objective")
     objective: PolicyObjective = make()
     return objective

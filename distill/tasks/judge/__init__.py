@@ -1,1 +1,1 @@
-"""The judge of answers: extraction, spelling, and equivalence."""
+"""The judge of answers: extraction, normalised spelling, equivalence."""

@@ -1,7 +1,7 @@
-r"""Inequalities, intervals and their unions as one thing: the pieces of the number line that they describe.
+r"""Sets of numbers: inequalities, intervals and unions, read as pieces of the number line.
 
 `x < -1 or x > 4` has the pieces `(-\infty, -1)` and `(4, \infty)`, as has `x \in (-\infty,-1) \cup (4,\infty)`.
-The ends are texts, compared by the caller; only plain numbers are put in order here.
+The endpoints are texts, compared by the caller; only plain numbers are ordered here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def names(text: str) -> set[str]:
 
 
 def pieces(text: str) -> list[str] | None:
-    """The intervals and sets that a text is the union of; None where it is no region, or a single pair of brackets."""
+    """Return the intervals and sets whose union a text is; None if it is no region, or a single pair of brackets."""
     text = _without_name(text)
     if is_relation(text) and len(names(text)) > 1:
         return None
@@ -66,7 +66,7 @@ _BUILDER = re.compile(r"\\\{ ?[A-Za-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?[|:](.*)\\\}
 
 
 def _without_name(text: str) -> str:
-    r"""What a name is said to be in: of `x \in (1, 2)` and of `\{x | 1 < x < 2\}`."""
+    r"""Return the set of `x \in (1, 2)` and of `\{x | 1 < x < 2\}`."""
     if builder := _BUILDER.fullmatch(text):
         return builder[1].strip()
     name, *rest = re.split(r"\\in(?![a-zA-Z])", text, maxsplit=1)
@@ -74,7 +74,7 @@ def _without_name(text: str) -> str:
 
 
 def _conjunction(text: str) -> list[str] | None:
-    """The pieces of inequalities that hold together; a comma between two that cannot hold together means `or`."""
+    """Return the pieces of inequalities that hold together; a comma between two that exclude each other means `or`."""
     explicit = re.search(r"\s+and\s+", text) is not None
     parts = [part.strip() for part in re.split(r",|\s+and\s+", text) if part.strip()]
     lower, upper, excluded, single = [], [], [], []

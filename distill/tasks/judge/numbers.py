@@ -1,6 +1,6 @@
-"""Plain numbers as people write them: read exactly, as fractions, with the unit beside them.
+"""Plain numbers, read exactly as fractions, with their units.
 
-The common answers are compared here and never reach a symbolic library. Units are part of a number (`units`).
+Most answers are compared here without a symbolic library. Units are part of a number (`units`).
 A comma groups thousands only where it cannot make a list: `1,000` and `12,345` are numbers, `100,200`
 (equal groups, each a number by itself) is a list of two unless a currency or a unit says otherwise.
 """
@@ -21,7 +21,7 @@ Kind = Literal["integer", "decimal", "fraction"]
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A plain number as written. decimals: digits after the point. unit: in canonical spelling, or empty."""
+    """A plain number as written. decimals: number of digits after the point. unit: in canonical spelling, or empty."""
 
     value: Fraction
     kind: Kind
@@ -67,7 +67,7 @@ _HAN_FRACTION = re.compile(f"([{_HAN_DIGITS}])分之([{_HAN_DIGITS}])")
 
 
 def number(text: str) -> Number | None:
-    """A cleaned text as a plain number: integer, decimal, fraction, mixed or scientific, with its unit; up to twenty in words."""
+    """Read a cleaned text as a number: integer, decimal, fraction, mixed or scientific, with its unit; words up to twenty."""
     if spelled := _SPELLED.get(text.lower()):
         return spelled
     if (match := _HAN_FRACTION.fullmatch(text)) and match[1] != "零":
@@ -101,7 +101,7 @@ def _scaled(match: re.Match[str]) -> Number | None:
 
 
 def same_number(answer: Number, gold: Number) -> bool:
-    """Whether the two are one number, written out as far as the gold is."""
+    """Return whether two numbers are equal and the answer is computed as far as the gold."""
     if not units.same(answer.unit, gold.unit):
         return False
     if answer.value == gold.value:
@@ -116,13 +116,13 @@ def same_number(answer: Number, gold: Number) -> bool:
 
 
 def _significant(number: Number) -> int:
-    """Digits behind the point, those at its front that are zero left out."""
+    """Return the number of digits after the point, without leading zeros."""
     whole = abs(number.value) * 10**number.decimals
     return min(number.decimals, len(str(whole.numerator)))
 
 
 def _bare(text: str) -> str:
-    """Without parentheses around the whole."""
+    """Remove parentheses around the whole text."""
     while (match := re.fullmatch(r"\(([^(),]*)\)|\{([^{},]*)\}", text)) is not None:
         text = (match[1] or match[2] or "").strip()
     return text

@@ -1,8 +1,8 @@
-r"""One plain LaTeX spelling for the answers that models and data sets write.
+r"""Normalise the spelling of answers to plain LaTeX.
 
-`clean` takes off what says nothing about the value (boxes, fonts, sizes, spaces, a preface) and writes what is left in
-one way: typographic signs and full-width letters as ASCII or LaTeX commands, fractions and roots with braces, matrices as
-`pmatrix`, program spelling (`x**2`, `sqrt(x)`) as LaTeX. It never computes. Readings of the result: `forms`, `numbers`.
+`clean` removes what does not change the value (boxes, fonts, sizes, spaces, a preface) and writes the rest in one way:
+typographic signs and full-width letters as ASCII or LaTeX commands, fractions and roots with braces, matrices as
+`pmatrix`, program spelling (`x**2`, `sqrt(x)`) as LaTeX. It never computes. `structure` and `numbers` read the result.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def clean(text: str) -> str:
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two cleaned texts differ in spaces only that separate nothing (not `4 2` and `42`)."""
+    """Return whether two cleaned texts differ only in spaces without a meaning (unlike `4 2` and `42`)."""
     return _LOOSE_SPACE.sub("", one) == _LOOSE_SPACE.sub("", other)
 
 
@@ -275,7 +275,7 @@ def _plain_program(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """Out of dollar signs, boxes, bold and the like, as often as there are any."""
+    """Remove dollar signs, boxes, bold and the like around the whole text, repeatedly."""
     while True:
         before = text
         text = text.strip()

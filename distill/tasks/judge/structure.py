@@ -1,7 +1,7 @@
 r"""The structure of a cleaned answer: tuples, sets, lists, matrices, intervals; equations and names; words; choices.
 
-Everything here is quick and certain; what it cannot read is left to the symbolic comparison (`symbolic`).
-Numbers have a module of their own (`numbers`), the spelling that is read here is that of `spelling`.
+Everything here is fast and certain; other texts are left to the symbolic comparison (`symbolic`). Numbers are read in
+`numbers`. The input is text that `spelling` has cleaned.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ _COMMANDS = re.compile(
 
 
 def sides(text: str) -> list[str]:
-    """What stands around the equals signs of a cleaned text that are in no brackets."""
+    """Split a cleaned text at the equals signs outside brackets."""
     if "=" not in text and r"\in" not in text:
         return [text]
     return [part.removesuffix("\\").strip() for part in _split_at(text, _EQUALS)]
@@ -139,7 +139,7 @@ def is_letter(text: str) -> bool:
 
 
 def names_something(text: str) -> bool:
-    """Whether a left side holds a letter or word, so that it is no claim about numbers (`3+5 = 7` is one)."""
+    """Return whether a left side has a letter or word; without one it is a claim about numbers (`3+5 = 7`)."""
     if _DENIALS.search(text) or text.startswith("-"):  # -x = 5
         return False
     return is_name(text) or re.search(rf"[A-Za-z{HAN}]", _COMMANDS.sub("", text)) is not None
@@ -171,7 +171,7 @@ _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 
 
 def words(text: str) -> str | None:
-    """A cleaned text that is prose (a name, a weekday, a yes), folded; None for mathematics."""
+    """Return a cleaned text that is prose (a name, a weekday, a yes), case-folded; None for mathematics."""
     if not re.fullmatch(r"[\w'\"(][\w '\".,:()&!?-]*", text) or "_" in text:
         return None
     if re.fullmatch(r"-?\d+[A-Za-z]+", text):  # 4abc
@@ -190,7 +190,7 @@ def words(text: str) -> str | None:
 
 
 def positional(text: str) -> bool:
-    """Whether digits are read by a convention that algebra does not know: bases (101_2), ratios, times, dates."""
+    """Return whether digits follow a convention outside algebra: bases (101_2), ratios, times, dates."""
     if re.fullmatch(r"\d{4}([-/])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4}", text):
         return True
     text = re.sub(r"\\log ?_", "", text)
@@ -198,7 +198,7 @@ def positional(text: str) -> bool:
 
 
 def time_of_day(text: str) -> tuple[str, str] | None:
-    """A time and its half of the day, empty where it is not said: `10:30 a.m.`; None for anything else."""
+    """Return a time and its half of the day (empty if not given): `10:30 a.m.`; None for anything else."""
     found = re.fullmatch(r"(\d{1,2}:\d\d) ?(?:([ap])\.?m\.?)?", text, re.IGNORECASE)
     return (found[1], (found[2] or "").lower()) if found else None
 

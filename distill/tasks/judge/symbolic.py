@@ -1,11 +1,11 @@
-r"""Equality of two expressions that a LaTeX parser reads: exact, or the same at every point that is tried.
+r"""Equality of two expressions that a LaTeX parser reads: exact, or equal at many points.
 
-Runs in a worker process (`worker`), which is ended when it takes too long. Two constants are equal if they agree to 80
-significant digits, or exactly where both are rational: there is no absolute tolerance. Two functions are
+Runs in a worker process (`worker`), which is killed after a time limit. Two constants are equal if they agree to 80
+significant digits, or exactly if both are rational: there is no absolute tolerance. Two functions are
 equal if they agree to 30 digits at points of all sizes where both are real; equations and inequalities if the
-differences of their sides are proportional there. The parser alone decides what a text means; nothing is simplified away.
+differences of their sides are proportional there. The parser decides what a text means; nothing is simplified.
 
-Strict comparison refuses restatements: an answer may leave no arithmetic between plain numbers undone
+Strict comparison refuses restatements: an answer may not leave arithmetic between plain numbers undone
 (`\sqrt{1+2}`, `2 \cdot 3x`, `x+1-1`) unless the gold does.
 """
 
@@ -40,14 +40,14 @@ _MIN_POINTS = 3
 
 @functools.lru_cache(maxsize=4096)
 def parse(text: str) -> Any:
-    """The expression in a cleaned text, decimals as fractions; None where it is none."""
+    """Parse the expression in a cleaned text, decimals as fractions; None if it is not an expression."""
     if "..." in text:
         return None
     try:
         expr = latex2sympy(
             text, is_real=True, convert_degrees=False, normalization_config=None, conversion_config=_CONVERSION
         )  # fmt: skip
-    except Exception:  # the parser raises what it likes, for whatever it does not understand
+    except Exception:  # the parser raises exceptions of any kind for texts that it does not understand
         return None
     return _exact(expr)
 
@@ -77,7 +77,7 @@ def _rebuilt(expr: Any) -> Any:
 
 
 def equal(answer: str, gold: str, strict: bool) -> bool:
-    """Whether two cleaned expressions are equal; strictly, whether the answer is also written out."""
+    """Return whether two cleaned expressions are equal; if strict, the answer must also be fully computed."""
     for mark in (
         "'",
         "^T",
@@ -166,7 +166,7 @@ def _close(one: Any, other: Any, digits: int) -> bool | None:
 
 
 def _points(*exprs: Any) -> Iterator[tuple[Any, ...]]:
-    """The expressions with numbers for their letters, point by point. Bounds of sums need whole numbers."""
+    """Yield the expressions with numbers in place of letters, point by point. Bounds of sums need whole numbers."""
     exprs = tuple(_applied_as_letters(expr) for expr in exprs)
     names = sorted({symbol.name for expr in exprs for symbol in expr.free_symbols})
     sums = any(expr.has(sympy.Sum, sympy.Product) for expr in exprs)
@@ -209,7 +209,7 @@ def _same_function(one: Any, other: Any) -> bool:
 
 
 def _has_complex_part(expr: Any) -> bool:
-    r"""Whether a real value came about by way of complex ones, as `\sqrt{a}\sqrt{b}` of two negative numbers."""
+    r"""Return whether a real value has complex intermediate values, as `\sqrt{a}\sqrt{b}` of two negative numbers."""
     roots = [term.base for term in expr.atoms(Pow) if not term.exp.is_integer]
     logs = [term.args[0] for term in expr.atoms(sympy.log)]
     return expr.has(sympy.I) or any(bool(part.evalf(15).is_negative) for part in roots + logs)
@@ -245,7 +245,7 @@ def _same_relation(one: Any, other: Any) -> bool:
 
 
 def _sense(relation: Any) -> tuple[str, Any]:
-    """Its sign, and the difference of its sides the way round in which it is said to be less."""
+    """Return a relation's sign and the difference of its sides, turned so that the sign is "less"."""
     if isinstance(relation, Eq | Ne):
         return ("=" if isinstance(relation, Eq) else "!="), relation.lhs - relation.rhs
     sign = "<=" if isinstance(relation, sympy.Le | sympy.Ge) else "<"
@@ -297,7 +297,7 @@ def same_region(relation: str, region: str) -> bool:
 
 
 def num_undone(expr: Any) -> int:
-    """Operations between plain numbers that were left to the reader; fractions, signs and powers of ten are not any."""
+    """Count operations between plain numbers that are not computed; fractions, signs and powers of ten do not count."""
     if isinstance(expr, MatrixBase):
         return sum(num_undone(item) for item in expr.flat())
     if not getattr(expr, "args", ()) or _is_power_of_ten(expr):
@@ -318,7 +318,7 @@ def num_undone(expr: Any) -> int:
 
 
 def _num_undone_factors(expr: Any) -> int:
-    """Of a product: more than one number above or below the line, or a division that leaves no fraction."""
+    """Count, in a product, numbers beyond the first above or below the line, and divisions without remainder."""
     factors = list(_factors(expr))
     inner = sum(num_undone(factor) for factor in factors)
     numbers = [factor for factor in factors if factor.is_number and _is_rational(factor)]

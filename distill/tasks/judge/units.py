@@ -1,7 +1,7 @@
-r"""The unit beside a number or an expression: a measure, a currency, a noun, a percent sign.
+r"""Units of a number or an expression: a measure, a currency, a noun, a percent sign.
 
-Units are part of an answer: equal where only one side names one, different where the two differ. A percent sign is such a
-unit (20% is not 0.2). Words that make another number or a claim of it (`million`, `or`, `less than`) are no unit.
+Units are part of an answer: two answers are equal if only one names a unit, and differ if their units differ. A percent
+sign is a unit (20% is not 0.2). Words that change the number or make a claim (`million`, `or`, `less than`) are not units.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _MEASURES = frozenset(_NAMES.values()) | frozenset(_OTHER_MEASURES.split())
 
 
 def split_number(text: str) -> tuple[str, str]:
-    """A number's text and its unit in canonical spelling; the text as it is and an empty unit where there is none."""
+    """Split a text into a number and its unit in canonical spelling; the unit is empty if there is none."""
     if currency := _CURRENCY.match(text):
         rest = currency[1] + text[currency.end() :]
         return re.sub(r" (?:dollars?|USD)$", "", rest), currency[2]
@@ -82,7 +82,7 @@ def split_expression(text: str) -> tuple[str, str]:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two units may stand for one: one of them is missing, or they name the same measure or thing."""
+    """Return whether two units agree: one of them is missing, or they name the same measure or thing."""
     if not one or not other or one == other:
         return True
     measures = [[word for word in unit.split() if word.rstrip("23") in _MEASURES] for unit in (one, other)]

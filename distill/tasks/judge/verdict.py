@@ -1,11 +1,11 @@
-"""The one judge of answers: rewards, filters and evaluation all come here.
+"""The judge of answers, which rewards, filters and evaluations share.
 
-`math_verdict` compares an answer with a gold answer: as clean text (`spelling`), as plain numbers (`numbers`, `units`),
-as a choice or words, as pieces of the number line (`regions`), as collections item by item (`forms`), and only what
-is left symbolically (`symbolic`), in a worker process with a hard limit. It is strict about what is said (nothing left
-to compute, no contradictory equation, brackets and order as in the gold, no percent for a fraction, no tolerance that
-a tiny number escapes) and lenient about dress (units, typography, notation, names on the left).
-`judge` takes a completion from its text to a verdict. Left out on purpose: answers that must be run (code).
+`math_verdict` compares an answer with a gold answer: as cleaned text (`spelling`), as plain numbers (`numbers`, `units`),
+as a choice or words, as sets of numbers (`number_sets`), as collections item by item (`structure`), and otherwise
+symbolically (`symbolic`), in a worker process with a hard limit. It is strict about the value (everything computed,
+no contradictory equation, brackets and order as in the gold, no percent for a fraction, no absolute tolerance) and lenient
+about notation (units, typography, names on the left).
+`judge` turns a completion's text into a verdict. Programs are judged in `tasks.code`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from distill.tasks.judge import number_sets, numbers, spelling, structure, units
 
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 40
-"""Of brackets within brackets; what is deeper is no answer."""
+"""The deepest nesting of brackets in an answer."""
 
 Scorer = Callable[[str], Verdict]
 
 
 def judge(template: Template, completion: str, finished: bool, score: Scorer) -> Verdict:
-    """A completion's verdict: cut short or without an answer it is wrong, otherwise its answer is scored."""
+    """Return a completion's verdict: wrong if it is unfinished or has no answer, otherwise its answer is scored."""
     if not finished:
         return Verdict(False, 0.0, None, "unfinished")
     if template.prefill and not completion.startswith(template.prefill):
@@ -37,7 +37,7 @@ def judge(template: Template, completion: str, finished: bool, score: Scorer) ->
 
 
 def math_verdict(answer: str, gold: str) -> Verdict:
-    """Whether an answer equals the gold; None where the comparison did not end in time."""
+    """Return whether an answer equals the gold; None if the comparison did not end in time."""
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, 0.0, answer, "answer too long")
     if spelling.depth(answer) > MAX_DEPTH:
@@ -49,12 +49,12 @@ def math_verdict(answer: str, gold: str) -> Verdict:
 
 
 def exact_verdict(answer: str, gold: str) -> Verdict:
-    """Whether an answer is the gold, whitespace at its ends and runs of it aside."""
+    """Return whether an answer equals the gold as text, up to runs of whitespace and whitespace at the ends."""
     return _verdict(" ".join(answer.split()) == " ".join(gold.split()), answer)
 
 
 def unreadable(gold: str) -> str | None:
-    """Why a gold answer cannot be compared with anything, or None where it can."""
+    """Return why a gold answer cannot be compared with anything; None if it can."""
     if len(gold) > MAX_ANSWER_CHARS:
         return "the gold answer is too long"
     if spelling.depth(gold) > MAX_DEPTH:
@@ -93,7 +93,7 @@ def _equal_answers(answer: str, gold: str) -> bool:
 
 
 def _equal(answer: str, gold: str) -> bool:
-    """Whether two cleaned texts are equal. The order matters: the certain and cheap readings come first."""
+    """Return whether two cleaned texts are equal, trying certain and cheap comparisons first."""
     if not answer or not gold:
         return False
     if spelling.same_text(answer, gold):
@@ -176,7 +176,7 @@ def _equal_regions(answer: str, gold: str) -> bool:
 def _equal_shapes(
     answer: str, gold: str, answer_shape: structure.Shape | None, gold_shape: structure.Shape | None
 ) -> bool:
-    """Brackets and order as in the gold; a list and a set are both unordered; a set of one is its element."""
+    """Compare collections: brackets and order as in the gold; lists and sets are unordered; a set of one is its element."""
     if answer_shape is None or gold_shape is None:
         shape, other = answer_shape or gold_shape, gold if answer_shape else answer
         assert shape is not None
@@ -212,7 +212,7 @@ def _equal_named_tuple(answer: structure.Shape, gold: structure.Shape) -> bool:
 
 
 def _equal_lists(answer: structure.Shape, gold: structure.Shape) -> bool:
-    """Any order, unless the items have names of their own and only one side says which is which."""
+    """Compare lists in any order, unless only one side names its items."""
     answer_names, gold_names = structure.named_values(answer), structure.named_values(gold)
     if answer_names and gold_names:
         return answer_names.keys() == gold_names.keys() and all(
@@ -224,7 +224,7 @@ def _equal_lists(answer: structure.Shape, gold: structure.Shape) -> bool:
 
 
 def _match_items(answer: list[str], gold: list[str]) -> bool:
-    """Equality is transitive, so the first match of each item is as good as any other."""
+    """Match items one to one; equality is transitive, so the first match of each item will do."""
     answer = list(answer)
     for item in gold:
         found = next((n for n, other in enumerate(answer) if _equal(other, item)), None)
@@ -238,7 +238,7 @@ def _match_items(answer: list[str], gold: list[str]) -> bool:
 
 
 def _equal_sides(answer: str, gold: str) -> bool:
-    """Single things, perhaps with an equals sign: `x = 5` is 5, `3 + 4 = 7` is 7, `5 = 7` is nothing."""
+    """Compare single values, with or without equals signs: `x = 5` is 5, `3 + 4 = 7` is 7, `5 = 7` is a contradiction."""
     answer_sides, gold_sides = structure.sides(answer), structure.sides(gold)
     if len(answer_sides) == 2 and structure.is_name(answer_sides[1]):
         answer_sides.sort(key=structure.is_name, reverse=True)  # 5 = x
@@ -256,7 +256,7 @@ def _equal_sides(answer: str, gold: str) -> bool:
 
 
 def _equal_last(answer_sides: list[str], gold: str) -> bool:
-    """Whether the last side is the gold, and no side before it claims another number."""
+    """Return whether the last side equals the gold and no earlier side claims another number."""
     *claims, last = answer_sides
     claims = [claim for claim in claims if not structure.names_something(claim)]
     return bool(last) and _equal(last, gold) and all(_same_value(claim, last) for claim in claims)

@@ -1,11 +1,11 @@
-"""Symbolic comparison of two expressions (`symbolic`), in a process of its own.
+"""A worker process that may be killed: symbolic comparison of two expressions (`symbolic`), and two other jobs.
 
 `python -m distill.tasks.judge.worker math LIMIT` answers JSON lines: `[answer, gold, strict]` -> are they equal,
-`[gold]` -> can it be parsed. With `score` for `math` it runs generators and their scorers (see
-`generated`), with `check` tests that are written as code (see `checking`).
+`[gold]` -> can it be parsed. The job `score` runs generators and their scorers (`reasoning_gym_task`), the job `check` runs
+tests that are written as code (`code_checks`).
 
-The process is there to be killed (`pool`): towers and deep parentheses keep sympy busy for ever. It ends itself if its parent does, or if the
-parent has not killed it soon after the limit.
+`worker_pool` kills the process after a time limit: towers of powers and deep parentheses keep sympy busy forever. It ends
+by itself if its parent does, or if the parent has not killed it soon after the limit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def reply_math(request: list[Any]) -> bool:
         compare = symbolic.same_region if len(request) == 2 else symbolic.equal
         return bool(compare(*request))
     except Exception:
-        # Whatever sympy trips over is no expression that could be equal to the gold.
+        # An expression on which sympy fails cannot be equal to the gold.
         return False
 
 
@@ -53,7 +53,7 @@ def reply_score(request: list[Any]) -> Any:
 
 
 def _replier(job: str) -> Callable[[list[Any]], Any]:
-    """The function that answers a job's requests, its heavy imports done."""
+    """Return the function that answers a job's requests, after its heavy imports."""
     if job == "math":
         reply_math(["x+1", "1+x", True])
         return reply_math

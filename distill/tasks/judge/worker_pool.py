@@ -1,11 +1,11 @@
-"""A few worker processes for what may never end, each replaced when it does not answer in time.
+"""Worker processes for computations that may never end; a worker that does not answer in time is killed and replaced.
 
-They compare expressions symbolically (`math`), run scorers that evaluate what they are given (`score`), and run tests
+They compare expressions symbolically (`math`), run scorers that evaluate their input (`score`), and run tests
 that are written as code on a program in its sandbox (`check`).
-Plain child processes over pipes rather than `multiprocessing`: nothing of the caller is imported again or
-pickled, no fork of a process that holds threads or a GPU, and a kill is a kill. Started on first use, from
-any thread; ended at exit. A forked child starts its own. All hash alike, whatever the caller's PYTHONHASHSEED,
-so what a generator does with sets is the same in all of them.
+They are plain child processes over pipes instead of a pool of `multiprocessing` (or pebble): the caller's main module is
+not imported again, no process with threads or a GPU is forked, and PYTHONHASHSEED can be fixed, so generators that iterate
+over sets give the same items in all workers. Started on first use, from any thread; ended at exit. A forked child starts
+its own.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Job = Literal["math", "score", "check"]
 
 NUM_WORKERS = max(1, min(4, (os.cpu_count() or 1) // 2))
 NUM_CHECKERS = os.cpu_count() or 1
-"""Of `check`: they mostly wait for the program."""
+"""The number of workers of the job `check`, which mostly wait for the program."""
 
 LIMIT_S: dict[Job, float] = {"math": 5.0, "score": 30.0, "check": 300.0}
-"""Seconds for one request; a generator may have to write its item again first."""
+"""Seconds for one request; a generator may have to make its item again first."""
 
 START_LIMIT_S = 120.0
 
@@ -75,7 +75,7 @@ class _Worker:
         return json.loads(self._line(limit_s))
 
     def _line(self, limit_s: float) -> bytes:
-        """The next line of its output; StuckError after the limit or at its end."""
+        """Return the next line of the output; raises StuckError after the limit or at the end of the output."""
         assert self.process.stdout is not None
         pipe, deadline, read = self.process.stdout.fileno(), time.monotonic() + limit_s, b""
         while not read.endswith(b"\n"):
@@ -96,11 +96,11 @@ class _Worker:
                 try:
                     pipe.close()
                 except OSError:
-                    continue  # what was buffered has nowhere to go
+                    continue  # buffered output can no longer be written
 
 
 class Pool:
-    """Slots of workers; a slot is empty until it is first needed, and again after its worker was killed."""
+    """A pool of workers; a slot is empty until it is first used, and after its worker was killed."""
 
     def __init__(self, job: Job, num_workers: int) -> None:
         self._job = job
@@ -110,7 +110,7 @@ class Pool:
             self._slots.put(None)
 
     def ask(self, *request: object, limit_s: float) -> Any:
-        """The reply to one request; raises StuckError where there is none within the limit."""
+        """Return the reply to one request; raises StuckError without a reply within the limit."""
         worker = self._slots.get()
         try:
             if worker is None:
@@ -118,7 +118,7 @@ class Pool:
                 self._started.add(worker)
             return worker.ask(list(request), limit_s)
         except BaseException:
-            # Also on Ctrl-C: a worker with a reply still on its way would give it to the next request.
+            # Also on Ctrl-C: otherwise the worker's late reply would answer the next request.
             if worker is not None:
                 self._started.discard(worker)
                 worker.kill()
@@ -139,7 +139,7 @@ _lock = threading.Lock()
 
 
 def ask(job: Job, *request: object, limit_s: float | None = None) -> Any:
-    """Ask the process's own pool for a job; raises StuckError where there is no reply within the limit."""
+    """Send a request to this process's pool for a job; raises StuckError without a reply within the limit."""
     with _lock:
         pool = _pools.setdefault(job, Pool(job, NUM_CHECKERS if job == "check" else NUM_WORKERS))
     return pool.ask(*request, limit_s=LIMIT_S[job] if limit_s is None else limit_s)

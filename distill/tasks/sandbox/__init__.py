@@ -1,4 +1,4 @@
-"""Runs programs that nobody has read: see `isolation` for what holds them, `session` for how they are talked to."""
+"""The sandbox for untrusted programs: `isolation` has its levels, `session` the communication with a program."""
 
 from distill.tasks.sandbox.isolation import Isolation, choose, describe
 from distill.tasks.sandbox.session import (

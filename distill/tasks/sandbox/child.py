@@ -2,10 +2,9 @@
 
 Self-contained, and never imported by the package. It takes frames on its standard input (a length in four
 bytes, then marshal: they come from the trusted side) and writes frames to its standard output (a length, then
-JSON, which the other side reads as it would read any stranger's). It confines itself, says that it is ready,
-and runs one untrusted program: with a standard input, in a process a test, or by calling its function again and
-again. Nothing it is sent holds an expected result, so a program that takes it over can only answer the
-questions it is asked.
+JSON, which the other side does not trust). It confines itself, reports that it is ready, and runs one untrusted
+program: with a standard input, one process a test, or by calling its function repeatedly. No frame it receives holds an
+expected result, so a program that takes it over can only answer the calls it gets.
 """
 
 from __future__ import annotations
@@ -26,13 +25,11 @@ TAGS: dict[type, str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
 
 
 def confine(uid: int, limits: dict[str, int], denied: bytes | None) -> None:
-    """Another user, limits, no way to regain privileges. denied: a seccomp filter, None
-    where it is somebody else's to set.
-    """
+    """Change the user, set limits and drop privileges for good. denied: a seccomp filter; None if bubblewrap sets one."""
     import resource
 
     try:
-        # Out of memory, the kernel takes this one first.
+        # When memory runs out, the kernel kills this process first.
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
     except OSError:
@@ -130,7 +127,7 @@ def load(source: str, entry_point: str) -> Any:
 
 
 def answer_calls(requests: int, replies: int, source: str, entry_point: str, nonce: str) -> None:
-    """Load the program, then a call a frame: (nonce, args, kwargs), passed by value."""
+    """Load the program, then answer one call a frame: (nonce, args, kwargs), passed by value."""
     try:
         function = load(source, entry_point)
         write_frame(replies, nonce, "loaded")
@@ -160,7 +157,7 @@ def described(error: BaseException) -> tuple[str, str]:
 
 
 def scratch() -> int:
-    """A file without a name in the working folder."""
+    """Open an unnamed file in the working folder."""
     name = f"io-{os.getpid()}"
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     os.unlink(name)
@@ -168,7 +165,7 @@ def scratch() -> int:
 
 
 def answer_runs(requests: int, replies: int, max_output: int) -> None:
-    """A run of the program a frame: (nonce, stdin). Returns, in a process forked for it, to become the program."""
+    """Run the program once a frame: (nonce, stdin). Returns in the process that was forked to become the program."""
     while True:
         nonce, text = read_frame(requests)
         stdin, stdout = scratch(), scratch()
@@ -196,7 +193,7 @@ def answer_runs(requests: int, replies: int, max_output: int) -> None:
 
 
 def main() -> str:
-    """Serve the one program; returns its source in a process that is to become it."""
+    """Serve the program; return its source in the process that is to become it."""
     requests, replies = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):

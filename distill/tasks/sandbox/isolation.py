@@ -1,15 +1,15 @@
-"""How strongly untrusted programs are held, and what this machine has to hold them with.
+"""Isolation levels of untrusted programs, and the choice of the strongest that this machine has.
 
-Level 1, a command of the user's that starts a Python elsewhere (`docker run --rm -i --network none python:3.12-slim
-python`): what it isolates is its own affair. Level 2, bubblewrap: no network, a file system of the system's and the
-interpreter's files only, read-only, a private and bounded /tmp, own process, ipc, host name and network namespaces,
-a new session, dead with its parent. Level 3, nothing but resource limits, a scrubbed environment and refused
-system calls; for those who say `unsafe: true`. Levels 2 and 3 give each program a user id of its own where
+Level 1: the user's command, which starts a Python elsewhere (`docker run --rm -i --network none python:3.12-slim
+python`); its isolation is up to the command. Level 2, bubblewrap: no network, a read-only file system with the system's and
+the interpreter's files only, a private and bounded /tmp, own process, ipc, host name and network namespaces,
+a new session, killed with its parent. Level 3: only resource limits, a minimal environment and refused
+system calls; must be enabled by `unsafe: true`. Levels 2 and 3 give each program a user id of its own if
 this process is root.
 
-What level 3 cannot stop: reading whatever is open to all (a benchmark's answers, if they lie there), filling the disk
-as fast as the time limit allows; and, where this process is not root, reading, changing and deleting the user's own
-files, and looking into the user's own processes.
+Level 3 does not prevent a program from reading world-readable files (such as a benchmark's answers) or filling the disk
+within the time limit. If this process is not root, the program can also read, change and delete the user's
+files, and inspect the user's processes.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ class Isolation:
             os.close(file)
 
     def new_uid(self) -> int:
-        """A user id that no other program has at this time; 0 to stay who we are."""
+        """Return a user id that no other program has at this time; 0 = keep the current user."""
         if not self.own_uid:
             return 0
         return FIRST_UID + os.getpid() % 2**22 * 64 + next(_counter) % 64
 
 
 def choose(unsafe: bool = False, command: str | None = None) -> Isolation:
-    """The strongest isolation there is; level 3 only where it is asked for. UserError says what is missing."""
+    """Return the strongest isolation available; level 3 only if `unsafe`. Raises UserError, naming what is missing."""
     if command is not None:
         return by_command(command)
     try:
@@ -92,7 +92,7 @@ def choose(unsafe: bool = False, command: str | None = None) -> Isolation:
 
 
 def describe(unsafe: bool = False, command: str | None = None) -> str:
-    """The level that would be used, in words, for reports and doctor; never raises."""
+    """Describe the level that would be used, for reports; never raises."""
     try:
         isolation = choose(unsafe, command)
     except UserError as error:
@@ -101,7 +101,7 @@ def describe(unsafe: bool = False, command: str | None = None) -> str:
 
 
 class UnavailableError(Exception):
-    """A level that this machine does not have; the message says why."""
+    """A level is not available on this machine; the message says why."""
 
 
 def by_command(command: str) -> Isolation:
@@ -179,7 +179,7 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
     )
     yield from ("--die-with-parent", "--new-session", "--hostname", "sandbox")
     if root:
-        # The child gives these up when it becomes another user; no namespace of users is needed.
+        # The child drops these when it becomes another user; no user namespace is needed.
         yield from ("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
     else:
         yield "--unshare-user"
@@ -213,7 +213,7 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
     if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (0, 8):
         yield from ("--perms", "1777", "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp")
     else:
-        yield from ("--perms", "1777", "--tmpfs", "/tmp")  # bounded by the program's own time only
+        yield from ("--perms", "1777", "--tmpfs", "/tmp")  # limited by the program's own time only
     yield from ("--remount-ro", "/", "--chdir", "/tmp")
 
 

@@ -1,8 +1,8 @@
-"""One untrusted program, from its start to its certain end.
+"""Sessions: one untrusted program each, from its start to its guaranteed end.
 
-A `Session` is a fresh process (a fresh sandbox at level 2) for one program, never used for another. As many run
-at a time as there are cores; whoever comes later waits. Open, use and close it in one thread: bubblewrap ends
-its child when the thread that started it does.
+A `Session` is a new process (a new sandbox at level 2) for one program, never used for another. As many run
+at a time as there are cores; further ones wait. Open, use and close it in one thread: bubblewrap kills
+its child when the thread that started it ends.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MARK = "DISTILL_SANDBOX"
 
 
 class SandboxError(Exception):
-    """The sandbox did not start: nothing was learnt about the program."""
+    """The sandbox did not start; the program was not tried."""
 
 
 class RaisedError(Exception):
@@ -71,10 +71,10 @@ class Limits:
 class Session:
     """A program in its sandbox: `run` it with a standard input, or `call` its function; either any number of times.
 
-    `entry_point` says which: None to run, a function's name (or Class.method) to call. Every wait ends at the
-    test's limit or when `budget_s` is used up (the problem's limit where it is not said), which counts from when the
-    sandbox is ready. FaultError and RaisedError are the program's doing, SandboxError is not; after a FaultError the
-    session is over.
+    `entry_point`: None to run, a function's name (or Class.method) to call. Every wait ends at the
+    test's limit or when `budget_s` is used up (default: the problem's limit), counted from when the
+    sandbox is ready. FaultError and RaisedError are faults of the program, SandboxError is not; after a FaultError the
+    session has ended.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Session:
         self._end()
 
     def run(self, stdin: str) -> tuple[int, str]:
-        """Exit status (minus the signal for one that was killed) and standard output of a run."""
+        """Run the program; return its exit status (minus the signal if killed) and standard output."""
         kind, rest = self._ask(stdin.encode("utf-8", "surrogatepass"))
         if kind == "flood":
             raise FaultError("output too long")
@@ -121,7 +121,7 @@ class Session:
         raise FaultError("bad reply")
 
     def call(self, /, *args: Any, **kwargs: Any) -> Any:
-        """The function's result. Arguments are of built-in types and passed by value; SandboxError for others."""
+        """Call the function. Arguments are of built-in types, passed by value; others raise SandboxError."""
         try:
             kind, rest = self._ask(args, kwargs)
         except ValueError as error:
@@ -135,7 +135,7 @@ class Session:
 
     @property
     def left_s(self) -> float:
-        """Seconds of the budget that are left."""
+        """Return the remaining seconds of the budget."""
         return max(0.0, self._deadline - time.monotonic())
 
     def _start(self) -> None:
@@ -226,7 +226,7 @@ class Session:
         return FaultError("bad reply")
 
     def _end(self) -> None:
-        """Kill whatever there is of the program, and only then let the next one start."""
+        """Kill all processes of the program, and only then let the next session start."""
         process = self._process
         try:
             if process is not None:
@@ -243,7 +243,7 @@ class Session:
             _slots().release()
 
     def _kill_leftovers(self) -> None:
-        """Level 3 has no process namespace that dies as one: find what left the group by its user or its mark."""
+        """Kill processes that left the group (level 3 has no process namespace): find them by their user or mark."""
         deadline = time.monotonic() + _ENDED_LIMIT_S
         while time.monotonic() < deadline:
             left = list(_processes_of(self._uid, f"{_MARK}={self._mark}".encode()))
@@ -274,12 +274,12 @@ def _processes_of(uid: int, mark: bytes) -> Iterator[int]:
             if (uid and f"\nUid:\t{uid}\t" in status) or (not uid and mark in (folder / "environ").read_bytes()):
                 yield int(entry)
         except OSError:
-            continue  # ended meanwhile, or not ours to look at
+            continue  # ended meanwhile, or not readable
 
 
 @functools.lru_cache(maxsize=1)
 def _num_tasks(uid: int, _when: int) -> int:
-    """Threads of a user at some moment of the last seconds: what its limit on processes counts already."""
+    """Return the number of a user's threads within the last seconds, which its limit on processes already counts."""
     total = 0
     for status in Path("/proc").glob("[0-9]*/status"):
         try:

@@ -1,7 +1,7 @@
-"""System calls that untrusted code has no use for, as a seccomp filter (classic BPF, x86-64 and aarch64, Linux).
+"""A seccomp filter that refuses system calls untrusted code does not need (classic BPF, x86-64 and aarch64, Linux).
 
-They hold memory that no resource limit counts (shared memory, message queues, memory files), reach into other
-processes, or open a large part of the kernel to attack. Refused with EPERM; `clone` only where it asks
+These calls allocate memory outside resource limits (shared memory, message queues, memory files), access other
+processes, or expose a large part of the kernel. They are refused with EPERM; `clone` only if it asks
 for a namespace, and `clone3`, whose flags a filter cannot see, with ENOSYS, so that libc falls back to `clone`.
 Without bubblewrap also: sockets, leaving the process group, and sending signals.
 """
@@ -37,7 +37,7 @@ _EPERM, _ENOSYS = 1, 38
 
 
 def denied(namespaces: bool) -> bytes:
-    """The filter's instructions, eight bytes each; empty on a machine that it is not written for."""
+    """Return the filter's instructions, eight bytes each; empty on other machines."""
     machine = platform.machine()
     if machine not in _ARCH:
         return b""

@@ -1,6 +1,6 @@
-"""Frames between the trusted side and the child: what we send is marshal, what comes back is read as a stranger's.
+"""Frames between the trusted process and the child: marshal to the child, untrusted JSON back.
 
-A reply is JSON in a frame of bounded length; values become built-in types only, exactly, whatever made them.
+A reply is JSON in a frame of bounded length; its values become objects of exactly the built-in types.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 
 MAX_REPLY_BYTES = 8 * 2**20
 MAX_KEYS = 10_000
-"""Hashed items in one value: keys can be chosen so that all collide, and each then costs all before it."""
+"""The largest number of hashed items in one value: keys may be chosen to collide, which makes hashing quadratic."""
 
 
 class FaultError(Exception):
-    """The program's own doing: too slow, ended, too much output, no sensible reply. The message is the reason."""
+    """A fault of the program: too slow, ended, too much output, an invalid reply. The message is the reason."""
 
 
 def send(fd: int, message: Any, deadline: float) -> None:
-    """Write a frame to a non-blocking pipe. FaultError when the other side is gone or does not read in time."""
+    """Write a frame to a non-blocking pipe. Raises FaultError if the other side has ended or does not read in time."""
     body = marshal.dumps(message, 4)
     rest = memoryview(len(body).to_bytes(4, "big") + body)
     while rest:
@@ -36,7 +36,7 @@ def send(fd: int, message: Any, deadline: float) -> None:
 
 
 def receive(fd: int, deadline: float) -> list[Any]:
-    """A frame's JSON, a list of at least a nonce and a kind. FaultError where there is none such in time."""
+    """Return a frame's JSON, a list of at least a nonce and a kind. Raises FaultError without one in time."""
     length = int.from_bytes(_read(fd, 4, deadline), "big")
     if length > MAX_REPLY_BYTES:
         raise FaultError("output too long")
@@ -64,7 +64,7 @@ def _read(fd: int, size: int, deadline: float) -> bytes:
 
 
 def decode(value: Any) -> Any:
-    """The value that the child's `encode` wrote, of built-in types exactly. FaultError for anything else."""
+    """Return the value that the child's `encode` wrote, of exactly the built-in types. Raises FaultError for others."""
     try:
         return _Decoder().decode(value)
     except (ValueError, TypeError, LookupError, RecursionError, OverflowError):

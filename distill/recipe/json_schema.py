@@ -1,4 +1,4 @@
-"""The JSON schema of recipes, for editors: what the config classes say, and the short forms that they take."""
+"""The JSON schema of recipes, for editors: made from the config classes, with the short forms that they accept."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from distill.recipe.tree import Recipe
 
 FILE = "recipe.schema.json"
 _SHORT = {"EngineConfig": "an engine's name", "ModelConfig": "the model's source"}
-"""Sections that may be one word instead."""
+"""Sections that may be written as one word."""
 
 
 def as_tree() -> dict[str, Any]:
-    """The schema (JSON Schema 2020-12). A stage kind of one's own, `package.module:Class`, takes any field."""
+    """Return the schema (JSON Schema 2020-12). A user's stage kind, `package.module:Class`, may have any field."""
     kinds: Any = functools.reduce(operator.or_, KINDS.values())
     stage: Any = Annotated[kinds, Field(discriminator="kind")]
     stages = pydantic.TypeAdapter(stage).json_schema(ref_template="#/$defs/{model}")
