@@ -265,7 +265,7 @@ def schema(
     ] = None,
 ) -> None:
     """Write the JSON schema of recipes, for editors."""
-    from distill.recipe.schema import as_text
+    from distill.recipe.json_schema import as_text
 
     if out is None:
         typer.echo(as_text(), nl=False)

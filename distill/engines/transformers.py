@@ -47,7 +47,7 @@ class _Row:
 
 
 @dataclass(slots=True)
-class _Live:
+class _Running:
     """The batch being decoded: its rows, attention mask [B, P], logits of the next tokens [B, V] and cache.
 
     joins: whether rows can be added to the cache.
@@ -69,7 +69,7 @@ class _Live:
         self.cache.batch_select_indices(index_B)
         return next_B[index_B]
 
-    def join(self, new: _Live) -> _Live:
+    def join(self, new: _Running) -> _Running:
         """Append the rows of a new batch. Leading positions that are masked in all own rows are dropped."""
         skip = int(self.mask_BP.any(0).long().argmax())
         self.cache.join(new.cache, skip)
@@ -135,7 +135,7 @@ class TransformersEngine:
             live.mask_BP = torch.cat([live.mask_BP, live.mask_BP.new_ones(len(kept), 1)], dim=1)
             live.logits_BV, live.cache = self._forward(next_B[:, None], live.mask_BP, live.cache)
 
-    def _start(self, batch: list[Request], sampling: Sampling) -> _Live:
+    def _start(self, batch: list[Request], sampling: Sampling) -> _Running:
         """Run the prompts of new requests, up to the logits of their first tokens."""
         rows_B = [
             _Row(

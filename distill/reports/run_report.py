@@ -57,7 +57,7 @@ class View(TypedDict):
     seconds: float
 
 
-class CheckpointRow(TypedDict):
+class StageSnapshotRow(TypedDict):
     """An evaluated snapshot of a training stage: the stage's FLOPs up to its step, and its accuracy."""
 
     step: float
