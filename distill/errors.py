@@ -1,8 +1,8 @@
-"""Errors that the user can solve; in a module without imports, so that the command line starts fast."""
+"""The exception for mistakes of the user. A module of its own, so that the command line starts without numpy."""
 
 
 class UserError(Exception):
-    """An error that the user can solve. The message names the key, file or row, what was wrong and the fix.
+    """A mistake that the user can correct. The message names the key, file or row, what is wrong, and the fix.
 
     The command line prints it without a traceback and exits with status 2.
     """

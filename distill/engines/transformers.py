@@ -1,11 +1,11 @@
-"""An engine on plain transformers: a batch is decoded together with a key-value cache; rows leave as they finish.
+"""The engine on plain transformers: decodes a batch with a key-value cache and removes rows as they finish.
 
-When half of the rows have left, new requests join. Prompts are padded on the left; a batch's common prompt prefix is
-computed once, and so is a prompt that occurs several times. Each request draws from its own generator, one uniform number a
-token. With a batch of one a result depends on its request only: in float32 that is the reference engine.
+When half of the rows are done, new requests fill the batch. Prompts are padded on the left. The common prefix of a batch's
+prompts is computed once, and so is a repeated prompt. Each request has its own random generator, which draws one uniform
+number per token. With a batch size of one a result depends only on its request; in float32, that is the reference engine.
 Log-probabilities are raw: before temperature and top-p.
 
-Shapes: B rows of the batch, V vocabulary, K candidates, T positions, P prompt tokens.
+Shapes: B rows of the batch, V vocabulary, K candidates, T positions, P prompt tokens, U distinct prompts.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from distill.engines.kv_cache import GrowingCache, Replay, growing
 from distill.records import Array, Completion, Request, Sampling
 
 CHUNK = 256
-"""The number of positions of one long completion scored at a time: bounds the logits to [CHUNK, vocabulary]."""
+"""Maximum positions scored at once of a single completion; limits the logits to [CHUNK, V]."""
 SCORED = 1024
-"""The number of positions scored at a time over several completions: bounds the logits to [SCORED, vocabulary]."""
+"""Maximum positions scored at once of several completions; limits the logits to [SCORED, V]."""
 FED = 4096
-"""The number of tokens, prompts included, of completions scored together: bounds the activations."""
+"""Maximum tokens of several completions and their prompts in one forward pass; limits the activations."""
 
 
 @dataclass(slots=True)
 class _Row:
-    """A completion in progress."""
+    """A completion being generated. limit: maximum tokens. version: of the weights when it began."""
 
     request: Request
     limit: int
@@ -49,9 +49,9 @@ class _Row:
 
 @dataclass(slots=True)
 class _Running:
-    """The completions in progress, their attention mask [B, P], next-token logits [B, V] and key-value cache.
+    """The batch being decoded: its rows, attention mask [B, P], logits of the next tokens [B, V] and cache.
 
-    joins: whether new rows can be added to the cache.
+    joins: whether rows can be added to the cache.
     """
 
     rows: list[_Row]
@@ -61,7 +61,7 @@ class _Running:
     joins: bool
 
     def keep(self, kept: list[int], next_B: torch.Tensor) -> torch.Tensor:
-        """Keep these rows, in this order; return their next tokens."""
+        """Keep only these rows, in this order; returns their next tokens."""
         if len(kept) == len(self.rows):
             return next_B
         index_B = torch.tensor(kept, device=next_B.device)
@@ -71,7 +71,7 @@ class _Running:
         return next_B[index_B]
 
     def join(self, new: _Running) -> _Running:
-        """Add new rows below these. Positions at the left that none of these rows uses are dropped."""
+        """Append the rows of a new batch. Leading positions that are masked in all own rows are dropped."""
         skip = int(self.mask_BP.any(0).long().argmax())
         self.cache.join(new.cache, skip)
         mine, theirs = self.mask_BP[:, skip:], new.mask_BP
@@ -82,7 +82,7 @@ class _Running:
 
 
 class TransformersEngine:
-    """An engine on a transformers model (see distill.records.Engine)."""
+    """A transformers model as an engine (see `distill.records.Engine`)."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class TransformersEngine:
             self._batch_size = 1
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
-        """Yield completions as they finish; at most batch_size requests are in progress at a time."""
+        """Yield completions as they finish; at most batch_size requests run at a time."""
         source = iter(requests)
         live: _Running | None = None
         while True:
@@ -130,7 +130,7 @@ class TransformersEngine:
                 row.ids.append(ids_BK[index])
                 row.logp.append(logp_BK[index])
                 if int(ids_BK[index, 0]) in self._stop_ids or len(row.ids) == row.limit:
-                    # The last row takes the finished row's place, so that few rows move.
+                    # The last row takes its place, so that few rows are copied.
                     kept[index] = kept[-1]
                     kept.pop()
                     yield self._completion(row, top_k)
@@ -142,7 +142,7 @@ class TransformersEngine:
             live.logits_BV, live.cache = self._forward(next_B[:, None], live.mask_BP, live.cache)
 
     def _start(self, batch: list[Request], sampling: Sampling) -> _Running:
-        """Compute the prompts of new rows, up to the logits of their first tokens."""
+        """Run the prompts of new requests, up to the logits of their first tokens."""
         rows_B = [
             _Row(
                 request,
@@ -154,17 +154,17 @@ class TransformersEngine:
         ]
         prompts: dict[bytes, int] = {}
         which_B = [prompts.setdefault(_key(request), len(prompts)) for request in batch]
-        different = [np.frombuffer(key, np.int64) for key in prompts]
-        logits_UV, mask_UP, cache = self._prefill(different)
+        distinct = [np.frombuffer(key, np.int64) for key in prompts]
+        logits_UV, mask_UP, cache = self._prefill(distinct)
         which = torch.tensor(which_B, device=self._device)
         cache.batch_select_indices(which)
         joins = isinstance(cache, GrowingCache)
         return _Running(rows_B, mask_UP[which], logits_UV[which], cache, joins)
 
     def _prefill(self, ids: list[Array], keep: int = 1) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Return logits [B * keep, V] of the last positions of several sequences, their mask [B, P] and the cache.
+        """Logits [B * keep, V] of the last `keep` positions of several sequences, their mask [B, P] and the cache.
 
-        Their common prefix is computed once, if the model's cache allows it.
+        The common prefix is computed once if the model's cache supports that.
         """
         decoding = self.decoding
         cache = growing(self._model.config) if decoding.batched and decoding.cached else None
@@ -190,7 +190,7 @@ class TransformersEngine:
         )
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
-        """Yield the given completions' log-probabilities, teacher-forced, in the order of the requests."""
+        """Yield the log-probabilities of the given completions (teacher-forcing), in the order of the requests."""
         for group in self._groups(requests):
             for request, (ids, logp) in zip(group, self._score_group(group, top_k), strict=True):
                 yield completions.completion(
@@ -204,7 +204,7 @@ class TransformersEngine:
                 )
 
     def _groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
-        """Group consecutive requests to score together: at most FED tokens, of which at most SCORED are scored."""
+        """Split requests, in order, into groups to score together: at most SCORED positions and FED tokens, padded."""
         group: list[Request] = []
         longest = whole = 0
         for request in requests:
@@ -226,7 +226,7 @@ class TransformersEngine:
             parts = list(self._score_chunks(group[0].prompt_ids, given[0], top_k))
             yield tuple(np.concatenate(column) for column in zip(*parts, strict=True))
             return
-        # The last token is fed to nothing; the position before a token is about it.
+        # The logits of a token are at the position before it, so the last token is not fed.
         ids = [np.concatenate([r.prompt_ids, g[:-1]]) for r, g in zip(group, given, strict=True)]
         keep = max(map(len, given))
         logits_BV, _, _ = self._prefill(ids, keep)
@@ -239,7 +239,8 @@ class TransformersEngine:
         label_T = torch.as_tensor(given_T, dtype=torch.long, device=self._device)
         fed = torch.as_tensor(prompt_ids, dtype=torch.long, device=self._device)
         cache: Any = None
-        # The prompt's last position is about the completion's first token, and so on: its last is fed to nothing.
+        # The logits of a token are at the position before it: the prompt's last position gives those of the first
+        # completion token, and the last completion token is not fed.
         for start in range(0, len(label_T), CHUNK):
             label_C = label_T[start : start + CHUNK]
             fed = torch.cat([fed, label_C[:-1]])
@@ -251,7 +252,7 @@ class TransformersEngine:
     def _forward(
         self, ids_BP: torch.Tensor, mask_BP: torch.Tensor | None, cache: Any, keep: int = 1
     ) -> tuple[torch.Tensor, Any]:
-        """Return float32 logits of the last `keep` positions, [B * keep, V], over the tokenizer's ids, and the cache."""
+        """float32 logits [B * keep, V] of the last `keep` positions, without the padding of V, and the cache."""
         length = ids_BP.shape[1]
         if not self.decoding.cached:
             ids_BP = ids_BP if cache is None else torch.cat([cache.ids_BP, ids_BP], dim=1)
@@ -283,7 +284,7 @@ class TransformersEngine:
 
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Copy new weights by their names in the checkpoint; raises ValueError for unknown or missing names."""
+        """Copy new weights in, by their names in the checkpoint. Raises ValueError for unknown or missing names."""
         mine = self._model.state_dict()
         needed = {name for name, _ in self._model.named_parameters()}
         for name, tensor in weights:
@@ -308,7 +309,7 @@ def _key(request: Request) -> bytes:
 
 
 def _common(sequences: list[Array], keep: int) -> int:
-    """Return the length of the sequences' common prefix, without each one's last `keep` tokens; 0 for a single sequence."""
+    """Length of the common prefix of the sequences without their last `keep` tokens; 0 for a single sequence."""
     width = min(len(ids) for ids in sequences) - keep
     if len(sequences) < 2 or width <= 0:
         return 0
@@ -317,7 +318,7 @@ def _common(sequences: list[Array], keep: int) -> int:
 
 
 def _left_padded(prompts: list[Array], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return prompt ids and attention mask, [B, P] each, padded on the left."""
+    """Prompt ids and attention mask [B, P], padded on the left."""
     width = max(map(len, prompts))
     ids_BP = torch.zeros(len(prompts), width, dtype=torch.long)
     mask_BP = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -329,7 +330,7 @@ def _left_padded(prompts: list[Array], device: str) -> tuple[torch.Tensor, torch
 
 @torch.inference_mode()
 def _draw(logits_BV: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> torch.Tensor:
-    """Draw one token a row [B] by inverting the cumulative distribution at one uniform number of the row's generator."""
+    """Sample one token per row [B]: the inverse of the cumulative distribution at a uniform random number."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     prob_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
@@ -349,7 +350,7 @@ def _draw(logits_BV: torch.Tensor, sampling: Sampling, generators: list[torch.Ge
 
 @torch.inference_mode()
 def _head_rows(logits_BV: torch.Tensor, token_B: torch.Tensor, top_k: int) -> tuple[Array, Array]:
-    """Return ids and raw log-probabilities [B, 1 + K]: the token itself, then the top_k most probable ids."""
+    """ids and raw log-probabilities [B, 1 + K]: the token itself, then the top_k most probable tokens."""
     logp_BV = logits_BV.log_softmax(-1)
     top = logp_BV.topk(min(top_k, logp_BV.shape[1]), dim=-1)
     token_B1 = token_B[:, None]

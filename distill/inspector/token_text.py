@@ -1,8 +1,8 @@
-"""Tokens as visible text for a page.
+"""The text that a page shows for a token: its bytes decoded, with control characters and partial characters made visible.
 
-In: a tokenizer's pieces. Out: text in which control characters, changes of the reading direction and incomplete characters
-are visible (‹U+0000›, ‹U+202E›, ‹F0 9F›). A character that several tokens spell is shown at the token that completes it.
-Escaping for HTML is done by the caller.
+Input: token pieces as a tokenizer names them. Output: text in which control characters, bidirectional overrides and bytes
+that are not a whole character appear as ‹U+0000›, ‹U+202E›, ‹F0 9F›. A character made of several tokens is shown at the
+token that completes it. Escaping for HTML is not done here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return the printable character that byte-level BPE uses for each byte (Radford et al. 2019)."""
+    """Character -> byte, as byte-level BPE writes bytes (Radford et al. 2019)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -27,11 +27,11 @@ _ALPHABET = _byte_alphabet()
 
 
 def piece_bytes(pieces: Sequence[str | None], byte_level: bool, added: Collection[str] = ()) -> list[bytes]:
-    """Return the bytes of each piece.
+    """The bytes of each piece.
 
-    pieces: from `convert_ids_to_tokens`; None (an id without a piece) gives no bytes. byte_level: the
-    tokenizer spells bytes as characters, like GPT-2; otherwise ▁ is a space and <0x0A> a byte, like
-    SentencePiece. added: pieces that are their own text (special tokens).
+    pieces: as `convert_ids_to_tokens` returns them; None (an id without a piece) gives no bytes. byte_level: whether the
+    tokenizer writes bytes as characters, as GPT-2's does; otherwise ▁ is a space and <0x0A> a byte, as in SentencePiece.
+    added: pieces that are literal text (special tokens).
     """
     found = []
     for piece in pieces:
@@ -49,7 +49,7 @@ def piece_bytes(pieces: Sequence[str | None], byte_level: bool, added: Collectio
 
 
 def shown(data: bytes) -> str:
-    """Return bytes as text: invalid UTF-8 as hexadecimal, control characters by code point."""
+    """Bytes as text: invalid UTF-8 in hexadecimal, control characters by code point."""
     parts, rest, bad = [], data, b""
     while rest:
         try:
@@ -65,15 +65,15 @@ def shown(data: bytes) -> str:
 
 
 def visible(text: str) -> str:
-    """Replace control characters, changes of the reading direction and lone surrogates by their code points.
+    """The text with control characters, bidirectional overrides and lone surrogates by code point.
 
-    Line feeds and tabs stay.
+    Line feeds and tabs stay as they are.
     """
     return CONTROLS.sub(lambda match: f"‹U+{ord(match[0]):04X}›", text)
 
 
 def is_partial(data: bytes) -> bool:
-    """Return whether bytes end within a character, or start within one."""
+    """Whether the bytes are not whole UTF-8 characters."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
@@ -82,7 +82,7 @@ def is_partial(data: bytes) -> bool:
 
 
 def completed(pieces: Iterable[bytes]) -> dict[int, str]:
-    """Return the text of tokens that complete a character begun by an earlier token, by position."""
+    """Position -> text of each token that completes a character begun by an earlier token of the same text."""
     found: dict[int, str] = {}
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     for position, piece in enumerate(pieces):

@@ -37,7 +37,7 @@ def resolve(model: ModelConfig, say: Callable[[str], None] | None = None) -> Pat
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"model folder {model.source!r} holds no config.json. Snapshot to a folder in transformers format."
+                f"model folder {model.source!r} holds no config.json. Name a folder in transformers format."
             )
         return folder
     if model.source.startswith((".", "/", "~")) or model.source.count("/") > 1:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from distill import synonyms
 from distill.files import SHIPPED
-from distill.plug import look_in, nearest
+from distill.plug import add_import_folder, nearest
 from distill.recipe.fields import ModelConfig, PlugConfig
 from distill.recipe.seeds import expand
 from distill.recipe.stages import KINDS, kind_class
@@ -42,7 +42,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
         raise UserError(f"{path}: a recipe is a mapping with name, models, tasks and stages.")
     for key, value in parse_overrides(overrides).items():
         _set(tree, key, value)
-    look_in(path.resolve().parent)
+    add_import_folder(path.resolve().parent)
     return validate(tree, str(path))
 
 

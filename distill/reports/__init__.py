@@ -1,1 +1,1 @@
-"""Statistics, comparisons, and the pages and plots of a run. Imports no torch and no other room."""
+"""Statistics, comparisons of arms, and the report, plots and model cards of a run. Imports no torch."""

@@ -1,7 +1,7 @@
-"""Write a run's report: report.json, report.md, report.html and plots/*.svg, atomically.
+"""Write a run's report: report.json, report.md, report.html and plots/*.svg, each file atomically.
 
-Text from models and data sets is treated as hostile: in Markdown it is put in fences longer than any run of backticks in
-it, in HTML it is escaped, and characters that control a terminal or change the reading direction are replaced.
+Text from models and data sets is untrusted. In Markdown it is put in fences longer than any run of backticks inside, in
+HTML it is escaped, and control characters and bidirectional overrides are replaced.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from distill.reports.run_report import RunReport
 from distill.reports.wording import verdict
 
 _MARKUP = re.compile(r"[\\`*|~$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|\[(?=\^)|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)")
-"""Characters that are Markdown markup at their position; a bracket, for example, only if a link follows."""
+"""Characters that are markup in Markdown at their place: a closing bracket only before a link, and so on."""
 _INTERVAL = re.compile(r"\[[-+]?[\d.]+, [-+]?[\d.]+\]$")
 _BLOCK_START = re.compile(r"^(\d*)([-+.)>=#])(?=\s|$|[-=#>])")
 
 
 def write_report(report: RunReport, folder: str | Path) -> dict[str, Path]:
-    """Write all of a report's files into a folder; returns their paths by name."""
+    """Write all files of a report into a folder; return their paths by name."""
     folder = Path(folder)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     full: RunReport = {**report, "verdict": verdict(report)}
@@ -51,13 +51,13 @@ def write_report(report: RunReport, folder: str | Path) -> dict[str, Path]:
     texts = {figure.file: figure.svg for figure in figures(content)}
     texts["report.md"] = markdown(full["name"], content)
     texts["report.html"] = html(full["name"], content)
-    # Written last, because readers that wait for a report wait for this file.
+    # Last, because other programs wait for this file.
     texts["report.json"] = to_json(full)
     return {name: write_atomic(folder / name, text) for name, text in texts.items()}
 
 
 def figures(content: list[Block]) -> list[Figure]:
-    """All figures of a report, in order."""
+    """All figures in the blocks of a report, in order."""
     found: list[Figure] = []
     for block in content:
         if isinstance(block, Figure):
@@ -77,7 +77,7 @@ def read_report(path: str | Path) -> RunReport:
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """Return strict JSON in ASCII; non-finite numbers become null."""
+    """Strict ASCII JSON; non-finite numbers become null."""
     return json.dumps(_plain(report), indent=2, allow_nan=False) + "\n"
 
 
@@ -97,12 +97,12 @@ def _plain(value: Any) -> Any:
 
 
 def escape_cell(text: str) -> str:
-    """Escape one line of plain text for use inside a Markdown line."""
+    """Escape plain text for use inside a line of Markdown; line breaks become spaces."""
     return _MARKUP.sub(r"\\\g<0>", " ".join(printable(text).split()))
 
 
 def escape_markdown(text: str) -> str:
-    """Escape one line of plain text as a Markdown line of its own: it must not start a list, heading, quotation or rule."""
+    """Escape plain text for a line of its own: also prevents lists, headings, quotations and rules."""
     return _BLOCK_START.sub(r"\1\\\2", escape_cell(text))
 
 
@@ -114,6 +114,7 @@ def fence(text: str, language: str = "text") -> str:
 
 
 def markdown(title: str, content: list[Block]) -> str:
+    """The blocks as Markdown under a title."""
     parts = [f"# {escape_markdown(title)}"]
     for block in content:
         match block:
@@ -155,7 +156,7 @@ def _markdown_inside(block: Text | Code | Answer) -> list[str]:
 
 
 def _markdown_table(table: Table) -> str:
-    """Return a Markdown table, padded so that it is readable as plain text."""
+    """A Markdown table, padded so that it is also readable as plain text."""
     rows = [[escape_cell(cell) for cell in row] for row in (table.header, *table.rows)]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(table.header))]
     rule = ["-" * w if a == "l" else "-" * (w - 1) + ":" for w, a in zip(widths, table.align, strict=True)]
@@ -172,7 +173,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def html(title: str, content: list[Block]) -> str:
-    """Return one self-contained page: no script, no network, light and dark, wide tables scroll in their own box."""
+    """The blocks as one self-contained HTML page, without scripts and without network access."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill.reports"),
         autoescape=True,
@@ -188,6 +189,6 @@ def html(title: str, content: list[Block]) -> str:
 
 
 def _quiet_brackets(cell: str) -> Markup:
-    """Return a cell's HTML, with an interval's brackets in a quieter colour."""
+    """The HTML of a table cell; the brackets of an interval are shown in grey."""
     text = str(escape(printable(cell)))
     return Markup(_INTERVAL.sub(r"<i>\g<0></i>", text))

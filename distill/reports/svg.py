@@ -1,8 +1,7 @@
-"""Drawing of the report's plots: scales, ticks, axes, marks and non-overlapping labels.
+"""SVG drawing for the report's plots: scales, ticks, axes, marks and labels that do not overlap.
 
-Without a plotting library every plot is an SVG of a few kilobytes that
-follows the reader's light or dark scheme. Every text is escaped. There is one accent colour; models that were not trained in
-the comparison are grey. A mark's `<title>` is its tooltip.
+Written without a plotting library: a plot is a few kilobytes and follows the reader's light or dark colour scheme. All text
+is escaped. A mark's `<title>` is its tooltip.
 """
 
 from __future__ import annotations
@@ -26,19 +25,20 @@ STYLE = """
 .dp .other .mark{fill:#71767d}.dp .other text{fill:#8b9096}.dp .lead{stroke:#4a4e54}.dp .level{stroke:#71767d}}
 """
 CHAR = 7.3
-"""The approximate width of a label's letter."""
+"""Approximate width of a character of a label, in pixels."""
 
 Scale = Callable[[float], float]
 Box = tuple[float, float, float, float]
 
 
 def linear(low: float, high: float, start: float, end: float) -> Scale:
-    """Return a map from values low..high to pixels start..end."""
+    """A linear scale from values low..high to pixels start..end."""
     span = (high - low) or 1.0
     return lambda value: round(start + (value - low) / span * (end - start), 1)
 
 
 def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
+    """A logarithmic scale from values low..high to pixels start..end."""
     inner = linear(math.log(low), math.log(high), start, end)
     return lambda value: inner(math.log(value))
 
@@ -55,7 +55,7 @@ def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Return round numbers from low to high for a logarithmic axis, at most `most`."""
+    """Round numbers from low to high for a logarithmic axis, at most `most` of them."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     best: list[float] = []
     for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
@@ -68,7 +68,10 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 @dataclass(slots=True)
 class Canvas:
-    """A drawing of width x height with the plot's box inside; parts are SVG text."""
+    """An SVG drawing of width x height with margins around the plot area.
+
+    label: alternative text. parts: SVG elements. taken, labels: boxes of marks and labels, which later labels avoid.
+    """
 
     width: int
     height: int
@@ -106,7 +109,7 @@ class Canvas:
         self.add(f'<text{css}{weight} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
 
     def x_axis(self, ticks: Sequence[tuple[float, str]], title: str, grid: bool = True) -> None:
-        """Draw the x axis. ticks: pixel and label. The title is below, at the right end."""
+        """Draw the horizontal axis. ticks: (pixel, label) pairs. The title is below its right end."""
         for x, text in ticks:
             if grid:
                 self.add(f'<line class="grid" x1="{x}" x2="{x}" y1="{self.top}" y2="{self.floor}"/>')
@@ -127,7 +130,7 @@ class Canvas:
         self.add(f'<path class="{kind}" d="M{x} {low}V{high}M{x - 3.5} {low}h7M{x - 3.5} {high}h7" fill="none"/>')
 
     def mark(self, x: float, y: float, shape: int, size: float = 4.5) -> None:
-        """Draw a mark by number: circle, square, triangle, diamond or cross-shaped star."""
+        """Draw a marker: circle, square, triangle, diamond or inverted triangle, by number."""
         s = size
         paths = (
             f"M{x - s} {y}a{s} {s} 0 1 0 {2 * s} 0a{s} {s} 0 1 0 {-2 * s} 0Z",
@@ -140,9 +143,9 @@ class Canvas:
         self.taken.append((x - s, y - s, x + s, y + s))
 
     def place(self, x: float, y: float, text: str) -> None:
-        """Place a label near a point without covering earlier parts, with a line to the point if it is far away.
+        """Draw a label near a point where it covers nothing drawn before; a line connects it if it is far away.
 
-        If there is no free place it may cover bars and marks, but never another label.
+        If there is no free place it may cover bars and marks, but never another label; else it is left out.
         """
         wide, tall = len(text) * CHAR, 13.0
         boxes = [
@@ -181,5 +184,5 @@ def _meet(a: Box, b: Box) -> bool:
 
 
 def group(kind: str, title: str) -> str:
-    """The opening of a group of marks, its tooltip with it."""
+    """The start tag of a group of marks, with its tooltip."""
     return f'<g class="{kind}"><title>{escape(title)}</title>'

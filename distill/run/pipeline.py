@@ -117,7 +117,7 @@ class Runner:
         inputs = input_fingerprints(node, self.recipe, self.run)
         standing = run_folder.read(folder)
         if standing is not None:
-            run_folder.settle(folder, standing)
+            run_folder.add_killed_time(folder, standing)
         if standing is None or decision.action == "run":
             lost = standing.seconds if standing is not None else 0.0
             standing = run_folder.State(kind=node.kind, config={}, inputs={}, seconds=lost)

@@ -11,7 +11,7 @@ from pathlib import Path
 from distill.recipe import EvalStage
 from distill.records import stable_hash
 from distill.reports.arms import ArmResults, score, score_seeds
-from distill.reports.run_report import CheckpointRow
+from distill.reports.run_report import StageSnapshotRow
 from distill.stages.context import Context, Result
 from distill.stages.snapshots import FOLDER, Snapshot, snapshots_of
 from distill.stages.trace_sampling import sample_traces
@@ -52,7 +52,7 @@ def run(config: EvalStage, context: Context) -> Result:
     return Result(cost, metrics, stable_hash(content_fingerprint(folder), *made))
 
 
-def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[CheckpointRow]:
+def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[StageSnapshotRow]:
     """Return the accuracy of each snapshot, of one training seed or over several seeds with equally many snapshots.
 
     evaluations: the folder of each seed's eval stage; snapshots: those of its training stage.
@@ -65,7 +65,7 @@ def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapsh
         }
         scores = score(results[0]) if len(results) == 1 else score_seeds(results)
         rows.append(
-            CheckpointRow(
+            StageSnapshotRow(
                 step=sum(snapshot.step for snapshot in together) / len(together),
                 flops=sum(snapshot.cost.flops for snapshot in together) / len(together),
                 accuracy=scores["accuracy"],

@@ -1,7 +1,7 @@
-"""The verb `distill inspect`: a sample of stored traces as one page, optionally with a student's scores of the same tokens.
+"""The verb `distill inspect`: a sample of stored traces as one HTML page, optionally with a student's probabilities.
 
-Finds the traces of a path and the tokenizer of the model that wrote them and, for a student, scores the stored
-completions with an engine.
+Finds the traces at a path and the tokenizer that wrote them; for a student, scores the stored completions with an engine.
+The page itself is made by `distill.inspector`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from distill.traces.reader import TraceReader, open_traces
 from distill.traces.schema import Metadata
 
 STUDENT_TOP_K = 256
-"""The number of the student's entries that are matched with the teacher's."""
+"""Entries of the student's distribution, to compare with the teacher's."""
 ROOM = 8
+"""Positions of the engine's context beyond the longest trace."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Traces, and the folder and recipe of the run that they lie in; None outside a run."""
+    """A folder of traces, and the run that contains it: the run's folder and recipe, None outside a run.
+
+    others: other stages of the run that have traces.
+    """
 
     traces: Path
     run: Path | None
@@ -46,13 +50,13 @@ def write(
     max_bytes: int = trace_page.MAX_BYTES,
     screen: Screen | None = None,
 ) -> tuple[Path, list[str]]:
-    """Write the page; return its path, and notes for the user.
+    """Write the page; return its path and notes for the user.
 
-    path: traces (a folder of shards, a selection, a shard), a stage's folder or a run's. out: the file, or a
-    folder for `inspect.html` (default: beside the traces). student: a checkpoint's folder, a stage of the run or a
-    hub id. sample: the largest number of traces, chosen by a hash of their ids: random, but reproducible.
-    screen: shows progress; None: one on stdout.
-    Raises UserError if there are no traces, or no matching tokenizer or student.
+    path: traces (a folder of shards, a selection, a shard), a stage's folder or a run's. out: the file, or a folder for
+    `inspect.html`; default: beside the traces. student: a model's folder, a stage of the run or a hub id. sample: the
+    maximum number of traces, chosen by a hash of their ids (a random sample, the same every time). tokenizer: a folder;
+    None: the student's or the writer's. screen: progress display; None: one on stdout. Raises UserError if there are no
+    traces, or no matching tokenizer or student.
     """
     found = find(path)
     reader = open_traces(found.traces)
@@ -77,15 +81,15 @@ def write(
     return write_atomic(target, text), notes
 
 
-# ----------------------------------------------------------------------------------------- what is meant
+# ---------------------------------------------------------------------------- finding traces and models
 
 
 def find(path: Path) -> Found:
-    """Find the traces of a path: itself, its `traces` folder, or a run's first stage with distributions."""
+    """Find the traces at a path: the path itself, its `traces` folder, or the first stage of a run with distributions."""
     if not path.exists() and (Path("runs") / path).exists():
         path = Path("runs") / path
     if not path.exists():
-        raise UserError(f"{path}: there is nothing here.")
+        raise UserError(f"{path}: no such file or folder, here or in runs/.")
     if run_folder.is_run(path):
         return _of_run(path)
     traces = path / "traces" if (path / "traces").is_dir() else path
@@ -101,7 +105,7 @@ def _of_run(run: Path) -> Found:
     without: list[str] = []
     for name, config in resolved.stages.items():
         if config.kind == "filter":
-            continue  # a selection of what a generate stage wrote
+            continue  # a selection of another stage's traces
         children = [name, *(f"{name}.{arm}" for arm in getattr(config, "arms", ()))]
         for node in children:
             if not (run / node / "traces").is_dir():
@@ -115,7 +119,7 @@ def _of_run(run: Path) -> Found:
 
 
 def _folder(found: Found, reference: str) -> Path:
-    """Find a model's folder: a stage or model of the run, a checkpoint, a stage's folder, else a hub id or package://."""
+    """A model's folder: a path to a model or a stage, else a stage or model of the run, else a hub id or package://."""
     given = Path(reference).expanduser()
     for folder in (given, given / "model"):
         if (folder / "config.json").is_file():
@@ -129,7 +133,7 @@ def _folder(found: Found, reference: str) -> Path:
 
 
 def _tokenizer(found: Found, metadata: Metadata, given: str | None, student: str | None) -> Any:
-    """Load the tokenizer of the traces' ids: the one given, else the student's, else that of the model that wrote them."""
+    """The tokenizer of the traces' ids: the given one, else the student's or the writer's, whichever matches."""
     tried = []
     for reference in (given, student, metadata.model):
         if reference is None:
@@ -179,7 +183,7 @@ def _facts(reader: TraceReader, shown: int, student: str | None) -> list[tuple[s
 
 
 def _sampled(reader: TraceReader, sample: int) -> TraceReader:
-    """Return the `sample` rows with the lowest hashes of their ids."""
+    """The `sample` rows with the lowest hashes of their ids."""
     if sample >= len(reader):
         return reader
     ids = [one for block in reader.blocks(4096, ["trace_id"]) for one in block.trace_id]
@@ -188,9 +192,9 @@ def _sampled(reader: TraceReader, sample: int) -> TraceReader:
 
 
 def score(blocks: Sequence[Traces], folder: Path, metadata: Metadata, screen: Screen) -> dict[str, Completion]:
-    """Score every stored completion with the student, teacher-forced; by trace id.
+    """Score every stored completion with the student (teacher-forcing); returns scores by trace id.
 
-    Raises UserError if its tokenizer differs from that of the ids.
+    Raises UserError if the student's tokenizer is not that of the traces.
     """
     models.check_same_tokenizer(metadata.tokenizer, metadata.vocab_size, models.load_tokenizer(folder), "--student")
     requests = [
@@ -216,7 +220,7 @@ def score(blocks: Sequence[Traces], folder: Path, metadata: Metadata, screen: Sc
 
 
 def byte_reader(tokenizer: Any) -> Callable[[Sequence[int]], list[bytes]]:
-    """Return a function from token ids to their bytes."""
+    """Return a function from token ids to the bytes of each."""
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
     byte_level = '"ByteLevel"' in json.dumps(decoder)
     added = set(tokenizer.get_added_vocab())

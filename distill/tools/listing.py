@@ -1,4 +1,4 @@
-"""Lists for `distill ls`: everything that a recipe can name, read from the code itself."""
+"""The verb `distill ls`: names that a recipe can use and their options, read from the code."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ HOMES = {
 SORTS = (*HOMES, "stages", "templates", "recipes")
 RECIPES = files.SHIPPED / "recipes"
 ROLES = {
-    "identity": "another value is another result: a finished stage refuses it (--redo does the stage again)",
-    "growth": "a larger value adds the difference to a finished stage",
-    "execution": "may change at any time; the result stays",
+    "identity": "changes the result: a finished stage refuses another value (--redo runs the stage again)",
+    "growth": "a larger value adds only the difference to a finished stage",
+    "execution": "does not change the result: may be changed at any time",
 }
+"""What a change of a field means for a finished stage, by the field's role."""
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A field of a stage or an option of a plug: its type, default, role (the effect of a change) and meaning."""
+    """A field of a stage or an option of a plug. default: as text, or "required". role: a key of ROLES."""
 
     name: str
     type: str
@@ -46,7 +47,7 @@ class Option:
 
 
 def of(sort: str) -> Iterator[tuple[str, str]]:
-    """Return (name, one line) of everything of a sort. Raises UserError for an unknown sort."""
+    """Yield (name, one line of description) of everything of a sort. Raises UserError for an unknown sort."""
     if sort in HOMES:
         for name, function in sorted(_plugs(sort).items()):
             yield name, f"{_option_names(function)}{_first_line(function)}"
@@ -64,11 +65,14 @@ def of(sort: str) -> Iterator[tuple[str, str]]:
         for path in recipe_files():
             yield path.stem, _comment(path)
     else:
-        raise UserError(f"nothing is called {sort!r}.{plug.nearest(sort, SORTS)}")
+        raise UserError(f"there is no list of {sort!r}.{plug.nearest(sort, SORTS)}")
 
 
 def options(sort: str, name: str) -> tuple[str, list[Option]]:
-    """Return (description, fields or options) of one name; a template's or recipe's text. Raises UserError if unknown."""
+    """Return (description, fields or options) of one name; for a template or a recipe (text, []).
+
+    Raises UserError for an unknown sort or name.
+    """
     if sort == "stages":
         from distill.recipe import kind_class
 
@@ -85,18 +89,18 @@ def options(sort: str, name: str) -> tuple[str, list[Option]]:
 
         template = templates.find(name)
         return "\n".join(f"{key}: {getattr(template, key)}" for key in ("system", "plain", "prefill")), []
-    raise UserError(f"nothing is called {sort!r}.{plug.nearest(sort, SORTS)}")
+    raise UserError(f"there is no list of {sort!r}.{plug.nearest(sort, SORTS)}")
 
 
 def recipe_files() -> list[Path]:
-    """Return the shipped recipes, and those in the working directory's recipes/ folder."""
+    """The recipes that come with distill, and those in the working directory's recipes/ folder."""
     here = Path("recipes").resolve()
     folders = [RECIPES] if here == RECIPES else [RECIPES, here]
     return sorted(path for folder in folders for path in folder.glob("*.yaml"))
 
 
 def recipe_file(name: str) -> Path:
-    """Return the recipe with a name. Raises UserError with the nearest name."""
+    """Return the file of the recipe `name`. Raises UserError with the nearest name if there is none."""
     found = {path.stem: path for path in recipe_files()}
     if name not in found:
         raise UserError(f"there is no recipe {name!r}.{plug.nearest(name, found)}")
@@ -108,7 +112,7 @@ def _plugs(sort: str) -> dict[str, plug.Function]:
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
-    """Return the fields of a stage kind, with a section's fields by dotted names."""
+    """Yield the fields of a stage kind; the fields of a section follow it with dotted names."""
     from distill.recipe.fields import Config, PlugConfig
     from distill.recipe.load import section
 
@@ -134,7 +138,7 @@ def _parameters(function: plug.Function) -> Iterator[Option]:
 
 
 def type_text(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
-    """Describe a type in YAML's terms: `number > 0`, `a | b`, `list of text`, `section`."""
+    """A type in words for a recipe's author: `number > 0`, `a | b`, `list of text`, `section`."""
     from distill.recipe.fields import PlugConfig
 
     limits = "".join(_limit(one) for one in metadata)
@@ -195,7 +199,7 @@ def _option_names(function: plug.Function) -> str:
 
 
 def _comment(path: Path) -> str:
-    """Return a recipe's first comment, except the line that names its schema for editors."""
+    """The first comment line of a recipe, apart from the line that names its schema for editors."""
     lines = path.read_text(encoding="utf-8").splitlines()
     found = [line.lstrip("# ") for line in lines if line.startswith("#") and "yaml-language-server" not in line]
     return found[0] if found else ""

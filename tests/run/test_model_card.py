@@ -81,7 +81,7 @@ def test_the_card_says_where_a_model_comes_from(run: Path) -> None:
     ]  # fmt: skip
     assert "12 k" in lineage["kl"]
     assert "model student, data traces" in lineage["kl"]
-    assert "It has not been evaluated yet." in read.text
+    assert "This model has not been evaluated yet." in read.text
     assert write(resolved("x/y"), run, "sft") is None
 
 
