@@ -47,7 +47,7 @@ class ModelShape:
             return next((int(config[key]) for key in keys if isinstance(config.get(key), int) and config[key]), 0)
 
         hidden = size("hidden_size", "n_embd", "d_model", "dim", "embed_dim")
-        layers = size("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+        layers = size("num_hidden_layers", "n_layer", "n_layers", "num_layers") or _listed(config)
         vocab = size("vocab_size")
         missing = [
             name
@@ -138,6 +138,12 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(config.get(key), Mapping):
             return {"tie_word_embeddings": config.get("tie_word_embeddings", False), **config[key]}
     return config
+
+
+def _listed(config: Mapping[str, Any]) -> int:
+    """Return the number of layers from a list with an entry a layer; 0 without one."""
+    lists = (config.get(key) for key in ("layer_types", "layers_block_type", "hybrid_override_pattern"))
+    return next((len(each) for each in lists if each), 0)
 
 
 def _mlp_widths(config: Mapping[str, Any], hidden: int, layers: int) -> tuple[int, int]:

@@ -68,10 +68,29 @@ def test_gpt2s_names_and_plain_mlp() -> None:
 
 
 def test_an_architecture_that_cannot_be_counted_is_an_error() -> None:
-    with pytest.raises(UserError, match="num_local_experts"):
-        ModelShape.from_config({**SMOLLM2, "num_local_experts": 8})
     with pytest.raises(UserError, match="vocab_size is missing"):
         ModelShape.from_config({k: v for k, v in SMOLLM2.items() if k != "vocab_size"})
+
+
+MIXTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128,
+           "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
+QWEN3_30B = {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+             "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
+             "num_experts_per_tok": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "stored", "active"), [(MIXTRAL, 46.7e9, 12.9e9), (QWEN3_30B, 30.5e9, 3.3e9)])
+def test_a_mixture_of_experts_counts_what_a_token_passes(config: dict[str, int], stored: float, active: float) -> None:
+    """Against the published counts, which hold embeddings and routers."""
+    shape = ModelShape.from_config(config)
+    assert shape.params_total == pytest.approx(stored, rel=0.02)
+    assert shape.params_matmul + shape.params_head == pytest.approx(active, rel=0.03)
+
+
+def test_the_text_part_of_a_composite_model_and_layers_that_are_only_listed_are_counted() -> None:
+    assert ModelShape.from_config({"text_config": MIXTRAL, "vision_config": {}}).layers == 32
+    listed = {"hidden_size": 8, "vocab_size": 10, "layers_block_type": ["mamba", "attention", "moe"]}
+    assert ModelShape.from_config(listed).layers == 3
 
 
 @pytest.mark.parametrize("params", [5e7, 1.35e8, 3.6e8, 1.5e9, 7e9, 3.2e10, 7e10])
