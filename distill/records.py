@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "held_out"]
 FinishReason = Literal["stop", "length"]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 """One turn: `role` and `content`."""
 Messages = tuple[Message, ...]
 """A conversation. Problems, prompts and traces all use this form."""
@@ -102,6 +102,7 @@ class Template:
     extract: Callable[[str], str | None]
     chat: bool = True
     prefill: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):

@@ -8,6 +8,7 @@ RUN/STAGE/stage.json      the stage's config, status, cost and results
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import platform
@@ -53,7 +54,8 @@ def write_recipe(run: Path, resolved: Recipe, source: Path, machine: Machine) ->
     write_atomic(run / "recipe.yaml", source.read_text(encoding="utf-8"))
     tree = resolved.model_dump(mode="json")
     write_atomic(run / RESOLVED, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    here = {**_versions(), "modules": str(source.resolve().parent), "machine": asdict(machine)}
+    date = environment(run).get("date") or datetime.date.today().isoformat()
+    here = {**_versions(), "date": date, "modules": str(source.resolve().parent), "machine": asdict(machine)}
     write_atomic(run / ENVIRONMENT, json.dumps(here, indent=1))
 
 

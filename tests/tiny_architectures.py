@@ -29,6 +29,10 @@ LAYERS = ("layer_types", "layers_block_type", "mlp_layer_types")
 OFTEN_NONE = ("head_dim", "num_key_value_heads")
 FIELDS: dict[str, dict[str, Any]] = {
     **{key: {"rotary_dim": 8} for key in ("gptj", "codegen")},
+    **{
+        key: {"head_dim": 8}
+        for key in ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "youtu", "minicpm3", "axk1")
+    },
     "mamba2": {"num_heads": 8},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},

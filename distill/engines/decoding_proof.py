@@ -34,9 +34,9 @@ class Provable(Protocol):
         """Return float32 logits [T, V] of one sequence by the model's plain forward pass."""
         ...
 
-    def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]: ...
+    def scored(self, requests: Iterable[Request], top_k: int) -> Iterator[Completion]: ...
 
-    def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]: ...
+    def sampled(self, requests: Iterable[Request], sampling: Sampling, top_k: int) -> Iterator[Completion]: ...
 
 
 WAYS = (
@@ -82,8 +82,8 @@ def _gap(engine: Provable, way: Decoding) -> Array:
     groups = [requests] if way.batched else [[request] for request in requests]
     found: list[Completion] = []
     for group in groups:
-        found += engine.score(group)
-        found += engine.generate(group, Sampling(max_tokens=NEW))
+        found += engine.scored(group, 0)
+        found += engine.sampled(group, Sampling(max_tokens=NEW), 0)
     gaps = []
     for completion in found:
         prompt = requests[int(completion.request_id)].prompt_ids

@@ -112,6 +112,10 @@ class TransformersEngine:
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
         """Yield completions as they finish; at most batch_size requests run at a time."""
+        return self.sampled(requests, sampling, top_k)
+
+    def sampled(self, requests: Iterable[Request], sampling: Sampling, top_k: int) -> Iterator[Completion]:
+        """Yield completions as they finish, in the way of `decoding`."""
         source = iter(requests)
         live: _Running | None = None
         while True:
@@ -191,6 +195,10 @@ class TransformersEngine:
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
         """Yield the log-probabilities of the given completions (teacher-forcing), in the order of the requests."""
+        return self.scored(requests, top_k)
+
+    def scored(self, requests: Iterable[Request], top_k: int) -> Iterator[Completion]:
+        """Yield the given completions\' log-probabilities, in the way of `decoding`."""
         for group in self._groups(requests):
             for request, (ids, logp) in zip(group, self._score_group(group, top_k), strict=True):
                 yield completions.completion(

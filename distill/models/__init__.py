@@ -9,6 +9,7 @@ are used by processes that never load a model.
 """
 
 from distill.files import cache_home, file_hash
+from distill.models.chat_template import pin_date, pinned_date
 from distill.models.loading import (
     auto_dtype,
     cast,
@@ -22,7 +23,18 @@ from distill.models.loading import (
 from distill.models.locate import OFFLINE_WAYS, PACKAGE, package_file, resolve
 from distill.models.lora import add_lora, effective_weight, exported_weights
 from distill.models.prune import kept_layers, prune_layers
-from distill.models.rendering import check_template, render_completion, render_prompt
+from distill.models.rendering import (
+    REASONING_KEYS,
+    chat_template_of,
+    check_template,
+    decode,
+    opened_thinking,
+    prompt_text,
+    render_completion,
+    render_prompt,
+    render_reply,
+    turn_end,
+)
 from distill.models.tokenizer import (
     check_same_tokenizer,
     load_tokenizer,
@@ -34,13 +46,16 @@ from distill.models.tokenizer import (
 __all__ = [
     "OFFLINE_WAYS",
     "PACKAGE",
+    "REASONING_KEYS",
     "add_lora",
     "auto_dtype",
     "cache_home",
     "cast",
+    "chat_template_of",
     "check_same_tokenizer",
     "check_template",
     "config_of",
+    "decode",
     "effective_weight",
     "exported_weights",
     "file_hash",
@@ -48,15 +63,21 @@ __all__ = [
     "learned_positions",
     "load",
     "load_tokenizer",
+    "opened_thinking",
     "package_file",
+    "pin_date",
+    "pinned_date",
+    "prompt_text",
     "prune_layers",
     "render_completion",
     "render_prompt",
+    "render_reply",
     "resolve",
     "save",
     "stop_ids",
     "template_hash",
     "tokenizer_fingerprint",
+    "turn_end",
     "weights_fingerprint",
     "without_dropout",
 ]

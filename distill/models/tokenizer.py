@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distill.models.chat_template import ChatTemplate
 from distill.records import UserError, stable_hash
 
 
@@ -47,8 +48,11 @@ def check_same_tokenizer(written_by: str, vocab_size: int, tokenizer: Any, where
 
 
 def stop_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end a completion: the generation config's and the tokenizer's EOS. Empty if there are none."""
+    """Return the ids that end a completion: the generation config's, the chat template's and the tokenizer's EOS."""
     path = Path(folder) / "generation_config.json"
     stored = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     ids = stored if isinstance(stored, list) else [stored]
-    return tuple(sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}))
+    turn = []
+    if isinstance(tokenizer.chat_template, str):
+        turn = tokenizer(ChatTemplate(tokenizer, {}).turn_end, add_special_tokens=False)["input_ids"][-1:]
+    return tuple(sorted({int(i) for i in (*ids, *turn, tokenizer.eos_token_id) if i is not None}))

@@ -16,6 +16,7 @@ from distill.recipe.fields import (
     Role,
     SamplingConfig,
     StageConfig,
+    TaskConfig,
     base_name,
 )
 from distill.recipe.load import load, parse_overrides, validate
@@ -64,6 +65,7 @@ __all__ = [
     "SamplingConfig",
     "ScoreStage",
     "StageConfig",
+    "TaskConfig",
     "TrainStage",
     "base_name",
     "data_of",

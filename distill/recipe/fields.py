@@ -66,6 +66,9 @@ class Config(BaseModel):
         return cast(Role, role)
 
 
+TEMPLATE_OPTIONS = "options that the model's chat template reads, such as enable_thinking: false; chat_template: NAME chooses one of several"
+
+
 class PlugConfig(BaseModel):
     """A plug by name (`fn`) with its options beside it."""
 
@@ -75,6 +78,12 @@ class PlugConfig(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+class TaskConfig(PlugConfig):
+    """A task by name, the options of its chat template, and its own options beside them."""
+
+    template_options: dict[str, Any] = Field({}, description=TEMPLATE_OPTIONS)
 
 
 class RewardConfig(PlugConfig):

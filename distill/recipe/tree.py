@@ -10,7 +10,7 @@ import pydantic
 from pydantic import Field
 
 from distill.plug import nearest
-from distill.recipe.fields import Config, ModelConfig, Name, PlugConfig, Seeds, StageConfig, StageName
+from distill.recipe.fields import Config, ModelConfig, Name, Seeds, StageConfig, StageName, TaskConfig
 from distill.recipe.stages import KINDS
 from distill.records import UserError
 
@@ -21,7 +21,7 @@ class Recipe(Config):
     seed: int = Field(17, ge=0, description="seed of every draw")
     seeds: Seeds | None = Field(None, description="a copy of every trained stage for each of them")
     models: dict[Name, ModelConfig] = Field({}, description="models by name: a source, or a section")
-    tasks: dict[Name, PlugConfig] = Field({}, description="tasks by name")
+    tasks: dict[Name, TaskConfig] = Field({}, description="tasks by name")
     stages: dict[StageName, pydantic.SerializeAsAny[StageConfig]] = Field(min_length=1, description="stages by name")
 
     @pydantic.field_validator("models", mode="before")

@@ -67,13 +67,14 @@ def _guarded(run: Path, name: str, screen: Screen, engines: list[SharedEngine], 
 
 
 def _run(run: Path, name: str, screen: Screen, engines: list[SharedEngine], last: bool) -> None:
-    from distill import run_folder
+    from distill import models, run_folder
     from distill.run import model_card
     from distill.stages import auto_settings
     from distill.stages.context import Context, Result
     from distill.stages.shared_engine import SharedEngine
 
     resolved = run_folder.recipe(run)
+    models.pin_date(run_folder.environment(run)["date"])
     config = stage_config(resolved, name)
     standing = run_folder.read(run / name)
     assert standing is not None, "the pipeline writes stage.json before it starts a stage"

