@@ -118,11 +118,15 @@ def render_reply(
     if reasoning is not None and reasoning.strip() and chat.closes_thinking:
         raise UserError("the prompt switches thinking off, and the reply has reasoning.")
     prompt = prompt_text(tokenizer, template, messages, tools)
-    whole = _own_form(chat, template, messages, reply, reasoning, answer, tools, prompt)
+    whole = _own_form(chat, template, messages, reply, reasoning, answer, tools, prompt) if finished else None
     if whole is None:
         if any(reply.get(key) for key in TOOL_KEYS):
             raise UserError("the model's chat template does not render the tool calls of the assistant.")
-        whole = _our_form(chat, content, reasoning, answer, beside is not None) + chat.turn_end
+        begun = opened_thinking(tokenizer, template)
+        begun = begun if any(begun.lstrip().startswith(opening) for opening, _ in MARKERS) else ""
+        whole = (
+            _our_form(begun, content, reasoning, answer, beside=beside is not None, finished=finished) + chat.turn_end
+        )
     return _encode(tokenizer, whole if finished else whole.removesuffix(chat.turn_end))
 
 
@@ -172,17 +176,20 @@ def _one_thought(text: str, reasoning: str | None) -> bool:
     return reasoning is None
 
 
-def _our_form(chat: ChatTemplate, content: str, reasoning: str | None, answer: str, beside: bool) -> str:
-    """Write a reply with its reasoning between the family's markers, or `<think>`; once if the prompt opened it."""
-    opening, closing = next(((o, c) for o, c in MARKERS if chat.opened.startswith(o)), MARKERS[0])
-    if reasoning is None:
-        return f"\n{closing}\n\n{content}" if chat.opened else content
-    if not beside and not chat.opened:
+def _our_form(begun: str, content: str, reasoning: str | None, answer: str, *, beside: bool, finished: bool) -> str:
+    """Write a reply with its reasoning between `<think>` and `</think>`, or the marks that the prompt has begun with.
+
+    Text that holds its reasoning is kept word for word, without the mark that the prompt has opened.
+    """
+    opening, closing = next(((o, c) for o, c in MARKERS if begun.startswith(o)), MARKERS[0])
+    if beside and reasoning is not None:
+        body = f"{reasoning.strip()}\n{closing}\n\n{answer.lstrip()}"
+        return body if begun.endswith("\n") else f"\n{body}" if begun else f"{opening}\n{body}"
+    if not begun:
         return content
-    body = f"{reasoning.strip()}\n{closing}\n\n{answer.lstrip()}"
-    if chat.opened:
-        return body if chat.opened != opening else f"\n{body}"
-    return f"{opening}\n{body}"
+    if reasoning is None and finished and not content.lstrip().startswith(opening):
+        return f"\n{closing}\n\n{content}"
+    return content.lstrip().removeprefix(opening).lstrip("\n") if content.lstrip().startswith(opening) else content
 
 
 def render_completion(tokenizer: Any, completion: str, finished: bool = True) -> Array:

@@ -130,6 +130,20 @@ class EngineConfig(Config):
         return {"fn": value} if isinstance(value, str) else value
 
 
+class RowsConfig(Config):
+    """How the rows of a data set are read, where `data` is a file, a folder or a hub data set and no traces."""
+
+    split: str = Field("train", description="split of a folder or hub data set")
+    subset: str | None = Field(None, description="configuration of a hub data set")
+    fields: dict[str, str] = Field(
+        {},
+        description="columns of a layout that is not known, by part: question, reply, reasoning, answer, system, messages, "
+        "tools, input, verdicts; nested ones as a.b or a.0",
+    )
+    keep_wrong: bool = Field(False, description="whether generations that a row's own verdicts call wrong are kept")
+    template_options: dict[str, Any] = Field({}, description=f"without a task: {TEMPLATE_OPTIONS}")
+
+
 class BudgetConfig(Config):
     """Training length as compute: until this student has used `times` the FLOPs of another stage's student, in all."""
 

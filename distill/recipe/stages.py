@@ -15,6 +15,7 @@ from distill.recipe.fields import (
     Name,
     PlugConfig,
     RewardConfig,
+    RowsConfig,
     SamplingConfig,
     StageConfig,
     copy_name,
@@ -77,12 +78,11 @@ class GenerateStage(StageConfig):
         yield Input("task", self.task)
 
 
-class ScoreStage(StageConfig):
+class ScoreStage(StageConfig, RowsConfig):
     """This model's distributions over traces that exist, teacher-forced: a stage's, a folder's, a file's, a hub dataset's.
 
-    A JSONL file, a folder that `datasets` saved and a hub dataset (owner/name, or owner/name@revision) are in chat form: rows with
-    `messages`, whose last is the assistant's. Trace ids do not depend on the model, so several models may score the
-    same traces.
+    Files, folders and hub data sets (owner/name, or owner/name@revision) hold conversations in any layout that
+    `distill ls layouts` lists. Trace ids do not depend on the model, so several models may score the same traces.
     """
 
     writes: ClassVar = "traces"
@@ -90,10 +90,8 @@ class ScoreStage(StageConfig):
     kind: Literal["score"]
     model: str = Field(description="teacher model that scores the traces")
     data: str = Field(
-        description="traces: a stage, a folder of shards, a JSONL file, a `datasets` folder, or a hub data set (owner/name[@revision])"
+        description="traces: a stage or a folder of shards; or conversations: a file, a folder, a hub data set (owner/name[@revision])"
     )
-    split: str = Field("train", description="split of a `datasets` folder or hub data set")
-    subset: str | None = Field(None, description="configuration of a hub data set")
     task: str | None = Field(
         None, description="task whose template renders the text, and whose judge compares with a row's `answer`"
     )

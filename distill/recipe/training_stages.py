@@ -17,6 +17,7 @@ from distill.recipe.fields import (
     LoraConfig,
     PlugConfig,
     RewardConfig,
+    RowsConfig,
     SamplingConfig,
     SavedDtype,
     StageConfig,
@@ -91,20 +92,24 @@ class OptimStage(StageConfig):
         return self
 
 
-class TrainStage(OptimStage):
-    """Train a model on traces (a generate or filter stage, a folder of shards) or on a JSONL file.
+class TrainStage(OptimStage, RowsConfig):
+    """Train a model on traces (a generate or filter stage, a folder of shards) or on conversations.
 
-    JSONL rows are {"messages": [...]} whose last turn is learned, or {"question", "completion"}, which the
-    `task`'s template renders.
+    Conversations come from a file, a folder or a hub data set, in any layout that `distill ls layouts` lists; the assistant's
+    turns are learned, what others say is not.
     """
 
     kind: Literal["train"]
     model: str = Field(description="model to train")
     data: str | dict[str, PositiveFloat] = Field(
-        description="traces (a stage or a folder) or a JSONL file; several scored copies of the same traces as {name: share}"
+        description="traces (a stage or a folder), or conversations (a file, a folder, a hub data set owner/name[@revision]); "
+        "several scored copies of the same traces as {name: share}"
     )
     task: str | None = Field(
         None, description="task whose template renders rows of text; None = the tokenizer's chat template only"
+    )
+    turns: Literal["last", "all"] = Field(
+        "last", description="which of the assistant's turns in a conversation are learned: the last one, or all"
     )
     loss: PlugConfig = Field(PlugConfig(fn="forward_kl"), description="loss and its options")
     teacher: str | dict[str, float] | None = Field(

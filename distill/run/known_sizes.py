@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distill import jsonl
 from distill.compute.flops import ModelShape
+from distill.conversations import Reader
 from distill.models import PACKAGE, config_of, gguf, package_file
-from distill.recipe import ModelConfig, PolicyStage, Recipe, StageConfig, TrainStage
+from distill.recipe import ModelConfig, PolicyStage, Recipe, RowsConfig, StageConfig, TrainStage
 from distill.records import Task, UserError
 from distill.stages.context import find_data, make_task
-from distill.stages.inputs.score_inputs import is_hub_id, is_traces, open_rows
+from distill.stages.inputs.conversation_data import DroppedRows, conversations, is_hub_id, nothing_found, open_rows
+from distill.stages.inputs.score_inputs import is_traces
 
 CHAT_TOKENS = 12
 """Tokens that a chat template puts around a system message and a question."""
@@ -93,35 +94,40 @@ class Known:
         return self.shapes[name]
 
 
-def rows_of(
-    data: str, task: str | None, known: Known, *, split: str = "", texts: bool = False
-) -> tuple[float, float, float]:
-    """(rows, prompt tokens, reply tokens) of a file or dataset, from its first rows; of a folder of shards, exactly.
-
-    split: of a dataset. texts: whether the stage takes folders that `datasets` saved and hub datasets, too.
-    """
+def rows_of(data: str, config: RowsConfig, known: Known) -> tuple[float, float, float]:
+    """Return (rows, prompt tokens, reply tokens) of a data set, from its first rows; of a folder of shards, exactly."""
     path = find_data(data)
-    if path is None and texts and is_hub_id(data):
+    if path is None and is_hub_id(data):
         known.notes.append(f"data {data!r} unverified: {ASSUMED_ROWS[0]} traces are assumed")
         return ASSUMED_ROWS
     if path is None:
         raise UserError(f"data: {data!r} does not exist (looked in {Path.cwd()}).")
-    if is_traces(path) or not (texts or path.suffix == ".jsonl"):
+    if is_traces(path):
         return stored(data)
-    source = open_rows(data, split, "data")
+    table, left_out = open_rows(data, config, "data"), DroppedRows()
+    reader = Reader(config.fields, config.keep_wrong)
+    every = getattr(config, "turns", "last")
     replies, prompts = [], []
-    rejected: list[int] = []
-    for _, row in itertools.islice(source.rows(lambda line, _: rejected.append(line)), 200):
-        try:
-            messages, reply = jsonl.conversation(row)
-        except ValueError:
-            continue
-        prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
-        replies.append(count_tokens(reply or "") + 1)
+    for given in itertools.islice(conversations(table, reader, left_out), 200):
+        for messages, reply in given.replies(every):
+            prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
+            replies.append(count_tokens(f"{reply.get('reasoning_content', '')} {reply['content']}") + 1)
     if not replies:
-        raise UserError(f"data: {data!r} holds no usable row.")
+        raise UserError(f"data: {data!r} holds no usable row. {nothing_found(table, left_out)}".rstrip())
+    known.notes.append(_seen(data, reader, left_out))
+    task = getattr(config, "task", None)
     extra = count_tokens(known.task(task)[0].template.system or "") if task else 0
-    return source.count(), extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
+    count = sum(1 for _ in table.rows(lambda number, reason: None))
+    return count, extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
+
+
+def _seen(data: str, reader: Reader, left_out: DroppedRows) -> str:
+    """Say how a data set's first rows are read, and what of them is left out."""
+    lost = sum(left_out.reasons.values())
+    first = f" ({left_out.first[0]})" if left_out.first else ""
+    return f"data {data!r}: rows read as {reader.layout}" + (
+        f"; {lost} of the first rows left out{first}" if lost else ""
+    )
 
 
 def stored(reference: str) -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import jsonl
+from distill.conversations import Reader, open_table
 from distill.recipe import FilterStage
 from distill.records import Cost, UserError
 from distill.stages.context import Context, Result, find_data
@@ -61,9 +61,15 @@ def held_out(against: str, context: Context) -> HeldOut:
 def _questions(path: Path) -> Iterator[str]:
     """Return the last user message of every row. Raises UserError at a row that is not a problem: a set with gaps would
     miss contamination."""
-    for number, row in jsonl.read_rows(path):
+
+    def refuse(number: int, reason: str) -> None:
+        raise UserError(f"{path}: line {number}: {reason}.")
+
+    reader = Reader()
+    for number, row in open_table(path, "against").rows(refuse):
         try:
-            messages, _ = jsonl.conversation(row)
+            found = reader.read(row, number)
         except ValueError as error:
-            raise UserError(f"{path}: line {number}: {error}.") from None
-        yield next(m["content"] for m in reversed(messages) if m["role"] == "user")
+            refuse(number, str(error))
+        for conversation in found[:1]:
+            yield next(m["content"] for m in reversed(conversation.prompt) if m["role"] == "user")

@@ -19,9 +19,10 @@ import numpy as np
 from distill import engines, models
 from distill.compute.flops import ModelShape, causal_context, forward_flops
 from distill.recipe import ScoreStage
-from distill.records import Array, Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
+from distill.records import Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
 from distill.stages.context import Context, Result
-from distill.stages.inputs.score_inputs import DroppedRows, ScoreInputs, open_score_inputs
+from distill.stages.inputs.conversation_data import DroppedRows
+from distill.stages.inputs.score_inputs import ScoreInputs, open_score_inputs, take
 from distill.stages.sampling import context_length, context_limit
 from distill.stages.trace_sampling import package_versions
 from distill.traces.reader import content_fingerprint, open_traces
@@ -173,22 +174,6 @@ def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Co
             tops.append(completion.top.truncate(top_k=config.top_logprobs, mass=config.mass))
             logprobs.append(completion.logprob_T)
         yield dataclasses.replace(block, logprob=Ragged.from_rows(logprobs, np.float32), top=TopK.concat(tops))
-
-
-def take(block: Traces, index: Array) -> Traces:
-    """Take rows of a block without distributions."""
-
-    def rows(column: Any) -> Any:
-        if isinstance(column, Ragged):
-            # Columns that were not read have the block's length and empty values.
-            return column.take(index)
-        if isinstance(column, dict):
-            return {name: rows(each) for name, each in column.items()}
-        if isinstance(column, np.ndarray):
-            return column[index]
-        return None if column is None else [column[n] for n in index]
-
-    return Traces(**{f.name: rows(getattr(block, f.name)) for f in dataclasses.fields(Traces)})
 
 
 def _say_left_out(context: Context, left_out: DroppedRows) -> None:

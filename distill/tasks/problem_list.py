@@ -33,7 +33,7 @@ class Row:
     @property
     def question(self) -> str:
         """The last user message."""
-        return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+        return str(next(m["content"] for m in reversed(self.messages) if m["role"] == "user"))
 
     @property
     def content(self) -> str:

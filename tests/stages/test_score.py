@@ -18,13 +18,14 @@ from distill.compute.ledger import StageCost, arm_cost
 from distill.engines.transformers import CHUNK, TransformersEngine
 from distill.models import hub
 from distill.progress import Screen
-from distill.recipe import Input
+from distill.recipe import Input, RowsConfig
 from distill.records import Cost, Request, Template, Traces, UserError
 from distill.run import decide, nodes
 from distill.run.plan import check_plugs, predict
 from distill.stages import score
 from distill.stages.context import Context
 from distill.stages.inputs import score_inputs
+from distill.stages.inputs.conversation_data import DroppedRows, open_rows
 from distill.stages.inputs.score_inputs import render
 from distill.traces import provenance
 from distill.traces.reader import open_traces
@@ -317,12 +318,12 @@ def test_a_hub_dataset_at_a_revision(tmp_path, cached_dataset):
     assert hub.dataset_id(f"some/chats@{COMMITS[0]}") == ("some/chats", COMMITS[0])
     assert hub.dataset_commit("some/chats", COMMITS[1]) == COMMITS[1]
     assert hub.dataset_commit("some/chats", "main") == hub.UNVERIFIED
-    source = score_inputs.open_rows(f"some/chats@{COMMITS[0]}", "train", "data")
-    assert source.count() == 2
+    source = open_rows(f"some/chats@{COMMITS[0]}", RowsConfig(), "data")
+    assert len(list(source.rows(lambda number, reason: None))) == 2
     with pytest.raises(UserError, match=f"there is only some/chats@{COMMITS[0]}"):
-        score_inputs.open_rows(f"some/chats@{COMMITS[1]}", "train", "data")
+        open_rows(f"some/chats@{COMMITS[1]}", RowsConfig(), "data")
     with pytest.raises(UserError, match="Without a network, give a JSONL"):
-        score_inputs.open_rows("some/others", "train", "data")
+        open_rows("some/others", RowsConfig(), "data")
 
 
 def test_only_moved_data_is_added_to(tiny_dir, other_dir, tmp_path):
@@ -429,7 +430,7 @@ def test_a_datasets_folder_and_its_splits(tiny_dir, other_dir, tmp_path):
     again = make(tmp_path / "file", {"a": tiny_dir, "b": other_dir}, data=str(file))
     run_score(again)
     _same(rows_of(ctx.folder / "traces"), rows_of(again.folder / "traces"))
-    with pytest.raises(UserError, match=r"scored\.data: there is no split 'trian'. Did you mean"):
+    with pytest.raises(UserError, match=r"scored\.data: .*: there is no split 'trian'. Did you mean"):
         run_score(make(tmp_path, {"a": tiny_dir, "b": other_dir}, data=data, split="trian"))
 
 
@@ -470,7 +471,7 @@ def test_a_cut_trace_gets_no_eos_and_an_opened_thinking_is_not_opened_twice(toke
         (opening, "<think>\na</think>b", "stop", "a</think>b<|im_end|>"),
         (opening, "a</think>b", "length", "a</think>b"),
     ):
-        rendered = render(block(text, finish), tokenizer, template)
+        rendered = render(block(text, finish), tokenizer, template, DroppedRows())
         assert tokenizer.decode(rendered.completion_ids[0]) == reply
         assert rendered.completion[0] == reply.removesuffix("<|im_end|>")
 

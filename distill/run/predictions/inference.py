@@ -110,9 +110,7 @@ def compare(name: str, config: CompareStage, known: Known, machine: Machine) -> 
 
 def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list[Row]:
     shape = known.shape(config.model)
-    rows, prompt, reply = known.traces.get(config.data) or rows_of(
-        config.data, config.task, known, split=config.split, texts=True
-    )
+    rows, prompt, reply = known.traces.get(config.data) or rows_of(config.data, config, known)
     known.traces[name] = rows, prompt, reply
     tokens = rows * (prompt + reply)
     total = flops.forward_flops(shape, tokens, (prompt + reply + 1) / 2, rows * reply)

@@ -78,9 +78,7 @@ class _Training:
 def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list[Row]:
     shape = known.shape(config.model)
     # Sets that hold the same traces have at most as many in common as the smallest holds.
-    rows, prompt, reply = min(
-        known.traces.get(data) or rows_of(data, config.task, known) for data in data_of(config.data)
-    )
+    rows, prompt, reply = min(known.traces.get(data) or rows_of(data, config, known) for data in data_of(config.data))
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
     frame = known.frame(next(iter(data_of(config.data))), config.task)
     prompt_trained = _prompt_trained(prompt, reply, frame)
