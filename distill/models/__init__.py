@@ -10,6 +10,7 @@ are used by processes that never load a model.
 
 from distill.files import cache_home, file_hash
 from distill.models.chat_template import pin_date, pinned_date
+from distill.models.checkpoint_folder import check_folder, check_vocabulary
 from distill.models.loading import (
     auto_dtype,
     cast,
@@ -21,8 +22,8 @@ from distill.models.loading import (
     without_dropout,
 )
 from distill.models.locate import OFFLINE_WAYS, PACKAGE, package_file, resolve
-from distill.models.lora import add_lora, effective_weight, exported_weights
-from distill.models.prune import kept_layers, prune_layers
+from distill.models.lora import add_lora, effective_weight, exported_weights, ties_ends, touched_ends
+from distill.models.prune import kept_layers, num_layers, prune_layers
 from distill.models.rendering import (
     REASONING_KEYS,
     chat_template_of,
@@ -35,6 +36,7 @@ from distill.models.rendering import (
     render_reply,
     turn_end,
 )
+from distill.models.saving import mend_generation_config, prove_saved
 from distill.models.tokenizer import (
     check_same_tokenizer,
     load_tokenizer,
@@ -52,8 +54,10 @@ __all__ = [
     "cache_home",
     "cast",
     "chat_template_of",
+    "check_folder",
     "check_same_tokenizer",
     "check_template",
+    "check_vocabulary",
     "config_of",
     "decode",
     "effective_weight",
@@ -63,11 +67,14 @@ __all__ = [
     "learned_positions",
     "load",
     "load_tokenizer",
+    "mend_generation_config",
+    "num_layers",
     "opened_thinking",
     "package_file",
     "pin_date",
     "pinned_date",
     "prompt_text",
+    "prove_saved",
     "prune_layers",
     "render_completion",
     "render_prompt",
@@ -76,7 +83,9 @@ __all__ = [
     "save",
     "stop_ids",
     "template_hash",
+    "ties_ends",
     "tokenizer_fingerprint",
+    "touched_ends",
     "turn_end",
     "weights_fingerprint",
     "without_dropout",

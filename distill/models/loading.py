@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from distill import machine
 from distill.files import cache_home, file_hash
+from distill.models.checkpoint_folder import check_loaded
 from distill.models.shape import text_part
 from distill.records import stable_hash
 
@@ -21,14 +22,17 @@ def load(folder: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         local_files_only=True,
+        output_loading_info=True,
         **options,
     )
+    check_loaded(folder, info)
+    return model
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.files import cache_home, file_hash, whole_folder
+from distill.models.checkpoint_folder import check_folder
 from distill.models.loading import save
 from distill.records import UserError, stable_hash
 
@@ -39,6 +40,7 @@ def resolve(model: ModelConfig, say: Callable[[str], None] | None = None) -> Pat
             raise UserError(
                 f"model folder {model.source!r} holds no config.json. Name a folder in transformers format."
             )
+        check_folder(folder)
         return folder
     if model.source.startswith((".", "/", "~")) or model.source.count("/") > 1:
         raise UserError(f"model folder {model.source!r} does not exist.")

@@ -97,6 +97,10 @@ class Context:
         return make_task(reference, self.recipe.tasks[reference])
 
 
+COPY_SHARE = 0.4
+"""The share of the memory that a reloaded copy of a model may take."""
+
+
 def find_data(reference: str) -> Path | None:
     """Find a file or folder of a recipe: relative to the working directory, or among the files shipped with the package."""
     given = Path(reference).expanduser()
@@ -115,11 +119,19 @@ def make_task(name: str, config: TaskConfig) -> Task:
     return task
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> str:
-    """Write folder/model atomically; return the weights' fingerprint. Casts the model to `dtype` in place."""
+def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str, *, trust_remote_code: bool = False) -> str:
+    """Write folder/model atomically and prove it by loading it; return the weights' fingerprint. Casts the model in place."""
     with whole_folder(folder / "model") as building:
         models.save(models.cast(model, dtype), tokenizer, building)
+        if fits_memory(model):
+            models.prove_saved(model, building, trust_remote_code)
     return models.weights_fingerprint(folder / "model")
+
+
+def fits_memory(model: Any) -> bool:
+    """Return whether a second copy of a model fits the memory easily."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return bool(size <= COPY_SHARE * machine.memory_bytes())
 
 
 def fingerprint_of(path: Path) -> str:

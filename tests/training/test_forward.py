@@ -13,6 +13,8 @@ import torch
 from tiny_architectures import NotTinyError, build
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from distill import models
+from distill.recipe import LoraConfig
 from distill.training.forward import ForwardPlan, NotProvenError, prove
 from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import cross_entropy
@@ -122,6 +124,29 @@ def test_leaking_documents_are_found_where_the_plan_is_wrong() -> None:
     right_TD = right.hidden(model, tensors, rows)
     packed.apply(model)
     assert float((packed.hidden(model, tensors, rows) - right_TD).detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "targets", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head", "embed_tokens"]}]
+)
+def test_adapters_on_the_head_are_part_of_the_loss_and_get_a_gradient(targets: dict[str, Any]) -> None:
+    adapted = models.add_lora(build("llama", 512), LoraConfig(rank=4, **{"target_modules": ["q_proj"], **targets}))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    plan = _proof(adapted).plan
+    assert plan.layout == "packed"
+    module = StudentModule(adapted, StoredObjective(cross_entropy), VOCAB, plan=plan)
+    (batch,) = pack(_examples(), micro_tokens=4096)
+    out = module(batch.to_torch("cpu"), torch.from_numpy(batch.weight_T.nonzero()[0]))
+    plain = _plain_loss(adapted.get_base_model())
+    assert float(out.loss) == pytest.approx(float(plain), abs=1e-4)
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad and "lm_head" in name]
+    got = torch.autograd.grad(out.loss, [dict(adapted.named_parameters())[name] for name in names])
+    wanted = torch.autograd.grad(plain, [dict(adapted.named_parameters())[name] for name in names])
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill import machine
+from distill import machine, models
 from distill.records import UserError
 from distill.stages.auto_settings import keep
 from distill.stages.context import Context
@@ -31,6 +31,11 @@ def prove_forward(model: Any, name: str, vocab_size: int, context: Context, max_
     model's own log-probabilities.
     """
     context.phase(f"checking {name} against its own forward pass")
+    base = base_model(model)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is not None and getattr(head, "weight", None) is not None:
+        rows = len(embedding.weight), len(head.weight)
+        models.check_vocabulary(base.config.to_dict(), *rows, vocab_size, name)
     exact = _fits_twice(model)
     parameter = next(base_model(model).parameters())
     tolerance = TOLERANCE[torch.float32] if exact else TOLERANCE.get(parameter.dtype, HALF_TOLERANCE)

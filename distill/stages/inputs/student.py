@@ -31,7 +31,20 @@ def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
     if config.liger:
         _use_liger(model, where)
     models.without_dropout(model)
-    return model if config.lora is None else models.add_lora(model, config.lora)
+    if changed := models.mend_generation_config(model):
+        context.say(changed)
+    if config.lora is None:
+        return model
+    if (
+        not isinstance(config, TrainStage)
+        and models.ties_ends(model)
+        and (ends := models.touched_ends(model, config.lora))
+    ):
+        raise UserError(
+            f"{where}.lora: {', '.join(ends)} is one matrix with the other end of this model, and the engine that samples keeps it "
+            "so: leave it out of target_modules and modules_to_save, or train without lora."
+        )
+    return models.add_lora(model, config.lora)
 
 
 def save_student(
@@ -43,7 +56,8 @@ def save_student(
         if config.lora.quantised is not None:
             model = _on_whole_base(model, config, context)
         model = model.merge_and_unload()
-    fingerprint = save_model(model, tokenizer, context.folder, config.saved_in)
+    trust = context.trusts(config.model)
+    fingerprint = save_model(model, tokenizer, context.folder, config.saved_in, trust_remote_code=trust)
     return fingerprint, ModelShape.from_config(models.config_of(context.folder / "model"))
 
 
