@@ -141,10 +141,18 @@ def reload(llm: Any, pairs: Iterator[tuple[str, torch.Tensor]], ignore: tuple[st
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
     finally:
         logger.removeFilter(note)
-    # Rotary tables are computed, not loaded.
-    kinds = sorted({name for name in missed if "Rotary" not in name} - set(ignore))
+    # Tables that are computed (rotary ones, Gemma's normaliser) are buffers and are not loaded.
+    kinds = sorted(set(missed) - set(ignore) - set().union(*llm.collective_rpc(_without_parameters)))
     if kinds:
         raise ValueError(f"no new weights for layers of these kinds: {', '.join(kinds)}.")
+
+
+def _without_parameters(worker: Any) -> set[str]:
+    """Return the class names of modules that have no parameters of their own."""
+    model = worker.model_runner.model
+    return {type(m).__name__ for m in model.modules()} - {
+        type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None
+    }
 
 
 @contextlib.contextmanager
