@@ -232,7 +232,11 @@ class VllmEngine:
         """Load new weights by their names in the checkpoint; no request may be in progress."""
         if self._live:
             raise RuntimeError(f"{len(self._live)} requests are in flight: finish or drop them first.")
-        pairs = _with_head(weights) if self._tied else ((n, t.detach()) for n, t in weights)
+        pairs = (
+            _with_head(weights)
+            if self._tied and vllm_patches.has_head(self._llm)
+            else ((n, t.detach()) for n, t in weights)
+        )
         vllm_patches.reload(self._llm, pairs)
         if self._head is not None:
             self._head.forget()

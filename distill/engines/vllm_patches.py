@@ -147,6 +147,15 @@ def reload(llm: Any, pairs: Iterator[tuple[str, torch.Tensor]], ignore: tuple[st
         raise ValueError(f"no new weights for layers of these kinds: {', '.join(kinds)}.")
 
 
+def has_head(llm: Any) -> bool:
+    """Return whether vLLM's model has an output head of its own name beside a tied embedding."""
+    return all(llm.collective_rpc(_names_head))
+
+
+def _names_head(worker: Any) -> bool:
+    return any(name == "lm_head" for name, _ in worker.model_runner.model.named_modules())
+
+
 def _without_parameters(worker: Any) -> set[str]:
     """Return the class names of modules that have no parameters of their own."""
     model = worker.model_runner.model
