@@ -167,12 +167,49 @@ def _write_report(resolved: Any, folder: Path, command: str) -> None:
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None, runs: RunsDir = Path("runs")) -> None:
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: RunsDir = Path("runs"),
+    show_text: Annotated[
+        bool, typer.Option("--show", help="Show the first prompts and supervised tokens instead of the costs.")
+    ] = False,
+) -> None:
     """Check a recipe and predict its time, memory and disk space."""
     from distill import recipe as recipes
 
     resolved = recipes.load(recipe, overrides or [])
+    if show_text:
+        _print_previews(resolved)
+        return
     _print_plan(resolved, runs / resolved.name, ())
+
+
+def _print_previews(resolved: Any) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from distill import progress
+    from distill.printable import printable
+    from distill.run import plan
+    from distill.tools.preview import Preview, previews
+
+    with progress.working("rendering the first examples"):
+        plan.check_plugs(resolved)
+        found = list(previews(resolved))
+    console = Console(highlight=False, soft_wrap=True)
+    for preview in found:
+        if not isinstance(preview, Preview):
+            console.print(Text(printable(preview), style="dim"))
+            continue
+        console.print(Text(f"\n{preview.title}", style="bold"))
+        for text, supervised in preview.parts:
+            marked = printable(text) if console.is_terminal or not supervised else f"⟦{printable(text)}⟧"
+            console.print(Text(marked, style="green" if supervised else ""), end="")
+        console.print()
+        for fact in preview.facts:
+            console.print(Text(f"  {fact}", style="dim"))
+    console.print(Text("\nSupervised tokens are green, or between ⟦ and ⟧ where there is no colour.", style="dim"))
 
 
 def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:

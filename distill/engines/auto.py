@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from distill import models
 from distill.recipe import EngineConfig
@@ -103,7 +105,10 @@ def _why_not_model(model_dir: Path) -> str | None:
     """The reason why vLLM does not support a model's architecture, as vLLM states it; None if it does."""
     from vllm import EngineArgs, ModelRegistry
 
-    names = models.config_of(model_dir).get("architectures") or []
+    config = models.config_of(model_dir)
+    if why := _why_not_on_cpu(config):
+        return why
+    names = config.get("architectures") or []
     if {*names} & {*ModelRegistry.get_supported_archs()}:
         return None
     try:
@@ -111,6 +116,25 @@ def _why_not_model(model_dir: Path) -> str | None:
         EngineArgs(model=str(model_dir), skip_tokenizer_init=True).create_model_config()
     except ValueError as error:
         return f"vLLM does not support the architecture {' '.join(names) or '(unnamed)'} ({_line(error)})"
+    return None
+
+
+def _why_not_on_cpu(config: Mapping[str, Any]) -> str | None:
+    """The reason why vLLM's CPU build has no kernels for a model's layers; None if it has, or on a GPU."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    kinds = {kind for key in ("layer_types", "layers_block_type") for kind in models.text_part(config).get(key) or ()}
+    if other := sorted(kind for kind in kinds if "attention" not in kind or "linear" in kind):
+        return f"vLLM's build for CPUs has no kernels for layers of kind {', '.join(other)}"
+    shape = models.ModelShape.from_config(config)
+    if not shape.heads:
+        return "vLLM's build for CPUs has no kernels for models without attention"
+    if shape.head_dim not in CPUAttentionBackend.get_supported_head_sizes():
+        return f"vLLM's build for CPUs has no kernels for heads of size {shape.head_dim}"
     return None
 
 

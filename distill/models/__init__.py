@@ -37,6 +37,7 @@ from distill.models.rendering import (
     turn_end,
 )
 from distill.models.saving import mend_generation_config, prove_saved
+from distill.models.shape import ModelShape, text_part
 from distill.models.tokenizer import (
     check_same_tokenizer,
     load_tokenizer,
@@ -49,6 +50,7 @@ __all__ = [
     "OFFLINE_WAYS",
     "PACKAGE",
     "REASONING_KEYS",
+    "ModelShape",
     "add_lora",
     "auto_dtype",
     "cache_home",
@@ -83,6 +85,7 @@ __all__ = [
     "save",
     "stop_ids",
     "template_hash",
+    "text_part",
     "ties_ends",
     "tokenizer_fingerprint",
     "touched_ends",

@@ -11,7 +11,7 @@ from distill import machine
 from distill.files import cache_home, file_hash
 from distill.models.checkpoint_folder import check_loaded
 from distill.models.shape import text_part
-from distill.records import stable_hash
+from distill.records import UserError, stable_hash
 
 LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "opt", "openai-gpt", "biogpt", "imagegpt", "gpt-sw3"})
 """Model types with a table of positions, which a longer trace would leave."""
@@ -21,7 +21,14 @@ def load(folder: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool
     """Load a causal language model from a local folder, safetensors only. `options` go to from_pretrained."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    kind = text_part(config_of(folder)).get("model_type"), config_of(folder).get("model_type")
+    if not trust_remote_code and kind[1] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"{folder}: transformers has no causal language model of type {kind[1]!r}. Name the language model itself"
+            + (f" (its text part is of type {kind[0]!r}, saved as a model of its own)." if kind[0] != kind[1] else ".")
+        )
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),

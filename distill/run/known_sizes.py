@@ -113,7 +113,11 @@ def rows_of(data: str, config: RowsConfig, known: Known) -> tuple[float, float, 
             prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
             replies.append(count_tokens(f"{reply.get('reasoning_content', '')} {reply['content']}") + 1)
     if not replies:
-        raise UserError(f"data: {data!r} holds no usable row. {nothing_found(table, left_out)}".rstrip())
+        why = nothing_found(table, left_out) or (
+            f"Its rows are read as {reader.layout!r} and hold no reply: generate traces for a task of them, or name the column of "
+            "replies by fields: {question: …, reply: …}."
+        )
+        raise UserError(f"data: {data!r} holds nothing to learn from. {why}")
     known.notes.append(_seen(data, reader, left_out))
     task = getattr(config, "task", None)
     extra = count_tokens(known.task(task)[0].template.system or "") if task else 0

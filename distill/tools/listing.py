@@ -25,7 +25,7 @@ HOMES = {
     "tasks": ("distill.tasks",),
     "engines": ("distill.engines.factories",),
 }
-SORTS = (*HOMES, "stages", "templates", "recipes")
+SORTS = (*HOMES, "stages", "templates", "layouts", "recipes")
 RECIPES = files.SHIPPED / "recipes"
 ROLES = {
     "identity": "changes the result: a finished stage refuses another value (--redo runs the stage again)",
@@ -61,6 +61,10 @@ def of(sort: str) -> Iterator[tuple[str, str]]:
 
         for name, template in TEMPLATES.items():
             yield name, template.system or template.plain
+    elif sort == "layouts":
+        from distill.conversations import LAYOUTS
+
+        yield from LAYOUTS.items()
     elif sort == "recipes":
         for path in recipe_files():
             yield path.stem, _comment(path)
