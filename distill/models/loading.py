@@ -20,16 +20,8 @@ LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "opt", "openai-
 def load(folder: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool = False, **options: Any) -> Any:
     """Load a causal language model from a local folder, safetensors only. `options` go to from_pretrained."""
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    kind = text_part(config_of(folder)).get("model_type"), config_of(folder).get("model_type")
-    if not trust_remote_code and kind[1] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(
-            f"{folder}: transformers has no causal language model of type {kind[1]!r}. Name the language model itself"
-            + (f" (its text part is of type {kind[0]!r}, saved as a model of its own)." if kind[0] != kind[1] else ".")
-        )
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = model_class(folder, trust_remote_code).from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
         use_safetensors=True,
@@ -40,6 +32,24 @@ def load(folder: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool
     )
     check_loaded(folder, info)
     return model
+
+
+def model_class(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """Return transformers' class that loads a model: causal, or one that also sees images and is used for text alone.
+
+    Raises UserError for a model of any other type.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as types
+
+    model_type = config_of(folder).get("model_type")
+    if trust_remote_code or model_type in types.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    if model_type in types.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    raise UserError(
+        f"{folder}: transformers has no causal language model of type {model_type!r}. Name a language model."
+    )
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:

@@ -67,13 +67,14 @@ def prove_saved(model: Any, folder: Path, trust_remote_code: bool = False) -> No
     model: in the dtype that was saved. Raises UserError, naming weights that differ, if it is another model.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from distill.models.loading import model_class
 
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     mine = label_logps(model)
     model.set_attn_implementation(attention)
-    saved, info = AutoModelForCausalLM.from_pretrained(
+    saved, info = model_class(folder, trust_remote_code).from_pretrained(
         folder,
         dtype=next(model.parameters()).dtype,
         trust_remote_code=trust_remote_code,

@@ -14,7 +14,7 @@ from typing import Any
 
 from distill.compute.flops import ModelShape
 from distill.conversations import Reader
-from distill.models import PACKAGE, config_of, gguf, package_file
+from distill.models import PACKAGE, check_folder, config_of, gguf, package_file
 from distill.recipe import ModelConfig, PolicyStage, Recipe, RowsConfig, StageConfig, TrainStage
 from distill.records import Task, UserError
 from distill.stages.context import find_data, make_task
@@ -155,6 +155,7 @@ def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
         return _gguf_shape(package_file(model.source)[1]), ""
     folder = Path(model.source).expanduser()
     if folder.is_dir():
+        check_folder(folder)
         return ModelShape.from_config(config_of(folder)), ""
     cached = _cached_config(model)
     if cached is not None:
