@@ -106,6 +106,7 @@ class TransformersEngine:
             layer.forward = lambda hidden: self._head(hidden, layer.weight, layer.bias)
         self.decoding = Decoding()
         self.decoding = prove_decoding(self, 2e-3 if dtype == "float32" else 0.2)
+        self._head.forget()
         self.note = self.decoding.note
         if not self.decoding.batched:
             self._batch_size = 1

@@ -153,7 +153,7 @@ def has_head(llm: Any) -> bool:
 
 
 def _names_head(worker: Any) -> bool:
-    return any(name == "lm_head" for name, _ in worker.model_runner.model.named_modules())
+    return hasattr(worker.model_runner.model, "lm_head")  # named_modules leaves a shared module out
 
 
 def _without_parameters(worker: Any) -> set[str]:
