@@ -50,6 +50,10 @@ LAYOUTS = {
 }
 
 
+IN_JSON = ("messages", "conversations", "conversation", "prompt", "chosen", "rejected", "dialog")
+"""Columns whose list of messages some data sets store as JSON text."""
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """One conversation of a row.
@@ -103,7 +107,7 @@ class Reader:
 
     def read(self, row: Mapping[str, Any], number: int = 0) -> list[Conversation]:
         """Return a row's conversations, usually one; none if all its generations are wrong. Raises ValueError with the reason."""
-        row = {key: value for key, value in row.items() if value is not None}
+        row = {key: _listed(value) if key in IN_JSON else value for key, value in row.items() if value is not None}
         if self.fields:
             self.layout = "fields"
             return self._by_fields(row, number)
@@ -226,6 +230,16 @@ def nearest_layout(row: Mapping[str, Any]) -> str:
     if any(key in row for key in (*REPLIES, *GOLDS)):
         return f"its columns are {columns}; a column of questions is missing ({', '.join(QUESTIONS)}), or name it by fields: {{question: …}}"
     return f"its columns are {columns}; known layouts are {', '.join(LAYOUTS)}, or name columns by fields: {{question: …, answer: …}}"
+
+
+def _listed(value: Any) -> Any:
+    """Return the list of messages that a text is the JSON of; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _asked(row: Mapping[str, Any]) -> Message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ ONE_TURN: dict[str, dict[str, Any]] = {
     "OpenOrca": {"question": U["content"], "response": "It is 7."},
     "NuminaMath": {"source": "x", "problem": U["content"], "solution": "It is 7."},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": U["content"]}]}, A]},
+    "messages as JSON text": {"messages": json.dumps([U, A])},
     "nulls of a Parquet file": {
         "messages": [{**U, "tool_calls": None}, {**A, "reasoning_content": None}],
         "system": None,
