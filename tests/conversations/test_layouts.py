@@ -82,6 +82,27 @@ def test_several_generations_with_verdicts() -> None:
     assert len(Reader(keep_wrong=True).read(row)) == 3
 
 
+def test_a_generation_is_wrong_if_every_verdict_of_its_row_says_so() -> None:
+    row = {
+        "problem": U["content"],
+        "generations": ["a", "b"],
+        "correctness_math_verify": [False, False],
+        "correctness_llama": [True, False],
+    }
+    assert [each.messages[-1]["content"] for each in Reader().read(row)] == ["a"]
+
+
+def test_generations_in_numbered_columns() -> None:
+    row = {
+        "question": U["content"],
+        "final_answer": "7",
+        "r1_solution_1": "one",
+        "r1_solution_2": "two",
+        "difficulty": 5,
+    }
+    assert [(each.messages[-1]["content"], each.answer) for each in Reader().read(row)] == [("one", "7"), ("two", "7")]
+
+
 def test_golds_wherever_they_stand() -> None:
     dapo = {"prompt": [U], "reward_model": {"ground_truth": "7", "style": "rule"}, "extra_info": {"index": "1"}}
     assert Reader().read(dapo)[0].answer == "7"
