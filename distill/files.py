@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, locks that name their holder, the cache, and files that come with the package."""
+"""Atomic writes of files and folders, lock files that name their holder, the cache folder, and hashes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from distill.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
-"""The folder with `recipes` and `data`: inside the package in an installed wheel, beside it in a checkout."""
+"""The folder that holds `recipes` and `data`: inside the package in an installed wheel, beside it in a checkout."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_atomic(path: Path, data: str | bytes | memoryview) -> Path:
-    """Write a file by temporary file, fsync and rename: readers see the old file or the new one, never a part.
+    """Write a file by temporary file, fsync and rename; readers see the old file or the new one, never a part.
 
-    Text is written as UTF-8. Raises UserError when the disk is full or a folder has that name; the old file stays then.
+    Text is written as UTF-8. Raises UserError if the disk is full or a folder has that name; the old file then stays.
     """
     if path.is_dir():
-        raise UserError(f"{path}: is a folder, where a file should be written. Move it away.")
+        raise UserError(f"{path}: a folder has this name, but a file must be written here. Move the folder away.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with room_for(path), open(temporary, "wb") as file:
@@ -44,9 +44,10 @@ def write_atomic(path: Path, data: str | bytes | memoryview) -> Path:
 
 @contextlib.contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill that gets the name `final` when the block ends, in place of an older one; removed when it fails.
+    """Yield a temporary folder to fill; at the end it is renamed to `final` and replaces an older one.
 
-    What a killed process has left of it is removed by the next one. Raises UserError when the disk is full.
+    It is removed if the block raises. What a killed process left behind is removed by the next call. Raises UserError if
+    the disk is full.
     """
     temporary = final.with_name(f".building-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -67,7 +68,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def room_for(path: Path) -> Iterator[None]:
-    """Turn the error of a full disk into a UserError that names the path and the free space."""
+    """Turn the OSError of a full disk into a UserError that names the path and the free space."""
     try:
         yield
     except OSError as error:
@@ -75,17 +76,17 @@ def room_for(path: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"{path}: no room to write it ({error.strerror}, {free_space(path.parent):,} bytes free). "
-            "What was written before is whole; make room and run again to add what is missing."
+            "All files written before are complete. Free some disk space and run the same command again to continue."
         ) from error
 
 
 def free_space(folder: Path) -> int:
-    """Free bytes of the disk that holds a folder."""
+    """Free bytes on the disk of a folder."""
     return shutil.disk_usage(folder).free
 
 
 def sync(path: Path) -> None:
-    """Make the disk hold a file's bytes, or a folder's names."""
+    """Flush a file's content, or a folder's entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -95,10 +96,11 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file `path`; the file beside it, <name>.holder, names the process and host that hold it.
+    """Hold the lock file `path`; the file <name>.holder beside it names the process and host that hold it.
 
-    The operating system frees the lock when its process ends. A holder on another host is believed, for some network file
-    systems do not pass locks on. Raises UserError with `refusal`, in which {holder} stands for process and host.
+    The operating system releases the lock when the process ends. A holder file from another host counts as a lock,
+    because some network file systems do not share locks between hosts. Raises UserError with the text `refusal`, in which
+    {holder} is replaced by process and host.
     """
     import filelock
 
@@ -141,13 +143,13 @@ def _in_words(holder: Mapping[str, Any]) -> str:
 
 
 def cache_home() -> Path:
-    """Where dequantised models are kept: $DISTILL_CACHE, or distill/ in the user's cache folder."""
+    """The cache folder for dequantised models and measurements: $DISTILL_CACHE, or distill/ in the user's cache folder."""
     if explicit := os.environ.get("DISTILL_CACHE"):
         return Path(explicit)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill"
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """SHA-256 of a file's bytes, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

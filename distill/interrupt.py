@@ -1,7 +1,7 @@
-"""Ctrl-C and its kin: an exception in the command's process, and an end of the processes that it started.
+"""SIGINT (Ctrl-C) and SIGTERM: an exception in this process, and termination of the stage processes that it started.
 
-Stages can be killed at any instant without loss, so `end` asks once, waits a moment and then kills, the processes below
-included: a product of matrices or an engine's step in C code does not come back to Python in time to be asked.
+A stage can be killed at any time and resumed, so `end` sends SIGINT, waits GRACE seconds and then kills the process and
+its descendants. C code, such as a matrix product or an engine step, may not return to Python in time to handle a signal.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 0.5
-"""Seconds that a process is given to leave things in order."""
+"""Seconds between SIGINT and SIGKILL: time for a process to clean up."""
 
-DYING = 0.3
-"""Seconds at most that killed processes below the child are waited for: on a busy machine dying takes its turn too."""
+REAP_TIMEOUT = 0.3
+"""Maximum seconds to wait until the killed descendants are gone; a busy machine takes some time for that."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal came that ends the command. kept: in words, what the stage under way has kept; empty where unknown."""
+    """A signal that ends the command. kept: the progress that the running stage has saved, in words; "" if unknown."""
 
     def __init__(self, number: int = signal.SIGINT, kept: str = "") -> None:
         super().__init__(number)
@@ -32,50 +32,50 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """Exit status, as shells have it."""
+        """Exit status by the shells' convention: 128 + signal number."""
         return 128 + self.number
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM raise Interrupted, also where whoever started this process had it ignore them."""
+    """In this context SIGINT and SIGTERM raise Interrupted, even if the process was started with them ignored."""
 
     def handler(number: int, _: FrameType | None) -> None:
         raise Interrupted(number)
 
-    former = {number: signal.signal(number, handler) for number in SIGNALS}
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, before in former.items():
-            signal.signal(number, before)
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
 
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Signals wait until the end of the block; a child started in it begins with them blocked (see `receive`)."""
-    came: list[int] = []
+    """Delay SIGINT and SIGTERM until the end of this context; a child started in it has them blocked (see `receive`)."""
+    received: list[int] = []
 
     def handler(number: int, _: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
 
-    # Blocking them in this thread is for the child alone: another thread may still be the one that gets them.
-    former = {number: signal.signal(number, handler) for number in SIGNALS}
+    # The mask is only for the child, which inherits it: another thread of this process may still receive the signal.
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        for number, before in former.items():
-            signal.signal(number, before)
-        if came:
-            signal.raise_signal(came[0])
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def receive() -> None:
-    """In a child that was started with the signals held back: the first one raises Interrupted from here on.
+    """Unblock the signals in a child started under `held_back`; the first one raises Interrupted.
 
-    Further ones do not disturb its cleaning up: its parent ends it if it takes long.
+    Later ones are ignored while the child cleans up. The parent kills it if that takes too long.
     """
 
     def handler(number: int, _: FrameType | None) -> None:
@@ -89,32 +89,32 @@ def receive() -> None:
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """End a child and all below it: asked to first, killed after GRACE seconds or at the next signal.
+    """End a child and its descendants: SIGINT first, SIGKILL after GRACE seconds or at the next signal.
 
-    Signals that come while it kills are ignored.
+    Signals that arrive during the killing are ignored.
     """
-    below: list[psutil.Process] = []
+    descendants: list[psutil.Process] = []
     try:
-        below += _below(process.pid)
+        descendants += _descendants(process.pid)
         process.send_signal(signal.SIGINT)
         process.wait(GRACE)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         pass
     finally:
-        former = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+        previous = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
         if process.poll() is None:
-            below += _below(process.pid)
+            descendants += _descendants(process.pid)
             process.kill()
             process.wait()
-        for each in below:
+        for each in descendants:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
-        psutil.wait_procs(below, timeout=DYING)
-        for number, before in former.items():
-            signal.signal(number, before)
+        psutil.wait_procs(descendants, timeout=REAP_TIMEOUT)
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)
 
 
-def _below(pid: int) -> list[psutil.Process]:
+def _descendants(pid: int) -> list[psutil.Process]:
     try:
         found: list[psutil.Process] = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:

@@ -1,12 +1,10 @@
-r"""How much of a text is in a given language: R1's language reward, and a filter of traces that mix languages.
+r"""The share of a text that is in a given language: for R1's language reward, and a filter for mixed-language traces.
 
-Words are runs of letters. Code, formulas, tags, addresses, single letters, symbols with digits in them, the names of
-functions and capitals such as ABC are notation and belong to no language. What is written in a script that the target
-language does not use is not of it, and that is certain. Within the target's own script an identifier (py3langid)
-decides, which cannot be trusted with single words: so words are judged a few together, and the likeliest sequence of
-languages is taken, where a switch has to be paid for and the target has the benefit of the doubt.
-
-Left out on purpose: which other language it is.
+Words are runs of letters. Code, formulas, tags, URLs and e-mail addresses, single letters, symbols with digits, function
+names and capitals such as ABC count as notation and belong to no language. Words in a script that the target language
+does not use are never of the target language. Words in its script are classified by py3langid. That is unreliable for
+single words, so words are classified in chunks of a few, and the most likely sequence of languages is found (Viterbi): a
+change of language costs SWITCH nats, and the target language has an advantage of BENEFIT nats.
 """
 
 from __future__ import annotations
@@ -29,15 +27,17 @@ if TYPE_CHECKING:
     from distill.records import Array
 
 CHUNK_WORDS = 4
+"""Maximum words of a chunk."""
 MIN_CHUNK_WORDS = 2
+"""A shorter chunk is joined with the next one of its script."""
 SWITCH = 2.0
-"""Nats that a change of language between two neighbouring chunks costs."""
+"""Cost in nats of a change of language between two neighbouring chunks."""
 BENEFIT = 1.5
-"""Nats that the target is ahead in every chunk."""
+"""Nats added to the target's score in every chunk."""
 FLOOR = -6.0
-"""The identifier is never surer than this: one chunk may not outvote a page."""
+"""Lower bound of a chunk's log-probabilities, so that no single chunk outweighs many others."""
 
-# The languages that a text may turn to, of the 139 that the identifier knows: the fewer, the fewer mistakes on a few words.
+# Alternatives to the target, of the 139 languages that py3langid knows: fewer candidates make fewer mistakes on short chunks.
 _CANDIDATES = (
     "ar be bg ca cs da de el en es et fa fi fr he hi hr hu id it ja kk ko lt lv mk mr ne nl no pl pt ro ru "
     "sk sl sr sv th tr uk ur vi zh"
@@ -68,10 +68,10 @@ _SCRIPTS = {
     "THAI": "th",
     "TIBETAN": "dz",
 }
-"""The scripts other than Latin and who writes in them. Serbian is written in Latin script too."""
+"""Script (Unicode name) -> languages written in it, Latin excepted. Serbian is written in Latin script too."""
 
 _UNSPACED = {"CJK": 2, "THAI": 4, "LAO": 4, "KHMER": 4, "MYANMAR": 4, "TIBETAN": 4}
-"""Letters to a word, roughly, where no spaces part them: a run of n letters counts as n / this many words."""
+"""Approximate letters per word in scripts without spaces: a run of n letters counts as n / this many words."""
 
 _NOTATION = re.compile(
     r"```.*?(?:```|\Z)|`[^`\n]*`"
@@ -99,35 +99,35 @@ _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 
 
 def language_share(text: str, target: str) -> float | None:
-    """Share of the words of a text that are of the language `target` (ISO 639-1); None where it has no words.
+    """Share of the words of a text that are in the language `target` (ISO 639-1); None if the text has no words.
 
-    The reward for language consistency of DeepSeek-R1 (DeepSeek-AI 2025, section 2.3.2): words of the target
-    language over all words. Raises UserError for a language that the identifier does not know.
+    The language consistency reward of DeepSeek-R1 (DeepSeek-AI 2025, section 2.3.2): words of the target language over
+    all words. Raises UserError for a language that py3langid does not know.
     """
     scripts = scripts_of(target)
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)  # full-width letters are letters
-    total, ours = 0.0, 0.0
-    chunks: list[tuple[str, float]] = []  # in the target's script, still to be judged
+        text = unicodedata.normalize("NFKC", text)  # maps full-width letters to ordinary ones
+    total, in_target = 0.0, 0.0
+    chunks: list[tuple[str, float]] = []  # in the target's script, to be classified
     for script, words in _chunks(text):
         num = sum(_num_words(word, script) for word in words)
         total += num
         if script not in scripts:
             continue
         if _SCRIPTS.get(script) == target:
-            ours += num  # nobody else writes in it
+            in_target += num  # no other language uses this script
         else:
             chunks.append((("" if script == "CJK" else " ").join(words), num))
     if not total:
         return None
-    mine = _likeliest([chunk for chunk, _ in chunks], target)
-    ours += sum(num for (_, num), is_mine in zip(chunks, mine, strict=True) if is_mine)
-    return ours / total
+    is_target = _most_likely([chunk for chunk, _ in chunks], target)
+    in_target += sum(num for (_, num), yes in zip(chunks, is_target, strict=True) if yes)
+    return in_target / total
 
 
 @functools.cache
 def scripts_of(language: str) -> frozenset[str]:
-    """The scripts a language is written in, as Unicode names them; UserError for an unknown language."""
+    """The scripts of a language, by their Unicode names. Raises UserError for an unknown language."""
     known = _identifier(None).labels
     if language not in known:
         raise UserError(
@@ -141,7 +141,7 @@ def scripts_of(language: str) -> frozenset[str]:
 
 
 def _chunks(text: str) -> list[tuple[str, list[str]]]:
-    """The words of a text in order, a few together: of one sentence where it is long enough, and of one script."""
+    """(script, words) chunks of a text in order; each of one script and, unless it would be too short, one sentence."""
     chunks: list[tuple[str, list[str]]] = []
     for script, words in _sentences(_NOTATION.sub(" ", text)):
         if chunks and chunks[-1][0] == script and len(chunks[-1][1]) < MIN_CHUNK_WORDS:
@@ -153,7 +153,7 @@ def _chunks(text: str) -> list[tuple[str, list[str]]]:
 
 
 def _sentences(text: str) -> list[tuple[str, list[str]]]:
-    """Runs of words of one script and one sentence."""
+    """(script, words) for each run of words of one script within a sentence."""
     runs: list[tuple[str, list[str]]] = []
     open_script = ""
     for piece in _PIECES.finditer(text):
@@ -173,7 +173,7 @@ def _sentences(text: str) -> list[tuple[str, list[str]]]:
 
 @functools.lru_cache(maxsize=4096)
 def _script(letter: str) -> str:
-    """LATIN, CYRILLIC, ...; empty for letters that only formulas are written with."""
+    """The script of a letter: LATIN, CYRILLIC, ...; "" for letters used only in formulas."""
     name = unicodedata.name(letter, "").split(" ")[0]
     return name if name == "LATIN" or name in _SCRIPTS else ""
 
@@ -189,30 +189,30 @@ def _num_words(word: str, script: str) -> float:
 # ------------------------------------------------------------------------------------------- languages
 
 
-def _likeliest(chunks: list[str], target: str) -> list[bool]:
-    """Whether each chunk is of the target language, in the likeliest sequence of languages (Viterbi)."""
+def _most_likely(chunks: list[str], target: str) -> list[bool]:
+    """Whether each chunk is in the target language, by the most likely sequence of languages (Viterbi)."""
     if not chunks:
         return []
     score_NL = np.stack([_scores(chunk, target) for chunk in chunks])
     if (score_NL.argmax(1) == 0).all():
         return [True] * len(chunks)
     best_L = score_NL[0]
-    came_NL = np.zeros(score_NL.shape, np.int64)
+    previous_NL = np.zeros(score_NL.shape, np.int64)
     stay_L = np.arange(len(best_L))
     for n in range(1, len(chunks)):
         leader = int(best_L.argmax())
         switched = best_L[leader] - SWITCH
-        came_NL[n] = np.where(best_L >= switched, stay_L, leader)
+        previous_NL[n] = np.where(best_L >= switched, stay_L, leader)
         best_L = np.maximum(best_L, switched) + score_NL[n]
     path = [int(best_L.argmax())]
     for n in range(len(chunks) - 1, 0, -1):
-        path.append(int(came_NL[n, path[-1]]))
+        path.append(int(previous_NL[n, path[-1]]))
     return [language == 0 for language in reversed(path)]
 
 
 @functools.lru_cache(maxsize=65536)
 def _scores(chunk: str, target: str) -> Array:
-    """Log-probabilities [L] of the languages, the target first, the others in one fixed order."""
+    """Log-probabilities [L] of the languages in `_order`, at least FLOOR; the target's with BENEFIT added."""
     order = _order(target)
     if _KANA.search(chunk) and "ja" in order:
         score_L = np.full(len(order), FLOOR)
@@ -227,6 +227,7 @@ def _scores(chunk: str, target: str) -> Array:
 
 @functools.cache
 def _order(target: str) -> list[str]:
+    """The languages that a chunk may be in, the target first."""
     return [target, *(other for other in _CANDIDATES.split() if other != target)]
 
 
@@ -240,7 +241,7 @@ def _identifier(target: str | None) -> _Identifier:
 
 @functools.cache
 def _load(target: str | None) -> _Identifier:
-    """The identifier of all languages (None), or of a target's rivals; they share the model's large tables."""
+    """py3langid for all languages (None), or for a target and its alternatives; all share the model's large tables."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     if target is None:

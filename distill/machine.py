@@ -1,11 +1,12 @@
-"""What this machine can do, measured: matrix products by dtype, memory and its bandwidth; and the dtype that follows.
+"""Measure this machine (matrix-product speed by dtype, memory, memory bandwidth) and choose a dtype from that.
 
-`python -m distill.machine 576x1536 ...` measures in a process of its own and prints JSON, so that the command line does not
-import torch. A measurement is kept for an hour in the user's cache and, for each run, in its environment.json.
+`python -m distill.machine 576x1536 ...` measures in a separate process and prints JSON, so that the command line does not
+import torch. A measurement is cached for one hour in the user's cache and recorded in each run's environment.json.
 
-The products are the three of a layer in training at the model's own width: forward (x W^T), by the input (g W) and by the weight
-(g^T x). No list of processor features decides: a processor with AVX2 alone multiplies bfloat16 10 to 100 times slower than float32,
-one with AMX or AVX-512-BF16 four times faster, and the libraries between differ too.
+The timed products are the three of a layer in training, at the model's own width: forward (x W^T), gradient by the input
+(g W) and gradient by the weight (g^T x). They are timed because processor features do not predict the speed: a processor
+with only AVX2 multiplies bfloat16 10 to 100 times slower than float32, one with AMX or AVX-512-BF16 four times faster, and
+it also depends on the libraries.
 """
 
 from __future__ import annotations
@@ -28,27 +29,29 @@ from distill.records import UserError, stable_hash
 Dtype = Literal["bfloat16", "float32"]
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 Width = tuple[int, int]
-"""(hidden, intermediate) of a model."""
+"""(hidden size, intermediate size) of a model."""
 
 ROWS = 256
 """Tokens in the products of training and prefill."""
 DECODE_ROWS = 64
 """Sequences in a decoding step."""
 PRODUCT_FLOPS = 0.5e9
-"""One product's size at most: a wide matrix is cut in its output, so that the slowest dtype is measured within a second."""
+"""Maximum FLOPs of one timed product: the output dimension of a wide matrix is cut, so that timing takes under a second."""
 REPEATS = 24
+"""Timed repetitions of each product."""
 HOPELESS = 10.0
-"""A dtype that is this many times slower at its first run is not run again."""
-KEPT_SECONDS = 3600.0
+"""A dtype whose first run is this many times slower than the fastest is not timed again."""
+CACHE_SECONDS = 3600.0
+"""Age until which a cached measurement is used."""
 METHOD = "CPU time"
-"""Of measuring: measurements taken in another way are not read."""
+"""Part of the cache key: a measurement by another method is not reused."""
 SETTINGS = ("ONEDNN_", "DNNL_", "ATEN_", "MKL_", "OMP_", "KMP_", "GOMP_", "CUDA_VISIBLE_DEVICES")
-"""Environment variables that change how fast products are, by their beginning."""
+"""Prefixes of environment variables that change the speed of products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """FLOP/s of one dtype at one width: the products of training, and the forward product of a decoding step."""
+    """FLOP/s of one dtype at one width: the three products of training, and the forward product of a decoding step."""
 
     forward: float
     by_input: float
@@ -62,13 +65,17 @@ class Rates:
 
     @property
     def engine(self) -> float:
-        """FLOP/s of a forward product, half of the work in prefill and half in decoding."""
+        """FLOP/s of forward products with half of the work in prefill and half in decoding."""
         return 2.0 / (1 / self.forward + 1 / self.decode)
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """device: cpu or cuda. memory: bytes, of the GPU where there is one. bandwidth: bytes/s. rates: by width "576x1536" and dtype."""
+    """A measured machine.
+
+    key: the machine and settings that the measurement is valid for (`key`). device: cpu or cuda. memory: bytes, of the GPU
+    if there is one. bandwidth: of memory, bytes/s. rates: by width ("576x1536") and dtype.
+    """
 
     key: str
     device: str
@@ -80,6 +87,7 @@ class Machine:
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Machine:
+        """From a mapping as `asdict` gives it."""
         rates = {
             width: {dtype: Rates(**each) for dtype, each in by_dtype.items()}
             for width, by_dtype in tree["rates"].items()
@@ -87,49 +95,49 @@ class Machine:
         return Machine(**{**tree, "rates": rates})
 
     def at(self, width: Width) -> dict[Dtype, Rates]:
-        """Rates by dtype at a model's width, or at the nearest one measured."""
+        """Rates by dtype at a model's width, or at the measured width with the nearest hidden size."""
         if named := self.rates.get(name_of(width)):
             return named
         return min(self.rates.items(), key=lambda item: abs(int(item[0].partition("x")[0]) - width[0]))[1]
 
     def best(self, width: Width) -> float:
-        """FLOP/s of the faster dtype in training."""
+        """Return the FLOP/s of the faster dtype in training."""
         return max(rates.training for rates in self.at(width).values())
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A dtype, and why, in words for the user."""
+    """A dtype and the reason for it, in words for the user."""
 
     dtype: Dtype
     why: str
 
 
-def choose(machine: Machine, width: Width, wish: str, purpose: Literal["training", "engine"]) -> Choice:
-    """The dtype of a stage's trainer or engine: as wished, or for "auto" the one whose products are measured to be faster.
+def choose(machine: Machine, width: Width, setting: str, purpose: Literal["training", "engine"]) -> Choice:
+    """Choose the dtype of a stage's trainer or engine: the recipe's setting or, for "auto", the dtype measured as faster.
 
-    On a GPU auto is bfloat16 wherever the GPU has it.
+    On a GPU, "auto" is bfloat16 if the GPU supports it.
     """
     speed = {dtype: getattr(rates, purpose) for dtype, rates in machine.at(width).items()}
-    # bfloat16 first: of equals it takes half the memory.
+    # Sorted, so that bfloat16, which takes half the memory, wins a tie.
     fastest = max(sorted(speed), key=lambda dtype: speed[dtype])
     figures = ", ".join(f"{dtype} {speed[dtype] / 1e9:.3g}" for dtype in sorted(speed))
     measured = f"measured at width {name_of(width)}: {figures} GFLOP/s"
-    if wish == "auto" and machine.device == "cuda":
+    if setting == "auto" and machine.device == "cuda":
         dtype: Dtype = "bfloat16" if "bfloat16" in speed else "float32"
         has = "has" if dtype == "bfloat16" else "lacks"
         return Choice(dtype, f"the GPU ({machine.name}) {has} bfloat16")
-    if wish == "auto":
+    if setting == "auto":
         return Choice(fastest, measured)
-    asked: Dtype = "bfloat16" if wish == "bfloat16" else "float32"
-    if asked not in speed:
-        return Choice(asked, f"as the recipe says; {machine.name} has no {asked} of its own")
-    slower = speed[fastest] / speed[asked]
+    given: Dtype = "bfloat16" if setting == "bfloat16" else "float32"
+    if given not in speed:
+        return Choice(given, f"as the recipe says; {machine.name} does not support {given} in hardware")
+    slower = speed[fastest] / speed[given]
     if slower < 1.5:
-        return Choice(asked, "as the recipe says")
+        return Choice(given, "as the recipe says")
     return Choice(
-        asked,
-        f"as the recipe says, which costs time: its products are {slower:.3g} times slower here than {fastest} ({measured}); "
+        given,
+        f"as the recipe says, but its products are {slower:.3g} times slower here than {fastest} ({measured}); "
         "dtype: auto takes the faster one",
     )
 
@@ -140,7 +148,7 @@ def _width(name: str) -> Width:
 
 
 def width_of(config: Mapping[str, Any]) -> Width:
-    """(hidden, intermediate) from a transformers config.json; four times hidden where the MLP's size is not said."""
+    """(hidden, intermediate) from a transformers config.json; intermediate defaults to four times hidden."""
     config = config.get("text_config") or config
     hidden = int(next((config[k] for k in ("hidden_size", "n_embd", "d_model") if config.get(k)), 1024))
     inner = config.get("intermediate_size") or config.get("n_inner") or config.get("ffn_dim")
@@ -148,6 +156,7 @@ def width_of(config: Mapping[str, Any]) -> Width:
 
 
 def name_of(width: Width) -> str:
+    """A width as text: "576x1536"."""
     return f"{width[0]}x{width[1]}"
 
 
@@ -155,7 +164,7 @@ def name_of(width: Width) -> str:
 
 
 def measure(widths: Iterable[Width]) -> Machine:
-    """Measure in this process, about half a second a width. Imports torch."""
+    """Measure in this process; takes about half a second per width. Imports torch."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -214,7 +223,7 @@ def _rates(width: Width, dtypes: tuple[Dtype, ...], device: str) -> dict[Dtype, 
 
 
 def _best(works: Mapping[Dtype, Callable[[], object]], device: str) -> dict[Dtype, float]:
-    """Seconds of each, the least of a few runs taken in turns; one that is hopelessly slow runs once."""
+    """Seconds of each dtype: the minimum of REPEATS interleaved runs; a HOPELESS one runs only once."""
     times = {dtype: busy_seconds(work, device) for dtype, work in works.items()}
     for _ in range(REPEATS):
         for dtype, work in works.items():
@@ -224,10 +233,10 @@ def _best(works: Mapping[Dtype, Callable[[], object]], device: str) -> dict[Dtyp
 
 
 def busy_seconds(work: Callable[[], object], device: str) -> float:
-    """Seconds that the work takes with nothing else running.
+    """Seconds that the work takes on an otherwise idle machine.
 
-    On a CPU: the main thread's CPU time, or that of all threads over the cores where it is more. The threads wait passively for
-    one another, so wall time on a busy machine can be several times as long while CPU time stays the same.
+    On a CPU this is CPU time: the main thread's, or that of all threads divided by their number if that is more. Wall time
+    can be several times as long on a busy machine, CPU time hardly changes because waiting threads do not spin.
     """
     import torch
 
@@ -243,22 +252,22 @@ def busy_seconds(work: Callable[[], object], device: str) -> float:
     return max(mine, everybody / torch.get_num_threads(), 1e-9)
 
 
-# ------------------------------------------------------------------------------------------ measured once
+# --------------------------------------------------------------------------------------------------- cache
 
 
 def measured(widths: Iterable[Width], cache: Path) -> Machine:
-    """This machine, from the cache where it is fresh and has these widths, else measured in a process of its own.
+    """Return this machine: from the cache if it is recent and has these widths, else measured in a separate process.
 
-    cache: a folder for measurements. Raises UserError where torch cannot multiply at all.
+    cache: a folder for measurements. Raises UserError if the measurement fails.
     """
     wanted = sorted({*widths}) or [(1024, 4096)]
     file = cache / f"{key()}.json"
     known: Machine | None = None
-    if file.is_file() and time.time() - file.stat().st_mtime < KEPT_SECONDS:
+    if file.is_file() and time.time() - file.stat().st_mtime < CACHE_SECONDS:
         try:
             known = Machine.from_json(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError):
-            known = None  # cut short or of another version: measured again
+            known = None  # truncated, or written by another version: measure again
     missing = [width for width in wanted if known is None or name_of(width) not in known.rates]
     if known is not None and not missing:
         return known
@@ -279,7 +288,7 @@ def measured(widths: Iterable[Width], cache: Path) -> Machine:
 
 
 def of_run(run: Path, widths: Iterable[Width], cache: Path) -> Machine:
-    """This machine as the run's environment.json has it; measured where that has another machine or lacks a width."""
+    """Return this machine from the run's environment.json; measured if that is of another machine or lacks a width."""
     wanted = list(widths)
     known = recorded(run)
     if known is not None and known.key == key():
@@ -290,9 +299,9 @@ def of_run(run: Path, widths: Iterable[Width], cache: Path) -> Machine:
 
 
 def in_stage(run: Path, width: Width, cache: Path) -> Machine:
-    """The machine as the run's environment.json has it; a width that it lacks is measured and added.
+    """Return the machine from the run's environment.json; a missing width is measured and added.
 
-    A stage's parent has seen to it that it is this machine; the stage's own environment has other settings.
+    Does not compare `key`: the parent process has done so, and a stage runs with other environment variables.
     """
     known = recorded(run)
     if known is not None and name_of(width) in known.rates:
@@ -307,14 +316,14 @@ def in_stage(run: Path, width: Width, cache: Path) -> Machine:
 
 
 def recorded(run: Path) -> Machine | None:
-    """The machine in a run's environment.json; None where there is none."""
+    """Return the machine in a run's environment.json; None if there is none."""
     file = run / "environment.json"
     tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return Machine.from_json(tree["machine"]) if "machine" in tree else None
 
 
 def key() -> str:
-    """What a measurement holds for: this processor, its cores, this torch, these settings, and this way to measure."""
+    """Hash of everything that a measurement depends on: processor, cores, torch version, settings, method."""
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)}
     settings.pop("OMP_WAIT_POLICY", None)  # stages set it
     torch = importlib.metadata.version("torch")
@@ -322,14 +331,14 @@ def key() -> str:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processor() -> str:
-    """The processor's name, as the system gives it."""
+    """The processor's name, as the operating system gives it."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -339,7 +348,7 @@ def processor() -> str:
 
 
 def memory_bytes() -> float:
-    """Memory that this process may use: the machine's, or its control group's where that is less."""
+    """Bytes of memory that this process may use: the machine's, or the control group's limit if that is less."""
     limits = [float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         path = Path(file)
@@ -349,6 +358,7 @@ def memory_bytes() -> float:
 
 
 def main(arguments: list[str]) -> None:
+    """Measure the widths given as "576x1536" and print the machine as JSON."""
     print(json.dumps(asdict(measure(map(_width, arguments)))))
 
 

@@ -1,9 +1,9 @@
-"""A name, or `package.module:function`, becomes a checked function.
+"""Plugs: the functions that a recipe names by `fn`, found by name or by `package.module:function`, options checked.
 
-The registry of a kind of plug (losses, filters, tasks, templates) is its home module: every public
-function defined there, or below it, is on offer under its own name. A function's keyword-only
-parameters are its options, and their annotations are a strict schema, so a typo in a recipe is an error
-that names the nearest option. Nothing is registered, decorated or inherited.
+Each sort of plug (loss, objective, reward, filter, task, engine) has a home module, which is its registry: every public
+function defined in it or in a submodule can be named. A function's keyword-only parameters are its options, and their
+annotations are a strict schema: a typo in a recipe is an error that names the nearest option. There are no decorators
+and no base classes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Function = Callable[..., Any]
 
 
 def names(home: str) -> dict[str, Function]:
-    """Every plug of a home module, by name."""
+    """The public functions of a home module, by name."""
     module = importlib.import_module(home)
     return {
         name: value
@@ -38,9 +38,9 @@ def names(home: str) -> dict[str, Function]:
 
 
 def find(name: str, home: str, where: str = "") -> Function:
-    """The function called `name` in the home module, or the one that `package.module:function` names.
+    """Return the function `name` of the home module, or the one at `package.module:function`.
 
-    Raises UserError with the nearest name when there is none.
+    where: the recipe key for messages. Raises UserError with the nearest name if there is none.
     """
     prefix = f"{where}: " if where else ""
     if ":" in name:
@@ -59,13 +59,13 @@ def find(name: str, home: str, where: str = "") -> Function:
 
 
 def bind(name: str, options: Mapping[str, Any], home: str, where: str = "") -> Function:
-    """The function with its options checked and filled in: a partial that takes the positional arguments only."""
+    """Return the function with its options checked and bound: a partial that takes only the positional arguments."""
     function = find(name, home, where)
     return functools.partial(function, **check_options(function, options, where or name))
 
 
 def all_options(name: str, options: Mapping[str, Any], home: str, where: str = "") -> dict[str, Any]:
-    """Every option of a function, as given and checked, else its default."""
+    """Return every option of a function: the given value, checked, or else the default."""
     function = find(name, home, where)
     parameters = inspect.signature(function).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -73,7 +73,7 @@ def all_options(name: str, options: Mapping[str, Any], home: str, where: str = "
 
 
 def check_options(function: Function, options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Validate options against the keyword-only parameters; returns them converted to their annotated types."""
+    """Validate options against the keyword-only parameters; return them converted to their annotated types."""
     parameters = {
         key: parameter
         for key, parameter in inspect.signature(function).parameters.items()
@@ -106,9 +106,9 @@ def explain(
     known: Iterable[str] = (),
     refused: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """A pydantic error as one message: a line a mistake, each with its key, what was wrong and the nearest key.
+    """A pydantic error as one message: per mistake a line with the key, what is wrong and the nearest known key.
 
-    refused: keys that cannot be, with the reason (a module says so in its REFUSED_OPTIONS).
+    refused: keys that are refused for a reason of their own, with that reason (a module's REFUSED_OPTIONS).
     """
     lines = []
     for mistake in error.errors():
@@ -125,13 +125,13 @@ def explain(
             lines.append(f"{label}: is required.")
         else:
             shown = repr(mistake["input"])
-            said = mistake["msg"].removeprefix("Value error, ").lower()
-            lines.append(f"{label}: {said}, got {shown[:80]}.")
+            message = mistake["msg"].removeprefix("Value error, ").lower()
+            lines.append(f"{label}: {message}, got {shown[:80]}.")
     return "\n".join(lines)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?', or the list when nothing is near."""
+    """Return " Did you mean ...?" with the closest name, or the list of names if none is close."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if close:
@@ -139,8 +139,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" There are: {', '.join(known)}." if known else ""
 
 
-def look_in(folder: Path) -> None:
-    """Import modules of the user's from a folder, too: that of the recipe."""
+def add_import_folder(folder: Path) -> None:
+    """Add a folder (the recipe's) to the places where the user's modules are imported from."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 

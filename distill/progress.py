@@ -1,9 +1,8 @@
-"""What a person sees of work under way: one live line on a terminal, plain lines elsewhere.
+"""Progress display: one live line on a terminal, plain lines in a file or pipe.
 
-A `Screen` owns a stream and shows one thing at a time: a phase ("loading base") or a count that grows (`Live`). On a
-terminal its line is redrawn in place; elsewhere it is printed when it begins, and again, with the time that it has
-taken, whenever nothing else was printed for QUIET seconds. `ticking` starts the thread that sees to both, so that they
-hold inside a slow step too.
+A `Screen` writes to one stream and shows one activity at a time: a phase ("loading base") or a counter (`Live`). On a
+terminal its line is redrawn in place. Elsewhere the line is printed when the activity begins, and again with the elapsed
+time after QUIET seconds without output. `ticking` starts a thread for both, so that they also work during a slow step.
 """
 
 from __future__ import annotations
@@ -18,22 +17,25 @@ from dataclasses import dataclass
 from typing import TextIO
 
 QUIET = 25.0
-"""Seconds without a line, not on a terminal, after which what is under way is said again."""
+"""Not on a terminal: seconds without output after which the current activity is printed again."""
 PLAIN_EVERY = 15.0
-"""Seconds between two lines of a count that grows, not on a terminal."""
+"""Not on a terminal: minimum seconds between two lines of a counter."""
 REDRAW = 0.2
-"""Seconds between two drawings of a count that grows, on a terminal."""
+"""On a terminal: minimum seconds between two redraws of a counter."""
 TICK = 1.0
+"""Seconds between two calls of `Screen.tick` in the thread of `ticking`."""
 SLOW = 2.0
-"""Seconds without an advance after which a live line says how long the next one has been under way."""
+"""Seconds without an update after which a counter shows how long the next step has been under way."""
 PATIENCE = 2.0
-"""Seconds after which a command that is usually quick says what it is doing."""
+"""Seconds before a phase that is usually quick is shown."""
 LABEL = 12
+"""Width of the label column."""
 CLEAR = "\x1b[2K"
+"""Terminal control sequence: erase the line."""
 
 
 class Screen:
-    """The lines of one process. label: the name in front of what is under way, a stage's for example."""
+    """The progress output of one process. label: the text at the start of each progress line, such as the stage's name."""
 
     def __init__(
         self,
@@ -49,43 +51,43 @@ class Screen:
         self._lock = threading.RLock()
         self._current: _Phase | Live | None = None
         self._shown_at = now()
-        self._told = True
-        self._silent_until = now()
+        self._shown = True
+        self._hidden_until = now()
 
     def say(self, text: str) -> None:
-        """Print a plain line; what is under way stays below it."""
+        """Print a plain line above the progress line."""
         with self._lock:
             self._print(f"  {text}")
             if self.terminal:
                 self._draw(0.0)
 
     def phase(self, text: str, *, after: float = 0.0) -> None:
-        """Say what begins now; it is under way until the next phase or live line begins.
+        """Show that a phase begins; it lasts until the next phase or counter.
 
-        after: seconds for which it is not shown, for work that is usually over by then.
+        after: seconds before it is first shown, for work that usually ends sooner.
         """
         with self._lock:
             self._current = _Phase(text, self.now())
-            self._silent_until = self.now() + after
-            self._told = False
+            self._hidden_until = self.now() + after
+            self._shown = False
             self._draw(0.0)
 
     def live(self, total: int, unit: str, done: int = 0) -> Live:
-        """A count from `done` to `total`, shown at once; unit: what is counted, in the plural."""
+        """Start and show a counter from `done` to `total`. unit: what is counted, in the plural."""
         with self._lock:
             live = Live(self, total, unit, done)
             self._current = live
-            self._silent_until = self.now()
+            self._hidden_until = self.now()
             self._draw(0.0)
         return live
 
     def tick(self) -> None:
-        """Show again what is under way: on a terminal always, elsewhere after QUIET seconds without a line."""
-        self._draw(0.0 if self.terminal or not self._told else QUIET)
+        """Show the current activity again: on a terminal always, elsewhere after QUIET seconds without output."""
+        self._draw(0.0 if self.terminal or not self._shown else QUIET)
 
     @contextmanager
     def ticking(self) -> Iterator[Screen]:
-        """Tick every second in a thread of its own; the end clears the terminal's last line."""
+        """Call `tick` every TICK seconds in a thread; the end of the context erases the terminal's progress line."""
         ended = threading.Event()
 
         def run() -> None:
@@ -104,12 +106,12 @@ class Screen:
                 self._current = None
 
     def _draw(self, every: float) -> None:
-        """Show what is under way unless something was shown less than `every` seconds ago."""
+        """Show the current activity unless something was shown less than `every` seconds ago."""
         with self._lock:
             now = self.now()
-            if self._current is None or now < self._silent_until or now - self._shown_at < every:
+            if self._current is None or now < self._hidden_until or now - self._shown_at < every:
                 return
-            self._told = True
+            self._shown = True
             label = f"{self.label:<{LABEL}}  " if self.label else ""
             text = f"  {label}{self._current.text(now)}"
             if self.terminal:
@@ -132,7 +134,7 @@ class Screen:
         self._draw(0.0 if finished else REDRAW if self.terminal else PLAIN_EVERY)
 
     def _closed(self, live: Live) -> None:
-        """Leave the last state of a live line standing on a terminal; elsewhere it has been printed."""
+        """On a terminal, keep the last state of a counter as a plain line; elsewhere it has been printed already."""
         with self._lock:
             if self.terminal and live.done > live.first:
                 self._draw(0.0)
@@ -144,7 +146,7 @@ class Screen:
 
 @dataclass(frozen=True, slots=True)
 class _Phase:
-    """Work without a count, and when it began."""
+    """An activity without a counter, and the time at which it began."""
 
     what: str
     began: float
@@ -155,7 +157,7 @@ class _Phase:
 
 
 class Live:
-    """A count that grows. `update` may be called as often as one likes: it draws a few times a second at most."""
+    """A counter with metrics and an estimate of the remaining time. `update` is cheap: redraws are rate-limited."""
 
     def __init__(self, screen: Screen, total: int, unit: str, done: int = 0) -> None:
         self.screen, self.total, self.unit = screen, total, unit
@@ -164,12 +166,12 @@ class Live:
         self.began = self.advanced = screen.now()
 
     def update(self, done: int, **metrics: float | str) -> None:
-        """`metrics` are shown by name; a rate is called for example tokens_per_second."""
+        """Set the count and the metrics shown beside it, by name; `tokens_per_second` is shown as tokens/s."""
         self.done, self.metrics, self.advanced = done, metrics, self.screen.now()
         self.screen._advanced(self)
 
     def close(self) -> None:
-        """End the live line; its last state stays."""
+        """End the counter; on a terminal its last state stays visible."""
         self.screen._closed(self)
 
     def text(self, now: float) -> str:
@@ -177,11 +179,11 @@ class Live:
         shown += [
             f"{name.replace('_per_second', '/s').replace('_', ' ')} {_number(v)}" for name, v in self.metrics.items()
         ]
-        fresh, waited = self.done - self.first, now - self.advanced
-        if fresh > 0 and self.done < self.total:
-            seconds = (self.advanced - self.began) / fresh * (self.total - self.done)
+        num_new, waited = self.done - self.first, now - self.advanced
+        if num_new > 0 and self.done < self.total:
+            seconds = (self.advanced - self.began) / num_new * (self.total - self.done)
             shown.append(f"ETA {clock(seconds)}")
-        if self.done < self.total and (not fresh or waited >= SLOW):
+        if self.done < self.total and (not num_new or waited >= SLOW):
             which = "next" if self.done else "first"
             shown.append(f"{which} under way" + (f" for {clock(waited)}" if waited >= 1 else ""))
         return "  ".join(shown)
@@ -189,7 +191,7 @@ class Live:
 
 @contextmanager
 def working(text: str) -> Iterator[Screen]:
-    """For a command whose output is its result: what it does is said on stderr, where it takes its time."""
+    """Progress on stderr for a command whose stdout is its result; shown only after PATIENCE seconds."""
     screen = Screen(sys.stderr)
     with screen.ticking():
         screen.phase(text, after=PATIENCE)
@@ -197,7 +199,7 @@ def working(text: str) -> Iterator[Screen]:
 
 
 def clock(seconds: float) -> str:
-    """75 -> 1:15; 3700 -> 1:01:40."""
+    """Seconds as m:ss or h:mm:ss: 75 -> 1:15, 3700 -> 1:01:40."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,12 +1,11 @@
-"""What crosses the borders between rooms: records, columns and protocols.
+"""The records and protocols that the subpackages exchange: problems, completions, distributions, traces, costs.
 
-Nothing here imports torch: records are numpy and plain Python, so that the command line, the trace store
-and the reports start quickly. Left out on purpose: behaviour that belongs to one room (encoding to
-Parquet is `traces`, judging is `tasks`, tensors are `training`).
+Records are numpy arrays and plain Python. Nothing here imports torch, so that the command line, the trace store and the
+reports start quickly.
 
 Shape suffixes, used throughout the package:
-    T positions (tokens)    K kept candidates a position    E entries, flat over positions (sum of counts)
-    N traces in a block     D hidden size                   V vocabulary                C tokens in a chunk
+    T positions (tokens)    K kept candidates per position    E entries, flat over positions (sum of counts)
+    N traces in a block     D hidden size                     V vocabulary                C tokens in a chunk
 """
 
 from __future__ import annotations
@@ -27,27 +26,27 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "held_out"]
 FinishReason = Literal["stop", "length"]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 """One turn: `role` and `content`."""
 Messages = tuple[Message, ...]
-"""A conversation, in the one form it has from the problem to the reader of a trace."""
+"""A conversation. Problems, prompts and traces all use this form."""
 Array = npt.NDArray[Any]
 
 SHORT = 256
-"""Tokens that a trace sees at most where plain attention products are quick."""
+"""Attention spans up to this many tokens are computed as plain matrix products, which is quick at that length."""
 
 NO_TAIL = 1e-6
-"""Tail masses below this are rounding noise of fp32 log-probabilities and count as no tail at all."""
+"""Tail masses below this are rounding noise of float32 log-probabilities and count as no tail."""
 
 
 def stable_hash(*parts: object, length: int = 16) -> str:
-    """Hex digest of the parts' text, the same on every machine and in every process."""
+    """Hex digest of the parts as text; the same on every machine and in every process."""
     joined = "\x1f".join(str(part) for part in parts)
     return hashlib.sha256(joined.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
 def draw_seed(*parts: object) -> int:
-    """A 63-bit seed from (run seed, stage, problem id, sample, purpose); independent of order and batch."""
+    """A 63-bit seed from parts such as (run seed, stage, problem id, sample, purpose); independent of order and batch."""
     return int(stable_hash(*parts, length=16), 16) >> 1
 
 
@@ -60,9 +59,9 @@ class Problem:
 
     problem_id: hash of the task's name and the normalised content; decides the split.
     question: the problem's own text, without instructions.
-    messages: the conversation that poses it (chat form), without the template's instructions.
-    gold: the reference answer as text; None where only a scorer can tell.
-    payload: what the task's scorer needs besides (JSON-able).
+    messages: the conversation that asks it, without the template's instructions.
+    gold: the reference answer as text; None if the task judges in another way.
+    payload: further data for the task's judge (JSON-serialisable).
     """
 
     problem_id: str
@@ -75,10 +74,10 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a completion was judged. `correct` means a full score; None means it could not be judged.
+    """The judgement of a completion. correct: True means a full score, None that it could not be judged.
 
-    score: in [0, 1], partial credit included (for rewards only). answer: as extracted, or None.
-    reason: why it is not correct, in a word or two; empty where it is.
+    score: in [0, 1], partial credit included (for rewards only). answer: the extracted answer, or None.
+    reason: why it is not correct, in a word or two; empty if it is correct.
     """
 
     correct: bool | None
@@ -89,13 +88,12 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How a task's problems are put to a model and where the answer stands in what comes back.
+    """The prompt of a task's problems, and how the answer is extracted from a completion.
 
-    system: the system message, through the tokenizer's chat template (None: no system message).
+    system: the system message, rendered by the tokenizer's chat template (None: no system message).
     plain: the whole prompt as text with one `{question}`, for models without a chat template.
-    chat: False always uses `plain`. prefill: text the assistant's turn starts with; the completion that
-    `extract` gets includes it. extract: completion text -> answer text, or None where the format is broken
-    (an unclosed <think>, no answer).
+    chat: False always uses `plain`. prefill: text that the assistant's turn starts with; `extract` gets it with the
+    completion. extract: completion text -> answer text, or None if the format is broken (an unclosed <think>, no answer).
     """
 
     name: str
@@ -104,38 +102,38 @@ class Template:
     extract: Callable[[str], str | None]
     chat: bool = True
     prefill: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Task(Protocol):
-    """A source of problems and the one judge of completions (rewards, filters and eval all use it)."""
+    """A source of problems, and the judge of their completions that rewards, filters and eval share."""
 
     name: str
     template: Template
     fingerprint: str
 
     def problems(self, split: Split, num: int | None, seed: int) -> Iterator[Problem]:
-        """`num` distinct problems of a split, a prefix of the same sequence for every larger `num`.
+        """Yield `num` distinct problems of a split; a larger `num` continues the same sequence.
 
-        `None` yields all there are (finite tasks only). Raises UserError, saying how many there are, when
-        there are too few.
+        None yields all of them (finite tasks only). Raises UserError, with the number that exists, if there are fewer.
         """
         ...
 
     @property
     def is_endless(self) -> bool:
-        """Whether problems are made, not listed. Such a task judges its own problems only, and needs a number of them."""
+        """Whether problems are generated, not listed. Such a task judges only its own problems and needs a `num`."""
         ...
 
     def holds_out(self, question: str) -> bool:
-        """Whether a question is one of the task's held-out problems, which nothing may be trained on."""
+        """Whether a question is one of the task's held-out problems, which are never trained on."""
         ...
 
     def judge(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
-        """Judge the text of a completion; an unfinished one is never correct."""
+        """Judge the text of a completion. An unfinished completion is never correct."""
         ...
 
     def same_answer(self, one: str, other: str) -> bool:
-        """Whether two extracted answers are one and the same, whatever is right: what a majority vote counts."""
+        """Whether two extracted answers are equivalent, correct or not; used by the majority vote."""
         ...
 
 
@@ -144,12 +142,12 @@ class Task(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """The kept head of a next-token distribution at T positions, ragged, and the mass of everything else.
+    """The most probable entries of the next-token distribution at T positions, ragged, and the mass of the rest (tail).
 
-    count_T:  entries kept at each position.
+    count_T:  number of entries at each position.
     ids_E:    token ids, position after position, by descending probability within a position.
     logp_E:   their natural-log probabilities (float32), normalised over the whole vocabulary.
-    tail_T:   natural log of the probability mass that is not in the entries (-inf for none).
+    tail_T:   natural log of the probability mass outside the entries (-inf for none).
     """
 
     count_T: Array
@@ -162,7 +160,7 @@ class TopK:
 
     @staticmethod
     def from_dense(ids_TK: Array, logp_TK: Array) -> TopK:
-        """From rectangular [T, K] candidates, any order; -inf entries are dropped, the tail is 1 - sum."""
+        """From rectangular [T, K] candidates in any order; -inf entries are dropped, the tail mass is 1 - sum."""
         ids_TK, logp_TK = np.asarray(ids_TK), np.asarray(logp_TK, dtype=np.float32)
         if (logp_TK[:, 1:] > logp_TK[:, :-1]).any():
             order_TK = np.argsort(-logp_TK, axis=1, kind="stable")
@@ -178,7 +176,7 @@ class TopK:
 
     @staticmethod
     def concat(parts: Sequence[TopK]) -> TopK:
-        """Positions of several, one after another."""
+        """Concatenate along positions."""
         if not parts:
             return TopK(
                 np.empty(0, np.int32),
@@ -190,24 +188,24 @@ class TopK:
 
     @property
     def width(self) -> int:
-        """The most entries that a position has."""
+        """The largest number of entries at a position."""
         return int(self.count_T.max(initial=0))
 
     @cached_property
     def offsets(self) -> Array:
-        """[T+1] where each position's entries start in the flat columns."""
+        """[T+1] start of each position's entries in the flat arrays."""
         return np.concatenate([[0], np.cumsum(self.count_T, dtype=np.int64)])
 
     def slice(self, start: int, stop: int) -> TopK:
-        """Positions start..stop."""
+        """Positions start to stop - 1."""
         offsets = self.offsets
         a, b = offsets[start], offsets[stop]
         return TopK(self.count_T[start:stop], self.ids_E[a:b], self.logp_E[a:b], self.tail_T[start:stop])
 
     def truncate(self, *, top_k: int | None = None, mass: float | None = None) -> TopK:
-        """Keep at each position the smallest head that reaches `mass`, of at most `top_k` entries, at least one.
+        """Keep at each position the fewest most probable entries that reach `mass`: at least one, at most `top_k`.
 
-        What is dropped is added to the tail, so entries + tail keep their total.
+        The mass of dropped entries is added to the tail.
         """
         if len(self) == 0 or (top_k is None and mass is None):
             return self
@@ -215,7 +213,7 @@ class TopK:
         running = np.concatenate([[0.0], np.cumsum(np.exp(self.logp_E.astype(np.float64)))])
         count_T = num_T
         if mass is not None:
-            # The first entry that those before it leave nothing for.
+            # The first entry at which the sum of those before it has reached the mass.
             count_T = np.searchsorted(running, running[start_T] + mass) - start_T
         limit = len(self.ids_E) if top_k is None else max(top_k, 1)
         count_T = np.minimum(np.clip(count_T, 1, limit), num_T)
@@ -227,7 +225,7 @@ class TopK:
         return TopK(count_T.astype(np.int32), self.ids_E[keep_E], self.logp_E[keep_E], log_tail_T)
 
     def dense(self, width: int | None = None) -> tuple[Array, Array]:
-        """Rectangular ids [T, K] (padding -1) and log-probs [T, K] (padding -inf)."""
+        """Rectangular ids [T, K] (padded with -1) and log-probabilities [T, K] (padded with -inf)."""
         width = self.width if width is None else width
         ids_TK = np.full((len(self), width), -1, np.int64)
         logp_TK = np.full((len(self), width), -np.inf, np.float32)
@@ -246,7 +244,7 @@ def _log_rest(kept_T: Array) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How completions are drawn. temperature 0 is greedy; max_tokens counts completion tokens, EOS included."""
+    """Sampling parameters. temperature 0 is greedy; max_tokens counts completion tokens, the stop token included."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -255,7 +253,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """What an engine is asked to continue, or (with completion_ids) to score. All ids, never text."""
+    """A prompt for an engine to continue or, with completion_ids, to score. Token ids only, no text."""
 
     request_id: str
     prompt_ids: Array
@@ -265,12 +263,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Completion:
-    """One finished completion, or a scored one.
+    """A finished completion, or a scored one.
 
     ids_T: the ids sampled (or given), the stop id included.
-    logprob_T: log-probability of each, of the raw distribution (temperature 1, before top-p), float32.
-    top: the distribution at each position; row t is over token t of the completion. None when not asked for.
-    finish_reason: "stop" at a stop id, "length" at the token limit. version: of the weights that wrote it.
+    logprob_T: log-probability of each under the raw distribution (temperature 1, before top-p), float32.
+    top: the distribution at each position; position t is that of token t of the completion. None if not requested.
+    finish_reason: "stop" at a stop id, "length" at the token limit. version: version of the weights that wrote it.
     """
 
     request_id: str
@@ -282,30 +280,32 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Text and log-probabilities out of a model."""
+    """A model that generates completions and scores given ones, with log-probabilities."""
 
     vocab_size: int
     max_model_len: int
     version: int
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
-        """Completions as they finish, in any order. A request longer than the context raises ValueError."""
+        """Yield completions as they finish, in any order. Raises ValueError if a prompt does not fit the context."""
         ...
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
-        """The given completions' log-probabilities, teacher-forced, in the order asked."""
+        """Yield the log-probabilities of the given completions (teacher-forcing), in the order of the requests."""
         ...
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Put new weights in the live engine, the tied head included, and stamp what follows with `version`."""
+        """Replace the weights of the running engine, a tied head included; later completions carry `version`."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the model's memory."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """A problem and its prompt [T] in a model's own token ids."""
+    """A problem and its prompt as token ids [T] of a model."""
 
     problem: Problem
     ids: Array
@@ -313,11 +313,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """All completions of one problem, as rewards see them; every tuple has one entry a completion.
+    """All completions of one problem, as rewards see them; every tuple has one entry per completion.
 
     texts: the template's prefill and what the model wrote. num_tokens: of the completion, the stop id included.
-    finished: ended at a stop id. verdicts: the task's judge on each. max_tokens: the limit they were sampled
-    under. seed: for rewards that draw.
+    finished: whether it ended at a stop id. verdicts: the task's judgements. max_tokens: the sampling limit.
+    seed: for rewards that draw random numbers.
     """
 
     problem: Problem
@@ -335,9 +335,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GradedGroup:
-    """A prompt's completions, and what rewards see of them (`group`); both by sample.
+    """The completions of a prompt, and the same as the `Group` that rewards see; both ordered by sample.
 
-    judge_seconds: time that the task's judge took for them.
+    judge_seconds: time that the task's judge took.
     """
 
     prompt: Prompt
@@ -347,30 +347,30 @@ class GradedGroup:
 
 
 class GroupSampler(Protocol):
-    """Writes groups of completions with the policy's engine and has them judged."""
+    """Samples groups of completions with the policy's engine and judges them."""
 
     @property
     def engine(self) -> Engine: ...
 
     def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
-        """`num` groups of a rollout; the same for the same arguments and weights.
+        """Sample `num` groups of a rollout; the same arguments and weights give the same groups.
 
-        version: of the weights that must write them. attempt: counts from 0 where groups of a rollout are sampled again.
+        version: version of the weights that must write them. attempt: 0, 1, ... when groups of a rollout are resampled.
         """
         ...
 
 
 class Reward(Protocol):
-    """A score for each completion of a group; None where it could not be judged, never 0 for that."""
+    """A score for each completion of a group; None (not 0) if a completion could not be judged."""
 
     def __call__(self, group: Group) -> Sequence[float | None]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scores:
-    """What a group's completions earned: each named reward, unweighted, and their weighted sum.
+    """The rewards of a group's completions: parts, the unweighted rewards by name, and total, their weighted sum.
 
-    A total is None where a reward that counts is. failed: the rewards that raised an exception or did not return in time.
+    A total is None if a reward with a weight is None. failed: names of rewards that raised an exception or timed out.
     """
 
     total: list[float | None]
@@ -410,11 +410,11 @@ class Ragged:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Traces:
-    """A block of N traces, in columns. Token columns are flat values + offsets, never a Python object a token.
+    """A block of N traces, in columns. Token columns are ragged arrays (flat values and offsets).
 
-    Text and verdict columns are lists of length N. `rewards` holds each named reward's column. `top` runs
-    over all completion positions of the block (its positions follow `completion_ids.offsets`); None where no
-    distribution was captured. `correct` and `reward` are None where they could not be judged.
+    Text and verdict columns are lists of length N. rewards: a column for each named reward. top: distributions at all
+    completion positions of the block, in the order of `completion_ids`; None if none were captured. correct, reward: None
+    for traces that could not be judged.
     """
 
     trace_id: list[str]
@@ -437,7 +437,7 @@ class Traces:
         return len(self.trace_id)
 
     def top_of(self, n: int) -> TopK | None:
-        """The distribution of trace n."""
+        """Return the distribution of trace n."""
         if self.top is None:
             return None
         return self.top.slice(int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1]))
@@ -448,7 +448,7 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a stage cost. Tokens are counted where the work was done; FLOPs two a multiply-add."""
+    """The cost of a stage. A multiply-add counts as two FLOPs."""
 
     tokens_trained: int = 0
     tokens_scored: int = 0
@@ -464,7 +464,7 @@ class Cost:
 
     @staticmethod
     def of(tree: Mapping[str, Any]) -> Cost:
-        """From a mapping that may lack fields, or have others."""
+        """From a mapping; missing fields are 0, other keys are ignored."""
         return Cost(**{f.name: tree[f.name] for f in fields(Cost) if f.name in tree})
 
     def __add__(self, other: Cost) -> Cost:

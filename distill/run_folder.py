@@ -1,13 +1,14 @@
-"""The files of a run's folder: the recipe, the environment, and each stage's stage.json. Written whole or not at all.
+"""The files of a run's folder: the recipe, the environment, and each stage's stage.json. All writes are atomic.
 
 RUN/recipe.yaml           the recipe as it was given
 RUN/resolved.yaml         the recipe with every default and every copy for a seed written out
-RUN/environment.json      versions, machine, and the folder of the recipe's own modules
-RUN/STAGE/stage.json      the stage's config, status and results
+RUN/environment.json      versions, the machine, and the folder of the recipe's own Python modules
+RUN/STAGE/stage.json      the stage's config, status, cost and results
 """
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import platform
@@ -29,36 +30,37 @@ ENVIRONMENT = "environment.json"
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run that has begun."""
+    """Whether a folder holds a run that has begun."""
     return (folder / RESOLVED).is_file()
 
 
 def recipe(run: Path) -> Recipe:
-    """The recipe of a run as it was resolved. Modules of its own are looked for beside the recipe."""
+    """Return the resolved recipe of a run; also makes the recipe's own Python modules importable."""
     if beside := environment(run).get("modules"):
-        plug.look_in(Path(beside))
+        plug.add_import_folder(Path(beside))
     path = run / RESOLVED
     return validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
 
 
 def environment(run: Path) -> dict[str, Any]:
-    """A run's versions and machine; empty where it has not begun."""
+    """Return the content of a run's environment.json; empty if the run has not begun."""
     path = run / ENVIRONMENT
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
 def write_recipe(run: Path, resolved: Recipe, source: Path, machine: Machine) -> None:
-    """Write the recipe, as given and as resolved, and the environment of a run."""
+    """Write the recipe as given, the resolved recipe, and the environment of a run."""
     write_atomic(run / "recipe.yaml", source.read_text(encoding="utf-8"))
     tree = resolved.model_dump(mode="json")
     write_atomic(run / RESOLVED, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    here = {**_versions(), "modules": str(source.resolve().parent), "machine": asdict(machine)}
+    date = environment(run).get("date") or datetime.date.today().isoformat()
+    here = {**_versions(), "date": date, "modules": str(source.resolve().parent), "machine": asdict(machine)}
     write_atomic(run / ENVIRONMENT, json.dumps(here, indent=1))
 
 
 def _versions() -> dict[str, Any]:
-    """Versions of distill, Python and the packages that results depend on, and the processor."""
+    """Versions of distill, Python and the packages that results depend on, and the processor's name and cores."""
     packages = (
         "torch",
         "transformers",
@@ -87,7 +89,7 @@ def _versions() -> dict[str, Any]:
 
 
 class Decided(TypedDict):
-    """The value of an "auto" field on the machine where the stage began, and the reason."""
+    """The value chosen for an "auto" field on the machine where the stage began, and the reason."""
 
     value: str
     why: str
@@ -97,9 +99,9 @@ class Decided(TypedDict):
 class State:
     """The content of a stage.json.
 
-    config: as resolved. inputs: fingerprint by field. seconds: wall time of all ended attempts; the running one began
-    at `began` (seconds since 1970). A killed attempt counts up to the last file that it wrote. decided: values of
-    "auto" fields, by dotted field.
+    config: the resolved config. inputs: input fingerprints by field. seconds: wall time of all ended attempts; a killed
+    one counts until the last file that it wrote. began: start of the running attempt, in seconds since 1970, else 0.
+    decided: values chosen for "auto" fields, by dotted field.
     """
 
     kind: str
@@ -119,13 +121,13 @@ class State:
 
     @property
     def dtypes(self) -> str:
-        """The dtypes of trainer and engine, for tables."""
+        """The dtypes chosen for trainer and engine, as one text for tables."""
         found = [d["value"] for key, d in self.decided.items() if key.endswith("dtype")]
         return " / ".join(dict.fromkeys(found))
 
 
 def read(folder: Path) -> State | None:
-    """The state of a stage by its folder; None where it never started."""
+    """Return the state of a stage from its folder; None if it never started."""
     path = folder / FILE
     if not path.is_file():
         return None
@@ -133,14 +135,15 @@ def read(folder: Path) -> State | None:
     return State(**tree)
 
 
-def settle(folder: Path, state: State) -> None:
-    """Add the time of a killed attempt to `seconds`, from the times of its files."""
+def add_killed_time(folder: Path, state: State) -> None:
+    """Add the duration of a killed attempt to `seconds`: from `began` to the newest modification time of its files."""
     if state.status == "running" and state.began:
-        signs = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
-        state.seconds += max(0.0, max(signs, default=state.began) - state.began)
+        modified = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
+        state.seconds += max(0.0, max(modified, default=state.began) - state.began)
         state.began = 0.0
 
 
 def write(folder: Path, state: State) -> None:
+    """Write the state into a stage's folder."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / FILE, json.dumps(asdict(state), indent=1, ensure_ascii=False))

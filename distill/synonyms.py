@@ -1,8 +1,8 @@
-"""Names from other frameworks, and what they are called here.
+"""Option names of other frameworks and their names here, for messages about unknown recipe keys.
 
-A recipe key that is unknown is looked up here before the nearest spelling is suggested. Sources of the names: TRL and
-transformers (`learning_rate`), torchtune (`max_steps_per_epoch`), verl (`kl_loss_coef`), prime-rl (`rollouts_per_example`),
-vLLM (`max_num_seqs`), PEFT (`lora_alpha`).
+An unknown key is looked up here before the nearest spelling is suggested. The names come from TRL and transformers
+(`learning_rate`), torchtune (`max_steps_per_epoch`), verl (`kl_loss_coef`), prime-rl (`rollouts_per_example`), vLLM
+(`max_num_seqs`) and PEFT (`lora_alpha`).
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "system_prompt": ("template",),
     "prompt_template": ("template",),
 }
-"""Another framework's name -> ours, most likely first. A dot leads into a section below."""
+"""Name in another framework -> names here, the most likely first. A dotted name lies in a section."""
 
 ABSENT: dict[str, str] = {
     "gradient_accumulation_steps": "micro-batches follow from micro_tokens; an optimiser step takes batch_traces traces",
@@ -212,15 +212,15 @@ ABSENT: dict[str, str] = {
     "padding_free": "traces are always packed, and attention never crosses from one into another",
     "use_remove_padding": "traces are always packed, and attention never crosses from one into another",
     "group_by_length": "traces are always packed, so lengths need no grouping",
-    "attn_implementation": "the trainer brings its own attention over packed traces",
+    "attn_implementation": "the trainer uses its own attention over packed traces",
     "optim": "the optimiser is AdamW on fp32 master weights",
     "optimizer": "the optimiser is AdamW on fp32 master weights",
     "lr_scheduler_type": "the learning rate falls by half a cosine to min_lr_ratio; 1 keeps it constant",
     "lr_scheduler": "the learning rate falls by half a cosine to min_lr_ratio; 1 keeps it constant",
     "adam_epsilon": "AdamW's epsilon is fixed",
-    "completion_only_loss": "only completions are learned",
-    "assistant_only_loss": "only completions are learned",
-    "train_on_input": "only completions are learned",
+    "completion_only_loss": "the loss covers completion tokens only",
+    "assistant_only_loss": "the loss covers completion tokens only",
+    "train_on_input": "the loss covers completion tokens only",
     "scale_rewards": "the objective decides: grpo divides by the standard deviation, dr_grpo does not",
     "norm_adv_by_std_in_grpo": "the objective decides: grpo divides by the standard deviation, dr_grpo does not",
     "gpu_memory_utilization": "the engine's key-value cache is given in GiB: engine.kv_cache_gib",
@@ -230,25 +230,25 @@ ABSENT: dict[str, str] = {
     "output_dir": "a run is written to runs/<name>; `--runs` chooses another folder",
     "save_dir": "a run is written to runs/<name>; `--runs` chooses another folder",
     "logging_dir": "a run is written to runs/<name>; `--runs` chooses another folder",
-    "run_name": "the recipe's `name` names the run",
-    "experiment_name": "the recipe's `name` names the run",
-    "resume_from_checkpoint": "the same command resumes a run by itself",
+    "run_name": "a run has the name of its recipe (`name`)",
+    "experiment_name": "a run has the name of its recipe (`name`)",
+    "resume_from_checkpoint": "running the same command again resumes the run",
     "push_to_hub": "`distill push` publishes a model after the run",
     "hub_model_id": "`distill push` publishes a model after the run",
     "eval_strategy": "evaluation is a stage: kind eval or compare",
     "do_eval": "evaluation is a stage: kind eval or compare",
-    "chat_template": "the tokenizer's own chat template is used; a task's `template` says how a problem is asked",
+    "chat_template": "the tokenizer's own chat template is used; a task's `template` sets the prompt of its problems",
     "seq_kd": "train on generated traces with loss cross_entropy",
     "stop": "a completion ends at the model's own end-of-text tokens",
     "max_prompt_length": "prompts that leave no room in the context are skipped and counted",
 }
-"""Names without a key here, and why there is none."""
+"""Name in another framework that has no key here -> the reason."""
 
 
 def answer(name: str, exists: Callable[[str], bool]) -> str:
-    """' Here it is called ...' for a name of another framework, '' for one that the tables do not have.
+    """Return " Here it is called ..." or the reason for a name of another framework; "" if it is in no table.
 
-    exists: whether a dotted key can stand where the name was typed.
+    exists: whether a (dotted) key is valid at the place of the unknown one.
     """
     for key in KEYS.get(name, ()):
         if key != name and exists(key):

@@ -1,4 +1,4 @@
-"""The command line's manners: quick help, one message for a user's error, exit status 2."""
+"""The command line: quick help, one message and exit status 2 for a user's error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_help_answers_at_once_and_loads_nothing_heavy():
         return used.ru_utime + used.ru_stime
 
     times = []
-    for _ in range(5):  # by the processor's clock: what else the machine does is not its fault
+    for _ in range(5):  # CPU time, so that other work on the machine does not count
         began = cpu_seconds()
         assert "run" in distill("--help").stdout
         times.append(cpu_seconds() - began)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writes of files and folders, and locks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distill.errors import UserError
 from distill.files import locked, whole_folder, write_atomic
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
     path = write_atomic(tmp_path / "report.md", "old")
     with pytest.raises(UnicodeEncodeError):
         write_atomic(path, "new \ud800")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the run ends soon, whatever C code a stage is in, leaves nothing behind and says how to go on."""
+"""Ctrl-C and SIGTERM: the run ends soon, even inside C code, leaves no processes behind and says how to continue."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from distill.run.unfinished import kept
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden" / "v1"
 SOON = 10.0
-"""Seconds from the signal to the end of the command: 2 on an idle machine, more where other work shares its cores. What has to
-be killed and is not would take for ever."""
+"""Seconds from the signal to the end of the command: 2 on an idle machine, more on a busy one. A process that is not
+killed would never end."""
 MARK = "DISTILL_TEST_RUN"
 
 MODULE = '''
-"""A filter and a loss that stay in C code for ever while the file `stay` is there, with a child in a session of its own."""
+"""A filter and a loss that stay in C code while the file `stay` exists, with a child process in its own session."""
 import ctypes, subprocess, time
 from pathlib import Path
 import numpy as np
@@ -40,7 +40,7 @@ def stay(library):
     library.pthread_mutex_lock(lock)  # by the thread that holds it: no signal ends this
 
 def sits(group, *, holding: bool = False):
-    """holding: as code that keeps all of Python waiting, a thread for signals included."""
+    """holding: whether the C code holds the GIL, so that no Python thread runs."""
     if Path("stay").exists():
         stay((ctypes.PyDLL if holding else ctypes.CDLL)(None))
     return np.ones(len(group), bool)
@@ -76,7 +76,7 @@ def project(tmp_path) -> Project:
 
 
 class Started:
-    """A run on the real command line, in a process group of its own, with what it prints as it comes."""
+    """A run on the real command line in its own process group, with its output so far."""
 
     def __init__(self, project: Project, launcher: list[str]) -> None:
         self.folder, self.mark = project.folder, uuid.uuid4().hex
@@ -99,7 +99,7 @@ class Started:
         return "".join(line for _, line in self.lines)
 
     def wait_until_inside(self) -> None:
-        """Until its stage is in the C code that never returns."""
+        """Wait until its stage is in the C code that never returns."""
         deadline = time.monotonic() + 300
         while not (self.folder / "inside").exists():
             assert self.process.poll() is None, self.said
@@ -108,7 +108,7 @@ class Started:
         time.sleep(0.2)
 
     def left(self) -> list[psutil.Process]:
-        """The processes that were started for it, by their environment, and still run."""
+        """The running processes that were started for it, found by their environment."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -119,14 +119,14 @@ class Started:
         return found
 
     def nothing_left(self) -> bool:
-        """Whether all of it is gone; what was killed may need its turn on a busy machine to be."""
+        """Whether all its processes are gone; on a busy machine a killed process takes a moment to end."""
         deadline = time.monotonic() + SOON
         while self.left() and time.monotonic() < deadline:
             time.sleep(0.05)
         return not self.left()
 
     def send(self, number: int, to: str) -> float:
-        """Seconds from the signal to the end."""
+        """Send a signal; return the seconds until the end."""
         began = time.monotonic()
         if to == "group":
             os.killpg(self.process.pid, number)
@@ -144,7 +144,7 @@ class Started:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_stage_that_stays_in_c_code_ends_soon_with_all_below_it(project, way):
+def test_a_stage_in_c_code_ends_soon_with_all_its_descendants(project, way):
     launcher, holding, number, to, status = WAYS[way]
     project.tree["stages"]["clean"]["keep"][0]["holding"] = holding
     project.rewrite()
@@ -169,7 +169,7 @@ def test_a_stage_that_stays_in_c_code_ends_soon_with_all_below_it(project, way):
     assert after["seconds"] > standing["seconds"]
 
 
-def test_a_training_step_says_that_it_is_under_way_and_what_is_kept_when_it_is_cut_off(project, tiny_dir):
+def test_an_interrupted_training_step_says_what_is_kept(project, tiny_dir):
     rows = [f'{{"messages": [{{"role": "user", "content": "{n}?"}}, {{"role": "assistant", "content": "{n}"}}]}}' for n in range(4)]  # fmt: skip
     (project.folder / "rows.jsonl").write_text("\n".join(rows))
     project.tree["models"] = {"base": str(tiny_dir)}
@@ -200,8 +200,8 @@ def test_a_training_step_says_that_it_is_under_way_and_what_is_kept_when_it_is_c
     assert len(project.losses("sft")) == 4
 
 
-def sitting_child() -> subprocess.Popen[bytes]:
-    """A process that says "ready" and ignores every request to end."""
+def stubborn_child() -> subprocess.Popen[bytes]:
+    """A process that prints "ready" and ignores SIGINT and SIGTERM."""
     code = (
         "import signal, time\n"
         "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
@@ -214,7 +214,7 @@ def sitting_child() -> subprocess.Popen[bytes]:
 
 def test_a_second_signal_ends_it_at_once(monkeypatch):
     monkeypatch.setattr(interrupt, "GRACE", 600.0)
-    child = sitting_child()
+    child = stubborn_child()
     with interrupt.interruptible():
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         began = time.monotonic()
@@ -236,11 +236,11 @@ def test_a_child_that_leaves_in_time_is_not_killed():
     assert child.returncode == 7
 
 
-def test_signals_held_back_come_at_the_end_and_handlers_are_put_back():
+def test_held_back_signals_are_raised_at_the_end_and_handlers_restored():
     before = signal.getsignal(signal.SIGTERM)
     reached = []
 
-    # A thread that does not hold them back gets them first.
+    # A thread that does not block the signals receives them first.
     threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
 
     def work() -> None:
@@ -257,7 +257,7 @@ def test_signals_held_back_come_at_the_end_and_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_what_is_kept_is_said_in_words(tmp_path):
+def test_the_kept_progress_is_described_in_words(tmp_path):
     class Config:
         steps, problems, samples = 24, 320, 2
 

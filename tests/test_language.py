@@ -1,4 +1,4 @@
-"""Shares of a language, held against sentences whose words were counted by hand."""
+"""Language shares, against sentences whose words were counted by hand."""
 
 import pytest
 
@@ -32,7 +32,7 @@ from distill.language import language_share
         ("es", "Primero sumamos los dos números y luego dividimos entre tres."),
     ],
 )
-def test_a_text_of_one_language_is_all_of_it(target, text):
+def test_a_text_in_the_target_language_has_share_one(target, text):
     assert language_share(text, target) == 1.0
 
 
@@ -49,14 +49,14 @@ def test_a_text_of_one_language_is_all_of_it(target, text):
         ("de", "First we add the two numbers, then we divide the sum by three."),
     ],
 )
-def test_a_text_of_another_language_is_none_of_it(target, text):
+def test_a_text_in_another_language_has_share_zero(target, text):
     assert language_share(text, target) == 0.0
 
 
 @pytest.mark.parametrize(
     ("text", "num_english", "num_others"),
     [
-        # Chinese characters count two a word: 9 of them are 4.5 words.
+        # Two Chinese characters count as a word: 9 of them are 4.5 words.
         ("First we add the two numbers. 然后除以三得到答案。 So the answer is four.", 11, 4.5),
         (
             "First we add the two numbers. Dann teilen wir die Summe durch drei. So the answer is four.",
@@ -78,12 +78,12 @@ def test_a_text_of_another_language_is_none_of_it(target, text):
         ("The sum is twelve, значит ответ двенадцать, and we are done.", 8, 3),
     ],
 )
-def test_a_mixed_text_is_shared_out(text, num_english, num_others):
+def test_the_share_of_a_mixed_text(text, num_english, num_others):
     expected = num_english / (num_english + num_others)
     assert language_share(text, "en") == pytest.approx(expected, abs=0.11)
 
 
-def test_a_switch_within_a_sentence_is_seen():
+def test_a_change_of_language_within_a_sentence_counts():
     share = language_share("First we add die beiden Zahlen zusammen und then divide by three", "en")
     assert 0.4 < share < 0.8
 
@@ -103,11 +103,11 @@ def test_a_switch_within_a_sentence_is_seen():
         "sin(x) + cos(y), gcd(12, 8), ABC",
     ],
 )
-def test_without_words_there_is_nothing_to_judge(text):
+def test_a_text_without_words_has_no_share(text):
     assert language_share(text, "en") is None
 
 
-def test_notation_weighs_nothing():
+def test_notation_does_not_count():
     prose = "So we can divide both sides by four and then subtract. 因此答案是三。"
     notation = (
         "`das ist code` $die Summe$ \\[ \\text{und die Summe} \\] https://beispiel.de/das-ist-deutsch "
@@ -116,17 +116,17 @@ def test_notation_weighs_nothing():
     assert language_share(notation + prose, "en") == language_share(prose, "en")
 
 
-def test_dollars_of_money_hide_no_words():
+def test_dollar_amounts_are_not_formulas():
     text = "It costs $5 und das ist aber wirklich sehr teuer für uns alle and $6 more."
     assert language_share(text, "en") < 0.5
 
 
-def test_an_unknown_language_is_a_mistake_with_a_remedy():
+def test_an_unknown_language_is_an_error():
     with pytest.raises(UserError, match=r"'english' is not known.*ISO 639-1"):
         language_share("word", "english")
 
 
-def test_the_same_text_gives_the_same_share_whoever_came_before():
+def test_the_share_does_not_depend_on_earlier_texts():
     texts = ["Also gut", "so n equals", "Wait, let me double check", "la suma es", "и"]
     forth = [language_share(text, "en") for text in texts]
     back = [language_share(text, "en") for text in reversed(texts)]

@@ -1,4 +1,4 @@
-"""The measurement that decides dtypes: on this machine, on one without quick bfloat16, and what follows from given rates."""
+"""The measurement behind dtype: auto: on this machine, on one with slow bfloat16, and the choice from given rates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill import machine
 from distill.machine import Machine, Rates, choose
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-"""Makes a processor with AVX-512 or AMX multiply as one with AVX2 alone."""
+"""Environment that limits a processor with AVX-512 or AMX to AVX2."""
 
 
 def made_up(bfloat16: float | None, device: str = "cpu") -> Machine:
@@ -25,7 +25,7 @@ def made_up(bfloat16: float | None, device: str = "cpu") -> Machine:
 
 
 @pytest.mark.parametrize(
-    ("rate", "device", "wish", "dtype", "why"),
+    ("rate", "device", "setting", "dtype", "why"),
     [
         (400e9, "cpu", "auto", "bfloat16", "bfloat16 400, float32 100 GFLOP/s"),
         (20e9, "cpu", "auto", "float32", "bfloat16 20, float32 100 GFLOP/s"),
@@ -34,20 +34,20 @@ def made_up(bfloat16: float | None, device: str = "cpu") -> Machine:
         (400e9, "cpu", "float32", "float32", "4 times slower here than bfloat16"),
         (50e9, "cuda", "auto", "bfloat16", "made up) has bfloat16"),
         (None, "cuda", "auto", "float32", "made up) lacks bfloat16"),
-        (None, "cuda", "bfloat16", "bfloat16", "no bfloat16 of its own"),
+        (None, "cuda", "bfloat16", "bfloat16", "does not support bfloat16 in hardware"),
     ],
 )
 @pytest.mark.parametrize("purpose", ["training", "engine"])
-def test_the_faster_dtype_is_taken_and_a_slow_wish_is_obeyed_with_its_price(
-    rate: float | None, device: str, wish: str, dtype: str, why: str, purpose: str
+def test_auto_takes_the_faster_dtype_and_a_slow_setting_is_kept_and_said(
+    rate: float | None, device: str, setting: str, dtype: str, why: str, purpose: str
 ) -> None:
-    choice = choose(made_up(rate, device), (64, 256), wish, purpose)
+    choice = choose(made_up(rate, device), (64, 256), setting, purpose)
     assert choice.dtype == dtype
     assert why in choice.why
 
 
 def test_training_weighs_all_three_products_and_an_engine_the_forward_one() -> None:
-    """A bfloat16 that is quick forward and hopeless backward, as AVX2 has it, serves an engine only."""
+    """bfloat16 that is fast forward and very slow backward, as with AVX2: the engine's choice, not the trainer's."""
     rates = {
         "float32": Rates(100e9, 100e9, 100e9, 100e9),
         "bfloat16": Rates(150e9, 2e9, 150e9, 150e9),
@@ -98,7 +98,7 @@ def test_a_measurement_is_taken_once_and_kept_by_cache_and_run(tmp_path: Path, m
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     with pytest.raises(AssertionError, match="second time"):
         machine.of_run(run, [(64, 256)], tmp_path / "no cache")
-    # A stage whose parent has set something goes by what the parent measured.
+    # A stage with other environment variables than its parent uses the parent's measurement.
     assert machine.in_stage(run, (64, 256), tmp_path / "no cache") == first
     with pytest.raises(AssertionError, match="second time"):
         machine.in_stage(run, (32, 64), tmp_path / "no cache")
@@ -107,7 +107,7 @@ def test_a_measurement_is_taken_once_and_kept_by_cache_and_run(tmp_path: Path, m
 def test_measuring_takes_well_under_a_second_also_where_bfloat16_is_slow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an AVX2 machine (made so where it is not one) float32 is what training takes."""
+    """On a machine limited to AVX2, training uses float32."""
     for key, value in AVX2.items():
         monkeypatch.setenv(key, value)
     found = machine.measured([(576, 1536)], tmp_path)
@@ -120,5 +120,5 @@ def test_the_measurement_itself_is_short() -> None:
     machine.measure([(64, 256)])
     began = time.process_time()
     machine.measure([(576, 1536)])
-    # Processor seconds of two threads: other work on the machine does not count.
+    # CPU seconds of two threads: other work on the machine does not count.
     assert time.process_time() - began < 2.0

@@ -1,6 +1,6 @@
-"""The quickstart itself: real model, real vLLM engine, real shards. Everything about it is held here.
+"""The quickstart with the real model, vLLM and real shards.
 
-Fewer problems to judge by, and hardly an SFT student, to save time; all else is the recipe's own.
+To save time, fewer problems are evaluated and the SFT student takes only a few steps; all else is the recipe's own.
 """
 
 from __future__ import annotations

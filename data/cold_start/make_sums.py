@@ -1,4 +1,4 @@
-"""Writes sums.jsonl: worked two-digit additions, from the train split of the quickstart's task.
+"""Write sums.jsonl: worked two-digit additions from the train split of the quickstart's task.
 
 python data/cold_start/make_sums.py
 """
@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 def worked(question: str) -> str:
-    """Units, then tens with the carry: 47 + 38 is `7+8=15, 4+3+1=8`."""
+    """The worked completion of a question: units, then tens with the carry, such as `7+8=15, 4+3+1=8` for 47 + 38."""
     a, b = (int(number) for number in re.findall(r"\d+", question))
     units = a % 10 + b % 10
     carry = units // 10

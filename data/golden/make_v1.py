@@ -1,10 +1,10 @@
-"""Made the golden shards of trace schema 1: one folder in steps, one exact, and what stands in them.
+"""Write the golden shards of trace schema 1: one folder quantised, one exact, and the original numbers.
 
     python data/golden/make_v1.py FOLDER
 
-The committed files are never made again: tests hold them by their SHA-256, and every later version must read
-them. Twelve traces: ordinary ones, an empty completion, certainty, no tail, a tail with nearly all the mass, an entry
-40 nats down, ids at the end of a vocabulary of 2^32, text that is hard on readers.
+The committed files stay unchanged: tests compare their SHA-256, and every later version must read them. Twelve traces:
+ordinary ones, an empty completion, certain tokens, no tail, a tail with nearly all the mass, an entry 40 nats below the
+first, ids at the end of a vocabulary of 2^32, and text with unusual characters.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 Input: token counts, FLOPs (`flops`) and a `Machine` (`distill.machine`). Output: seconds on an otherwise idle machine,
 and bytes.
 
-Seconds are the time of matrix products at the measured rate of their dtype, plus a term per token for elementwise work,
-one per parameter for the optimiser and files, and one per step for Python. The constants are fitted to SmolLM2-135M on
-two cores, in bfloat16 where that is fast and in float32 where it is not; tests/bench/bench_predictions.py measures them
-again. Estimates are meant to be right within a factor of two, and every report prints them beside what was measured.
-The elementwise work of a GPU is counted as memory traffic and has not been measured.
+An estimate is the sum of matrix products at the measured rate of their dtype, a term per token for elementwise work, a term
+per parameter for the optimiser and files, and a term per step for Python. The constants are fitted to SmolLM2-135M on two
+cores, in bfloat16 and float32; tests/bench/bench_predictions.py measures them again. Estimates aim to be right within a
+factor of two; every report prints them beside the measured values. Elementwise work on a GPU is counted as memory traffic;
+its constant has not been measured.
 """
 
 from __future__ import annotations
@@ -18,73 +18,70 @@ from distill.compute.flops import BYTES, ModelShape, generate_flops
 from distill.machine import Dtype, Machine, Rates
 
 PROCESS_START = 5.0
-"""Seconds for a stage's own process to import torch and transformers and to load a small model."""
+"""Seconds for a stage's process to import torch and transformers and to load a small model."""
 ENGINE_START = {"vllm": 8.0, "transformers": 1.0, "reference": 1.0}
 """Seconds from a loaded process to an engine's first token (import, weights, cache, warm-up)."""
 REOPENED = 0.5
-"""Share of that for another engine in the same process."""
+"""Start of a further engine in the same process, as a share of ENGINE_START."""
 LIGHT_START = 0.4
 """Seconds for a stage that loads no model."""
 FILE_RATE = 0.6e9
-"""Bytes/s at which weights and optimiser state are serialised, written and hashed."""
+"""Bytes/s of serialising, writing and hashing weights and optimiser state."""
 
 TRAIN_EFFICIENCY = 0.95
-"""Share of the measured product rates that the products of a packed forward and backward pass reach."""
+"""Share of the measured product rates that a packed forward and backward pass reaches."""
 TRAIN_ELEMENTS = 2000.0
-"""Elementwise work of training, in float32 product FLOPs a token, layer and unit of width (hidden + intermediate)."""
+"""Elementwise work of training, as float32 product FLOPs per token, layer and unit of width (hidden + intermediate)."""
 LORA_ELEMENTS = 1.6
-"""Times as much elementwise work where adapters are trained."""
+"""Factor on the elementwise work when LoRA adapters are trained."""
 ACCUMULATE_BYTES = 18
-"""Bytes moved a parameter and micro-batch: a bf16 gradient read and added to the fp32 sum, in fresh memory."""
+"""Bytes moved per parameter and micro-batch: a bf16 gradient is read and added to the fp32 sum, in fresh memory."""
 OPTIMISER_BYTES = 36
-"""Bytes moved a parameter and optimiser step: fp32 weight, two moments and gradient read and written, bf16 copy."""
+"""Bytes moved per parameter and optimiser step: fp32 weight, two moments and gradient read and written, bf16 copy."""
 STREAMING = 0.35
-"""Share of the measured bandwidth that passes over the whole model reach."""
+"""Share of the measured memory bandwidth that a pass over the whole model reaches."""
 STATE_BYTES = 12
-"""Bytes of a checkpoint a trained parameter: fp32 weight and two moments."""
+"""Bytes of a checkpoint per trained parameter: fp32 weight and two moments."""
 
 PREFILL_EFFICIENCY = 0.9
+"""Share of the measured product rate reached in prefill and scoring."""
 DECODE_EFFICIENCY = 0.9
-"""Share of the measured rates in prefill and scoring, and in decoding: matmuls of a few dozen rows."""
+"""Share of the measured product rate reached in decoding, with a few dozen rows."""
 FORWARD_ELEMENTS = 600.0
-"""Elementwise work of a forward pass, as TRAIN_ELEMENTS."""
+"""Elementwise work of a forward pass, in the unit of TRAIN_ELEMENTS."""
 DECODE_STEP_OVERHEAD = {"vllm": 0.02, "transformers": 0.05}
-"""Seconds a decoding step spends outside the model: scheduling, sampling, the calls of thirty layers."""
+"""Seconds per decoding step outside the model: scheduling, sampling, the Python calls of thirty layers."""
 TOKEN_SECONDS = 2e-9
-"""Seconds a generated token and id of the vocabulary: logits turned into probabilities, the sampler's passes."""
+"""Seconds per generated token and vocabulary entry: softmax and sampling."""
 SYNC_BYTES = 4
-"""Bytes moved a parameter when a policy's weights are handed to its engine."""
+"""Bytes moved per parameter when a policy's weights are copied into its engine."""
 GPU_ELEMENT_BYTES = 60.0
-"""On a GPU: bytes of memory traffic a token, layer and unit of width in training; a third of it forward. Not
-measured."""
+"""On a GPU: bytes of memory traffic per token, layer and unit of width in training. Not measured."""
 VERIFY_SECONDS = 0.002
-"""A rule-based verdict on one completion."""
+"""Seconds of a rule-based verdict on one completion."""
 SHARD_BYTES = 8000
-"""Bytes of a shard with next to nothing in it: its schema twice (Parquet's and Arrow's) and each column's own
-header."""
+"""Bytes of a nearly empty shard: its schema twice (Parquet's and Arrow's) and the header of each column."""
 ROW_BYTES = 36
-"""Bytes of a trace's own columns: two ids that do not compress (18), the question as text and ids, answer, verdicts."""
+"""Bytes per trace: two ids that do not compress (18), the question as text and ids, answer, verdicts."""
 POSITION_BYTES = 2.5
-"""Bytes of a completion's position: text, id and log-probability. One formula over and over takes 1.2, prose 5."""
+"""Bytes per completion position: text, id and log-probability. 1.2 for the same formula over and over, 5 for prose."""
 CAPTURED_BYTES = 1.4
-"""Bytes more of a position whose distribution is kept: its number of candidates and its tail."""
+"""Additional bytes per position with a stored distribution: its number of entries and its tail."""
 ENTRY_BYTES = 2.0
-"""Bytes of one kept candidate: its id and log-probability. 0.8 where a model is sure and repeats itself, 2.6 where
-not."""
+"""Bytes per stored entry: its id and log-probability. 0.8 for a confident, repetitive model, up to 2.6 otherwise."""
 
 
 # ------------------------------------------------------------------------------------------------ seconds
 
 
 def rates(shape: ModelShape, machine: Machine, dtype: Dtype) -> Rates:
-    """The measured rates of a dtype at a model's width; the slowest known ones where the dtype was not measured."""
+    """The measured rates of a dtype at a model's width; those of the slowest dtype if it was not measured."""
     known = machine.at((shape.hidden, shape.intermediate))
     return known.get(dtype) or min(known.values(), key=lambda each: each.training)
 
 
 def _elements_seconds(shape: ModelShape, tokens: float, machine: Machine, flops_each: float) -> float:
-    """Seconds of everything but matrix products: norms, rotary embeddings, activations, residuals, casts, Python
-    calls."""
+    """Seconds of all work but matrix products: norms, rotary embeddings, activations, residuals, casts, Python calls."""
     units = tokens * shape.layers * (shape.hidden + shape.intermediate)
     if machine.device == "cuda":
         share = flops_each / TRAIN_ELEMENTS
@@ -104,11 +101,10 @@ def predict_train_seconds(
     trained: float | None = None,
     checkpoints: int = 1,
 ) -> float:
-    """Seconds of a train stage: process start, `flops` (as `train_flops` counts them) over `tokens`, `steps` optimiser
-    steps, checkpoints.
+    """Seconds of a train stage: process start, forward and backward passes, optimiser steps, checkpoints.
 
-    micro_batches: forward and backward passes per step. trained: parameters with a gradient (None: all; LoRA: the
-    adapters).
+    flops: as `train_flops` counts them. tokens: trained on in total. micro_batches: forward and backward passes per step.
+    trained: number of parameters with a gradient (None: all; for LoRA, the adapters').
     """
     lora = trained is not None
     trained = float(shape.params_total) if trained is None else trained
@@ -133,10 +129,10 @@ def predict_generate_seconds(
     engine: str = "vllm",
     verify_seconds: float = VERIFY_SECONDS,
 ) -> float:
-    """Seconds of a generate or eval stage: process and engine start, prefill, decoding and verdicts. Token counts are
-    totals.
+    """Seconds of a generate or eval stage: process and engine start, prefill, decoding and verdicts.
 
-    A decoding step yields one token of each running sequence and takes at least as long as reading the weights.
+    Token counts are totals. A decoding step yields one token per running sequence and takes at least as long as reading
+    the weights.
     """
     start = PROCESS_START + engine_start(engine)
     if sequences <= 0:
@@ -155,6 +151,7 @@ def predict_generate_seconds(
 
 
 def engine_start(engine: str) -> float:
+    """Seconds from a loaded process to an engine's first token."""
     return ENGINE_START.get(engine, ENGINE_START["vllm"])
 
 
@@ -199,10 +196,9 @@ def predict_rollouts_seconds(
     dtype: Dtype,
     engine: str,
 ) -> float:
-    """Seconds of the rollout engine of a policy stage: its start, and per rollout `sequences` completions and one
-    weight update.
+    """Seconds of a policy stage's rollout engine: its start, then per rollout `sequences` completions and a weight update.
 
-    prompt, reply: tokens of each.
+    prompt, reply: mean tokens of a prompt and of a completion.
     """
     each = sampling_seconds(
         shape,
@@ -219,7 +215,7 @@ def predict_rollouts_seconds(
 
 
 def forward_seconds(shape: ModelShape, flops: float, tokens: float, machine: Machine, dtype: Dtype) -> float:
-    """Seconds of a forward pass in the trainer, of a teacher, the reference or the rollout policy."""
+    """Seconds of a forward pass in the trainer: of a teacher, the reference model or the rollout policy."""
     products = flops / (rates(shape, machine, dtype).forward * TRAIN_EFFICIENCY)
     return products + _elements_seconds(shape, tokens, machine, FORWARD_ELEMENTS)
 
@@ -233,8 +229,10 @@ def predict_score_seconds(
     dtype: Dtype = "bfloat16",
     engine: str = "vllm",
 ) -> float:
-    """Seconds of a score stage: process and engine start and one forward pass of `flops` (as `forward_flops` counts
-    them) over `tokens`, of which `scored` have their logits read."""
+    """Seconds of a score stage: process and engine start, and one forward pass over `tokens`.
+
+    flops: as `forward_flops` counts them. scored: the tokens whose logits are computed.
+    """
     products = flops / (rates(shape, machine, dtype).forward * PREFILL_EFFICIENCY)
     elements = _elements_seconds(shape, tokens, machine, FORWARD_ELEMENTS)
     logits = 0.0 if machine.device == "cuda" else scored * shape.vocab * TOKEN_SECONDS
@@ -252,10 +250,9 @@ def predict_filter_seconds(traces: int, seconds_a_trace: float = 1e-4) -> float:
 
 
 def predict_trace_bytes(traces: int, positions: float, entries_a_position: float, *, shard_rows: int = 256) -> float:
-    """Bytes of compressed shards. entries_a_position: mean number of entries kept (confident positions keep one), 0 for
-    none captured.
+    """Bytes of compressed shards. entries_a_position: mean number of stored entries, 0 without distributions.
 
-    Not counted: the smaller shards of a slow writer, which closes one every half minute.
+    Not counted: the overhead of smaller shards that a slow writer closes every half minute.
     """
     shards = math.ceil(traces / shard_rows)
     kept = CAPTURED_BYTES + ENTRY_BYTES * entries_a_position if entries_a_position else 0.0

@@ -3,119 +3,15 @@
 Pure functions of counts, used for the prediction (`distill check`) and for what was measured. FLOPs are two a
 multiply-add: 2N a token forward, 6N trained, N = parameters in matmuls with the head and without the
 embedding, attention on top. Not counted: norms, rotary embeddings, softmax and the optimiser's
-arithmetic (below 1% of a step); mixtures of experts, which are refused.
+arithmetic (below 1% of a step), routers, and the recurrence of state-space layers beside their matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
-from distill.records import UserError
-
-PLAIN_MLP = {"gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2"}
-"""Model types whose MLP is two matrices; all others are taken as gated, with three."""
-
-
-# ------------------------------------------------------------------------------------------------- shapes
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """The sizes of a decoder that determine its FLOPs and memory."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    gated: bool = True
-
-    @staticmethod
-    def from_config(config: Mapping[str, Any]) -> ModelShape:
-        """From a transformers config.json (Llama, Qwen, Mistral, Gemma, GPT-2 and their likes).
-
-        Raises UserError for mixtures of experts and where a size is missing.
-        """
-        config = config.get("text_config") or config
-        for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-            if config.get(key):
-                raise UserError(f"config.json: {key}={config[key]}: mixtures of experts are not counted.")
-
-        def size(*keys: str) -> int:
-            found = next((config[key] for key in keys if config.get(key)), None)
-            if found is None:
-                raise UserError(f"config.json: {keys[0]} is missing; the model's cost cannot be counted.")
-            return int(found)
-
-        hidden, heads = size("hidden_size", "n_embd"), size("num_attention_heads", "n_head")
-        plain = config.get("model_type") in PLAIN_MLP
-        return ModelShape(
-            layers=size("num_hidden_layers", "n_layer"),
-            hidden=hidden,
-            intermediate=int(
-                config.get("intermediate_size")
-                or config.get("n_inner")
-                or (4 * hidden if plain else size("intermediate_size"))
-            ),
-            heads=heads,
-            kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab=size("vocab_size"),
-            # transformers leaves the key out of config.json where it has its default.
-            tied=bool(config.get("tie_word_embeddings", plain or config.get("model_type") == "gemma")),
-            gated=not plain,
-        )
-
-    @staticmethod
-    def from_params(params: float) -> ModelShape:
-        """A typical shape with about `params` parameters, for when only the count is known."""
-        small = params < 1e9
-        vocab, ratio = (49_152, 32) if small else (128_256, 96)
-        low, high = 1.0, 1e5
-        for _ in range(60):
-            hidden = (low + high) / 2
-            total = 12 * (hidden / ratio + 8) * hidden**2 + vocab * hidden * (1 if small else 2)
-            low, high = (hidden, high) if total < params else (low, hidden)
-        width = max(64, round(low / 64) * 64)
-        body = params - vocab * width * (1 if small else 2)
-        # Attention without grouped heads is 4 H^2 and an MLP of 8/3 H is 8 H^2: 12 H^2 a layer.
-        layers = max(1, round(body / (12 * width**2)))
-        return ModelShape(layers, width, width * 8 // 3, width // 64, width // 64, 64, vocab, tied=small)
-
-    def with_layers(self, layers: int) -> ModelShape:
-        """The same model pruned to `layers`."""
-        return replace(self, layers=layers)
-
-    @property
-    def params_layer(self) -> int:
-        """Matmul parameters of one layer: q and o, k and v, the MLP."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
-
-    @property
-    def params_body(self) -> int:
-        return self.layers * self.params_layer
-
-    @property
-    def params_head(self) -> int:
-        return self.hidden * self.vocab
-
-    @property
-    def params_matmul(self) -> int:
-        """N: parameters in matmuls, the head included, the embedding not."""
-        return self.params_body + self.params_head
-
-    @property
-    def params_total(self) -> int:
-        """All that is stored: an untied model's embedding too, and the norms' scales."""
-        norms = (2 * self.layers + 1) * self.hidden
-        return self.params_matmul + norms + (0 if self.tied else self.params_head)
-
+from distill.models.shape import ModelShape as ModelShape
 
 # -------------------------------------------------------------------------------------------------- FLOPs
 

@@ -1,7 +1,7 @@
-"""The cost of an arm: the stages that its model rests on, each added up once, in three views.
+"""The cost of an arm: the sum over all stages that its model depends on, in three views.
 
-Input: each stage's `Cost` and its inputs. Output: the student alone; with the teacher's inference; with the teacher's
-training, shared by its students. Evaluation is not counted: no model rests on it.
+Input: each stage's `Cost` and its inputs. Output: the cost of the student alone; that and the teacher's inference; that and
+the teacher's training, divided among its students. Evaluation is not counted, because no model depends on it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from distill.recipe.lineage import ancestors
 from distill.records import Cost
 
 VIEWS = ("student", "inference", "teacher")
-"""What each view adds, by the keys of ArmCost.stages."""
+"""Keys of ArmCost.stages: the stages that each view adds."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """A stage's cost. trains: whether the stage trains its `model` input. teacher: the part that a teacher's forward
-    passes took."""
+    """A stage's cost without its teachers' forward passes, which are in `teacher`.
+
+    trains: whether the stage trains its `model` input.
+    """
 
     trains: bool
     cost: Cost
@@ -43,14 +45,13 @@ def arm_cost(
     parents: Mapping[str, Sequence[Input]],
     students: int = 1,
 ) -> ArmCost:
-    """Add up everything that a trained model rests on, each stage once.
+    """Add up the cost of every stage that a trained model depends on, each stage once.
 
-    parents: every stage's inputs. Names that are not stages (models, files, tasks) cost nothing. `lineage.ancestors`
-    says which stage belongs to which view: data that the arm's own line of models wrote is the student's cost, as RL's
-    rollouts are. The teacher's training, with all that it rests on, is shared by `students`. A stage that is reached by
-    several ways counts once, in the first view that has it.
+    parents: the inputs of every stage. Names that are not stages (models, files, tasks) cost nothing. `lineage.ancestors`
+    assigns stages to views: data that an earlier model of the arm itself wrote is the student's cost, as RL's rollouts are.
+    The cost of the teacher's training and of all that it depends on is divided by `students`. A stage reached in several
+    ways counts once, in the first view that includes it.
     """
-
     found = ancestors(stage, {name: one.trains for name, one in stages.items()}, parents)
     own = [*found.own, *found.self_written]
     student_cost = _sum(stages[name].cost for name in own)
@@ -66,7 +67,7 @@ def arm_cost(
 
 
 def mean_cost(costs: Sequence[ArmCost]) -> ArmCost:
-    """The mean cost over several training seeds of one arm. stages: those of all seeds."""
+    """The mean cost over the training seeds of an arm. stages: those of all seeds."""
     return ArmCost(
         _share(_sum(cost.student for cost in costs), len(costs)),
         _share(_sum(cost.with_inference for cost in costs), len(costs)),

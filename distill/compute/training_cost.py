@@ -1,4 +1,4 @@
-"""The work that a training stage counted, as a `Cost`."""
+"""The `Cost` of a training stage, from the work that its loop counted."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def training_cost(config: OptimStage, shape: ModelShape, counts: WorkCounts) -> Cost:
-    """The cost of a stage's training, scoring and own sampling, in tokens and FLOPs.
+    """The cost of a stage's training, scoring and rollouts, in tokens and FLOPs.
 
-    Prompts are counted for every completion, though an engine may share them within a group.
+    A prompt counts once for every completion, although an engine may compute it once for a group.
     """
     trained = train_flops(
         shape,
@@ -46,14 +46,15 @@ def training_cost(config: OptimStage, shape: ModelShape, counts: WorkCounts) -> 
 
 
 def _mean_context(squared_lengths: int, tokens: int) -> float:
-    """Mean number of positions a token attends to, itself included, from the sum of squared lengths of causal
-    traces."""
+    """Mean number of positions that a token attends to, itself included, from the sum of squared trace lengths."""
     return (squared_lengths / tokens + 1) / 2 if tokens else 0.0
 
 
 def teachers_cost(teachers: Sequence[Teacher], counts: WorkCounts) -> Cost:
-    """The cost of teachers in the trainer: each reads every token that is trained on, or the same texts in its own
-    tokens."""
+    """The cost of the forward passes of teachers in the trainer.
+
+    Each teacher reads every token that is trained on or, with another tokenizer, the same text in its own tokens.
+    """
     tokens, head, squared = counts.tokens, counts.head_tokens, counts.squared_lengths
     if any(teacher.shared is not None for teacher in teachers):
         tokens, head = counts.taught_tokens, counts.taught_head_tokens

@@ -1,9 +1,9 @@
-"""Engines: text and log-probabilities out of a model.
+"""Engines generate completions and score given ones with a model, both with log-probabilities.
 
-`choose` says which engine a recipe's `engine` section comes to on this machine, `open_engine` starts it, and
-`environment` says which variables its process must have been started with. The engines on offer are the functions
-of `distill.engines.factories` (KINDS). Importing this package loads neither torch nor vLLM. An engine does not render
-(requests are token ids) and does not judge.
+`choose` returns the engine that a recipe's `engine` section means on this machine, `open_engine` starts it, and
+`environment` returns the variables that its process must be started with. The available engines are the functions of
+`distill.engines.factories` (KINDS). Engines work on token ids: they render no prompts and judge no answers. Importing this
+package loads neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ __all__ = ["AUTO", "KINDS", "Choice", "choose", "environment", "expected", "open
 
 
 def open_engine(config: EngineConfig, model_dir: Path, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
-    """Start the engine that `config.fn` names, on the model in a local folder (transformers format).
+    """Start the engine `config.fn` with the model in a local folder (transformers format).
 
-    max_model_len: tokens of prompt and completion together. max_top_k: the most entries a position that
-    will be asked for. seed: of whatever the engine draws for itself; completions depend on their requests'
-    seeds alone. Raises UserError for an unknown engine, for vLLM by name where it cannot be used, and where the
-    model or the machine is too small.
+    max_model_len: maximum tokens of prompt and completion together. max_top_k: maximum entries per position in later
+    requests. seed: for the engine's own random numbers; completions depend only on the seeds of their requests. Raises
+    UserError for an unknown engine, if vLLM is named but cannot be used, and if the context or the memory is too small.
     """
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": models.auto_dtype(model_dir)})
@@ -40,9 +39,9 @@ def open_engine(config: EngineConfig, model_dir: Path, *, max_model_len: int, ma
 
 
 def environment(config: EngineConfig) -> dict[str, str]:
-    """Variables that must be set before the engine's process starts (before its first import of vLLM).
+    """Environment variables to set before the engine's process starts (before its first import of vLLM).
 
-    What the user has set already is left out, so it holds.
+    Variables that the user has set are left out, so the user's values hold.
     """
     if expected(config) != "vllm":
         return {}
@@ -53,10 +52,10 @@ def environment(config: EngineConfig) -> dict[str, str]:
     }
     if _is_cpu_build():
         wanted |= {
-            # The worker's own thread binding leaves cores out; the affinity mask is respected as it is.
+            # vLLM's own thread binding would leave cores unused; without it the process's affinity mask holds.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": str(cores()),
-            # Threads that spin at the end of each parallel region starve one another on a busy machine.
+            # Threads that spin at the end of a parallel region slow one another down on a busy machine.
             "OMP_WAIT_POLICY": "PASSIVE",
         }
     missing = {key: value for key, value in wanted.items() if key not in os.environ}
@@ -64,6 +63,6 @@ def environment(config: EngineConfig) -> dict[str, str]:
 
 
 def _is_cpu_build() -> bool:
-    """Whether the installed vLLM is the one for CPUs, told without importing it."""
+    """Whether the installed vLLM is the CPU build; does not import it."""
     name = installed_vllm()
     return name == "vllm-cpu" or (name is not None and "cpu" in importlib.metadata.version(name))

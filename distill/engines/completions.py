@@ -1,8 +1,7 @@
-"""What every engine shares: how long a request may be, and rows of numbers turned into a Completion.
+"""Functions that all engines share: length limits of requests, and building a Completion.
 
-Engines hand over, for each completion, ids and log-probabilities [T, 1 + K]: column 0 is the token of the
-trace, columns 1..K the most probable candidates at its position (the token is among them a second time
-when it is probable enough).
+For each completion an engine passes ids and log-probabilities [T, 1 + K]: column 0 is the token itself, columns 1..K the
+most probable candidates at its position (which include the token again if it is probable enough).
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from distill.records import Array, Completion, FinishReason, Request, TopK, User
 
 
 def room(request: Request, max_model_len: int, max_tokens: int) -> int:
-    """Tokens that a request may still write: its limit, or what the context leaves.
+    """The number of tokens that a request may generate: `max_tokens`, or what the context leaves if that is less.
 
-    Raises ValueError, naming the request, when the prompt is empty or fills the context.
+    Raises ValueError, naming the request, if the prompt is empty or fills the context.
     """
     length = len(request.prompt_ids)
     if length == 0:
@@ -31,7 +30,7 @@ def room(request: Request, max_model_len: int, max_tokens: int) -> int:
 
 
 def given(request: Request, max_model_len: int) -> Array:
-    """The completion that a request asks to score; raises ValueError where there is none or it does not fit."""
+    """The completion ids to score of a request. Raises ValueError if there are none or they do not fit the context."""
     if request.completion_ids is None or len(request.completion_ids) == 0:
         raise ValueError(f"request {request.request_id!r}: there is no completion to score.")
     room(request, max_model_len, 1)
@@ -53,7 +52,7 @@ def completion(
     stop_ids: frozenset[int],
     version: int,
 ) -> Completion:
-    """A Completion of tokens ids_T from rows [T, 1 + K]; candidates beyond top_k are left out."""
+    """Build the Completion of tokens ids_T from rows [T, 1 + K]; candidates beyond top_k are dropped."""
     finish: FinishReason = "stop" if int(ids_T[-1]) in stop_ids else "length"
     top = None
     if top_k > 0:
@@ -69,9 +68,9 @@ def completion(
 
 
 def vocabulary(model_dir: Path) -> tuple[int, frozenset[int]]:
-    """(entries of the vocabulary that mean something, ids that end a completion) of a model folder.
+    """(vocabulary size without padding, ids that end a completion) of a model folder.
 
-    A model's head may be padded past its tokenizer; those ids are never drawn, stored or counted as mass.
+    A model's output head may have more rows than its tokenizer has ids; those are never sampled, stored or counted.
     """
     tokenizer = models.load_tokenizer(model_dir)
     stop = models.stop_ids(model_dir, tokenizer)
@@ -79,17 +78,17 @@ def vocabulary(model_dir: Path) -> tuple[int, frozenset[int]]:
 
 
 def head_size(model_dir: Path) -> int:
-    """Rows of the model's output head, padding included."""
+    """Return the number of rows of the model's output head, padding included."""
     config = models.config_of(model_dir)
     return int(config.get("text_config", config)["vocab_size"])
 
 
 def check_context(model_dir: Path, max_model_len: int) -> None:
-    """Refuse a context longer than the model's positions."""
+    """Raise UserError if the context is longer than the model's maximum number of positions."""
     config = models.config_of(model_dir)
     limit = config.get("text_config", config).get("max_position_embeddings")
     if limit is not None and max_model_len > limit:
         raise UserError(
-            f"engine.max_model_len: {max_model_len} tokens asked for, but the model in {model_dir} has {limit} "
-            "positions. Lower sampling.max_tokens, or take a model with a longer context."
+            f"engine.max_model_len: {max_model_len} tokens are needed, but the model in {model_dir} has {limit} "
+            "positions. Lower sampling.max_tokens, or use a model with a longer context."
         )

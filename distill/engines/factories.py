@@ -1,6 +1,6 @@
-"""The engines a recipe can name. Each loads its library when it is called, not before.
+"""The engines that a recipe can name; each imports its library only when it is called.
 
-An engine of one's own is any callable with this signature, named as `package.module:Class`.
+A user's own engine is any callable with this signature, named as `package.module:Class`.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from distill.records import Engine, UserError
 
 
 def auto(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
-    """vLLM where it is installed, can be imported and knows the model; else transformers."""
+    """vLLM if it is installed, works here and supports the model; else transformers."""
     start = vllm if choose(config, model_dir).fn == "vllm" else transformers
     return start(model_dir, config, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed)
 
 
 def vllm(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
-    """vLLM in this process: continuous batching, prefix caching. The one for real work."""
+    """vLLM in this process, with continuous batching and prefix caching. The default where it runs."""
     if (reason := why_not_vllm()) is not None:
         raise UserError(
-            f"engine: vllm is asked for, but {reason}. Install the package's `cpu` or `gpu` extra, or set engine to "
-            "auto or transformers."
+            f"engine: the recipe asks for vllm, but {reason}. Install distill with its `cpu` or `gpu` extra, or set "
+            "engine to auto or transformers."
         )
     from distill.engines.vllm import VllmEngine
 
@@ -31,7 +31,7 @@ def vllm(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k
 
 
 def transformers(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
-    """Plain transformers, batch after batch: wherever vLLM does not run. Slower."""
+    """Plain transformers, in batches; runs where vLLM does not, but is slower."""
     from distill.engines.transformers import TransformersEngine
 
     return TransformersEngine(
@@ -43,7 +43,7 @@ def transformers(model_dir: Path, config: EngineConfig, *, max_model_len: int, m
 
 
 def reference(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
-    """One sequence at a time in float32 on the CPU: the same bytes for the same request, whatever else is asked."""
+    """Plain transformers, one sequence at a time in float32 on the CPU: bit-identical results for identical requests."""
     from distill.engines.transformers import TransformersEngine
 
     return TransformersEngine(model_dir, max_model_len=max_model_len, dtype="float32", batch_size=1, device="cpu")

@@ -1,8 +1,8 @@
 """The output head with float32 logits from bfloat16 weights.
 
-A bfloat16 logit near 20 has a step of 0.125: rounded there, a stored distribution has ties and is off by 0.02 nat
-on average (SmolLM2). The products are exact in float32 and the matrix units sum in float32 anyway, so only the
-rounding of the result is left out.
+A bfloat16 logit near 20 is rounded to steps of 0.125, which gives stored distributions ties and an average error of 0.02
+nat (SmolLM2). Products of bfloat16 values are exact in float32 and matrix units sum in float32 anyway, so the only change
+is that the result is not rounded.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 
 class Float32Head:
-    """hidden [..., D] and a weight [V, D] to float32 logits [..., V].
+    """Computes float32 logits [..., V] from hidden states [..., D] and a weight [V, D].
 
-    On a CPU it keeps a float32 copy of the weight: call `forget` after every change of it.
+    On a CPU it keeps a float32 copy of the weight; call `forget` after each change of the weight.
     """
 
     def __init__(self) -> None:
@@ -37,12 +37,13 @@ class Float32Head:
             return F.linear(hidden.float(), self._copy, bias)
 
     def forget(self) -> None:
+        """Drop the float32 copy of the weight."""
         self._copy = None
 
 
 @contextlib.contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    """float32 matrices multiplied as bfloat16 with float32 sums: exact for values that came from bfloat16."""
+    """Multiply float32 matrices as bfloat16 with float32 sums; exact for values that come from bfloat16."""
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"

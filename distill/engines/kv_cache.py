@@ -1,10 +1,10 @@
-"""A key-value cache of transformers whose rows can leave and join while a batch is decoded.
+"""A transformers key-value cache whose rows can be removed and added while a batch is decoded.
 
-The library's own cache copies all keys and values at every token; this one writes them into buffers with room to grow.
-Only for models whose layers all attend to everything before them; `growing` says None for others.
+The library's own cache copies all keys and values at every token; this one writes them into buffers with spare room. It
+supports only models in which every layer attends to all earlier positions; `growing` returns None for others.
 
-Shapes: B rows of the batch, H heads, P positions, D a head's size. A row's positions end together at the right;
-what is left of its first one is masked.
+Shapes: B rows of the batch, H heads, P positions, D head size. Rows are aligned at the right; positions to the left of a
+row's first one are masked.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 ROOM = 64
-"""Positions by which a full buffer grows."""
+"""Spare positions when a buffer is allocated."""
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values [B, H, P, D] of one layer, as views of buffers with room for more positions."""
+    """Keys and values [B, H, P, D] of one layer, as views of larger buffers."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -36,7 +36,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def _reserve(self, keys: torch.Tensor, values: torch.Tensor, start: int, end: int) -> None:
-        """Make the views `end` positions long, those before `start` kept."""
+        """Make the views `end` positions long; positions before `start` keep their content."""
         if not self.is_initialized or end > self._buffers[0].shape[2]:
             wider = [like.new_empty(like.shape[0], like.shape[1], end + ROOM, like.shape[3]) for like in (keys, values)]
             if start:
@@ -51,7 +51,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     @torch.inference_mode()
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Only the rows of `indices`, in that order; only those that change their place are copied."""
+        """Keep only the rows `indices`, in that order; copies only rows that change their place."""
         num, end = len(indices), self.get_seq_length()
         if num > len(self.keys):
             self._buffers = [buffer[indices] for buffer in self._buffers]
@@ -63,13 +63,13 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     @torch.inference_mode()
     def join(self, other: GrowingLayer, skip: int) -> None:
-        """Take up another's rows below its own; `skip` positions at the left of its own are dropped."""
+        """Append the rows of another layer; drop the first `skip` positions of the own rows."""
         mine, theirs = self.get_seq_length() - skip, other.get_seq_length()
         end, num = max(mine, theirs), len(self.keys)
         rows = num + len(other.keys)
         joined = []
         for own, new in ((self.keys, other.keys), (self.values, other.values)):
-            # Zeros where a row is masked: what is never looked at must not be a NaN all the same.
+            # Zeros, because attention multiplies masked positions by 0, and 0 * NaN is NaN.
             buffer = own.new_zeros(rows, own.shape[1], end + ROOM, own.shape[3])
             buffer[:num, :, end - mine : end] = own[:, :, skip:]
             buffer[num:, :, end - theirs : end] = new
@@ -82,12 +82,24 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
     """A DynamicCache of growing layers."""
 
     def join(self, other: GrowingCache, skip: int) -> None:
+        """Append the rows of another cache; drop the first `skip` positions of the own rows."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.join(theirs, skip)
 
 
+class Replay:
+    """In place of a cache, for models without one that can be trusted: the ids so far, which are computed again."""
+
+    def __init__(self, ids_BP: torch.Tensor) -> None:
+        self.ids_BP = ids_BP
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows of `indices`, in that order."""
+        self.ids_BP = self.ids_BP[indices]
+
+
 def growing(config: Any) -> GrowingCache | None:
-    """An empty cache for a model of this configuration; None where a layer keeps something else than all positions."""
+    """Return an empty cache for a model config; None if a layer does not keep all positions (sliding window, state)."""
     cache = GrowingCache(config=config)
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None

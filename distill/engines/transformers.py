@@ -1,11 +1,11 @@
-"""Plain transformers as an engine: a batch is decoded together with a key-value cache; rows leave as they finish.
+"""The engine on plain transformers: decodes a batch with a key-value cache and removes rows as they finish.
 
-When half of them have left, others take their places. Prompts are padded on the left; what all prompts of a batch begin
-with is computed once, and so is a prompt that is asked several times. Each request draws from its own generator, one
-uniform number a token. With a batch of one nothing depends on anything but the request:
-that, in float32, is the reference engine. Log-probabilities are raw: before temperature and top-p.
+When half of the rows are done, new requests fill the batch. Prompts are padded on the left. The common prefix of a batch's
+prompts is computed once, and so is a repeated prompt. Each request has its own random generator, which draws one uniform
+number per token. With a batch size of one a result depends only on its request; in float32, that is the reference engine.
+Log-probabilities are raw: before temperature and top-p.
 
-Shapes: B rows of the batch, V vocabulary, K candidates, T positions, P prompt tokens.
+Shapes: B rows of the batch, V vocabulary, K candidates, T positions, P prompt tokens, U distinct prompts.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ import torch.nn.functional as F
 
 from distill import models
 from distill.engines import completions
+from distill.engines.decoding_proof import Decoding, prove_decoding
 from distill.engines.float32_head import Float32Head
-from distill.engines.kv_cache import GrowingCache, growing
+from distill.engines.kv_cache import GrowingCache, Replay, growing
 from distill.records import Array, Completion, Request, Sampling
 
 CHUNK = 256
-"""Positions of one long completion scored at a time: bounds the logits to [CHUNK, vocabulary]."""
+"""Maximum positions scored at once of a single completion; limits the logits to [CHUNK, V]."""
 SCORED = 1024
-"""Positions scored at a time where several completions are: bounds the logits to [SCORED, vocabulary]."""
+"""Maximum positions scored at once of several completions; limits the logits to [SCORED, V]."""
 FED = 4096
-"""Tokens of those completions with their prompts: bounds the activations."""
+"""Maximum tokens of several completions and their prompts in one forward pass; limits the activations."""
 
 
 @dataclass(slots=True)
 class _Row:
-    """A completion being written."""
+    """A completion being generated. limit: maximum tokens. version: of the weights when it began."""
 
     request: Request
     limit: int
@@ -47,10 +48,10 @@ class _Row:
 
 
 @dataclass(slots=True)
-class _Live:
-    """Rows being written, with the attention mask [B, P], the logits of their next tokens [B, V] and the cache.
+class _Running:
+    """The batch being decoded: its rows, attention mask [B, P], logits of the next tokens [B, V] and cache.
 
-    joins: whether the cache can take up others.
+    joins: whether rows can be added to the cache.
     """
 
     rows: list[_Row]
@@ -60,7 +61,7 @@ class _Live:
     joins: bool
 
     def keep(self, kept: list[int], next_B: torch.Tensor) -> torch.Tensor:
-        """Only these rows, in this order; returns their next tokens."""
+        """Keep only these rows, in this order; returns their next tokens."""
         if len(kept) == len(self.rows):
             return next_B
         index_B = torch.tensor(kept, device=next_B.device)
@@ -69,19 +70,19 @@ class _Live:
         self.cache.batch_select_indices(index_B)
         return next_B[index_B]
 
-    def join(self, new: _Live) -> _Live:
-        """These rows and new ones below them. Positions at the left that none of these rows has are dropped."""
+    def join(self, new: _Running) -> _Running:
+        """Append the rows of a new batch. Leading positions that are masked in all own rows are dropped."""
         skip = int(self.mask_BP.any(0).long().argmax())
         self.cache.join(new.cache, skip)
         mine, theirs = self.mask_BP[:, skip:], new.mask_BP
         width = max(mine.shape[1], theirs.shape[1])
         mask_BP = torch.cat([F.pad(mask, (width - mask.shape[1], 0)) for mask in (mine, theirs)], dim=0)
         logits_BV = torch.cat([self.logits_BV, new.logits_BV])
-        return _Live(self.rows + new.rows, mask_BP, logits_BV, self.cache, True)
+        return _Running(self.rows + new.rows, mask_BP, logits_BV, self.cache, True)
 
 
 class TransformersEngine:
-    """A model of transformers as an engine (see distill.records.Engine)."""
+    """A transformers model as an engine (see `distill.records.Engine`)."""
 
     def __init__(
         self,
@@ -103,11 +104,21 @@ class TransformersEngine:
         if dtype != "float32":
             layer = self._model.get_output_embeddings()
             layer.forward = lambda hidden: self._head(hidden, layer.weight, layer.bias)
+        self.decoding = Decoding()
+        self.decoding = prove_decoding(self, 2e-3 if dtype == "float32" else 0.2)
+        self._head.forget()
+        self.note = self.decoding.note
+        if not self.decoding.batched:
+            self._batch_size = 1
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
-        """Completions as they finish; at most batch_size requests are unfinished at a time."""
+        """Yield completions as they finish; at most batch_size requests run at a time."""
+        return self.sampled(requests, sampling, top_k)
+
+    def sampled(self, requests: Iterable[Request], sampling: Sampling, top_k: int) -> Iterator[Completion]:
+        """Yield completions as they finish, in the way of `decoding`."""
         source = iter(requests)
-        live: _Live | None = None
+        live: _Running | None = None
         while True:
             if live is None or (live.joins and len(live.rows) <= self._batch_size // 2):
                 free = self._batch_size - (len(live.rows) if live else 0)
@@ -124,7 +135,7 @@ class TransformersEngine:
                 row.ids.append(ids_BK[index])
                 row.logp.append(logp_BK[index])
                 if int(ids_BK[index, 0]) in self._stop_ids or len(row.ids) == row.limit:
-                    # The last row takes its place, so that few are moved.
+                    # The last row takes its place, so that few rows are copied.
                     kept[index] = kept[-1]
                     kept.pop()
                     yield self._completion(row, top_k)
@@ -135,8 +146,8 @@ class TransformersEngine:
             live.mask_BP = torch.cat([live.mask_BP, live.mask_BP.new_ones(len(kept), 1)], dim=1)
             live.logits_BV, live.cache = self._forward(next_B[:, None], live.mask_BP, live.cache)
 
-    def _start(self, batch: list[Request], sampling: Sampling) -> _Live:
-        """New rows with their prompts computed, up to the logits of their first tokens."""
+    def _start(self, batch: list[Request], sampling: Sampling) -> _Running:
+        """Run the prompts of new requests, up to the logits of their first tokens."""
         rows_B = [
             _Row(
                 request,
@@ -148,19 +159,20 @@ class TransformersEngine:
         ]
         prompts: dict[bytes, int] = {}
         which_B = [prompts.setdefault(_key(request), len(prompts)) for request in batch]
-        different = [np.frombuffer(key, np.int64) for key in prompts]
-        logits_UV, mask_UP, cache = self._prefill(different)
+        distinct = [np.frombuffer(key, np.int64) for key in prompts]
+        logits_UV, mask_UP, cache = self._prefill(distinct)
         which = torch.tensor(which_B, device=self._device)
         cache.batch_select_indices(which)
         joins = isinstance(cache, GrowingCache)
-        return _Live(rows_B, mask_UP[which], logits_UV[which], cache, joins)
+        return _Running(rows_B, mask_UP[which], logits_UV[which], cache, joins)
 
     def _prefill(self, ids: list[Array], keep: int = 1) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """Logits [B * keep, V] of the last positions of several sequences, their mask [B, P] and the cache.
+        """Logits [B * keep, V] of the last `keep` positions of several sequences, their mask [B, P] and the cache.
 
-        What all of them begin with is computed once, where the model's cache allows it.
+        The common prefix is computed once if the model's cache supports that.
         """
-        cache = growing(self._model.config)
+        decoding = self.decoding
+        cache = growing(self._model.config) if decoding.batched and decoding.cached else None
         shared = 0 if cache is None else _common(ids, keep)
         if cache is not None and shared:
             self._forward(torch.tensor(ids[0][None, :shared], device=self._device), None, cache)
@@ -183,7 +195,11 @@ class TransformersEngine:
         )
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
-        """The given completions' log-probabilities, teacher-forced, in the order asked; a few at a time."""
+        """Yield the log-probabilities of the given completions (teacher-forcing), in the order of the requests."""
+        return self.scored(requests, top_k)
+
+    def scored(self, requests: Iterable[Request], top_k: int) -> Iterator[Completion]:
+        """Yield the given completions\' log-probabilities, in the way of `decoding`."""
         for group in self._groups(requests):
             for request, (ids, logp) in zip(group, self._score_group(group, top_k), strict=True):
                 yield completions.completion(
@@ -197,7 +213,7 @@ class TransformersEngine:
                 )
 
     def _groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
-        """Requests that are scored together, in the order asked: no more than FED tokens and SCORED of them scored."""
+        """Split requests, in order, into groups to score together: at most SCORED positions and FED tokens, padded."""
         group: list[Request] = []
         longest = whole = 0
         for request in requests:
@@ -213,13 +229,13 @@ class TransformersEngine:
             yield group
 
     def _score_group(self, group: list[Request], top_k: int) -> Iterator[tuple[Array, Array]]:
-        """ids and log-probs [T, 1 + K] of each request's completion."""
+        """Return ids and log-probabilities [T, 1 + K] of each request's completion."""
         given = [completions.given(request, self.max_model_len) for request in group]
         if len(group) == 1:
             parts = list(self._score_chunks(group[0].prompt_ids, given[0], top_k))
             yield tuple(np.concatenate(column) for column in zip(*parts, strict=True))
             return
-        # The last token is fed to nothing; the position before a token is about it.
+        # The logits of a token are at the position before it, so the last token is not fed.
         ids = [np.concatenate([r.prompt_ids, g[:-1]]) for r, g in zip(group, given, strict=True)]
         keep = max(map(len, given))
         logits_BV, _, _ = self._prefill(ids, keep)
@@ -232,7 +248,8 @@ class TransformersEngine:
         label_T = torch.as_tensor(given_T, dtype=torch.long, device=self._device)
         fed = torch.as_tensor(prompt_ids, dtype=torch.long, device=self._device)
         cache: Any = None
-        # The prompt's last position is about the completion's first token, and so on: its last is fed to nothing.
+        # The logits of a token are at the position before it: the prompt's last position gives those of the first
+        # completion token, and the last completion token is not fed.
         for start in range(0, len(label_T), CHUNK):
             label_C = label_T[start : start + CHUNK]
             fed = torch.cat([fed, label_C[:-1]])
@@ -244,8 +261,12 @@ class TransformersEngine:
     def _forward(
         self, ids_BP: torch.Tensor, mask_BP: torch.Tensor | None, cache: Any, keep: int = 1
     ) -> tuple[torch.Tensor, Any]:
-        """float32 logits of the last `keep` positions, [B * keep, V], over the tokenizer's ids, and the cache."""
+        """float32 logits [B * keep, V] of the last `keep` positions, without the padding of V, and the cache."""
         length = ids_BP.shape[1]
+        if not self.decoding.cached:
+            ids_BP = ids_BP if cache is None else torch.cat([cache.ids_BP, ids_BP], dim=1)
+            logits_BPV = torch.stack([self.plain_logits(ids)[-keep:] for ids in ids_BP])
+            return logits_BPV.reshape(-1, self.vocab_size), Replay(ids_BP)
         if mask_BP is None:
             start = cache.get_seq_length() if cache is not None else 0
             position_BP = torch.arange(start, start + length, device=self._device)[None]
@@ -262,9 +283,17 @@ class TransformersEngine:
         logits = out.logits[:, :, : self.vocab_size].float()
         return logits.reshape(-1, self.vocab_size), out.past_key_values
 
+    @torch.inference_mode()
+    def plain_logits(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Return float32 logits [T, V] of one sequence by the model's plain forward pass, over the tokenizer's ids."""
+        logits: torch.Tensor = self._model(input_ids=ids_T[None].to(self._device), use_cache=False).logits[
+            0, :, : self.vocab_size
+        ]
+        return logits.float()
+
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Copy new weights in, by their names in the checkpoint; raises ValueError for unknown or missing ones."""
+        """Copy new weights in, by their names in the checkpoint. Raises ValueError for unknown or missing names."""
         mine = self._model.state_dict()
         needed = {name for name, _ in self._model.named_parameters()}
         for name, tensor in weights:
@@ -289,7 +318,7 @@ def _key(request: Request) -> bytes:
 
 
 def _common(sequences: list[Array], keep: int) -> int:
-    """How many tokens all the sequences begin with, each one's last `keep` left out; 0 for one alone."""
+    """Length of the common prefix of the sequences without their last `keep` tokens; 0 for a single sequence."""
     width = min(len(ids) for ids in sequences) - keep
     if len(sequences) < 2 or width <= 0:
         return 0
@@ -298,7 +327,7 @@ def _common(sequences: list[Array], keep: int) -> int:
 
 
 def _left_padded(prompts: list[Array], device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt ids and attention mask [B, P]."""
+    """Prompt ids and attention mask [B, P], padded on the left."""
     width = max(map(len, prompts))
     ids_BP = torch.zeros(len(prompts), width, dtype=torch.long)
     mask_BP = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -310,7 +339,7 @@ def _left_padded(prompts: list[Array], device: str) -> tuple[torch.Tensor, torch
 
 @torch.inference_mode()
 def _draw(logits_BV: torch.Tensor, sampling: Sampling, generators: list[torch.Generator]) -> torch.Tensor:
-    """One token a row [B]: the inverse of the cumulative distribution at one uniform number of its generator."""
+    """Sample one token per row [B]: the inverse of the cumulative distribution at a uniform random number."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     prob_BV = (logits_BV.double() / sampling.temperature).softmax(-1)
@@ -330,7 +359,7 @@ def _draw(logits_BV: torch.Tensor, sampling: Sampling, generators: list[torch.Ge
 
 @torch.inference_mode()
 def _head_rows(logits_BV: torch.Tensor, token_B: torch.Tensor, top_k: int) -> tuple[Array, Array]:
-    """ids and raw log-probabilities [B, 1 + K]: the token itself, then the top_k most probable."""
+    """ids and raw log-probabilities [B, 1 + K]: the token itself, then the top_k most probable tokens."""
     logp_BV = logits_BV.log_softmax(-1)
     top = logp_BV.topk(min(top_k, logp_BV.shape[1]), dim=-1)
     token_B1 = token_B[:, None]

@@ -1,8 +1,8 @@
-"""vLLM in this process: token ids in, completions out as they finish, top-k rows kept as arrays.
+"""An engine on vLLM in this process: token ids in, completions out as they finish, top-k rows kept as arrays.
 
-In: requests drawn lazily, at most `batch_size` of them unfinished at a time. Out: Completions in any order
-(`generate`) or in the order asked (`score`). Log-probabilities are raw: of the distribution before
-temperature and top-p. Left out on purpose: text (nothing is detokenised), several processes or GPUs.
+In: requests, taken lazily, at most `batch_size` in progress at a time. Out: Completions in any order (`generate`) or in
+the order of the requests (`score`). Log-probabilities are raw: of the distribution before temperature and top-p. Nothing is
+detokenised; one process and one GPU are used.
 
 The process must have been started with `distill.engines.environment`.
 """
@@ -118,7 +118,7 @@ class VllmEngine:
             ) from error
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
-        """Completions as they finish; a request's draws depend on its seed alone."""
+        """Yield completions as they finish; a request's random draws depend on its seed only."""
         top_k, version = self._entries(top_k), self.version
         stop_ids = sorted(self._stop_ids)
 
@@ -151,7 +151,7 @@ class VllmEngine:
             )
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
-        """The given completions' log-probabilities, teacher-forced, in the order asked."""
+        """Yield the given completions' log-probabilities, teacher-forced, in the order of the requests."""
         top_k, version = self._entries(top_k), self.version
         params = SamplingParams(
             temperature=0.0,
@@ -192,7 +192,7 @@ class VllmEngine:
         start: Callable[[Request], tuple[list[int], SamplingParams]],
         scoring: bool = False,
     ) -> Iterator[tuple[int, Request, Array, Capture]]:
-        """(number, request, sampled ids, rows) as they finish; new requests are drawn as room comes free."""
+        """Yield (number, request, sampled ids, rows) as requests finish, and add new ones as slots become free."""
         source = iter(requests)
         live: dict[str, tuple[int, Request, Capture]] = {}
         try:
@@ -216,7 +216,7 @@ class VllmEngine:
             self._live -= set(live)
 
     def _step(self, scoring: bool) -> list[Any]:
-        """One step of the engine. The process's random state stays as it is: a trainer may live beside."""
+        """Make one step of the engine and keep the process's random state, which a trainer may use."""
         if not self._on_cpu:
             return list(self._engine.step())
         state = torch.get_rng_state()
@@ -229,10 +229,14 @@ class VllmEngine:
             torch.set_rng_state(state)
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """New weights, by their names in the checkpoint; nothing may be in flight."""
+        """Load new weights by their names in the checkpoint; no request may be in progress."""
         if self._live:
             raise RuntimeError(f"{len(self._live)} requests are in flight: finish or drop them first.")
-        pairs = _with_head(weights) if self._tied else ((n, t.detach()) for n, t in weights)
+        pairs = (
+            _with_head(weights)
+            if self._tied and vllm_patches.has_head(self._llm)
+            else ((n, t.detach()) for n, t in weights)
+        )
         vllm_patches.reload(self._llm, pairs)
         if self._head is not None:
             self._head.forget()
@@ -253,9 +257,9 @@ class VllmEngine:
 
 
 def _with_head(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights with the tied output head under its own name.
+    """Yield the weights, and a tied output head also under its own name.
 
-    Without it the CPU build keeps the old head: it repacks the matrix once, and only that name reaches the copy.
+    Without that name the CPU build keeps the old head: it repacks the matrix once, and only this name reaches the copy.
     """
     embedding: torch.Tensor | None = None
     for name, tensor in weights:

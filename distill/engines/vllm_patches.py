@@ -1,7 +1,7 @@
-"""Where vLLM is reached into: what it offers no option for, each hook with its reason.
+"""Patches of vLLM internals, for which vLLM has no option; each with its reason.
 
-All hooks are set on one engine's own objects; nothing of the library is replaced for others. Written
-against vLLM 0.32, which the package pins.
+All patches are set on one engine's own objects; the library itself is not changed. Written
+for vLLM 0.32, which the package pins.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from distill.records import Array
 
 
 class Capture(LogprobsProcessor):  # type: ignore[misc]
-    """Keeps a request's log-probabilities as the arrays they arrive in.
+    """Store a request's log-probabilities as the arrays that arrive.
 
-    The library's own processor makes a Python number of every entry: 17 µs a position at 64 entries, 127 µs
-    as dictionaries. Rows are copied, for they are views of a whole step's array.
+    vLLM's own processor makes a Python number of every entry: 17 µs a position at 64 entries, 127 µs
+    as dictionaries. Rows are copied because they are views of a whole step's array.
     """
 
     def __init__(self) -> None:
@@ -50,11 +50,11 @@ class Capture(LogprobsProcessor):  # type: ignore[misc]
             self._prompt.append((ids.numpy(), logp.numpy()))
 
     def sampled(self) -> tuple[Array, Array]:
-        """ids and log-probs [T, 1 + K] of the tokens that were sampled."""
+        """Return ids and log-probabilities [T, 1 + K] of the sampled tokens."""
         return _stack(self._sampled)
 
     def prompt(self) -> tuple[Array, Array]:
-        """ids and log-probs [P - 1, 1 + K]; row i is about prompt token i + 1."""
+        """Return ids and log-probabilities [P - 1, 1 + K] of the prompt; row i is about prompt token i + 1."""
         return _stack(self._prompt)
 
 
@@ -63,14 +63,14 @@ def _stack(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
 
 
 def attach(engine: Any, internal_id: str) -> Capture:
-    """Let a Capture take what the engine returns for a request that was just added."""
+    """Attach a Capture to a request that was just added."""
     capture = Capture()
     engine.output_processor.request_states[internal_id].logprobs_processor = capture
     return capture
 
 
 def cap_vocabulary(llm: Any, vocab_size: int) -> None:
-    """Give ids from vocab_size on no probability at all: neither drawn, nor kept, nor part of the sum."""
+    """Give ids from vocab_size on no probability: they are not sampled, not returned and not part of the normalisation."""
 
     def cap(model: Any) -> None:
         compute = model.compute_logits
@@ -87,7 +87,7 @@ def cap_vocabulary(llm: Any, vocab_size: int) -> None:
 
 
 def float32_head(llm: Any) -> Float32Head:
-    """Let the CPU build make float32 logits; the library's own way there converts the whole weight every step."""
+    """Make the CPU build compute float32 logits; vLLM's own option converts the whole weight at every step."""
     head = Float32Head()
 
     def replace(model: Any) -> None:
@@ -101,9 +101,9 @@ def float32_head(llm: Any) -> Float32Head:
 
 
 def drop_ranks(llm: Any) -> None:
-    """Spare the CPU sampler the sampled token's rank.
+    """Skip the computation of the sampled token's rank on a CPU.
 
-    Nobody reads it here, and it costs a pass over the vocabulary a step and a compilation at the first one.
+    The rank is not used here; it costs a pass over the vocabulary at every step and a compilation at the first.
     """
 
     def gather(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
@@ -141,18 +141,34 @@ def reload(llm: Any, pairs: Iterator[tuple[str, torch.Tensor]], ignore: tuple[st
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
     finally:
         logger.removeFilter(note)
-    # Rotary tables are computed, not loaded.
-    kinds = sorted({name for name in missed if "Rotary" not in name} - set(ignore))
+    # Tables that are computed (rotary ones, Gemma's normaliser) are buffers and are not loaded.
+    kinds = sorted(set(missed) - set(ignore) - set().union(*llm.collective_rpc(_without_parameters)))
     if kinds:
         raise ValueError(f"no new weights for layers of these kinds: {', '.join(kinds)}.")
 
 
+def has_head(llm: Any) -> bool:
+    """Return whether vLLM's model has an output head of its own name beside a tied embedding."""
+    return all(llm.collective_rpc(_names_head))
+
+
+def _names_head(worker: Any) -> bool:
+    return hasattr(worker.model_runner.model, "lm_head")  # named_modules leaves a shared module out
+
+
+def _without_parameters(worker: Any) -> set[str]:
+    """Return the class names of modules that have no parameters of their own."""
+    model = worker.model_runner.model
+    return {type(m).__name__ for m in model.modules()} - {
+        type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None
+    }
+
+
 @contextlib.contextmanager
 def chunked(llm: Any, tokens: int) -> Iterator[None]:
-    """Take at most `tokens` a step inside: the logits of a long prompt are then never all there at once.
+    """Process at most `tokens` a step inside the context, so that a long prompt's logits never exist all at once.
 
-    Chunks are off otherwise: the CPU runner cannot rewind the random generator of a seeded request whose
-    prompt it has cut.
+    Chunking is off otherwise: the CPU runner cannot rewind the random generator of a seeded request whose prompt was cut.
     """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     before = scheduler.max_num_scheduled_tokens, scheduler.scheduler_config.enable_chunked_prefill
@@ -167,7 +183,7 @@ def chunked(llm: Any, tokens: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_start() -> Iterator[None]:
-    """Hold back what vLLM says while it starts about settings that are chosen here on purpose; errors still show."""
+    """Suppress vLLM's start-up messages about settings that are chosen here deliberately; errors still show."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,1 +1,1 @@
-"""The trace page: stored traces with the distribution behind every token."""
+"""The trace page: stored traces as one HTML file, with the distribution of every token."""

@@ -1,8 +1,8 @@
-"""What a token looks like on a page: its bytes, as text that shows all there is and does nothing.
+"""The text that a page shows for a token: its bytes decoded, with control characters and partial characters made visible.
 
-Comes in: pieces as a tokenizer names them. Goes out: text where control characters, turned reading direction
-and bytes that are no character yet are visible (‹U+0000›, ‹U+202E›, ‹F0 9F›). A character that several tokens spell
-stands at the one that completes it. Left out on purpose: loading tokenizers, and escaping for HTML.
+Input: token pieces as a tokenizer names them. Output: text in which control characters, bidirectional overrides and bytes
+that are not a whole character appear as ‹U+0000›, ‹U+202E›, ‹F0 9F›. A character made of several tokens is shown at the
+token that completes it. Escaping for HTML is not done here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level BPE writes for each byte (Radford et al. 2019)."""
+    """Character -> byte, as byte-level BPE writes bytes (Radford et al. 2019)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -27,11 +27,11 @@ _ALPHABET = _byte_alphabet()
 
 
 def piece_bytes(pieces: Sequence[str | None], byte_level: bool, added: Collection[str] = ()) -> list[bytes]:
-    """The bytes that each piece stands for.
+    """The bytes of each piece.
 
-    pieces: as `convert_ids_to_tokens` names them; None (an id without a piece) gives no bytes. byte_level: the
-    tokenizer spells bytes as characters, as GPT-2 does; otherwise ▁ is a space and <0x0A> a byte, as
-    SentencePiece has it. added: pieces that stand for themselves (special tokens).
+    pieces: as `convert_ids_to_tokens` returns them; None (an id without a piece) gives no bytes. byte_level: whether the
+    tokenizer writes bytes as characters, as GPT-2's does; otherwise ▁ is a space and <0x0A> a byte, as in SentencePiece.
+    added: pieces that are literal text (special tokens).
     """
     found = []
     for piece in pieces:
@@ -49,7 +49,7 @@ def piece_bytes(pieces: Sequence[str | None], byte_level: bool, added: Collectio
 
 
 def shown(data: bytes) -> str:
-    """Bytes as text: what is no UTF-8 stands as hexadecimal, what acts rather than shows as its name."""
+    """Bytes as text: invalid UTF-8 in hexadecimal, control characters by code point."""
     parts, rest, bad = [], data, b""
     while rest:
         try:
@@ -65,15 +65,15 @@ def shown(data: bytes) -> str:
 
 
 def visible(text: str) -> str:
-    """Text with what acts rather than shows (controls, turned reading direction, lone surrogates) by its number.
+    """The text with control characters, bidirectional overrides and lone surrogates by code point.
 
-    Line feeds and tabs stay.
+    Line feeds and tabs stay as they are.
     """
     return CONTROLS.sub(lambda match: f"‹U+{ord(match[0]):04X}›", text)
 
 
 def is_partial(data: bytes) -> bool:
-    """Whether bytes are not whole characters."""
+    """Whether the bytes are not whole UTF-8 characters."""
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
@@ -82,7 +82,7 @@ def is_partial(data: bytes) -> bool:
 
 
 def completed(pieces: Iterable[bytes]) -> dict[int, str]:
-    """For the tokens of one text: what those that complete a character begun by an earlier one show, by position."""
+    """Position -> text of each token that completes a character begun by an earlier token of the same text."""
     found: dict[int, str] = {}
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     for position, piece in enumerate(pieces):

@@ -1,7 +1,6 @@
-"""The numbers behind a token on the inspector's page: entropy, and two models' candidates side by side with their KL.
+"""Numbers for the trace page: entropy, the candidates of teacher and student side by side, and their KL.
 
-Comes in: stored distributions of the same positions. Goes out: columns. Left out on purpose: how they are packed and
-shown (`inspector`).
+Input: stored distributions of both models at the same positions. Output: columns that `trace_page` packs into the page.
 
 Shape suffixes: T positions, K teacher's entries, L student's entries, C candidates shown, E entries, flat.
 """
@@ -15,13 +14,13 @@ import numpy as np
 from distill.records import NO_TAIL, Array, TopK
 
 TEACHER_COLUMNS = 8
-"""Teacher's candidates that are matched."""
+"""Number of the teacher's most probable candidates considered."""
 STUDENT_EXTRA = 4
-"""Candidates of the student's own that are shown beside the teacher's."""
+"""Number of the student's most probable candidates considered in addition."""
 
 
 def entropy(top: TopK) -> Array:
-    """[T] entropy in nats of the stored entries and one outcome for all the rest: at most the full entropy."""
+    """[T] entropy in nats, with all tokens outside the entries as one outcome: at most the full entropy."""
     position_E = np.repeat(np.arange(len(top)), top.count_T)
     logp_E, tail_T = top.logp_E.astype(np.float64), top.tail_T.astype(np.float64)
     head_T = np.bincount(position_E, -np.exp(logp_E) * logp_E, minlength=len(top))
@@ -31,9 +30,9 @@ def entropy(top: TopK) -> Array:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Candidates:
-    """What is shown at each position: count_T of them, flat; log-probabilities, nan where they are in the rest.
+    """The candidates shown: count_T at each position, flat; log-probabilities, nan where a model did not store one.
 
-    teacher_rest_T, student_rest_T: log of the mass of all that is not shown.
+    teacher_rest_T, student_rest_T: log of the mass of all tokens that are not shown.
     """
 
     count_T: Array
@@ -46,11 +45,12 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Matched:
-    """The teacher's first columns and the student's first few after them, each with both log-probabilities.
+    """Candidates with the log-probabilities of both models: TEACHER_COLUMNS of the teacher, then STUDENT_EXTRA others.
 
-    ids_TC: -1 = no entry. rank_TC: a candidate's place among the teacher's entries. teacher_TC, student_TC: -inf where
-    the model has not stored it. teacher_all_T, student_all_T: the mass of everything. kl_T: KL(teacher || student)
-    over the entries that both have stored and one outcome for all the rest: a lower bound of the full KL.
+    ids_TC: -1 where there is no entry. rank_TC: a candidate's rank among the teacher's entries. teacher_TC, student_TC:
+    -inf where the model did not store the candidate. teacher_all_T, student_all_T: total mass, tail included. kl_T:
+    KL(teacher || student) over the entries stored for both, with all other tokens as one outcome: a lower bound of the
+    full KL.
     """
 
     ids_TC: Array
@@ -62,7 +62,7 @@ class Matched:
     kl_T: Array
 
     def candidates(self, width: int) -> Candidates:
-        """The teacher's first `width` and those of the student's that are not among them."""
+        """The teacher's `width` most probable candidates, and the student's that are not among them."""
         column_C = np.arange(self.ids_TC.shape[1])
         wanted_TC = np.where(column_C < TEACHER_COLUMNS, column_C < width, self.rank_TC >= width)
         shown_TC = wanted_TC & (self.ids_TC >= 0)
@@ -81,8 +81,8 @@ class Matched:
 
 
 def match(top: TopK, student: TopK | None) -> Matched:
-    """Both models' stored entries of the same positions side by side; without a student all of its are unknown."""
-    student = _nothing(len(top)) if student is None else student
+    """Match the stored entries of both models position by position. student None: nothing is known of a student."""
+    student = _empty(len(top)) if student is None else student
     ids_TK, teacher_TK = top.dense(max(TEACHER_COLUMNS, int(top.count_T.max(initial=0))))
     own_TL, student_TL = student.dense(max(STUDENT_EXTRA, int(student.count_T.max(initial=0))))
     rank_TL, rank_TK = _ranks(own_TL, ids_TK), _ranks(ids_TK, own_TL)
@@ -100,8 +100,8 @@ def match(top: TopK, student: TopK | None) -> Matched:
     )
 
 
-def _nothing(positions: int) -> TopK:
-    """A distribution of which nothing is known."""
+def _empty(positions: int) -> TopK:
+    """Distributions without entries and without tail mass."""
     return TopK(
         np.zeros(positions, np.int32),
         np.empty(0, np.int64),
@@ -111,7 +111,7 @@ def _nothing(positions: int) -> TopK:
 
 
 def _ranks(ids_TA: Array, among_TB: Array) -> Array:
-    """[T, A] the column of `among` that holds each id at the same position; B where none does."""
+    """[T, A] column of `among_TB` that holds each id at the same position; B if none does."""
     position_T = np.arange(len(ids_TA))[:, None]
     keys = (position_T << 32) + among_TB
     order = np.argsort(keys, axis=None, kind="stable")
@@ -123,7 +123,7 @@ def _ranks(ids_TA: Array, among_TB: Array) -> Array:
 
 
 def _taken(values_TB: Array, rank_TA: Array) -> Array:
-    """[T, A] values at the ranks; -inf where there is none."""
+    """[T, A] values in the columns `rank_TA`; -inf where the rank is out of range."""
     padded = np.concatenate([values_TB, np.full((len(values_TB), 1), -np.inf)], 1)
     return np.asarray(np.take_along_axis(padded, rank_TA, 1))
 
@@ -133,7 +133,7 @@ def _mass(top: TopK, logp_TK: Array) -> Array:
 
 
 def _kl(top: TopK, student: TopK, teacher_TK: Array, there_TK: Array, student_TL: Array, back_TL: Array) -> Array:
-    """[T] sum p log(p/q) over the shared entries, and the rest of both sides as one outcome."""
+    """[T] sum of p log(p/q) over the entries stored for both, with all other tokens as one outcome."""
     shared_TK = ~np.isneginf(there_TK) & ~np.isneginf(teacher_TK)
     p_TK = np.where(shared_TK, np.exp(teacher_TK.astype(np.float64)), 0.0)
     with np.errstate(invalid="ignore"):
@@ -147,6 +147,6 @@ def _kl(top: TopK, student: TopK, teacher_TK: Array, there_TK: Array, student_TL
 
 
 def _log(mass_T: Array) -> Array:
-    """Log of a mass; masses within rounding of none are none."""
+    """Log of a mass; masses up to NO_TAIL count as 0."""
     with np.errstate(divide="ignore"):
         return np.asarray(np.log(np.where(mass_T > NO_TAIL, mass_T, 0.0)))

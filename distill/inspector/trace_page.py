@@ -1,9 +1,9 @@
-"""The trace inspector: a sample of traces as one page, the teacher's distribution behind every token.
+"""Build the trace page: a sample of traces with the teacher's distribution at every token.
 
-Comes in: columns of traces, the bytes of every token id used and, if asked for, a student's scores of the same
-completions. Goes out: one HTML file that needs nothing else. Numbers travel as 16-bit thousandths of a nat in
-byte planes, ids as places in a table of those used, all of it deflated; the page draws one trace at a time.
-Left out on purpose: reading shards, tokenizers and engines (`stages/inspect`).
+Input: traces, a function from token ids to bytes and, optionally, a student's scores of the same completions. Output: one
+self-contained HTML file. Log-probabilities are stored as 16-bit integers (thousandths of a nat) in byte planes, token ids
+as indices into a table of those used, and all of it is compressed; the page draws one trace at a time. Shards, tokenizers
+and engines are opened in `distill.tools.inspect`.
 
 Shape suffixes: T positions, E entries, flat.
 """
@@ -30,15 +30,18 @@ from distill.inspector.top_tokens import TEACHER_COLUMNS, Matched, entropy, matc
 from distill.records import Array, Completion, Messages, TopK, Traces
 
 MAX_BYTES = 5_000_000
+"""Maximum size of a page."""
 WIDTHS = (TEACHER_COLUMNS, 6, 4, 3, 2)
-"""Teacher's candidates kept a position: the most that fit the page."""
+"""Numbers of teacher's candidates per position; the largest that fits MAX_BYTES is used."""
 QUANTUM = 1000
+"""Stored integers per nat."""
 UNKNOWN = 65535
+"""The stored integer for unknown values and for 65 nats or more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """One trace to be shown. `top`: the teacher's distribution; `student`: its scores of the same tokens."""
+    """A trace to show. top: the teacher's distributions. student: the student's scores of the same tokens."""
 
     trace_id: str
     problem_id: str
@@ -58,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What stands around the traces. facts: label and value. student: what the second model is called."""
+    """The page around the traces. facts: (label, value) pairs of its header. student: the name of the second model."""
 
     title: str
     facts: Sequence[tuple[str, str]] = ()
@@ -67,7 +70,7 @@ class Page:
 
 
 def rows_of(block: Traces, student: Mapping[str, Completion] = {}) -> list[Row]:
-    """A block's traces as rows. student: scores by trace id."""
+    """The traces of a block as rows. student: scores by trace id."""
     return [
         Row(
             trace_id=trace_id,
@@ -96,13 +99,13 @@ def render(
     page: Page,
     max_bytes: int = MAX_BYTES,
 ) -> str:
-    """The page. bytes_of: token ids -> their bytes. special: ids of control tokens, which are dimmed.
+    """Return the page as HTML. bytes_of: token ids -> their bytes. special: ids of control tokens, shown dimmed.
 
-    Of each position as many candidates are kept as `max_bytes` allows, and of the traces, from the first on, as many
-    as then fit; where some are left out the page says so.
+    If the page exceeds `max_bytes`, fewer candidates per position are stored, and then fewer traces; the page says how
+    many are left out.
     """
     shown = [(row, _matched(row)) for row in rows]
-    bytes_of = _remembering(bytes_of)
+    bytes_of = _cached(bytes_of)
     while True:
         for width in WIDTHS:
             text = _html(_pack(shown, bytes_of, special, width), page, len(rows) - len(shown))
@@ -127,7 +130,7 @@ def _html(payload: bytes, page: Page, left_out: int) -> str:
     )
     notes = list(page.notes)
     if left_out:
-        notes.append(f"{left_out} more traces of the sample are left out: the page would be too large.")
+        notes.append(f"{left_out} more traces of the sample are left out, because the page would be too large.")
     return environment.get_template("inspector.html.jinja").render(
         page=page,
         notes=notes,
@@ -143,10 +146,10 @@ def _html(payload: bytes, page: Page, left_out: int) -> str:
 
 @dataclass(slots=True)
 class _Columns:
-    """What the page's arrays are made of, a list entry a trace."""
+    """The arrays of the page, each as a list with one array per trace."""
 
     ids: list[Array] = field(default_factory=list)
-    surprise: list[Array] = field(default_factory=list)
+    nll: list[Array] = field(default_factory=list)
     entropy: list[Array] = field(default_factory=list)
     count: list[Array] = field(default_factory=list)
     cand_ids: list[Array] = field(default_factory=list)
@@ -154,14 +157,14 @@ class _Columns:
     cand_student: list[Array] = field(default_factory=list)
     rest: list[Array] = field(default_factory=list)
     student_rest: list[Array] = field(default_factory=list)
-    student_surprise: list[Array] = field(default_factory=list)
+    student_nll: list[Array] = field(default_factory=list)
     kl: list[Array] = field(default_factory=list)
 
 
-def _remembering(
+def _cached(
     bytes_of: Callable[[Sequence[int]], Sequence[bytes]],
 ) -> Callable[[Sequence[int]], Sequence[bytes]]:
-    """The same, asked once for each id."""
+    """`bytes_of` with a cache: each id is converted once."""
     known: dict[int, bytes] = {}
 
     def read(ids: Sequence[int]) -> list[bytes]:
@@ -184,7 +187,7 @@ def _pack(
     special: frozenset[int],
     width: int,
 ) -> bytes:
-    """Header length, header (JSON), arrays in byte planes; deflated."""
+    """The page's data, gzip-compressed: header length, header (JSON), arrays in byte planes."""
     columns = _Columns()
     for row, matched in rows:
         _add(columns, row, matched, width)
@@ -224,14 +227,14 @@ _POSITIVE = ("entropy", "kl")
 
 
 def _quantised(values: Array) -> Array:
-    """Nats as thousandths; UNKNOWN for nan and for what is beyond 65 nats (no mass at all)."""
+    """Nats as integers of 1/QUANTUM; UNKNOWN for nan and for values that do not fit (65 nats or more)."""
     scaled = np.rint(np.asarray(values, np.float64) * QUANTUM)
     return np.where(scaled < UNKNOWN, np.maximum(scaled, 0), UNKNOWN).astype(np.int64)
 
 
 def _add(columns: _Columns, row: Row, matched: Matched | None, width: int) -> None:
     columns.ids.append(np.asarray(row.ids_T, np.int64))
-    columns.surprise.append(row.logprob_T)
+    columns.nll.append(row.logprob_T)
     if row.top is None or matched is None:
         return
     columns.entropy.append(entropy(row.top))
@@ -243,7 +246,7 @@ def _add(columns: _Columns, row: Row, matched: Matched | None, width: int) -> No
     if row.student is not None:
         columns.cand_student.append(found.student_E)
         columns.student_rest.append(found.student_rest_T)
-        columns.student_surprise.append(row.student.logprob_T)
+        columns.student_nll.append(row.student.logprob_T)
         columns.kl.append(matched.kl_T)
 
 
@@ -270,8 +273,10 @@ def _trace(
 
 
 def thinking(prompt: bytes, spelled: Sequence[bytes]) -> int:
-    """How many of the first tokens are reasoning: up to the last </think>; all where one was opened and never
-    closed, by the prompt or the completion; none where there is no mark."""
+    """The number of leading tokens that are reasoning: up to and including the last </think>.
+
+    All tokens if <think> is opened (in the completion or at the end of the prompt) and never closed; 0 without a tag.
+    """
     joined = b"".join(spelled)
     end = joined.rfind(b"</think>")
     if end < 0:

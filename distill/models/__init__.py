@@ -9,11 +9,35 @@ are used by processes that never load a model.
 """
 
 from distill.files import cache_home, file_hash
-from distill.models.loading import auto_dtype, cast, config_of, load, save, weights_fingerprint
+from distill.models.chat_template import pin_date, pinned_date
+from distill.models.checkpoint_folder import check_folder, check_vocabulary
+from distill.models.loading import (
+    auto_dtype,
+    cast,
+    config_of,
+    learned_positions,
+    load,
+    save,
+    weights_fingerprint,
+    without_dropout,
+)
 from distill.models.locate import OFFLINE_WAYS, PACKAGE, package_file, resolve
-from distill.models.lora import add_lora, exported_weights
-from distill.models.prune import kept_layers, prune_layers
-from distill.models.rendering import check_template, render_completion, render_prompt
+from distill.models.lora import add_lora, effective_weight, exported_weights, ties_ends, touched_ends
+from distill.models.prune import kept_layers, num_layers, prune_layers
+from distill.models.rendering import (
+    REASONING_KEYS,
+    chat_template_of,
+    check_template,
+    decode,
+    opened_thinking,
+    prompt_text,
+    render_completion,
+    render_prompt,
+    render_reply,
+    turn_end,
+)
+from distill.models.saving import mend_generation_config, prove_saved
+from distill.models.shape import ModelShape, text_part
 from distill.models.tokenizer import (
     check_same_tokenizer,
     load_tokenizer,
@@ -25,26 +49,47 @@ from distill.models.tokenizer import (
 __all__ = [
     "OFFLINE_WAYS",
     "PACKAGE",
+    "REASONING_KEYS",
+    "ModelShape",
     "add_lora",
     "auto_dtype",
     "cache_home",
     "cast",
+    "chat_template_of",
+    "check_folder",
     "check_same_tokenizer",
     "check_template",
+    "check_vocabulary",
     "config_of",
+    "decode",
+    "effective_weight",
     "exported_weights",
     "file_hash",
     "kept_layers",
+    "learned_positions",
     "load",
     "load_tokenizer",
+    "mend_generation_config",
+    "num_layers",
+    "opened_thinking",
     "package_file",
+    "pin_date",
+    "pinned_date",
+    "prompt_text",
+    "prove_saved",
     "prune_layers",
     "render_completion",
     "render_prompt",
+    "render_reply",
     "resolve",
     "save",
     "stop_ids",
     "template_hash",
+    "text_part",
+    "ties_ends",
     "tokenizer_fingerprint",
+    "touched_ends",
+    "turn_end",
     "weights_fingerprint",
+    "without_dropout",
 ]

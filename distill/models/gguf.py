@@ -1,7 +1,7 @@
-"""What a GGUF file says of its model, without its tensors: the header alone.
+"""Read the header of a GGUF file: its model's metadata, without tensors.
 
-The `gguf` library makes an array of every string of the vocabulary, which takes seconds, where a recipe's check wants a
-handful of numbers. Left out on purpose: what arrays hold, tensors, files of other endianness and version 1.
+The `gguf` library makes an array of every string of the vocabulary, which takes seconds; a recipe's check needs a few
+numbers only. Contents of arrays, tensors, big-endian files and version 1 are not read.
 Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -19,7 +19,7 @@ STRING, ARRAY = 8, 9
 
 
 class _Cursor:
-    """Reads on from where it is."""
+    """A file read sequentially."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data, self._at = data, 0
@@ -38,7 +38,7 @@ class _Cursor:
         return self._data[self._at - size : self._at].decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """A value; of an array, its length."""
+        """Read a value; for an array, its length."""
         if kind == STRING:
             return self.string()
         if kind != ARRAY:
@@ -56,7 +56,7 @@ class _Cursor:
 
 
 def header(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """(values by their keys, an array's being its length; the tensors' names). Raises UserError for another format."""
+    """Return (values by key, with an array's length for an array; the tensors' names). Raises UserError for another format."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:4] != b"GGUF" or struct.unpack_from("<I", data, 4)[0] not in (2, 3):
             raise UserError(f"{path} is no GGUF file of version 2 or 3.")

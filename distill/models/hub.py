@@ -1,5 +1,4 @@
-"""The Hugging Face hub: is it there at all, and what would it hand out? Found out in seconds, not after the
-libraries' own retries."""
+"""The Hugging Face hub: find out in seconds whether it can be reached and which commit of a data set it would give."""
 
 from __future__ import annotations
 
@@ -14,24 +13,24 @@ from typing import Any
 
 CONNECT_SECONDS = 5.0
 UNVERIFIED = "unverified"
-"""In place of a commit: which one it is cannot be told from here."""
+"""Stands for a commit that cannot be determined without the hub."""
 
 _DATASET = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def dataset_id(text: str) -> tuple[str, str | None] | None:
-    """(name, revision) where a text could name a dataset on the hub: owner/name, or owner/name@revision."""
+    """Return (name, revision) if a text may name a data set on the hub: owner/name, or owner/name@revision."""
     match = _DATASET.fullmatch(text)
     return (match["name"], match["revision"]) if match else None
 
 
 @functools.lru_cache
 def dataset_commit(name: str, revision: str | None) -> str:
-    """The commit of a dataset that loading it would read now; UNVERIFIED where that cannot be known.
+    """Return the commit that loading a data set would read now; UNVERIFIED if it cannot be determined.
 
-    A commit is itself; otherwise the hub says, or, without a hub, the newest copy in the cache of `datasets`, which is
-    what it loads then. Nothing is downloaded.
+    A revision that is a commit is returned. Otherwise the hub is asked or, without a hub, the newest copy in the cache of
+    `datasets`, which is what it loads then. Nothing is downloaded.
     """
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
@@ -60,14 +59,14 @@ def _cached_commit(name: str) -> str:
 
 
 def loaded_commit(table: Any) -> str:
-    """The commit that a `datasets.Dataset` was made from: its files lie in a folder of that name."""
+    """Return the commit of a `datasets.Dataset`: its files lie in a folder of that name."""
     folders = {Path(file["filename"]).parent.name for file in table.cache_files}
     found = folders.pop() if len(folders) == 1 else ""
     return found if _COMMIT.fullmatch(found) else UNVERIFIED
 
 
 def reachable() -> bool:
-    """Whether the hub (or the mirror that HF_ENDPOINT names) answers."""
+    """Return whether the hub (or the mirror that HF_ENDPOINT names) answers."""
     import huggingface_hub.constants as constants
 
     if constants.HF_HUB_OFFLINE:
@@ -84,7 +83,7 @@ def reachable() -> bool:
 
 @contextmanager
 def offline_unless_reachable() -> Iterator[None]:
-    """Without a hub, datasets tries for half a minute; told to be offline, it looks in the cache at once."""
+    """Set `datasets` offline inside the context if the hub does not answer: otherwise it retries for half a minute."""
     import datasets.config
     import huggingface_hub.constants as constants
 

@@ -1,59 +1,106 @@
-"""Load and save models, and what their folders say without loading them."""
+"""Load and save models, and read a model folder's config and fingerprint without loading it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from distill import machine
 from distill.files import cache_home, file_hash
-from distill.records import stable_hash
+from distill.models.checkpoint_folder import check_loaded
+from distill.models.shape import text_part
+from distill.records import UserError, stable_hash
+
+LEARNED_POSITIONS = frozenset({"gpt2", "gpt_neo", "gpt_bigcode", "opt", "openai-gpt", "biogpt", "imagegpt", "gpt-sw3"})
+"""Model types with a table of positions, which a longer trace would leave."""
 
 
 def load(folder: str | Path, *, dtype: str = "bfloat16", trust_remote_code: bool = False, **options: Any) -> Any:
-    """A causal language model from a local folder, safetensors only. `options` go to from_pretrained."""
+    """Load a causal language model from a local folder, safetensors only. `options` go to from_pretrained."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(
+    model, info = model_class(folder, trust_remote_code).from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         local_files_only=True,
+        output_loading_info=True,
         **options,
+    )
+    check_loaded(folder, info)
+    return model
+
+
+def model_class(folder: str | Path, trust_remote_code: bool = False) -> Any:
+    """Return transformers' class that loads a model: causal, or one that also sees images and is used for text alone.
+
+    Raises UserError for a model of any other type.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as types
+
+    model_type = config_of(folder).get("model_type")
+    if trust_remote_code or model_type in types.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    if model_type in types.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    raise UserError(
+        f"{folder}: transformers has no causal language model of type {model_type!r}. Name a language model."
     )
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Weights as safetensors, config, tokenizer and chat template: what transformers and vLLM load as it is."""
+    """Save weights (safetensors), config, tokenizer and chat template, which transformers and vLLM load directly."""
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
 
 
 def auto_dtype(folder: str | Path, purpose: Literal["training", "engine"] = "engine") -> Literal["bfloat16", "float32"]:
-    """The dtype in which this machine runs, or trains, the model of a local folder fastest, measured (see `machine`)."""
+    """Return the dtype in which this machine runs, or trains, a local model fastest, as measured (see `machine`)."""
     width = machine.width_of(config_of(folder))
     measured = machine.measured([width], cache_home() / "machine")
     return machine.choose(measured, width, "auto", purpose).dtype
 
 
 def cast(model: Any, dtype: str) -> Any:
-    """The model in a dtype ("bfloat16", "float32"), changed in place."""
+    """Convert the model to a dtype ("bfloat16", "float32") in place."""
     import torch
 
     return model.to(getattr(torch, dtype))
 
 
+def without_dropout(model: Any) -> None:
+    """Turn a model's dropout off in place: modules, and the rates that attention layers hold as numbers."""
+    from torch import nn
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
+def learned_positions(config: Mapping[str, Any]) -> int | None:
+    """Return the number of positions that a model has learned embeddings for; None for rotary or relative positions."""
+    config = text_part(config)
+    if any(key.startswith(("rope", "rotary", "alibi", "attn_config")) for key in config):
+        return None
+    limit = config.get("n_positions") or config.get("n_ctx") or config.get("max_position_embeddings")
+    return int(limit) if config.get("model_type") in LEARNED_POSITIONS and limit else None
+
+
 def config_of(folder: str | Path) -> dict[str, Any]:
-    """config.json of a local model folder."""
+    """Read config.json of a local model folder."""
     loaded: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     return loaded
 
 
 def weights_fingerprint(folder: str | Path) -> str:
-    """Hash over the names and SHA-256 of a folder's safetensors files and its config."""
+    """Return a hash over the names and SHA-256 of a folder's safetensors files and its config."""
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     return stable_hash(*[f"{file.name}:{file_hash(file)}" for file in (*files, folder / "config.json")])

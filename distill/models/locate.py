@@ -1,4 +1,4 @@
-"""Where a model is: a folder, the hub, or a GGUF file inside an installed package, which is dequantised once into the cache."""
+"""Find a model: a folder, the hub, or a GGUF file inside an installed package, which is dequantised once into the cache."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.files import cache_home, file_hash, whole_folder
+from distill.models.checkpoint_folder import check_folder
 from distill.models.loading import save
 from distill.records import UserError, stable_hash
 
@@ -26,9 +27,10 @@ OFFLINE_WAYS = (
 
 
 def resolve(model: ModelConfig, say: Callable[[str], None] | None = None) -> Path:
-    """The local folder of a model, downloaded or dequantised first where needed.
+    """Return the local folder of a model, downloaded or dequantised first if needed.
 
-    say: is told what begins, where that may take seconds. Raises UserError when the source cannot be reached, and names the ways that work offline.
+    say: called with a message before a step that may take seconds. Raises UserError if the source cannot be reached, and
+    names the ways that work offline.
     """
     if model.source.startswith(PACKAGE):
         return _dequantised(model.source, say)
@@ -36,8 +38,9 @@ def resolve(model: ModelConfig, say: Callable[[str], None] | None = None) -> Pat
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"model folder {model.source!r} holds no config.json. Snapshot to a folder in transformers format."
+                f"model folder {model.source!r} holds no config.json. Name a folder in transformers format."
             )
+        check_folder(folder)
         return folder
     if model.source.startswith((".", "/", "~")) or model.source.count("/") > 1:
         raise UserError(f"model folder {model.source!r} does not exist.")
@@ -62,7 +65,7 @@ def _from_hub(model: ModelConfig) -> Path:
 
 
 def package_file(source: str) -> tuple[str, Path]:
-    """(distribution name and version, path) of a package:// source, without importing the package."""
+    """Return (distribution name and version, path) of a package:// source, without importing the package."""
     package, _, file = source.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -78,7 +81,7 @@ def package_file(source: str) -> tuple[str, Path]:
 
 
 def _dequantised(source: str, say: Callable[[str], None] | None) -> Path:
-    """The bf16 safetensors copy of a GGUF file, made once under a lock and renamed into place."""
+    """Return the bf16 safetensors copy of a GGUF file, made once under a lock and renamed into place."""
     import filelock
     import transformers
 

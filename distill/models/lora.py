@@ -1,7 +1,8 @@
-"""Adapters (LoRA), and the weights of a model by the names of its checkpoint."""
+"""LoRA adapters, and a model's weights by their names in its checkpoint."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,15 @@ if TYPE_CHECKING:
 
 
 def add_lora(model: Any, lora: LoraConfig) -> Any:
-    """The model wrapped by peft; only the adapter (and modules_to_save) learns."""
+    """Wrap the model with peft; only the adapter (and modules_to_save) is trained.
+
+    If an adapter or a module to save is the embedding or the output head of a model that ties the two, they are untied
+    first: what is trained is then what is saved, with a matrix more.
+    """
     import peft
 
+    if ties_ends(model) and touched_ends(model, lora):
+        untie(model)
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -29,10 +36,57 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
         raise UserError(f"lora.target_modules: {error}") from None
 
 
-def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
-    """(name in the checkpoint, tensor) of every weight, LoRA adapters merged in; the model stays as it is.
+def ties_ends(model: Any) -> bool:
+    """Return whether a model's embedding and output head are one matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and model.get_input_embeddings().weight is head.weight
 
-    Merging in place and taking it back would leave rounding errors in bf16 weights, time after time.
+
+def touched_ends(model: Any, lora: LoraConfig) -> list[str]:
+    """Return the names of the embedding and the output head, as far as an adapter is trained there or they are trained whole."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    return [name for name in names if _matches(lora.target_modules, name) or _matches(lora.modules_to_save or [], name)]
+
+
+def _matches(modules: Any, name: str) -> bool:
+    """Return whether PEFT's rules choose a module: a pattern of the whole name, or a list of last parts."""
+    if isinstance(modules, str):
+        return modules != "all-linear" and re.fullmatch(modules, name) is not None
+    return any(name == each or name.endswith(f".{each}") for each in modules)
+
+
+def untie(model: Any) -> None:
+    """Give a model's output head a matrix of its own, a copy of the embedding's, in place."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model._tied_weights_keys = None
+    model.all_tied_weights_keys = {}
+
+
+def effective_weight(layer: Any) -> Any:
+    """Return a linear layer's weight [V, D]; with the differentiable part of its LoRA adapters added, if it has any."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if isinstance(layer, ModulesToSaveWrapper):
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    if not isinstance(layer, LoraLayer):
+        return layer.weight
+    weight = layer.get_base_layer().weight
+    for name in layer.active_adapters:
+        weight = weight + layer.get_delta_weight(name).to(weight.dtype)
+    return weight
+
+
+def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (name in the checkpoint, tensor) of every weight, with LoRA adapters merged in; the model is not changed.
+
+    Merging in place and unmerging would leave rounding errors in bf16 weights each time.
     """
     if not hasattr(model, "get_base_model"):
         yield from ((name, p.detach()) for name, p in model.named_parameters())

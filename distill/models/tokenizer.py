@@ -1,4 +1,4 @@
-"""Tokenizers: loaded, told apart, and which ids end a completion."""
+"""Load tokenizers, compare them, and find the ids that end a completion."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distill.models.chat_template import ChatTemplate
 from distill.records import UserError, stable_hash
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a local model folder."""
+    """Load the tokenizer of a local model folder."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash over vocabulary, merges and special tokens: equal exactly when the same text gives the same ids."""
+    """Return a hash over vocabulary, merges and special tokens: equal exactly if the same text gives the same ids."""
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
     merges = state.get("model", {}).get("merges", [])
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
@@ -28,12 +29,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """Hash of the chat template; empty for a tokenizer without one."""
+    """Return a hash of the chat template; empty for a tokenizer without one."""
     return stable_hash(tokenizer.chat_template) if tokenizer.chat_template else ""
 
 
 def check_same_tokenizer(written_by: str, vocab_size: int, tokenizer: Any, where: str) -> None:
-    """Refuse stored distributions of another tokenizer, of the same size or not.
+    """Refuse stored distributions of another tokenizer, even one of the same size.
 
     written_by, vocab_size: the tokenizer fingerprint and length in the traces' metadata.
     """
@@ -47,8 +48,11 @@ def check_same_tokenizer(written_by: str, vocab_size: int, tokenizer: Any, where
 
 
 def stop_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the generation config's, and the tokenizer's EOS. Empty: nothing does."""
+    """Return the ids that end a completion: the generation config's, the chat template's and the tokenizer's EOS."""
     path = Path(folder) / "generation_config.json"
     stored = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     ids = stored if isinstance(stored, list) else [stored]
-    return tuple(sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}))
+    turn = []
+    if isinstance(tokenizer.chat_template, str):
+        turn = tokenizer(ChatTemplate(tokenizer, {}).turn_end, add_special_tokens=False)["input_ids"][-1:]
+    return tuple(sorted({int(i) for i in (*ids, *turn, tokenizer.eos_token_id) if i is not None}))

@@ -1,7 +1,7 @@
-"""Config classes of a recipe: every key that the YAML file may have.
+"""The config tree of a recipe.
 
-The classes are frozen pydantic models; an unknown key is an error that names the nearest known one. The options of a
-plug (a loss, objective, reward, filter or task) are declared by its function; here a plug is `fn` and a dict of options.
+Frozen pydantic models; an unknown key is an error that names the nearest one. The options of plugs (losses, objectives,
+rewards, filters, tasks) are parameters of their functions; here a plug is `fn` and a mapping of options.
 """
 
 from distill.recipe.fields import (
@@ -14,8 +14,10 @@ from distill.recipe.fields import (
     PlugConfig,
     RewardConfig,
     Role,
+    RowsConfig,
     SamplingConfig,
     StageConfig,
+    TaskConfig,
     base_name,
 )
 from distill.recipe.load import load, parse_overrides, validate
@@ -61,9 +63,11 @@ __all__ = [
     "Recipe",
     "RewardConfig",
     "Role",
+    "RowsConfig",
     "SamplingConfig",
     "ScoreStage",
     "StageConfig",
+    "TaskConfig",
     "TrainStage",
     "base_name",
     "data_of",

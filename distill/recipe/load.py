@@ -1,4 +1,4 @@
-"""Load a recipe from a YAML file and `key=value` overrides. Each mistake is one line with the nearest known name."""
+"""Load a Recipe from a YAML file and `key=value` overrides; each mistake is one line with the nearest right name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from distill import synonyms
 from distill.files import SHIPPED
-from distill.plug import look_in, nearest
+from distill.plug import add_import_folder, nearest
 from distill.recipe.fields import ModelConfig, PlugConfig
 from distill.recipe.seeds import expand
 from distill.recipe.stages import KINDS, kind_class
@@ -21,18 +21,18 @@ from distill.recipe.tree import Recipe, check_references
 from distill.records import UserError
 
 SHORTHANDS = {"engine": "fn", "loss": "fn", "objective": "fn"}
-"""Sections that may be written as one word, and the field that this word sets."""
+"""Sections that may be written as one word, and the field that the word is."""
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Recipe:  # type: ignore[assignment]
     """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
 
-    Raises UserError with one line for each mistake: the key, what is wrong and the nearest known name.
+    Raises UserError with one line a mistake: the key, what was wrong and the nearest right name.
     """
     path = find(Path(path))
     if not path.is_file():
         raise UserError(
-            f"recipe {str(path)!r}: no such file. `distill ls recipes` lists the recipes that come with the project."
+            f"recipe {str(path)!r}: no such file. `distill ls recipes` lists those that come with the project."
         )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -42,18 +42,18 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
         raise UserError(f"{path}: a recipe is a mapping with name, models, tasks and stages.")
     for key, value in parse_overrides(overrides).items():
         _set(tree, key, value)
-    look_in(path.resolve().parent)
+    add_import_folder(path.resolve().parent)
     return validate(tree, str(path))
 
 
 def find(path: Path) -> Path:
-    """The path of a recipe: the given path, or the recipe of that name that comes with the package."""
+    """Return a recipe's file: the path, or the shipped recipe of that name."""
     shipped = SHIPPED / "recipes" / f"{path}.yaml"
     return shipped if not path.exists() and len(path.parts) == 1 and shipped.is_file() else path
 
 
 def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """Build a Recipe from a tree, check its references and expand its seeds. Raises UserError."""
+    """Convert a tree to a Recipe, check its references and expand its seeds. Raises UserError."""
     stages, mistakes = _stages(tree, where)
     try:
         recipe = Recipe.model_validate({**tree, "stages": stages})
@@ -67,7 +67,7 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
 
 
 def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
-    """The valid stages as objects of their kinds' classes, and one line for each mistake in the others."""
+    """Return the stages, each as its kind's class, and the mistakes in the others, a line each."""
     given = tree.get("stages")
     if not isinstance(given, Mapping):
         return given, []
@@ -76,9 +76,9 @@ def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
     for name, stage in given.items():
         here = f"{where}: stages.{name}"
         if not isinstance(stage, Mapping):
-            stages[name] = stage  # validation of the whole recipe reports this mistake
+            stages[name] = stage  # the recipe's own class says what is wrong
         elif "kind" not in stage:
-            mistakes.append(f"{here}.kind: is required. The kinds are: {', '.join(sorted(KINDS))}.")
+            mistakes.append(f"{here}.kind: is required. There are: {', '.join(sorted(KINDS))}.")
         else:
             try:
                 stages[name] = kind_class(stage["kind"]).model_validate(stage)
@@ -91,7 +91,6 @@ def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
 
 
 def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dict[str, Any]:
-    """Values by dotted key, from `key=value` texts whose values are YAML. Raises UserError."""
     if isinstance(overrides, Mapping):
         return dict(overrides)
     parsed = {}
@@ -108,7 +107,7 @@ def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dic
 
 def _yaml_value(text: str) -> Any:
     value = yaml.safe_load(text)
-    # YAML 1.1 reads 1e-4 as text; a user means the number.
+    # YAML 1.1 reads 1e-4 as text; a recipe's reader means the number.
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
@@ -131,7 +130,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
-    """One pydantic mistake as one line."""
+    """Explain one pydantic error in one line."""
     loc = [str(part) for part in mistake["loc"]]
     key = ".".join(loc)
     if mistake["type"] == "extra_forbidden":
@@ -147,7 +146,7 @@ def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
 
 
 def _right_name(tree: Mapping[str, Any], loc: list[str]) -> str:
-    """The hint for an unknown key: the key for a known synonym, the nearest key, or the list of keys."""
+    """Return the right name of an unknown key: by the table of synonyms, the nearest name, or all names."""
     model = _model_at(tree, loc[:-1])
     return synonyms.answer(loc[-1], lambda key: _has(model, key)) or nearest(
         loc[-1], model.model_fields if model else ()
@@ -155,7 +154,7 @@ def _right_name(tree: Mapping[str, Any], loc: list[str]) -> str:
 
 
 def _model_at(tree: Mapping[str, Any], loc: list[str]) -> type[BaseModel] | None:
-    """The class of the mapping at a place in the recipe; None if unknown."""
+    """Return the config class at a place in the recipe; None if unknown."""
     if not loc:
         return Recipe
     if loc[0] == "models":
@@ -169,14 +168,14 @@ def _model_at(tree: Mapping[str, Any], loc: list[str]) -> type[BaseModel] | None
 
 
 def section(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The class of a field that is a section; None for any other field."""
+    """Return the class of a field that is a section; None for other fields."""
     field = model.model_fields.get(key)
     options = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
     return next((a for a in options if isinstance(a, type) and issubclass(a, BaseModel)), None)
 
 
 def _has(model: type[BaseModel] | None, dotted: str) -> bool:
-    """Whether a class has a field; the options of a plug are not checked."""
+    """Return whether a class has a field; options of a plug are not checked."""
     first, _, rest = dotted.partition(".")
     if model is None or first not in model.model_fields:
         return False

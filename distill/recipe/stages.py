@@ -1,4 +1,4 @@
-"""Config classes of the stage kinds; those that train a model are in training_stages.py."""
+"""The stage kinds that do not train, one frozen class each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from distill.recipe.fields import (
     Name,
     PlugConfig,
     RewardConfig,
+    RowsConfig,
     SamplingConfig,
     StageConfig,
     copy_name,
@@ -30,18 +31,11 @@ from distill.recipe.training_stages import (
 )
 from distill.records import UserError
 
-SNAPSHOTS = "number of held-out problems on which every snapshot of a training stage (snapshot_every) is evaluated; 0 = snapshots are not evaluated"
-TOP_LOGPROBS = "maximum number of tokens per position whose log-probability is stored"
-MASS = "stop storing tokens at a position once the stored ones have this probability in total"
-EXACT = "store log-probabilities as float32; false = rounded to steps of 1/32 nat"
-SHARD_ROWS = "number of traces in one Parquet file"
-HELD_OUT = "number of held-out problems"
-SAMPLES = "number of completions for each problem"
-PASS_AT = "values of k for pass@k and maj@k; the largest needs as many samples"
+SNAPSHOTS = "number of held-out problems on which each snapshot of the training (snapshot_every) is evaluated; 0 = none"
 
 
 class PruneStage(StageConfig):
-    """Remove decoder layers: keep `layers` of them, evenly spaced, with the first and the last."""
+    """Keep `layers` decoder layers, evenly spaced, the first and the last among them."""
 
     writes: ClassVar = "model"
     kind: Literal["prune"]
@@ -53,23 +47,25 @@ class PruneStage(StageConfig):
 
 
 class GenerateStage(StageConfig):
-    """Sample completions of a task's train problems and store them, with the distribution at every position, as Parquet."""
+    """Completions of a task's train problems with the distribution at every position, as Parquet shards."""
 
     writes: ClassVar = "traces"
     kind: Literal["generate"]
-    model: str = Field(description="model that writes the completions, usually the teacher")
-    task: str = Field(description="task whose train problems are the prompts")
-    problems: PositiveInt = growth(description="number of train problems")
-    samples: PositiveInt = growth(1, description=SAMPLES)
+    model: str = Field(description="teacher model that generates the traces")
+    task: str = Field(description="task whose train problems are used")
+    problems: PositiveInt = growth(description="number of problems")
+    samples: PositiveInt = growth(1, description="number of completions a problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    top_logprobs: int = Field(64, ge=0, description=f"{TOP_LOGPROBS}; 0 = store only text and token ids")
-    mass: float = Field(0.98, gt=0, le=1, description=MASS)
-    exact: bool = Field(False, description=EXACT)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes the completions")
-    shard_rows: PositiveInt = execution(256, description=SHARD_ROWS)
+    top_logprobs: int = Field(
+        64, ge=0, description="the largest number of entries kept a position; 0 = no distributions, only text and ids"
+    )
+    mass: float = Field(0.98, gt=0, le=1, description="probability mass after which a position keeps no more entries")
+    exact: bool = Field(False, description="store float32 log-probabilities instead of values quantised to 1/32 nat")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that generates")
+    shard_rows: PositiveInt = execution(256, description="number of traces a shard")
     rewards: list[RewardConfig] = Field(
         [],
-        description="rewards computed for every trace: each is stored by name, and their weighted sum as the trace's reward; empty = the task's own judgement is the accuracy and the reward",
+        description="rewards stored with each trace, and their weighted sum; none = accuracy and the verdict's score",
     )
     max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
@@ -82,37 +78,32 @@ class GenerateStage(StageConfig):
         yield Input("task", self.task)
 
 
-class ScoreStage(StageConfig):
-    """Compute a model's distributions over existing traces by teacher forcing: no text is generated.
+class ScoreStage(StageConfig, RowsConfig):
+    """This model's distributions over traces that exist, teacher-forced: a stage's, a folder's, a file's, a hub dataset's.
 
-    The traces are those of a stage or folder, or rows of a JSONL file, of a folder that `datasets` saved or of a hub
-    dataset (owner/name, or owner/name@revision). Each row has `messages` in chat form, the last one by the assistant.
-    Trace ids do not depend on the model, so several models can score the same traces.
+    Files, folders and hub data sets (owner/name, or owner/name@revision) hold conversations in any layout that
+    `distill ls layouts` lists. Trace ids do not depend on the model, so several models may score the same traces.
     """
 
     writes: ClassVar = "traces"
     adds_to: ClassVar = frozenset({"data"})
     kind: Literal["score"]
-    model: str = Field(description="model whose distributions are computed, usually the teacher")
+    model: str = Field(description="teacher model that scores the traces")
     data: str = Field(
-        description="traces of a stage or folder, a JSONL file, a `datasets` folder, or a hub dataset (owner/name[@revision])"
-    )
-    split: str = Field("train", description="split of the `datasets` folder or hub dataset")
-    subset: str | None = Field(
-        None, description="configuration (subset) of the hub dataset; None = its only or default one"
+        description="traces: a stage or a folder of shards; or conversations: a file, a folder, a hub data set (owner/name[@revision])"
     )
     task: str | None = Field(
-        None,
-        description="task whose template renders the rows, and whose judge compares completions with the rows' `answer`",
+        None, description="task whose template renders the text, and whose judge compares with a row's `answer`"
     )
     max_tokens: PositiveInt | None = Field(
-        None, description="maximum number of tokens in prompt and completion; longer traces are skipped and counted"
+        None,
+        description="the most tokens of a trace, prompt and completion together; longer traces are left out and counted",
     )
-    top_logprobs: PositiveInt = Field(64, description=TOP_LOGPROBS)
-    mass: float = Field(0.98, gt=0, le=1, description=MASS)
-    exact: bool = Field(False, description=EXACT)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that computes the distributions")
-    shard_rows: PositiveInt = execution(256, description=SHARD_ROWS)
+    top_logprobs: PositiveInt = Field(64, description="the largest number of entries kept a position")
+    mass: float = Field(0.98, gt=0, le=1, description="probability mass after which a position keeps no more entries")
+    exact: bool = Field(False, description="store float32 log-probabilities instead of values quantised to 1/32 nat")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that scores the traces")
+    shard_rows: PositiveInt = execution(256, description="number of traces a shard")
 
     def inputs(self) -> Iterator[Input]:
         yield Input("model", self.model)
@@ -122,14 +113,12 @@ class ScoreStage(StageConfig):
 
 
 class FilterStage(StageConfig):
-    """Select the traces that every filter keeps. Only the selection is written; the shards are not copied."""
+    """Select the traces that every filter keeps. The shards are not copied."""
 
     writes: ClassVar = "traces"
     kind: Literal["filter"]
-    data: str = Field(description="traces of a stage or folder")
-    keep: list[PlugConfig] = Field(
-        min_length=1, description="filters, each fn and its options; a trace is kept if every filter keeps it"
-    )
+    data: str = Field(description="traces: a stage or a folder")
+    keep: list[PlugConfig] = Field(min_length=1, description="filters; a trace is kept if every filter keeps it")
 
     def inputs(self) -> Iterator[Input]:
         yield Input("data", self.data)
@@ -139,24 +128,24 @@ class FilterStage(StageConfig):
 
 
 class EvalStage(StageConfig):
-    """Measure the accuracy of one model on a task's held-out problems."""
+    """Held-out accuracy of one model on one task."""
 
     shares_process: ClassVar = True
     kind: Literal["eval"]
     model: str = Field(description="model to evaluate")
-    task: str = Field(description="task whose held-out problems are the prompts")
-    problems: PositiveInt = growth(256, description=HELD_OUT)
-    samples: PositiveInt = growth(1, description=SAMPLES)
+    task: str = Field(description="task whose held-out problems the model is evaluated on")
+    problems: PositiveInt = growth(256, description="number of held-out problems")
+    samples: PositiveInt = growth(1, description="number of completions a problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    pass_at: list[PositiveInt] = Field([1], description=PASS_AT)
+    pass_at: list[PositiveInt] = Field([1], description="values of k for pass@k and maj@k")
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes the completions")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that generates")
 
     @pydantic.model_validator(mode="after")
     def _enough_samples(self) -> EvalStage:
         if max(self.pass_at, default=1) > self.samples:
             raise ValueError(
-                f"pass_at {max(self.pass_at)} needs samples: {max(self.pass_at)} or more; samples is {self.samples}"
+                f"pass_at {max(self.pass_at)} needs at least as many samples a problem, not {self.samples}"
             )
         return self
 
@@ -175,26 +164,25 @@ class EvalStage(StageConfig):
 
 
 class CompareStage(StageConfig):
-    """Measure the accuracy of several models on the same held-out problems, and their paired differences.
+    """Held-out accuracy of several models on the same problems, and their paired differences.
 
-    The stage expands into one eval stage for each arm, `<stage>.<arm>`.
+    Expands into one eval stage an arm, `<stage>.<arm>`, each in a process of its own.
     """
 
     kind: Literal["compare"]
     arms: dict[Name, str | dict[int, str]] = growth(
-        min_length=2,
-        description="models to compare, by arm name: one model each, or one for each training seed, as {1: a, 2: b, 3: c}",
+        min_length=2, description="the models to compare, by arm; for several training seeds {1: a, 2: b, 3: c}"
     )
-    task: str = Field(description="task whose held-out problems are the prompts of every arm")
-    problems: PositiveInt = growth(256, description=HELD_OUT)
-    samples: PositiveInt = growth(1, description=SAMPLES)
+    task: str = Field(description="task whose held-out problems all arms are evaluated on")
+    problems: PositiveInt = growth(256, description="number of held-out problems")
+    samples: PositiveInt = growth(1, description="number of completions a problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    pass_at: list[PositiveInt] = Field([1], description=PASS_AT)
+    pass_at: list[PositiveInt] = Field([1], description="values of k for pass@k and maj@k")
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes the completions")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that generates")
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
-        """The evaluations by arm and training seed; an arm with a single model has the seed 0."""
+        """The seed of an arm of one model is 0."""
         return {
             arm: {0: (arm, models)}
             if isinstance(models, str)
@@ -203,7 +191,7 @@ class CompareStage(StageConfig):
         }
 
     def children(self) -> dict[str, StageConfig]:
-        """The eval stages of the arms, by name."""
+        """The eval stages, by their names below this one's."""
         shared = {
             key: getattr(self, key)
             for key in ("task", "problems", "samples", "sampling", "pass_at", "snapshot_problems", "engine")
@@ -233,19 +221,19 @@ class CompareStage(StageConfig):
     @pydantic.model_validator(mode="after")
     def _not_copied(self) -> CompareStage:
         if self.seeds is not None:
-            raise ValueError("a compare stage takes no seeds; put them on the stages that train the compared models")
+            raise ValueError("seeds belong on the stages that are trained, not on the comparison")
         return self
 
 
 def _copies(models: str | dict[int, str], seeds: Mapping[str, list[int]], here: str) -> str | dict[int, str]:
-    """The models of an arm, by seed: all copies of its one model, or for each seed the copy of the model it names."""
+    """An arm's models: all copies of the one it names, or the copy of each that it names by seed."""
     if isinstance(models, str):
         if models not in seeds:
             return models
         return {seed: copy_name(models, seed) for seed in seeds[models]}
     for seed, model in models.items():
         if model in seeds and seed not in seeds[model]:
-            raise UserError(f"{here}: {model!r} is not trained with seed {seed}; its seeds are {seeds[model]}.")
+            raise UserError(f"{here}: {seed} is none of the seeds that {model!r} is trained with: {seeds[model]}.")
     return {seed: copy_name(model, seed) if model in seeds else model for seed, model in models.items()}
 
 
@@ -263,7 +251,7 @@ KINDS: dict[str, type[StageConfig]] = {
 
 
 def kind_class(kind: object) -> type[StageConfig]:
-    """The class of a stage kind, by name or as `package.module:Class`. Raises UserError if it is unknown."""
+    """The class of a stage kind, by its name or as `package.module:Class`. Raises UserError for an unknown one."""
     if isinstance(kind, str) and ":" in kind:
         found = plug.find(kind, __name__)
         if not (isinstance(found, type) and issubclass(found, StageConfig)):

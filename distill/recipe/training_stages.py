@@ -17,6 +17,7 @@ from distill.recipe.fields import (
     LoraConfig,
     PlugConfig,
     RewardConfig,
+    RowsConfig,
     SamplingConfig,
     SavedDtype,
     StageConfig,
@@ -24,63 +25,52 @@ from distill.recipe.fields import (
     growth,
 )
 
-MAX_FAILED_REWARDS = "the stage stops when a reward fails on a larger share of the groups than this"
-REWARD_TIMEOUT = "time limit in seconds for computing one reward of one group of completions"
-PEAK_LR = "peak learning rate"
-GROUP_SIZE = "number of completions for each problem"
+MAX_FAILED_REWARDS = "share of groups on which a reward may fail before the stage stops"
+REWARD_TIMEOUT = "limit in seconds for one reward of one group"
 
 
 class OptimStage(StageConfig):
-    """Fields of every stage that trains a model. The learning rate warms up linearly, then falls along half a cosine."""
+    """The fields of every stage with an optimiser. The learning rate warms up and then falls by half a cosine."""
 
     writes: ClassVar = "model"
     trains: ClassVar = True
 
-    lr: float = Field(1e-4, gt=0, description=PEAK_LR)
+    lr: float = Field(1e-4, gt=0, description="peak learning rate")
     warmup_ratio: float = Field(
-        0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises from 0 to its peak"
+        0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises linearly from 0"
     )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the last step, as a share of lr")
-    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="betas of AdamW")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients with a larger norm are scaled down to this norm")
-    dtype: Dtype = Field("auto", description=f"dtype of the computation; {AUTO_DTYPE}")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate as a share of lr")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
+    max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
+    dtype: Dtype = Field("auto", description=f"of the computation; {AUTO_DTYPE}")
     save_dtype: SavedDtype | None = Field(
         None,
-        description="dtype of the saved weights; None = the same as dtype, or bfloat16 if dtype is auto",
+        description="dtype of the saved weights; None = `dtype` if that is set, else bfloat16",
     )
     lora: LoraConfig | None = Field(
-        None, description="train a LoRA adapter and merge it into the model at the end; None = train all weights"
+        None, description="train a LoRA adapter, which is merged at the end; None = train all weights"
     )
     micro_tokens: PositiveInt = execution(
-        2048, description="maximum number of tokens packed into one forward pass; lower it to use less memory"
+        2048, description="number of tokens packed into one forward pass (a micro-batch)"
     )
     gradient_checkpointing: bool = execution(
         False, description="recompute activations in the backward pass: less memory, about a third slower"
     )
-    liger: bool = execution(
-        False, description="use liger-kernel's kernels in the decoder layers, on a GPU; the output head is not affected"
-    )
+    liger: bool = execution(False, description="use liger-kernel's kernels in the model's body, on a GPU")
     budget: BudgetConfig | None = Field(
         None,
-        description="train until as many FLOPs are spent as the student of another stage used, generated completions included; replaces steps and epochs",
+        description="train with the same FLOPs as another stage's student, instead of a number of steps",
     )
     snapshot_every: PositiveInt | None = execution(
-        None,
-        description="save a snapshot of the model every N optimiser steps, to plot accuracy against cost; None = no snapshots",
+        None, description="keep a snapshot of the model every N optimiser steps, for accuracy against cost; 0 = never"
     )
-    checkpoint_every: PositiveInt = execution(
-        50, description="write a checkpoint, from which an interrupted stage resumes, every N optimiser steps"
-    )
-    keep_checkpoints: PositiveInt = execution(
-        2, description="number of newest checkpoints to keep; older ones are deleted"
-    )
-    log_every: PositiveInt = execution(1, description="write a line to metrics.jsonl every N optimiser steps")
-    trackers: list[str] = execution(
-        [], description="experiment trackers, by accelerate's names: tensorboard, wandb, trackio, ..."
-    )
+    checkpoint_every: PositiveInt = execution(50, description="number of optimiser steps")
+    keep_checkpoints: PositiveInt = execution(2, description="number of newest checkpoints to keep")
+    log_every: PositiveInt = execution(1, description="log metrics every N optimiser steps")
+    trackers: list[str] = execution([], description="accelerate trackers by name: tensorboard, wandb, trackio, ...")
     max_bad_steps: PositiveInt = execution(
-        5, description="the stage stops after this many steps in a row whose loss or gradient is not finite"
+        5, description="number of consecutive steps with a non-finite loss or gradient after which the stage stops"
     )
 
     def half_the_work(self, stage: str) -> str:
@@ -97,64 +87,65 @@ class OptimStage(StageConfig):
     def _whole_points(self) -> OptimStage:
         if self.snapshot_every is not None and self.lora is not None and self.lora.quantised:
             raise ValueError(
-                "snapshot_every: no snapshot can be saved while lora.quantised is set; remove one of the two keys"
+                "snapshot_every: weights on the way cannot be written from a quantised base; leave out one of the two"
             )
         return self
 
 
-class TrainStage(OptimStage):
-    """Train a model on stored traces (of a generate, score or filter stage, or a folder of shards) or on a JSONL file.
+class TrainStage(OptimStage, RowsConfig):
+    """Train a model on traces (a generate or filter stage, a folder of shards) or on conversations.
 
-    Rows of a JSONL file are {"messages": [...]}, whose last message is learned, or {"question", "completion"}, which the
-    template of `task` renders.
+    Conversations come from a file, a folder or a hub data set, in any layout that `distill ls layouts` lists; the assistant's
+    turns are learned, what others say is not.
     """
 
     kind: Literal["train"]
     model: str = Field(description="model to train")
     data: str | dict[str, PositiveFloat] = Field(
-        description="stage, folder or JSONL file with the traces; or a mapping of stages or folders, in which several teachers scored the same traces, to their shares"
+        description="traces (a stage or a folder), or conversations (a file, a folder, a hub data set owner/name[@revision]); "
+        "several scored copies of the same traces as {name: share}"
     )
     task: str | None = Field(
-        None, description="task whose template renders the rows of a JSONL file; None = the rows are used as they are"
+        None, description="task whose template renders rows of text; None = the tokenizer's chat template only"
     )
-    loss: PlugConfig = Field(PlugConfig(fn="forward_kl"), description="loss function (fn) and its options")
+    turns: Literal["last", "all"] = Field(
+        "last", description="which of the assistant's turns in a conversation are learned: the last one, or all"
+    )
+    loss: PlugConfig = Field(PlugConfig(fn="forward_kl"), description="loss and its options")
     teacher: str | dict[str, float] | None = Field(
         None,
-        description="teacher model run during training, or a mapping of several to their shares; None = use the stored distributions",
+        description="teacher in the trainer, instead of stored distributions; several as {name: share}",
     )
     temperature: float = Field(
-        1.0,
-        gt=0,
-        description="softmax temperature of teacher and student in the loss; other than 1 only with a teacher",
+        1.0, gt=0, description="softmax temperature of both distributions; needs a teacher in the trainer"
     )
     epochs: PositiveInt | None = growth(None, description="number of passes over the data")
     steps: PositiveInt | None = growth(None, description="number of optimiser steps")
-    batch_traces: PositiveInt = Field(64, description="number of traces in one optimiser step, over all processes")
+    batch_traces: PositiveInt = Field(64, description="number of traces an optimiser step, over all processes")
     max_tokens: PositiveInt = Field(
-        4096, description="maximum number of tokens in prompt and completion; longer traces are skipped and counted"
+        4096,
+        description="the most tokens of a trace, prompt and completion together; longer traces are left out and counted",
     )
     normalise: Literal["token", "sequence"] = Field(
-        "token", description="average the loss over all tokens (token), or within each trace first (sequence)"
+        "token", description="what has equal weight in the loss: every token, or every trace"
     )
-    keep_truncated: bool = Field(
-        False, description="also train on traces whose completion was cut off at the token limit"
-    )
+    keep_truncated: bool = Field(False, description="whether traces that ended at the token limit are learned from")
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> TrainStage:
         if sum(length is not None for length in (self.epochs, self.steps, self.budget)) != 1:
-            raise ValueError("set exactly one of epochs, steps and budget")
+            raise ValueError("say one of epochs, steps and budget")
         if isinstance(self.data, dict) and not self.data:
             raise ValueError("data: names no set of traces")
         if isinstance(self.data, dict) and self.teacher is not None:
             raise ValueError(
-                "data: several sets of traces are mixed by their stored distributions, which are not used with `teacher`. "
-                "Name one set, or remove teacher"
+                "data: several sets are there for their stored distributions, which a teacher in the trainer takes the place "
+                "of. Name one set, or no teacher"
             )
         if self.temperature != 1.0 and self.teacher is None:
             raise ValueError(
-                "temperature: must be 1 with stored distributions: the mass of the tokens that were not stored is known only "
-                "at temperature 1. To use another temperature, set teacher: a model that runs during training"
+                "temperature: only 1 with stored distributions: the tail's mass at another temperature cannot be known from the "
+                "entries that were kept. Name a teacher to be run in the trainer"
             )
         return self
 
@@ -175,20 +166,20 @@ class TrainStage(OptimStage):
 
 
 class PolicyStage(OptimStage):
-    """Fields of every stage that trains a model on its own completions. `steps` counts optimiser steps."""
+    """The fields of every stage that learns from the policy's own completions. `steps` counts optimiser steps."""
 
     model: str = Field(description="model to train")
-    task: str = Field(description="task whose train problems are the prompts")
+    task: str = Field(description="task whose train problems are used")
     steps: PositiveInt | None = growth(None, description="number of optimiser steps")
-    prompts: PositiveInt = Field(8, description="number of problems in one optimiser step")
-    group_size: int = Field(8, ge=1, description=GROUP_SIZE)
+    prompts: PositiveInt = Field(8, description="number of problems a mini-batch")
+    group_size: int = Field(8, ge=1, description="number of completions a problem")
     problems: PositiveInt | None = Field(
-        None, description="number of distinct train problems, repeated in turn; None = new problems in every rollout"
+        None, description="number of distinct train problems; None = new problems at every step"
     )
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    engine: EngineConfig = Field(EngineConfig(), description="engine that writes the completions")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that samples the completions")
     log_completions_every: PositiveInt = execution(
-        10, description="write some completions to the log and to completions.jsonl every N rollouts"
+        10, description="log some completions every N rollouts, in the log and in completions.jsonl"
     )
 
     def half_the_work(self, stage: str) -> str:
@@ -197,64 +188,57 @@ class PolicyStage(OptimStage):
 
     @property
     def steps_a_rollout(self) -> int:
-        """Number of optimiser steps for each rollout."""
+        """The number of optimiser steps for each rollout."""
         return 1
 
     @property
     def prompts_a_rollout(self) -> int:
-        """Number of problems in a rollout."""
         return self.prompts
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> PolicyStage:
         if (self.steps is None) == (self.budget is None):
-            raise ValueError("set exactly one of steps and budget")
+            raise ValueError("say either steps or budget")
         return self
 
     @pydantic.model_validator(mode="after")
     def _whole_weights(self) -> PolicyStage:
         if self.lora is not None and self.lora.quantised:
             raise ValueError(
-                "lora.quantised: not possible here: after every step the engine receives the policy's full-precision weights, "
-                "which a quantised base does not have. Remove this key; only stages of kind train support it"
+                "lora.quantised: the engine that writes gets the policy's whole weights after every step, which a quantised "
+                "base does not have. Remove it; stages of kind train take it"
             )
         return self
 
     @pydantic.model_validator(mode="after")
     def _enough_problems(self) -> PolicyStage:
         if self.problems is not None and self.problems < self.prompts_a_rollout:
-            raise ValueError(
-                f"problems is {self.problems}, but one rollout needs {self.prompts_a_rollout} distinct problems"
-            )
+            raise ValueError(f"problems {self.problems} is less than one rollout takes ({self.prompts_a_rollout})")
         return self
 
 
 class GrpoStage(PolicyStage):
-    """Train a model by reinforcement learning with rewards computed on groups of its completions (GRPO).
+    """Train a model by reinforcement learning: groups of completions a problem, rewarded by rules.
 
-    A rollout has `prompts` x `mini_batches` problems with `group_size` completions each. The rollout is split into
-    `mini_batches` optimiser steps and used `num_iterations` times.
+    A rollout is `prompts` x `mini_batches` problems with `group_size` completions each; it is learned from in
+    `mini_batches` optimiser steps, `num_iterations` times over.
     """
 
     kind: Literal["grpo"]
-    rewards: list[RewardConfig] = Field(
-        min_length=1,
-        description="rewards, each fn, its weight and its options; a completion's reward is their weighted sum",
+    rewards: list[RewardConfig] = Field(min_length=1, description="rewards with their weights in the sum")
+    objective: PlugConfig = Field(PlugConfig(fn="grpo"), description="policy-gradient objective and its options")
+    group_size: int = Field(8, ge=2, description="number of completions a problem, at least two")
+    mini_batches: PositiveInt = Field(
+        1, description="number of mini-batches, one optimiser step each, that a rollout is split into"
     )
-    objective: PlugConfig = Field(PlugConfig(fn="grpo"), description="policy-gradient objective (fn) and its options")
-    group_size: int = Field(8, ge=2, description=f"{GROUP_SIZE}, at least 2; rewards are compared within this group")
-    mini_batches: PositiveInt = Field(1, description="number of optimiser steps that a rollout is split into")
-    num_iterations: PositiveInt = Field(1, description="number of times that each rollout is trained on (mu in GRPO)")
-    lr: float = Field(1e-6, gt=0, description=PEAK_LR)
+    num_iterations: PositiveInt = Field(1, description="number of optimisation passes over a rollout (GRPO's mu)")
+    lr: float = Field(1e-6, gt=0, description="peak learning rate")
     warmup_ratio: float = Field(
-        0.0, ge=0, lt=1, description="share of the steps in which the learning rate rises from 0 to its peak"
+        0.0, ge=0, lt=1, description="share of the steps in which the learning rate rises linearly from 0"
     )
-    min_lr_ratio: float = Field(
-        1.0, ge=0, le=1, description="learning rate at the last step, as a share of lr; 1 = constant learning rate"
-    )
+    min_lr_ratio: float = Field(1.0, ge=0, le=1, description="1 keeps the learning rate constant")
     reference_every: PositiveInt | None = Field(
-        None,
-        description="copy the policy into the reference model every N optimiser steps; None = the reference stays the initial model",
+        None, description="number of optimiser steps after which the reference becomes the current policy"
     )
     max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
@@ -272,8 +256,8 @@ class GrpoStage(PolicyStage):
         a_rollout = self.steps_a_rollout
         if self.steps is not None and self.steps % a_rollout:
             raise ValueError(
-                f"steps {self.steps} is not a multiple of mini_batches x num_iterations = {a_rollout}, the number of "
-                "optimiser steps for each rollout"
+                f"steps {self.steps} is not a multiple of mini_batches x num_iterations = {a_rollout}: a rollout is that many "
+                "optimiser steps"
             )
         if self.reference_every is not None and self.reference_every % a_rollout:
             raise ValueError(
@@ -281,13 +265,12 @@ class GrpoStage(PolicyStage):
             )
         if self.reference_every is not None and self.lora is not None:
             raise ValueError(
-                "reference_every: not possible with lora, where the reference is the model without its adapter; remove one "
-                "of the two keys"
+                "reference_every needs a reference of its own; with lora it is the model without its adapter"
             )
         if self.sampling.temperature != 1.0 or self.sampling.top_p != 1.0:
             raise ValueError(
-                "sampling: temperature and top_p must be 1: the engine returns log-probabilities of the unchanged "
-                "distribution, so sampling from another one would make every importance ratio wrong"
+                "sampling: temperature and top_p must be 1: the engine's log-probabilities are of that distribution, and "
+                "another one would make every importance ratio wrong"
             )
         return self
 
@@ -299,52 +282,49 @@ class GrpoStage(PolicyStage):
 
 
 class OnPolicyStage(PolicyStage):
-    """On-policy distillation: the student writes completions and learns the teacher's distribution at each token of them.
+    """On-policy distillation: the student samples completions and learns the teacher's distribution at every token.
 
-    The teacher runs in the trainer, with its whole vocabulary, or in an engine of its own (scoring: engine), with its
-    most likely tokens and the mass of the rest. `offline_share` is the share of stored traces in every step.
+    The teacher's whole distribution is computed in the trainer, or (scoring: engine) its likeliest entries and
+    tail come from an engine of its own. `offline_share` is the share of stored traces from `data` in every step.
     """
 
     kind: Literal["on_policy"]
-    teacher: str | dict[str, float] = Field(
-        description="teacher model, or a mapping of several to their shares of the mixture"
-    )
-    loss: PlugConfig = Field(PlugConfig(fn="reverse_kl"), description="loss function (fn) and its options")
+    teacher: str | dict[str, float] = Field(description="teacher model; several as {name: share} of a mixture")
+    loss: PlugConfig = Field(PlugConfig(fn="reverse_kl"), description="divergence and its options")
     temperature: float = Field(
-        1.0, gt=0, description="softmax temperature of teacher and student in the loss; must be 1 with scoring: engine"
+        1.0, gt=0, description="softmax temperature of both distributions; needs scoring: trainer"
     )
     scoring: Literal["trainer", "engine"] = Field(
         "trainer",
-        description="where the teacher runs: in the trainer (whole vocabulary), or in an engine of its own (top_logprobs tokens and the mass of the rest)",
+        description="where the teacher scores: in the trainer (whole vocabulary), or in an engine of its own (top_logprobs entries and the tail)",
     )
     top_logprobs: PositiveInt = Field(
-        64,
-        description="maximum number of tokens per position that the teacher's engine returns; only with scoring: engine",
+        64, description="with scoring: engine, the number of the teacher's entries a position"
     )
     mass: float = Field(
         0.98,
         gt=0,
         le=1,
-        description="use no more of these tokens once they have this probability in total; only with scoring: engine",
+        description="with scoring: engine, the probability mass after which a position keeps no more entries",
     )
-    data: str | None = Field(None, description="stage or folder with stored traces to mix in; needs offline_share")
+    data: str | None = Field(None, description="stored traces to mix with on-policy ones")
     offline_share: float = Field(
-        0.0, ge=0, lt=1, description="share of traces from data in every step; the others are written by the student"
+        0.0, ge=0, lt=1, description="share of traces in a step that come from `data`; the others are on-policy"
     )
-    group_size: int = Field(4, ge=1, description=GROUP_SIZE)
-    lr: float = Field(1e-5, gt=0, description=PEAK_LR)
+    group_size: int = Field(4, ge=1, description="number of completions a problem")
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> OnPolicyStage:
         if (self.data is None) != (self.offline_share == 0):
-            raise ValueError("data and offline_share need each other: set both, or neither")
+            raise ValueError("data and offline_share go together: say where the offline traces are, and their share")
         if self.scoring == "engine":
             if not isinstance(self.teacher, str):
-                raise ValueError("scoring: engine supports one teacher; use scoring: trainer to mix several")
+                raise ValueError("scoring: engine takes one teacher; several are mixed by scoring: trainer")
             if self.temperature != 1.0:
                 raise ValueError(
-                    "temperature: must be 1 with scoring: engine: the mass of the tokens that the engine does not return is "
-                    "known only at temperature 1. Use scoring: trainer for another temperature"
+                    "temperature: only 1 with scoring: engine: what an engine's top_k entries leave out is known by its "
+                    "mass at temperature 1 alone. scoring: trainer takes any"
                 )
         if self.loss.fn == "policy_gradient" and (self.sampling.temperature != 1.0 or self.sampling.top_p != 1.0):
             raise ValueError("sampling: temperature and top_p must be 1 for loss policy_gradient")
@@ -364,12 +344,12 @@ class OnPolicyStage(PolicyStage):
 
 
 def teachers_of(teacher: str | dict[str, float] | None) -> dict[str, float]:
-    """The shares of the teachers that run in the trainer, by model."""
+    """Return the teachers in the trainer and their shares."""
     if teacher is None:
         return {}
     return {teacher: 1.0} if isinstance(teacher, str) else teacher
 
 
 def data_of(data: str | dict[str, float]) -> dict[str, float]:
-    """The shares of the sets of traces (or of the one file), by name."""
+    """Return the trace sets (or a file) and their shares."""
     return {data: 1.0} if isinstance(data, str) else data

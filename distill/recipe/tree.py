@@ -1,4 +1,4 @@
-"""The class of a whole recipe, the check of the references between its parts, and the order of its stages."""
+"""A whole recipe, the check of its references, and the order of its stages."""
 
 from __future__ import annotations
 
@@ -10,27 +10,19 @@ import pydantic
 from pydantic import Field
 
 from distill.plug import nearest
-from distill.recipe.fields import Config, ModelConfig, Name, PlugConfig, Seeds, StageConfig, StageName
+from distill.recipe.fields import Config, ModelConfig, Name, Seeds, StageConfig, StageName, TaskConfig
 from distill.recipe.stages import KINDS
 from distill.records import UserError
 
 
 class Recipe(Config):
-    """A whole recipe."""
-
-    name: Name = Field(description="name of the run; its folder is runs/<name>")
-    description: str = Field("", description="one sentence about the run, shown in the report")
-    seed: int = Field(17, ge=0, description="random seed of every stage that has none of its own")
-    seeds: Seeds | None = Field(
-        None, description="training seeds: every stage but a comparison is run once for each seed"
-    )
-    models: dict[Name, ModelConfig] = Field(
-        {}, description="models by name, each a source (text) or a section with source, revision, ..."
-    )
-    tasks: dict[Name, PlugConfig] = Field({}, description="tasks by name, each fn and its options")
-    stages: dict[StageName, pydantic.SerializeAsAny[StageConfig]] = Field(
-        min_length=1, description="stages by name, each a kind and its fields"
-    )
+    name: Name = Field(description="the run's name: its folder is runs/<name>")
+    description: str = Field("", description="a sentence for the report")
+    seed: int = Field(17, ge=0, description="seed of every draw")
+    seeds: Seeds | None = Field(None, description="a copy of every trained stage for each of them")
+    models: dict[Name, ModelConfig] = Field({}, description="models by name: a source, or a section")
+    tasks: dict[Name, TaskConfig] = Field({}, description="tasks by name")
+    stages: dict[StageName, pydantic.SerializeAsAny[StageConfig]] = Field(min_length=1, description="stages by name")
 
     @pydantic.field_validator("models", mode="before")
     @classmethod
@@ -41,10 +33,7 @@ class Recipe(Config):
 
 
 def check_references(recipe: Recipe, where: str) -> None:
-    """Check that every stage input exists and is of the right sort, and that no stage depends on itself.
-
-    Raises UserError; `where` is the recipe's file, for the message.
-    """
+    """Check that every stage input exists and is of the right sort, and that no stage is its own ancestor."""
     for name in recipe.stages:
         if name in recipe.models:
             raise UserError(f"{where}: {name!r} is both a model and a stage; rename one.")
@@ -58,13 +47,13 @@ def check_references(recipe: Recipe, where: str) -> None:
                 if value not in recipe.tasks and not _looks_like_path(value):
                     raise UserError(
                         f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)} "
-                        "To name a file, write a path with a slash, such as ./problems.jsonl."
+                        "A file is written as a path."
                     )
             elif each.sort == "data":
                 if value not in recipe.stages and not _looks_like_path(value):
                     raise UserError(
                         f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} "
-                        "To name a file or folder, write a path with a slash, such as ./traces."
+                        "A file or folder is written as a path."
                     )
                 _check_kind(recipe, here, value, lambda stage: stage.writes == "traces")
             elif each.sort == "budget":
@@ -83,7 +72,7 @@ def _check_kind(recipe: Recipe, here: str, value: str, fits: Callable[[type[Stag
     stage = recipe.stages.get(value)
     if stage is not None and not fits(type(stage)):
         kinds = " or ".join(name for name, kind in KINDS.items() if fits(kind))
-        raise UserError(f"{here}: {value!r} is a stage of kind {stage.kind}, but this key needs a {kinds} stage.")
+        raise UserError(f"{here}: {value!r} is a stage of kind {stage.kind}; a {kinds} stage is needed here.")
 
 
 def _looks_like_path(value: str) -> bool:
@@ -91,13 +80,13 @@ def _looks_like_path(value: str) -> bool:
 
 
 def order(recipe: Recipe, where: str = "recipe") -> list[str]:
-    """Stage names in an order in which inputs come first, otherwise as written. Raises UserError for a cycle."""
+    """Return the stage names, inputs first, otherwise in the order of the file. Raises UserError that names a cycle."""
     done: list[str] = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
             cycle = " -> ".join((*path[path.index(name) :], name))
-            raise UserError(f"{where}: stages: {cycle} is a cycle; a stage cannot depend on its own output.")
+            raise UserError(f"{where}: stages: {cycle} goes round in a circle.")
         if name not in done:
             for each in recipe.stages[name].inputs():
                 if each.name in recipe.stages:

@@ -1,1 +1,1 @@
-"""Statistics, the compute ledger, cost estimates and the pages of a run. No torch, no other room."""
+"""Statistics, comparisons of arms, and the report, plots and model cards of a run. Imports no torch."""

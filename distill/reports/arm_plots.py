@@ -1,7 +1,7 @@
-"""The report's plots of arms: accuracy, accuracy against compute, pass@k. Each as a small SVG of its own.
+"""The report's plots of arms, as SVG: accuracy, accuracy against compute, pass@k.
 
-Comes in: a report's arms. Goes out: SVG. An arm's mark is the same in all plots; models that were not trained in
-the comparison (teacher, start) are grey. Left out on purpose: how things are drawn (`svg`).
+An arm has the same marker in all plots. Models that were not trained in the comparison (teacher, start) are grey. Scales,
+axes and marks are drawn by `svg`.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ def _kind(arm: ArmRow) -> str:
 
 
 def _top(arms: Arms) -> float:
-    """Where an accuracy axis ends: the highest interval, rounded up to a tick."""
+    """The end of an accuracy axis: the highest interval end, rounded up to a tick."""
     high = max(arm["accuracy"]["high"] for arm in arms.values())
     step = next(s for s in (0.01, 0.02, 0.05, 0.1, 0.2) if high / s <= 6 or s == 0.2)
     return min(1.0, math.ceil(round(high / step, 9)) * step) or step
 
 
 def describe(arms: Arms) -> str:
-    """Accuracies in words, for those who do not see the plot."""
+    """The accuracies in words, as the plot's alternative text."""
     return "Accuracy: " + "; ".join(f"{name} {interval_text(arm['accuracy'])}" for name, arm in arms.items())
 
 
 def accuracy_svg(arms: Arms, width: int = WIDE) -> str:
-    """A horizontal dot plot of accuracy with intervals, best arm first."""
+    """Draw a horizontal dot plot of accuracy with intervals, best arm first."""
     order = sorted(arms, key=lambda name: -arms[name]["accuracy"]["value"])
     row = 30
     canvas = Canvas(
@@ -78,6 +78,7 @@ def accuracy_svg(arms: Arms, width: int = WIDE) -> str:
 
 
 def percent0(share: float) -> str:
+    """A share as a whole percentage."""
     return f"{100 * share:.0f}%"
 
 
@@ -85,9 +86,9 @@ def percent0(share: float) -> str:
 
 
 def compute_svg(arms: Arms, view: str, width: int = WIDE) -> str:
-    """Accuracy against FLOPs (logarithmic) in one view of cost, checkpoints along the way as a line.
+    """Accuracy against FLOPs (logarithmic) in one view of cost; an arm's snapshots form a line.
 
-    Arms that cost nothing in this view are levels.
+    Arms without cost in this view are horizontal lines.
     """
     canvas = Canvas(width, round(width * 0.52) if width > 500 else 300, describe(arms), top=30, bottom=40)
     costs = {name: _points(arm, view) for name, arm in arms.items()}
@@ -112,7 +113,7 @@ def compute_svg(arms: Arms, view: str, width: int = WIDE) -> str:
         (name for name in costs if any(point["flops"] > 0 for point in costs[name])),
         key=lambda name: -arms[name]["accuracy"]["value"],
     )
-    for name in drawn:  # all marks first, so that no label covers one
+    for name in drawn:  # reserve the space of all marks first, so that labels avoid them
         for point in costs[name]:
             if point["flops"] > 0:
                 px = x(point["flops"])
@@ -149,7 +150,7 @@ def _compute_arm(
 
 
 def _points(arm: ArmRow, view: str) -> list[SnapshotRow]:
-    """The arm along its training, its end last. What a view adds to the student's own FLOPs is paid from the start."""
+    """The arm's snapshots and, last, its final model. Costs that a view adds to the student's count from the start."""
     flops = arm["cost"][view]["flops"]  # type: ignore[index]
     added = flops - arm["flops"]
     accuracy = arm["accuracy"]
@@ -162,11 +163,12 @@ def _points(arm: ArmRow, view: str) -> list[SnapshotRow]:
 
 
 def has_pass_curve(arms: Arms) -> bool:
+    """Whether an arm has pass@k for several k."""
     return any(len(arm["pass_at"]) > 1 for arm in arms.values())
 
 
 def pass_svg(arms: Arms, width: int = WIDE) -> str:
-    """pass@k against k (powers of two apart equally), with intervals; labels at the right end."""
+    """pass@k against k (logarithmic), with intervals; labels at the right end."""
     names = [name for name in arms if arms[name]["pass_at"]]
     ks = sorted({int(k) for name in names for k in arms[name]["pass_at"]})
     label = "; ".join(_pass_text(name, arms[name]) for name in names)
@@ -205,7 +207,7 @@ def _pass_text(name: str, arm: ArmRow) -> str:
 
 
 def _apart(wanted: list[float], least: float = 15.0) -> list[float]:
-    """Rising positions near those wanted, at least so far apart: pushed down, then up from the end."""
+    """Ascending positions near `wanted`, at least `least` pixels apart: each is moved down as needed, then all up."""
     placed: list[float] = []
     for position in wanted:
         placed.append(max(position, placed[-1] + least) if placed else position)

@@ -1,8 +1,7 @@
-"""From an evaluation's traces to an arm's numbers: grouped by problem, scored, and examples picked.
+"""The scores of an arm from its evaluation traces, and examples of problems on which two arms differ.
 
-Comes in: `Traces` of one model on held-out problems. Goes out: the scores that a report's arm has, and the
-problems on which two arms fared differently. Left out on purpose: judging (the traces carry their verdicts)
-and cost (`ledger`).
+Input: `Traces` of one model on held-out problems, with their verdicts. Output: the scores of an arm in the report, and
+example rows. Costs come from `distill.compute.ledger`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class ArmResults:
-    """Samples by problem id, in the order in which problems first appeared; a problem's by sample number."""
+    """The samples of an arm by problem id, in the order of first appearance, each problem's by sample number."""
 
     samples: dict[str, list[Sample]]
     gold: dict[str, str | None]
@@ -64,7 +63,7 @@ class ArmResults:
 
     @staticmethod
     def merge(several: Iterable[ArmResults]) -> ArmResults:
-        """As one, each problem with all its samples, those of the first first."""
+        """Merge several results: each problem gets the samples of all, in the order given."""
         merged = ArmResults({}, {}, {})
         for results in several:
             for key, samples in results.samples.items():
@@ -85,10 +84,10 @@ def score(
     equivalent: Callable[[str, str], bool] = str.__eq__,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """accuracy, pass_at, maj_at, truncation, mean_length, problems, samples and unjudged of a report's arm.
+    """Compute the scores of an arm in the report: accuracy, pass_at, maj_at, clipped_ratio, mean_length and counts.
 
-    maj@k is given for the k of `pass_at` above 1. An invalid answer never wins a vote.
-    Raises ValueError where no problem was judged.
+    maj@k is computed for every k of `pass_at` above 1; an invalid answer never wins the vote. Raises ValueError if no
+    problem was judged.
     """
     correct = list(results.correct.values())
     answers = [[one.answer for one in samples] for samples in results.samples.values()]
@@ -114,10 +113,10 @@ def score_seeds(
     pass_at: Sequence[int] = (1,),
     equivalent: Callable[[str, str], bool] = str.__eq__,
 ) -> dict[str, Any]:
-    """As `score`, of an arm that was trained with several seeds: runs[training seed] on the same problems.
+    """The scores of an arm trained with several seeds, as `score` returns them: runs[training seed] on the same problems.
 
-    Intervals are over seeds and problems alike, from the problems that every seed has enough judged samples of.
-    by_seed: each seed's own accuracy. samples: of one seed.
+    Intervals are over both seeds and problems, and use problems of which every seed has enough judged samples. by_seed:
+    the accuracy of each seed. samples: per problem and seed.
     """
     check_same_problems({f"seed {seed}": results.samples for seed, results in runs.items()})
     alone = {seed: score(results, (1,), equivalent) for seed, results in runs.items()}
@@ -171,12 +170,12 @@ def examples(
     num: int = 3,
     max_chars: int = 40_000,
 ) -> list[ExampleRow]:
-    """Up to `num` problems that a won over b, and as many that it lost, with a sample of every arm.
+    """Up to `num` problems on which a did better than b, and up to `num` the other way, with a sample of every arm.
 
-    The winner is shown with its first correct sample, the loser with its first wrong one, other arms with
-    their first. Problems come by id, which is a hash, so they are a fair draw and the same ones every time.
-    questions: by problem id; the stored messages where one is missing. Long completions are cut in the middle,
-    which is said.
+    The winner is shown with its first correct sample, the loser with its first wrong one, other arms with their first
+    sample. Problems are taken in the order of their ids, which are hashes: a random sample, the same every time.
+    questions: text by problem id; for a missing one the stored messages are used. Long completions are cut in the middle,
+    with a note.
     """
     means = {
         arm: dict(
@@ -193,9 +192,9 @@ def examples(
     for won_by, lost_by in ((a, b), (b, a)):
         won = [key for key in shared if means[won_by][key] > means[lost_by][key]][:num]
         for key in won:
-            telling = {won_by: True, lost_by: False}
+            preferred = {won_by: True, lost_by: False}
             shown = {
-                arm: _first(results.samples[key], telling.get(arm))
+                arm: _first(results.samples[key], preferred.get(arm))
                 for arm, results in arms.items()
                 if key in results.samples
             }
@@ -222,7 +221,7 @@ def examples(
 
 
 def _first(samples: Sequence[Sample], correct: bool | None) -> Sample:
-    """The first sample with this verdict, else the first one."""
+    """The first sample with this verdict, or else the first sample."""
     return next((one for one in samples if one.correct is correct), samples[0])
 
 

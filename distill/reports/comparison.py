@@ -1,9 +1,8 @@
-"""Whether one arm is better than another, and what may be said about it.
+"""Comparisons of two arms: the difference in accuracy, its confidence interval and p-value, and the verdict.
 
-Two questions, never to be mixed up. *Do these two checkpoints differ?* is answered by a paired comparison on
-the same problems (`paired`). *Does this way of training beat that one?* needs several training
-seeds an arm and is answered by resampling seeds and problems together (`difference_over_seeds`); only that
-may print "supported".
+There are two different questions. "Do these two checkpoints differ?" is answered by a paired comparison on the same
+problems (`paired`). "Is one way of training better than the other?" needs several training seeds per arm and is answered
+by resampling seeds and problems together (`difference_over_seeds`); only this can give the verdict "supported".
 
 Shape suffixes: P problems, S training seeds, R resamples.
 """
@@ -35,13 +34,15 @@ from distill.reports.statistics import (
 Verdict = Literal["supported", "inconclusive"]
 
 MIN_SEEDS = 3
+"""Training seeds per arm that the verdict "supported" requires."""
 
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """Arm a minus arm b on the same problems. p_holm equals p_value until several pairs are corrected.
+    """Arm a minus arm b on the same problems.
 
-    wins, losses: problems on which a, or b, did better. method: of the p-value.
+    p_holm: p-value after Holm's correction over all pairs; p_value before it. wins, losses: number of problems on which a,
+    or b, did better. method: the test behind the p-value.
     """
 
     difference: Interval
@@ -53,14 +54,14 @@ class Paired:
 
     @property
     def differ(self) -> bool:
-        """These two checkpoints differ on problems like these. Says nothing about how they were trained."""
+        """Whether the two checkpoints differ on problems like these; no statement about their ways of training."""
         outside = self.difference.low > 0 or self.difference.high < 0
         return outside and self.p_holm < 1 - LEVEL
 
 
 @dataclass(frozen=True, slots=True)
 class SeedsDifference:
-    """Arm a minus arm b over training seeds and problems; `seeds` of a and of b."""
+    """Arm a minus arm b over training seeds and problems. seeds: number of seeds of a and of b."""
 
     difference: Interval
     p_value: float
@@ -69,7 +70,7 @@ class SeedsDifference:
 
     @property
     def verdict(self) -> Verdict:
-        """ "supported" only with enough seeds an arm, an interval without 0 and a corrected p-value below α."""
+        """ "supported" if both arms have MIN_SEEDS seeds, the interval excludes 0 and p_holm is below 1 - LEVEL."""
         outside = self.difference.low > 0 or self.difference.high < 0
         enough = min(self.seeds) >= MIN_SEEDS
         return "supported" if enough and outside and self.p_holm < 1 - LEVEL else "inconclusive"
@@ -79,11 +80,11 @@ class SeedsDifference:
 
 
 def paired(delta_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Paired:
-    """Compare two arms by the differences of their mean correctness, one a problem; nan where an arm was not judged.
+    """Compare two arms by their differences in mean correctness [P]; nan for a problem that was not judged in both arms.
 
-    One sample a problem (differences of -1, 0 and 1): McNemar's exact test, and Bonett and Price's (2012) interval, which
-    does not collapse when few problems differ. Several: the bootstrap (BCa) of the differences, so that both arms are
-    resampled together, and a sign-flip permutation test. Raises ValueError where no problem was judged in both arms.
+    If all differences are -1, 0 or 1 (one sample per problem): McNemar's exact test and the interval of Bonett and Price
+    (2012), which keeps a width when few problems differ. Otherwise: a BCa bootstrap of the differences, which resamples
+    both arms together, and a sign-flip permutation test. Raises ValueError if no problem was judged in both arms.
     """
     delta_P = delta_P[~np.isnan(delta_P)]
     if not len(delta_P):
@@ -99,16 +100,16 @@ def paired(delta_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, se
 
 
 def mcnemar(wins: int, losses: int) -> float:
-    """Two-sided exact p-value: the problems that differ are fair coin tosses if the arms are equal."""
+    """Two-sided exact p-value of McNemar's test: if the arms are equal, each problem that differs is a fair coin toss."""
     if wins + losses == 0:
         return 1.0
     return float(distributions.binomtest(wins, wins + losses, 0.5).pvalue)
 
 
 def permutation_p(delta_P: Floats, resamples: int = RESAMPLES, seed: int = 0) -> float:
-    """Two-sided p-value of a mean of paired differences under random sign flips.
+    """Two-sided p-value of the mean of paired differences under random sign flips.
 
-    All flips where they are no more than the resamples; else drawn, with the observed one counted in (never 0).
+    Enumerates all flips if there are at most `resamples`; else draws them and counts the observed one (so p is never 0).
     """
     delta_P = delta_P[np.abs(delta_P) > 1e-12]
     if not len(delta_P):
@@ -127,7 +128,7 @@ def permutation_p(delta_P: Floats, resamples: int = RESAMPLES, seed: int = 0) ->
 
 
 def _bonett_price(wins: int, losses: int, n: int, level: float) -> Interval:
-    """Adjusted Wald interval of a paired difference of proportions: one pseudo-pair added to each side."""
+    """Adjusted Wald interval for a paired difference of proportions: one win and one loss are added."""
     up, down = (wins + 1) / (n + 2), (losses + 1) / (n + 2)
     half = z_value(level) * math.sqrt(max(up + down - (up - down) ** 2, 0.0) / (n + 2))
     low, high = max(up - down - half, -1.0), min(up - down + half, 1.0)
@@ -147,26 +148,28 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def check_same_problems(problems: Mapping[str, Collection[str]]) -> None:
-    """Raise UserError where two arms (or seeds of one) were evaluated on different problems."""
+    """Raise UserError if two arms (or seeds of one) were evaluated on different problems."""
     first = next(iter(problems), None)
     for name, ids in problems.items():
         if first is not None and set(ids) != set(problems[first]):
             num = len(set(ids) ^ set(problems[first]))
             raise UserError(
-                f"arms {first!r} and {name!r} were evaluated on different problems ({num} are in one of them "
-                "only); a paired comparison needs the same task, split, seed and number of problems."
+                f"arms {first!r} and {name!r} were evaluated on different problems ({num} problems are in only one of "
+                "them); a paired comparison needs the same task, split, seed and number of problems."
             )
 
 
 def check_same_start(starts: Mapping[str, str]) -> None:
-    """Raise UserError where trained arms do not come from one start checkpoint. starts: by arm, the model that
-    nothing of the comparison was trained into yet."""
+    """Raise UserError if trained arms do not start from one checkpoint.
+
+    starts: for each arm, the model that its training in this comparison started from.
+    """
     first = next(iter(starts), None)
     for name, start in starts.items():
         if first is not None and start != starts[first]:
             raise UserError(
-                f"arms {first!r} and {name!r} start from different checkpoints ({starts[first]!r} and {start!r}): what "
-                "they differ in would not be the training alone. Train both from one model, or compare them in two "
+                f"arms {first!r} and {name!r} start from different checkpoints ({starts[first]!r} and {start!r}), so "
+                "training would not be their only difference. Train both from one model, or compare them in two "
                 "compare stages."
             )
 
@@ -179,12 +182,12 @@ def compare_trained(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[tuple[str, str], Paired | SeedsDifference]:
-    """Every pair of arms[name][training seed][problem_id][sample].
+    """Compare every pair of arms; correctness is arms[name][training seed][problem_id][sample].
 
-    Two arms with several training seeds each are compared over seeds and problems; a pair with an arm that has only
-    one (a teacher, a start) as checkpoints, on per-problem means over the seeds there are. Holm's correction is over
-    the pairs of each kind. Problems without a judged sample in every arm and seed are left out. Raises UserError
-    where arms or seeds were evaluated on different problems.
+    Two arms with several training seeds each are compared over seeds and problems. A pair with a single-seed arm (a
+    teacher, a start) is compared as checkpoints, on per-problem means over the seeds. Holm's correction covers the pairs
+    of each of the two kinds. Problems without a judged sample in every arm and seed are excluded. Raises UserError if arms
+    or seeds were evaluated on different problems.
     """
     check_same_problems({f"{a} (seed {s})": results for a, runs in arms.items() for s, results in runs.items()})
     values = {
@@ -216,13 +219,13 @@ def difference_over_seeds(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> SeedsDifference:
-    """Arm a minus arm b, from a[seed][problem] and b[seed][problem]: per-problem mean correctness.
+    """Arm a minus arm b from per-problem mean correctness a[seed][problem] and b[seed][problem].
 
-    Seeds (of each arm) and problems (of both arms together) are resampled at once. Resampling three seeds
-    shrinks their spread by a third and knows nothing of having only three of them, so the resampled
-    deviations are rescaled to the unbiased variance of the two-way random-effects model (seeds, problems) and
-    to Student's t at Satterthwaite's degrees of freedom, which also gives the p-value. Without this, equal
-    arms are called different far more often than α. One seed an arm: the interval is all of [-1, 1].
+    Seeds (of each arm) and problems (of both arms together) are resampled at once. Resampling only three seeds
+    underestimates their variance by a third and ignores that three give few degrees of freedom. Therefore the resampled
+    deviations are rescaled to the unbiased variance of the two-way random-effects model (seeds, problems) and to Student's
+    t with Satterthwaite's degrees of freedom, which also gives the p-value. Without this, equal arms would be called
+    different far more often than α. With one seed in an arm the interval is [-1, 1].
     """
     a_SP, b_SP = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a_SP.ndim != 2 or b_SP.ndim != 2 or a_SP.shape[1] != b_SP.shape[1]:
@@ -237,7 +240,7 @@ def difference_over_seeds(
     drawn_R = _resample_both(a_SP, b_SP, resamples, seed)
     spread = float(drawn_R.std())
     if variance <= 1e-24 or spread <= 1e-12:
-        # Nothing varied, which says less than that nothing varies: as wide as one pair of checkpoints would be.
+        # Zero sample variance is not zero variance: use the interval of a single pair of checkpoints.
         pair = paired(a_SP.mean(0) - b_SP.mean(0), level, resamples, seed)
         p_value, low, high = pair.p_value, pair.difference.low, pair.difference.high
     else:
@@ -251,7 +254,7 @@ def difference_over_seeds(
 
 
 def _resample_both(a_SP: Floats, b_SP: Floats, resamples: int, seed: int) -> Floats:
-    """[R] differences of means over seeds drawn for each arm and problems drawn for both."""
+    """[R] differences of means over resampled seeds (drawn for each arm) and problems (drawn for both arms)."""
     rng, num = np.random.default_rng(seed), a_SP.shape[1]
     rows, drawn = max(1, BLOCK // num), []
     for start in range(0, resamples, rows):
@@ -266,16 +269,16 @@ def _resample_both(a_SP: Floats, b_SP: Floats, resamples: int, seed: int) -> Flo
 
 
 def _draw_weights(rng: np.random.Generator, rows: int, num: int) -> Floats:
-    """[rows, num] how often each of `num` was drawn in `num` draws with replacement, over `num`."""
+    """[rows, num] weights of a bootstrap resample: how often each of `num` items was drawn, divided by `num`."""
     drawn = rng.integers(0, num, (rows, num)) + num * np.arange(rows)[:, None]
     return np.bincount(drawn.ravel(), minlength=rows * num).reshape(rows, num) / num
 
 
 def _variance(a_SP: Floats, b_SP: Floats) -> tuple[float, float]:
-    """Variance of the difference of means, and its degrees of freedom.
+    """Variance of the difference of means, and its degrees of freedom (Satterthwaite).
 
-    The parts of `seed_variance`, the problems' of the arms' differences; the noise that is in both parts is taken off
-    once. Never below either part alone.
+    The sum of the arms' seed parts (see `seed_variance`) and the problem part of the differences, minus the noise that
+    both contain; at least as large as either part.
     """
     seed_parts, noise, freedoms = [], 0.0, []
     for y_SP in (a_SP, b_SP):

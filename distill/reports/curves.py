@@ -1,7 +1,7 @@
-"""Training curves: a small panel a quantity, whatever the stage has logged.
+"""Training curves: one small SVG panel for each quantity that a stage has logged.
 
-Comes in: a stage's curves as `collect` reads them from metrics.jsonl. Goes out: SVG panels. Raw values faint, a
-running mean over them; each named reward is a grey line beside the total.
+Input: a stage's curves, read from metrics.jsonl. Long curves are drawn faintly with a running mean over them; each named
+reward is a grey line beside the total.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from distill.reports.svg import Canvas, Scale, group, linear, linear_ticks
 WIDTH, HEIGHT = 300, 168
 REWARD = "reward/"
 LONG = 40
-"""Values from which on a running mean is drawn over the raw ones."""
+"""Number of values from which a running mean is drawn."""
 
 Values = Sequence[float | None]
 
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("reward", "reward", ("reward",)),
     ("loss", "loss", ("loss",)),
-    ("nll", "label's surprise (nats)", ("label_nll",)),
+    ("nll", "label NLL (nats)", ("label_nll",)),
     ("teacher", "KL to the teacher (nats)", ("kl",)),
-    ("agreement", "share of tokens where both choose the same", ("agreement",)),
+    ("agreement", "share of tokens with the same top choice", ("agreement",)),
     ("gap", "entropy, teacher minus student (nats)", ("entropy_gap",)),
     ("length", "completion tokens", ("length",)),
     ("kl", "KL to the reference (nats)", ("kl_ref",)),
@@ -33,14 +33,14 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("truncated", "share truncated", ("clipped_ratio",)),
     ("equal", "groups with equal rewards", ("frac_reward_zero_std",)),
     ("clip", "share clipped", ("clip_fraction",)),
-    ("mismatch", "KL engine to trainer (nats)", ("kl_engine",)),
+    ("mismatch", "KL between engine and trainer (nats)", ("kl_engine",)),
     ("norm", "gradient norm", ("grad_norm",)),
 )
-"""File name, title and keys of each panel, the first that a reader looks at first."""
+"""File name, title and metric keys of each panel, in the order of the report."""
 
 
 def panels(stage: StageRow) -> list[tuple[str, str, str]]:
-    """(file stem, description, SVG) of every quantity that the stage has logged."""
+    """(file stem, description, SVG) of each panel of a stage."""
     curves = stage.get("curves", {})
     found = []
     for stem, title, keys in _shown(stage):
@@ -51,7 +51,7 @@ def panels(stage: StageRow) -> list[tuple[str, str, str]]:
 
 
 def seed_panels(copies: Sequence[StageRow]) -> list[tuple[str, str, str]]:
-    """The same of one stage trained with several seeds: a line a seed, their mean at the end beside the title."""
+    """(file stem, description, SVG) of each panel of a stage with several training seeds: one line per seed."""
     found = []
     for stem, title, keys in _shown(copies[0]):
         lines = {
@@ -65,7 +65,7 @@ def seed_panels(copies: Sequence[StageRow]) -> list[tuple[str, str, str]]:
 
 
 def by_stage(stages: Sequence[StageRow]) -> list[list[StageRow]]:
-    """Stages in order, the copies of one (`kl@1`, `kl@2`) together."""
+    """Group stages, in order, so that the seed copies of one stage (`kl@1`, `kl@2`) are together."""
     found: dict[str, list[StageRow]] = {}
     for stage in stages:
         found.setdefault(stage["name"].partition("@")[0], []).append(stage)
@@ -73,18 +73,18 @@ def by_stage(stages: Sequence[StageRow]) -> list[list[StageRow]]:
 
 
 def shown_keys(stage: StageRow) -> list[str]:
-    """The curves that are worth a look, in the panels' order."""
+    """The metric keys that have a panel, in the order of the panels."""
     return [key for _, _, keys in _shown(stage) for key in keys]
 
 
 def _shown(stage: StageRow) -> list[tuple[str, str, list[str]]]:
-    """Panels with the keys of each that hold a number; each named reward beside the total."""
+    """(file name, title, keys) of the panels that have values; named rewards are added to the reward panel."""
     curves = stage.get("curves", {})
     found = []
     for stem, title, keys in PANELS:
         wanted = [*keys, *(key for key in curves if stem == "reward" and key.startswith(REWARD))]
         known = [key for key in wanted if _known(curves.get(key, []))]
-        # Where the loss is the label's surprise, once is enough.
+        # With cross-entropy, the label NLL is the loss, which has its panel already.
         if known and not (stem == "nll" and curves["label_nll"] == curves.get("loss")):
             found.append((stem, title, known))
     return found
@@ -95,7 +95,7 @@ def _known(values: Values) -> list[float]:
 
 
 def smooth(values: Values, window: int) -> list[float | None]:
-    """Centred running mean over `window` values, fewer at the ends; unknown ones are left out."""
+    """Centred running mean over `window` values (fewer at the ends), without unknown values."""
     half, found = window // 2, []
     for i in range(len(values)):
         near = _known(values[max(0, i - half) : i + half + 1])
@@ -104,7 +104,7 @@ def smooth(values: Values, window: int) -> list[float | None]:
 
 
 def _seeds_panel(label: str, title: str, lines: Mapping[str, tuple[Sequence[float], Values]]) -> str:
-    """lines: (steps, values) by seed; runs of different lengths share the axis of the longest."""
+    """One panel with a line per seed. lines: (steps, values) by seed; the axis fits the longest run."""
     known = {seed: _known(values) for seed, (_, values) in lines.items()}
     described = f"{label}; " + ", ".join(
         f"seed {seed} from {values[0]:.3g} to {values[-1]:.3g}" for seed, values in known.items()
@@ -164,7 +164,7 @@ def _tick(value: float) -> str:
 
 
 def _range(known: Sequence[float]) -> tuple[float, float]:
-    """The axis: from 0 where the values come near it, with a little air; single spikes above the 98th percentile of
+    """The range of the value axis, with 5% margin: from 0 if the values come near 0; spikes above the 98th percentile of
     long curves are cut off."""
     ordered = sorted(known)
     high = ordered[-1] if len(ordered) < 50 else ordered[int(0.98 * (len(ordered) - 1))]

@@ -1,8 +1,7 @@
-"""A model's card: README.md in a checkpoint's folder, as the hub reads it.
+"""The text of a model card: README.md in a model's folder, in the hub's format.
 
-Comes in: what a run knows of the model (recipe, lineage, cost, scores). Goes out: front matter by huggingface_hub's
-own types and Markdown that is escaped like the report's. Left out on purpose: finding all that out (`stages/card`),
-and a licence, which nobody but the author can give.
+Input: a `Card`, which `distill.run.model_card` collects from a run. Output: front matter, written by huggingface_hub, and
+Markdown, escaped like the report's. The card names no licence, because only the author can choose one.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ FILE = "README.md"
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """A stage that the model rests on. made_from: its inputs by field. facts: what its data says of itself."""
+    """A stage that the model depends on. made_from: its inputs by field. facts: (name, value) pairs about its data."""
 
     name: str
     kind: str
@@ -36,11 +35,11 @@ class Ancestor:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What a card says.
+    """The content of a model card.
 
-    base: the hub id or other source that the first of the model's line was loaded from. base_on_hub: whether that is a
-    hub id. settings: the stage's own, as YAML. scores: by the arm's name, of this model only; empty until it was
-    evaluated. cost: by view, empty until known. readings: comparisons with other arms in words.
+    base: hub id or other source of the model that training started from. base_on_hub: whether it is a hub id. settings:
+    the stage's config as YAML. scores: of this model, by arm name; empty before its evaluation. cost: by view; empty until
+    known. readings: comparisons with other arms, in words.
     """
 
     name: str
@@ -60,17 +59,17 @@ class Card:
 
 
 def write_card(folder: Path, card: Card) -> Path:
-    """Write the card into a checkpoint's folder, whole or not at all."""
+    """Write the card into a model's folder (atomically)."""
     return write_atomic(Path(folder) / FILE, render(card))
 
 
 def render(card: Card) -> str:
-    """Front matter and text."""
+    """The card as text: front matter and Markdown."""
     return f"---\n{front_matter(card)}\n---\n\n{markdown(f'{card.run}/{card.name}', body(card))}"
 
 
 def front_matter(card: Card) -> str:
-    """YAML by huggingface_hub's ModelCardData, scores as a model-index."""
+    """The YAML front matter, by huggingface_hub's ModelCardData; scores as a model-index."""
     from huggingface_hub import EvalResult, ModelCardData
 
     results = [
@@ -98,20 +97,20 @@ def front_matter(card: Card) -> str:
 
 
 def body(card: Card) -> list[Block]:
-    """The text below the front matter."""
+    """The blocks of the card below its front matter."""
     start = f" It starts from {card.base}." if card.base else ""
     found: list[Block] = [
         Text(f"The model of stage {card.name} ({card.kind}) of the run {card.run}.{start}"),
         Heading("Scores"),
         *_scores(card),
-        Heading("How it was made"),
+        Heading("Training"),
         _lineage(card.lineage),
     ]
     facts = [[one.name, key, value] for one in card.lineage for key, value in one.facts]
     if facts:
         found += [
             Heading("Data, teacher and dtype"),
-            Table(["stage", "what", "value"], facts, "lll"),
+            Table(["stage", "property", "value"], facts, "lll"),
         ]
     found += [Heading("Settings"), Code(card.settings, "yaml"), Text(f"Seed {card.seed}.")]
     if card.cost:
@@ -127,16 +126,16 @@ def body(card: Card) -> list[Block]:
         found += [
             Heading("Compute"),
             Table(["view", "FLOPs", "tokens", "time"], rows, "lrrr"),
-            Text("Each view contains the one before it."),
+            Text("Each row includes the one before it."),
         ]
     versions = [[name, version] for name, version in card.versions.items()]
     found += [Heading("Versions"), Table(["package", "version"], versions, "ll")]
-    return [*found, Heading("To make it again"), Code("\n".join(card.reproduce), "sh")]
+    return [*found, Heading("How to reproduce it"), Code("\n".join(card.reproduce), "sh")]
 
 
 def _scores(card: Card) -> list[Block]:
     if not card.scores:
-        return [Text("It has not been evaluated yet.")]
+        return [Text("This model has not been evaluated yet.")]
     rows = []
     for name, arm in card.scores.items():
         ks = sorted((int(k) for k in arm["pass_at"]), reverse=True)[:1]
@@ -155,7 +154,7 @@ def _scores(card: Card) -> list[Block]:
     header = [
         "arm",
         "accuracy (pass@1)",
-        "more samples",
+        "pass@k",
         "truncated",
         "problems",
         "samples",

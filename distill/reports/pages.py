@@ -1,8 +1,7 @@
-"""Writes a run's report: report.json, report.md, report.html and plots/*.svg, whole or not at all.
+"""Write a run's report: report.json, report.md, report.html and plots/*.svg, each file atomically.
 
-What models and data sets wrote is hostile until shown otherwise: in Markdown it stands in fences longer than
-any run of backticks within, in HTML it is escaped, and characters that steer a terminal or turn the reading
-direction are replaced. Files are written beside their place and renamed into it.
+Text from models and data sets is untrusted. In Markdown it is put in fences longer than any run of backticks inside, in
+HTML it is escaped, and control characters and bidirectional overrides are replaced.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ from distill.reports.run_report import RunReport
 from distill.reports.wording import verdict
 
 _MARKUP = re.compile(r"[\\`*|~$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|\[(?=\^)|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)")
-"""What Markdown would take as markup where it stands: a bracket is text unless a link follows, and so on."""
+"""Characters that are markup in Markdown at their place: a closing bracket only before a link, and so on."""
 _INTERVAL = re.compile(r"\[[-+]?[\d.]+, [-+]?[\d.]+\]$")
 _BLOCK_START = re.compile(r"^(\d*)([-+.)>=#])(?=\s|$|[-=#>])")
 
 
 def write_report(report: RunReport, folder: str | Path) -> dict[str, Path]:
-    """Write all of a report's files into a folder; returns their paths by name."""
+    """Write all files of a report into a folder; return their paths by name."""
     folder = Path(folder)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     full: RunReport = {**report, "verdict": verdict(report)}
@@ -52,13 +51,13 @@ def write_report(report: RunReport, folder: str | Path) -> dict[str, Path]:
     texts = {figure.file: figure.svg for figure in figures(content)}
     texts["report.md"] = markdown(full["name"], content)
     texts["report.html"] = html(full["name"], content)
-    # Last, because whoever waits for a report looks for this one.
+    # Last, because other programs wait for this file.
     texts["report.json"] = to_json(full)
     return {name: write_atomic(folder / name, text) for name, text in texts.items()}
 
 
 def figures(content: list[Block]) -> list[Figure]:
-    """All figures of a report, in order."""
+    """All figures in the blocks of a report, in order."""
     found: list[Figure] = []
     for block in content:
         if isinstance(block, Figure):
@@ -69,7 +68,7 @@ def figures(content: list[Block]) -> list[Figure]:
 
 
 def read_report(path: str | Path) -> RunReport:
-    """A report.json back as the tree that it was written from."""
+    """Read a report.json."""
     report: RunReport = json.loads(Path(path).read_text(encoding="utf-8"))
     return report
 
@@ -78,7 +77,7 @@ def read_report(path: str | Path) -> RunReport:
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """Strict JSON, ASCII; what is not finite becomes null."""
+    """Strict ASCII JSON; non-finite numbers become null."""
     return json.dumps(_plain(report), indent=2, allow_nan=False) + "\n"
 
 
@@ -98,23 +97,24 @@ def _plain(value: Any) -> Any:
 
 
 def escape_cell(text: str) -> str:
-    """One line of plain text that Markdown shows as it is, inside a line."""
+    """Escape plain text for use inside a line of Markdown; line breaks become spaces."""
     return _MARKUP.sub(r"\\\g<0>", " ".join(printable(text).split()))
 
 
 def escape_markdown(text: str) -> str:
-    """The same for a line of its own, which must not open a list, a heading, a quotation or a rule."""
+    """Escape plain text for a line of its own: also prevents lists, headings, quotations and rules."""
     return _BLOCK_START.sub(r"\1\\\2", escape_cell(text))
 
 
 def fence(text: str, language: str = "text") -> str:
-    """A code block whose fence is longer than any run of backticks inside."""
+    """Return a code block whose fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     ticks = "`" * max(3, longest + 1)
     return f"{ticks}{language}\n{printable(text).rstrip()}\n{ticks}"
 
 
 def markdown(title: str, content: list[Block]) -> str:
+    """The blocks as Markdown under a title."""
     parts = [f"# {escape_markdown(title)}"]
     for block in content:
         match block:
@@ -156,7 +156,7 @@ def _markdown_inside(block: Text | Code | Answer) -> list[str]:
 
 
 def _markdown_table(table: Table) -> str:
-    """Padded, so that it also reads as plain text."""
+    """A Markdown table, padded so that it is also readable as plain text."""
     rows = [[escape_cell(cell) for cell in row] for row in (table.header, *table.rows)]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(table.header))]
     rule = ["-" * w if a == "l" else "-" * (w - 1) + ":" for w, a in zip(widths, table.align, strict=True)]
@@ -173,7 +173,7 @@ def _markdown_table(table: Table) -> str:
 
 
 def html(title: str, content: list[Block]) -> str:
-    """One self-contained page: no script, no network, light and dark, wide tables scroll in their own box."""
+    """The blocks as one self-contained HTML page, without scripts and without network access."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill.reports"),
         autoescape=True,
@@ -189,6 +189,6 @@ def html(title: str, content: list[Block]) -> str:
 
 
 def _quiet_brackets(cell: str) -> Markup:
-    """A cell, with an interval's brackets set back."""
+    """The HTML of a table cell; the brackets of an interval are shown in grey."""
     text = str(escape(printable(cell)))
     return Markup(_INTERVAL.sub(r"<i>\g<0></i>", text))

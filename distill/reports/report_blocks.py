@@ -1,7 +1,6 @@
-"""What a report says, as blocks: headings, sentences, tables, figures, folded examples.
+"""The content of a report as blocks: headings, sentences, tables, figures, collapsible examples.
 
-Comes in: a `RunReport`. Goes out: a list of blocks that Markdown and HTML both render, so the two cannot
-disagree. Left out on purpose: any markup, and the numbers' wording (`wording`).
+Input: a `RunReport`. Output: a list of blocks without markup. Markdown and HTML are both rendered from it, so they agree.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """align: one of l and r a column."""
+    """A table. align: l or r for each column."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -44,7 +43,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Text to be shown as it is, whatever it holds."""
+    """Text to show verbatim."""
 
     text: str
     language: str = "text"
@@ -52,8 +51,8 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A self-contained SVG; file is its name beside the report, alt what it shows in words. narrow: drawn anew for
-    a phone. label: what its tab is called among others."""
+    """A self-contained SVG. file: its name beside the report. alt: alternative text. narrow: the version for narrow
+    screens. label: its name in a choice of figures."""
 
     file: str
     svg: str
@@ -64,7 +63,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Figures of which the page shows one at a time."""
+    """A choice of figures; the page shows one at a time."""
 
     name: str
     figures: Sequence[Figure]
@@ -72,7 +71,7 @@ class Views:
 
 @dataclass(frozen=True, slots=True)
 class Panels:
-    """Small figures side by side, as many as fit."""
+    """Small figures side by side."""
 
     title: str
     figures: Sequence[Figure]
@@ -80,7 +79,7 @@ class Panels:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one arm answered. judged: correct, wrong or not judged, with the answer found."""
+    """A completion of one arm. judged: correct, wrong or not judged, with the extracted answer."""
 
     arm: str
     judged: str
@@ -90,7 +89,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """Blocks that are folded away where the page can fold."""
+    """Collapsible blocks under a summary."""
 
     summary: str
     blocks: Sequence[Text | Code | Answer]
@@ -109,7 +108,7 @@ VIEWS = {
 
 
 def blocks(report: RunReport) -> list[Block]:
-    """The whole report, top to bottom; sections that have nothing to say are left out."""
+    """All blocks of a report, in order; empty sections are left out."""
     found: list[Block] = [Text(report.get("verdict") or verdict(report))]
     if report["description"]:
         found.append(Text(report["description"]))
@@ -127,7 +126,7 @@ def blocks(report: RunReport) -> list[Block]:
         found += [
             Heading("Predicted and measured"),
             prediction_table(report),
-            Text("× is what was measured over what `check` had predicted."),
+            Text("× is the measured value divided by the one that `check` predicted."),
         ]
     found += settings_blocks(report)
     return found
@@ -145,9 +144,9 @@ def accuracy_blocks(report: RunReport) -> list[Block]:
         ),
         accuracy_table(report),
         Text(
-            "Brackets are 95% intervals with the problem as the unit: Wilson where each problem is either solved or "
-            "not, otherwise a bootstrap over problems; of an arm with several training seeds, over seeds and "
-            "problems. Unfinished completions are wrong."
+            "Brackets are 95% intervals with the problem as the unit: Wilson's interval if each problem is either always "
+            "or never solved, otherwise a bootstrap over problems. For an arm with several training seeds they are over "
+            "seeds and problems. Completions cut off at the token limit count as wrong."
         ),
     ]
     if any(len(arm.get("by_seed", [])) > 1 for arm in arms.values()):
@@ -156,7 +155,7 @@ def accuracy_blocks(report: RunReport) -> list[Block]:
         figure = Figure(
             "plots/pass_at_k.svg",
             arm_plots.pass_svg(arms),
-            "Chance that k samples hold a correct one, by k",
+            "Probability that at least one of k samples is correct, by k",
             arm_plots.pass_svg(arms, arm_plots.NARROW),
         )
         found += [
@@ -182,11 +181,11 @@ def compute_blocks(report: RunReport) -> list[Block]:
     ]
     return [
         Heading("Accuracy against compute"),
-        Views("What counts", figures) if len(figures) > 1 else figures[0],
+        Views("View of the cost", figures) if len(figures) > 1 else figures[0],
         cost_table(report),
         Text(
-            "FLOPs; each view contains the one before it. Own training holds all stages of the model's own line, its "
-            "own rollouts included. A teacher's training is shared among its students."
+            "FLOPs; each column includes the one before it. Own training covers all stages that trained the model, with "
+            "its own rollouts. The cost of a teacher's training is divided among its students."
         ),
     ]
 
@@ -213,8 +212,8 @@ def curve_blocks(stages: Sequence[StageRow]) -> list[Block]:
 def _how_compared(report: RunReport) -> str:
     methods = sorted({row["method"] for row in report["comparisons"]})
     return (
-        "Paired on the same problems; p after Holm's correction over the pairs of the table. Only several training "
-        f"seeds an arm can support a statement about a way of training. Methods: {'; '.join(methods)}."
+        "Paired on the same problems; p (Holm) is corrected for the number of pairs. A statement about a way of training "
+        f"needs several training seeds per arm. Methods: {'; '.join(methods)}."
     )
 
 
@@ -243,7 +242,7 @@ def accuracy_table(report: RunReport) -> Table:
 
 
 def seed_table(report: RunReport) -> Table:
-    """A row an arm, a column a training seed."""
+    """Accuracy with a row per arm and a column per training seed."""
     by_arm = {name: {one["seed"]: one for one in arm.get("by_seed", [])} for name, arm in report["arms"].items()}
     seeds = sorted({seed for found in by_arm.values() for seed in found})
     rows = [
@@ -319,7 +318,7 @@ def stage_table(report: RunReport) -> Table:
 def prediction_table(report: RunReport) -> Table:
     pairs = [(stage["name"], stage["predicted"], measured(stage)) for stage in report["stages"] if "predicted" in stage]
     if len(pairs) > 1:
-        pairs.append(("all of them", _total([p for _, p, _ in pairs]), _total([m for *_, m in pairs])))
+        pairs.append(("total", _total([p for _, p, _ in pairs]), _total([m for *_, m in pairs])))
     rows = [
         [
             name,
@@ -392,7 +391,7 @@ def settings_blocks(report: RunReport) -> list[Block]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[list[str]]:
-    """Nested settings as dotted rows."""
+    """Nested settings as rows with dotted keys."""
     rows = []
     for key, value in tree.items():
         if isinstance(value, Mapping):

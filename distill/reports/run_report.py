@@ -1,8 +1,7 @@
-"""What a report holds: the tree that the pipeline collects, and that report.json is, word for word.
+"""The data of a report, as `distill.run.collect` builds it and report.json stores it.
 
-Plain dictionaries, so that a report read back from its JSON is the same thing as one just collected. All
-numbers are raw: shares in [0, 1], tokens, bytes, FLOPs, seconds. Left out on purpose: how it looks
-(`content` and what renders it).
+Plain dictionaries, so that a report read from its JSON equals one just collected. All numbers are raw: shares in [0, 1],
+tokens, bytes, FLOPs, seconds.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class IntervalRow(TypedDict):
 
 
 class Amounts(TypedDict):
-    """What `check` predicts of a stage, and what is measured beside it. memory: bytes at the peak; absent where not measured."""
+    """The predicted or measured amounts of a stage. memory: peak bytes; absent if not measured."""
 
     tokens: float
     bytes: float
@@ -35,8 +34,8 @@ class Amounts(TypedDict):
 
 
 class StageRow(TypedDict):
-    """One stage. `cost` has the fields of `Cost`; `curves` one list of numbers a metric, one for each of
-    `curve_steps`, null where it was not logged."""
+    """One stage. cost: the fields of `Cost`. curves: for each metric a list with one number for each of `curve_steps`, null
+    where it was not logged."""
 
     name: str
     kind: str
@@ -58,8 +57,8 @@ class View(TypedDict):
     seconds: float
 
 
-class CheckpointRow(TypedDict):
-    """A model kept along a stage's way: the FLOPs that the stage had taken by then, and how the model did."""
+class StageSnapshotRow(TypedDict):
+    """An evaluated snapshot of a training stage: the stage's FLOPs up to its step, and its accuracy."""
 
     step: float
     flops: float
@@ -67,7 +66,7 @@ class CheckpointRow(TypedDict):
 
 
 class SnapshotRow(TypedDict):
-    """A checkpoint on an arm's way: the student's own FLOPs by then, accuracy and its interval."""
+    """An evaluated snapshot of an arm: the student's own FLOPs up to then, its accuracy and interval."""
 
     flops: float
     accuracy: float
@@ -76,7 +75,7 @@ class SnapshotRow(TypedDict):
 
 
 class SeedRow(TypedDict):
-    """One training seed of an arm: what was evaluated, and how it did on the same problems."""
+    """One training seed of an arm: the stage that was evaluated, and its accuracy."""
 
     seed: int
     stage: str
@@ -84,12 +83,12 @@ class SeedRow(TypedDict):
 
 
 class ArmRow(TypedDict):
-    """One model's results. `tokens`, `flops` and `seconds` are the student's own (cost["student"]).
+    """The results of one arm. tokens, flops and seconds are those of cost["student"].
 
-    role: the headline compares students; a teacher and the common start are shown beside them.
-    stage: the stage, or the model, that was evaluated. pass_at, maj_at: by k, as text (JSON's keys are).
-    snapshots: models kept along the way, the end left out. by_seed: of an arm that was trained with several seeds; its
-    accuracy, tokens, FLOPs and seconds are then means over them, and the interval is over seeds and problems.
+    stage: the stage or model that was evaluated. role: the verdict compares students; a teacher and the common start are
+    shown beside them. pass_at, maj_at: by k as text (JSON keys are text). snapshots: without the final model. by_seed: for
+    an arm trained with several seeds; its accuracy, tokens, FLOPs and seconds are means over them, and its intervals are
+    over seeds and problems.
     """
 
     stage: str
@@ -113,7 +112,7 @@ class ArmRow(TypedDict):
 
 
 class ComparisonRow(TypedDict):
-    """Arm a minus arm b. `unit` says what was resampled, and so what the verdict is about."""
+    """Arm a minus arm b. unit: what was resampled and what the verdict therefore applies to."""
 
     a: str
     b: str
@@ -137,7 +136,7 @@ class ExampleAnswer(TypedDict):
 
 
 class ExampleRow(TypedDict):
-    """A problem on which two arms fared differently; `won_by` did better than `lost_by`."""
+    """A problem on which arm `won_by` did better than arm `lost_by`, with a completion of each arm."""
 
     problem_id: str
     question: str
@@ -148,10 +147,9 @@ class ExampleRow(TypedDict):
 
 
 class RunReport(TypedDict):
-    """A run. environment: versions and machine, nested as it comes. recipe: resolved, as YAML.
+    """The report of a run. environment: versions and machine, nested. recipe: the resolved recipe as YAML.
 
-    reproduce: shell commands. notes: what a reader must know (limits, warnings). verdict: filled in when the
-    report is written.
+    reproduce: shell commands. notes: limits and warnings for the reader. verdict: added when the report is written.
     """
 
     name: str
@@ -181,7 +179,7 @@ def interval_row(interval: Interval) -> IntervalRow:
 
 
 def comparison_row(a: str, b: str, result: Paired | SeedsDifference) -> ComparisonRow:
-    """A comparison's result as a row of the report."""
+    """The result of a comparison as a row of the report."""
     row: ComparisonRow = {
         "a": a,
         "b": b,
@@ -203,13 +201,13 @@ def comparison_row(a: str, b: str, result: Paired | SeedsDifference) -> Comparis
 
 
 def view(cost: Cost) -> View:
-    """A cost as one view of an arm: all tokens that any of its models processed or wrote."""
+    """A cost as a view of an arm; tokens: all tokens trained on, scored, generated or read as prompts."""
     tokens = cost.tokens_trained + cost.tokens_scored + cost.tokens_generated + cost.tokens_prompt
     return {"tokens": tokens, "flops": cost.flops, "seconds": cost.wall_seconds}
 
 
 def measured(stage: StageRow) -> Amounts:
-    """What a stage took, in the units of its prediction."""
+    """The measured amounts of a stage, in the units of its prediction."""
     cost = stage["cost"]
     kinds = ("tokens_trained", "tokens_scored", "tokens_generated", "tokens_prompt")
     found: Amounts = {

@@ -1,9 +1,8 @@
-"""How good one arm is: pass@1, pass@k and maj@k, each with an interval over problems.
+"""The accuracy of one arm: pass@1, pass@k and maj@k, each with a confidence interval over problems.
 
-Comes in: `correct[problem][sample]`, ragged, with None where a completion could not be judged (left out of
-the mean). Goes out: an `Interval`. Samples of one problem are correlated, so a problem is the unit: 30
-problems with 64 samples each are 30 observations, not 1,920. Left out on purpose: pooled intervals, and
-anything about two arms (`compare`).
+Input: `correct[problem][sample]`, ragged, None for completions that could not be judged (excluded from means). Output: an
+`Interval`. Samples of one problem are correlated, so the problem is the unit of resampling: 30 problems with 64 samples
+each are 30 observations, not 1,920. Differences between arms are computed in `comparison`.
 
 Shape suffixes: P problems, R resamples.
 """
@@ -24,12 +23,12 @@ Correct = Sequence[Sequence[bool | float | None]]
 LEVEL = 0.95
 RESAMPLES = 10_000
 BLOCK = 4_000_000
-"""Numbers held at once while resampling."""
+"""Maximum numbers in memory at once while resampling."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate, its interval at `LEVEL`, the number of units (problems) behind it and how it was made."""
+    """An estimate and its confidence interval. n: number of problems. method: how the interval was computed."""
 
     value: float
     low: float
@@ -39,7 +38,7 @@ class Interval:
 
 
 def z_value(level: float) -> float:
-    """The normal quantile that leaves (1 - level) / 2 above it."""
+    """Return the normal quantile with (1 - level) / 2 above it."""
     return float(special.ndtri(0.5 + level / 2))
 
 
@@ -47,7 +46,7 @@ def z_value(level: float) -> float:
 
 
 def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
-    """Wilson's score interval of a proportion (Wilson 1927)."""
+    """Wilson's score interval for a proportion (Wilson 1927)."""
     if n < 1:
         raise ValueError("a proportion needs at least one observation")
     ends = stats.binomtest(successes, n).proportion_ci(level, "wilson")
@@ -55,9 +54,9 @@ def wilson(successes: int, n: int, level: float = LEVEL) -> Interval:
 
 
 def bca(values_P: Floats, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Bias-corrected and accelerated bootstrap interval of a mean (Efron 1987).
+    """Bias-corrected and accelerated bootstrap interval for a mean (Efron 1987).
 
-    Values that are all equal have no spread to resample: the interval is then the value itself.
+    If all values are equal the interval is the value itself.
     """
     num, value = len(values_P), float(values_P.mean())
     if float(((values_P - value) ** 2).sum()) <= 1e-24 * num:
@@ -80,10 +79,10 @@ def mean_interval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Mean of one value in [0, 1] a problem. Where every value is 0 or 1, Wilson; otherwise BCa over problems.
+    """Mean of one value in [0, 1] per problem: Wilson's interval if every value is 0 or 1, else BCa over problems.
 
-    One sample a problem is the usual way to be all 0 or 1, but problems that are always or never solved are
-    Bernoulli draws all the same, and a bootstrap of all zeros would claim certainty.
+    Wilson's interval also holds with several samples per problem if each problem is always or never solved; a bootstrap
+    of only zeros would have no width.
     """
     values_P = np.asarray(values, np.float64)
     if not len(values_P):
@@ -96,10 +95,11 @@ def mean_interval(
 
 
 def seed_variance(values_SP: Floats) -> tuple[float, float, float]:
-    """(seeds' part, problems' part, noise in both) of the variance of the mean of value[seed][problem].
+    """(part of seeds, part of problems, noise in both parts) of the variance of the mean of value[seed][problem].
 
-    For value = mean + seed + problem + noise, var(seed means) / S holds seed and noise, var(problem means) / P
-    problem and noise; the noise that is in both is the interaction's mean square / (S P). Needs two of each.
+    For value = mean + seed + problem + noise, var(seed means) / S contains the variances of seed and noise, and
+    var(problem means) / P those of problem and noise. The noise contained in both is the interaction's mean square / (S P).
+    Needs at least two seeds and two problems.
     """
     s, p = values_SP.shape
     seed_part = float(values_SP.mean(1).var(ddof=1)) / s
@@ -109,10 +109,10 @@ def seed_variance(values_SP: Floats) -> tuple[float, float, float]:
 
 
 def over_seeds(values: Sequence[Sequence[float]] | Floats, level: float = LEVEL) -> Interval:
-    """Mean of value[training seed][problem] in [0, 1], its interval over seeds and problems alike.
+    """Mean of value[training seed][problem] in [0, 1], with an interval over both seeds and problems.
 
-    Student's t on the variance of the two-way random-effects model, its degrees of freedom by Satterthwaite (1946).
-    With one seed, the interval over problems alone. n is the number of problems.
+    Student's t interval with the variance of the two-way random-effects model and Satterthwaite's (1946) degrees of
+    freedom. With one seed, the interval over problems. n is the number of problems.
     """
     values_SP = np.asarray(values, np.float64)
     if values_SP.ndim != 2 or not values_SP.size or bool(np.isnan(values_SP).any()):
@@ -134,7 +134,7 @@ def over_seeds(values: Sequence[Sequence[float]] | Floats, level: float = LEVEL)
 
 
 def counts(correct: Correct) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Judged samples and correct ones of each problem, [P] and [P]. A problem without a judged sample has 0."""
+    """Number of judged samples [P] and of correct samples [P] of each problem."""
     judged = [[bool(one) for one in samples if one is not None] for samples in correct]
     return (
         np.array([len(samples) for samples in judged], np.int64),
@@ -143,22 +143,22 @@ def counts(correct: Correct) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int6
 
 
 def problem_means(correct: Correct) -> Floats:
-    """[P] the share of correct samples of each problem, nan where none was judged."""
+    """[P] share of correct samples of each problem; nan if none was judged."""
     num_P, right_P = counts(correct)
     return np.where(num_P > 0, right_P / np.maximum(num_P, 1), np.nan)
 
 
 def accuracy(correct: Correct, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """pass@1: mean correctness over samples, then over problems, with its interval over problems."""
+    """pass@1: the mean over problems of the share of correct samples, with an interval over problems."""
     means_P = problem_means(correct)
     return mean_interval(means_P[~np.isnan(means_P)], level, resamples, seed)
 
 
 def pass_at_k(n: npt.ArrayLike, c: npt.ArrayLike, k: int) -> Floats:
-    """Chance that k of n samples, c of them correct, hold a correct one: 1 - C(n-c, k) / C(n, k).
+    """Probability that k of n samples, c of them correct, include a correct one: 1 - C(n-c, k) / C(n, k).
 
-    Unbiased (Chen et al. 2021). The ratio is the product of (n-c-j) / (n-j) over j < k, summed as logarithms
-    so that neither large n nor tiny chances lose digits. Raises ValueError where n < k.
+    Unbiased (Chen et al. 2021). The ratio is the product of (n-c-j) / (n-j) over j < k, computed as a sum of logarithms
+    for precision with large n and small probabilities. Raises ValueError if n < k.
     """
     n_P, c_P = np.asarray(n, np.float64), np.asarray(c, np.float64)
     if k < 1 or bool((n_P < k).any()) or bool(((c_P < 0) | (c_P > n_P)).any()):
@@ -170,7 +170,7 @@ def pass_at_k(n: npt.ArrayLike, c: npt.ArrayLike, k: int) -> Floats:
 
 
 def pass_at(correct: Correct, k: int, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Mean pass@k over the problems with at least k judged samples, with its interval over problems."""
+    """Mean pass@k over the problems with at least k judged samples, with an interval over problems."""
     num_P, right_P = counts(correct)
     enough_P = num_P >= k
     if not enough_P.any():
@@ -186,7 +186,7 @@ def clusters(
     correct: Sequence[bool | float | None],
     equivalent: Callable[[str, str], bool],
 ) -> list[tuple[int, float]]:
-    """(size, share of its members judged correct) of each group of equivalent answers; None is in no group."""
+    """(size, share of members judged correct) of each group of equivalent answers; None belongs to no group."""
     groups: list[tuple[str, list[float]]] = []
     home: dict[str, int] = {}
     for answer, right in zip(answers, correct, strict=True):
@@ -202,11 +202,11 @@ def clusters(
 
 
 def majority(groups: Sequence[tuple[int, float]], n: int, k: int) -> float:
-    """Expected correctness of the most frequent answer among k of n samples, over all subsets of k, exactly.
+    """Expected correctness of the most frequent answer among k of n samples: the exact mean over all subsets of size k.
 
-    Ties are split evenly among the answers that share the lead. Samples in no group are invalid: they fill
-    places and never win; a subset of invalid samples only is wrong. For each group g and number m of its
-    samples drawn, the ways in which no other group has more than m are counted by how many have exactly m.
+    Ties are split evenly among the tied answers. Samples in no group are invalid: they count as drawn but never win; a
+    subset of only invalid samples is wrong. For each group and each number m of its samples in the subset, the function
+    counts the subsets in which no other group has more than m samples, by the number of groups with exactly m.
     """
     if not 1 <= k <= n:
         raise ValueError(f"maj@{k} needs 1 <= k <= n, not n={n}")
@@ -224,7 +224,10 @@ def majority(groups: Sequence[tuple[int, float]], n: int, k: int) -> float:
 
 
 def _ways_behind(sizes: Sequence[int], invalid: int, places: int, m: int) -> Floats:
-    """[ties] ways to fill `places` from the groups, at most m of each, and from the invalid samples."""
+    """[ties] number of ways to draw `places` samples: at most m of each group, and any of the invalid samples.
+
+    ties: number of groups of which exactly m are drawn.
+    """
     most_tied = places // m
     ways = np.zeros((most_tied + 1, places + 1))
     ways[0] = [float(math.comb(invalid, j)) for j in range(places + 1)]
@@ -246,9 +249,9 @@ def maj_at(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Mean maj@k over the problems with at least k samples, with its interval over problems.
+    """Mean maj@k over the problems with at least k samples, with an interval over problems.
 
-    `equivalent` says whether two answers are the same one (it is taken to be transitive).
+    equivalent: whether two answers are the same; assumed to be transitive.
     """
     values = maj_at_k(answers, correct, k, equivalent)
     values = values[~np.isnan(values)]
@@ -263,7 +266,7 @@ def maj_at_k(
     k: int,
     equivalent: Callable[[str, str], bool] = str.__eq__,
 ) -> Floats:
-    """[P] maj@k of each problem; nan where it has fewer than k samples."""
+    """[P] maj@k of each problem; nan if it has fewer than k samples."""
     return np.array(
         [
             majority(clusters(ours, right, equivalent), len(ours), k) if len(ours) >= k else np.nan

@@ -1,8 +1,7 @@
-"""What the report's plots are drawn with: scales, ticks, axes, marks and labels that keep out of one another's way.
+"""SVG drawing for the report's plots: scales, ticks, axes, marks and labels that do not overlap.
 
-Hand-written, because dots, lines and labels need no plotting library, and so every plot is a few kilobytes that
-follow the reader's light or dark scheme. Every text is escaped. One accent colour; models that nobody trained here
-are grey. A mark's `<title>` is its tooltip.
+Written without a plotting library: a plot is a few kilobytes and follows the reader's light or dark colour scheme. All text
+is escaped. A mark's `<title>` is its tooltip.
 """
 
 from __future__ import annotations
@@ -26,25 +25,26 @@ STYLE = """
 .dp .other .mark{fill:#71767d}.dp .other text{fill:#8b9096}.dp .lead{stroke:#4a4e54}.dp .level{stroke:#71767d}}
 """
 CHAR = 7.3
-"""Width of a letter of a label, roughly."""
+"""Approximate width of a character of a label, in pixels."""
 
 Scale = Callable[[float], float]
 Box = tuple[float, float, float, float]
 
 
 def linear(low: float, high: float, start: float, end: float) -> Scale:
-    """Values low..high to pixels start..end."""
+    """A linear scale from values low..high to pixels start..end."""
     span = (high - low) or 1.0
     return lambda value: round(start + (value - low) / span * (end - start), 1)
 
 
 def logarithmic(low: float, high: float, start: float, end: float) -> Scale:
+    """A logarithmic scale from values low..high to pixels start..end."""
     inner = linear(math.log(low), math.log(high), start, end)
     return lambda value: inner(math.log(value))
 
 
 def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers from low to high, at most `most` steps of 1, 2 or 5 times a power of ten."""
+    """Return round numbers from low to high, at most `most` steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     raw = (high - low) / most
@@ -55,7 +55,7 @@ def linear_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from low to high for a logarithmic axis: as fine as fits."""
+    """Round numbers from low to high for a logarithmic axis, at most `most` of them."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     best: list[float] = []
     for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
@@ -68,7 +68,10 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 @dataclass(slots=True)
 class Canvas:
-    """A drawing of width x height, with the plot's own box within; parts are SVG text."""
+    """An SVG drawing of width x height with margins around the plot area.
+
+    label: alternative text. parts: SVG elements. taken, labels: boxes of marks and labels, which later labels avoid.
+    """
 
     width: int
     height: int
@@ -106,7 +109,7 @@ class Canvas:
         self.add(f'<text{css}{weight} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
 
     def x_axis(self, ticks: Sequence[tuple[float, str]], title: str, grid: bool = True) -> None:
-        """ticks: pixel and label. The title stands at the right end, below."""
+        """Draw the horizontal axis. ticks: (pixel, label) pairs. The title is below its right end."""
         for x, text in ticks:
             if grid:
                 self.add(f'<line class="grid" x1="{x}" x2="{x}" y1="{self.top}" y2="{self.floor}"/>')
@@ -123,11 +126,11 @@ class Canvas:
             self.text(0, self.top - 13, title, "start", "quiet")
 
     def upright(self, x: float, low: float, high: float, kind: str = "bar") -> None:
-        """A vertical error bar with caps."""
+        """Draw a vertical error bar with caps."""
         self.add(f'<path class="{kind}" d="M{x} {low}V{high}M{x - 3.5} {low}h7M{x - 3.5} {high}h7" fill="none"/>')
 
     def mark(self, x: float, y: float, shape: int, size: float = 4.5) -> None:
-        """A circle, square, triangle, diamond or cross-shaped star by number."""
+        """Draw a marker: circle, square, triangle, diamond or inverted triangle, by number."""
         s = size
         paths = (
             f"M{x - s} {y}a{s} {s} 0 1 0 {2 * s} 0a{s} {s} 0 1 0 {-2 * s} 0Z",
@@ -140,9 +143,9 @@ class Canvas:
         self.taken.append((x - s, y - s, x + s, y + s))
 
     def place(self, x: float, y: float, text: str) -> None:
-        """A label beside a point, where it covers nothing placed before; with a line to the point where it is far.
+        """Draw a label near a point where it covers nothing drawn before; a line connects it if it is far away.
 
-        Where everything is full it may cover bars and marks, but never another label.
+        If there is no free place it may cover bars and marks, but never another label; else it is left out.
         """
         wide, tall = len(text) * CHAR, 13.0
         boxes = [
@@ -181,5 +184,5 @@ def _meet(a: Box, b: Box) -> bool:
 
 
 def group(kind: str, title: str) -> str:
-    """The opening of a group of marks, its tooltip with it."""
+    """The start tag of a group of marks, with its tooltip."""
     return f'<g class="{kind}"><title>{escape(title)}</title>'

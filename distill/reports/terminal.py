@@ -1,7 +1,7 @@
-"""A run in the terminal: its verdict, stages and arms with their intervals, curves as sparklines.
+"""Print a run's report in the terminal: verdict, arms with intervals, curves as sparklines, stages.
 
-Renders a `RunReport` with rich, complete or half way. Everything from outside goes through `Text`, which knows
-no markup, with control characters replaced.
+Renders a `RunReport` with rich; the run may be unfinished. Untrusted text goes through `Text`, which interprets no markup,
+with control characters replaced.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ def show(report: RunReport, console: Console | None = None) -> None:
 
 
 def sparkline(values: Sequence[float | None], width: int = 40) -> str:
-    """A curve in one line: the mean of each of `width` stretches, from the lowest block to the highest.
+    """A curve as one line of block characters: the means of `width` segments, scaled from lowest to highest.
 
-    Values that are not finite (null in JSON) are left out; a stretch with none is a space; a flat curve is low.
+    Non-finite values (null in JSON) are left out; a segment without values is a space; a constant curve is drawn low.
     """
     if not values:
         return ""
     width = min(width, len(values))
     means = []
     for i in range(width):
-        stretch = values[i * len(values) // width : (i + 1) * len(values) // width]
-        finite = [value for value in stretch if value is not None and math.isfinite(value)]
+        segment = values[i * len(values) // width : (i + 1) * len(values) // width]
+        finite = [value for value in segment if value is not None and math.isfinite(value)]
         means.append(sum(finite) / len(finite) if finite else math.nan)
     known = [mean for mean in means if not math.isnan(mean)]
     if not known:
@@ -69,7 +69,7 @@ def sparkline(values: Sequence[float | None], width: int = 40) -> str:
 
 
 def interval_bar(interval: Mapping[str, float], width: int = 20, end: float = 1.0) -> str:
-    """An estimate between 0 and `end` with its interval, `width` cells wide: ····├──●──┤····"""
+    """Draw an estimate between 0 and `end` with its interval, `width` cells wide: ····├──●──┤····"""
     low, value, high = (min(width - 1, max(0, int(interval[key] / end * width))) for key in ("low", "value", "high"))
     cells = ["·"] * width
     cells[low : high + 1] = "─" * (high + 1 - low)
@@ -97,7 +97,7 @@ def stage_table(report: RunReport) -> Table:
 
 
 def curve_table(report: RunReport) -> Table:
-    """The quantities that the report has panels of, a sparkline each; of several training seeds, the first one's."""
+    """A sparkline for each quantity that has a panel in the report; with several training seeds, of the first."""
     table = _table("stage", "curve", "", ">first", ">last")
     for stage in (copies[0] for copies in by_stage(report["stages"])):
         before = None
@@ -112,7 +112,7 @@ def curve_table(report: RunReport) -> Table:
 
 
 def arm_table(report: RunReport) -> Table:
-    """The verdict's table: every arm with its interval, best first."""
+    """Every arm with its interval, the best first."""
     arms = report["arms"]
     end = min(1.0, max(arm["accuracy"]["high"] for arm in arms.values()) * 1.1) or 1.0
     ks = sorted({int(k) for arm in arms.values() for k in arm["pass_at"]} - {1})[-1:]
@@ -144,7 +144,7 @@ def comparison_table(report: RunReport) -> Table:
 
 
 def _table(*columns: str) -> Table:
-    """Columns by heading; > aligns to the right."""
+    """An empty table with these headings; a leading > aligns a column to the right."""
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")

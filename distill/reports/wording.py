@@ -1,7 +1,4 @@
-"""Numbers and findings in words: how the report, its page and the terminal say the same thing.
-
-Comes in: raw numbers and rows of the report. Goes out: short text.
-"""
+"""Numbers and findings as short text, shared by the report, its page and the terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ def percent(share: float) -> str:
 
 
 def interval_text(row: IntervalRow | Mapping[str, Any], signed: bool = False) -> str:
-    """41.0% [35.1, 47.1]; signed, in points: +8.2 [1.1, 15.3]."""
+    """An estimate with its interval: 41.0% [35.1, 47.1], or signed, in points: +8.2 [+1.1, +15.3]."""
     value, low, high = (100 * row[key] for key in ("value", "low", "high"))
     head = f"{value:+.1f}" if signed else f"{value:.1f}%"
     ends = f"{low:+.1f}, {high:+.1f}" if signed else f"{low:.1f}, {high:.1f}"
@@ -26,7 +23,7 @@ def interval_text(row: IntervalRow | Mapping[str, Any], signed: bool = False) ->
 
 
 def scaled(value: float, unit: str = "") -> str:
-    """Three significant digits with an SI prefix: 12.3 k, 1.23 P."""
+    """A number with three significant digits and an SI prefix: 12.3 k, 1.23 P."""
     if value == 0:
         return f"0 {unit}".rstrip()
     for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
@@ -52,7 +49,7 @@ def _p_said(p: float) -> str:
 
 
 def reading(row: ComparisonRow) -> str:
-    """What a comparison allows one to say."""
+    """The verdict of a comparison in words."""
     return {
         "differ": "checkpoints differ",
         "not shown": "no difference shown",
@@ -62,7 +59,7 @@ def reading(row: ComparisonRow) -> str:
 
 
 def verdict(report: RunReport) -> str:
-    """The run in one sentence: its students, best first, how they differ and how far that carries."""
+    """The result of a run in one sentence: the students, best first, and the evidence for their differences."""
     arms = report["arms"]
     if not arms:
         return "No arm of this run has been evaluated yet."
@@ -79,7 +76,7 @@ def verdict(report: RunReport) -> str:
     start = f"On {arms[students[0]]['accuracy']['n']} held-out problems {_listed([said(n) for n in students])}{beside}"
     if len(students) == 1:
         return f"{start}."
-    # Of many, the best against each; of three, the two others as well.
+    # All pairs of up to three students; of more, the best against each other one.
     pairs = list(itertools.combinations(students, 2))
     found = [_reading_of(report, *pair) for pair in (pairs if len(students) <= 3 else pairs[: len(students) - 1])]
     readings = [reading for reading in found if reading is not None]
@@ -110,7 +107,7 @@ CHECKPOINT_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """A pair of arms, the better one first, as it is said. seeds: how many of each; none for checkpoints."""
+    """A compared pair of arms in words, the better one first. seeds: number of seeds of each; () for checkpoints."""
 
     verdict: str
     text: str
@@ -118,7 +115,7 @@ class _Reading:
 
 
 def _reading_of(report: RunReport, best: str, second: str) -> _Reading | None:
-    """What the report has on two arms, training seeds before checkpoints."""
+    """The comparison of two arms in the report, over training seeds if there is one, else of checkpoints."""
     found = [row for row in report["comparisons"] if {row["a"], row["b"]} == {best, second}]
     row = next((row for row in found if row["unit"] == "training seeds"), found[0] if found else None)
     if row is None:
@@ -132,7 +129,7 @@ def _reading_of(report: RunReport, best: str, second: str) -> _Reading | None:
 
 
 def _evidence(readings: list[_Reading], words: Mapping[str, tuple[str, str]]) -> str:
-    """The readings under their verdicts, the firm ones first."""
+    """The readings grouped by verdict, in the order of `words`."""
     parts = []
     for verdict, (one, several) in words.items():
         texts = [reading.text for reading in readings if reading.verdict == verdict]

@@ -1,4 +1,5 @@
-"""The lines that `distill check` prints below its table: machine, dtypes, and how to save time or memory."""
+"""The advice of `distill check` below its table: the machine, the dtypes, stages that take long or do not fit, and
+remedies."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from distill.reports.wording import duration
 from distill.run.predictions.row import Part, Row
 
 LONG = 3600.0
-"""Seconds: a recipe that takes longer gets a warning."""
+"""Seconds beyond which a recipe counts as long."""
 GIB = 2.0**30
 WORTH = 0.05
-"""Smallest saving that is mentioned, as a share of the recipe's time."""
+"""The least share of the total time that a saving must have to be mentioned."""
 
 
 def machine_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """A line about the machine, and one for each dtype that is used on it, with the reason."""
+    """Describe the machine and, once each, the dtypes used on it with their reasons."""
     first = f"this machine: {machine.name}, {machine.cores} cores, {machine.memory / GIB:.3g} GiB"
     if machine.device == "cuda":
         first += " on the GPU"
@@ -34,19 +35,19 @@ def machine_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
     for (purpose, dtype, why), names in stages.items():
         alone = sum(each[0] == purpose for each in stages) == 1
         what = {"training": "training", "engine": "engines"}[purpose]
-        uses.setdefault((dtype, why), []).append(what if alone else f"{what} ({_short_list(names)})")
+        uses.setdefault((dtype, why), []).append(what if alone else f"{what} ({_some(names)})")
     return [first, *(f"  {' and '.join(u)}: {dtype}; {why}" for (dtype, why), u in uses.items())]
 
 
 def too_large(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """A line for each stage whose weights, fp32 masters and moments alone exceed the machine's memory."""
+    """Return the stages whose weights, masters and moments alone exceed the machine's memory, with remedies."""
     found = []
     for row in rows:
         if row.least <= machine.memory:
             continue
         trains = any(part.purpose == "training" for part in row.parts)
         held = "weights, fp32 masters and moments" if trains else "weights"
-        ways = "lora (then only the adapter has masters and moments), " if trains else ""
+        ways = "lora (the masters and moments are then the adapter's), " if trains else ""
         found.append(
             f"stages.{row.name}: its {held} alone take {row.least / GIB:.3g} GiB, and this machine has "
             f"{machine.memory / GIB:.3g} GiB. What helps: {ways}a smaller model, or a machine with more memory."
@@ -61,54 +62,54 @@ def refuse(rows: Sequence[Row], machine: Machine) -> None:
 
 
 def memory_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """Warnings for stages whose estimated memory exceeds the machine's, grouped by the settings that lower it."""
+    """Warn about stages that probably need more memory than there is, grouped by remedy."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.least <= machine.memory < row.amounts["memory"]:
-            found.setdefault(_memory_settings(row), []).append(row)
+            found.setdefault(_memory_knobs(row), []).append(row)
     return [
-        f"warning: {_short_list([row.name for row in each])}: estimated to need up to "
+        f"warning: {_some([row.name for row in each])}: estimated to need up to "
         f"{max(row.amounts['memory'] for row in each) / GIB:.3g} GiB at the peak, and this machine has "
-        f"{machine.memory / GIB:.3g} GiB. Lower {settings}."
-        for settings, each in found.items()
+        f"{machine.memory / GIB:.3g} GiB. Lower {knobs}."
+        for knobs, each in found.items()
     ]
 
 
-def _memory_settings(row: Row) -> str:
-    settings = []
+def _memory_knobs(row: Row) -> str:
+    knobs = []
     if any(part.purpose == "training" for part in row.parts):
-        settings.append("micro_tokens, or set gradient_checkpointing: true or lora")
+        knobs.append("micro_tokens, or set gradient_checkpointing: true or lora")
     if any(part.purpose == "engine" for part in row.parts):
-        settings.append("engine.kv_cache_gib and engine.batch_size")
-    return "; ".join(settings)
+        knobs.append("engine.kv_cache_gib and engine.batch_size")
+    return "; ".join(knobs)
 
 
 def short_lines(rows: Sequence[Row]) -> list[str]:
-    """For `distill run`: one line before the first stage if the recipe takes long, else none."""
+    """Return one line for a run that takes long, shown before its first stage."""
     seconds = _seconds(rows)
     if seconds <= LONG:
         return []
     return [
-        f"this will take about {duration(seconds)} on this machine, most of it in {_longest_shares(rows)}; `distill check` says what "
+        f"this will take about {duration(seconds)} on this machine, most of it in {_most(rows)}; `distill check` says what "
         "would change that"
     ]
 
 
 def long_lines(recipe: Recipe, rows: Sequence[Row], machine: Machine) -> list[str]:
-    """For `distill check`: if a recipe takes long, its longest stages and the changes that save time; else no lines."""
+    """For `check`: return the longest stages of a recipe that takes long, and how much each remedy would save."""
     seconds = _seconds(rows)
     if seconds <= LONG:
         return []
     lines = [
-        f"warning: this takes about {duration(seconds)} on this machine, most of it in {_longest_shares(rows)}. What would change that:"
+        f"warning: this takes about {duration(seconds)} on this machine, most of it in {_most(rows)}. What would change that:"
     ]
     parts = [(row, part) for row in rows for part in row.parts]
     slow = {row.name: part for row, part in parts if part.slower > 0}
     gained = sum(part.slower for _, part in parts)
     if gained > WORTH * seconds:
-        lines.append(f"  dtype: auto in {_short_list(list(slow))}: about {duration(gained)} less")
+        lines.append(f"  dtype: auto in {_some(list(slow))}: about {duration(gained)} less")
     lines += _without_vllm(parts, machine, seconds)
-    lines += [line for each in _longest(rows).items() if (line := _halving_line(recipe, *each))]
+    lines += [line for each in _longest(rows).items() if (line := _fewer(recipe, *each))]
     if machine.device == "cpu":
         lines.append("  a GPU: the recipe runs there as it is, and `distill check` there says how long it takes")
     return lines
@@ -123,11 +124,11 @@ def _without_vllm(parts: Sequence[tuple[Row, Part]], machine: Machine, seconds: 
     gained = sum(found.values())
     if gained <= WORTH * seconds:
         return []
-    return [f"  the engine vllm in {_short_list(list(found))} instead of transformers: about {duration(gained)} less"]
+    return [f"  the engine vllm in {_some(list(found))} instead of transformers: about {duration(gained)} less"]
 
 
 def _stages(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by stage, longest first. Copies for several seeds, and the evaluations of a comparison, are together."""
+    """Group rows by stage, seed copies and a comparison's evaluations together; the longest first."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(base_name(row.name.partition(".")[0]), []).append(row)
@@ -135,21 +136,21 @@ def _stages(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _longest(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The longest stages, at most three; the second and third only if they take more than a tenth of the time."""
+    """Return the longest stages, at most three, each at least a tenth of the total."""
     first, *others = list(_stages(rows).items())[:3]
     whole = _seconds(rows)
     return dict([first, *(each for each in others if _seconds(each[1]) > 0.1 * whole)])
 
 
-def _halving_line(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
-    """A line: how to halve a stage's work, and the time that this saves; "" if the stage has no key for it."""
+def _fewer(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
+    """Return how to halve a stage's work with its own keys, and the time saved; "" if it has no such key."""
     config = recipe.stages[rows[0].name.partition(".")[0]]
     start = sum(row.start for row in rows)
     what = config.half_the_work(stage)
     return f"  {what}: about {duration((_seconds(rows) - start) / 2)} less" if what else ""
 
 
-def _longest_shares(rows: Sequence[Row]) -> str:
+def _most(rows: Sequence[Row]) -> str:
     whole = _seconds(rows)
     return ", ".join(f"{name} ({_seconds(e) / whole:.0%})" for name, e in _longest(rows).items())
 
@@ -158,7 +159,7 @@ def _seconds(rows: Sequence[Row]) -> float:
     return sum(row.amounts["seconds"] for row in rows)
 
 
-def _short_list(names: Sequence[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     distinct = list(dict.fromkeys(base_name(name) for name in names))
     more = f" and {len(distinct) - 4} more" if len(distinct) > 4 else ""
     return ", ".join(distinct[:4]) + more

@@ -1,6 +1,6 @@
-"""Checks of a stage before the run starts, one public function per stage kind: `kind(name, config, recipe)`.
+"""Checks of a stage before anything runs, one public function per kind: `kind(stage, config, recipe)`.
 
-Each raises UserError for a loss, objective, reward or filter that does not exist or does not accept its options.
+Each raises UserError for a loss, objective, reward or filter that does not exist or does not take the options given.
 """
 
 from __future__ import annotations

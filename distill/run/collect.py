@@ -1,4 +1,4 @@
-"""Collect the results in a run's folders into one report: stages, arms and their costs, comparisons, predictions."""
+"""Collect a run's folders into one report: stages, arms with their costs, comparisons, predictions and measurements."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from distill.reports.run_report import ArmRow, RunReport, SeedRow, SnapshotRow, 
 from distill.stages.budget import stage_costs
 
 MAX_POINTS = 240
-"""Maximum number of points of a curve; a longer curve is reduced to means over consecutive steps."""
+"""The largest number of points of a curve; longer curves are thinned by averaging."""
 
 
 def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunReport:
-    """The report of a run, finished or not. names: its nodes, in order. command: the command that reproduces it."""
+    """Collect everything that the run holds so far. names: of its nodes, in order. command: the one that repeats the run."""
     states = {name: standing for name in names if (standing := run_folder.read(run / name)) is not None}
     comparisons, examples = [], []
     for standing in states.values():
@@ -50,14 +50,14 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
 
 
 def collect_run(run: Path) -> RunReport:
-    """The report of the run in a folder, finished or not."""
+    """Collect a run from its folder, finished or not."""
     recipe = run_folder.recipe(run)
     names = [name for stage in recipe.stages for name in (*_children(recipe, stage), stage)]
     return collect(recipe, run, names, f"distill run {run / run_folder.RESOLVED}")
 
 
 def _children(recipe: Recipe, stage: str) -> list[str]:
-    """The folder names of the stages that a stage expands into."""
+    """Return the child stages of a stage, by their folders."""
     return [f"{stage}.{below}" for below in recipe.stages[stage].children()]
 
 
@@ -86,9 +86,9 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
 
 
 def read_curves(lines: Path) -> tuple[list[float], dict[str, list[float | None]]]:
-    """(steps, values by key) of a metrics.jsonl: every number in its lines; None where a key was not logged.
+    """Return (steps, values by key) of a metrics.jsonl: all its numbers; None at steps without a value.
 
-    An incomplete last line is skipped. A curve of more than `MAX_POINTS` points is reduced to that many means.
+    A line that a kill cut short is skipped. Long curves are thinned to `MAX_POINTS` means.
     """
     records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     records = [record for record in records if "step" in record]
@@ -121,8 +121,7 @@ def _arms(recipe: Recipe, run: Path, states: dict[str, run_folder.State]) -> dic
         for arm, runs in config.evaluations().items():
             nodes = {seed: f"{name}.{child}" if child else name for seed, (child, _) in runs.items()}
             found.append(_Found(arm or name, name, nodes, [model for _, model in runs.values()]))
-    # The students of a teacher that was trained in this run share its cost equally; the training seeds of one arm count
-    # as one student.
+    # A teacher's training cost is shared by all its students; the training seeds of one arm are one student.
     taught = {
         base_name(model)
         for one in found
@@ -146,7 +145,7 @@ def _arms(recipe: Recipe, run: Path, states: dict[str, run_folder.State]) -> dic
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """An arm: the stage that evaluates it, the evaluation node of each training seed, and their models."""
+    """An arm: the stage that evaluates it, the evaluation of each training seed, and their models."""
 
     arm: str
     stage: str
@@ -154,7 +153,7 @@ class _Found:
     models: list[str]
 
     def metrics(self, states: dict[str, run_folder.State]) -> dict[str, Any] | None:
-        """The arm's results, over all its training seeds; None until all evaluations are done."""
+        """Return the arm's scores, over its training seeds if there are several; None before they exist."""
         if any(node not in states or states[node].status != "done" for node in self.nodes.values()):
             return None
         if len(self.nodes) == 1:
@@ -167,7 +166,7 @@ class _Found:
 
 
 def _arm(found: _Found, role: Any, metrics: dict[str, Any], cost: ArmCost, before: float) -> ArmRow:
-    """The report's row of an arm. before: the student's FLOPs before the evaluated stage began."""
+    """Describe one arm. before: the student's FLOPs up to the stage that was evaluated."""
     model = found.models[0]
     scores = {
         key: metrics[key]
@@ -229,7 +228,7 @@ def _notes(states: dict[str, run_folder.State]) -> list[str]:
 
 
 def _sandboxes(recipe: Recipe) -> list[str]:
-    """Notes on the sandboxes in which tasks and rewards of the recipe run programs."""
+    """Describe the sandboxes in which the recipe's tasks and rewards run programs."""
     from distill.tasks import sandbox
 
     options = [plug.options for plug in recipe.tasks.values() if plug.fn == "humaneval"]
@@ -239,6 +238,6 @@ def _sandboxes(recipe: Recipe) -> list[str]:
 
 
 def _rewards(stage: StageConfig) -> list[RewardConfig]:
-    """The rewards that a stage names, in any field."""
+    """Return the rewards that a stage names, in any of its fields."""
     lists = [value for _, value in stage if isinstance(value, list)]
     return [one for value in lists for one in value if isinstance(one, RewardConfig)]

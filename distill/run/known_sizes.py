@@ -1,6 +1,6 @@
-"""Sizes of a recipe's models, data and tasks before the run; lengths are estimated from a few examples.
+"""Sizes of a recipe's models, data and tasks before anything runs; lengths are estimated from a few examples.
 
-No model is loaded. A size that cannot be looked up (of a hub model without a network) is assumed and noted as unverified.
+No model is loaded; what cannot be looked up (a hub model without a network) is noted as unverified.
 """
 
 from __future__ import annotations
@@ -12,30 +12,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distill import jsonl
 from distill.compute.flops import ModelShape
-from distill.models import PACKAGE, config_of, gguf, package_file
-from distill.recipe import ModelConfig, PolicyStage, Recipe, StageConfig, TrainStage
+from distill.conversations import Reader
+from distill.models import PACKAGE, check_folder, config_of, gguf, package_file
+from distill.recipe import ModelConfig, PolicyStage, Recipe, RowsConfig, StageConfig, TrainStage
 from distill.records import Task, UserError
 from distill.stages.context import find_data, make_task
-from distill.stages.inputs.score_inputs import is_hub_id, is_traces, open_rows
+from distill.stages.inputs.conversation_data import DroppedRows, conversations, is_hub_id, nothing_found, open_rows
+from distill.stages.inputs.score_inputs import is_traces
 
 CHAT_TOKENS = 12
-"""Tokens that a chat template adds to a system message and a question."""
+"""Tokens that a chat template puts around a system message and a question."""
 SAMPLE = 16
-"""Problems from which the prompt length of a task is estimated."""
 ASSUMED_ROWS = (1000.0, 200.0, 2000.0)
-"""Assumed size of a hub dataset: traces, prompt tokens and reply tokens; it is not downloaded to find out."""
+"""Traces, and tokens of a prompt and a reply, of a hub dataset that is not looked up."""
 
 
 @dataclass(slots=True)
 class Known:
-    """Sizes of the recipe's models, data and tasks, filled in stage by stage, inputs first.
-
-    By name: shapes of models; replies: mean reply tokens that a model learned; traces: (number, prompt tokens, reply
-    tokens); tasks_of: the task of a set of traces; tasks: (task, mean prompt tokens); spent: FLOPs of the whole training of a
-    model; snapshots: number of snapshots.
-    """
+    """Sizes of the recipe's models, data and tasks, filled in stage by stage, inputs first."""
 
     recipe: Recipe
     shapes: dict[str, ModelShape] = field(default_factory=dict)
@@ -48,7 +43,7 @@ class Known:
     notes: list[str] = field(default_factory=list)
 
     def assume(self, name: str, config: StageConfig) -> None:
-        """Fill in the output of a stage that has no prediction: the size of its input, or an assumed size."""
+        """Fill in the output of a stage without a prediction: as large as its input, or of an assumed size."""
         model, data = (next(iter(config.reads(sort)), "") for sort in ("model", "data"))
         if config.writes == "model":
             self.shapes[name] = self.shape(model) if model else ModelShape.from_params(1e9)
@@ -58,21 +53,21 @@ class Known:
             self.traces[name] = self.traces.get(data, ASSUMED_ROWS)
 
     def budget(self, config: TrainStage | PolicyStage) -> float:
-        """The FLOPs that a stage may spend under its budget (see stages.budget)."""
-        assert config.budget is not None, "the config has steps, epochs or a budget"
+        """The FLOPs that a stage may spend by its budget (see stages.budget)."""
+        assert config.budget is not None, "a length is given in steps, epochs or by a budget"
         allowed = config.budget.times * self.spent[config.budget.flops_of]
         return max(allowed - self.spent.get(config.model, 0.0), 0.0)
 
     def task(self, name: str) -> tuple[Task, float]:
-        """A task, and the mean number of tokens of its prompts."""
+        """The task, and the mean tokens of its prompts."""
         if name not in self.tasks:
             task = make_task(name, self.recipe.tasks[name])
             self.tasks[name] = task, self._prompt_tokens(name, task)
         return self.tasks[name]
 
     def frame(self, data: str, task: str | None) -> float:
-        """Tokens at the start that all prompts of a data set share: the task's system message and half of the chat
-        template's tokens."""
+        """Tokens that all prompts of a data set share at the start: its task's system message and half of the chat
+        template."""
         name = task or self.tasks_of.get(data)
         if name is None:
             return 0.0
@@ -99,41 +94,47 @@ class Known:
         return self.shapes[name]
 
 
-def rows_of(
-    data: str, task: str | None, known: Known, *, split: str = "", texts: bool = False
-) -> tuple[float, float, float]:
-    """(rows, mean prompt tokens, mean reply tokens) of stored data: exact for a folder of shards, else estimated from
-    the first rows.
-
-    split: the split of a dataset. texts: whether the stage also accepts folders that `datasets` saved and hub datasets.
-    Raises UserError if the data does not exist or has no usable row.
-    """
+def rows_of(data: str, config: RowsConfig, known: Known) -> tuple[float, float, float]:
+    """Return (rows, prompt tokens, reply tokens) of a data set, from its first rows; of a folder of shards, exactly."""
     path = find_data(data)
-    if path is None and texts and is_hub_id(data):
-        known.notes.append(f"data {data!r} unverified: assumed to have {ASSUMED_ROWS[0]:g} traces")
+    if path is None and is_hub_id(data):
+        known.notes.append(f"data {data!r} unverified: {ASSUMED_ROWS[0]} traces are assumed")
         return ASSUMED_ROWS
     if path is None:
         raise UserError(f"data: {data!r} does not exist (looked in {Path.cwd()}).")
-    if is_traces(path) or not (texts or path.suffix == ".jsonl"):
+    if is_traces(path):
         return stored(data)
-    source = open_rows(data, split, "data")
+    table, left_out = open_rows(data, config, "data"), DroppedRows()
+    reader = Reader(config.fields, config.keep_wrong)
+    every = getattr(config, "turns", "last")
     replies, prompts = [], []
-    rejected: list[int] = []
-    for _, row in itertools.islice(source.rows(lambda line, _: rejected.append(line)), 200):
-        try:
-            messages, reply = jsonl.conversation(row)
-        except ValueError:
-            continue
-        prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
-        replies.append(count_tokens(reply or "") + 1)
+    for given in itertools.islice(conversations(table, reader, left_out), 200):
+        for messages, reply in given.replies(every):
+            prompts.append(sum(count_tokens(m["content"]) for m in messages) + CHAT_TOKENS)
+            replies.append(count_tokens(f"{reply.get('reasoning_content', '')} {reply['content']}") + 1)
     if not replies:
-        raise UserError(f"data: {data!r} has no usable row.")
+        why = nothing_found(table, left_out) or (
+            f"Its rows are read as {reader.layout!r} and hold no reply: generate traces for a task of them, or name the column of "
+            "replies by fields: {question: …, reply: …}."
+        )
+        raise UserError(f"data: {data!r} holds nothing to learn from. {why}")
+    known.notes.append(_seen(data, reader, left_out))
+    task = getattr(config, "task", None)
     extra = count_tokens(known.task(task)[0].template.system or "") if task else 0
-    return source.count(), extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
+    count = sum(1 for _ in table.rows(lambda number, reason: None))
+    return count, extra + sum(prompts) / len(prompts), sum(replies) / len(replies)
+
+
+def _seen(data: str, reader: Reader, left_out: DroppedRows) -> str:
+    """Say how a data set's first rows are read, and what of them is left out."""
+    lost = sum(left_out.reasons.values())
+    first = f" ({left_out.first[0]})" if left_out.first else ""
+    return f"data {data!r}: rows read as {reader.layout}" + (
+        f"; {lost} of the first rows left out{first}" if lost else ""
+    )
 
 
 def stored(reference: str) -> tuple[float, float, float]:
-    """(rows, mean prompt tokens, mean reply tokens) of a folder of shards."""
     from distill.traces.reader import open_traces
 
     lengths = open_traces(Path(reference).expanduser()).lengths()
@@ -142,26 +143,27 @@ def stored(reference: str) -> tuple[float, float, float]:
 
 
 def count_tokens(text: str) -> float:
-    """Estimated number of tokens of a text: 1.2 for each word, 0.9 for each digit and sign."""
+    """An estimate without a tokenizer: 1.2 tokens a word, 0.9 for every digit and sign."""
     words = len(re.findall(r"[^\W\d_]+", text))
     others = len(re.findall(r"\d|[^\w\s]|_", text))
     return 1.2 * words + 0.9 * others
 
 
 def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
-    """The sizes of a model, and a note if they are assumed ("" otherwise)."""
+    """A model's sizes, and a note where they are only assumed."""
     if model.source.startswith(PACKAGE):
         return _gguf_shape(package_file(model.source)[1]), ""
     folder = Path(model.source).expanduser()
     if folder.is_dir():
+        check_folder(folder)
         return ModelShape.from_config(config_of(folder)), ""
     cached = _cached_config(model)
     if cached is not None:
         return ModelShape.from_config(cached), ""
     if model.params is None:
         return ModelShape.from_params(1e9), (
-            f"unverified: {model.source!r} is not in the local cache, so one billion parameters are assumed; set `params` "
-            "for a better estimate"
+            f"unverified: {model.source!r} is not in the local cache; say its `params` for a better estimate "
+            "(one billion is assumed)"
         )
     return ModelShape.from_params(model.params), f"unverified: {model.source!r} is not in the local cache"
 

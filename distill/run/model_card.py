@@ -1,6 +1,6 @@
-"""Write a model card beside the weights of every model that a run made, and push a model to the hub.
+"""Model cards, written beside a stage's weights from the run's records; and the upload to the hub.
 
-`write` is called when a stage ends. `write_all` is called with the report, when the models' accuracies are known.
+`write` is called when a stage ends, `write_all` with the report, because scores are known later than models.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 from distill import run_folder
 from distill.models import hub
 from distill.recipe import Recipe
-from distill.recipe.lineage import NOT_UPSTREAM, origin, upstream_stages
+from distill.recipe.lineage import NO_PARENTS, origin, rests_on
 from distill.records import UserError
 from distill.reports.model_card_markdown import FILE, Ancestor, Card, write_card
 from distill.reports.report_blocks import VIEWS
@@ -26,7 +26,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def write(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Path | None:
-    """Write the card of a stage's model, with accuracies if there is a report; None for a stage without a model."""
+    """Write the card of one stage's model, with the report's scores if there are any; None for stages without a model."""
     folder = run / name / "model"
     if not (folder / "config.json").is_file():
         return None
@@ -34,14 +34,14 @@ def write(resolved: Recipe, run: Path, name: str, report: RunReport | None = Non
 
 
 def write_all(resolved: Recipe, run: Path, report: RunReport) -> list[Path]:
-    """Write the cards of all models that the run has made."""
+    """Write the cards of all models of the run."""
     written = [write(resolved, run, name, report) for name in resolved.stages]
     return [path for path in written if path is not None]
 
 
 def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Card:
-    """The card of a stage's model, from the recipe and the run's folders."""
-    above = set(upstream_stages(resolved, name))
+    """Collect the facts about a stage's model from the run's folders."""
+    above = set(rests_on(resolved, name))
     lineage = [_ancestor(resolved, run, one) for one in resolved.stages if one in above]
     base = _base(resolved, name)
     scores = {
@@ -76,12 +76,13 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
 
 
 def _base(resolved: Recipe, name: str) -> str | None:
-    """The source of the original model of a stage's model; None if a stage of the recipe created it."""
+    """Return the origin of the model from which a stage's model was made, through all stages; None if a stage created it
+    from nothing."""
     name = origin(resolved, name)
     if name in resolved.stages:
         return None
     source = resolved.models[name].source if name in resolved.models else name
-    # The path of a local folder is of no use on another machine, so only its name is shown.
+    # A folder of this machine means nothing elsewhere, but for its name.
     return Path(source).expanduser().name if Path(source).expanduser().is_dir() else source
 
 
@@ -91,7 +92,7 @@ def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
     return Ancestor(
         name=name,
         kind=config.kind,
-        made_from={each.field: each.name for each in config.inputs() if each.sort not in NOT_UPSTREAM},
+        made_from={each.field: each.name for each in config.inputs() if each.sort not in NO_PARENTS},
         cost=standing.cost if standing else {},
         seconds=standing.seconds if standing else 0.0,
         facts=[
@@ -102,13 +103,12 @@ def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
 
 
 def _facts(traces: Path) -> Iterator[tuple[str, str]]:
-    """Key facts about a folder of traces; nothing if there is none."""
     if not traces.is_dir():
         return
     try:
         reader = open_traces(traces)
-    except UserError:  # the traces were moved or changed; the model's card is written nevertheless
-        yield "traces", "changed after the training, or incomplete"
+    except UserError:  # moved or changed since; the trained model's card is still written
+        yield "traces", "changed since, or not whole"
         return
     metadata = reader.metadata
     yield "traces", f"{len(reader):,}"
@@ -124,27 +124,27 @@ def _facts(traces: Path) -> Iterator[tuple[str, str]]:
 
 
 def push(reference: Path, repo: str, *, private: bool = True) -> str:
-    """Upload a model and its card to the hub repository `repo` (owner/name) and return its address.
+    """Upload a checkpoint and its card to the model `repo` (owner/name), created if missing; return its address.
 
-    The repository is created if it does not exist. reference: the model's folder, or the folder of its stage. Raises
-    UserError if there is no model, or if the hub cannot be reached or refuses the upload.
+    reference: a checkpoint's folder, or a stage's folder with one. Raises UserError if there is no checkpoint, or the hub
+    cannot be reached or refuses.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    folder = model_folder(reference)
+    folder = checkpoint(reference)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"push: {repo!r} is not a valid repository name: write owner/name.")
+        raise UserError(f"push: {repo!r} is not the name of a model: write owner/name.")
     if not (folder / FILE).is_file():
         raise UserError(
-            f"push: {folder} has no {FILE}. `distill run` writes one for every model; for a model from elsewhere, write "
-            "the file yourself."
+            f"push: {folder} has no {FILE}. `distill run` writes one with every checkpoint; write one by hand for a model "
+            "from elsewhere."
         )
     endpoint = huggingface_hub.constants.ENDPOINT
     if not hub.reachable():
         raise UserError(
-            f"push: the hub ({endpoint}) cannot be reached, so nothing was uploaded. {folder} is complete: copy it to a "
-            f"machine with a network and run `hf upload {repo} {folder}` there."
+            f"push: the hub ({endpoint}) cannot be reached, so nothing was uploaded. {folder} is complete: from a machine "
+            f"with a network, `hf upload {repo} {folder}`."
         )
     try:
         api = huggingface_hub.HfApi()
@@ -153,14 +153,14 @@ def push(reference: Path, repo: str, *, private: bool = True) -> str:
     except (LocalTokenNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"push: the hub ({endpoint}) refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) with an "
-            "account that may write there, then run again; only missing files are uploaded."
+            f"push: the hub ({endpoint}) refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) as "
+            "somebody who may write there; run again, and only what is missing is uploaded."
         ) from None
     return str(address)
 
 
-def model_folder(reference: Path) -> Path:
-    """The folder with config.json and weights: the given path, or its `model` folder. Raises UserError if neither is."""
+def checkpoint(reference: Path) -> Path:
+    """Return the folder with config.json and weights for a path: itself, or a stage's `model`."""
     for base in (reference, Path("runs") / reference):
         for folder in (base, base / "model"):
             if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
@@ -171,4 +171,4 @@ def model_folder(reference: Path) -> Path:
             stages = run_folder.recipe(run).stages
             names = [f"{run}/{n}" for n in stages if (run / n / "model" / "config.json").is_file()]
             made = f" Its models are: {', '.join(names)}." if names else ""
-    raise UserError(f"push: {reference} is not a model (a folder with config.json and safetensors).{made}")
+    raise UserError(f"push: {reference} is not a checkpoint (config.json and safetensors).{made}")

@@ -1,4 +1,4 @@
-"""Describe the output of an unfinished stage that it can resume from."""
+"""Describe what an unfinished stage has on disk to resume from."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def kept(folder: Path, config: Any) -> str:
-    """What a stage can resume from, such as "the checkpoint of step 10 of 24" or "320 of 640 traces"; "" if nothing.
+    """For example "the checkpoint of step 10 of 24" or "320 of 640 traces"; empty where there is nothing.
 
-    folder: the stage's folder. config: its config, for the total number.
+    folder: the stage's. config: its section of the recipe, for the total where it has one.
     """
     steps = sorted(folder.glob("checkpoints/step-*/state.json"))
     if steps:

@@ -1,10 +1,8 @@
-"""The stage kinds, one module each with `run(config, context) -> Result`, and modules that they share.
-
-Only stages import from several other packages of distill (engines, training, tasks, traces).
+"""Stage kinds, one module each with `run(config, context) -> Result`; and what they share. Rooms meet only here.
 
 prune.py generate.py score.py filter.py train.py grpo.py on_policy.py eval.py compare.py    the kinds
-context.py         the context that a stage runs in, and its result
-auto_settings.py   choice of engine and dtypes where the recipe says "auto"
+context.py         the context a stage runs in, and its result
+auto_settings.py   the engine and dtypes of `auto`
 budget.py          training length given as another stage's FLOPs
-inputs/            loading of the data, models, losses and rewards that a stage names
+inputs/            find and open a stage's inputs
 """

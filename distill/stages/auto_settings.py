@@ -1,6 +1,6 @@
-"""Choose a stage's engine and dtypes where the recipe says "auto", before anything is loaded.
+"""Decide the engine and dtypes that a recipe sets to "auto", before anything loads.
 
-stage.json keeps each choice and its reason; a resumed stage keeps its choices, even on another machine.
+A resumed stage keeps its decisions, also on another machine: stage.json stores each decision and its reason.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from distill.stages.context import Context
 
 
 def settle(config: Any, context: Context) -> Any:
-    """The stage's config with an engine and a dtype in place of every "auto". Prints the choices with their reasons."""
+    """Return the stage's config with every "auto" replaced; print each decision and its reason."""
     model = next(iter(config.reads("model")), None)
     if isinstance(config, OptimStage) and model is not None:
         dtype = _dtype("dtype", config.dtype, "training", model, context)
@@ -28,7 +28,7 @@ def settle(config: Any, context: Context) -> Any:
 
 
 def settle_engine(config: EngineConfig, model: str, context: Context) -> EngineConfig:
-    """The engine section with an engine's name in place of "auto". Prints the choice and its reason unless it is vLLM.
+    """Return the engine section with "auto" replaced; print the engine and the reason if it is not vLLM.
 
     model: a model of the recipe, or the stage that made it. A resumed stage keeps its engine, unless that was vLLM.
     """
@@ -40,12 +40,12 @@ def settle_engine(config: EngineConfig, model: str, context: Context) -> EngineC
     if config.fn == engines.AUTO and choice.fn != "vllm":
         began = "" if before is None else f"this stage began with {before['value']}, but "
         context.say(f"engine {choice.fn}: {began}{choice.why}")
-    _keep("engine.fn", {"value": choice.fn, "why": choice.why}, context)
+    keep("engine.fn", {"value": choice.fn, "why": choice.why}, context)
     return config.model_copy(update={"fn": choice.fn})
 
 
 def _dtype(key: str, wish: str, purpose: Literal["training", "engine"], model: str, context: Context) -> str:
-    """The dtype: the stage's earlier choice if the recipe still allows it, else the choice of `machine.choose`."""
+    """Return the dtype of the stage's first attempt, unless the recipe names another; else that of `machine.choose`."""
     before = _before(key, context)
     if before is not None and wish in ("auto", before["value"]):
         context.say(f"{key} {before['value']}: as this stage began ({before['why']})")
@@ -53,9 +53,9 @@ def _dtype(key: str, wish: str, purpose: Literal["training", "engine"], model: s
     width = machine.width_of(models.config_of(context.model_dir(model)))
     choice = machine.choose(context.machine(width), width, wish, purpose)
     decided: run_folder.Decided = {"value": choice.dtype, "why": choice.why}
-    if not _said_by_another_stage(key, decided, context):
+    if not _said_before(key, decided, context):
         context.say(f"{key} {choice.dtype}: {choice.why}")
-    _keep(key, decided, context)
+    keep(key, decided, context)
     return choice.dtype
 
 
@@ -66,18 +66,19 @@ def _state(context: Context) -> run_folder.State:
 
 
 def _before(key: str, context: Context) -> run_folder.Decided | None:
-    """The choice of an earlier attempt of this stage; None at the first attempt."""
+    """Return the decision of the stage's first attempt; None at the first attempt."""
     return _state(context).decided.get(key)
 
 
-def _keep(key: str, decided: run_folder.Decided, context: Context) -> None:
+def keep(key: str, decided: run_folder.Decided, context: Context) -> None:
+    """Store a decision in the stage's stage.json."""
     standing = _state(context)
     standing.decided[key] = decided
     run_folder.write(context.folder, standing)
 
 
-def _said_by_another_stage(key: str, decided: run_folder.Decided, context: Context) -> bool:
-    """Whether another stage of the run made the same choice for the same reason, and so printed it already."""
+def _said_before(key: str, decided: run_folder.Decided, context: Context) -> bool:
+    """Return whether another stage of the run printed the same decision and reason: once a run is enough."""
     others = [file.parent for file in context.run.glob(f"*/{run_folder.FILE}")]
     states = [run_folder.read(folder) for folder in others if folder != context.folder]
     return any(one is not None and one.decided.get(key) == decided for one in states)

@@ -1,7 +1,7 @@
-"""`budget: {flops_of: OTHER}`: train until as many FLOPs are spent as the student of stage OTHER used.
+"""`budget: {flops_of: OTHER}`: train with the same compute as another stage's student.
 
-Both sides count the student's own FLOPs: training, rollouts, and forward passes of itself and its reference model; the
-teachers' FLOPs do not count. Shared upstream costs (the training of a common start, traces that it wrote) cancel out.
+Both sides count the student's own compute: training, rollouts, scoring by itself or its reference; not the teachers'.
+Common ancestors (the training of a common start, traces that the start wrote) cancel out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
-    """The cost of each stage of the run so far, from its stage.json; an unfinished stage counts too."""
+    """Return the cost of each stage of the run so far; for an unfinished stage, the cost in its stage.json."""
     costs = {}
     for name in recipe.stages:
         if (standing := run_folder.read(run / name)) is not None:
@@ -32,15 +32,16 @@ def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
 
 
 def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Budget | None:
-    """The FLOPs that the stage may spend; None if it has no budget. Raises UserError if no FLOPs are left."""
-    # Imported here because reports and checks use this module too and must not load torch.
+    """The FLOPs that the stage may spend; None where its length is given in steps. Raises UserError where none are
+    left."""
+    # Reports and checks read costs here too, and load nothing that trains.
     from distill.training.loop import Budget
 
     if config.budget is None:
         return None
     other = config.budget.flops_of
     costs, parents = stage_costs(context.recipe, context.run), parents_of(context.recipe)
-    costs[context.name] = StageCost(config.trains, Cost())  # upstream costs only, not those of an earlier attempt
+    costs[context.name] = StageCost(config.trains, Cost())  # its ancestors only, not an earlier attempt of its own
 
     def spent(model: str) -> float:
         return arm_cost(model, costs, parents).student.flops
@@ -49,9 +50,9 @@ def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) 
     flops = allowed - spent(context.name)
     if flops <= 0:
         raise UserError(
-            f"stages.{context.name}.budget: {other!r} allows {allowed:.3g} FLOPs in total, but the training of this stage's "
-            f"starting model already used {spent(context.name):.3g}; nothing is left to spend. Raise budget.times."
+            f"stages.{context.name}.budget: {allowed:.3g} FLOPs in all, by {other!r}, and what this stage goes on from "
+            f"took {spent(context.name):.3g} already; nothing is left to spend."
         )
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
-    context.say(f"budget: {flops:.3g} FLOPs, measured by {other}")
+    context.say(f"budget: {flops:.3g} FLOPs, by what {other} took")
     return Budget(flops, lambda counts: training_cost(config, shape, counts).flops)

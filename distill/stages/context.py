@@ -11,17 +11,17 @@ from distill import machine, models, plug
 from distill.files import SHIPPED, whole_folder
 from distill.machine import Machine, Width
 from distill.progress import Live, Screen
-from distill.recipe import PlugConfig, Recipe
+from distill.recipe import Recipe, TaskConfig
 from distill.records import Cost, Task, UserError, stable_hash
 from distill.stages.shared_engine import SharedEngine
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of a stage.
+    """What a stage returns.
 
-    cost: of the stage. teacher_cost: of the teachers' forward passes. metrics: for the report. fingerprint: of the
-    output's content; when it changes, the stages that read this output are done again.
+    cost: of the stage; teacher_cost: of the teachers' forward passes. metrics: for the report. fingerprint: of the
+    output's content; later stages are done again when it changes.
     """
 
     cost: Cost
@@ -32,10 +32,10 @@ class Result:
 
 @dataclass(slots=True)
 class Context:
-    """The context of one stage of a run: the recipe, its folders, the terminal and the engine.
+    """One stage of one run.
 
-    folder: the stage's folder, kept between attempts. engine: the engine of this process, shared with the stages that
-    run in it later.
+    folder: the stage's own, kept between attempts. engine: the process's, shared with the stages that run after this
+    one in it.
     """
 
     recipe: Recipe
@@ -50,34 +50,38 @@ class Context:
 
     @property
     def seed(self) -> int:
-        """The random seed of the stage: its own, or the recipe's."""
+        """The seed of the stage's random draws: its own, or the recipe's."""
         own = self.recipe.stages[self.name.partition(".")[0]].seed
         return self.recipe.seed if own is None else own
 
     def live(self, total: int, unit: str, done: int = 0) -> Live:
-        """A live progress line on the terminal."""
         return self.screen.live(total, unit, done)
 
     def phase(self, text: str) -> None:
-        """Show the name of a phase that may take seconds, until the next phase or live line."""
+        """Show a step that may take seconds, until the next phase or live line."""
         self.screen.phase(text)
 
     def say(self, text: str) -> None:
         """Print a plain line."""
         self.screen.say(text)
 
+    def say_note(self, engine: Any) -> None:
+        """Print an engine's note on how it runs the model, if it has one (an optional attribute of engines)."""
+        if note := getattr(engine, "note", ""):
+            self.say(note)
+
     def model_dir(self, reference: str) -> Path:
-        """The folder of a model of the recipe, or of the model that a stage made."""
+        """Return the folder of a model of the recipe or of a stage."""
         if reference in self.recipe.stages:
             return self.run / reference / "model"
         return models.resolve(self.recipe.models[reference], self.phase)
 
     def trusts(self, reference: str) -> bool:
-        """Whether the recipe allows Python code that comes with the model to run."""
+        """Return whether the recipe allows a model's own code to run (trust_remote_code)."""
         return reference in self.recipe.models and self.recipe.models[reference].trust_remote_code
 
     def data_path(self, reference: str) -> Path:
-        """The path of a stage's traces, or of a file or folder. Raises UserError if it does not exist."""
+        """Return the path of a stage's traces, or of a file or folder."""
         if reference in self.recipe.stages:
             return self.run / reference / "traces"
         path = find_data(reference)
@@ -86,36 +90,52 @@ class Context:
         return path
 
     def machine(self, width: Width) -> Machine:
-        """This machine, from the run's environment.json; measured now if the width is missing there."""
+        """Return this machine from the run's environment.json; measure it now if the width is missing there."""
         return machine.in_stage(self.run, width, models.cache_home() / "machine")
 
     def task(self, reference: str) -> Task:
-        """A task of the recipe."""
         return make_task(reference, self.recipe.tasks[reference])
 
 
+COPY_SHARE = 0.4
+"""The share of the memory that a reloaded copy of a model may take."""
+
+
 def find_data(reference: str) -> Path | None:
-    """The file or folder at a recipe's path, relative to the working directory or to the package's data; None if absent."""
+    """Find a file or folder of a recipe: relative to the working directory, or among the files shipped with the package."""
     given = Path(reference).expanduser()
     return next((path for path in (given, SHIPPED / given) if path.exists()), None)
 
 
-def make_task(name: str, config: PlugConfig) -> Task:
+def make_task(name: str, config: TaskConfig) -> Task:
     """Make the task that a recipe describes. Raises UserError for an unknown task or a wrong option."""
+    from distill.tasks import templates
+
     function = plug.bind(config.fn, config.options, "distill.tasks", f"tasks.{name}")
-    task: Task = function(name)
+    with templates.given_options(config.template_options):
+        task: Task = function(name)
+    if dict(task.template.options) != config.template_options:
+        raise UserError(f"tasks.{name}.template_options: {config.fn} makes its template without them.")
     return task
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> str:
-    """Write the model to folder/model atomically and return the weights' fingerprint. Casts it to `dtype` in place."""
+def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str, *, trust_remote_code: bool = False) -> str:
+    """Write folder/model atomically and prove it by loading it; return the weights' fingerprint. Casts the model in place."""
     with whole_folder(folder / "model") as building:
         models.save(models.cast(model, dtype), tokenizer, building)
+        if fits_memory(model):
+            models.prove_saved(model, building, trust_remote_code)
     return models.weights_fingerprint(folder / "model")
 
 
+def fits_memory(model: Any) -> bool:
+    """Return whether a second copy of a model fits the memory easily."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return bool(size <= COPY_SHARE * machine.memory_bytes())
+
+
 def fingerprint_of(path: Path) -> str:
-    """Fingerprint of a path outside the run: of a file's bytes, or of the names, sizes and times of a folder's files."""
+    """Return the fingerprint of a file's bytes, or of the names, sizes and times of a folder's files."""
     if path.is_file():
         return models.file_hash(path)[:16]
     files = sorted(p for p in path.rglob("*") if p.is_file())

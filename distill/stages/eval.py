@@ -1,6 +1,6 @@
-"""eval: accuracy of one model on a task's held-out problems, and of the snapshots of its training stage.
+"""eval: held-out accuracy of one model on one task, and of the snapshots of its training.
 
-Every completion is stored as a trace without distributions: the model's in `traces`, a snapshot's in `snapshots/<name>`.
+Every completion is stored as a trace without distribution: the model's in `traces`, a snapshot's in `snapshots/<step>`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from distill.recipe import EvalStage
 from distill.records import stable_hash
 from distill.reports.arms import ArmResults, score, score_seeds
-from distill.reports.run_report import CheckpointRow
+from distill.reports.run_report import StageSnapshotRow
 from distill.stages.context import Context, Result
 from distill.stages.snapshots import FOLDER, Snapshot, snapshots_of
 from distill.stages.trace_sampling import sample_traces
@@ -41,7 +41,7 @@ def run(config: EvalStage, context: Context) -> Result:
         cost += sample_traces(fewer, context, beside, "held_out", snapshot)[1]
     same = context.task(config.task).same_answer
     metrics = score(read_results(folder), config.pass_at, same, seed=context.recipe.seed)
-    metrics["snapshots"] = snapshot_rows([context.folder], [snapshots])
+    metrics["snapshots"] = checkpoints([context.folder], [snapshots])
     metrics["prompts_too_long"] = counts.prompts_too_long
     accuracy = metrics["accuracy"]
     context.say(
@@ -52,10 +52,10 @@ def run(config: EvalStage, context: Context) -> Result:
     return Result(cost, metrics, stable_hash(content_fingerprint(folder), *made))
 
 
-def snapshot_rows(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[CheckpointRow]:
-    """The accuracy of each snapshot: of one training seed, or over several seeds, whose snapshots are paired in order.
+def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[StageSnapshotRow]:
+    """Return the accuracy of each snapshot, of one training seed or over several seeds with equally many snapshots.
 
-    evaluations: the folder of each seed's eval stage. snapshots: the snapshots of each seed's training stage.
+    evaluations: the folder of each seed's eval stage; snapshots: those of its training stage.
     """
     rows = []
     for together in zip(*snapshots, strict=False):
@@ -65,7 +65,7 @@ def snapshot_rows(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snap
         }
         scores = score(results[0]) if len(results) == 1 else score_seeds(results)
         rows.append(
-            CheckpointRow(
+            StageSnapshotRow(
                 step=sum(snapshot.step for snapshot in together) / len(together),
                 flops=sum(snapshot.cost.flops for snapshot in together) / len(together),
                 accuracy=scores["accuracy"],
@@ -75,6 +75,6 @@ def snapshot_rows(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snap
 
 
 def read_results(folder: Path, columns: Sequence[str] = COLUMNS) -> ArmResults:
-    """An evaluation's completions by problem, sorted by problem id because the engine writes them in any order."""
+    """Return an evaluation's completions by problem, sorted by problem id: the file's order depends on the engine."""
     results = ArmResults.collect(open_traces(folder).blocks(1024, columns))
     return ArmResults(dict(sorted(results.samples.items())), results.gold, results.messages)

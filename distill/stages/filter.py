@@ -1,4 +1,4 @@
-"""filter: select the traces to train on. Writes only the selection; the shards do not change."""
+"""filter: select the traces to learn from. Writes a selection; the shards are not changed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import jsonl
+from distill.conversations import Reader, open_table
 from distill.recipe import FilterStage
 from distill.records import Cost, UserError
 from distill.stages.context import Context, Result, find_data
@@ -34,10 +34,10 @@ def run(config: FilterStage, context: Context) -> Result:
 
 
 def held_out(against: str, context: Context) -> HeldOut:
-    """The evaluation set that a filter's `against` names: a task of the recipe, or a JSONL file of problems.
+    """Return the evaluation set that a filter's `against` names: a task of the recipe, or a JSONL file of problems.
 
-    For a task with an unlimited number of problems, the set is the problems that the recipe's eval and compare stages
-    use. Raises UserError if there is no such stage or file.
+    For a task with endless problems: the problems that the recipe's eval and compare stages use. Raises
+    UserError if there are none.
     """
     where = f"stages.{context.name}.keep.against"
     if against not in context.recipe.tasks:
@@ -51,19 +51,25 @@ def held_out(against: str, context: Context) -> HeldOut:
         num = max((each for each in drawn if each is not None), default=None)
         if num is None:
             raise UserError(
-                f"{where}: the task {against!r} has an unlimited number of problems, and no eval or compare stage says how "
-                "many of them are evaluated. Add such a stage, or name a JSONL file of the problems."
+                f"{where}: the task {against!r} writes problems without end, and no eval or compare stage says which of "
+                "them are evaluated on. Add that stage, or name a JSONL file of the problems."
             )
     problems = task.problems("held_out", num, context.recipe.seed)
     return HeldOut((p.question for p in problems), normalise, prose=num is None)
 
 
 def _questions(path: Path) -> Iterator[str]:
-    """The last user message of every row. Raises UserError for an invalid row, because skipping it would let its
-    contamination pass."""
-    for number, row in jsonl.read_rows(path):
+    """Return the last user message of every row. Raises UserError at a row that is not a problem: a set with gaps would
+    miss contamination."""
+
+    def refuse(number: int, reason: str) -> None:
+        raise UserError(f"{path}: line {number}: {reason}.")
+
+    reader = Reader()
+    for number, row in open_table(path, "against").rows(refuse):
         try:
-            messages, _ = jsonl.conversation(row)
+            found = reader.read(row, number)
         except ValueError as error:
-            raise UserError(f"{path}: line {number}: {error}.") from None
-        yield next(m["content"] for m in reversed(messages) if m["role"] == "user")
+            refuse(number, str(error))
+        for conversation in found[:1]:
+            yield next(m["content"] for m in reversed(conversation.prompt) if m["role"] == "user")

@@ -1,4 +1,4 @@
-"""grpo: train a model by reinforcement learning with rewards on its own completions."""
+"""grpo: a model learns from rewards on its own completions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from distill.recipe import GrpoStage
 from distill.records import draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
+from distill.stages.inputs.forward_proof import prove_forward
 from distill.stages.inputs.named_rewards import combined_reward
 from distill.stages.inputs.resolve import resolve_objective
 from distill.stages.inputs.student import load_student, save_student
@@ -33,6 +34,7 @@ def run(config: GrpoStage, context: Context) -> Result:
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     with open_policy_sampler(config, context, tokenizer) as (sampler, pool):
         model = load_student(config, context)
+        plan = prove_forward(model, config.model, len(tokenizer), context, sampler.engine.max_model_len)
         log = CompletionLog(context, config)
         rollouts = RewardRollouts(
             sampler=sampler,
@@ -52,6 +54,7 @@ def run(config: GrpoStage, context: Context) -> Result:
             length=length,
             vocab_size=len(tokenizer),
             folder=context.folder,
+            plan=plan,
             name=context.name,
             show=progress,
             keep=keep_snapshots(config, context),
@@ -64,7 +67,7 @@ def run(config: GrpoStage, context: Context) -> Result:
 
 
 def _logged(rollout: Rollout) -> list[Mapping[str, Any]]:
-    """Rows for the completion log: from each of the first groups, the completion of the highest advantage and the last."""
+    """Return, for the first groups, the completion of the highest advantage and the last one."""
     rows: list[Mapping[str, Any]] = []
     for scored in rollout.groups[:LOGGED_GROUPS]:
         problem, group = scored.graded.prompt.problem, scored.graded.group

@@ -1,4 +1,4 @@
-"""on_policy: train a student on the teacher's distributions over the student's own completions."""
+"""on_policy: a student learns from a teacher's distribution on the student's own completions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from distill.recipe import OnPolicyStage, TrainStage, teachers_of
 from distill.records import Cost, Engine, GradedGroup, draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
+from distill.stages.inputs.forward_proof import prove_forward
 from distill.stages.inputs.resolve import load_teachers, resolve_loss, teacher_dir
 from distill.stages.inputs.student import load_student, save_student
 from distill.stages.inputs.train_examples import open_source, reader_for
@@ -24,6 +25,8 @@ from distill.training.loss.cross_tokenizer.alignment import Reader
 from distill.training.packing import Example
 from distill.training.rl.teacher_rollout import TeacherRollouts
 
+MAX_PROMPT = 4096
+"""Tokens of a prompt that a teacher is expected to read, where the recipe sets no max_model_len."""
 WATCHED = ("loss", "kl_teacher", "correct", "length", "clipped_ratio", "entropy")
 
 
@@ -32,13 +35,15 @@ def run(config: OnPolicyStage, context: Context) -> Result:
     objective = resolve_loss(config, where, draw_seed(context.seed, context.name, "draws"))
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
-    teachers = load_teachers(config, context, tokenizer) if config.scoring == "trainer" else []
+    longest = config.engine.max_model_len or config.sampling.max_tokens + MAX_PROMPT
+    teachers = load_teachers(config, context, tokenizer, longest) if config.scoring == "trainer" else []
     read = reader_for(config, context, tokenizer)
     with (
         open_policy_sampler(config, context, tokenizer) as (sampler, pool),
         _teacher_engine(config, context, tokenizer, sampler.engine.max_model_len) as engine,
     ):
         model = load_student(config, context)
+        plan = prove_forward(model, config.model, len(tokenizer), context, sampler.engine.max_model_len)
         log = CompletionLog(context, config)
         rollouts = TeacherRollouts(
             sampler=sampler,
@@ -58,6 +63,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             length=length,
             vocab_size=len(tokenizer),
             folder=context.folder,
+            plan=plan,
             teachers=teachers,
             name=context.name,
             show=progress,
@@ -88,6 +94,7 @@ def _teacher_engine(
     folder = teacher_dir(name, config, context, tokenizer)
     context.phase(f"starting the {config.engine.fn} engine of the teacher")
     engine = engines.open_engine(config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_logprobs)
+    context.say_note(engine)
     try:
         yield engine
     finally:
@@ -95,7 +102,7 @@ def _teacher_engine(
 
 
 class OfflineExamples:
-    """Stored traces of `data` for each step, epoch after epoch in the source's order; a step always gets the same ones."""
+    """Stored traces of `data` for each step, epoch by epoch in the source's order; deterministic for a step."""
 
     def __init__(self, config: OnPolicyStage, context: Context, tokenizer: Any, read: Reader | None) -> None:
         teacher = config.teacher if config.scoring == "trainer" else None
@@ -132,7 +139,7 @@ class OfflineExamples:
 
 
 def _logged(groups: Sequence[GradedGroup]) -> list[Mapping[str, Any]]:
-    """Rows for the completion log: the first completion of each of the first groups."""
+    """Return the first completion of each of the first groups."""
     return [
         {
             "problem_id": group.prompt.problem.problem_id,

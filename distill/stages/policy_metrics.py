@@ -1,4 +1,4 @@
-"""Completion log, live line and final metrics of stages that train a model on its own completions."""
+"""Output of stages that learn from their own completions: logged completions, the live line, final metrics."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from distill.stages.inputs.student import live_steps
 from distill.training import loop
 
 LOGGED_GROUPS = 3
-"""Number of groups of a rollout from which completions are logged."""
+"""The number of groups of a rollout whose completions are logged."""
 MISMATCH_ALARM = 0.01
-"""KL between engine and trainer, in nats per token, above which the user gets a warning."""
+"""The KL between engine and trainer, nats a token, above which a warning is printed."""
 
 
 class CompletionLog:
-    """Writes some completions of every few rollouts to completions.jsonl and to the log; shows the very first one."""
+    """Writes some completions of every few rollouts to completions.jsonl and the log; the very first to the screen too."""
 
     def __init__(self, context: Context, config: PolicyStage) -> None:
         self.context, self.path = context, context.folder / "completions.jsonl"
@@ -29,10 +29,7 @@ class CompletionLog:
         self.fresh = True
 
     def __call__(self, step: int, rows: Callable[[], list[Mapping[str, Any]]]) -> None:
-        """Log completions of the rollout that starts at `step`, if it is due.
-
-        rows: makes the rows to log; called only if the rollout is due.
-        """
+        """Log the rollout that starts at this step, if it is due. rows: makes the rows to log; called only if due."""
         if self.fresh:
             loop.drop_lines_after(self.path, step - 1)
             self.fresh = False
@@ -48,7 +45,7 @@ class CompletionLog:
 
 
 class PolicyProgress:
-    """The live line, and a single warning if the probabilities of engine and trainer disagree."""
+    """The live line, and one warning if the engine's and the trainer's probabilities disagree."""
 
     def __init__(self, context: Context, length: loop.Length | loop.Budget, shown: Sequence[str]) -> None:
         self.context, self.shown = context, shown
@@ -74,7 +71,7 @@ class PolicyProgress:
 def policy_metrics(
     context: Context, counts: loop.WorkCounts, prompts_too_long: int, watched: Sequence[str]
 ) -> dict[str, Any]:
-    """The stage's counts, and the mean of each watched metric at the start and at the end of training."""
+    """Return the stage's counts, and each watched metric at the start and at the end of training."""
     return {
         "steps": counts.steps,
         "completions": counts.completions,
@@ -86,7 +83,7 @@ def policy_metrics(
 
 
 def _first_and_last(folder: Path, keys: Sequence[str]) -> dict[str, float | None]:
-    """The mean of each key of metrics.jsonl over the first tenth of the steps and over the last tenth."""
+    """Return each key's mean over the first and over the last tenth of the steps in metrics.jsonl."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     window = max(1, len(lines) // 10)

@@ -1,4 +1,4 @@
-"""Sampling of groups of the policy's own completions, for the stages that train on them: engine and prompts."""
+"""Sample groups of the policy's completions for grpo and on_policy: the engine, and the choice of problems."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ from distill.stages.sampling import (
 )
 
 UNKNOWN_ROLLOUTS = 64
-"""Number of rollouts that get new problems if a budget decides the length; later rollouts repeat these problems."""
+"""With a FLOP budget: the number of rollouts with new problems; later rollouts repeat these problems."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PolicySampler:
-    """A `GroupSampler`: samples groups of completions from an engine and judges them while the engine generates.
+    """A `GroupSampler` on an engine; completions are judged while the engine generates.
 
-    prompts(rollout, attempt, num): returns the prompts to use. Random draws depend only on (seed, rollout, attempt,
-    problem, sample).
+    prompts(rollout, attempt, num): the prompts to use. Draws depend only on (seed, rollout, attempt, problem, sample).
     """
 
     engine: Engine
@@ -43,7 +42,7 @@ class PolicySampler:
     seed: int
 
     def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
-        """See `GroupSampler`. Raises RuntimeError if the engine used weights of another version."""
+        """See `GroupSampler`. Raises RuntimeError if the engine answers with weights of another version."""
         prompts = self.prompts(rollout, attempt, num)
         requests = [
             CompletionRequest(
@@ -79,10 +78,10 @@ class PolicySampler:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptPool:
-    """The train prompts of a stage, and their choice for each rollout.
+    """The train problems of a stage, and the choice of problems for each rollout.
 
-    The first epoch uses them in the task's order, later epochs in shuffled orders. A group that is sampled again
-    (attempt > 0) gets another prompt at random.
+    The first epoch takes them in the task's order, later ones in shuffled orders; groups that are sampled again
+    take random other problems.
     """
 
     prompts: list[Prompt]
@@ -92,26 +91,26 @@ class PromptPool:
 
     @staticmethod
     def of(config: PolicyStage, context: Context, task: Task, tokenizer: Any, limit: int) -> PromptPool:
-        """Make the pool of prompts that leave room for a completion in the context. Raises UserError if too few do."""
+        """Render the problems that leave room for a completion in the context. Raises UserError if there are too few."""
         a_rollout = config.prompts_a_rollout
         rollouts = config.steps // config.steps_a_rollout if config.steps else UNKNOWN_ROLLOUTS
         num = config.problems or rollouts * a_rollout
         try:
             problems = list(task.problems("train", num, context.seed))
         except UserError as error:
-            hint = "" if config.problems else f" Set stages.{context.name}.problems to use fewer and repeat them."
+            hint = "" if config.problems else f" Set stages.{context.name}.problems to go over fewer again."
             raise UserError(f"{error}{hint}") from None
         fitting, too_long = fitting_prompts(problems, tokenizer, task.template, limit, context.say)
         if len(fitting) < min(a_rollout, num):
             raise UserError(
-                f"stages.{context.name}: only {len(fitting)} of {num} prompts fit the context of {limit} tokens, but a "
-                f"rollout needs {a_rollout}."
+                f"stages.{context.name}: only {len(fitting)} of {num} prompts fit the context of {limit} tokens; a "
+                f"rollout takes {a_rollout}."
             )
         seed = draw_seed(context.seed, context.name, "prompts")
         return PromptPool(fitting, a_rollout, seed, too_long)
 
     def __call__(self, rollout: int, attempt: int, num: int) -> Sequence[Prompt]:
-        """`num` prompts of a rollout; the same arguments return the same prompts."""
+        """Return `num` prompts of a rollout; deterministic for the arguments."""
         size = len(self.prompts)
         first = range(rollout * self.a_rollout, (rollout + 1) * self.a_rollout)
         orders = {epoch: self._order(epoch) for epoch in {slot // size for slot in first}}
@@ -134,7 +133,7 @@ class PromptPool:
 def open_policy_sampler(
     config: PolicyStage, context: Context, tokenizer: Any
 ) -> Iterator[tuple[PolicySampler, PromptPool]]:
-    """Start the policy's engine with the stage's model, and yield a sampler and its prompts. Closes the engine at the end."""
+    """Start the policy's engine on the stage's model, with the train problems; closed at the end of the context."""
     folder = context.model_dir(config.model)
     task = context.task(config.task)
     models.check_template(tokenizer, task.template, f"tasks.{config.task}")
@@ -144,6 +143,7 @@ def open_policy_sampler(
     longest = max(len(prompt.ids) for prompt in pool.prompts) + config.sampling.max_tokens
     context.phase(f"starting the {config.engine.fn} engine")
     engine = engines.open_engine(config.engine, folder, max_model_len=context_length(longest, limit), max_top_k=0)
+    context.say_note(engine)
     try:
         yield (
             PolicySampler(

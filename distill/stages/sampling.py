@@ -1,7 +1,7 @@
-"""Sample completions of problems from an engine and judge them while the engine generates; shared by all stages.
+"""The rollout path of every stage: problems go through an engine, and completions are judged while it generates.
 
-Input: problems and an engine. Output: graded completions. generate and eval store them as traces (`trace_sampling`);
-grpo and on_policy train on them in groups (`policy_sampling`).
+In: problems and an engine. Out: graded completions. generate and eval write them as traces (`trace_sampling`); grpo and
+on_policy learn from them in groups (`policy_sampling`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distill import models
+from distill.reasoning import canonical
 from distill.recipe import EngineConfig
 from distill.records import (
     Array,
@@ -31,11 +32,11 @@ from distill.records import (
 )
 
 JUDGE_THREADS = 4
-"""Number of threads that judge completions; most of the time they wait for a process or a sandbox."""
+"""The number of verdicts computed at a time; most of them wait for a process or a sandbox."""
 MAX_WAITING = 64
-"""Maximum number of completions without a verdict; beyond it the engine waits, since judging a program may take long."""
+"""The largest number of completions waiting for a verdict before the engine waits too: programs may be slow."""
 CONTEXT_STEP = 64
-"""Context lengths are rounded up to a multiple of this, so that a slightly longer prompt needs no new engine."""
+"""Context lengths are rounded up to this, so that a slightly longer prompt does not change the engine."""
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -45,23 +46,23 @@ Done = TypeVar("Done")
 
 
 def context_limit(engine: EngineConfig, model_dir: Path) -> int:
-    """Maximum number of tokens in prompt and completion together, by the model and the recipe."""
+    """Return the largest number of tokens, prompt and completion together, that the model and the recipe allow."""
     own = models.config_of(model_dir).get("max_position_embeddings")
     limits = [n for n in (own, engine.max_model_len) if n]
     return min(limits) if limits else 1 << 20
 
 
 def context_length(longest: int, limit: int) -> int:
-    """Context to start an engine with: the longest text in tokens, rounded up, within the limit."""
+    """Return the context length to start an engine with: the longest text in tokens, rounded up, within the limit."""
     return min(limit, -(-longest // CONTEXT_STEP) * CONTEXT_STEP)
 
 
 def fitting_prompts(
     problems: Iterable[Problem], tokenizer: Any, template: Template, limit: int, say: Callable[[str], None]
 ) -> tuple[list[Prompt], int]:
-    """The prompts that leave room for a completion in the context, and the number of those that do not.
+    """Return the prompts that leave room for a completion in the context, and the number of the others.
 
-    say: prints a line if there are any of the latter.
+    say: called with a message about the others.
     """
     prompts = [Prompt(p, models.render_prompt(tokenizer, template, p.messages)) for p in problems]
     fitting = [prompt for prompt in prompts if len(prompt.ids) < limit]
@@ -76,7 +77,7 @@ def fitting_prompts(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompletionRequest:
-    """A request for one completion. request_id: unique within one call. seed: random seed of the completion."""
+    """One completion to be sampled. request_id: unique among the requests of one call. seed: of its draws."""
 
     request_id: str
     prompt: Prompt
@@ -86,7 +87,7 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GradedCompletion:
-    """A completion with its text (without the template's prefill) and its verdict. seconds: time spent by the judge."""
+    """A completion with its text (without the template's prefill) and its verdict. seconds: the judge's time."""
 
     request: CompletionRequest
     completion: Completion
@@ -97,38 +98,43 @@ class GradedCompletion:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Grader:
-    """Decodes completions and judges them.
+    """Decodes and judges completions.
 
-    judge: (problem, text with the template's prefill, whether it finished) -> verdict. decode: completion ids -> text.
+    judge: the task's verdict on a completion's text. decode: completion ids -> text. begun: the text with which a prompt has
+    begun the completion: the template's prefill, or the thinking that the chat template opens.
     """
 
     template: Template
     judge: Callable[[Problem, str, bool], Verdict]
     decode: Callable[[Array], str]
+    begun: str = ""
 
     @staticmethod
     def of(task: Task, tokenizer: Any) -> Grader:
-        """A grader with the task's judge and the tokenizer's decoding, without special tokens."""
+        """Make the grader of a task, which decodes without special tokens."""
 
         def decode(ids_T: Array) -> str:
-            text: str = tokenizer.decode(ids_T, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            return text
+            return models.decode(tokenizer, ids_T)
 
-        return Grader(task.template, task.judge, decode)
+        return Grader(task.template, task.judge, decode, models.opened_thinking(tokenizer, task.template))
+
+    def seen(self, text: str) -> str:
+        """Return a completion's text as judges and rewards see it: what the prompt began, and `<think>` for any marker."""
+        return canonical(text if self.begun and text.startswith(self.begun) else self.begun + text)
 
     def grade(self, request: CompletionRequest, completion: Completion, text: str) -> GradedCompletion:
         """Judge a completion."""
         began = time.monotonic()
         finished = completion.finish_reason == "stop"
-        verdict = self.judge(request.prompt.problem, self.template.prefill + text, finished)
+        verdict = self.judge(request.prompt.problem, self.seen(text), finished)
         return GradedCompletion(request, completion, text, verdict, time.monotonic() - began)
 
     def group(self, graded: Sequence[GradedCompletion], max_tokens: int, seed: int) -> Group:
-        """The completions of one problem as a group for rewards. max_tokens: the limit in sampling."""
+        """Group all completions of one problem for the rewards. max_tokens: their sampling limit."""
         return Group(
             problem=graded[0].request.prompt.problem,
             template=self.template,
-            texts=tuple(self.template.prefill + one.text for one in graded),
+            texts=tuple(self.seen(one.text) for one in graded),
             num_tokens=tuple(len(one.completion.ids_T) for one in graded),
             finished=tuple(one.completion.finish_reason == "stop" for one in graded),
             verdicts=tuple(one.verdict for one in graded),
@@ -146,9 +152,9 @@ def sample_completions(
     top_k: int = 0,
     receive: Callable[[Completion], Completion] = lambda completion: completion,
 ) -> Iterator[GradedCompletion]:
-    """Graded completions in the order in which the engine finishes them. Threads judge them while the engine generates.
+    """Yield graded completions in the order in which the engine finishes them; threads judge while it generates.
 
-    receive: applied to each completion when it arrives, before it is judged.
+    receive: called with each completion when it arrives, before its verdict.
     """
     open_requests: dict[str, CompletionRequest] = {}
 
@@ -168,9 +174,9 @@ def sample_completions(
 def map_in_threads(
     work: Callable[[Item], Done], items: Iterable[Item], num_threads: int, max_waiting: int
 ) -> Iterator[Done]:
-    """Yield work(item) for every item, in order; threads do the work while the next items are produced.
+    """Yield work(item) of every item, in the items' order; threads work while the next items are made.
 
-    At most about `max_waiting` results are pending; then no new item is taken until the oldest result is ready.
+    At most `max_waiting` results are pending; then the next item is requested only after the oldest result.
     """
     waiting: deque[Future[Done]] = deque()
     with ThreadPoolExecutor(num_threads) as pool:

@@ -1,8 +1,7 @@
-"""score: a model's distributions over existing traces, by teacher forcing.
+"""score: compute a teacher's distributions over existing traces, teacher-forced.
 
-Only missing traces are scored, also after the data has grown or shrunk. A trace that is empty, or longer than the
-context or `max_tokens`, is skipped and counted. The engine scores in chunks, so that the logits [tokens, vocabulary] of
-a long trace are never in memory at once.
+Only missing traces are scored, also after the data has grown or shrunk; a trace that is empty or longer than the context
+(or `max_tokens`) is left out and counted. The engine scores in chunks: a long trace never has all its logits at once.
 """
 
 from __future__ import annotations
@@ -20,9 +19,10 @@ import numpy as np
 from distill import engines, models
 from distill.compute.flops import ModelShape, causal_context, forward_flops
 from distill.recipe import ScoreStage
-from distill.records import Array, Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
+from distill.records import Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
 from distill.stages.context import Context, Result
-from distill.stages.inputs.score_inputs import DroppedRows, ScoreInputs, open_score_inputs
+from distill.stages.inputs.conversation_data import DroppedRows
+from distill.stages.inputs.score_inputs import ScoreInputs, open_score_inputs, take
 from distill.stages.sampling import context_length, context_limit
 from distill.stages.trace_sampling import package_versions
 from distill.traces.reader import content_fingerprint, open_traces
@@ -38,21 +38,21 @@ def run(config: ScoreStage, context: Context) -> Result:
     context.phase("reading the traces")
     inputs = open_score_inputs(config, context, tokenizer)
     context.say(
-        f"the text is from {inputs.text_from}; "
-        + ("its token ids are used as stored" if inputs.same_ids else "it is tokenised with this model's tokenizer")
+        f"the text is by {inputs.text_from}; "
+        + ("its ids as they were sampled" if inputs.same_ids else "rendered in the model's own tokens")
     )
     limit = min(context_limit(config.engine, model_dir), config.max_tokens or 1 << 60)
     left_out = DroppedRows()
     wanted = _survey(inputs, limit, left_out)
     _say_left_out(context, left_out)
     if not wanted:
-        raise UserError(f"stages.{context.name}.data: {config.data!r} has no trace that can be scored.")
+        raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to score.")
     metadata = _metadata(config, inputs, model_dir, tokenizer)
     carry_over(context, folder, metadata, {i: (row.sample, row.gold) for i, row in wanted.items()})
     _fill(config, context, inputs, metadata, wanted)
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
-    # A rate that the data does not determine (no verdicts, for example) is NaN; leave it out.
+    # Rates of values that the data does not have (no verdicts, for example) are nan.
     known = {key: value for key, value in held.as_dict().items() if value == value}
     metrics = {**known, "mean_nll": _mean_nll(folder), "left_out": dict(left_out.reasons)}
     return Result(_cost(folder, model_dir, left_out), metrics, content_fingerprint(folder))
@@ -60,7 +60,7 @@ def run(config: ScoreStage, context: Context) -> Result:
 
 @dataclass(frozen=True, slots=True)
 class WantedTrace:
-    """Facts about a trace that is to be scored. tokens: of prompt and completion together."""
+    """A trace that is to be scored. tokens: of prompt and completion."""
 
     tokens: int
     sample: int
@@ -68,7 +68,7 @@ class WantedTrace:
 
 
 def _survey(inputs: ScoreInputs, limit: int, left_out: DroppedRows) -> dict[str, WantedTrace]:
-    """The traces to score, by id. Counts the skipped ones in `left_out`."""
+    """Return the traces to score, by id; count the others."""
     wanted: dict[str, WantedTrace] = {}
     for block in inputs.blocks(left_out):
         tokens_N = block.prompt_ids.lengths + block.completion_ids.lengths
@@ -83,14 +83,12 @@ def _survey(inputs: ScoreInputs, limit: int, left_out: DroppedRows) -> dict[str,
 def carry_over(
     context: Context, folder: Path, metadata: Metadata, wanted: Mapping[str, tuple[int, str | None]]
 ) -> None:
-    """Prepare the folder of an earlier attempt so that new traces can be added and nothing is scored twice.
+    """Prepare the folder of an earlier attempt so that missing traces can be added and nothing is scored twice.
 
-    Changed data may have fewer traces, other gold answers, or other metadata. If any trace is not wanted any more, or
-    the metadata differs, the wanted traces are copied to a new folder and the old folder moves to RUN/.old. A change of
-    `source` alone keeps the traces, because a trace's id depends on its text. The function can be killed at any moment
-    without loss of traces.
-
-    wanted: trace id -> (sample, gold).
+    Changed data may need fewer traces, some with another answer, or traces of another kind. A change of the data's origin
+    alone (a file's fingerprint) keeps the traces, because a trace's id follows from its text. Traces that are still wanted
+    move to a new folder; the former folder moves to RUN/.old. A kill at any instant loses nothing. wanted: trace id ->
+    (sample, gold).
     """
     carrying = folder.with_name(".carrying")
     if folder.is_dir():
@@ -113,13 +111,13 @@ def carry_over(
     if keep_N.all() and former.metadata.source == metadata.source and same:
         return
     if not keep_N.all():
-        context.say(f"{int((~keep_N).sum())} traces of an earlier attempt are no longer wanted")
+        context.say(f"{int((~keep_N).sum())} traces of an earlier attempt are not asked for any more")
     with TraceWriter(carrying, metadata) as writer:
         for block in former.where(keep_N).blocks():
             writer.add(block)
-    old = context.run / ".old"
-    old.mkdir(exist_ok=True)
-    folder.rename(old / f"{context.name}-traces-{time.time_ns()}")
+    attic = context.run / ".old"
+    attic.mkdir(exist_ok=True)
+    folder.rename(attic / f"{context.name}-traces-{time.time_ns()}")
     carrying.rename(folder)
 
 
@@ -130,7 +128,7 @@ def _fill(
     metadata: Metadata,
     wanted: Mapping[str, WantedTrace],
 ) -> None:
-    """Score the wanted traces that the folder does not have yet."""
+    """Score the traces that the folder does not hold yet."""
     folder = context.folder / "traces"
     with TraceWriter(folder, metadata, shard_rows=config.shard_rows) as writer:
         missing = wanted.keys() - writer.done_ids()
@@ -146,6 +144,7 @@ def _fill(
             max_model_len=context_length(longest, limit),
             max_top_k=config.top_logprobs,
         )
+        context.say_note(engine)
         try:
             num = len(wanted) - len(missing)
             live = context.live(len(wanted), "traces", num)
@@ -159,7 +158,7 @@ def _fill(
 
 
 def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Container[str]) -> Iterator[Traces]:
-    """Blocks of the missing traces with the engine's log-probabilities."""
+    """Yield blocks of the missing traces with the engine's log-probabilities."""
     for block in inputs.blocks(DroppedRows()):
         index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
         if not len(index):
@@ -177,22 +176,6 @@ def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Co
         yield dataclasses.replace(block, logprob=Ragged.from_rows(logprobs, np.float32), top=TopK.concat(tops))
 
 
-def take(block: Traces, index: Array) -> Traces:
-    """The rows `index` of a block that has no distributions."""
-
-    def rows(column: Any) -> Any:
-        if isinstance(column, Ragged):
-            # A column that was not read has one empty entry per row.
-            return column.take(index)
-        if isinstance(column, dict):
-            return {name: rows(each) for name, each in column.items()}
-        if isinstance(column, np.ndarray):
-            return column[index]
-        return None if column is None else [column[n] for n in index]
-
-    return Traces(**{f.name: rows(getattr(block, f.name)) for f in dataclasses.fields(Traces)})
-
-
 def _say_left_out(context: Context, left_out: DroppedRows) -> None:
     for line in left_out.first:
         context.say(line)
@@ -201,7 +184,7 @@ def _say_left_out(context: Context, left_out: DroppedRows) -> None:
 
 
 def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
-    """Cost of all traces in the folder, from every attempt."""
+    """Compute the cost of all traces in the folder, whichever attempt wrote them."""
     lengths = open_traces(folder).lengths()
     whole_N = lengths.prompt.astype(np.int64) + lengths.completion
     tokens = int(whole_N.sum())
@@ -215,7 +198,7 @@ def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
 
 
 def _mean_nll(folder: Path) -> float:
-    """Mean negative log-likelihood of the completion tokens under the model, in nats per token."""
+    """Return the text's mean negative log-likelihood, nats a token."""
     total, num = 0.0, 0
     for block in open_traces(folder).blocks(256, ["completion_ids", "logprob"]):
         total -= float(block.logprob.values.sum(dtype=np.float64))
@@ -224,8 +207,9 @@ def _mean_nll(folder: Path) -> float:
 
 
 def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenizer: Any) -> Metadata:
-    """Metadata of the scored traces: the scoring model's, with the task, sampling and (if the ids are unchanged) chat
-    template of the shards that the text comes from. For text from a file, the sampling is unknown; it has the defaults.
+    """Return the metadata of the scored traces. Where ids are kept, the prompts' template and task are kept too.
+
+    The sampling is that of the shards that hold the text; for a file it is unknown, and the defaults are stored.
     """
     origin = inputs.origin
     return Metadata(

@@ -1,4 +1,4 @@
-"""The engine of a process: started when it is first needed; it loads the weights of later models of the same shape."""
+"""The engine of a stage's process: started when first needed, and reused for other models of the same architecture."""
 
 from __future__ import annotations
 
@@ -24,17 +24,14 @@ NAMES_ONLY = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 @dataclass(slots=True)
 class SharedEngine:
-    """At most one engine, which loads other models' weights if they fit.
-
-    kind: hash of the architecture and settings that the engine was started with. holds: folder of its current weights.
-    """
+    """Holds at most one engine. kind: the architecture and settings it was started with; holds: the source of its weights."""
 
     engine: Any = None
     kind: str = ""
     holds: str = ""
 
     def serves(self, config: EngineConfig, model_dir: Path, max_top_k: int, tokens: int) -> bool:
-        """Whether the running engine can run this model after loading its weights."""
+        """Return whether the current engine can run this model with new weights."""
         return (
             self.engine is not None
             and self.kind == _kind(config, model_dir, max_top_k)
@@ -50,9 +47,9 @@ class SharedEngine:
         max_top_k: int,
         snapshot: Snapshot | None = None,
     ) -> Any:
-        """The engine with the weights of the model, or of a snapshot of its training.
+        """Return the engine with the model's weights, or with a snapshot's.
 
-        A running engine that fits loads the new weights in about a second; otherwise it is closed and a new one starts.
+        A current engine that can run the model takes new weights, which takes about a second; otherwise it is closed first.
         """
         if not self.serves(config, model_dir, max_top_k, max_model_len):
             self._start(config, model_dir, max_model_len, max_top_k)
@@ -64,7 +61,7 @@ class SharedEngine:
             except ValueError as error:
                 if snapshot is not None:
                     raise
-                print(f"the engine is restarted, because it cannot load new weights: {error}", flush=True)
+                print(f"started anew, since the engine cannot take new weights: {error}", flush=True)
                 self._start(config, model_dir, max_model_len, max_top_k)
             self.holds = wanted
         return self.engine
@@ -81,7 +78,7 @@ class SharedEngine:
 
 
 def _kind(config: EngineConfig, model_dir: Path, max_top_k: int) -> str:
-    """Hash of the model's architecture, its vocabulary and stop ids, and the engine's settings."""
+    """Return the model's architecture, vocabulary and stop ids, and the engine's settings."""
     built = {k: v for k, v in models.config_of(model_dir).items() if k not in NAMES_ONLY}
     return stable_hash(
         config.model_dump_json(),
@@ -92,7 +89,7 @@ def _kind(config: EngineConfig, model_dir: Path, max_top_k: int) -> str:
 
 
 def _weights(model_dir: Path) -> Iterator[tuple[str, Any]]:
-    """(name, tensor) of every tensor in a folder's safetensors files."""
+    """Yield (name in the checkpoint, tensor) of a folder's safetensors files."""
     for path in sorted(model_dir.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118

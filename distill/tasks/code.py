@@ -1,18 +1,18 @@
-"""Judge programs by running them: extract the code from a completion and count the problem's tests that it passes.
+"""Judge programs by running them: extract a completion's code and count the problem's tests that it passes.
 
-A problem's payload has its tests, in one of three forms:
+A problem's payload holds its tests, in one of three forms:
 
     {"tests": [{"stdin": "3\\n", "stdout": "4\\n"}, ...]}
-        The program runs with each input. A test passes if the exit status is 0 and the lines are equal; spaces at the
-        ends of lines and empty lines at the end are ignored.
+        the program is run with each input. Passed: exit status 0 and the same lines, spaces at their ends and
+        empty lines at the end aside.
     {"entry_point": "f", "tests": [{"args": [3], "kwargs": {}, "expected": 4}, ...]}
-        The function is called (`Solution.f`: on a new instance). A test passes if the results are equal in Python; a
-        tuple equals a list, and floats are compared with relative tolerance 1e-9. `kwargs` is optional.
+        the function is called (`Solution.f`: of a fresh instance). Passed: equal as Python has it, a tuple as the
+        list that JSON makes of it, floats to a relative 1e-9. `kwargs` may be left out.
     {"entry_point": "f", "prompt": "def f(x): ...", "check": "def check(candidate): ..."}
-        HumanEval's form: tests written as code, which run in a trusted process (`code_checks`).
+        HumanEval's: tests written as code, run in a trusted process of ours (`checking`).
 
-The program sees only inputs, never expected results (`sandbox`). Any failure of the program scores 0. Only a failure of
-the sandbox itself gives no verdict.
+Expected results stay in this process; the program sees inputs only (`sandbox`). Any fault of the program scores 0; only a
+failure of the sandbox itself gives no verdict.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Payload = Mapping[str, Any]
 Test = Mapping[str, Any]
 
 CHECK_GRACE_S = 20.0
-"""Seconds added to a problem's time limit for the trusted process, for its start and its own work."""
+"""Seconds that a problem's trusted process gets beyond the problem's limit, to start and for its own work."""
 
 MAX_PROGRAM_CHARS = 200_000
 _MAX_REMEMBERED = 4096
@@ -50,9 +50,9 @@ _remembered: dict[str, Verdict] = {}
 
 
 def extract(answer: str) -> str:
-    """The code in an answer: the last fenced block marked as Python, else the last fenced block, else the whole answer.
+    """Return the last fenced block marked as Python, else the last fenced block, else the whole text.
 
-    A fence without an end extends to the end of the answer.
+    A fence that is never closed extends to the end.
     """
     blocks: list[tuple[bool, list[str]]] = []
     inside = False
@@ -71,10 +71,10 @@ def extract(answer: str) -> str:
 
 
 def complete(prompt: str, answer: str, entry_point: str) -> str:
-    """The whole program for an answer to a prompt with a function's header and docstring.
+    """Build the program from a function's header and docstring (the prompt) and an answer.
 
-    An answer that defines the function is appended to the prompt's imports and helpers. Any other answer continues the
-    prompt and is cut at the stop sequences of Chen et al. 2021 (arXiv 2107.03374).
+    An answer that defines the function is put after the prompt's imports and helpers; any other answer continues the
+    prompt, up to the stop sequences of Chen et al. 2021 (arXiv 2107.03374).
     """
     code = extract(answer)
     definition = re.compile(rf"^(?:async\s+)?def\s+{re.escape(entry_point)}\b", re.MULTILINE)
@@ -85,16 +85,16 @@ def complete(prompt: str, answer: str, entry_point: str) -> str:
 
 
 def code_verdicts(answers: Sequence[str], payload: Payload, isolation: Isolation, limits: Limits) -> list[Verdict]:
-    """`code_verdict` of each answer, in parallel on all cores."""
+    """Return the `code_verdict` of each answer, in parallel on all cores."""
     with ThreadPoolExecutor(min(NUM_AT_ONCE, max(1, len(answers)))) as threads:
         return list(threads.map(lambda a: code_verdict(a, payload, isolation, limits), answers))
 
 
 def code_verdict(answer: str, payload: Payload, isolation: Isolation, limits: Limits | None = None) -> Verdict:
-    """Run an answer's program on the payload's tests. The score is the share of the tests that it passes.
+    """Run an answer's program against the payload's tests. The score is the share of tests passed.
 
-    Score and verdict are None if the sandbox failed. Results are cached in the process, so that a reward does not run a
-    program again that the task's judge has run.
+    None if the sandbox failed. A process runs the same program on the same tests only once, so a reward reuses the result
+    of the task's own judge.
     """
     limits = limits or Limits()
     if "check" in payload:
@@ -150,7 +150,7 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
             reasons += ["timeout"] * (len(tests) - len(reasons))
             break
         with Session(isolation, program, entry_point=entry_point, limits=limits, budget_s=left_s) as session:
-            reasons += _run_tests(session, tests[len(reasons) :], judge)
+            reasons += _until_it_ends(session, tests[len(reasons) :], judge)
             left_s = session.left_s
     passed = reasons.count(None)
     failed = [(n, text) for n, text in enumerate(reasons, 1) if text is not None]
@@ -158,12 +158,12 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
     return Verdict(passed == len(tests), passed / len(tests), program, reason)
 
 
-def _run_tests(
+def _until_it_ends(
     session: Session, tests: Sequence[Test], judge: Callable[[Session, Test], str | None]
 ) -> list[str | None]:
-    """Run tests until one ends the session. Return why each failed, or None if it passed.
+    """Return why each test failed (None: passed), up to the test that ended the session.
 
-    A reason may be text from the program, or empty; only None means that a test passed.
+    A reason may be the program's own message, or empty; it never means that a test passed.
     """
     reasons: list[str | None] = []
     for test in tests:
@@ -171,7 +171,7 @@ def _run_tests(
             reasons.append(judge(session, test))
         except RaisedError as error:
             if not session.loaded:
-                return [str(error)] * len(tests)  # the program does not load, so no test can run
+                return [str(error)] * len(tests)  # it will not load for the others either
             reasons.append(str(error))
         except FaultError as fault:
             return [*reasons, str(fault)]
@@ -191,12 +191,12 @@ def _judge_call(session: Session, test: Test) -> str | None:
 
 
 def lines(text: str) -> list[str]:
-    """The lines of a text without spaces at their ends and without empty lines at the end."""
+    """Return the lines without trailing spaces, and without empty lines at the end."""
     return "\n".join(line.rstrip() for line in text.splitlines()).rstrip().split("\n")
 
 
 def same_value(result: Any, expected: Any) -> bool:
-    """Whether a function's result equals the value that a test's JSON expects; both are of built-in types."""
+    """Return whether a function's result equals the result in a test's JSON; both are of built-in types."""
     if isinstance(result, list | tuple) and isinstance(expected, list | tuple):
         return len(result) == len(expected) and all(map(same_value, result, expected))
     if isinstance(result, dict) and isinstance(expected, dict):

@@ -1,8 +1,8 @@
-"""Run tests that are written as code, such as HumanEval's `check(candidate)`, in a trusted process (`judge.worker`).
+"""Run tests that are written as code, such as HumanEval's `check(candidate)`, in a trusted process (`worker`).
 
-`candidate` is a proxy: each call is sent by value to the program in its sandbox, and the reply is a value of built-in
-types or an exception. The program sees only arguments, never expected results. Helpers that the prompt defines are the
-prompt's version here; only the function itself is the program's.
+`candidate` is a proxy: each call is passed by value to the program in its sandbox, and returns values of built-in types or
+an exception. So the program sees arguments and never expected results. Helpers that the prompt defines are the prompt's
+own here, not the program's; only the tested function is the program's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from distill.tasks.sandbox import FaultError, Isolation, Limits, RaisedError, Sa
 
 
 class _StopError(BaseException):
-    """Ends a check whose candidate has stopped. A BaseException, so that a test's `except Exception` cannot catch it."""
+    """Ends a check whose program has ended; not an Exception, so that no test's `except Exception` catches it."""
 
 
 class Candidate:
-    """Calls the program's function. `fault`: why it can no longer be called (may be empty); None while it can."""
+    """A proxy that calls the program's function. `fault`: why it can no longer be called (the program's message, may be empty)."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -41,7 +41,7 @@ class Candidate:
 
 
 def _builtin(error: RaisedError) -> Exception:
-    """The built-in exception of the error's name, if a message is enough to construct it; else the error itself."""
+    """Return the built-in exception of that name if a message alone can construct it, else the error itself."""
     kind = getattr(builtins, error.name, None)
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         return error
@@ -54,8 +54,8 @@ def _builtin(error: RaisedError) -> Exception:
 def failure(
     program: str, prompt: str, check: str, entry_point: str, isolation: Isolation, limits: Limits
 ) -> str | None:
-    """Why a program fails a check; None if it passes. Raises SandboxError if the sandbox failed."""
-    random.seed(0)  # some checks use random inputs
+    """Return why a program fails a check; None if it passes. Raises SandboxError if that could not be determined."""
+    random.seed(0)  # some checks draw their inputs
     namespace: dict[str, Any] = {"__name__": "check"}
     exec(compile(prompt, "prompt.py", "exec"), namespace)
     exec(compile(check, "check.py", "exec"), namespace)
@@ -76,9 +76,9 @@ def _text(error: BaseException) -> str:
 
 
 def reply(request: list[Any]) -> str | list[str] | None:
-    """Answer a worker's request `[program, prompt, check, entry_point, isolation, limits]`.
+    """Answer `[program, prompt, check, entry_point, isolation, limits]` with the reason for failure, None if it passes.
 
-    Returns why the program fails, None if it passes, or a list of one text if the sandbox failed.
+    A list of one text means that the result could not be determined, and why.
     """
     program, prompt, check, entry_point, isolation, limits = request
     isolation["argv"] = tuple(isolation["argv"])

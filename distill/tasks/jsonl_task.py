@@ -1,18 +1,20 @@
-"""Problems from a file of JSON lines.
+"""Problems from a data file, in any format and layout of `conversations`.
 
-A row is `{"question", "answer"}`, `{"messages": [..., user], "answer"}` or `{"messages": [..., assistant]}`,
-whose last message holds the answer. What cannot be used is rejected with its line number, never repaired.
+The gold answer is a row's answer column or, without one, the final answer of its reply. A row that cannot be used is rejected
+with its number, never repaired.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.jsonl import conversation, read_rows, text_field
+from distill.conversations import Conversation, Reader, Table, open_table
 from distill.models import file_hash
-from distill.records import UserError, stable_hash
+from distill.records import Split, UserError, stable_hash
 from distill.tasks import templates
 from distill.tasks.problem_list import FiniteTask, Judge, Loaded, Rejected, Row, assemble
 
@@ -25,15 +27,24 @@ def jsonl(
     path: str,
     held_out: HeldOut = "hash",
     judge: Judge = "math",
+    fields: dict[str, str] | None = None,
     template: str = "think_answer",
 ) -> FiniteTask:
-    """Problems of a JSONL file. `held_out: all` makes an evaluation set of it, with nothing to train on."""
+    """Problems of a file (JSON lines, JSON, CSV, Parquet, ...) in any layout that `distill ls layouts` lists.
+
+    held_out: "all" makes an evaluation set of it, with nothing to train on. fields: columns of another layout by part, such
+    as {question: a.b, answer: c}.
+    """
     file = Path(path)
     if not file.is_file():
         raise UserError(f"tasks.{name}.path: {path!r}: no such file.")
     found = templates.find(template, f"tasks.{name}.template")
-    fingerprint = stable_hash("jsonl", file_hash(file), held_out, judge, *templates.fingerprint(found))
-    return FiniteTask(name, found, fingerprint, judge, lambda: _load(name, file, held_out, judge), str(file))
+    by_hand = [repr(sorted(fields.items()))] if fields else []
+    fingerprint = stable_hash("jsonl", file_hash(file), held_out, judge, *by_hand, *templates.fingerprint(found))
+    where = f"tasks.{name}"
+    return FiniteTask(
+        name, found, fingerprint, judge, lambda: _load(name, file, held_out, judge, fields or {}, where), str(file)
+    )
 
 
 def final_answer(text: str) -> str:
@@ -54,6 +65,8 @@ def gold_text(value: Any) -> str:
         return ", ".join(plain_number(gold_text(item).strip()) for item in value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if isinstance(value, str) and value.lstrip().startswith("[") and (listed := _json_list(value)) is not None:
+        return gold_text(listed)
     if not isinstance(value, str):
         keys = f" with the keys {', '.join(map(str, value))}" if isinstance(value, dict) else ""
         raise ValueError(f"the answer is {type(value).__name__}{keys}, not a text, a number or a list of them")
@@ -62,29 +75,48 @@ def gold_text(value: Any) -> str:
     return value
 
 
+def _json_list(text: str) -> list[Any] | None:
+    """Return the list of texts that a text is the JSON of, as some data sets store golds; None for any other text."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, list) and value and all(isinstance(each, str) for each in value) else None
+
+
 def plain_number(answer: str) -> str:
     """Without the commas of a grouped integer, which a gold answer cannot mean as a list."""
     grouped = re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", answer)
     return answer.replace(",", "") if grouped else answer
 
 
-def _load(name: str, path: Path, held_out: HeldOut, judge: Judge) -> Loaded:
-    rows: list[Row] = []
+def _load(name: str, path: Path, held_out: HeldOut, judge: Judge, fields: Mapping[str, str], where: str) -> Loaded:
     rejected: Rejected = []
-    for number, row in read_rows(path, lambda line, reason: rejected.append((line, reason))):
-        try:
-            rows.append(_row(number, row, held_out))
-        except ValueError as error:
-            rejected.append((number, str(error)))
+    table = open_table(path, f"{where}.path")
+    split: Split | None = "held_out" if held_out == "all" else None
+    rows = list(problems_of(table, fields, split, rejected))
     return assemble(name, "jsonl", rows, judge, rejected)
 
 
-def _row(number: int, row: dict[str, Any], held_out: HeldOut) -> Row:
-    messages, reply = conversation(row)
-    if "answer" in row or reply is None:
-        if "answer" not in row:
-            text_field(row, "answer")  # says which keys there are
-        answer = gold_text(row["answer"])
-    else:
-        answer = final_answer(reply)
-    return Row(number, messages, answer, "held_out" if held_out == "all" else None)
+def problems_of(table: Table, fields: Mapping[str, str], split: Split | None, rejected: Rejected) -> Iterator[Row]:
+    """Yield the problems of a data set's rows with their gold answers; others are added to `rejected`."""
+    reader = Reader(fields, keep_wrong=True)
+    for number, row in table.rows(lambda line, reason: rejected.append((line, reason))):
+        try:
+            found = reader.read(row, number)
+            if not found:
+                raise ValueError("there is no conversation in the row")
+            conversation = found[0]
+            yield Row(number, conversation.prompt, _gold(conversation, row), split)
+        except ValueError as error:
+            rejected.append((number, str(error)))
+
+
+def _gold(conversation: Conversation, row: Mapping[str, Any]) -> str:
+    reply, answer = conversation.reply, conversation.answer
+    if answer is not None and not (isinstance(answer, str) and reply is not None and answer == reply["content"]):
+        gold = gold_text(answer)
+        return gold if isinstance(answer, list) else plain_number(final_answer(gold)) if "####" in gold else gold
+    if reply is None:
+        raise ValueError(f"there is no answer (there are: {', '.join(sorted(map(str, row)))})")
+    return plain_number(final_answer(reply["content"]))

@@ -1,7 +1,7 @@
-"""A task with a finite list of problems; shared by the tasks that read a file, a dataset or a package.
+"""A task that is a list of problems: the common part of file tasks and hub tasks.
 
-The order of the problems depends on the seed and their ids, not on the order in the file. A shorter list is a prefix of
-a longer one.
+The seed and the problems' ids decide their order, so it does not depend on the file's order, and every shorter list is a
+prefix of a longer one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 from distill.records import Message, Problem, Split, Template, UserError, Verdict, draw_seed
 from distill.tasks import splits
 from distill.tasks.judge import worker_pool
-from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, why_unreadable
+from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, unreadable
 
 Judge = Literal["math", "exact"]
 Rejected = list[tuple[int, str]]
@@ -33,24 +33,24 @@ class Row:
     @property
     def question(self) -> str:
         """The last user message."""
-        return next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+        return str(next(m["content"] for m in reversed(self.messages) if m["role"] == "user"))
 
     @property
     def content(self) -> str:
-        """The text that identifies the problem: the whole conversation without system messages."""
+        """The text that identifies the problem: the whole conversation without the system message."""
         return "\n".join(m["content"] for m in self.messages if m["role"] != "system")
 
 
 @dataclass(slots=True)
 class Loaded:
-    """Valid problems by split, and (number, reason) of every rejected row."""
+    """The problems by split, and (number, reason) of every rejected row."""
 
     by_split: dict[Split, list[Problem]] = field(default_factory=lambda: {"train": [], "held_out": []})
     rejected: Rejected = field(default_factory=list)
 
 
 class FiniteTask:
-    """A task whose problems are read from a file or dataset when they are first needed."""
+    """A task whose problems come from a file or data set, read when they are first needed."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class FiniteTask:
 
     @property
     def rejected(self) -> Rejected:
-        """(line or row number, reason) of every rejected row."""
+        """The (line or row number, reason) of every rejected row."""
         return self._problems().rejected
 
     def problems(self, split: Split, num: int | None, seed: int) -> Iterator[Problem]:
@@ -119,7 +119,7 @@ class FiniteTask:
 
 
 def describe(rejected: Rejected) -> str:
-    """A sentence about rejected rows, for an error message; "" if there are none."""
+    """Return ' 3 rows were rejected: row 2: ...', or an empty text."""
     if not rejected:
         return ""
     shown = "; ".join(f"{number}: {reason}" for number, reason in rejected[:MAX_SHOWN])
@@ -128,7 +128,7 @@ def describe(rejected: Rejected) -> str:
 
 
 def assemble(task: str, source: str, rows: Sequence[Row], judge: Judge, rejected: Rejected) -> Loaded:
-    """Convert rows to problems. Rejects rows whose gold answer cannot be compared, and repeated questions.
+    """Convert rows to problems; gold answers that cannot be compared and repeated questions are rejected.
 
     A question in both official splits is held out.
     """
@@ -162,5 +162,5 @@ def assemble(task: str, source: str, rows: Sequence[Row], judge: Judge, rejected
 def _unreadable_golds(golds: Sequence[str]) -> dict[str, str]:
     distinct = list(dict.fromkeys(golds))
     with ThreadPoolExecutor(worker_pool.NUM_WORKERS) as threads:
-        reasons = threads.map(why_unreadable, distinct)
+        reasons = threads.map(unreadable, distinct)
         return {gold: f"{reason} ({gold[:80]!r})" for gold, reason in zip(distinct, reasons, strict=True) if reason}

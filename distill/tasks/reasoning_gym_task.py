@@ -1,12 +1,13 @@
 """Problems from the generators of reasoning_gym, judged by the generators' own scorers.
 
-A generator seeds item i with `seed + i`, so neighbouring seeds share nearly all items, and a small space of problems
-repeats. Problems are therefore drawn in blocks whose seeds are far apart. Problems of the other split, and problems
-seen before (by content), are dropped. All problems are drawn before the first is used.
+A generator seeds item i with `seed + i`, so two neighbouring seeds share nearly all their items, and small
+spaces repeat. So problems are drawn from blocks whose seeds are far apart; problems of the other split and repeated
+problems are dropped (by content), and the rest is counted before any is used.
 
-Some scorers evaluate the answer as Python. They get only expressions that call nothing but mathematical functions, and
-run in a worker process with a time limit. A few generators iterate over sets of strings, so that their items depend on
-PYTHONHASHSEED. They run in the worker, where it is fixed, because all arms of a comparison must get the same problems.
+Some scorers evaluate the answer as Python. They get only expressions that call nothing but mathematical
+functions, and run in a worker process with a hard limit. A few generators iterate over sets of text, so their items
+depend on the process's hash seed: they run in the worker, where that seed is fixed, because all arms of a comparison must
+get the same problems.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from distill.tasks.judge import worker_pool
 from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict
 
 BLOCK = 256
-"""Number of items drawn from one generator seed. Another value would change all problems."""
+"""The number of items drawn from one generator seed. A change of this value changes the problems."""
 
 HASH_SEEDED = frozenset(
     [
@@ -62,20 +63,20 @@ def reasoning_gym(
     options: dict[str, Any] | None = None,
     template: str = "think_answer",
 ) -> GeneratedTask:
-    """Problems of any reasoning_gym generator. `options` are the generator's own options, without seed and size."""
+    """Problems of any reasoning_gym generator; `options` are the generator's own, except seed and size."""
     options = dict(options or {})
     where = f"tasks.{name}"
     _check_options(dataset, options, where)
     try:
         generator(dataset, options, 0)[0]
     except Exception as error:
-        # A generator checks its options with asserts, or fails only when it makes an item.
+        # Generators check their options with asserts, or only when an item is drawn.
         raise UserError(f"{where}.options: {dataset} refuses them: {str(error) or type(error).__name__}.") from error
     return GeneratedTask(name, dataset, options, templates.find(template, f"{where}.template"))
 
 
 class GeneratedTask:
-    """A task whose problems come from a generator; their number is unlimited unless the generator's space is small."""
+    """A task of generated problems; endless unless the generator's space is small."""
 
     def __init__(self, name: str, dataset: str, options: Mapping[str, Any], template: Template) -> None:
         self.name, self.template = name, template
@@ -88,11 +89,9 @@ class GeneratedTask:
         )
 
     def problems(self, split: Split, num: int | None, seed: int) -> Iterator[Problem]:
-        """`num` distinct problems of a split; all are drawn before the first is returned."""
+        """Return `num` distinct problems of a split; all are drawn before the first is returned."""
         if num is None:
-            raise UserError(
-                f"tasks.{self.name}: {self.dataset} generates an unlimited number of problems; say how many are wanted."
-            )
+            raise UserError(f"tasks.{self.name}: {self.dataset} writes problems without end; say how many are wanted.")
         return iter(self._collect(split, num, seed))
 
     def _collect(self, split: Split, num: int, seed: int) -> list[Problem]:
@@ -113,7 +112,7 @@ class GeneratedTask:
                     num_idle, last_new = 0, time.monotonic()
                     if len(found) == num:
                         break
-            # In a space of n problems, the last unseen one is still missing after 5 n draws with probability below 1%.
+            # A space of n has a last unseen problem left after 5 n draws less than once in a hundred.
             if (
                 num_idle >= max(MIN_IDLE_DRAWS, 5 * len(seen))
                 or num_failed >= max(MAX_FAILED_DRAWS, num_drawn // 2)
@@ -128,7 +127,7 @@ class GeneratedTask:
         return found
 
     def _draws(self, seed: int) -> Iterator[tuple[int, int, Any]]:
-        """Endless draws for a seed: (generator seed, item number, entry). If a draw fails, the entry is its exception."""
+        """Yield the items of a seed: (generator seed, item, entry); a failed draw yields its exception."""
         for block in itertools.count():
             base = draw_seed("reasoning_gym", seed, block) % 2**31
             for index in range(BLOCK):
@@ -168,7 +167,7 @@ class GeneratedTask:
         return judge(self.template, completion, finished, functools.partial(self._verdict, problem))
 
     def same_answer(self, one: str, other: str) -> bool:
-        """Whether two answers are equal as text or as mathematics. (A generator's scorer only knows its gold answer.)"""
+        """Compare two answers as text or as mathematics: a generator's own scorer only compares with its gold answer."""
         return exact_verdict(one, other).correct is True or math_verdict(one, other).correct is True
 
     def _verdict(self, problem: Problem, answer: str) -> Verdict:
@@ -176,8 +175,8 @@ class GeneratedTask:
             return Verdict(False, 0.0, answer, "answer too long")
         base, index = problem.payload["seed"], problem.payload["index"]
         try:
-            if self.dataset in HASH_SEEDED or scorer_evaluates(self.dataset):
-                if scorer_evaluates(self.dataset) and not is_arithmetic(answer):
+            if self.dataset in HASH_SEEDED or evaluates(self.dataset):
+                if evaluates(self.dataset) and not harmless(answer):
                     return Verdict(False, 0.0, answer, "not an expression")
                 reply = worker_pool.ask("score", self.dataset, self.options, base, index, answer, limit_s=SCORE_LIMIT_S)
             else:
@@ -198,14 +197,14 @@ class GeneratedTask:
 def library() -> Any:
     """reasoning_gym's table of generators: name -> (class, its config)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # a dependency of reasoning_gym compares with `is "..."`
+        warnings.simplefilter("ignore", SyntaxWarning)  # a dependency of it compares with `is "..."`
         import reasoning_gym.factory
 
     return reasoning_gym.factory.DATASETS
 
 
 def generator(dataset: str, options: Mapping[str, Any], seed: int) -> Any:
-    """A generator with its options and seed."""
+    """Return the generator with its options and a seed."""
     kind, config = library()[dataset]
     options = dict(options)
     if dataset == "composite":
@@ -216,7 +215,7 @@ def generator(dataset: str, options: Mapping[str, Any], seed: int) -> Any:
 
 
 def item(dataset: str, options: Mapping[str, Any], seed: int, index: int) -> tuple[Any, Any]:
-    """(generator, item `index` of it)."""
+    """Return the generator and one of its items."""
     items = _items(dataset, json.dumps(options, sort_keys=True), seed)
     return items, items[index]
 
@@ -227,7 +226,7 @@ def _items(dataset: str, options: str, seed: int) -> Any:
 
 
 def score(dataset: str, options: Mapping[str, Any], seed: int, index: int, *, answer: str) -> float:
-    """The score of an answer to an item, by the generator's own scorer."""
+    """Score an answer to an item with the generator's own scorer."""
     items, entry = _scored(dataset, json.dumps(options, sort_keys=True), seed, index)
     return float(items.score_answer(answer, entry))
 
@@ -238,19 +237,19 @@ def _scored(dataset: str, options: str, seed: int, index: int) -> tuple[Any, Any
 
 
 @functools.cache
-def scorer_evaluates(dataset: str) -> bool:
-    """Whether a generator's scorer may run the answer as code."""
+def evaluates(dataset: str) -> bool:
+    """Return whether a generator's scorer may run the answer as code."""
     source = inspect.getsource(sys.modules[library()[dataset][0].__module__])
     return dataset == "composite" or re.search(r"\b(?:eval|parse_expr)\(", source) is not None
 
 
-def is_arithmetic(answer: str) -> bool:
-    """Whether an answer evaluated as Python can only do arithmetic, or fail."""
+def harmless(answer: str) -> bool:
+    """Return whether evaluating an answer as Python can only do arithmetic (or fail)."""
     text = answer.strip().replace("!", "")
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        # Not a Python expression, so Python runs nothing; but sympy accepts further notations, so refuse calls by name.
+        # Not an expression, so nothing runs, except sympy's own notations, which call functions by name.
         return re.search(r"[A-Za-z_]{2,}\s*\(|__|\.\s*[A-Za-z_]", text) is None
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -269,6 +268,6 @@ def _check_options(dataset: str, options: Mapping[str, Any], where: str) -> None
     fields = [field.name for field in dataclasses.fields(known[dataset][1]) if field.name not in _WALKER_OPTIONS]
     for key in options:
         if key in _WALKER_OPTIONS:
-            raise UserError(f"{where}.options.{key}: is set by the stage that uses the problems; remove this key.")
+            raise UserError(f"{where}.options.{key}: is set by the stage that draws the problems; leave it out.")
         if key not in fields:
             raise UserError(f"{where}.options.{key}: unknown option.{nearest(key, fields)}")

@@ -1,7 +1,7 @@
-"""A trained reward model: computes one logit from prompt and completion. Each model is loaded once per process.
+"""A trained reward model: loaded once a process, prompt and completion in, one logit out.
 
-The problem's conversation and the completion are rendered with the reward model's own tokenizer and chat template. The
-instructions of the task's template are not part of the input.
+It reads the problem's conversation and the completion with its own tokenizer and chat template, never the policy's ids, and
+without the task template's instructions: it judges the reply to the question. Generative judges are not supported.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _loading = threading.Lock()
 
 
 def load(path: str, dtype: Dtype = "auto") -> RewardModel:
-    """The reward model of a folder or hub id, loaded at the first call, on the GPU if there is one."""
+    """Load the reward model of a folder or hub id once a process, on the GPU if there is one."""
     with _loading:
         return _load(path, dtype)
 
@@ -40,8 +40,8 @@ def _classifier(folder: Path, dtype: Dtype, path: str) -> Any:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.num_labels != 1:
         raise UserError(
-            f"reward model {path!r} has num_labels = {config.num_labels}, but a Bradley-Terry reward model is a sequence "
-            "classifier with one label (one logit). Use a model that was trained that way."
+            f"reward model {path!r} has num_labels = {config.num_labels}: a Bradley-Terry reward model is a sequence "
+            "classifier with one label (one logit). Take one that was trained so."
         )
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         folder,
@@ -52,7 +52,8 @@ def _classifier(folder: Path, dtype: Dtype, path: str) -> Any:
     )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
-            f"reward model {path!r} has no weights for {', '.join(missing[:3])}, so it is not a trained reward model."
+            f"reward model {path!r} holds no weights for {', '.join(missing[:3])}: they would be random. "
+            "It is no trained reward model."
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -65,7 +66,7 @@ class RewardModel:
         self._tokenizer.padding_side = "right"
         config = classifier.config
         if config.pad_token_id is None:
-            # The classifier uses the last position that is not padding, so it needs the padding token's id.
+            # The classifier reads the last position that is not padding, so its config must name the padding id.
             config.pad_token_id = tokenizer.pad_token_id
         self._pads = config.pad_token_id is not None and tokenizer.pad_token_id is not None
         self._max_tokens = getattr(config, "max_position_embeddings", None)
@@ -79,10 +80,10 @@ class RewardModel:
         sigmoid: bool = False,
         batch_size: int = 8,
     ) -> list[float | None]:
-        """The logit (or its sigmoid) of each text as the reply to `messages`; None if both together are too long."""
+        """Return a logit (or its sigmoid) for each text as the reply to `messages`; None if both are too long together."""
         ids = [self._encode(messages, text) for text in texts]
         fits = [n for n, row in enumerate(ids) if not self._max_tokens or len(row) <= self._max_tokens]
-        # Texts of similar length share a batch, so that there is little padding.
+        # Neighbours in length go together, so little is padding.
         fits.sort(key=lambda n: len(ids[n]))
         size = batch_size if self._pads else 1
         scores: list[float | None] = [None] * len(texts)
@@ -95,7 +96,7 @@ class RewardModel:
         return scores
 
     def _encode(self, messages: Sequence[Message], text: str) -> list[int]:
-        """Token ids of the conversation, rendered by the chat template; without one, question and reply as a pair."""
+        """Return the conversation's ids: through the chat template, or as question and reply for a tokenizer without one."""
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
             return list(tokenizer(messages[-1]["content"], text)["input_ids"])

@@ -1,8 +1,8 @@
-"""Rewards: every public function here is a reward, `name(group, *, options) -> one score per completion`.
+"""Rewards: each public function here is a reward, `name(group, *, options) -> one score a completion`.
 
-Rewards are pure functions: the scores of a group depend only on the group. None means that a completion could not be
-judged; it is then not part of the baseline. A bad completion gets 0, also if it is empty, unfinished or in the wrong
-format. `combined_reward` handles weights, failures and time limits.
+Rewards are pure: a group's scores do not depend on other groups. None means that a completion could not be judged, which
+excludes it from the baseline; it is not the same as 0. A bad completion gets 0, also if it is empty, unfinished or its
+format is broken. Weights, failures and limits are in `combined_reward`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _AFTER_BOX = re.compile(r"(?:[\s.$*]|\\\)|\\\])*")
 
 
 def accuracy(group: Group, *, partial: bool = False) -> list[float | None]:
-    """1 for a correct completion, 0 for a wrong one, None if there is no verdict (DeepSeek-R1, section 2.2.2).
+    """1 for a correct completion, 0 for a wrong one, None if the verdict is None (DeepSeek-R1, section 2.2.2).
 
-    partial: use the verdict's score in [0, 1] instead, which is partial credit if the task's scorer gives it.
+    partial: use the verdict's score in [0, 1], which gives partial credit if the task's scorer does.
     """
     if partial:
         return [verdict.score for verdict in group.verdicts]
@@ -34,10 +34,10 @@ def accuracy(group: Group, *, partial: bool = False) -> list[float | None]:
 
 
 def think_format(group: Group) -> list[float | None]:
-    r"""1 if the text is one `<think>...</think>` with content and then one answer, else 0 (DeepSeek-R1, 2.2.2).
+    r"""1 if the whole text is one `<think>...</think>` with content and then one answer, else 0 (DeepSeek-R1, 2.2.2).
 
-    The answer must have the form that the task's template asks for: one `<answer>...</answer>` with content and nothing
-    around it, or a text that ends with its only `\boxed{...}`, or any text in which the template finds an answer.
+    The answer has the form that the task's template asks for: one `<answer>...</answer>` with content and nothing
+    around it; or a text that ends with its only `\boxed{...}`; or whatever else the template finds an answer in.
     Unfinished completions get 0.
     """
     form = _answer_form(group.template)
@@ -48,10 +48,10 @@ def think_format(group: Group) -> list[float | None]:
 
 
 def language(group: Group, *, target: str = "en") -> list[float | None]:
-    """Share of the words of the reasoning in the language `target` (ISO 639-1), in [0, 1] (DeepSeek-R1, 2.3.2).
+    """Share of the reasoning's words in the language `target` (ISO 639-1), in [0, 1] (DeepSeek-R1, 2.3.2).
 
-    The reasoning is the same span as for the filter `language` (`reasoning_of`), without the template's prefill.
-    Reasoning without words (pure arithmetic) gets 1; a completion without reasoning gets 0.
+    Judges the same span as the filter `language`: the reasoning in what the model wrote (`reasoning_of`), without the
+    template's prefill. Reasoning without words (pure arithmetic) gets 1; a completion without reasoning gets 0.
     """
     scores: list[float | None] = []
     for text in group.texts:
@@ -62,16 +62,16 @@ def language(group: Group, *, target: str = "en") -> list[float | None]:
 
 
 def length(group: Group, *, cache: pydantic.PositiveInt) -> list[float | None]:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0]; lengths are in tokens.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0]; lengths in tokens.
 
-    0 up to max_tokens - cache tokens, then linearly down to -1 at max_tokens; -1 for a completion that was cut off.
-    Raises UserError if cache is larger than max_tokens.
+    0 up to max_tokens - cache, then linearly down to -1 at max_tokens; -1 for a completion that was cut there.
+    Raises UserError for a cache larger than the limit.
     """
     soft = group.max_tokens - cache
     if soft < 0:
         raise UserError(
-            f"length: cache is {cache} tokens, but completions have at most {group.max_tokens} (max_tokens). "
-            "Use a smaller cache, for example a fifth of max_tokens."
+            f"length: cache is {cache} tokens, but completions may have {group.max_tokens} in all. "
+            "Take a smaller cache, a fifth of max_tokens say."
         )
     return [
         min(0.0, max(-1.0, (soft - num) / cache)) if finished else -1.0
@@ -87,13 +87,13 @@ def model(
     batch_size: pydantic.PositiveInt = 8,
     dtype: Dtype = "auto",
 ) -> list[float | None]:
-    """The logit r(prompt, completion) of a trained reward model (Bradley-Terry loss, InstructGPT).
+    """The logit r(prompt, completion) of a reward model trained with the Bradley-Terry loss
+    -log sigmoid(r_chosen - r_rejected) (InstructGPT, arXiv 2203.02155, eq. 1).
 
-    The model was trained with the loss -log sigmoid(r_chosen - r_rejected) (arXiv 2203.02155, eq. 1). path: folder or
-    hub id of a sequence classifier with one label. sigmoid: return 1 / (1 + exp(-r)) in (0, 1) instead of r; logits have
-    no fixed scale, and a few extreme ones could outweigh all other rewards. batch_size, dtype: of the forward passes.
-    The score is None if prompt and completion together are longer than the model's context. Raises UserError if the
-    model cannot be loaded or is not a reward model.
+    path: of a sequence classifier with one label: a folder or a hub id. sigmoid: use 1 / (1 + exp(-r)) in (0, 1), because r
+    has no fixed scale and a few extreme logits would dominate the other rewards. batch_size, dtype:
+    of its forward passes. None if prompt and completion together are longer than the model's context.
+    Raises UserError for a model that cannot be reached or is not a reward model.
     """
     from distill.tasks import reward_model
 
@@ -110,12 +110,13 @@ def code(
     unsafe: bool = False,
     sandbox_command: str | None = None,
 ) -> list[float | None]:
-    """Share of the problem's tests that the completion's program passes, in [0, 1] (see `tasks.code`).
+    """Share of the problem's tests that the completion's program passes, in [0, 1]; for problems with tests (`tasks.code`).
 
-    test_timeout_s, timeout_s: limits in seconds for one test and for all tests of a program. memory_mb: address space of
-    each process. unsafe, sandbox_command: see `tasks.sandbox.isolation`. The score is None if the sandbox failed, and 0
-    for an unfinished completion or one without an answer. Set the stage's reward_timeout to at least timeout_s times the
-    group's size divided by the number of cores. Raises UserError for a problem without tests, and if there is no sandbox.
+    test_timeout_s, timeout_s: wall seconds for one test and for all of a program's. memory_mb: address space of each
+    process. unsafe, sandbox_command: the isolation of the program (`tasks.sandbox`). None if the sandbox failed; unfinished
+    completions and those without an answer get 0. A group waits for its slowest programs: set reward_timeout to
+    timeout_s times the group's size over the number of cores.
+    Raises UserError for a problem without tests, or without a sandbox.
     """
     from distill.tasks import sandbox
     from distill.tasks.code import code_verdicts
@@ -124,7 +125,7 @@ def code(
     if "tests" not in payload and "check" not in payload:
         raise UserError(
             f"code: task {group.problem.task!r} has problems without tests (the first is {group.problem.problem_id}). "
-            f"Use this reward only for tasks whose answers are programs, such as humaneval."
+            f"Take this reward for tasks whose answers are programs, humaneval say."
         )
     limits = sandbox.Limits(test_s=test_timeout_s, problem_s=timeout_s, memory_mb=memory_mb)
     answers = [
@@ -138,10 +139,7 @@ def code(
 
 
 def random(group: Group, *, probability: float = 0.5) -> list[float | None]:
-    """A control experiment: 1 with the given probability, else 0, whatever the completion is.
-
-    The draw depends on (seed, problem, position in the group).
-    """
+    """A control: 1 with the given probability, else 0, for any text; drawn from (seed, problem, index in the group)."""
     return [
         float(draw_seed(group.seed, group.problem.problem_id, index) < probability * 2**63)
         for index in range(len(group))
@@ -152,9 +150,9 @@ def random(group: Group, *, probability: float = 0.5) -> list[float | None]:
 
 
 def _answer_form(template: Template) -> str:
-    """The form of an answer that a template accepts: "any" text, one in "tags", or one in a "box"; found by trying it.
+    """Return the form of answer that a template accepts, found by trying it: "any" text, one in "tags", or in a "box".
 
-    A template whose instructions ask for tags counts as "tags", even if it also accepts less (r1_zero).
+    A template whose instructions ask for tags requires them here, even if its `extract` accepts less (r1_zero).
     """
     if "<answer>" in f"{template.system or ''}{template.plain}":
         return "tags"
@@ -182,7 +180,7 @@ def _is_formatted(text: str, template: Template, form: str) -> bool:
 
 
 def _ends_with_its_only_box(text: str) -> bool:
-    """Whether a text has one box and ends with it; a full stop or the formula's closing dollar sign may follow."""
+    """Return whether a text ends with its only box; a full stop or a closing dollar sign may follow."""
     boxes = list(_BOX.finditer(text))
     content = last_box(text)
     if len(boxes) != 1 or not content or "<answer>" in text:

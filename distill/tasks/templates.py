@@ -1,19 +1,22 @@
-"""How a problem is put to a model, and where the answer stands in what it writes back.
+"""Task templates: the prompt of a problem, and the extraction of the answer from a completion.
 
 A template is data (`records.Template`): a short system message for models with a chat template, the whole
 prompt as text for those without, and a function from the completion's text to its answer. `extract` never
-raises: a broken format is None. What it reads stands after the *last* `</think>`; a `<think>` that is never
-closed has no answer, however much of one its reasoning holds. `plain` is filled in with
-`str.replace("{question}", ...)`, since it may hold other braces.
-
-Left out on purpose: whether an answer is right (`judge`), and the format reward.
+raises: a broken format gives None. It reads the text after the *last* `</think>`; a `<think>` that is never
+closed has no answer, whatever its reasoning holds. `plain` is filled in with `str.replace("{question}", ...)`, because it
+may hold other braces. Whether an answer is right is decided in `judge`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import importlib
 import re
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 from distill.plug import nearest
 from distill.records import Template, UserError
@@ -24,15 +27,15 @@ _NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|(?<
 
 
 def after_thinking(text: str) -> str | None:
-    """What follows the last `</think>`; all of it where nothing was thought; None where a `<think>` stays open."""
+    """Return what follows the last `</think>`: the whole text without reasoning, None if a `<think>` stays open."""
     _, _, rest = text.rpartition("</think>")
     return None if "<think>" in rest else rest
 
 
 def last_box(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}` whose braces match; escaped braces do not count.
+    r"""Return the content of the last `\boxed{...}` whose braces match; escaped braces do not count.
 
-    One pass, however many boxes a completion that repeats itself leaves open.
+    A single pass, so a repetitive completion with many unclosed boxes stays fast.
     """
     opened: list[int | None] = []  # where each open brace's content starts, if it is a box's
     last: tuple[int, int] | None = None
@@ -103,8 +106,8 @@ think_answer = Template(
     extract=_extract_answer_tag,
 )
 
-# For reinforcement learning from a model that was never shown the format: it asks for the tags, and takes the last number
-# for an answer until they come, so that there is something to reward. The format reward asks for the tags all the same.
+# For reinforcement learning from a model that never saw the format: it asks for the tags, but accepts the last number as
+# an answer until they appear, so that rewards differ from the start. The format reward requires the tags.
 r1_zero = Template(
     name="r1_zero",
     system=_R1_ZERO,
@@ -129,7 +132,18 @@ code = Template(
     extract=_extract_rest,
 )
 
+_OPTIONS: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("template options", default={})  # noqa: B039
 TEMPLATES = {template.name: template for template in (think_answer, r1_zero, boxed, raw, code)}
+
+
+@contextlib.contextmanager
+def given_options(options: Mapping[str, Any]) -> Iterator[None]:
+    """Give the templates found inside the context these options for the model's chat template."""
+    token = _OPTIONS.set(options)
+    try:
+        yield
+    finally:
+        _OPTIONS.reset(token)
 
 
 def find(name: str, where: str = "template") -> Template:
@@ -137,7 +151,7 @@ def find(name: str, where: str = "template") -> Template:
     if ":" not in name:
         if name not in TEMPLATES:
             raise UserError(f"{where}: there is no template {name!r}.{nearest(name, TEMPLATES)}")
-        return TEMPLATES[name]
+        return replace(TEMPLATES[name], options=_OPTIONS.get()) if _OPTIONS.get() else TEMPLATES[name]
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module beside the recipe, as plug.find looks for it
@@ -147,7 +161,7 @@ def find(name: str, where: str = "template") -> Template:
         raise UserError(f"{where}: cannot import {name!r}: {error}. Write it as package.module:attribute.") from error
     if not isinstance(template, Template):
         raise UserError(f"{where}: {name!r} is a {type(template).__name__}, not a distill.records.Template.")
-    return template
+    return replace(template, options=_OPTIONS.get()) if _OPTIONS.get() else template
 
 
 def fingerprint(template: Template) -> tuple[str, ...]:
@@ -158,4 +172,5 @@ def fingerprint(template: Template) -> tuple[str, ...]:
         template.plain,
         str(template.chat),
         template.prefill,
+        *([repr(sorted(template.options.items()))] if template.options else []),
     )

@@ -1,1 +1,1 @@
-"""Command-line tools that are not stages."""
+"""The verbs of the command line that are not stages: audit, inspect, ls."""

@@ -1,11 +1,11 @@
-"""Are these the distributions of the weights that the traces name? Random positions are scored again.
+"""Audit: check that stored distributions are those of the model that the traces name, by scoring random positions again.
 
-In: a folder of traces (or a selection), and the model, found by name or through the run that the folder lies in. Out:
-a certificate, printed and kept beside the manifest, for the data card. It holds while the content's fingerprint does.
+Input: a folder of traces (or a selection), and the model, given or found through the run that contains the folder. Output:
+a certificate, printed and stored beside the manifest for the data card. It is valid while the content's fingerprint is
+unchanged.
 
-The differences hold everything that lies between two computations of one number: the codec's rounding, other sums in
-other batches, another engine where one is named. Left out on purpose: the text (a model may say anything), and
-whether the files are whole (`verify`).
+The differences include everything in which two computations of one number may differ: the codec's rounding, the order of
+sums in other batches, another engine if one is given. Checksums of the files are the work of `verify`.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from distill.traces import provenance
 from distill.traces.reader import TraceReader, open_traces
 
 MARGIN = 16
-"""Entries asked for beyond the stored ones: near the end of the list two computations differ in the order."""
+"""Entries requested beyond the stored number: near the end of the list two computations rank them differently."""
 MAX_MEAN = 0.05
-"""Nats. Engines differ by less than 0.02 on average in bfloat16; other weights by tenths, or whole nats."""
+"""Largest accepted mean difference in nats. Engines differ by less than 0.02 on average in bfloat16, other weights by
+tenths or whole nats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What an audit found; all differences are absolute, in nats.
+    """The result of an audit; all differences are absolute, in nats.
 
-    token_*: log-probability of the trace's own token. entry_*: of a kept entry; one that the engine does not list
-    any more counts with the least that it does list (`unlisted` of them). kl_*: of the stored distribution from the
-    one scored again, on the kept entries and the tail. fingerprint: of the traces' content.
+    token_*: of the log-probability of the trace's own token. entry_*: of the log-probabilities of stored entries; an entry
+    that the engine does not list counts with the smallest log-probability listed (there are `unlisted` of them). kl_*:
+    KL(stored || scored again), over the stored entries and the tail. fingerprint: of the traces' content.
     """
 
     positions: int
@@ -62,23 +63,23 @@ class Certificate:
 
     @property
     def ok(self) -> bool:
-        """Whether these can be the weights: the sampled tokens differ by no more than engines do."""
+        """Whether the model can have written the traces: sampled tokens differ by no more than between engines."""
         return self.token_mean <= MAX_MEAN
 
     def __str__(self) -> str:
         lines = [
             f"{self.positions:,} positions of {self.traces:,} traces scored again with {self.model} "
             f"(weights {self.weights}, {self.engine}, {self.dtype}):",
-            f"  the trace's token: mean difference {self.token_mean:.2g} nat, worst {self.token_worst:.2g}",
+            f"  sampled tokens: mean difference {self.token_mean:.2g} nat, largest {self.token_worst:.2g}",
         ]
         if self.entry_worst or self.kl_worst:
             lines += [
-                f"  kept entries: mean difference {self.entry_mean:.2g} nat, worst {self.entry_worst:.2g}",
-                f"  KL of stored from scored again: mean {self.kl_mean:.2g} nat, worst {self.kl_worst:.2g}",
+                f"  stored entries: mean difference {self.entry_mean:.2g} nat, largest {self.entry_worst:.2g}",
+                f"  KL(stored || scored again): mean {self.kl_mean:.2g} nat, largest {self.kl_worst:.2g}",
             ]
         if not self.ok:
             lines.append(
-                f"  these are not the distributions of that model: engines differ by less than {MAX_MEAN} on average"
+                f"  these are not the distributions of that model: the mean difference between two engines is below {MAX_MEAN}"
             )
         return "\n".join(lines)
 
@@ -92,16 +93,16 @@ def audit(
     seed: int = 0,
     screen: Screen | None = None,
 ) -> Certificate:
-    """Score `num` random positions again (all, where there are fewer) and keep the certificate beside the traces.
+    """Score `num` random positions again (all, if there are fewer) and store the certificate beside the traces.
 
-    model: a folder, hub id or package:// source; None: what the run's recipe says. engine: by name; None: the one
-    that wrote the traces. screen: shows what is under way; None: one on stdout. Raises UserError where the model cannot
-    be found or has other weights than the traces name.
+    model: a folder, hub id or package:// source; None: the one of the run's recipe. engine: a name; None: the one that
+    wrote the traces. screen: progress display; None: one on stdout. Raises UserError if the model cannot be found or its
+    weights are not those that the traces name.
     """
     screen = screen or Screen()
     reader = open_traces(path)
     if not path.is_dir():
-        raise UserError(f"{path}: audit a folder: the certificate stands beside its manifest.")
+        raise UserError(f"{path}: an audit needs a folder of traces, because it stores its certificate there.")
     claim = reader.metadata
     model_dir, config = _model(reader, model, screen)
     if engine is not None and engine != config.fn:
@@ -110,11 +111,11 @@ def audit(
     found = models.weights_fingerprint(model_dir)
     if found != claim.weights:
         raise UserError(
-            f"{path}: its traces are by {claim.model} with the weights {claim.weights}; {model_dir} has {found}. Those "
-            "cannot vouch for them: give the model that wrote the traces with --model."
+            f"{path}: its traces were written by {claim.model} with the weights {claim.weights}; those in {model_dir} are "
+            f"{found}. Give the model that wrote the traces with --model."
         )
     chosen = _choose(reader, num, seed)
-    # Before the engine's first import of vLLM.
+    # These must be set before vLLM is first imported.
     os.environ.update(engines.environment(config))
     differences = _differences(reader, chosen, config, model_dir, screen)
     certificate = Certificate(
@@ -144,21 +145,21 @@ def audit(
 
 
 def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path, EngineConfig]:
-    """The model's folder, and the engine that wrote the traces as far as it is known."""
-    made = _stage(reader)
-    config = made[1].engine if made is not None else EngineConfig(fn=reader.metadata.engine)
+    """The model's folder, and the config of the engine that wrote the traces as far as it is known."""
+    origin = _stage(reader)
+    config = origin[1].engine if origin is not None else EngineConfig(fn=reader.metadata.engine)
     if config.fn == engines.AUTO:
         config = config.model_copy(update={"fn": reader.metadata.engine})
     if reader.metadata.dtype:
         config = config.model_copy(update={"dtype": reader.metadata.dtype})
     if model is not None:
         return models.resolve(ModelConfig(source=model), screen.phase), config
-    if made is None:
+    if origin is None:
         raise UserError(
-            f"{reader.path}: does not lie in a run, so nothing says where its model {reader.metadata.model!r} is. Name it "
-            "with --model: a folder, a hub id or a package:// source."
+            f"{reader.path}: is not inside a run, so its model {reader.metadata.model!r} cannot be found. Give it with "
+            "--model: a folder, a hub id or a package:// source."
         )
-    tree, stage = made
+    tree, stage = origin
     run = reader.base.parent.parent
     if stage.model in tree.stages:
         return run / stage.model / "model", config
@@ -166,7 +167,7 @@ def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path
 
 
 def _stage(reader: TraceReader) -> tuple[recipe.Recipe, GenerateStage | ScoreStage] | None:
-    """The recipe and the stage that wrote the traces, where they lie in RUN/STAGE/traces."""
+    """The recipe and the stage that wrote the traces, if their folder is RUN/STAGE/traces; else None."""
     stage_folder = reader.base.resolve().parent
     if not run_folder.is_run(stage_folder.parent):
         return None
@@ -179,11 +180,11 @@ def _stage(reader: TraceReader) -> tuple[recipe.Recipe, GenerateStage | ScoreSta
 
 
 def _choose(reader: TraceReader, num: int, seed: int) -> dict[int, Array]:
-    """Row (in the order of `blocks`) -> positions of it, ascending; every position is as likely as any other."""
+    """Draw `num` positions uniformly. Returns row (in the order of `blocks`) -> its positions, ascending."""
     lengths = reader.lengths().completion.astype(np.int64)
     total = int(lengths.sum())
     if not total:
-        raise UserError(f"{reader.path}: has no position to audit.")
+        raise UserError(f"{reader.path}: holds no completion tokens to audit.")
     drawn = np.sort(np.random.default_rng(seed).choice(total, min(num, total), replace=False))
     ends = np.cumsum(lengths)
     row = np.searchsorted(ends, drawn, side="right")
@@ -226,7 +227,7 @@ def _differences(
 
 
 def _rows(reader: TraceReader, chosen: dict[int, Array]) -> Iterator[tuple[Traces, int, Array]]:
-    """(block, row of it, positions) of the chosen traces; shards without one are not read."""
+    """Yield (block, row in the block, positions) of the chosen traces; shards without any are not read."""
     flags = np.zeros(reader.num_rows, bool)
     flags[list(chosen)] = True
     positions = iter(chosen.values())
@@ -236,7 +237,7 @@ def _rows(reader: TraceReader, chosen: dict[int, Array]) -> Iterator[tuple[Trace
 
 
 def _score(engine: Engine, block: Traces, n: int, positions: Array, top_k: int) -> Completion:
-    """The trace up to the last position that is wanted."""
+    """Score a trace up to its last chosen position."""
     ids = np.array(block.completion_ids[n][: positions[-1] + 1])
     request = Request(block.trace_id[n], np.array(block.prompt_ids[n]), completion_ids=ids)
     return next(iter(engine.score([request], top_k=top_k)))
@@ -255,7 +256,7 @@ def _compare(found: _Differences, block: Traces, n: int, positions: Array, again
 
 
 def _compare_position(stored: TopK, again: TopK) -> tuple[Array, float, int]:
-    """(differences of the kept entries, KL on entries and tail, entries that the engine does not list) at a position."""
+    """At one position: (differences of the stored entries, KL over entries and tail, entries that the engine does not list)."""
     listed = dict(zip(again.ids_E.tolist(), again.logp_E.tolist(), strict=True))
     least = float(again.logp_E.min())
     logq = np.array([listed.get(i, least) for i in stored.ids_E.tolist()], np.float64)

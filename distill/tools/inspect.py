@@ -1,7 +1,7 @@
-"""inspect: a sample of stored traces as one page, a student's view of the same tokens beside it if asked for.
+"""The verb `distill inspect`: a sample of stored traces as one HTML page, optionally with a student's probabilities.
 
-Finds the traces that a path means, the tokenizer of the model that wrote them and, for a student, scores the stored
-completions through an engine. No stage of a recipe: the verb `distill inspect` calls `write`.
+Finds the traces at a path and the tokenizer that wrote them; for a student, scores the stored completions with an engine.
+The page itself is made by `distill.inspector`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from distill.traces.reader import TraceReader, open_traces
 from distill.traces.schema import Metadata
 
 STUDENT_TOP_K = 256
-"""Entries of the student's distribution that are matched with the teacher's."""
+"""Entries of the student's distribution, to compare with the teacher's."""
 ROOM = 8
+"""Positions of the engine's context beyond the longest trace."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Traces, and the run that they lie in: its folder and recipe, None outside a run."""
+    """A folder of traces, and the run that contains it: the run's folder and recipe, None outside a run.
+
+    others: other stages of the run that have traces.
+    """
 
     traces: Path
     run: Path | None
@@ -46,13 +50,13 @@ def write(
     max_bytes: int = trace_page.MAX_BYTES,
     screen: Screen | None = None,
 ) -> tuple[Path, list[str]]:
-    """Write the page; returns where it is, and what the user should know.
+    """Write the page; return its path and notes for the user.
 
-    path: traces (a folder of shards, a selection, a shard), a stage's folder or a run's. out: the file, or a
-    folder for `inspect.html` (default: beside the traces). student: a checkpoint's folder, a stage of the run or a
-    hub id. sample: at most so many traces, picked by a hash of their ids: a fair draw, and the same every time.
-    screen: shows what is under way; None: one on stdout.
-    Raises UserError where there are no traces, or no tokenizer or student that fits them.
+    path: traces (a folder of shards, a selection, a shard), a stage's folder or a run's. out: the file, or a folder for
+    `inspect.html`; default: beside the traces. student: a model's folder, a stage of the run or a hub id. sample: the
+    maximum number of traces, chosen by a hash of their ids (a random sample, the same every time). tokenizer: a folder;
+    None: the student's or the writer's. screen: progress display; None: one on stdout. Raises UserError if there are no
+    traces, or no matching tokenizer or student.
     """
     found = find(path)
     reader = open_traces(found.traces)
@@ -77,15 +81,15 @@ def write(
     return write_atomic(target, text), notes
 
 
-# ----------------------------------------------------------------------------------------- what is meant
+# ---------------------------------------------------------------------------- finding traces and models
 
 
 def find(path: Path) -> Found:
-    """The traces that a path means: itself, its `traces` folder, or in a run the first stage that captured distributions."""
+    """Find the traces at a path: the path itself, its `traces` folder, or the first stage of a run with distributions."""
     if not path.exists() and (Path("runs") / path).exists():
         path = Path("runs") / path
     if not path.exists():
-        raise UserError(f"{path}: there is nothing here.")
+        raise UserError(f"{path}: no such file or folder, here or in runs/.")
     if run_folder.is_run(path):
         return _of_run(path)
     traces = path / "traces" if (path / "traces").is_dir() else path
@@ -101,7 +105,7 @@ def _of_run(run: Path) -> Found:
     without: list[str] = []
     for name, config in resolved.stages.items():
         if config.kind == "filter":
-            continue  # a selection of what a generate stage wrote
+            continue  # a selection of another stage's traces
         children = [name, *(f"{name}.{arm}" for arm in getattr(config, "arms", ()))]
         for node in children:
             if not (run / node / "traces").is_dir():
@@ -115,7 +119,7 @@ def _of_run(run: Path) -> Found:
 
 
 def _folder(found: Found, reference: str) -> Path:
-    """A model's folder: of a stage or model of the run, a checkpoint's, a stage's, else a hub id or package://."""
+    """A model's folder: a path to a model or a stage, else a stage or model of the run, else a hub id or package://."""
     given = Path(reference).expanduser()
     for folder in (given, given / "model"):
         if (folder / "config.json").is_file():
@@ -129,7 +133,7 @@ def _folder(found: Found, reference: str) -> Path:
 
 
 def _tokenizer(found: Found, metadata: Metadata, given: str | None, student: str | None) -> Any:
-    """The tokenizer that the traces' ids are of: the one given, else the student's, else the writer's own."""
+    """The tokenizer of the traces' ids: the given one, else the student's or the writer's, whichever matches."""
     tried = []
     for reference in (given, student, metadata.model):
         if reference is None:
@@ -179,7 +183,7 @@ def _facts(reader: TraceReader, shown: int, student: str | None) -> list[tuple[s
 
 
 def _sampled(reader: TraceReader, sample: int) -> TraceReader:
-    """The `sample` rows whose ids hash lowest."""
+    """The `sample` rows with the lowest hashes of their ids."""
     if sample >= len(reader):
         return reader
     ids = [one for block in reader.blocks(4096, ["trace_id"]) for one in block.trace_id]
@@ -188,9 +192,9 @@ def _sampled(reader: TraceReader, sample: int) -> TraceReader:
 
 
 def score(blocks: Sequence[Traces], folder: Path, metadata: Metadata, screen: Screen) -> dict[str, Completion]:
-    """The student's log-probabilities of every stored completion, by trace id, teacher-forced.
+    """Score every stored completion with the student (teacher-forcing); returns scores by trace id.
 
-    Raises UserError where its tokenizer is not the one that the ids are of.
+    Raises UserError if the student's tokenizer is not that of the traces.
     """
     models.check_same_tokenizer(metadata.tokenizer, metadata.vocab_size, models.load_tokenizer(folder), "--student")
     requests = [
@@ -216,7 +220,7 @@ def score(blocks: Sequence[Traces], folder: Path, metadata: Metadata, screen: Sc
 
 
 def byte_reader(tokenizer: Any) -> Callable[[Sequence[int]], list[bytes]]:
-    """Token ids -> the bytes that each stands for."""
+    """Return a function from token ids to the bytes of each."""
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
     byte_level = '"ByteLevel"' in json.dumps(decoder)
     added = set(tokenizer.get_added_vocab())

@@ -1,4 +1,4 @@
-"""What a recipe can name, for `distill ls`: read from the code itself, never from a second list."""
+"""The verb `distill ls`: names that a recipe can use and their options, read from the code."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from distill.records import UserError
 
 HOMES = {
     "losses": ("distill.training.loss.sparse", "distill.training.loss.cross_tokenizer.losses"),
-    "objectives": ("distill.training.rl.objectives",),
+    "objectives": ("distill.training.rl.policy_objectives",),
     "rewards": ("distill.tasks.rewards",),
     "filters": ("distill.traces.filters",),
     "tasks": ("distill.tasks",),
     "engines": ("distill.engines.factories",),
 }
-SORTS = (*HOMES, "stages", "templates", "recipes")
+SORTS = (*HOMES, "stages", "templates", "layouts", "recipes")
 RECIPES = files.SHIPPED / "recipes"
 ROLES = {
-    "identity": "another value is another result: a finished stage refuses it (--redo does the stage again)",
-    "growth": "a larger value adds the difference to a finished stage",
-    "execution": "may change at any time; the result stays",
+    "identity": "changes the result: a finished stage refuses another value (--redo runs the stage again)",
+    "growth": "a larger value adds only the difference to a finished stage",
+    "execution": "does not change the result: may be changed at any time",
 }
+"""What a change of a field means for a finished stage, by the field's role."""
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A field of a stage or an option of a plug: its type, its default in words, what a change means, and its meaning."""
+    """A field of a stage or an option of a plug. default: as text, or "required". role: a key of ROLES."""
 
     name: str
     type: str
@@ -46,7 +47,7 @@ class Option:
 
 
 def of(sort: str) -> Iterator[tuple[str, str]]:
-    """(name, one line) of everything of a sort. Raises UserError for an unknown sort."""
+    """Yield (name, one line of description) of everything of a sort. Raises UserError for an unknown sort."""
     if sort in HOMES:
         for name, function in sorted(_plugs(sort).items()):
             yield name, f"{_option_names(function)}{_first_line(function)}"
@@ -60,15 +61,22 @@ def of(sort: str) -> Iterator[tuple[str, str]]:
 
         for name, template in TEMPLATES.items():
             yield name, template.system or template.plain
+    elif sort == "layouts":
+        from distill.conversations import LAYOUTS
+
+        yield from LAYOUTS.items()
     elif sort == "recipes":
         for path in recipe_files():
             yield path.stem, _comment(path)
     else:
-        raise UserError(f"nothing is called {sort!r}.{plug.nearest(sort, SORTS)}")
+        raise UserError(f"there is no list of {sort!r}.{plug.nearest(sort, SORTS)}")
 
 
 def options(sort: str, name: str) -> tuple[str, list[Option]]:
-    """(description, fields or options) of one thing; for a template or a recipe its text. Raises UserError for an unknown one."""
+    """Return (description, fields or options) of one name; for a template or a recipe (text, []).
+
+    Raises UserError for an unknown sort or name.
+    """
     if sort == "stages":
         from distill.recipe import kind_class
 
@@ -85,18 +93,18 @@ def options(sort: str, name: str) -> tuple[str, list[Option]]:
 
         template = templates.find(name)
         return "\n".join(f"{key}: {getattr(template, key)}" for key in ("system", "plain", "prefill")), []
-    raise UserError(f"nothing is called {sort!r}.{plug.nearest(sort, SORTS)}")
+    raise UserError(f"there is no list of {sort!r}.{plug.nearest(sort, SORTS)}")
 
 
 def recipe_files() -> list[Path]:
-    """The recipes of this project, and those in the working directory's recipes/ folder."""
+    """The recipes that come with distill, and those in the working directory's recipes/ folder."""
     here = Path("recipes").resolve()
     folders = [RECIPES] if here == RECIPES else [RECIPES, here]
     return sorted(path for folder in folders for path in folder.glob("*.yaml"))
 
 
 def recipe_file(name: str) -> Path:
-    """The recipe of a name. Raises UserError with the nearest one."""
+    """Return the file of the recipe `name`. Raises UserError with the nearest name if there is none."""
     found = {path.stem: path for path in recipe_files()}
     if name not in found:
         raise UserError(f"there is no recipe {name!r}.{plug.nearest(name, found)}")
@@ -108,7 +116,7 @@ def _plugs(sort: str) -> dict[str, plug.Function]:
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
-    """The fields of a stage kind, a section's fields below it by dotted names."""
+    """Yield the fields of a stage kind; the fields of a section follow it with dotted names."""
     from distill.recipe.fields import Config, PlugConfig
     from distill.recipe.load import section
 
@@ -134,7 +142,7 @@ def _parameters(function: plug.Function) -> Iterator[Option]:
 
 
 def type_text(annotation: Any, metadata: typing.Iterable[Any] = ()) -> str:
-    """A type as a reader of YAML knows it: `number > 0`, `a | b`, `list of text`, `section`."""
+    """A type in words for a recipe's author: `number > 0`, `a | b`, `list of text`, `section`."""
     from distill.recipe.fields import PlugConfig
 
     limits = "".join(_limit(one) for one in metadata)
@@ -195,7 +203,7 @@ def _option_names(function: plug.Function) -> str:
 
 
 def _comment(path: Path) -> str:
-    """The first comment of a recipe; the line that names its schema for editors is none."""
+    """The first comment line of a recipe, apart from the line that names its schema for editors."""
     lines = path.read_text(encoding="utf-8").splitlines()
     found = [line.lstrip("# ") for line in lines if line.startswith("#") and "yaml-language-server" not in line]
     return found[0] if found else ""

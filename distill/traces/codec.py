@@ -1,12 +1,11 @@
 """Traces <-> Arrow tables <-> Parquet bytes.
 
-In: blocks of `Traces` (numpy columns); out: the same, but for log-probabilities, which are rounded as
-`distribution.py` says unless the metadata says `exact`. Token columns cross without a Python object a token, and
-mostly without a copy: the arrays that come back are read-only, many of them views of Arrow's memory. Text must be
-UTF-8 in Parquet: surrogate pairs are joined and lone surrogates become U+FFFD. Text is for people and filters; what
-was sampled is `completion_ids`.
+Blocks of `Traces` (numpy columns) are written and read back unchanged, except log-probabilities, which are rounded
+(`quantisation.py`) unless the metadata says `exact`. Token columns are converted without a Python object a token and mostly
+without a copy: arrays that are read are read-only, many of them views of Arrow's memory. Text must be UTF-8 in Parquet, so
+surrogate pairs are joined and lone surrogates become U+FFFD. The sampled tokens themselves are `completion_ids`.
 
-Left out on purpose: files and folders (`folder.py`), how a distribution is rounded (`distribution.py`).
+Files and folders are in `folder.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from distill.traces import quantisation
 from distill.traces.schema import ARROW_SCHEMA, DISTRIBUTION_COLUMNS, METADATA_KEY, Metadata
 
 MAX_LOGPROB = 1e-3
-"""Rounding may lift a log-probability this far above 0; anything higher is not one."""
+"""Rounding may raise a log-probability this far above 0; a higher value is an error."""
 
 _SPLIT = (
     "prompt_ids",
@@ -41,8 +40,9 @@ _SPLIT = (
 
 
 def to_table(traces: Traces, metadata: Metadata) -> pa.Table:
-    """The block as an Arrow table with its metadata. Raises ValueError where the columns contradict each other,
-    an id is outside the vocabulary or a log-probability is not one."""
+    """Convert a block to an Arrow table with its metadata.
+
+    Raises ValueError if columns contradict each other, an id is outside the vocabulary or a log-probability is invalid."""
     check(traces, metadata)
     num = len(traces)
     columns: dict[str, Any] = {
@@ -71,7 +71,7 @@ def to_table(traces: Traces, metadata: Metadata) -> pa.Table:
 
 
 def encode(table: pa.Table, metadata: Metadata) -> pa.Buffer:
-    """The table as the bytes of one Parquet file, checksums on every page; the same bytes for the same table."""
+    """Return the table as one Parquet file with a checksum on every page; equal tables give equal bytes."""
     split = [*_SPLIT, "tail_logprob"] if metadata.exact else _SPLIT
     words = ["finish_reason", "rewards.list.element.name"]
     sink = pa.BufferOutputStream()
@@ -97,7 +97,7 @@ def encode(table: pa.Table, metadata: Metadata) -> pa.Buffer:
 
 
 def check(traces: Traces, metadata: Metadata) -> None:
-    """Raises ValueError where the columns contradict each other or hold what they cannot."""
+    """Raise ValueError if columns contradict each other or hold invalid values."""
     for name in ("problem_id", "sample", "messages", "completion", "answer", "gold", "prompt_ids",
                  "completion_ids", "logprob", "reward", "correct", "finish_reason"):  # fmt: skip
         if len(getattr(traces, name)) != len(traces):
@@ -172,12 +172,12 @@ def _text(column: Sequence[str | None]) -> pa.Array:
 
 
 def clean_text(text: str) -> str:
-    """The text as valid Unicode: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
+    """Return the text as valid Unicode: surrogate pairs joined, lone surrogates replaced by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _messages(column: Sequence[Messages]) -> pa.Array:
-    """Conversations as lists of {role, content} structs."""
+    """Convert conversations to lists of {role, content} structs."""
     for row in column:
         for turn in row:
             if set(turn) != {"role", "content"}:
@@ -205,9 +205,9 @@ def _rewards(rewards: dict[str, list[float | None]], num: int) -> pa.Array:
 
 
 def from_table(table: pa.Table, metadata: Metadata) -> Traces:
-    """The table as Traces. Columns that were not read come back empty: no tokens, no text, no verdict.
+    """Convert a table to Traces. Columns that were not read are empty: no tokens, no text, no verdict.
 
-    `top` is None where no distribution was captured, or where one of its columns was not read.
+    `top` is None if no distribution was captured or one of its columns was not read.
     """
     num = len(table)
     column = {name: _whole(table.column(name)) for name in table.column_names}

@@ -1,7 +1,7 @@
-"""An evaluation set as the `decontaminate` filter sees it: is this problem, or a piece of it, in there?
+"""An evaluation set for the `decontaminate` filter: find out whether it contains a problem or a part of it.
 
-In: the questions, and how two of them are compared (the tasks' own normalisation, handed in because the
-rooms do not import each other). Left out on purpose: completions; a reply may well say what a question says.
+In: the questions and the tasks' normalisation of them (passed in, because rooms do not import each other). Completions are
+not compared: a reply may repeat the question.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _WORD = re.compile(r"\w+")
 class HeldOut:
     """The questions of an evaluation set.
 
-    prose: whether a shared run of words gives a question away; False for generated problems, whose template
-    makes every run of words match. normalise: text -> what is equal for the same question.
+    prose: whether a shared run of words counts as contamination; False for generated problems, whose templates
+    share runs of words. normalise: maps a text to a form that is equal for equal questions.
     """
 
     def __init__(self, questions: Iterable[str], normalise: Callable[[str], str], prose: bool) -> None:
@@ -28,10 +28,10 @@ class HeldOut:
         return len(self._texts)
 
     def holds(self, question: str, ngram: int) -> bool:
-        """Whether a question is in the set or, in prose, shares `ngram` words in a row with one that is.
+        """Return whether a question is in the set or, in prose, shares `ngram` consecutive words with one in the set.
 
-        Ten words are what DeepSeekMath takes (section 2.1); a question of the set that has fewer is matched as a
-        whole only. ngram 0: whole questions only.
+        DeepSeekMath uses ten words (section 2.1). A question of the set with fewer words is compared as a whole. ngram 0:
+        whole questions only.
         """
         text = self._normalise(question)
         if text in self._texts:

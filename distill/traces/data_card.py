@@ -1,8 +1,7 @@
 """The data card of a folder of traces: Markdown with the hub's YAML front matter.
 
-In: the folder and what only its owner can say (the licence). Out: text that tells what the traces are, who wrote
-them, how large and how whole they are, and how to decode them without this package. Left out on purpose: examples
-(the hub shows rows), and praise.
+In: the folder, and the licence. Out: text that says what the traces are, which model wrote them, their number and size,
+whether they were verified, and how to decode them without this package. Examples are left to the hub, which shows rows.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _SIZES = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1
 
 
 def card(path: str | Path, *, name: str, licence: str = LICENCE_TO_FILL) -> str:
-    """The card's text. name: what the data set is called; licence: the hub's identifier of it."""
+    """Return the card's text. name: of the data set; licence: the hub's identifier of a licence."""
     from huggingface_hub import DatasetCardData
 
     reader, held = open_traces(path), stats(path)
@@ -93,7 +92,7 @@ def _sizes(held: Stats) -> list[tuple[str, str]]:
 
 
 def _filters(path: Path) -> list[str]:
-    """What was left out of a selection, and why."""
+    """Return a section on what a selection left out, with the reasons."""
     if not (path / SELECTION_FILE).is_file():
         return []
     tree = folder.read_json(path / SELECTION_FILE)
@@ -225,12 +224,12 @@ def _table(rows: Sequence[Sequence[str]], head: Sequence[str] = ("", "")) -> str
 
 
 def _plain(text: str) -> str:
-    """Text that means nothing to Markdown or HTML."""
+    """Escape text so that it has no meaning in Markdown or HTML."""
     for char in "\\`*_[]<>|#&":
         text = text.replace(char, f"\\{char}" if char not in "<>&" else f"&#{ord(char)};")
     return " ".join(text.split())
 
 
 def _code(text: str) -> str:
-    """Text as code, whatever is in it."""
+    """Return text as inline code, whatever characters it has."""
     return "`" + " ".join(text.replace("`", "'").replace("|", "¦").split()) + "`"

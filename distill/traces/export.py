@@ -1,4 +1,4 @@
-"""Traces for others: their text as JSONL or as a `datasets` folder, and several folders merged into one."""
+"""Export traces: their text as JSONL or as a `datasets` folder; merge several folders into one."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SFT_LABELS = ("trace_id", "problem_id", "gold")
 
 
 def export_sft(source: str | Path, out: str | Path, style: Style = "chat") -> int:
-    """One JSON object a trace; returns how many.
+    """Write one JSON object a trace; return their number.
 
     chat: {"messages": [..., {"role": "assistant", "content": completion}], "trace_id", "problem_id", "gold"},
-    which chat trainers and the `datasets` library read as it is; text: {"prompt", "completion", ...} with the
+    which chat trainers and the `datasets` library read directly; text: {"prompt", "completion", ...} with the
     contents of the turns joined by blank lines.
     """
     out, num = Path(out), 0
@@ -38,9 +38,9 @@ def export_sft(source: str | Path, out: str | Path, style: Style = "chat") -> in
 
 
 def export_dataset(source: str | Path, out: str | Path, style: Style = "chat") -> int:
-    """The same rows as a folder that `datasets.load_from_disk` opens; returns how many. Memory stays flat.
+    """Write the same rows as a folder for `datasets.load_from_disk`, streamed; return their number.
 
-    Raises UserError where `out` holds something already, or there is no trace.
+    Raises UserError if `out` is not empty, or there is no trace.
     """
     import datasets
 
@@ -86,9 +86,9 @@ def _sft_rows(source: str, style: Style) -> Iterator[dict[str, Any]]:
 
 
 def merge(sources: Sequence[str | Path], out: str | Path) -> int:
-    """Every trace of several folders or selections, each id once, as one folder; returns how many were added.
+    """Merge the traces of several folders or selections into one folder, each id once; return the number added.
 
-    Raises UserError where the sources differ in an identity key. Run again after a kill, it goes on.
+    Raises UserError if the sources differ in an identity key. After a kill, run it again to continue.
     """
     readers = [open_traces(source) for source in sources]
     if not readers:

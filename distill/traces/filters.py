@@ -1,8 +1,8 @@
 """Filters: which traces of a problem are kept. Every public function here can be named in a recipe's `keep`.
 
 A filter gets all traces of one problem, in the order of their samples, and returns one flag a trace; its
-keyword-only arguments are its options. It always sees the whole group, whatever other filters say, so that
-their order does not matter: a trace is kept when every filter flags it. Groups carry text, ids and verdicts;
+keyword-only arguments are its options. It always sees the whole group, so the order of filters does not matter: a trace
+is kept if every filter flags it. Groups carry text, ids and verdicts;
 `logprob` and `top` are not read. The first line of a filter's docstring says what it keeps; the line `Dropped:` is the reason
 that the report gives.
 
@@ -133,8 +133,8 @@ def code_blocks(group: Traces, *, max_blocks: Count = 0) -> Array:
 
     Dropped: reasoning with more than max_blocks fenced code blocks
 
-    A block stands between lines that start with three or more backticks or tildes; one that is never closed
-    counts. Code in the answer, after the reasoning, is no matter.
+    A block is enclosed by lines that start with three or more backticks or tildes; one that is never closed
+    counts. Code in the answer, after the reasoning, is ignored.
     """
     return np.array([_num_blocks(reasoning_of(text)) <= max_blocks for text in group.completion], bool)
 
@@ -144,8 +144,8 @@ def decontaminate(group: Traces, held_out: HeldOut, *, against: str, ngram: Coun
 
     Dropped: the problem, or ngram words in a row of it, is in the evaluation set `against`
 
-    against: a task of the recipe (its held-out problems) or a JSONL file of problems; what it names arrives as
-    held_out. Generated problems share their template's words, so they are compared as a whole only.
+    against: a task of the recipe (its held-out problems) or a JSONL file of problems, which arrives here as held_out.
+    Generated problems share their template's words, so only whole problems are compared.
     """
     known: dict[str, bool] = {}
     for prompt in group.messages:
@@ -185,13 +185,13 @@ def pass_rate(group: Traces, *, low: Share = 0.0, high: Share = 1.0) -> Array:
 
 
 def _shared(one: Counter[str], other: Counter[str]) -> float:
-    """What two texts have in common in any order: no less than in order, and far quicker to tell."""
+    """Return the number of words that two texts share in any order: an upper bound of the subsequence, and quicker."""
     total = one.total() + other.total()
     return 2 * (one & other).total() / total if total else 1.0
 
 
 def _num_blocks(text: str) -> int:
-    """Fenced blocks; a fence is closed by one of the same character that is at least as long."""
+    """Count fenced blocks; a fence is closed by one of the same character that is at least as long."""
     num, opened = 0, ""
     for fence in _FENCE.findall(text):
         if not opened:

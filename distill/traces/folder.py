@@ -1,12 +1,12 @@
-"""What lies in a folder of traces: shards, one manifest a writer, a lock while a writer is open.
+"""The files in a folder of traces: shards, one manifest a writer, a lock while a writer is open.
 
-    shard-<writer>-00000.parquet   whole shards, never changed once they have their name
+    shard-<writer>-00000.parquet   complete shards, never changed after they got this name
     manifest-<writer>.json         metadata, and for each of that writer's shards its rows, bytes and SHA-256
     lock-<writer>                  held by the open writer; lock-<writer>.holder names its process and host
 
-The manifests together say what the folder holds; a shard that none of them lists is not there. Each writer
+The manifests together list the folder's shards; a shard that none of them lists is ignored. Each writer
 changes only its own files, so that several (processes, machines) can fill one folder. Every file appears
-whole or not at all: temporary file in the same folder, fsync, rename, fsync of the folder.
+complete or not at all: temporary file in the same folder, fsync, rename, fsync of the folder.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def shard_name(writer: str, index: int) -> str:
 
 
 def shard_files(folder: Path, writer: str | None = None) -> dict[str, int]:
-    """The shard files in a folder (of one writer), listed in a manifest or not, with their indices."""
+    """Return the shard files in a folder (of one writer) with their indices, listed in a manifest or not."""
     found = {}
     for path in sorted(folder.iterdir()):
         match = _SHARD.fullmatch(path.name)
@@ -77,7 +77,7 @@ def shard_files(folder: Path, writer: str | None = None) -> dict[str, int]:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """One manifest, checked against its own checksum and the schema's version."""
+    """Read one manifest and check its checksum and schema version."""
     tree = read_json(path)
     if tree.get("format") != FORMAT:
         raise UserError(f"{path}: not a manifest of traces.")
@@ -86,9 +86,9 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def read_manifests(folder: Path) -> list[Manifest]:
-    """Every writer's manifest, by the writer's name; none in a folder without traces.
+    """Read every writer's manifest, by the writer's name; empty for a folder without traces.
 
-    Raises UserError where two of them disagree about what the traces are.
+    Raises UserError if the metadata of two manifests differ.
     """
     manifests = [read_manifest(path) for path in sorted(folder.glob("manifest-*.json"))]
     for other in manifests[1:]:
@@ -97,7 +97,7 @@ def read_manifests(folder: Path) -> list[Manifest]:
 
 
 def refuse_differences(folder: Path, there: Metadata, new: Metadata, what: str) -> None:
-    """UserError that names every key in which traces of another kind would be mixed into a folder."""
+    """Raise UserError, naming every identity key that differs, if traces of another kind would be added to a folder."""
     differences = there.differences(new)
     if differences:
         raise UserError(
@@ -108,7 +108,7 @@ def refuse_differences(folder: Path, there: Metadata, new: Metadata, what: str) 
 
 
 def make_folder(folder: Path) -> None:
-    """The folder and those above it. Raises UserError where something else is in the way, or nothing may be written."""
+    """Make a folder and its parents. Raises UserError if a file blocks the path or nothing may be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,13 +116,13 @@ def make_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
-    """JSON with a checksum of itself, whole or not at all."""
+    """Write JSON with its own checksum, atomically."""
     checksum = stable_hash(json.dumps(tree, sort_keys=True), length=64)
     write_atomic(path, (json.dumps({**tree, "checksum": checksum}, indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. Raises UserError when it was changed, cut or is missing."""
+    """Read a file of `write_json`. Raises UserError if it was changed or cut, or is missing."""
     try:
         tree = json.loads(path.read_bytes())
         checksum = tree.pop("checksum")
@@ -141,7 +141,7 @@ def sha256(data: Any) -> str:
 
 @contextlib.contextmanager
 def writer_lock(folder: Path, writer: str) -> Iterator[None]:
-    """Hold a writer's lock. Raises UserError that names the process and host that hold it."""
+    """Hold a writer's lock. Raises UserError, naming process and host, if another writer holds it."""
     refusal = f"{folder}: another writer is open here ({{holder}}). Wait for it, or write to another folder."
     with locked(folder.resolve() / f"lock-{writer}", refusal):
         yield

@@ -1,4 +1,4 @@
-"""Who wrote the text of a folder of traces, and what an audit found, which stands beside the manifest."""
+"""The origin of a folder's text, and the certificate of its last audit, stored beside the manifest."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ CERTIFICATE = "audit.json"
 
 
 def text_from(reader: TraceReader) -> str:
-    """Who wrote the traces' text: the metadata's `source`, or else the model that their distributions are of."""
+    """Return the origin of the traces' text: the metadata's `source` or, without one, the model of the distributions."""
     metadata = reader.metadata
     return metadata.source or f"{metadata.model} (weights {metadata.weights})"
 
 
 def write_certificate(path: Path, tree: dict[str, Any]) -> None:
-    """Keep what an audit found; `tree` names the content's fingerprint."""
+    """Store an audit's result; `tree` names the content's fingerprint."""
     folder.write_json(path / CERTIFICATE, tree)
 
 
 def certificate(reader: TraceReader) -> dict[str, Any] | None:
-    """What an audit found, where there was one of just this content, or of the folder that it is selected from."""
+    """Return the result of an audit of exactly this content, or of the folder it was selected from; else None."""
     for path, fingerprint in (
         (reader.path, reader.fingerprint),
         (reader.base, open_traces(reader.base).fingerprint),

@@ -1,7 +1,7 @@
-"""Traces to a data set on the hub: the shards as they are, their manifest, what stands beside it, and a card.
+"""Upload traces to a data set on the hub: shards, manifests, certificate and a card.
 
-What is uploaded is a folder of traces: downloaded again, it opens, verifies and trains as it did here. Of a selection
-only the rows that are kept are uploaded, as shards of their own.
+The upload is a folder of traces: after a download it opens, verifies and trains as before. For a selection only the kept
+rows are uploaded, as shards of their own.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ README = "README.md"
 
 
 def push(path: Path, repo: str, *, licence: str, private: bool = False) -> str:
-    """Upload to the data set `repo` (owner/name), made where it is not there; returns its address.
+    """Upload to the data set `repo` (owner/name), created if missing; return its address.
 
-    Raises UserError: traces that are not whole, a hub that cannot be reached, or one that refuses.
+    Raises UserError if the traces are incomplete, or the hub cannot be reached or refuses.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -62,7 +62,7 @@ def push(path: Path, repo: str, *, licence: str, private: bool = False) -> str:
 
 
 def build(path: Path, out: Path, *, name: str, licence: str) -> Path:
-    """The folder that is uploaded: a folder of traces with its card. Raises UserError where `out` is there already."""
+    """Build the folder to upload: traces with their card. Raises UserError if `out` exists."""
     path, out = Path(path), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: holds something already; name a new folder.")
@@ -96,7 +96,7 @@ def _link_notes(path: Path, out: Path) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same bytes under another name; a copy where the file system has no links between the two."""
+    """Hard-link a file; copy it if the file system has no links between the two paths."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,19 +1,19 @@
-"""How a position's distribution is made small: what schema 1 stores in place of float32 log-probabilities.
+"""Quantisation of distributions: what schema 1 stores instead of float32 log-probabilities.
 
-    top_steps      uint16 an entry: how far it lies below the entry before it, in 1/32 nat; 0 for the first
+    top_steps      uint16 an entry: its distance below the previous entry, in 1/32 nat; 0 for the first
     tail_logprob   float32 a position: log of the mass in no entry, its log-odds rounded to 1/16 nat
 
 To decode a position, let x be the running sum of its steps over 32. An entry's probability is
 
     exp(-x) / sum(exp(-x)) * (1 - exp(tail_logprob))
 
-so that entries and tail always add up to 1, and where one entry has nearly all the mass it gets back exactly what
-the others and the tail leave. Distances are rounded from the first entry on, so that errors do not add up: each
-is off by at most 1/64 nat. As KL(true || decoded) over entries + tail that is at most 2e-4 nat at any position
-(Hoeffding's lemma on errors in an interval of 1/32, and the two-way KL of tail against entries), and below 7e-5 on
-average where errors are uniform, whatever the distribution; `tests/bench/RESULTS.md` has what was measured.
+so entries and tail always add up to 1, and an entry with nearly all the mass is decoded exactly as 1 minus the others and
+the tail. Rounding is relative to the first entry, so errors do not accumulate: each is at most 1/64 nat.
+KL(true || decoded) over entries + tail is at most 2e-4 nat at any position (Hoeffding's lemma on errors in an interval of
+1/32, and the two-way KL of tail against entries), and below 7e-5 on average for uniform errors, for any distribution;
+`tests/bench/RESULTS.md` has measurements.
 
-Left out on purpose: ids and counts, which are stored as they are; the exact variant, which has nothing to decode.
+Ids and counts are stored unchanged; the exact variant (`exact: true`) is not quantised.
 
 Shapes: T positions, E entries over all of them.
 """
@@ -29,17 +29,17 @@ from distill.records import Array, TopK
 STEPS_PER_NAT: Final = 32
 TAIL_STEPS_PER_NAT = 16
 LOGPROB_STEPS_PER_NAT = 1024
-"""The sampled token's log-probability is a plain float32, rounded to this, which compresses to half."""
+"""The sampled token's log-probability is a float32 rounded to a multiple of this, which halves its compressed size."""
 
 MAX_MASS_ERROR = 1e-2
-"""Entries and tail of a position add up to 1 but for what half-precision logits lose."""
+"""Entries and tail of a position add up to 1 within this tolerance, the error of half-precision logits."""
 
 _CHUNK = 2048
-"""Positions decoded at a time: what is in between stays in the processor's cache."""
+"""Positions decoded at a time, few enough that intermediate arrays stay in the processor's cache."""
 
 
 def quantise(top: TopK) -> tuple[Array, Array]:
-    """Steps [E] uint16 and tails [T] float32 of a distribution that `check` found nothing wrong with."""
+    """Return steps [E] uint16 and tails [T] float32 of a distribution that passed `check`."""
     first_T = _first(top.count_T)
     logp_E = np.asarray(top.logp_E, np.float32)
     below_E = np.repeat(logp_E[first_T], top.count_T) - logp_E
@@ -55,7 +55,7 @@ def quantise(top: TopK) -> tuple[Array, Array]:
 
 
 def dequantise(count_T: Array, steps_E: Array, tail_T: Array) -> Array:
-    """Log-probabilities [E] float32, normalised with the tails [T]; every position has an entry."""
+    """Return log-probabilities [E] float32, normalised with the tails [T]; every position must have an entry."""
     first_T = np.concatenate([[0], np.cumsum(count_T, dtype=np.int64)])
     logp_E = np.empty(len(steps_E), np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -64,7 +64,7 @@ def dequantise(count_T: Array, steps_E: Array, tail_T: Array) -> Array:
         bounds = first_T[start : start + _CHUNK + 1]
         a, b = int(bounds[0]), int(bounds[-1])
         count, local = count_T[start : start + _CHUNK], bounds[:-1] - a
-        # The sum may wrap around: the difference to the position's first entry does not.
+        # The running sum may wrap around; the difference to the position's first entry does not.
         sum_E = np.cumsum(steps_E[a:b], dtype=np.uint32)
         sum_E -= np.repeat(sum_E[local], count)
         nats_E = np.multiply(sum_E, np.float32(-1 / STEPS_PER_NAT), dtype=np.float32)
@@ -75,14 +75,16 @@ def dequantise(count_T: Array, steps_E: Array, tail_T: Array) -> Array:
 
 
 def round_logprobs(logprobs: Array) -> Array:
-    """The sampled tokens' log-probabilities as the quantised variant stores them, off by at most 1/2048 nat."""
+    """Round the sampled tokens' log-probabilities for the quantised variant; the error is at most 1/2048 nat."""
     scale = np.float32(LOGPROB_STEPS_PER_NAT)
     return np.asarray(np.rint(np.asarray(logprobs, np.float32) * scale) / scale)
 
 
 def check(top: TopK, top_k: int) -> None:
-    """Raises ValueError where a position has no entry or more than top_k, where entries are not in descending
-    order, and where they and the tail do not add up to 1."""
+    """Check a distribution before it is stored.
+
+    Raises ValueError if a position has no entry or more than top_k, entries are not in descending order, or entries and
+    tail do not add up to 1."""
     if not len(top):
         return
     if not 1 <= top.count_T.min() <= top.count_T.max() <= top_k:
@@ -101,10 +103,10 @@ def check(top: TopK, top_k: int) -> None:
 
 
 def _first(count_T: Array) -> Array:
-    """[T] where each position's entries start."""
+    """Return the start of each position's entries, [T]."""
     return np.cumsum(count_T, dtype=np.int64) - count_T
 
 
 def _sums(values_E: Array, first_T: Array) -> Array:
-    """[T] of each position's entries, of which it has at least one."""
+    """Sum the entries of each position, [T]; every position must have one."""
     return np.add.reduceat(values_E, first_T) if len(first_T) else np.empty(0, values_E.dtype)

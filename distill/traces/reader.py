@@ -1,9 +1,9 @@
-"""open_traces: a folder of shards, a selection of its rows, or a single shard file, streamed as Traces.
+"""Read traces: a folder of shards, a selection of its rows, or a single shard file, streamed as Traces.
 
-Memory is one block (or one shuffle buffer), however much there is. Before anything of a shard is decoded its SHA-256
-is compared with the manifest's (once a process where only some columns are read), for the checksums of Parquet's pages
-leave out their headers; they are verified too. What is missing, cut, empty or changed is a UserError that names the
-file and the fix, never wrong numbers.
+Memory is one block (or one shuffle buffer), whatever the size of the data. Before anything of a shard is decoded, its
+SHA-256 is compared with the manifest's (once a process if only some columns are read), because the checksums of Parquet's
+pages do not cover their headers; those checksums are verified too. A file that is missing, cut, empty or changed raises a
+UserError that names the file and the fix.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ SELECTION_FILE = "selection.json"
 KEEP_FILE = "keep.parquet"
 
 BUFFER_ENTRIES = 32 << 20
-"""Entries of distributions that a shuffle buffer holds at most, and one shard: 6 bytes each (8 where exact)."""
+"""The largest number of distribution entries in a shuffle buffer, beyond one shard: 6 bytes each (8 if exact)."""
 
 UNREADABLE = (OSError, ValueError, pa.ArrowException)
-"""What Arrow raises for a damaged file (ValueError: text in the footer that is none)."""
+"""The exceptions that Arrow raises for a damaged file (ValueError: invalid text in the footer)."""
 
 _HEAL = "`distill traces verify --repair` on the folder drops what is bad, and generating again adds just that."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lengths:
-    """Tokens of every trace, in the order of `blocks`."""
+    """The number of tokens of every trace, in the order of `blocks`."""
 
     prompt: Array
     completion: Array
@@ -54,10 +54,10 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TraceReader:
-    """Traces to be read. Made by `open_traces`.
+    """A reader of traces, made by `open_traces`.
 
     base: the folder of the shards. selected: for a selection, the rows kept of each shard (ascending); None: all.
-    fingerprint: of the content, selection included; a pipeline's inputs count by it.
+    fingerprint: of the content, selection included; it identifies an input of a stage.
     """
 
     path: Path
@@ -75,15 +75,15 @@ class TraceReader:
         return self.num_rows
 
     def blocks(self, rows: int = 256, columns: Sequence[str] | None = None) -> Iterator[Traces]:
-        """All traces in the order of the shards, at most `rows` at a time; the same order every time.
+        """Yield all traces in the order of the shards, at most `rows` at a time.
 
-        columns: those of the schema that are needed (default all); the others come back empty.
+        columns: the schema's columns to read (default all); the others are empty.
         """
         for table in self.tables(rows, columns):
             yield codec.from_table(table, self.metadata)
 
     def tables(self, rows: int = 256, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """As `blocks`, but Arrow tables of the columns."""
+        """Like `blocks`, but yield Arrow tables of the columns."""
         for shard in self.shards:
             for _, table in self.shard_tables(shard, rows, columns):
                 yield table
@@ -99,18 +99,17 @@ class TraceReader:
         rank: int = 0,
         world: int = 1,
     ) -> Iterator[Traces]:
-        """All traces in an order that `seed` decides, shuffled by shard and within a buffer.
+        """Yield all traces in an order that `seed` decides, shuffled by shard and within a buffer.
 
-        Shards are dealt in random order into buffers of at least `buffer_rows` rows (fewer where traces are so
-        long that they hold BUFFER_ENTRIES); a buffer's rows are ordered by a hash of seed and trace_id. So traces
-        that fit into one buffer come in an order that does not depend on how they lie in shards. Holds two buffers
-        in memory.
+        Shards are put in random order into buffers of at least `buffer_rows` rows (fewer if their traces have
+        BUFFER_ENTRIES entries); a buffer's rows are ordered by a hash of seed and trace_id. So the order of traces that
+        fit into one buffer does not depend on how they are cut into shards. Holds two buffers in memory.
 
-        Of `world` readers, the one at `rank` gets every world-th row of that order: no row twice, none left out, and
-        no two ranks more than a row apart. Each decodes its own rows only, but reads all shards.
+        Of `world` readers, the one at `rank` gets every world-th row of that order: every row once, and the ranks'
+        numbers of rows differ by at most one. Each decodes only its own rows, but reads all shards.
 
-        `skip` leaves out the first rows of the rank without reading the buffers that are skipped whole: a resumed
-        epoch goes on at the exact row.
+        `skip` omits the first rows of the rank and does not read buffers that are skipped entirely, so a resumed epoch
+        continues at the exact row.
         """
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
@@ -134,7 +133,7 @@ class TraceReader:
             skip = 0
 
     def where(self, keep: Array) -> TraceReader:
-        """Only the rows with a flag, of all rows in the order of `blocks`; num_rows and `skip` count these."""
+        """Restrict the reader to flagged rows, in the order of `blocks`; num_rows and `skip` then count these."""
         if len(keep) != self.num_rows:
             raise ValueError(f"{len(keep)} flags for {self.num_rows} rows")
         selected, start = {}, 0
@@ -147,7 +146,7 @@ class TraceReader:
         return dataclasses.replace(self, selected=selected, fingerprint=fingerprint)
 
     def lengths(self) -> Lengths:
-        """Every trace's tokens, without reading them."""
+        """Return every trace's number of tokens, without reading the tokens."""
         names = ["prompt_tokens", "completion_tokens"]
         parts = [[t.column(name).to_numpy() for name in names] for t in self.tables(4096, names)]
         prompt, completion = zip(*parts, strict=True) if parts else ((), ())
@@ -161,7 +160,7 @@ class TraceReader:
         columns: Sequence[str] | None = None,
         with_id: bool = False,
     ) -> Iterator[tuple[Array, pa.Table]]:
-        """One shard's (selected) rows: their numbers in the shard, and a table."""
+        """Yield one shard's (selected) rows: their numbers in the shard, and a table."""
         names = _column_names(columns, with_id)
         keep = None if self.selected is None else self.selected.get(shard.file, np.empty(0, int))
         if keep is not None and not len(keep):
@@ -185,7 +184,7 @@ class TraceReader:
         return shard.rows if self.selected is None else len(self.selected.get(shard.file, ()))
 
     def _deal(self, seed: int, buffer_rows: int) -> Iterator[list[folder.Shard]]:
-        """Shards in random order, in groups that fill a buffer."""
+        """Yield groups of shards that fill a buffer, in random order."""
         group: list[folder.Shard] = []
         num_rows, num_entries = 0, 0.0
         for index in _hash_order(seed, [shard.file for shard in self.shards]):
@@ -204,10 +203,10 @@ class TraceReader:
 
 
 def open_traces(path: str | Path) -> TraceReader:
-    """The traces at a path: a folder of shards, a selection folder, or one shard file.
+    """Open the traces at a path: a folder of shards, a selection folder, or one shard file.
 
-    Raises UserError when nothing is there, the schema's version is another one, or a selection's source has
-    changed since it was made.
+    Raises UserError if there are no traces, the schema's version is unknown, or a selection's source has changed since it
+    was made.
     """
     path = Path(path)
     if path.is_file():
@@ -225,12 +224,12 @@ def open_traces(path: str | Path) -> TraceReader:
 
 
 def content_fingerprint(path: str | Path) -> str:
-    """Hash of what is at a path: the manifests' SHA-256s, and a selection's rows. No shard is read."""
+    """Return a hash of the content at a path, from the manifests' SHA-256s and a selection's rows; reads no shard."""
     return open_traces(path).fingerprint
 
 
 def _open_file(path: Path) -> TraceReader:
-    """A shard alone: as its manifest has it where that lies beside it, else as it says itself."""
+    """Open a single shard file, described by the manifest beside it or, without one, by its own metadata."""
     for manifest in folder.read_manifests(path.parent):
         for shard in manifest.shards:
             if shard.file == path.name:
@@ -273,7 +272,7 @@ def _open_selection(path: Path) -> TraceReader:
 
 
 def decode_file(data: Any, where: str) -> tuple[pa.Table, Metadata]:
-    """A whole shard from its bytes, every page verified. Raises UserError."""
+    """Decode a whole shard from its bytes and verify every page. Raises UserError."""
     try:
         file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
         metadata = metadata_of(file.schema_arrow, where)
@@ -287,7 +286,7 @@ def damaged(path: Path, why: str) -> UserError:
 
 
 def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names: list[str]) -> Iterator[pa.Table]:
-    """The columns of a shard file, `rows` at a time, once the file is known to be what was written."""
+    """Verify a shard file, then yield its columns, `rows` at a time."""
     source = _checked_source(path, shard, whole=any(name in DISTRIBUTION_COLUMNS for name in names))
     with source:
         try:
@@ -302,7 +301,7 @@ def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names:
 
 
 def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
-    """The file, its size and SHA-256 compared with the manifest's; in memory where all of it is wanted."""
+    """Compare a file's size and SHA-256 with the manifest's and return it, in memory if all of it is needed."""
     if not path.exists():
         raise UserError(f"{path}: is listed in the manifest, but missing. {_HEAL}")
     found = path.stat()
@@ -322,13 +321,13 @@ def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
 
 @functools.lru_cache(maxsize=65536)
 def _file_digest(path: Path, inode: int, modified: int, changed: int) -> str:
-    """SHA-256 of a file, read once as long as the file system calls it the same."""
+    """Return a file's SHA-256; cached while its inode, size and times stay the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _column_names(columns: Sequence[str] | None, with_id: bool) -> list[str]:
-    """Checked column names, in the schema's order."""
+    """Check column names and return them in the schema's order."""
     if columns is None:
         return list(COLUMNS)
     for name in columns:
@@ -341,7 +340,7 @@ def _column_names(columns: Sequence[str] | None, with_id: bool) -> list[str]:
 
 
 def _take(table: pa.Table, index: Array) -> pa.Table:
-    """Rows of a table whose columns are whole. Arrow's own `take` moves lists an element at a time; here, a row."""
+    """Take rows of a table with unchunked columns. Arrow's own `take` moves lists element by element; this moves rows."""
     columns = []
     for column in table.columns:
         array = column.chunk(0)
@@ -356,7 +355,7 @@ def _take(table: pa.Table, index: Array) -> pa.Table:
 
 
 def _hash_order(seed: int, names: Sequence[str]) -> Array:
-    """The order of names by a keyed hash: the same for the same names, wherever they stand."""
+    """Return the order of names by a keyed hash, which does not depend on their positions."""
     key = str(seed).encode()
     digests = [hashlib.blake2b(n.encode(), digest_size=8, key=key).digest() for n in names]
     return np.argsort(np.frombuffer(b"".join(digests), ">u8"), kind="stable")

@@ -1,15 +1,14 @@
 """The columns of a trace shard and the metadata each one carries.
 
-One row a trace, in plain Parquet types that any reader knows. The distribution is flat over the trace:
-position t, which is token t of the completion, has `top_count[t]` entries; they follow those of the positions before
-it in `top_ids` (by descending probability) and `top_steps`, which one formula turns into probabilities
-(`distribution.py`; data/README.md has it for pandas and DuckDB). `tail_logprob[t]` is the log of the mass that is in
-no entry. In a folder whose metadata says `exact: true` the entries' float32 log-probabilities stand in `top_logprobs`
-and `top_steps` is null; otherwise it is the other way round. Where no distribution was asked for (`top_k: 0`) all
-five columns are null.
+One row a trace, in plain Parquet types that any reader supports. The distribution is flat over the trace:
+position t, which is token t of the completion, has `top_count[t]` entries; they follow those of the previous positions
+in `top_ids` (by descending probability) and `top_steps`, which one formula turns into probabilities
+(`quantisation.py`; data/README.md has it for pandas and DuckDB). `tail_logprob[t]` is the log of the mass outside the
+entries. If a folder's metadata says `exact: true`, `top_logprobs` holds the entries' float32 log-probabilities and
+`top_steps` is null; otherwise `top_logprobs` is null. Without a distribution (`top_k: 0`) all five columns are null.
 
-The metadata stands as JSON under the key `distill` of every file's own key-value metadata and, once more,
-in the manifest. Left out on purpose: anything about how shards are cut, found or locked (`folder.py`).
+The metadata is stored as JSON under the key `distill` in every file's key-value metadata, and in the manifest. How shards
+are cut, found and locked is in `folder.py`.
 """
 
 from __future__ import annotations
@@ -27,22 +26,17 @@ from distill.records import Sampling, UserError
 from distill.traces.quantisation import STEPS_PER_NAT
 
 SCHEMA_VERSION: Final = 1
-"""Frozen: `data/golden/` holds shards of it that every later version must read. Files of any other are refused."""
+"""Frozen: `data/golden/` holds shards of it that every later version must read. Other versions are refused."""
 
 METADATA_KEY = b"distill"
 
-IDENTITY_COLUMNS = ("trace_id", "problem_id", "sample")
-TEXT_COLUMNS = ("messages", "completion", "answer", "gold")
-TOKEN_COLUMNS = ("prompt_ids", "completion_ids")
-COUNT_COLUMNS = ("prompt_tokens", "completion_tokens")
-VERDICT_COLUMNS = ("reward", "rewards", "correct", "finish_reason")
 VALUE_COLUMNS = ("top_steps", "top_logprobs")
-"""Two forms of one thing, of which a folder has one: whoever asks for either gets both."""
+"""The two forms of an entry's value; a folder has one of them. Asking for either column reads both."""
 DISTRIBUTION_COLUMNS = ("top_count", "top_ids", *VALUE_COLUMNS, "tail_logprob")
 
 
-# Lists of tokens have 64-bit offsets in memory: a buffer of long traces holds more than 2^31 entries, and
-# they are then the offsets of `Ragged` without a copy. In the file a list is a list.
+# Lists of tokens have 64-bit offsets in memory: a buffer of long traces may hold more than 2^31 entries, and the offsets
+# become those of `Ragged` without a copy. In the file they are plain lists.
 def _list_of(kind: pa.DataType) -> pa.DataType:
     return pa.large_list(pa.field("element", kind, nullable=False))
 
@@ -78,22 +72,24 @@ ARROW_SCHEMA = pa.schema(
 )
 COLUMNS = tuple(ARROW_SCHEMA.names)
 LIGHT_COLUMNS = tuple(name for name in COLUMNS if name not in DISTRIBUTION_COLUMNS and name != "logprob")
-"""All that has no number a position; what filters see."""
+"""The columns without a value a position; filters read these."""
 
 Fingerprint = str
 
 
 class Metadata(pydantic.BaseModel):
-    """What a folder of traces says about itself. All of it but `dtype` and `versions` is identity: rows whose
-    metadata differs in it never share a folder."""
+    """The metadata of a folder of traces.
+
+    All fields but `dtype` and `versions` are identity: rows that differ in one never share a folder.
+    """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     schema_version: Literal[1] = SCHEMA_VERSION
     model: str
-    """The teacher by the name it was asked for: a hub id, a folder, a stage."""
+    """The teacher as the recipe names it: a hub id, a folder, a stage."""
     source: str = ""
-    """Of traces that this model did not write but only scored: where they come from. Empty: it wrote them."""
+    """The origin of traces that the model scored but did not write. Empty: the model wrote them."""
     weights: Fingerprint
     tokenizer: Fingerprint
     chat_template: Fingerprint
@@ -104,31 +100,31 @@ class Metadata(pydantic.BaseModel):
     template: str
     sampling: Sampling
     logprob_mode: Literal["raw"] = "raw"
-    """raw: of the model's own distribution, before temperature and top-p."""
+    """raw: log-probabilities of the model's own distribution, before temperature and top-p."""
     logprob_temperature: float = 1.0
     shift: Literal[0] = 0
-    """Row t of the distribution is over token t of the completion itself."""
+    """Row t of the distribution is over token t of the completion (no shift)."""
     exact: bool = False
-    """Log-probabilities as the engine gave them (float32), not in steps."""
+    """Whether entries are the engine's float32 log-probabilities instead of quantised steps."""
     steps_per_nat: Literal[32] = STEPS_PER_NAT
     """The unit of `top_steps`."""
     top_k: int = Field(ge=0)
-    """Entries kept at a position at most; 0: no distribution was captured."""
+    """The largest number of entries a position; 0: no distribution was captured."""
     mass: float = Field(gt=0, le=1)
     engine: str
     dtype: str = ""
-    """In which the engine computed: recorded, never compared. Empty: not recorded."""
+    """The engine's dtype; recorded, never compared. Empty: not recorded."""
     versions: dict[str, str] = {}
-    """Of the packages that wrote it: recorded, never compared."""
+    """Versions of the packages that wrote the traces; recorded, never compared."""
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for rows to share a folder, flat: dotted key -> value."""
+        """Return the fields that must be equal for rows to share a folder, flat: dotted key -> value."""
         return {
             key: value for key, value in _flat(self.model_dump()) if key.partition(".")[0] not in ("dtype", "versions")
         }
 
     def differences(self, other: Metadata) -> list[str]:
-        """One line for every identity key in which the two differ."""
+        """Return one line for every identity key in which the two differ."""
         mine, theirs = self.identity(), other.identity()
         return [f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
 
@@ -137,8 +133,10 @@ class Metadata(pydantic.BaseModel):
 
     @staticmethod
     def parse(text: str | bytes | Mapping[str, Any], where: str) -> Metadata:
-        """Checked metadata from JSON (or its tree). Raises UserError that names `where`, and both versions when
-        the schema is of another one."""
+        """Parse and check metadata from JSON (or its tree).
+
+        Raises UserError, which names `where` and, for another schema version, both versions.
+        """
         try:
             tree = json.loads(text) if isinstance(text, str | bytes) else dict(text)
         except ValueError as error:
@@ -166,7 +164,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def metadata_of(schema: Any, where: str) -> Metadata:
-    """The metadata in an Arrow schema; UserError when the file is no trace shard."""
+    """Return the metadata in an Arrow schema. Raises UserError if the file is not a trace shard."""
     text = (schema.metadata or {}).get(METADATA_KEY)
     if text is None:
         raise UserError(f"{where}: not a trace shard: it carries no distill metadata.")

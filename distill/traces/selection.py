@@ -1,12 +1,12 @@
-"""Runs filters over traces and writes which rows they keep: a selection, which a reader opens like a folder.
+"""Run filters over traces and write the rows they keep: a selection, which a reader opens like a folder.
 
 In: a folder of traces (or another selection). Out: a folder with `keep.parquet` (trace_id, shard, row),
-`dropped.parquet` (trace_id, problem_id, the filters that refused it) and `selection.json`: the source by a
-relative path and its fingerprint, the filters with their options, and how many each dropped and why.
+`dropped.parquet` (trace_id, problem_id, the filters that dropped it) and `selection.json`: the source by a
+relative path and its fingerprint, the filters with their options, and each filter's number of drops and reason.
 Distributions are neither read nor copied.
 
-Memory holds the light columns of the problems whose traces have not all been seen yet: a few, where a
-problem's traces lie together, as `generate` writes them.
+Memory holds the light columns of problems whose traces have not all been read yet: few, because `generate` writes a
+problem's traces together.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from distill.traces.schema import LIGHT_COLUMNS
 HOME = "distill.traces.filters"
 DROPPED_FILE = "dropped.parquet"
 NUM_SHOWN = 3
-"""Trace ids named for each filter; all of them are in the file."""
+"""Trace ids listed for each filter; dropped.parquet has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """What one filter did. dropped: traces it refused; alone: those that no other filter refused; first: the
-    first few of their ids."""
+    """One filter's result. dropped: the number of traces it dropped; alone: of those, the number that no other filter
+    dropped; first: the first few of their ids."""
 
     fn: str
     options: dict[str, Any]
@@ -84,9 +84,9 @@ def select(
 ) -> Selection:
     """Write the selection of the traces that every filter keeps.
 
-    held_out: finds the evaluation set that a filter's option `against` names, for filters that take one as
-    their second argument. Raises UserError for an unknown filter or option, a filter whose answer is not a flag a trace, and when
-    nothing would be kept.
+    held_out: returns the evaluation set that a filter's option `against` names, for filters that take one as
+    their second argument. Raises UserError for an unknown filter or option, a filter that does not return one flag a trace,
+    and if nothing would be kept.
     """
     source, out = Path(source), Path(out)
     functions = [_bind(f, held_out) for f in keep]
@@ -125,7 +125,7 @@ def select(
 
 
 def _bind(config: PlugConfig, held_out: Callable[[str], HeldOut] | None) -> Any:
-    """The filter with its options, and with the evaluation set where it asks for one."""
+    """Bind a filter to its options and, if it takes one, to the evaluation set."""
     where = f"keep.{config.fn}"
     function = plug.bind(config.fn, config.options, HOME, where)
     if "held_out" not in inspect.signature(function).parameters:
@@ -141,7 +141,7 @@ def _account(config: PlugConfig, function: Any, alone: int, refused: list[str]) 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Row:
-    """Row `number` of a shard, which is row n of a block that was read."""
+    """One trace: row `number` of a shard and row n of the block that was read."""
 
     shard: int
     number: int
@@ -154,7 +154,7 @@ class _Row:
 
 
 def _groups(reader: TraceReader) -> Iterator[list[_Row]]:
-    """Each problem's traces by sample, as soon as the last of them was read."""
+    """Yield each problem's traces by sample, as soon as the last of them was read."""
     missing = Counter(
         problem for table in reader.tables(4096, ["problem_id"]) for problem in table.column("problem_id").to_pylist()
     )
@@ -171,7 +171,7 @@ def _groups(reader: TraceReader) -> Iterator[list[_Row]]:
 
 
 def _flags(functions: Sequence[Any], keep: Sequence[PlugConfig], rows: list[_Row]) -> Array:
-    """[F, N] of every filter on one problem's traces."""
+    """Return the flags [F, N] of every filter on one problem's traces."""
     group = _gather(rows)
     flags_FN = np.empty((len(functions), len(rows)), bool)
     for i, (function, config) in enumerate(zip(functions, keep, strict=True)):
@@ -214,7 +214,7 @@ def _gather(rows: list[_Row]) -> Traces:
 
 
 def _why(function: Any) -> str:
-    """Why a filter drops a trace, as its docstring says: after `Dropped:`, else that it is none of what the filter keeps."""
+    """Return the reason for a filter's drops from its docstring: the line `Dropped:`, else the negation of its first line."""
     lines = [line.strip() for line in (getattr(function, "func", function).__doc__ or "").strip().splitlines()]
     for line in lines:
         if line.startswith("Dropped:"):
@@ -231,7 +231,7 @@ def _write(
     refused: list[tuple[str, str, Array]],
     result: Selection,
 ) -> None:
-    """The rows first, `selection.json` last; a stale one goes before, so that half a selection is none."""
+    """Write the rows, then `selection.json`; an old one is removed first, so that an unfinished selection is not opened."""
     folder.make_folder(out)
     (out / SELECTION_FILE).unlink(missing_ok=True)
     table = pa.table(

@@ -1,4 +1,4 @@
-"""What a folder (or selection) of traces holds, in numbers; one streaming pass, memory flat."""
+"""Statistics of a folder (or selection) of traces, in one streaming pass."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _COLUMNS = ("problem_id", "prompt_tokens", "completion_tokens", "reward", "corre
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Rates are of the traces that have the value; nan where none has.
+    """Statistics of traces. Rates are over the traces that have the value; nan if none has.
 
-    mean_support: entries a position. mean_tail_mass: probability a position that is in no entry.
+    mean_support: entries a position. mean_tail_mass: probability outside the entries, a position.
     bytes_per_position: of the shards on disk, all their rows and columns.
-    completion_lengths: upper bound (a power of two) -> traces with at most that many tokens and more than half.
+    completion_lengths: upper bound (a power of two) -> number of traces with at most that many tokens and more than half.
     """
 
     traces: int
@@ -57,7 +57,7 @@ def _show(value: float | int) -> str:
 
 
 def stats(path: str | Path) -> Stats:
-    """Numbers about the traces at a path. Raises UserError as reading does."""
+    """Compute the statistics of the traces at a path. Raises UserError as reading does."""
     reader = open_traces(path)
     problems: set[str] = set()
     sums = dict.fromkeys(("prompt", "entries", "tail", "correct", "judged", "reward", "rewarded", "cut"), 0.0)

@@ -1,7 +1,7 @@
-"""Is a folder of traces whole and consistent, and what to do where it is not.
+"""Check that all shards of a folder exist, match their checksums and are consistent; repair a folder that is not.
 
-`verify` reads everything and reports every fault it finds; `repair` drops what is bad, so that generating
-again adds just that. Left out on purpose: re-scoring with the teacher (a stage; this room knows no model).
+`verify` reads everything and reports every fault; `repair` drops bad shards, so that generating again adds exactly those.
+Re-scoring with the teacher is an audit (`tools.audit`): this room loads no model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `verify` found. notes are harmless: leftovers that the next writer puts in order."""
+    """The result of `verify`. notes are harmless: leftovers that the next writer cleans up."""
 
     path: Path
     shards: int
@@ -61,10 +61,10 @@ class Report:
 def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Report:
     """Read everything in a folder of shards and report every fault.
 
-    Sizes, SHA-256s, page checksums, counts, metadata, columns that must agree, values that must be
-    log-probabilities or ids, trace ids that are there twice, and (given `expected_ids`) those that are missing.
-    A selection is held against its source, and the source verified. Raises UserError only when there is nothing
-    to verify, or a selection no longer fits.
+    Checks sizes, SHA-256s, page checksums, counts, metadata, columns that must agree, values that must be
+    log-probabilities or ids, repeated trace ids, and (given `expected_ids`) missing ones.
+    A selection is compared with its source, and the source verified. Raises UserError only if there is nothing
+    to verify, or a selection no longer matches its source.
     """
     path = _base(Path(path))
     findings: list[Finding] = []
@@ -109,9 +109,9 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
 
 
 def repair(path: str | Path) -> Report:
-    """Drop the shards that are bad and rebuild a manifest that is bad or missing; returns what `verify` had found.
+    """Drop bad shards and rebuild bad or missing manifests; return what `verify` had found.
 
-    Raises UserError while a writer is open there.
+    Raises UserError if a writer has the folder open.
     """
     path = _base(Path(path))
     report = verify(path)
@@ -138,12 +138,12 @@ def _base(path: Path) -> Path:
 
 
 def _writer_of(name: str) -> str:
-    """The writer that a shard's or a manifest's name tells."""
+    """Return the writer's name from the name of a shard or manifest."""
     return name.split("-")[1].removesuffix(".json")
 
 
 def _rebuild(path: Path, name: str) -> None:
-    """A manifest anew from its writer's whole shards; without any, the writer starts from nothing."""
+    """Rebuild a manifest from its writer's complete shards; without any, the manifest is removed."""
     shards, metadata = [], None
     for file in folder.shard_files(path, name):
         data = (path / file).read_bytes()
@@ -164,7 +164,7 @@ def _rebuild(path: Path, name: str) -> None:
 
 
 def check_shard(path: Path, shard: folder.Shard, metadata: Metadata) -> tuple[list[str], list[str]]:
-    """What is wrong with a shard, and the trace ids in it (none where it cannot be read)."""
+    """Return the faults of a shard, and its trace ids (none if it cannot be read)."""
     if not path.exists():
         return ["missing"], []
     data = path.read_bytes()
@@ -187,7 +187,7 @@ def check_shard(path: Path, shard: folder.Shard, metadata: Metadata) -> tuple[li
 
 
 def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
-    """Where columns contradict each other or hold what they cannot."""
+    """Return the contradictions between columns and the invalid values in them."""
 
     def lengths(name: str) -> Array:
         return np.asarray(pc.list_value_length(table.column(name)).fill_null(0).to_numpy())
@@ -225,7 +225,7 @@ def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
 
 
 def _nulls(table: pa.Table) -> list[str]:
-    """The columns with a null that the writer never leaves, in a turn's text or a reward's name either."""
+    """Return the columns with a null that the writer never writes, also within a turn's text or a reward's name."""
     columns = {name: table.column(name) for name in _NEVER_NULL}
     for name, field in (("messages", "role"), ("messages", "content"), ("rewards", "name")):
         items = pc.list_flatten(table.column(name))
@@ -234,7 +234,7 @@ def _nulls(table: pa.Table) -> list[str]:
 
 
 def _num_twice(top: TopK) -> int:
-    """Positions in which some id has more than one entry."""
+    """Count the positions where an id has more than one entry."""
     position_E = np.repeat(np.arange(len(top), dtype=np.int64), top.count_T)
     key_E = np.sort(position_E << 32 | top.ids_E)
     return len(np.unique(key_E[1:][key_E[1:] == key_E[:-1]] >> 32))

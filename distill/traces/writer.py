@@ -1,12 +1,11 @@
-"""TraceWriter: blocks of traces in, whole shards on the disk, in the background.
+"""TraceWriter: write blocks of traces as complete shards, in the background.
 
-`add` hands a block to a thread that checks, encodes and writes it, so that an engine never waits for the disk
-unless it is two shards ahead: memory holds no more, however much is written. A shard is written when it has
-`shard_rows` rows or holds `SHARD_BYTES`, or when its first row is `flush_every` seconds old; after each, the
-manifest. So a kill at any instant loses at most the shard in flight, and opening the folder again tells what is there
-(`done_ids`), to add exactly what is missing.
+`add` passes a block to a thread that checks, encodes and writes it, so that an engine waits for the disk only if it is two
+shards ahead; this bounds the memory. A shard is written when it has `shard_rows` rows or `SHARD_BYTES` bytes, or when its
+first row is `flush_every` seconds old; after each shard, the manifest. So a kill at any instant loses at most the shard in
+flight, and a folder that is opened again knows its traces (`done_ids`), so that exactly the missing ones are added.
 
-Left out on purpose: what the rows mean, and in which order they come; rows are stored in the order added.
+Rows are stored in the order added.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from distill.traces import codec, folder, reader
 from distill.traces.schema import Metadata
 
 SHARD_BYTES = 64 << 20
-"""In memory, about; on the disk a third of it."""
+"""The approximate size of a shard in memory; on the disk it is a third of that."""
 
 
 class TraceWriter:
     """Writes traces into a folder, as one of its writers. A context manager.
 
-    Opening it takes the writer's lock, refuses a folder whose traces differ in an identity key, and puts a
-    killed writer's leftovers in order: temporary files go, a whole shard that the manifest does not list yet
-    is taken up, anything else goes. Writers with different names may fill one folder at the same time.
+    Opening it takes the writer's lock, refuses a folder whose traces differ in an identity key, and cleans up after a
+    killed writer: temporary files are removed, a complete shard that the manifest does not list yet is added to it,
+    anything else is removed. Writers with different names may fill one folder at the same time.
 
-    Raises UserError: folder locked, metadata differs, a listed shard is damaged, disk full. What goes wrong in
-    the background (a block whose columns contradict each other, among others) is raised by the next `add` or by
-    `close`; the rows before it are written where that is possible.
+    Raises UserError: folder locked, metadata differs, a listed shard is damaged, disk full. An error in the background
+    (such as a block whose columns contradict each other) is raised by the next `add` or by `close`; the rows before it are
+    written if possible.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class TraceWriter:
 
     @property
     def num_rows(self) -> int:
-        """Rows of this writer that are whole on the disk."""
+        """The number of this writer's rows in complete shards on the disk."""
         return sum(shard.rows for shard in self._shards)
 
     @property
@@ -88,15 +87,15 @@ class TraceWriter:
         return sum(shard.bytes for shard in self._shards)
 
     def done_ids(self) -> set[str]:
-        """The trace ids in the folder when it was opened, of all writers, and those added since."""
+        """The trace ids of all writers when the folder was opened, and those added since."""
         return set(self._ids)
 
     def __contains__(self, trace_id: object) -> bool:
-        """Whether a trace is in the folder, or was added."""
+        """Return whether a trace is in the folder or was added."""
         return trace_id in self._ids
 
     def add(self, traces: Traces) -> None:
-        """Take over a block; its arrays must not change afterwards. Raises ValueError for an id that is there already."""
+        """Add a block; its arrays must not change afterwards. Raises ValueError for an id that exists already."""
         seen: set[str] = set()
         for trace_id in traces.trace_id:
             if trace_id in self._ids or trace_id in seen:
@@ -116,7 +115,7 @@ class TraceWriter:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Write what is waiting and give the folder back. Raises what went wrong in the background."""
+        """Write the waiting rows and release the folder. Raises errors of the background thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -160,8 +159,8 @@ class TraceWriter:
                 self._changed.notify_all()
 
     def _next_block(self) -> tuple[tuple[Traces, Array] | None, bool, bool]:
-        """The next block (None where rows are due before one comes), whether all that waits is due, and whether
-        nothing comes after it."""
+        """Return the next block (None if rows are due before one arrives), whether all waiting rows are due, and whether
+        it was the last."""
         with self._changed:
             while not self._queue and not self._closing:
                 left = self._first_row_at + self._flush_every - time.monotonic()
@@ -223,7 +222,7 @@ class TraceWriter:
                 self._take_up(self.folder / name)
 
     def _take_up(self, path: Path) -> None:
-        """A shard that got its name but was killed before the manifest: list it when it is whole and of our kind."""
+        """Add to the manifest a shard that was written just before a kill, if it is complete and of the same kind."""
         try:
             data = path.read_bytes()
             table, metadata = reader.decode_file(data, str(path))
@@ -238,7 +237,7 @@ class TraceWriter:
 
 
 class _Pending:
-    """Rows waiting to become shards. Where a shard ends depends on its rows alone, not on how they came."""
+    """Rows waiting to become shards. Shard boundaries depend on the rows alone, not on the blocks they arrived in."""
 
     def __init__(self, shard_rows: int) -> None:
         self._shard_rows = shard_rows
@@ -250,7 +249,7 @@ class _Pending:
         self._bytes.append(bytes_N)
 
     def cut(self, everything: bool) -> tuple[pa.Table, int] | None:
-        """The next shard's rows and their bytes: when they fill one, or with `everything` as many as there are."""
+        """Return the next shard's rows and their bytes if they fill one; with `everything`, the rest too."""
         if not self._tables:
             return None
         running = np.cumsum(np.concatenate(self._bytes))
@@ -265,7 +264,7 @@ class _Pending:
 
 
 def row_bytes(traces: Traces) -> Array:
-    """[N] about what each row takes in memory while it waits to be written."""
+    """Return the approximate memory of each waiting row in bytes, [N]."""
     text = zip(traces.completion, traces.messages, strict=True)
     bytes_N = np.array([64 + len(written) + _num_bytes(messages) for written, messages in text], np.int64)
     bytes_N += 4 * traces.prompt_ids.lengths + 16 * traces.completion_ids.lengths
@@ -275,12 +274,12 @@ def row_bytes(traces: Traces) -> Array:
 
 
 def _num_bytes(messages: Messages) -> int:
-    """About the length of a conversation as JSON."""
+    """Return the approximate length of a conversation as JSON."""
     return sum(29 + len(message["role"]) + len(message["content"]) for message in messages)
 
 
 def describe(name: str, data: pa.Buffer | bytes, table: pa.Table) -> folder.Shard:
-    """What the manifest says about a shard."""
+    """Return a shard's entry in the manifest."""
     positions = pc.sum(table.column("completion_tokens")).as_py() or 0
     counts = pc.sum(pc.list_value_length(table.column("top_ids"))).as_py() or 0
     return folder.Shard(name, len(table), len(memoryview(data)), folder.sha256(data), positions, counts)

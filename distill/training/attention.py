@@ -1,4 +1,4 @@
-"""Causal attention over packed docs that never crosses from one into another, and builds no [T, T] mask.
+"""Causal attention over packed documents ("docs"): no token sees another document, and no [T, T] mask is built.
 
 A doc that continues others (`Batch.parent`) also sees all of their tokens, which were computed once for all that continue
 them. Registered with transformers as the attention implementation "packed": `model.set_attn_implementation(PACKED)`,
@@ -9,7 +9,8 @@ then `model(..., layout=Layout.of(doc_offsets, parent))`. There are two ways, wh
   hides the padding at the end (`Padded`). On a CPU, where a doc sees up to SHORT tokens, two plain batched products are
   used; fused kernels, which keep no scores, are used for all else.
 
-Sliding windows shorter than a trace and attention soft-capping are refused.
+Sliding windows, soft-capped scores and attention sinks are supported by the second way. A model that asks for anything
+else (a position bias, chosen indices, an attention mask of its own) is refused; `forward.prove` then takes another layout.
 """
 
 from __future__ import annotations
@@ -28,26 +29,53 @@ from distill.records import SHORT
 
 PACKED = "packed"
 SMALLEST = 16
+HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "position_embeddings", "is_causal"})
+"""Keywords that transformers passes to attention functions and that change nothing for packed documents."""
+
+
+class Scores(NamedTuple):
+    """How attention weights are made: the scale of the scores, dropout, a soft cap, and sinks [H]."""
+
+    scale: float
+    dropout: float = 0.0
+    softcap: float | None = None
+    sinks: Tensor | None = None
 
 
 class Block(NamedTuple):
     """B docs of similar length, padded to L tokens.
 
-    prefix [B * P]: the packed tokens that each doc continues, padded to P; None where all docs start a trace.
-    hidden bool [B or 1, 1, L, P + L]: the tokens that a token does not see; None = causal by the fused kernel.
+    prefix [B * P]: the packed tokens that each doc continues, padded to P; None if no doc has a parent.
+    hidden bool [B or 1, 1, L, P + L]: True where a query must not see a key; None = causal by the fused kernel.
+    before [B]: the number of tokens that each doc continues.
     """
 
     docs: int
     length: int
     prefix: Tensor | None
     hidden: Tensor | None
+    before: Tensor
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """Return `hidden` for attention to the last `window` tokens only; as it is for None."""
+        if window is None:
+            return self.hidden
+        L, device = self.length, self.before.device
+        P = 0 if self.prefix is None else len(self.prefix) // self.docs
+        query_L, key_P = torch.arange(L, device=device), torch.arange(P, device=device)
+        before_B11 = self.before[:, None, None]
+        far_BLP = before_B11 + query_L[:, None] - key_P >= window
+        hidden_BLP = far_BLP | (key_P >= before_B11)
+        gap_LL = query_L[:, None] - query_L
+        own_BLL = ((gap_LL < 0) | (gap_LL >= window)).expand(self.docs, L, L)
+        return torch.cat([hidden_BLP, own_BLL], dim=2)[:, None]
 
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """Where each packed token lies in the padded blocks.
+    """The mapping between packed tokens and padded blocks.
 
-    gather [padded tokens]: the packed token there (0 at padding). padding: the padded positions that hold none.
+    gather [padded tokens]: the packed token at each padded position (0 at padding). padding: positions without a token.
     scatter [T]: each packed token's padded position.
     """
 
@@ -61,8 +89,9 @@ class Padded:
 class Spans:
     """The docs of a batch for flash attention, which takes them end to end.
 
-    query_offsets, key_offsets int32 [N+1]: where each doc's own tokens, and the tokens that it sees, start.
-    num_queries, num_keys: the most of either in a doc. keys: the packed token of each key; None where these are all tokens.
+    query_offsets, key_offsets int32 [N+1]: the start of each doc's own tokens, and of the tokens that it sees.
+    num_queries, num_keys: the largest number of either in a doc. keys: the packed token of each key; None if they are all
+    tokens in order.
     """
 
     query_offsets: Tensor
@@ -76,8 +105,8 @@ class Spans:
 class Layout:
     """The docs of a batch; made once per micro-batch, used by every layer.
 
-    starts, lengths, before [N], on the CPU: each doc's first packed token, its number of tokens, and the number of those
-    that it continues. prefixes: where these are, in order. longest: tokens that the longest trace sees.
+    starts, lengths, before [N], on the CPU: each doc's first packed token, its number of tokens, and the number of tokens
+    of its parents. prefixes: the packed positions of those, in order. longest: the length of the longest trace in tokens.
     """
 
     starts: Tensor
@@ -89,16 +118,21 @@ class Layout:
 
     @staticmethod
     def of(doc_offsets: Tensor, parent: Tensor | None = None) -> Layout:
-        """From doc boundaries [N+1] and each doc's parent [N] (-1: none)."""
+        """Build the layout from doc boundaries [N+1] and each doc's parent [N] (-1: none)."""
         offsets = doc_offsets.cpu()
         starts, lengths = offsets[:-1], offsets.diff()
         prefixes = _prefixes(starts.tolist(), lengths.tolist(), parent)
         before = torch.tensor([sum(map(len, prefix)) for prefix in prefixes])
         return Layout(starts, lengths, before, prefixes, int((lengths + before).max()), doc_offsets.device)
 
+    def tokens(self, doc: int) -> Tensor:
+        """Return the packed positions of all tokens that a doc's last one sees: those of its parents and its own."""
+        start = int(self.starts[doc])
+        return _tokens([*self.prefixes[doc], range(start, start + int(self.lengths[doc]))]).to(self.device)
+
     @cached_property
     def padded(self) -> Padded:
-        """In blocks: docs share one when their lengths round up to the same power of two."""
+        """Return the docs in padded blocks; docs whose lengths round up to the same power of two share one."""
         starts, lengths, before, device = self.starts, self.lengths, self.before, self.device
         kinds = [
             (int(num) > 0, max(SMALLEST, 1 << (int(n) - 1).bit_length()))
@@ -120,7 +154,7 @@ class Layout:
                 prefix = prefix.flatten().to(device)
             elif num <= SHORT and device.type == "cpu":
                 hidden = _hidden(torch.empty(1, 0, dtype=torch.bool), num)
-            blocks.append(Block(len(chosen), num, prefix, hidden))
+            blocks.append(Block(len(chosen), num, prefix, hidden, before[chosen].to(device)))
         gather = torch.cat(parts)
         real = gather >= 0
         scatter = torch.empty(int(lengths.sum()), dtype=torch.long)
@@ -130,7 +164,7 @@ class Layout:
 
     @cached_property
     def spans(self) -> Spans:
-        """End to end, each doc's prefix before its own tokens."""
+        """Return the docs end to end, each doc's prefix before its own tokens."""
         seen = self.lengths + self.before
         keys = None
         if int(self.before.max()):
@@ -144,12 +178,12 @@ class Layout:
 
 
 def _prefixes(starts: list[int], lengths: list[int], parent: Tensor | None) -> list[list[range]]:
-    """For each doc the packed tokens before its own: those of its parent's parents, then its parent's."""
+    """Return the packed tokens before each doc's own: those of its parent's parents, then its parent's."""
     parents = [-1] * len(starts) if parent is None else parent.tolist()
     found: dict[int, list[range]] = {-1: []}
 
     def through(doc: int) -> list[range]:
-        """The tokens of a doc's parents and its own."""
+        """Return the tokens of a doc's parents and its own."""
         if doc not in found:
             own = range(starts[doc], starts[doc] + lengths[doc])
             found[doc] = [*through(parents[doc]), own]
@@ -163,7 +197,7 @@ def _tokens(ranges: list[range]) -> Tensor:
 
 
 def _hidden(padding_BP: Tensor, num: int) -> Tensor:
-    """bool [B, 1, L, P + L]: the padding of the prefixes and, of the L = num own tokens, the later ones."""
+    """Return a mask [B, 1, L, P + L], True at the padding of the prefixes and at later tokens among the L = num own ones."""
     later_LL = torch.ones(num, num, dtype=torch.bool).triu(1)
     B = len(padding_BP)
     both = [padding_BP[:, None].expand(B, num, -1), later_LL.expand(B, num, num)]
@@ -171,7 +205,7 @@ def _hidden(padding_BP: Tensor, num: int) -> Tensor:
 
 
 class _Move(torch.autograd.Function):
-    """Rows of x by index, some set to zero; backward is a gather by the inverse index, not a scatter-add."""
+    """Select rows of x by index and set some to zero; backward is a gather by the inverse index, not a scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, zero: Tensor, inverse: Tensor, inverse_zero: Tensor) -> Tensor:
@@ -202,23 +236,30 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **_: Any,
+    s_aux: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for query [1, H, T, d] and key, value [1, G, T, d]; gives [1, T, H, d]."""
-    if sliding_window is not None and layout.longest > sliding_window:
-        raise ValueError(
-            f"a trace of {layout.longest} tokens is longer than the model's attention window of {sliding_window}"
-        )
-    if softcap is not None:
-        raise ValueError("packed attention does not support attention soft-capping")
+    """transformers' attention function for query [1, H, T, d] and key, value [1, G, T, d]; gives [1, T, H, d].
+
+    softcap c: scores become c tanh(scores / c). s_aux [H]: attention sinks, the logits of a key without a value.
+    """
+    unknown = [name for name, value in others.items() if name not in HARMLESS and value not in (None, False)]
+    if others.get("is_causal") is False:
+        unknown.append("is_causal=False")
+    if attention_mask is not None:
+        unknown.append("attention_mask")
+    if unknown:
+        raise ValueError(f"packed attention does not support {', '.join(unknown)} ({type(module).__name__})")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if takes_flash(query, value):
+    window = sliding_window if sliding_window is not None and layout.longest > sliding_window else None
+    if window is None and softcap is None and s_aux is None and takes_flash(query, value):
         return _by_flash(query, key, value, layout.spans, scale, dropout), None
-    return _by_blocks(query, key, value, layout.padded, scale, dropout), None
+    shape = Scores(scale, dropout, softcap, s_aux)
+    return _by_blocks(query, key, value, layout.padded, shape, window), None
 
 
 def takes_flash(query: Tensor, value: Tensor) -> bool:
-    """Whether the flash kernels take these inputs: half precision, one head size for all, an Ampere GPU or newer."""
+    """Return whether the flash kernels take these inputs: half precision, one head size, an Ampere GPU or newer."""
     size = query.shape[3]
     return (
         query.is_cuda
@@ -232,7 +273,7 @@ def takes_flash(query: Tensor, value: Tensor) -> bool:
 
 
 class _Keys(torch.autograd.Function):
-    """Rows of x [T, G, d] by index, with repetition. Their gradients are added up in fp32."""
+    """Select rows of x [T, G, d] by index, with repetition; gradients are summed in fp32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
@@ -249,7 +290,7 @@ class _Keys(torch.autograd.Function):
 
 
 def _by_flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: float, dropout: float) -> Tensor:
-    """[1, T, H, d]. Where a doc sees more keys than it has queries, its last query sees all of them."""
+    """Attend by flash attention; [1, T, H, d]. A doc with more keys than queries aligns its last query with its last key."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if spans.keys is not None:
         k, v = (_Keys.apply(x, spans.keys) for x in (k, v))  # type: ignore[no-untyped-call]
@@ -260,14 +301,14 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, spans: Spans, scale: fl
     return out[None]
 
 
-def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Padded, scale: float, dropout: float) -> Tensor:
-    """[1, T, H, d]."""
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Padded, shape: Scores, window: int | None) -> Tensor:
+    """Attend block by block; [1, T, H, d]."""
     nowhere = layout.padding[:0]
     widths = [x.shape[1] * x.shape[3] for x in (query, key, value)]
     rows = [x[0].transpose(0, 1).reshape(x.shape[2], -1) for x in (query, key, value)]
     flat = torch.cat(rows, 1)
     padded = _Move.apply(flat, layout.gather, layout.padding, layout.scatter, nowhere)  # type: ignore[no-untyped-call]
-    # In fp32, so that the gradients of all docs that continue a prefix are added up in it.
+    # In fp32, so that the gradients of all docs that continue a prefix are summed in fp32.
     shared = flat[:, widths[0] :]
     shared = shared.float() if shared.dtype.itemsize < 4 else shared
     outputs = []
@@ -291,14 +332,17 @@ def _by_blocks(query: Tensor, key: Tensor, value: Tensor, layout: Padded, scale:
                 )
             )
             k, v = torch.cat([kp, k], 2), torch.cat([vp, v], 2)
-        attended = _attend(q, k, v, block.hidden, scale, dropout)
+        attended = _attend(q, k, v, block.mask(window), shape)
         outputs.append(attended.transpose(1, 2).reshape(B * L, -1))
     packed: Tensor = _Move.apply(torch.cat(outputs), layout.scatter, nowhere, layout.gather, layout.padding)  # type: ignore[no-untyped-call]
     return packed.view(1, len(packed), -1, value.shape[3])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, dropout: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, shape: Scores) -> Tensor:
     """Attention of q [B, H, L, d] to k and v [B, G, M, d]; the query heads of a group share theirs."""
+    scale, dropout = shape.scale, shape.dropout
+    if shape.softcap is not None or shape.sinks is not None:
+        return _attend_explicitly(q, k, v, hidden, shape)
     if hidden is None:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
@@ -312,37 +356,54 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float
     return F.scaled_dot_product_attention(q, k, v, ~hidden, dropout_p=dropout, scale=scale)
 
 
+def _attend_explicitly(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, shape: Scores) -> Tensor:
+    """Attention with soft-capped scores or sinks, as the eager attention of Gemma 2 and GPT-OSS: holds [B, H, L, M]."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * shape.scale
+    if shape.softcap is not None:
+        scores = shape.softcap * torch.tanh(scores / shape.softcap)
+    if hidden is None:
+        L, M = scores.shape[2:]
+        hidden = torch.ones(L, M, dtype=torch.bool, device=q.device).triu(M - L + 1)
+    scores = scores.float().masked_fill(hidden, -torch.inf)
+    if shape.sinks is not None:
+        sinks = shape.sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=3)
+    weights = scores.softmax(-1)[..., : k.shape[2]].to(v.dtype)
+    return F.dropout(weights, shape.dropout, training=shape.dropout > 0) @ v
+
+
 class _Plain(torch.autograd.Function):
-    """Attention by two batched products, with as few passes over the scores [B, H, L, M] as there can be.
+    """Attention by two batched products, with as few passes over the scores [B, H, L, M] as possible.
 
     Only the weights are kept for backward. Scores are rounded to the inputs' dtype, their softmax is fp32 inside.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> Tensor:
-        B, H, L, d = q.shape
+        B, H, L, _ = q.shape
         G, M = k.shape[1:3]
-        q, k, v = (x.reshape(B * G, -1, d) for x in (q, k, v))
+        q, k, v = (x.reshape(B * G, -1, x.shape[3]) for x in (q, k, v))
         scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale)
         weights = scores.view(B, H, L, M).masked_fill_(hidden, -torch.inf).softmax(-1)
         weights = weights.view(B * G, -1, M)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
-        return torch.bmm(weights, v).view(B, H, L, d)
+        return torch.bmm(weights, v).view(B, H, L, -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         B, _, L, d = gradients[0].shape
-        out = gradients[0].reshape(q.shape)
+        out = gradients[0].reshape(*q.shape[:2], d)
         scores = torch.bmm(out, v.transpose(1, 2))
         scores = torch._softmax_backward_data(scores, weights, -1, weights.dtype)
-        dq = torch.bmm(scores, k).mul_(ctx.scale).view(B, -1, L, d)
+        dq = torch.bmm(scores, k).mul_(ctx.scale).view(B, -1, L, q.shape[2])
         dk = torch.bmm(scores.transpose(1, 2), q).mul_(ctx.scale)
         dv = torch.bmm(weights.transpose(1, 2), out)
         M = k.shape[1]
-        return dq, dk.view(B, -1, M, d), dv.view(B, -1, M, d), None, None
+        return dq, dk.view(B, -1, M, q.shape[2]), dv.view(B, -1, M, d), None, None
 
 
 AttentionInterface.register(PACKED, packed_attention)  # and no mask function: transformers then builds no mask

@@ -11,26 +11,26 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Packed tokens with everything a loss may need, aligned: row t belongs to the input token ids_T[t].
+    """Packed tokens and everything a loss may need, aligned: row t belongs to the input token ids_T[t].
 
     The shift is already done: label_T[t] is the token after ids_T[t], and the teacher's row t is its
-    distribution over that same next token. weight_T is 0 wherever there is nothing to learn (prompts, the
-    last token of a trace). Arrays are numpy as packed, torch tensors after `to_torch`.
+    distribution over that same next token. weight_T is 0 where nothing is learned (prompts, the last token of
+    a trace). Arrays are numpy as packed, torch tensors after `to_torch`.
 
     ids_T, position_T, label_T   int64 [T]; positions restart at each trace
-    doc_offsets                  int64 [N+1]; attention never crosses these, but for the next
+    doc_offsets                  int64 [N+1]; a token sees its own doc and that doc's parents, nothing else
     parent                       int64 [N]: the doc that a doc continues and sees whole, with that doc's own parents;
-                                 -1 = none. Docs of traces come first, in the order of trace_ids, then the beginnings of
-                                 prompts that they share
+                                 -1 = none. Docs of traces come first, in the order of trace_ids, then shared prompt
+                                 prefixes
     weight_T                     float32 [T]; the loss is sum(weight * loss_T) / denominator
-    place_T                      int64 [T]: which token of its completion label_T is, from 0; 0 where the weight is 0
+    place_T                      int64 [T]: the index of label_T in its completion, from 0; 0 where the weight is 0
     denominator                  of the whole optimiser step: all micro-batches on all ranks
     teacher_ids_TK               int64 [T, K], -1 = no entry;  teacher_logp_TK float32, -inf there
     teacher_tail_T               float32 [T], log of the teacher's mass outside teacher_ids_TK
     each_logp_TMK, each_tail_TM  float32 [T, M, K], [T, M]: of each of several teachers, where teacher_* are their mixture
     advantage_T, old_logp_T, ref_logp_T, engine_logp_T   float32 [T], of label_T; rollouts only
-    progress                     share of the steps that were done before this one: 0 at the first, 1 at the last
-    cross_tokenizer              the same texts in a teacher's own tokens, where those are others
+    progress                     share of the steps done before this one: 0 at the first, 1 at the last
+    cross_tokenizer              the same texts re-tokenised for a teacher with another tokenizer
     """
 
     ids_T: Any
@@ -56,7 +56,7 @@ class Batch:
 
     @property
     def squared_lengths(self) -> int:
-        """Sum over the docs (numpy) of length^2 + 2 * length * tokens before it in its parents: what attention costs.
+        """Sum over the docs (numpy) of length^2 + 2 * length * tokens of its parents; attention's cost is in proportion.
 
         position_T is 0 at the start of a doc without a parent, else the number of tokens before it.
         """
@@ -64,21 +64,21 @@ class Batch:
         return int((lengths**2 + 2 * lengths * before).sum())
 
     def to_torch(self, device: str | torch.device = "cpu") -> Batch:
-        """The same batch with torch tensors on a device."""
+        """Return the same batch with torch tensors on a device."""
         return Batch(**_moved(self, device))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CrossTokenizerBatch:
-    """A batch's texts as a teacher with another tokenizer reads them, and where both tokenizers cut them at the same byte.
+    """A batch re-tokenised for a teacher with another tokenizer, and the byte positions where both tokenizers cut.
 
-    Between two such cuts lies a span, G of them in all. Rows count the tokens that have a weight, in order, on the side
-    they are of. Numpy as packed, torch tensors after `to_torch`.
+    A span lies between two such cuts; there are G. Rows index the tokens that have a weight, in order, on the student's or
+    the teacher's side. Numpy as packed, torch tensors after `to_torch`.
 
     batch: in the teacher's tokens; rows int64: its tokens that have a weight
     student_start_G, teacher_start_G int64: the row of each side's first token in a span
-    split_G bool: whether either side cuts a span in pieces
-    student_piece_M, student_span_M; teacher_piece_N, teacher_span_N int64: rows of the tokens in such spans, and their span
+    split_G bool: whether either side has more than one token in a span
+    student_piece_M, student_span_M; teacher_piece_N, teacher_span_N int64: rows of the tokens in split spans, and their span
     weight_G float32; the loss is sum(weight * loss_G) / denominator, of the whole optimiser step
     """
 
@@ -95,12 +95,12 @@ class CrossTokenizerBatch:
     denominator: float
 
     def to_torch(self, device: str | torch.device = "cpu") -> CrossTokenizerBatch:
-        """The same with torch tensors on a device."""
+        """Return the same with torch tensors on a device."""
         return CrossTokenizerBatch(**_moved(self, device))
 
 
 def _moved(record: Batch | CrossTokenizerBatch, device: str | torch.device) -> dict[str, Any]:
-    """A record's fields, numpy arrays as torch tensors on a device."""
+    """Return a record's fields, with numpy arrays as torch tensors on a device."""
     moved: dict[str, Any] = {}
     for f in fields(record):
         value = getattr(record, f.name)

@@ -39,19 +39,19 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], progress: dict[str
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; leftovers of an interrupted save are never one."""
+    """Return the newest complete checkpoint; leftovers of an interrupted save are ignored."""
     found = _all(folder)
     return found[-1] if found else None
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest whole checkpoint; 0 where there is none."""
+    """Return the step of the newest complete checkpoint; 0 if there is none."""
     found = newest(folder)
     return 0 if found is None else int(found.name.removeprefix("step-"))
 
 
 def load(checkpoint: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, progress) of a checkpoint; sets the random state to what it was."""
+    """Return (tensors, progress) of a checkpoint and restore its random state."""
     tensors = load_file(checkpoint / "state.safetensors")
     torch.set_rng_state(tensors.pop("random/torch"))
     if (cuda := tensors.pop("random/cuda", None)) is not None and torch.cuda.is_available():

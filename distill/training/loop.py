@@ -1,8 +1,8 @@
-"""The loop: takes optimiser steps' worth of batches and a loss, and knows no algorithm.
+"""The training loop, the same for every algorithm: batches and a loss come in, optimiser steps are made.
 
 In: a model, a source of steps, a loss. Out: the trained weights (in place), one line of metrics a step,
-checkpoints that resume bitwise, and counts of what was computed. The loss is a sum over tokens divided once by
-the step's denominator, so micro-batching and the number of processes change nothing.
+checkpoints that resume bitwise, and counts of the work done. The loss is a sum over tokens divided once by
+the step's denominator, so results do not depend on how a step is split into micro-batches.
 """
 
 from __future__ import annotations
@@ -24,21 +24,23 @@ from distill.recipe import OptimStage
 from distill.records import UserError
 from distill.training import checkpoint, malloc
 from distill.training.batch import Batch
+from distill.training.forward import ForwardPlan
 from distill.training.loss.metrics import mean_sums
 from distill.training.loss.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.policy import Policy, StudentModule, Teacher
 
 FIRST_GUESS = 50
-"""Steps that a budget is taken to last for before the first one has shown what a step costs."""
+"""The number of steps assumed for a FLOP budget until the first step shows the cost of one."""
 
 
 @dataclass(slots=True)
 class WorkCounts:
-    """What a stage computed, in how many optimiser steps.
+    """Counts of a stage's work, from which its FLOPs follow.
 
     tokens through the body and head_tokens through the head, forward and backward, with the sum over traces of
-    length squared; scored_*: the same, forward only; taught_*: through a teacher's engine, or a teacher with tokens of its own; prompt_tokens and generated_tokens of completions sampled.
+    length squared; scored_*: the same, forward only; taught_*: through a teacher's engine or a teacher with another
+    tokenizer; prompt_tokens and generated_tokens of completions sampled.
     """
 
     tokens: int = 0
@@ -68,8 +70,8 @@ class WorkCounts:
 class Step:
     """One optimiser step's work.
 
-    batches: micro-batches, numpy; none at all is a step whose gradient is zero. metrics: to be logged beside the
-    loss. counts: what making the step took. resumable: whether training can start again after this step.
+    batches: micro-batches, numpy; without any, the step's gradient is zero. metrics: logged beside the loss. counts: the
+    work of making the step. resumable: whether training can resume after this step.
     """
 
     batches: list[Batch]
@@ -79,12 +81,12 @@ class Step:
 
 
 Source = Callable[[int, Policy], Iterator[Step]]
-"""(first step, the model in training) -> the steps from there on; the next is asked for after the last was taken."""
+"""(first step, the model in training) -> the steps from there on; a lazy iterator: each step sees the updated weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """Train for so many optimiser steps."""
+    """Train for a number of optimiser steps."""
 
     num_steps: int
 
@@ -98,7 +100,7 @@ class Length:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Train until so many FLOPs are spent, as `count` reckons them; the nearest step to it is the last."""
+    """Train until a number of FLOPs is spent, as `count` computes them; the step nearest to it is the last."""
 
     flops: float
     count: Callable[[WorkCounts], float]
@@ -126,15 +128,16 @@ def train(
     vocab_size: int,
     folder: Path,
     teachers: Sequence[Teacher] = (),
+    plan: ForwardPlan | None = None,
     name: str = "train",
     show: Callable[[int, int, dict[str, float]], None] | None = None,
     keep: Callable[[int, WorkCounts, Policy], None] | None = None,
 ) -> WorkCounts:
     """Train in place to the end of `length`, from the newest checkpoint in `folder` when there is one.
 
-    Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. show(step, steps there will be, metrics)
-    and keep: after every step. Raises UserError after config.max_bad_steps steps in a row whose loss or gradient is not
-    finite.
+    plan: how the model is computed; None = as a Llama-like model. Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. show(step, expected number of steps, metrics)
+    and keep are called after every step. Raises UserError after config.max_bad_steps consecutive steps whose loss or
+    gradient is not finite.
     """
     accelerator = _accelerator(config, folder, name)
     if accelerator.device.type == "cpu":
@@ -145,7 +148,7 @@ def train(
     for teacher in teachers:
         teacher.model.eval().requires_grad_(False).to(accelerator.device)
     student_module = accelerator.prepare_model(
-        StudentModule(model, objective, vocab_size, teachers).to(accelerator.device)
+        StudentModule(model, objective, vocab_size, teachers, plan).to(accelerator.device)
     )
     policy = Policy(model, student_module, accelerator.device, objective, vocab_size)
     optimizer = MasterAdamW(
@@ -206,7 +209,7 @@ def train(
                     done,
                     tensors,
                     asdict(counts),
-                    # The last one alone is of use once the model is there: to go on from.
+                    # Once the model is saved, only the last checkpoint is of use: to continue training.
                     keep=1 if last else config.keep_checkpoints,
                 )
                 due = False
@@ -220,7 +223,7 @@ def train(
 
 
 def _accelerator(config: OptimStage, folder: Path, name: str) -> Accelerator:
-    """With the trackers asked for running; one that is not installed is an error, not a silence."""
+    """Return an accelerator with the configured trackers running; a tracker that is not installed is an error."""
     installed = {str(tracker) for tracker in get_available_trackers()}
     if missing := [tracker for tracker in config.trackers if tracker not in installed]:
         raise UserError(
@@ -233,7 +236,7 @@ def _accelerator(config: OptimStage, folder: Path, name: str) -> Accelerator:
 
 
 def _flat(config: dict[str, Any]) -> dict[str, str | float | int | bool]:
-    """Trackers take plain values only."""
+    """Return a config as a flat mapping of plain values, which is all that trackers take."""
     return {k: v if isinstance(v, str | float | int | bool) else json.dumps(v) for k, v in config.items()}
 
 
@@ -244,7 +247,7 @@ def _accumulate(
     micro_batches: list[Batch],
     counts: WorkCounts,
 ) -> dict[str, float]:
-    """Gradients of one step's micro-batches; returns its loss and the means of what is watched, over all processes."""
+    """Accumulate the gradients of one step's micro-batches; return its loss and mean metrics over all processes."""
     loss = torch.zeros((), device=accelerator.device)
     sums: dict[str, Tensor] = {}
     for batch in micro_batches:
@@ -257,7 +260,7 @@ def _accumulate(
             counts.taught_head_tokens += len(batch.cross_tokenizer.rows)
             counts.taught_squared_lengths += batch.cross_tokenizer.batch.squared_lengths
         out = student_module(batch.to_torch(accelerator.device), rows.to(accelerator.device))
-        # Data parallelism averages gradients over processes; the denominator is already everybody's.
+        # Data parallelism averages gradients over processes; the denominator already counts all of them.
         accelerator.backward(out.loss * accelerator.num_processes)
         optimizer.accumulate()
         loss += out.loss.detach().float()
@@ -283,7 +286,7 @@ def _resume(folder: Path, optimizer: MasterAdamW, policy: Policy) -> tuple[WorkC
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Forget lines of steps that will be done again, and a line cut short by a kill."""
+    """Remove the lines of steps that will be repeated, and a line cut short by a kill."""
     if not path.is_file():
         return
     kept = []

@@ -1,7 +1,7 @@
-"""The C library's memory, told to keep what training frees.
+"""Keep freed memory in the process instead of returning it to the kernel (glibc's malloc).
 
-A step frees its activations and takes as much again in the next. glibc gives such blocks back to the kernel each time and
-gets them as new pages, which costs a tenth of a bf16 step on a CPU, and more the more threads take pages at once.
+Each training step frees its activations and allocates as much again. By default glibc returns such blocks to the kernel
+and gets them back as new pages, which costs a tenth of a bf16 step on a CPU, and more with more threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4
 
 
 def keep_freed() -> None:
-    """From here on this process reuses its freed memory; it shrinks only when it ends. Does nothing without glibc."""
+    """Make this process reuse its freed memory until it ends. Does nothing without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(MMAP_MAX, 0)  # large blocks too come from the heap

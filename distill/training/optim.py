@@ -1,7 +1,7 @@
 """AdamW on fp32 master weights behind a model that computes in bf16, and the learning rate's schedule.
 
-bf16 has eight bits of mantissa: an update of 1e-4 relative to a weight would be rounded away. So each
-trainable parameter has an fp32 copy that AdamW steps, and gradients of micro-batches are added up in fp32.
+bf16 has eight bits of mantissa: an update of 1e-4 relative to a weight would be rounded away. So AdamW updates an fp32
+copy of each trainable parameter, and gradients of micro-batches are summed in fp32.
 fp32 parameters are their own masters.
 """
 
@@ -47,7 +47,7 @@ class MasterAdamW:
             parameter.grad = None
 
     def no_gradient(self) -> None:
-        """A gradient of zero everywhere: what a step without any tokens to learn from has."""
+        """Set every gradient to zero, for a step without tokens to learn from."""
         for master in self.masters:
             master.grad = torch.zeros_like(master)
 
@@ -91,7 +91,7 @@ class MasterAdamW:
 
 
 def learning_rate(step: int, *, lr: float, num_steps: int, warmup_ratio: float, min_lr_ratio: float) -> float:
-    """Of optimiser step `step` (from 0): linear warm-up, then half a cosine down to min_lr_ratio * lr."""
+    """Return the learning rate of step `step` (from 0): linear warm-up, then half a cosine to min_lr_ratio * lr."""
     warmup = math.ceil(warmup_ratio * num_steps)
     if step < warmup:
         return lr * (step + 1) / warmup

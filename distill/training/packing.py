@@ -1,14 +1,14 @@
-"""Traces become packed batches. The one place where labels and distributions are shifted against the inputs.
+"""Pack traces into batches: the one place where labels and distributions are shifted against the inputs.
 
-An `Example` is a prompt and a completion in ids, with the teacher's distribution over each completion token or
-without. `pack` lays the examples of one optimiser step end to end into micro-batches of about `micro_tokens`:
+An `Example` is a prompt and a completion in ids, optionally with the teacher's distribution over each completion token.
+`pack` lays the examples of one optimiser step end to end into micro-batches of about `micro_tokens`:
 positions restart at each trace, attention does not cross (`doc_offsets`), only completion tokens have a weight, and
 the final EOS is among them. Every micro-batch carries the same denominator, that of the whole step, so any
 split into micro-batches gives the same gradient.
 
-Traces whose prompts begin alike share the beginning: it is computed once, as a doc of its own that the traces' docs name
-as their `parent`. Such a doc may have a parent itself: the system prompt of all traces, then one question's prompt, then
-its completions. Results are identical; only the amount of compute changes.
+Traces whose prompts have a common prefix share it: the prefix is computed once, as a doc of its own, and the traces' docs
+name it as their `parent`. A prefix may have a parent itself: the system prompt of all traces, then one question's prompt,
+then its completions. Results are identical; only the amount of compute changes.
 
 Alignment: input token t predicts token t + 1. Completion token j (of a prompt of P tokens) stands at input
 P + j and is predicted at row P + j - 1, which gets its label, its weight and the teacher's row j.
@@ -30,15 +30,16 @@ from distill.training.loss.cross_tokenizer.alignment import Alignment, Reading
 from distill.training.loss.multi_teacher import TeacherMixture
 
 LEAST_SAVED = 16
-"""Tokens that sharing a prefix must save: about what the attention to one more doc costs."""
+"""The least number of tokens that sharing a prefix must save: about the cost of attention to one more doc."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """What is learned from one trace. prompt_ids and completion_ids int [P], [C]; top, of one teacher or several, has C rows or is None.
+    """One trace to learn from: prompt_ids int [P], completion_ids int [C], and what a loss needs of it.
 
-    Of a rollout also: its advantage (one number, or one a completion token), and the engine's log-probability of each completion token, float32 [C].
-    reading: the trace in the tokens of a teacher that has others.
+    top: distributions of one teacher or several, C rows each, or None. advantage (rollouts): one number, or one a
+    completion token. engine_logp (rollouts): the engine's log-probability of each completion token, float32 [C].
+    reading: the trace re-tokenised for a teacher with another tokenizer.
     """
 
     trace_id: str
@@ -54,7 +55,7 @@ class Example:
 
 
 class Source(Protocol):
-    """Examples to train on, the same sequence for the same epoch each time it is asked for."""
+    """Examples to train on; an epoch's sequence is the same at every call."""
 
     @property
     def num_examples(self) -> int: ...
@@ -63,7 +64,7 @@ class Source(Protocol):
     def fingerprint(self) -> str: ...
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
-        """The examples of an epoch in its own order, without the first `skip`."""
+        """Yield an epoch's examples in that epoch's order, without the first `skip`."""
         ...
 
 
@@ -75,7 +76,7 @@ def examples_of(traces: Traces, *, with_top: bool = True) -> Iterator[Example]:
 
 
 def steps(source: Source, *, batch_traces: int, start: int = 0) -> Iterator[list[Example]]:
-    """The examples of optimiser steps start, start + 1, ... without end; the last of an epoch may be smaller."""
+    """Yield the examples of optimiser steps start, start + 1, … without end; an epoch's last step may be smaller."""
     first, within = divmod(start, steps_per_epoch(source.num_examples, batch_traces))
     for epoch in itertools.count(first):
         examples = source.epoch(epoch, skip=within * batch_traces)
@@ -97,14 +98,14 @@ def pack(
     rank: int = 0,
     world: int = 1,
 ) -> list[Batch]:
-    """Micro-batches of one optimiser step for one process, numpy, by descending length so that bins fill well.
+    """Pack the examples of one optimiser step into one process's micro-batches (numpy).
 
-    normalise "token": every completion token counts 1; "sequence": every trace counts 1, spread over its tokens.
-    denominator: None = what they count together.
+    normalise "token": every completion token has weight 1; "sequence": every trace has weight 1, spread over its tokens.
+    denominator: None = the sum of all weights.
     With several processes each gets every world-th micro-batch, and all get equally many: a process that
-    runs out is given an empty one (weight 0), so that ranks stay in step.
-    An example longer than micro_tokens has a micro-batch of its own. Examples with a reading (all or none): the spans
-    that both sides cut the text in are what counts equally, or share their trace's 1.
+    runs out gets an empty one (weight 0), so that ranks stay in step.
+    An example longer than micro_tokens has a micro-batch of its own. For examples with a reading (all or none) the spans
+    of text between common cuts take the place of tokens.
     """
     if denominator is None:
         counts = [len(e.completion_ids) for e in examples]
@@ -129,7 +130,7 @@ def pack(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """Prompt tokens that several examples share and that are computed once: ids, which follow those of `before`.
+    """A prompt prefix that several examples share: its ids, which continue those of `before`; computed once.
 
     stop: the number of prompt tokens from the first one to the end of ids.
     """
@@ -139,7 +140,7 @@ class Prefix:
     stop: int
 
     def chain(self) -> Iterator[Prefix]:
-        """This one and those before it, the last first."""
+        """This prefix and those before it, the last first."""
         prefix: Prefix | None = self
         while prefix is not None:
             yield prefix
@@ -148,7 +149,7 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Placed:
-    """An example, and the shared prefix that it continues."""
+    """An example and the shared prefix that it continues."""
 
     example: Example
     prefix: Prefix | None = None
@@ -167,7 +168,7 @@ Unit = list[Placed]
 
 
 def _units(examples: Sequence[Example], micro_tokens: int) -> list[Unit]:
-    """Examples that share a prefix together, as many as fit a micro-batch; all others alone."""
+    """Group examples that share a prefix, as many as fit a micro-batch; every other example is a group of one."""
     units: list[Unit] = []
     held: set[Prefix] = set()
     size = 0
@@ -184,11 +185,11 @@ def _units(examples: Sequence[Example], micro_tokens: int) -> list[Unit]:
 
 
 def _share(examples: Sequence[Example]) -> list[Placed]:
-    """The examples sorted by prompt, so that those that share a prefix are neighbours, each with the longest worth sharing.
+    """Sort the examples by prompt, so that those with a common prefix are neighbours, and give each its shared prefix.
 
-    The prefixes form a tree: what all examples of a run have in common, then what parts of the run have in common beyond
-    that. A level is made where it saves LEAST_SAVED tokens. The last prompt token is never shared: it predicts the first
-    token of its own example's completion.
+    The prefixes form a tree: the prefix of all examples, then longer prefixes of parts of them. A level is made where it
+    saves LEAST_SAVED tokens. The last prompt token is never shared: it predicts the first token of its own example's
+    completion.
     """
     short = [e for e in examples if len(e) <= prefix_sharing.MAX_TOKENS and len(e.prompt_ids)]
     short.sort(key=lambda e: e.prompt_ids.astype(">u4").tobytes())
@@ -211,21 +212,21 @@ def _share(examples: Sequence[Example]) -> list[Placed]:
 
 
 def _num_common(a: Array, b: Array) -> int:
-    """The number of leading tokens that two prompts have in common, without the last token of either."""
+    """Return the number of leading tokens that two prompts have in common, without the last token of either."""
     length = min(len(a), len(b)) - 1
     differs = np.flatnonzero(a[:length] != b[:length])
     return int(differs[0]) if len(differs) else length
 
 
 def _size(unit: Unit) -> int:
-    """The number of tokens that a unit is computed with."""
+    """Return the number of tokens computed for a group, each shared prefix once."""
     prefixes = {prefix for placed in unit for prefix in placed.chain()}
     own = sum(len(placed.example) - placed.done for placed in unit)
     return own + sum(len(prefix.ids) for prefix in prefixes)
 
 
 def _bins(units: Sequence[Unit], micro_tokens: int) -> list[Unit]:
-    """First-fit decreasing; ties keep their order, so the result depends on nothing else."""
+    """Put groups into micro-batches, first-fit decreasing; ties keep their order, so the result is deterministic."""
     bins: list[Unit] = []
     room: list[int] = []
     for unit in sorted(units, key=_size, reverse=True):
@@ -241,7 +242,7 @@ def _bins(units: Sequence[Unit], micro_tokens: int) -> list[Unit]:
 
 
 def _batch(unit: Unit, normalise: str, denominator: float, *, masked: bool) -> Batch:
-    """One micro-batch: a doc for each example, then one for each prefix that they share."""
+    """Build one micro-batch: a doc for each example, then one for each shared prefix."""
     prefixes = list(dict.fromkeys(prefix for placed in unit for prefix in placed.chain()))
     index: dict[Prefix | None, int] = {p: n for n, p in enumerate(prefixes, len(unit))}
     index[None] = -1
@@ -286,7 +287,7 @@ def _batch(unit: Unit, normalise: str, denominator: float, *, masked: bool) -> B
 
 
 def _taught(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
-    """The teacher's streams, where every example has them; rows_of: where each example's completion is predicted."""
+    """Return the teacher's streams if every example has them. rows_of: the rows that predict each example's completion."""
     tops = [e.top for e in examples if e.top is not None]
     if len(tops) < len(examples):
         return {}
@@ -311,7 +312,7 @@ def _taught(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -
 
 
 def _rolled_out(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
-    """A rollout's streams, where every example is one."""
+    """Return a rollout's streams if every example has them."""
     if any(e.advantage is None for e in examples):
         return {}
     advantage_T, engine_logp_T = np.zeros((2, total), np.float32)
@@ -323,7 +324,7 @@ def _rolled_out(examples: Sequence[Example], rows_of: Sequence[slice], total: in
 def _cross_tokenizer(
     examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool
 ) -> CrossTokenizerBatch:
-    """The readings of a batch's examples, packed one after another in the same order."""
+    """Pack the readings of a batch's examples one after another, in the same order."""
     readings = [e.reading for e in examples if e.reading is not None]
     theirs = [
         Placed(Example(e.trace_id, r.prompt_ids, r.completion_ids)) for e, r in zip(examples, readings, strict=True)

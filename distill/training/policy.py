@@ -1,6 +1,7 @@
-"""The model in training, as the loop and a rollout source see it.
+"""The model in training: `StudentModule` for the loop, `Policy` for sources of rollouts.
 
-`StudentModule` is the model with an objective's loss on its head, one module that accelerate can wrap; `Policy` scores batches with the weights of the moment and of the reference, and hands the weights to an engine.
+`StudentModule` is the model with an objective's loss on its output head, one module that accelerate can wrap. `Policy`
+computes log-probabilities of batches under the current weights and the reference, and gives the weights to an engine.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor, nn
 
 from distill import models
 from distill.records import Array
-from distill.training.attention import PACKED, Layout
 from distill.training.batch import Batch
+from distill.training.forward import ForwardPlan, base_model, is_adapted, with_vocab
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.dense import Logits
-from distill.training.loss.head import HeadForm, Student, Targets, head_loss
+from distill.training.loss.head import Student, Targets, head_loss
 from distill.training.loss.kernels.chunks import gathered
 from distill.training.loss.objective import Objective, Output
 
@@ -30,19 +31,24 @@ REFERENCE = "reference/"
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """A model that teaches in the trainer, frozen, and its share of the mixture.
+    """A frozen teacher model in the trainer, and its share of the mixture.
 
-    vocab_size: its tokenizer's length, and shared: the tokens it has in common with the student; None for the student's own tokenizer.
+    vocab_size: its tokenizer's length. shared: the tokens that it has in common with the student. Both are None for a
+    teacher with the student's tokenizer. plan: how it is computed; None = as a Llama-like model.
     """
 
     model: Any
     share: float = 1.0
     vocab_size: int | None = None
     shared: VocabularyMap | None = None
+    plan: ForwardPlan | None = None
 
 
 class StudentModule(nn.Module):
-    """A causal language model with the loss on its head. The teachers are no part of it: nothing of theirs is trained or wrapped."""
+    """A causal language model with the loss on its head. Teachers are kept outside: they are not trained or wrapped.
+
+    plan: how the model is computed; None = as a Llama-like model.
+    """
 
     def __init__(
         self,
@@ -50,73 +56,92 @@ class StudentModule(nn.Module):
         objective: Objective,
         vocab_size: int,
         teachers: Sequence[Teacher] = (),
+        plan: ForwardPlan | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
-        self.vocab_size = vocab_size
-        self.form = HeadForm.of(model.config, vocab_size)
+        self.plan = plan or ForwardPlan.of(model, vocab_size)
+        self.plan.apply(model)
         self.teachers = tuple(teachers)
-        for each in (model, *(teacher.model for teacher in teachers)):
-            _base(each).set_attn_implementation(PACKED)
+        plans = [
+            with_vocab(t.plan or ForwardPlan.of(t.model, vocab_size), min(t.vocab_size or vocab_size, _rows(t.model)))
+            for t in teachers
+        ]
+        self.teacher_plans = tuple(plans)
+        for teacher, its_plan in zip(teachers, plans, strict=True):
+            its_plan.apply(teacher.model)
 
     def forward(self, batch: Batch, rows: Tensor) -> Output:
         """rows: indices of the tokens that have a weight; only they reach the head."""
         return self.objective.forward(self, batch, rows)
 
-    @staticmethod
-    def hidden(model: Any, batch: Batch, rows: Tensor) -> Tensor:
-        """The last hidden states [rows, D] of a model over a packed batch."""
-        hidden_TD: Tensor = (
-            _base(model)
-            .get_decoder()(
-                input_ids=batch.ids_T[None],
-                position_ids=batch.position_T[None],
-                use_cache=False,
-                layout=Layout.of(batch.doc_offsets, batch.parent),
-            )
-            .last_hidden_state[0]
-        )
-        return hidden_TD.index_select(0, rows)
+    def hidden(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Return the student's last hidden states [rows, D] for the given rows of a packed batch."""
+        return self.plan.hidden(self.model, batch, rows)
 
     def output_head(self) -> tuple[Tensor, Tensor | None]:
-        """The student's lm_head: weight [V, D] and bias [V]."""
-        head = _base(self.model).get_output_embeddings()
-        return head.weight, getattr(head, "bias", None)
+        """Return the student's output head: weight [V, D] and bias [V]."""
+        return output_head(self.model)
 
-    def logits(self, model: Any, hidden_TD: Tensor, share: float = 1.0, vocab_size: int | None = None) -> Logits:
-        """Where the logits of the student or of a teacher come from. vocab_size: of its tokenizer, None for the student's."""
-        head = _base(model).get_output_embeddings()
-        form = HeadForm.of(model.config, vocab_size or self.vocab_size)
-        return Logits(hidden_TD, gathered(head.weight), form, getattr(head, "bias", None), share)
+    def logits(self, hidden_TD: Tensor) -> Logits:
+        """Return the inputs of the student's logits."""
+        return _logits(self.model, self.plan, hidden_TD, 1.0)
 
     @torch.no_grad()
     def teacher_logits(self, batch: Batch, rows: Tensor) -> list[Logits]:
-        """Of every teacher, over the same tokens."""
-        return [self.logits(t.model, self.hidden(t.model, batch, rows), t.share) for t in self.teachers]
+        """Return the inputs of every teacher's logits over the same tokens."""
+        return [
+            _logits(t.model, plan, plan.hidden(t.model, batch, rows), t.share)
+            for t, plan in zip(self.teachers, self.teacher_plans, strict=True)
+        ]
 
     @torch.no_grad()
     def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Log-probability of the label at each of the rows, nats [rows]."""
-        targets = Targets(batch.label_T[rows], batch.weight_T[rows])
-        return self.labels_of(self.hidden(self.model, batch, rows), targets)
+        """Return the label's log-probability at each of the rows, nats [rows]."""
+        return label_logp(self.model, self.plan, batch, rows)
 
     @torch.no_grad()
     def labels_of(self, hidden_TD: Tensor, targets: Targets) -> Tensor:
-        """Log-probability of the labels from hidden states, without a gradient, nats [T]."""
-        weight_VD, bias_V = self.output_head()
-        return head_loss(
-            hidden_TD.detach(),
-            weight_VD.detach(),
-            _label_only,
-            targets,
-            form=self.form,
-            bias_V=None if bias_V is None else bias_V.detach(),
-        ).label_logp_T
+        """Return the labels' log-probabilities from hidden states, without a gradient, nats [T]."""
+        return _labels_of(self.model, self.plan, hidden_TD, targets)
+
+
+def output_head(model: Any) -> tuple[Tensor, Tensor | None]:
+    """Return a model's output head: weight [V, D], with an adapter's part added, and bias [V]."""
+    head = base_model(model).get_output_embeddings()
+    return models.effective_weight(head), getattr(head, "bias", None)
+
+
+@torch.no_grad()
+def label_logp(model: Any, plan: ForwardPlan, batch: Batch, rows: Tensor) -> Tensor:
+    """Return the label's log-probability under a model at the given rows of a packed batch, nats [rows]."""
+    return _labels_of(model, plan, plan.hidden(model, batch, rows), Targets(batch.label_T[rows], batch.weight_T[rows]))
+
+
+def _labels_of(model: Any, plan: ForwardPlan, hidden_TD: Tensor, targets: Targets) -> Tensor:
+    weight_VD, bias_V = output_head(model)
+    return head_loss(
+        hidden_TD.detach(),
+        weight_VD.detach(),
+        _label_only,
+        targets,
+        form=plan.form,
+        bias_V=None if bias_V is None else bias_V.detach(),
+    ).label_logp_T
+
+
+def _logits(model: Any, plan: ForwardPlan, hidden_TD: Tensor, share: float) -> Logits:
+    weight_VD, bias_V = output_head(model)
+    return Logits(hidden_TD, gathered(weight_VD), plan.form, bias_V, share)
+
+
+def _rows(model: Any) -> int:
+    return int(base_model(model).get_output_embeddings().weight.shape[0])
 
 
 class Policy:
-    """The model in training, for a rollout source.
+    """The model in training and its reference, as a source of rollouts uses them.
 
     The reference is a copy of the model as it was at the start; under LoRA it is the model without its adapter.
     """
@@ -127,27 +152,28 @@ class Policy:
         self._model, self._student_module, self._device = model, student_module, device
         self._refreshed = False
         self._reference: StudentModule | None = None
-        if objective.reference and not _is_adapted(model):
+        if objective.reference and not is_adapted(model):
             frozen = copy.deepcopy(model).eval().requires_grad_(False)
-            self._reference = StudentModule(frozen, objective, vocab_size).to(device)
+            plan = _unwrapped(student_module).plan
+            self._reference = StudentModule(frozen, objective, vocab_size, plan=plan).to(device)
 
     def logp(self, batch: Batch) -> Array:
-        """Log-probability of the labels under the present weights, float32 [T]; 0 where the weight is."""
+        """Return the labels' log-probabilities under the current weights, float32 [T]; 0 where weight_T is 0."""
         return self._score(_unwrapped(self._student_module), batch)
 
     def reference_logp(self, batch: Batch) -> Array:
-        """The same under the reference."""
+        """Return the labels' log-probabilities under the reference, float32 [T]; 0 where weight_T is 0."""
         if self._reference is not None:
             return self._score(self._reference, batch)
         with self._model.disable_adapter():
             return self._score(_unwrapped(self._student_module), batch)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name in the checkpoint, tensor) of all weights, adapters merged in."""
+        """Yield (name in the checkpoint, tensor) of all weights, with adapters merged in."""
         return models.exported_weights(self._model)
 
     def refresh_reference(self) -> None:
-        """The reference becomes the policy of this moment."""
+        """Copy the current weights into the reference."""
         assert self._reference is not None, "the recipe allows this with a reference of its own only"
         self._refreshed = True
         with torch.no_grad():
@@ -155,7 +181,7 @@ class Policy:
                 mine.copy_(theirs)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold besides the optimiser's: a reference that is no longer the start."""
+        """Return the tensors of a reference that was refreshed, which a checkpoint must hold."""
         if not self._refreshed or self._reference is None:
             return {}
         named = self._reference.model.named_parameters()
@@ -182,7 +208,7 @@ class Policy:
 
 @contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Without dropout inside."""
+    """Turn dropout off inside the context."""
     before = module.training
     module.eval()
     try:
@@ -193,14 +219,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 def _label_only(student: Student, targets: Targets) -> Tensor:
     return -student.label_T
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if _is_adapted(model) else model
-
-
-def _is_adapted(model: Any) -> bool:
-    return hasattr(model, "get_base_model")
 
 
 def _unwrapped(student_module: Any) -> StudentModule:

@@ -1,4 +1,4 @@
-"""When traces share the computation of a common beginning of their prompts (`packing` does it, `check` foresees it)."""
+"""The rule by which traces share the computation of a common prompt prefix; `packing` applies it, `check` predicts it."""
 
 MAX_TOKENS = 2048
 """Tokens of prompt and completion up to which a trace takes part."""

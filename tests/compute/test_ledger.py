@@ -1,4 +1,4 @@
-"""FLOPs, memory and lineage, against counts by hand."""
+"""FLOPs, memory, cost views and time estimates, against counts by hand."""
 
 from __future__ import annotations
 
@@ -67,11 +67,30 @@ def test_gpt2s_names_and_plain_mlp() -> None:
     assert gpt2.tied
 
 
-def test_what_cannot_be_counted_is_said() -> None:
-    with pytest.raises(UserError, match="num_local_experts"):
-        ModelShape.from_config({**SMOLLM2, "num_local_experts": 8})
+def test_an_architecture_that_cannot_be_counted_is_an_error() -> None:
     with pytest.raises(UserError, match="vocab_size is missing"):
         ModelShape.from_config({k: v for k, v in SMOLLM2.items() if k != "vocab_size"})
+
+
+MIXTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "head_dim": 128,
+           "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2}  # fmt: skip
+QWEN3_30B = {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+             "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936, "num_experts": 128,
+             "num_experts_per_tok": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "stored", "active"), [(MIXTRAL, 46.7e9, 12.9e9), (QWEN3_30B, 30.5e9, 3.3e9)])
+def test_a_mixture_of_experts_counts_what_a_token_passes(config: dict[str, int], stored: float, active: float) -> None:
+    """Against the published counts, which hold embeddings and routers."""
+    shape = ModelShape.from_config(config)
+    assert shape.params_total == pytest.approx(stored, rel=0.02)
+    assert shape.params_matmul + shape.params_head == pytest.approx(active, rel=0.03)
+
+
+def test_the_text_part_of_a_composite_model_and_layers_that_are_only_listed_are_counted() -> None:
+    assert ModelShape.from_config({"text_config": MIXTRAL, "vision_config": {}}).layers == 32
+    listed = {"hidden_size": 8, "vocab_size": 10, "layers_block_type": ["mamba", "attention", "moe"]}
+    assert ModelShape.from_config(listed).layers == 3
 
 
 @pytest.mark.parametrize("params", [5e7, 1.35e8, 3.6e8, 1.5e9, 7e9, 3.2e10, 7e10])
@@ -141,7 +160,7 @@ def test_the_key_value_cache_holds_each_head_of_a_group_once() -> None:
     # 30 layers x (k, v) x 3 heads x 64 x 2 bytes = 23,040 a token.
     plain = flops.generate_memory(shape(), 64, 128, engine="transformers")
     assert plain.cache == 23_040 * 64 * 128
-    # vLLM takes the cache that it is given, whatever is asked of it.
+    # vLLM allocates the configured cache, whatever the requests need.
     assert flops.generate_memory(shape(), 64, 128, engine="vllm").cache == 2**30
     scoring = flops.generate_memory(shape(), 64, 128, scored=True)
     assert scoring.head > flops.generate_memory(shape(), 64, 128).head
@@ -201,7 +220,7 @@ def test_data_used_twice_counts_once() -> None:
     assert cost.with_inference.flops - cost.student.flops == total("clean", "traces")
 
 
-def test_the_teacher_is_shared_by_its_students() -> None:
+def test_the_teachers_cost_is_divided_among_its_students() -> None:
     alone, shared = (arm_cost("kl", STAGES, PARENTS, students=m) for m in (1, 4))
     assert shared.with_inference == alone.with_inference
     added = shared.with_teacher.flops - shared.with_inference.flops
@@ -209,7 +228,7 @@ def test_the_teacher_is_shared_by_its_students() -> None:
     assert isinstance(shared.with_teacher.tokens_trained, int)
 
 
-def test_what_a_students_own_line_wrote_is_the_students() -> None:
+def test_data_written_by_the_students_own_line_is_its_own_cost() -> None:
     cost = arm_cost("rejection", STAGES, PARENTS)
     assert cost.student.flops == total("rejection", "kl", "student", "own_traces", "own_clean")
     assert set(cost.stages["inference"]) == {"clean", "traces"}
@@ -264,7 +283,7 @@ def test_seconds_grow_with_the_work() -> None:
         return estimate.predict_train_seconds(shape(), flops_spent, 1000.0, steps, MACHINE, dtype)
 
     assert train(2e13, 10) - train(1e13, 10) == pytest.approx(1e13 / (2e11 * estimate.TRAIN_EFFICIENCY))
-    # The dtype changes how long the products take and nothing else.
+    # The dtype changes only the time of the products.
     assert train(1e13, 10, "float32") - train(1e13, 10) == pytest.approx(
         (1e13 / 5e10 - 1e13 / 2e11) / estimate.TRAIN_EFFICIENCY
     )
@@ -279,7 +298,7 @@ def test_seconds_grow_with_the_work() -> None:
     assert generate(256, batch_size=8) > generate(256)
 
 
-def test_work_that_is_no_product_takes_as_long_in_either_dtype() -> None:
+def test_elementwise_work_takes_the_same_time_in_either_dtype() -> None:
     def train(tokens: float, dtype: Dtype) -> float:
         return estimate.predict_train_seconds(shape(), 1e12, tokens, 1, MACHINE, dtype)
 
@@ -289,7 +308,7 @@ def test_work_that_is_no_product_takes_as_long_in_either_dtype() -> None:
         assert train(2000, dtype) - train(1000, dtype) == pytest.approx(more)
 
 
-def test_a_dtype_that_the_machine_lacks_is_taken_as_its_slowest() -> None:
+def test_an_unmeasured_dtype_has_the_slowest_rates() -> None:
     old = replace(MACHINE, rates={"576x1536": {"float32": rates(5e10)}})
     assert estimate.predict_train_seconds(shape(), 1e13, 1.0, 1, old, "bfloat16") == estimate.predict_train_seconds(
         shape(), 1e13, 1.0, 1, old, "float32"

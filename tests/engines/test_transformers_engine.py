@@ -1,4 +1,4 @@
-"""The transformers and reference engines on a tiny random model: what every engine promises."""
+"""The transformers and reference engines on a tiny random model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def batched(tiny_dir: Path):
     return start(tiny_dir, "transformers", batch_size=4)
 
 
-def test_reference_gives_the_same_bytes_whatever_else_is_asked(reference):
+def test_reference_results_do_not_depend_on_other_requests(reference):
     asked = requests(6)
     together = {c.request_id: content(c) for c in reference.generate(asked, SAMPLING, top_k=8)}
     backwards = {c.request_id: content(c) for c in reference.generate(asked[::-1], SAMPLING, top_k=8)}
@@ -56,7 +56,7 @@ def test_reference_gives_the_same_bytes_whatever_else_is_asked(reference):
     assert together["r3"] == content(alone)
 
 
-def test_batched_decoding_draws_what_the_reference_draws(reference, batched):
+def test_batched_decoding_samples_the_references_tokens(reference, batched):
     asked = requests(10)
     expected = {c.request_id: c for c in reference.generate(asked, SAMPLING, top_k=8)}
     got = {c.request_id: c for c in batched.generate(asked, SAMPLING, top_k=8)}
@@ -68,15 +68,15 @@ def test_batched_decoding_draws_what_the_reference_draws(reference, batched):
 
 
 def uneven(number: int) -> list[Request]:
-    """Prompts that all begin with the same 30 tokens, each asked twice, of lengths that leave room for 1 to 48 tokens."""
+    """Prompts with a common prefix of 30 tokens, each requested twice, with room for 1 to 48 tokens."""
     rng = np.random.default_rng(7)
     common = rng.integers(100, 40000, 30)
     prompts = [np.concatenate([common, rng.integers(100, 40000, 50 + n * 29 % 48)]) for n in range(number)]
     return [Request(f"r{n}", prompts[n // 2].astype(np.int32), seed=n) for n in range(2 * number)]
 
 
-def test_rows_that_join_a_running_batch_are_written_as_alone(reference, batched, monkeypatch):
-    """Rows end at different times, so others join at different lengths; every completion is the reference's."""
+def test_rows_that_join_a_running_batch_equal_single_ones(reference, batched, monkeypatch):
+    """Rows end and others join at different lengths; every completion equals the reference's."""
     from distill.engines.kv_cache import GrowingCache
 
     joins: list[int] = []
@@ -99,7 +99,7 @@ def test_rows_that_join_a_running_batch_are_written_as_alone(reference, batched,
         np.testing.assert_allclose(got[key].logprob_T, want.logprob_T, atol=1e-4)
 
 
-def test_what_prompts_share_is_computed_once(tiny_dir):
+def test_a_common_prefix_is_computed_once(tiny_dir):
     engine = start(tiny_dir, "transformers", batch_size=16)
     asked = uneven(8)
     fed = []
@@ -107,7 +107,7 @@ def test_what_prompts_share_is_computed_once(tiny_dir):
     engine._forward = lambda ids, *rest: (fed.append(ids.numel()), forward(ids, *rest))[1]
     assert len(list(engine.generate(asked, Sampling(max_tokens=1)))) == 16
     longest = max(len(request.prompt_ids) for request in asked)
-    # The common beginning once, then each of the eight prompts' rest, padded to the longest.
+    # The common prefix once, then the rest of each of the eight prompts, padded to the longest.
     assert fed == [30, 8 * (longest - 30)]
 
 
@@ -127,8 +127,8 @@ def test_scores_are_the_log_probabilities_of_generation(reference, monkeypatch, 
         assert got.finish_reason == want.finish_reason
 
 
-def test_completions_scored_together_are_scored_as_alone(reference, tiny_dir, monkeypatch):
-    """In the order asked, of several lengths, whether or not a long one stands between them."""
+def test_completions_scored_together_equal_single_ones(reference, tiny_dir, monkeypatch):
+    """In the order of the requests, with several lengths, with and without a long one in between."""
     from distill.engines import transformers
 
     monkeypatch.setattr(transformers, "SCORED", 40)
@@ -143,7 +143,7 @@ def test_completions_scored_together_are_scored_as_alone(reference, tiny_dir, mo
     ]
     got = list(engine.score(asked, top_k=8))
     assert [c.request_id for c in got] == [r.request_id for r in asked]
-    # 3 x 9 fit into 40, the 50 stands alone, 4 x 7 fit.
+    # 3 x 9 fit into 40, the 50 is alone, 4 x 7 fit.
     assert sizes == [3, 1, 4]
     for one, want in zip(got, reference.score(asked, top_k=8), strict=True):
         np.testing.assert_array_equal(one.ids_T, want.ids_T)
@@ -176,7 +176,7 @@ def test_rows_are_the_models_own_distribution(reference, tiny_dir):
     ],
 )
 def test_draws_follow_the_distribution(temperature, top_p, expected):
-    """Against hand-computed probabilities; top-p keeps the smallest head that reaches its mass."""
+    """Against hand-computed probabilities; top-p keeps the fewest most probable tokens that reach its mass."""
     from distill.engines.transformers import _draw
 
     number = 20000
@@ -197,7 +197,7 @@ def test_seeds_decide_the_draws(reference):
     assert first == again != different
 
 
-def test_greedy_takes_the_most_probable(batched):
+def test_greedy_chooses_the_most_probable(batched):
     for done in batched.generate(requests(4), Sampling(0.0, 1.0, 6), top_k=1):
         np.testing.assert_array_equal(done.ids_T, done.top.ids_E)
 
@@ -249,7 +249,7 @@ def test_requests_are_drawn_as_they_are_needed(batched):
     assert finished == 40
 
 
-def test_new_weights_change_the_output_and_the_stamp(tiny_dir):
+def test_new_weights_change_the_output_and_the_version(tiny_dir):
     engine = start(tiny_dir)
     request = requests(1)[0]
     (before,) = engine.generate([request], SAMPLING)
@@ -272,7 +272,7 @@ def test_new_weights_change_the_output_and_the_stamp(tiny_dir):
 
 
 def test_padding_of_the_head_has_no_probability(tiny_dir, tmp_path, tokenizer):
-    """A head padded past the tokenizer, its padding rows loud: the distribution is that of the unpadded model."""
+    """A head with padding rows of large weights: the distribution is that of the unpadded model."""
     model = models.load(tiny_dir, dtype="float32")
     model.resize_token_embeddings(len(tokenizer) + 64, mean_resizing=False)
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_unknown_engines_are_named_with_the_nearest(tiny_dir):
         start(tiny_dir, "referense")
 
 
-def test_an_engine_of_ones_own_is_imported(tiny_dir):
+def test_a_users_own_engine_is_imported(tiny_dir):
     assert type(start(tiny_dir, "distill.engines.factories:reference")).__name__ == "TransformersEngine"
 
 

@@ -1,4 +1,4 @@
-"""The trace inspector: numbers by hand, what the page carries, and the page in a real browser."""
+"""The trace page: numbers by hand, the packed data, and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bytes_of(ids: Any) -> list[bytes]:
 
 
 def top(*positions: dict[int, float]) -> TopK:
-    """Probabilities by id at each position; what is missing to 1 is the tail."""
+    """A TopK from probabilities by id at each position; the tail is 1 minus their sum."""
     width = max(len(one) for one in positions)
     ids = np.full((len(positions), width), -1)
     logp = np.full((len(positions), width), -np.inf)
@@ -54,7 +54,7 @@ def row(n: int, ids: list[int], distribution: TopK | None, **changes: Any) -> Ro
 
 
 def unpack(html: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What the page's script reads, in another language."""
+    """Decode a page's data, as its script does."""
     packed = re.search(r'id="data">([^<]*)<', html)
     assert packed is not None
     data = zlib.decompress(base64.b64decode(packed[1]), 31)
@@ -109,14 +109,14 @@ def test_pieces_as_bytes(piece: str | None, byte_level: bool, expected: bytes) -
     assert token_text.piece_bytes([piece], byte_level, added) == [expected]
 
 
-def test_every_piece_of_a_real_tokenizer_is_its_text(tokenizer: Any) -> None:
+def test_pieces_of_a_real_tokenizer_give_its_text(tokenizer: Any) -> None:
     text = "Zürich 😀 𝔘 中文 \t\n x=½"
     ids = tokenizer(text, add_special_tokens=False).input_ids
     pieces = token_text.piece_bytes(tokenizer.convert_ids_to_tokens(ids), True)
     assert b"".join(pieces).decode() == text
 
 
-def test_bytes_that_are_no_character_are_shown_and_completed() -> None:
+def test_partial_characters_are_shown_as_bytes_and_completed() -> None:
     assert token_text.shown(b"a\xf0\x9f") == "a‹F0 9F›"
     assert token_text.shown(b"\x98\x80z\xff") == "‹98 80›z‹FF›"
     assert token_text.shown(b"\x00\x1b[1m\n") == "‹U+0000›‹U+001B›[1m\n"
@@ -164,7 +164,7 @@ def test_kl_and_candidates_by_hand() -> None:
     assert np.exp(shown.student_E) == pytest.approx([0.3, 0.1, np.nan, 0.5], nan_ok=True)
     assert np.exp(shown.teacher_rest_T) == pytest.approx([0.1], abs=1e-6)
     assert np.exp(shown.student_rest_T) == pytest.approx([0.1], abs=1e-6)
-    # With room for one of the teacher's, the student's own three bring 4 back, with both numbers.
+    # With one of the teacher's candidates, the student's three bring 4 back, with both numbers.
     narrow = found.candidates(1)
     assert narrow.ids_E.tolist() == [3, 6, 4]
     assert np.exp(narrow.teacher_E) == pytest.approx([0.6, np.nan, 0.2], nan_ok=True)
@@ -197,7 +197,7 @@ def test_ids_are_matched_within_their_own_position() -> None:
 # -------------------------------------------------------------------------------------------- what it carries
 
 
-def test_what_is_packed_is_what_was_given() -> None:
+def test_packed_data_decodes_to_the_input() -> None:
     teacher = top({2: 0.5, 11: 0.25}, {11: 0.9}, {END: 0.99})
     html = trace_page.render([row(0, [2, 11, END], teacher)], bytes_of, frozenset([END]), Page("t"))
     header, arrays = unpack(html)
@@ -206,18 +206,18 @@ def test_what_is_packed_is_what_was_given() -> None:
     assert [table[i] for i in arrays["cand_ids"]] == [" the", "seven", "seven", "<|im_end|>"]
     assert np.exp(-arrays["cand_teacher"] / 1000) == pytest.approx([0.5, 0.25, 0.9, 0.99], abs=5e-4)
     assert np.exp(-arrays["rest"] / 1000) == pytest.approx([0.25, 0.1, 0.01], abs=5e-4)
-    assert arrays["surprise"].tolist() == [100, 1550, 3000]
+    assert arrays["nll"].tolist() == [100, 1550, 3000]
     assert [header["table_ids"][i] for i in header["special"]] == [END]
     assert "kl" not in arrays
 
 
 def test_traces_without_distributions() -> None:
     header, arrays = unpack(trace_page.render([row(0, [2, END], None)], bytes_of, frozenset(), Page("t")))
-    assert set(arrays) == {"ids", "surprise"}
+    assert set(arrays) == {"ids", "nll"}
     assert header["traces"][0]["tokens"] == 2
 
 
-def test_a_page_keeps_its_limit_and_says_what_it_left_out() -> None:
+def test_a_page_keeps_its_size_limit_and_says_what_it_left_out() -> None:
     rows = many(30, 100, student=False)
     whole = trace_page.render(rows, bytes_of, frozenset(), Page("t"))
     assert unpack(whole)[0]["width"] == 8
@@ -234,7 +234,7 @@ def test_a_page_keeps_its_limit_and_says_what_it_left_out() -> None:
     assert f"{30 - num} more traces of the sample are left out" in fewer
 
 
-def test_nothing_hostile_stands_outside_the_packed_data() -> None:
+def test_untrusted_text_appears_only_in_the_packed_data() -> None:
     hostile = row(0, [8, 9, 10], None, trace_id="trace0", answer=HOSTILE,
                   messages=[{"role": "user", "content": HOSTILE}])  # fmt: skip
     html = trace_page.render([hostile], bytes_of, frozenset(), Page(HOSTILE, [(HOSTILE, HOSTILE)]))
@@ -299,7 +299,7 @@ def test_hover_and_keys(page_of: Callable[..., Path], visit: Callable[..., Any])
     assert page.inner_text("#detail .where").startswith("token 3 of 4")
     page.keyboard.press("ArrowLeft")
     assert page.evaluate("document.activeElement.textContent") == "‹F0 9F›"
-    page.keyboard.press(".")  # the next lower surprise: they rise along the trace
+    page.keyboard.press(".")  # the next lower NLL: they rise along the trace
     assert page.evaluate("location.hash") == "#trace1.0"
     page.keyboard.press(",")
     page.keyboard.press(",")
@@ -336,7 +336,7 @@ def test_filter_search_and_deep_link(page_of: Callable[..., Path], visit: Callab
     assert "question 2" in page.inner_text("main")
 
 
-def test_the_students_view_and_where_they_differ_most(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
+def test_the_students_numbers_and_sorting_by_kl(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
     same = top({2: 0.5, 11: 0.25}, {11: 0.9})
     far = top({5: 0.9, 2: 0.02}, {11: 0.9})
     scored = [Completion(f"trace{n}", np.array([2, 11]), np.log([0.5, 0.9]).astype(np.float32), t, "stop")
@@ -379,7 +379,7 @@ def test_hostile_text_stays_text(
 
 
 def test_two_hundred_traces_of_500_tokens(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
-    """Size and speed where it should still be smooth: a switch of traces well within a blink."""
+    """Size and speed of a large page: changing the trace takes well under a tenth of a second."""
     path = page_of(many(200, 500, width=8), student="kl")
     assert path.stat().st_size < 5_000_000
     page = ready(visit(path))
@@ -402,6 +402,6 @@ def test_two_hundred_traces_of_500_tokens(page_of: Callable[..., Path], visit: C
           return [median(took), median(known)];
         }"""
     )
-    # CrossTokenizerBatch known work on the same machine at the same time (four million square roots, some 10 ms on an idle one).
+    # Relative to known work on the same machine at the same time (four million square roots, some 10 ms on an idle one).
     assert took < 6 * known, (took, known)
     assert page.locator(".tokens span").count() == 500

@@ -113,17 +113,6 @@ def test_a_written_completion_ends_with_the_eos_the_student_must_learn(tokenizer
     assert ids.dtype == np.int32
 
 
-def test_a_template_that_loses_the_reasoning_is_refused(tokenizer, tiny_dir):
-    models.check_template(tokenizer, PLAIN, "tasks.t")
-    stripping = models.load_tokenizer(tiny_dir)
-    stripping.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'].split('</think>')[-1] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    with pytest.raises(UserError, match="drops <think>"):
-        models.check_template(stripping, PLAIN, "tasks.t")
-
-
 def test_stop_ids_are_the_first_of_any(tiny_dir, tokenizer, tmp_path):
     assert models.stop_ids(tiny_dir, tokenizer) == (2,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')

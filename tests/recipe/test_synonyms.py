@@ -12,7 +12,7 @@ from distill.recipe.fields import ModelConfig
 from distill.recipe.load import _has
 from distill.records import UserError
 
-PLUGS = ("distill.training.rl.objectives", "distill.training.loss.sparse", "distill.tasks")
+PLUGS = ("distill.training.rl.policy_objectives", "distill.training.loss.sparse", "distill.tasks")
 BASE = {
     "train": {"model": "base", "data": "./rows.jsonl", "steps": 1},
     "grpo": {"model": "base", "task": "sums", "steps": 2, "rewards": [{"fn": "accuracy"}]},
@@ -130,10 +130,10 @@ def test_a_name_without_a_key_here_is_answered_with_the_reason(kind, typed, reas
 @pytest.mark.parametrize(
     ("home", "fn", "typed", "ours"),
     [
-        ("distill.training.rl.objectives", "grpo", "epsilon", "eps_low"),
-        ("distill.training.rl.objectives", "grpo", "engine_cap", "importance_cap"),
-        ("distill.training.rl.objectives", "dapo", "mask_truncated_completions", "mask_truncated"),
-        ("distill.training.rl.objectives", "grpo", "truncated", "mask_truncated"),
+        ("distill.training.rl.policy_objectives", "grpo", "epsilon", "eps_low"),
+        ("distill.training.rl.policy_objectives", "grpo", "engine_cap", "importance_cap"),
+        ("distill.training.rl.policy_objectives", "dapo", "mask_truncated_completions", "mask_truncated"),
+        ("distill.training.rl.policy_objectives", "grpo", "truncated", "mask_truncated"),
     ],
 )
 def test_options_of_losses_and_objectives_too(home, fn, typed, ours):

@@ -1,4 +1,4 @@
-"""Two arms and many, against scipy, values by hand and simulated arms that are equal."""
+"""Comparisons of arms, against scipy, values by hand and simulated equal arms."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_sign_flips_exact_and_drawn_agree_with_scipy() -> None:
         assert ours == pytest.approx(theirs, abs=1e-9 if num == 8 else 0.012)
 
 
-def test_pairing_sees_what_separate_intervals_hide() -> None:
-    """Problems of very different difficulty, one arm a little better on each."""
+def test_pairing_finds_a_difference_that_separate_intervals_hide() -> None:
+    """Problems of very different difficulty; one arm is slightly better on each."""
     rng = np.random.default_rng(4)
     base = rng.integers(0, 13, 60)
     a = [[1] * int(n + 3) + [0] * int(13 - n) for n in base]
@@ -114,7 +114,7 @@ def test_arms_on_other_problems_are_refused() -> None:
 
 
 def simulated(rng: np.random.Generator, seeds: int, spread: float, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Two arms on 256 problems of unequal difficulty, 4 samples each; every training seed moves all of them."""
+    """Two arms on 256 problems of different difficulty, 4 samples each; a training seed shifts all problems."""
     chance = 1 / (1 + np.exp(-rng.normal(-0.5, 1.5, 256)))
     arms = []
     for move in (shift, 0.0):
@@ -124,7 +124,7 @@ def simulated(rng: np.random.Generator, seeds: int, spread: float, shift: float 
 
 
 def test_false_positives_with_a_spread_between_seeds() -> None:
-    """Equal arms, 3 seeds, a 3-point spread: over problems alone nearly half are called different."""
+    """Equal arms, 3 seeds, 3 points of spread: a test over problems alone would call nearly half different."""
     rng, trials = np.random.default_rng(8), 500
     together = alone = 0
     for trial in range(trials):
@@ -169,7 +169,7 @@ def test_interval_and_p_value_agree() -> None:
 
 
 def runs(values_SP: np.ndarray, samples: int = 4) -> dict[int, dict[str, list[bool]]]:
-    """value[seed][problem] (quarters) as judged samples by training seed and problem id; ids run backwards in odd seeds."""
+    """value[seed][problem] (quarters) as judged samples by training seed and problem id; ids are reversed in odd seeds."""
     found = {}
     for seed, row in enumerate(values_SP, 1):
         right = [round(value * samples) for value in row]
@@ -238,7 +238,7 @@ def test_ragged_seeds_are_refused() -> None:
 
 
 def test_seeds_without_any_variation_are_not_certainty() -> None:
-    """All wrong in every seed of both arms says no more than one pair of checkpoints that are all wrong."""
+    """All wrong in every seed of both arms: the interval is that of one pair of checkpoints that are all wrong."""
     nothing = [[0.0] * 5] * 3
     none = comparison.difference_over_seeds(nothing, nothing)
     pair = paired([[False]] * 5, [[False]] * 5)

@@ -1,4 +1,4 @@
-"""The report's files: what they hold, and that hostile text stays text."""
+"""The report's files: their content, and that untrusted text stays text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOSTILE = (
 
 
 def traces(chance: float, seed: int, problems: int = 40, samples: int = 2) -> Traces:
-    """Judged completions of one model; problem ids run backwards for odd seeds."""
+    """Judged completions of one model; problem ids are reversed for odd seeds."""
     rng = np.random.default_rng(seed)
     ids = [f"p{i:03d}" for i in range(problems)][:: -1 if seed % 2 else 1]
     keys = [(key, s) for key in ids for s in range(samples)]
@@ -162,7 +162,7 @@ def test_examples_show_why_each_side_won(report: RunReport) -> None:
 # ---------------------------------------------------------------------------------------------- files
 
 
-def test_report_json_has_what_is_promised(report: RunReport, tmp_path: Path) -> None:
+def test_report_json_has_the_declared_fields(report: RunReport, tmp_path: Path) -> None:
     paths = pages.write_report(report, tmp_path / "run")
     plots = {"accuracy", "pass_at_k", "compute_student", "compute_with_inference", "compute_with_teacher",
              "kl_loss", "sft_loss"}  # fmt: skip
@@ -217,7 +217,7 @@ def test_hostile_text_stays_text_in_markdown(report: RunReport) -> None:
     "text",
     ["a|b", "<b>&lt;", "`x`", "1. one", "- item", "# head", "*a* _b_", "a\n\nb", "\\|", "---"],
 )
-def test_escaped_markdown_shows_what_went_in(text: str) -> None:
+def test_escaped_markdown_renders_as_the_original_text(text: str) -> None:
     tokens = MarkdownIt("commonmark").enable("table").parse(pages.escape_markdown(text))
     assert [t.type for t in tokens] == ["paragraph_open", "inline", "paragraph_close"]
     shown = "".join(child.content for child in tokens[1].children or [])
@@ -228,7 +228,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 class Page(HTMLParser):
-    """Tags, and the text outside style."""
+    """Collects tags, and the text outside style elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ def test_the_page_is_one_file_without_scripts(report: RunReport) -> None:
 
 
 class Cells(HTMLParser):
-    """The rows of a page's tables, and the texts of its code blocks and headings."""
+    """Collects the rows of a page's tables, and the texts of its code blocks and headings."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class Cells(HTMLParser):
 
 
 def test_markdown_and_html_agree(report: RunReport) -> None:
-    """Both parsed: the same headings, the same cells in the same rows, the same completions."""
+    """Both are parsed: they have the same headings, table cells and completions."""
     content_blocks = report_blocks.blocks(report)
     html = pages.html(report["name"], content_blocks)
     page = Cells()
@@ -370,7 +370,7 @@ def test_verdict_over_seeds(report: RunReport) -> None:
     assert "is inconclusive" in wording.verdict({**report, "comparisons": [equal]})
 
 
-def test_verdict_of_three_students_says_each_pair_under_what_is_known_of_it(
+def test_verdict_of_three_students_groups_the_pairs_by_their_evidence(
     report: RunReport,
 ) -> None:
     rng = np.random.default_rng(0)
@@ -456,7 +456,7 @@ def with_points(report: RunReport) -> RunReport:
 
 
 def marks(svg: str, name: str) -> list[tuple[float, float]]:
-    """Positions of the marks of an arm's group."""
+    """The positions of an arm's marks."""
     tree = ElementTree.fromstring(svg)
     groups = [g for g in tree.iter(f"{SVG}g") if (g.findtext(f"{SVG}title") or "").startswith(name)]
     found = []
@@ -467,22 +467,22 @@ def marks(svg: str, name: str) -> list[tuple[float, float]]:
     return found
 
 
-def test_checkpoints_along_the_way_are_a_curve_in_order_of_compute(report: RunReport) -> None:
+def test_snapshots_are_a_curve_in_order_of_compute(report: RunReport) -> None:
     arms = with_points(report)["arms"]
     x = [at for at, _ in marks(arm_plots.compute_svg(arms, "student"), "kl")]
     assert len(x) == 3
     assert x == sorted(x)
-    # Logarithmic: from a fifth to a half of the budget is as far as 2.5 times anywhere.
+    # Logarithmic: from a fifth to a half of the budget is the same distance as any factor of 2.5.
     ratio = (x[1] - x[0]) / (x[2] - x[1])
     assert ratio == pytest.approx(np.log(2.5) / np.log(2), rel=0.02)
-    # What a teacher's inference cost is paid before the first checkpoint: the curve is pushed together.
+    # The cost of the teacher's inference counts from the first snapshot on, so the curve is compressed.
     shifted = [at for at, _ in marks(arm_plots.compute_svg(arms, "with_inference"), "kl")]
     flops, more = arms["kl"]["flops"], arms["kl"]["cost"]["with_inference"]["flops"]
     expected = np.log((more) / (more - 0.5 * flops)) / np.log((more - 0.5 * flops) / (more - 0.8 * flops))
     assert (shifted[2] - shifted[1]) / (shifted[1] - shifted[0]) == pytest.approx(expected, rel=0.03)
 
 
-def test_an_arm_without_compute_is_a_level(report: RunReport) -> None:
+def test_an_arm_without_compute_is_a_horizontal_line(report: RunReport) -> None:
     free = {
         **report["arms"]["teacher"],
         "cost": {v: view(Cost()) for v in report["arms"]["teacher"]["cost"]},
@@ -520,7 +520,7 @@ def test_labels_of_many_arms_do_not_cover_one_another(report: RunReport, width: 
                 assert abs(ya - yb) > 11 or abs(xa - xb) > 30
 
 
-def test_curves_show_whatever_was_logged() -> None:
+def test_curves_show_all_logged_quantities() -> None:
     stage: StageRow = {
         "name": "rl", "kind": "grpo", "status": "done", "seconds": 1.0, "cost": {}, "curve_steps": [1.0, 2.0, 3.0],
         "curves": {"reward": [0.1, None, 0.4], "reward/accuracy": [0.0, 0.1, 0.3], "reward/<b>": [0.1, 0.1, 0.1],

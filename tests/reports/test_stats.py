@@ -1,4 +1,4 @@
-"""One arm's numbers, against values by hand, enumeration and simulation."""
+"""Scores of one arm, against values by hand, enumeration and simulation."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_pass_at_k_is_the_exact_ratio_of_binomials(n: int, data: st.DataObject) 
     assert float(statistics.pass_at_k(n, c, k)) == pytest.approx(exact, rel=1e-10, abs=1e-13)
 
 
-def test_pass_at_k_keeps_the_digits_of_a_tiny_chance() -> None:
+def test_pass_at_k_is_precise_for_tiny_probabilities() -> None:
     assert float(statistics.pass_at_k(10**12, 1, 1)) == pytest.approx(1e-12, rel=1e-12)
 
 
-def test_pass_at_k_refuses_more_than_there_are() -> None:
+def test_pass_at_k_refuses_k_above_n() -> None:
     with pytest.raises(ValueError, match="pass@8"):
         statistics.pass_at_k(np.array([16, 4]), np.array([2, 1]), 8)
 
@@ -87,7 +87,7 @@ def test_accuracy_weighs_problems_equally_and_leaves_out_what_was_not_judged() -
 
 
 def test_the_problem_is_the_unit() -> None:
-    """30 problems x 64 samples: pooled, the interval would be a fifth as wide as it is."""
+    """30 problems x 64 samples: the interval of pooled samples would be a fifth as wide."""
     rng = np.random.default_rng(5)
     chance = rng.beta(0.7, 0.6, 30)
     correct = rng.random((30, 64)) < chance[:, None]
@@ -99,7 +99,7 @@ def test_the_problem_is_the_unit() -> None:
 
 
 def test_intervals_cover() -> None:
-    """95% intervals over 40 problems x 4 samples hold the true mean about 95 times in 100."""
+    """95% intervals over 40 problems x 4 samples contain the true mean about 95 times in 100."""
     rng, hits, trials = np.random.default_rng(11), 0, 400
     for trial in range(trials):
         chance = rng.beta(1.0, 1.5, 40)
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     assert statistics.accuracy(correct, seed=4) == statistics.accuracy(correct, seed=4)
 
 
-def test_blocks_of_resamples_do_not_change_their_law(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resampling_in_blocks_keeps_the_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.linspace(0, 1, 50)
     whole = statistics.bca(values, resamples=3000)
     monkeypatch.setattr(statistics, "BLOCK", 1000)
@@ -141,7 +141,7 @@ def test_one_seed_is_the_interval_over_problems() -> None:
 
 
 def test_intervals_over_seeds_cover_and_those_over_problems_do_not() -> None:
-    """Three seeds, a spread of 3 points between them, 256 problems that stay the same."""
+    """Three seeds with 3 points of spread between them, on the same 256 problems."""
     rng, trials, hits, alone = np.random.default_rng(4), 300, 0, 0
     for _ in range(trials):
         chance = rng.beta(1.0, 1.5, 256)
@@ -159,7 +159,7 @@ def test_intervals_over_seeds_cover_and_those_over_problems_do_not() -> None:
 
 
 def by_enumeration(answers: list[str | None], gold: str, k: int) -> float:
-    """The definition: every subset of k, its most frequent valid answers, the share of them that is right."""
+    """By definition: over all subsets of size k, the share of correct answers among the most frequent valid ones."""
     results = []
     for chosen in itertools.combinations(answers, k):
         valid = [a for a in chosen if a is not None]

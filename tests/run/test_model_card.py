@@ -81,7 +81,7 @@ def test_the_card_says_where_a_model_comes_from(run: Path) -> None:
     ]  # fmt: skip
     assert "12 k" in lineage["kl"]
     assert "model student, data traces" in lineage["kl"]
-    assert "It has not been evaluated yet." in read.text
+    assert "This model has not been evaluated yet." in read.text
     assert write(resolved("x/y"), run, "sft") is None
 
 
@@ -114,12 +114,12 @@ def test_a_card_holds_no_markup_and_no_path_of_the_machine(run: Path, tiny_dir: 
 def test_push_finds_checkpoints_and_names_them(run: Path, tmp_path: Path) -> None:
     assert checkpoint(run / "kl") == run / "kl" / "model"
     assert checkpoint(run / "kl" / "model") == run / "kl" / "model"
-    with pytest.raises(UserError, match="is not a model"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         checkpoint(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"has no README\.md"):
         push(run / "kl", "me/model")
     write(resolved("x/y"), run, "kl")
-    with pytest.raises(UserError, match="is not a valid repository name"):
+    with pytest.raises(UserError, match="is not the name of a model"):
         push(run / "kl", "model")
 
 

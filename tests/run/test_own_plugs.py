@@ -10,7 +10,7 @@ import numpy as np
 
 from distill.engines import factories
 from distill.records import Template
-from distill.training.rl import objectives
+from distill.training.rl import policy_objectives as objectives
 
 
 def parity(group, *, rest: int = 0):

@@ -1,4 +1,4 @@
-"""What stage.json knows of attempts that were killed."""
+"""The times of killed attempts in stage.json."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def test_a_killed_attempt_counts_up_to_the_last_file_it_wrote(tmp_path):
         (tmp_path / name).write_text("{}")
         os.utime(tmp_path / name, (when, when))
     os.utime(tmp_path / run_folder.FILE, (1000.0, 1000.0))
-    run_folder.settle(tmp_path, killed)
+    run_folder.add_killed_time(tmp_path, killed)
     assert killed.seconds == pytest.approx(47.0)
-    run_folder.settle(tmp_path, killed)
+    run_folder.add_killed_time(tmp_path, killed)
     assert killed.seconds == pytest.approx(47.0)  # once
 
 
-def test_one_that_ended_has_counted_itself(tmp_path):
+def test_an_ended_attempt_adds_nothing(tmp_path):
     for status in ("done", "failed"):
         ended = standing(began=1000.0, status=status)
         run_folder.write(tmp_path, ended)
-        run_folder.settle(tmp_path, ended)
+        run_folder.add_killed_time(tmp_path, ended)
         assert ended.seconds == 5.0

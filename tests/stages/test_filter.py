@@ -85,7 +85,9 @@ def test_mistakes_in_the_set_are_named(tmp_path):
     with pytest.raises(UserError, match="neither a task of the recipe nor a JSONL file"):
         held_out(str(missing), context(tmp_path, str(missing)))
     missing.write_text('{"question": "a?"}\n{"answer": 1}\n')
-    with pytest.raises(UserError, match="line 2: key 'question' is missing"):
+    with pytest.raises(
+        UserError, match="line 2: no known layout: its columns are answer; a column of questions is missing"
+    ):
         held_out(str(missing), context(tmp_path, str(missing)))
 
 

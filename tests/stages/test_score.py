@@ -18,13 +18,14 @@ from distill.compute.ledger import StageCost, arm_cost
 from distill.engines.transformers import CHUNK, TransformersEngine
 from distill.models import hub
 from distill.progress import Screen
-from distill.recipe import Input
+from distill.recipe import Input, RowsConfig
 from distill.records import Cost, Request, Template, Traces, UserError
 from distill.run import decide, nodes
 from distill.run.plan import check_plugs, predict
 from distill.stages import score
 from distill.stages.context import Context
 from distill.stages.inputs import score_inputs
+from distill.stages.inputs.conversation_data import DroppedRows, open_rows
 from distill.stages.inputs.score_inputs import render
 from distill.traces import provenance
 from distill.traces.reader import open_traces
@@ -103,7 +104,7 @@ def test_scored_traces_are_the_same_rows_with_the_other_models_numbers(tiny_dir,
         provenance.text_from(open_traces(ctx.folder / "traces"))
         == f"a (weights {models.weights_fingerprint(tiny_dir)})"
     )
-    assert "its token ids are used as stored" in ctx.screen.stream.getvalue()
+    assert "its ids as they were sampled" in ctx.screen.stream.getvalue()
 
 
 def test_the_writer_scored_again_says_what_it_said_while_it_wrote(tiny_dir, tmp_path, written):
@@ -189,7 +190,7 @@ def test_data_that_changed_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_pa
         assert verify(ctx.folder / "traces").ok
         want = {i: row for i, row in rows_of(whole.folder / "traces").items() if i in wanted}
         _same(want, rows_of(ctx.folder / "traces"))
-    assert "5 traces of an earlier attempt are no longer wanted" in ctx.screen.stream.getvalue()
+    assert "5 traces of an earlier attempt are not asked for any more" in ctx.screen.stream.getvalue()
     (former,) = (tmp_path / ".old").iterdir()
     assert set(rows_of(former)) == set(ids)
 
@@ -317,12 +318,12 @@ def test_a_hub_dataset_at_a_revision(tmp_path, cached_dataset):
     assert hub.dataset_id(f"some/chats@{COMMITS[0]}") == ("some/chats", COMMITS[0])
     assert hub.dataset_commit("some/chats", COMMITS[1]) == COMMITS[1]
     assert hub.dataset_commit("some/chats", "main") == hub.UNVERIFIED
-    source = score_inputs.open_rows(f"some/chats@{COMMITS[0]}", "train", "data")
-    assert source.count() == 2
+    source = open_rows(f"some/chats@{COMMITS[0]}", RowsConfig(), "data")
+    assert len(list(source.rows(lambda number, reason: None))) == 2
     with pytest.raises(UserError, match=f"there is only some/chats@{COMMITS[0]}"):
-        score_inputs.open_rows(f"some/chats@{COMMITS[1]}", "train", "data")
+        open_rows(f"some/chats@{COMMITS[1]}", RowsConfig(), "data")
     with pytest.raises(UserError, match="Without a network, give a JSONL"):
-        score_inputs.open_rows("some/others", "train", "data")
+        open_rows("some/others", RowsConfig(), "data")
 
 
 def test_only_moved_data_is_added_to(tiny_dir, other_dir, tmp_path):
@@ -398,7 +399,7 @@ def test_a_file_of_conversations_is_rendered_and_scored(tiny_dir, other_dir, tok
     assert "row 3 left out: there is no reply to score" in said
     assert "row 7 left out: not JSON" in said
     assert "1 traces left out: longer than the limit" in said
-    assert "it is tokenised with this model's tokenizer" in said
+    assert "rendered in the model's own tokens" in said
     assert provenance.text_from(open_traces(ctx.folder / "traces")).startswith("r1.jsonl (")
 
 
@@ -429,7 +430,7 @@ def test_a_datasets_folder_and_its_splits(tiny_dir, other_dir, tmp_path):
     again = make(tmp_path / "file", {"a": tiny_dir, "b": other_dir}, data=str(file))
     run_score(again)
     _same(rows_of(ctx.folder / "traces"), rows_of(again.folder / "traces"))
-    with pytest.raises(UserError, match=r"scored\.data: there is no split 'trian'. Did you mean"):
+    with pytest.raises(UserError, match=r"scored\.data: .*: there is no split 'trian'. Did you mean"):
         run_score(make(tmp_path, {"a": tiny_dir, "b": other_dir}, data=data, split="trian"))
 
 
@@ -470,7 +471,7 @@ def test_a_cut_trace_gets_no_eos_and_an_opened_thinking_is_not_opened_twice(toke
         (opening, "<think>\na</think>b", "stop", "a</think>b<|im_end|>"),
         (opening, "a</think>b", "length", "a</think>b"),
     ):
-        rendered = render(block(text, finish), tokenizer, template)
+        rendered = render(block(text, finish), tokenizer, template, DroppedRows())
         assert tokenizer.decode(rendered.completion_ids[0]) == reply
         assert rendered.completion[0] == reply.removesuffix("<|im_end|>")
 
@@ -501,7 +502,7 @@ def test_what_cannot_be_scored_is_said(tiny_dir, other_dir, tmp_path):
     teachers = {"a": tiny_dir, "b": other_dir}
     empty = tmp_path / "empty.jsonl"
     empty.write_text("{}\n")
-    with pytest.raises(UserError, match="has no trace that can be scored"):
+    with pytest.raises(UserError, match="holds nothing to score"):
         run_score(make(tmp_path, teachers, data=str(empty)))
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="nor what `datasets` saved"):
@@ -566,7 +567,7 @@ def test_the_real_model_through_the_command_line(smollm2_dir, tokenizer, tmp_pat
         return done.stdout
 
     said = distill("run", str(recipe_file), "--kind", "score", "--runs", str(tmp_path))
-    assert "it is tokenised with this model's tokenizer" in said
+    assert "rendered in the model's own tokens" in said
     folder = tmp_path / "real" / "scored" / "traces"
     model = models.load(smollm2_dir, dtype="float32").eval()
     (block,) = open_traces(folder).blocks()

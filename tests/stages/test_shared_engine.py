@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from project import SUMS, Project
+from safetensors.torch import load_file, save_file
 
 from distill import models
 from distill.recipe import EngineConfig
@@ -91,12 +92,14 @@ def test_an_arm_that_fails_is_the_one_that_is_named_and_the_others_keep_what_the
     broken.mkdir()
     for file in other_dir.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    (broken / "model.safetensors").write_bytes(b"nothing")
+    weights = load_file(broken / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     tree["models"]["other"] = str(broken)
     project = Project(tmp_path, tree)
     failed = project.run()
-    assert failed.returncode == 1
-    assert "stage 'verdict.other' failed" in failed.stderr
+    assert failed.returncode == 2
+    assert "the checkpoint lacks 1 weights, which would be random (model.norm.weight)" in failed.stderr
     assert project.state("verdict.tiny")["status"] == "done"
     assert project.state("verdict.deeper")["status"] == "failed"
     tree["models"]["other"] = str(other_dir)

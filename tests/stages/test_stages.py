@@ -160,14 +160,15 @@ def test_truncated_and_long_traces_are_left_out_and_counted(tiny_dir, tmp_path):
         run_train(tmp_path, tiny_dir, max_tokens=10)
 
 
-def test_a_held_out_question_in_the_training_file_is_refused_by_line(tiny_dir, tmp_path):
+def test_a_held_out_question_in_the_training_file_is_left_out_and_said(tiny_dir, tmp_path):
     task = reasoning_gym("sums", **{k: v for k, v in SUMS.items() if k != "fn"})
     (leak,) = task.problems("held_out", 1, 0)
     (good,) = task.problems("train", 1, 0)
     rows = tmp_path / "w.jsonl"
     rows.write_text("".join(json.dumps({"question": p.question, "completion": "x"}) + "\n" for p in (good, leak)))
-    with pytest.raises(UserError, match="line 2 is one of the task's held-out problems"):
-        run_train(tmp_path, tiny_dir, data=str(rows), task="sums", loss={"fn": "cross_entropy"})
+    result, ctx = run_train(tmp_path, tiny_dir, data=str(rows), task="sums", loss={"fn": "cross_entropy"})
+    assert result.metrics["examples"] == 1
+    assert "1 left out: one of the task's held-out problems" in ctx.screen.stream.getvalue()
 
 
 def test_bad_lines_are_left_out_by_number_and_the_rest_is_learned(tiny_dir, tmp_path):
@@ -177,9 +178,9 @@ def test_bad_lines_are_left_out_by_number_and_the_rest_is_learned(tiny_dir, tmp_
     result, ctx = run_train(tmp_path, tiny_dir, data=str(rows), loss={"fn": "cross_entropy"})
     assert result.metrics["examples"] == 2
     said = ctx.screen.stream.getvalue()
-    assert "line 2 left out" in said
-    assert "line 3 left out" in said
-    assert "2 traces left out: not usable" in said
+    assert "row 2 left out: not UTF-8" in said
+    assert "row 3 left out: no known layout: its columns are a" in said
+    assert "2 left out: not usable" in said
 
 
 def test_eval_keeps_every_completion_and_counts_over_problems(tiny_dir, tmp_path):

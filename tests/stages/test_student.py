@@ -31,6 +31,9 @@ def test_an_adapter_on_chosen_modules_is_merged_into_plain_weights(tiny_dir, tok
     model = load_student(config, context)
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "norm.modules_to_save" in name for name in learned)
+    again = dict(load_student(config, context).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again[name]), f"{name}: the recipe's seed decides an adapter's start"
     assert {name.split(".")[-4] for name in learned if "lora_" in name} == {"q_proj", "down_proj"}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -96,5 +99,5 @@ def test_stages_that_write_for_themselves_take_no_quantised_base(tiny_dir):
         "lora": {"quantised": "nf4"},
     }  # fmt: skip
     tree = {"name": "t", "models": {"base": str(tiny_dir)}, "tasks": {"sums": {"fn": "jsonl", "path": "x"}}, "stages": {"rl": stage}}  # fmt: skip
-    with pytest.raises(UserError, match="after every step the engine receives the policy"):
+    with pytest.raises(UserError, match="whole weights after every step"):
         recipe.validate(tree)

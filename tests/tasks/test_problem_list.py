@@ -6,7 +6,7 @@ import time
 import pytest
 from needs import slowness
 
-from distill.jsonl import conversation, read_rows
+from distill.jsonl import read_rows
 from distill.records import UserError
 from distill.tasks import hub, jsonl, reasoning_gym, splits
 
@@ -62,24 +62,6 @@ def test_a_ten_megabyte_line_is_rejected_and_the_next_one_read(tmp_path):
     assert rejected[0][0] == 1
 
 
-def test_a_conversation_is_what_poses_and_what_replies():
-    user, reply = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    assert conversation({"messages": [user, reply]}) == ((user,), "b")
-    assert conversation({"messages": [user]}) == ((user,), None)
-    assert conversation({"question": "a", "completion": "b"}) == ((user,), "b")
-    assert conversation({"messages": [user, reply, user]}) == ((user, reply, user), None)
-    for bad in (
-        {},
-        {"question": 3},
-        {"question": " "},
-        {"messages": []},
-        {"messages": [reply]},
-        {"messages": [{"role": "me", "content": "a"}]},
-    ):
-        with pytest.raises(ValueError):
-            conversation(bad)
-
-
 def test_a_file_is_split_ordered_and_judged(tmp_path):
     task = jsonl("adds", path=write(tmp_path / "a.jsonl", map(addition, range(200))))
     train, held_out = (
@@ -130,7 +112,7 @@ def test_rows_without_a_usable_answer_are_rejected_by_line(tmp_path):
     reasons = dict(task.rejected)
     assert list(reasons) == [3, 4, 5]
     assert "braces" in reasons[3]
-    assert "'answer' is missing" in reasons[4]
+    assert "there is no answer (there are: question)" in reasons[4]
     assert "the same question as 1, with another answer ('2')" in reasons[5]
 
 
@@ -220,13 +202,14 @@ def test_a_folder_of_parquet_files_is_a_dataset(tmp_path):
     tables, folder = saved_gsm8k(tmp_path / "mine")
     folder.mkdir()
     for split, table in tables.items():
-        table.rename_column("question", "prompt").to_parquet(folder / f"{split}-00000-of-00001.parquet")
-    task = hub("mine", dataset=str(folder), question_field="prompt")
+        table.rename_column("question", "asked").to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    fields = {"question": "asked", "reply": "answer"}
+    task = hub("mine", dataset=str(folder), fields=fields)
     assert len(list(task.problems("held_out", None, 1))) == 10
-    wrong = hub("mine", dataset=str(folder), question_field="promt")
-    with pytest.raises(UserError, match=r"no field 'promt'. Did you mean 'prompt'"):
+    wrong = hub("mine", dataset=str(folder), fields={"question": "askd", "reply": "answer"})
+    with pytest.raises(UserError, match=r"there is no 'askd' in 'askd' \(there are: "):
         wrong.problems("held_out", 1, 1)
-    wrong = hub("mine", dataset=str(folder), question_field="prompt", train_split="a", held_out_split="b")
+    wrong = hub("mine", dataset=str(folder), fields=fields, train_split="a", held_out_split="b")
     with pytest.raises(UserError, match=r"has the splits test, train; say which is which"):
         wrong.problems("held_out", 1, 1)
 

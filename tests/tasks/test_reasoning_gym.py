@@ -69,7 +69,7 @@ def test_too_few_problems_says_how_many_there_are():
     assert len(ids(task, "train", num, 1)) == num
     with pytest.raises(UserError, match=f"found only {num} distinct train problems after"):
         task.problems("train", 50, 1)
-    with pytest.raises(UserError, match="unlimited number of problems"):
+    with pytest.raises(UserError, match="without end"):
         task.problems("train", None, 1)
 
 
@@ -157,7 +157,7 @@ def test_scorers_that_evaluate_run_no_code(tmp_path):
     ],
 )
 def test_what_a_scorer_may_evaluate(answer, good):
-    assert reasoning_gym_task.is_arithmetic(answer) is good
+    assert reasoning_gym_task.harmless(answer) is good
 
 
 def test_every_process_draws_the_same_problems():

@@ -1,4 +1,4 @@
-"""Audit: do the weights that the traces name say what the traces say they said?"""
+"""Audit: traces scored again by the model that wrote them, and by others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from distill.traces.writer import TraceWriter
 
 @pytest.fixture
 def run(tiny_dir, written, tmp_path) -> Path:
-    """A run with a finished generate stage, as the pipeline leaves it."""
+    """A run with a finished generate stage, as the pipeline writes it."""
     shutil.copytree(written, tmp_path / "traces")
     tree = context(tmp_path, {"a": tiny_dir, "b": tiny_dir}).recipe.model_dump(mode="json")
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(tree))
@@ -51,14 +51,14 @@ def test_the_weights_that_wrote_the_traces_certify_them(tiny_dir, run):
     assert whole.positions == int(open_traces(folder).lengths().completion.sum())
 
 
-def test_a_model_with_other_weights_is_refused_and_one_that_lies_is_found_out(
+def test_a_model_with_other_weights_is_refused_and_false_distributions_are_found(
     tiny_dir,
     other_dir,
     run,
     tmp_path,
 ):
     folder = run / "traces" / "traces"
-    with pytest.raises(UserError, match="Those cannot vouch"):
+    with pytest.raises(UserError, match="Give the model that wrote the traces with --model"):
         audit(folder, 5, model=str(other_dir))
     honest = open_traces(folder)
     forged = tmp_path / "forged"
@@ -68,7 +68,7 @@ def test_a_model_with_other_weights_is_refused_and_one_that_lies_is_found_out(
     with TraceWriter(forged, claim) as writer:
         for block in open_traces(ctx.folder / "traces").blocks():
             writer.add(block)
-    with pytest.raises(UserError, match="Name it with --model"):
+    with pytest.raises(UserError, match="Give it with --model"):
         audit(forged, 5)
     found = audit(forged, 30, model=str(tiny_dir))
     assert not found.ok
@@ -83,7 +83,7 @@ def test_from_the_command_line(tiny_dir, run):
     assert "4 positions of" in result.output
 
 
-def test_every_position_is_drawn_from_and_rows_without_any_are_left_out(written):
+def test_positions_are_drawn_uniformly_and_rows_without_any_are_left_out(written):
     reader = open_traces(written / "traces")
 
     @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""`distill inspect` on traces that a tiny model really wrote, with another as the student."""
+"""`distill inspect` on traces of a tiny model, with another model as the student."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUESTIONS = ["Zwei und zwei? 😀", "<script>alert(1)</script>", "4 + 4", "5 + 5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, tokenizer: Any) -> Path:
-    """Four traces of 12 tokens with their distributions."""
+    """A folder with four traces of 12 tokens and their distributions."""
     engine = engines.open_engine(EngineConfig(fn="reference"), tiny_dir, max_model_len=64, max_top_k=8)
     prompts = [np.array(tokenizer(q, add_special_tokens=False).input_ids) for q in QUESTIONS]
     requests = [Request(f"trace{n}", prompt, n) for n, prompt in enumerate(prompts)]
@@ -91,13 +91,13 @@ def test_the_command_line_writes_a_page(folder: Path, tmp_path: Path, tokenizer:
         assert trace["correct"] is (n % 2 == 0)
 
 
-def test_a_student_that_is_the_teacher_differs_nowhere(folder: Path, tmp_path: Path, tiny_dir: Path) -> None:
+def test_the_teacher_as_student_has_the_same_numbers(folder: Path, tmp_path: Path, tiny_dir: Path) -> None:
     path, _ = inspect.write(folder, tmp_path, student=str(tiny_dir))
     arrays = unpack(path)["arrays"]
     assert path == tmp_path / "inspect.html"
     # The transformers engine in bfloat16 against the reference in float32.
     assert arrays["kl"].max() / 1000 < 0.01
-    assert np.abs(arrays["student_surprise"] - arrays["surprise"]).max() / 1000 < 0.2
+    assert np.abs(arrays["student_nll"] - arrays["nll"]).max() / 1000 < 0.2
 
 
 def test_a_sample_is_the_same_every_time(folder: Path, tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_sample_is_the_same_every_time(folder: Path, tmp_path: Path) -> None:
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_what_cannot_be_shown_is_said(folder: Path, tmp_path: Path, tiny_dir: Path) -> None:
-    with pytest.raises(UserError, match="nothing here"):
+def test_missing_traces_and_wrong_tokenizers_are_errors(folder: Path, tmp_path: Path, tiny_dir: Path) -> None:
+    with pytest.raises(UserError, match="no such file or folder"):
         inspect.write(tmp_path / "missing")
     with pytest.raises(UserError, match="no traces here"):
         inspect.write(tmp_path)

@@ -1,4 +1,4 @@
-"""What can be looked up: every sort and every name of it, each option with type, default, meaning and what a change means."""
+"""`distill ls`: every name of every sort; each option with its type, default, meaning and role."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_field_of_a_stage_says_what_it_means(kind):
     assert [one.name for one in options if not one.meaning] == []
 
 
-def test_a_field_is_printed_with_all_that_is_known_of_it():
+def test_a_field_is_printed_with_type_default_role_and_meaning():
     text = shown("stages", "train")
     assert "lr                      number > 0, default 0.0001 [identity]\n" in text
     assert "peak learning rate" in text
@@ -44,7 +44,7 @@ def test_a_field_is_printed_with_all_that_is_known_of_it():
     assert "micro_tokens            whole number > 0, default 2048 [execution]\n" in text
     assert "lora.rank               whole number > 0, default 16 [identity]\n" in text
     assert "model                   text, required [identity]\n" in text
-    assert "[growth] a larger value adds the difference to a finished stage" in text
+    assert "[growth] a larger value adds only the difference to a finished stage" in text
 
 
 def test_options_of_a_plug_and_its_whole_docstring():
@@ -57,7 +57,7 @@ def test_filters_say_what_they_keep():
     assert "correct             Keep traces that were judged correct." in shown("filters")
 
 
-def test_a_plug_or_kind_of_ones_own(tmp_path, monkeypatch):
+def test_a_users_own_plug_or_kind(tmp_path, monkeypatch):
     (tmp_path / "minelisted.py").write_text(
         "from distill.recipe import StageConfig\n"
         "def mine(student, targets, *, scale: float = 2.0):\n    'My loss.'\n"

@@ -486,6 +486,6 @@ def test_several_processes_fill_one_folder_and_the_same_name_twice_is_refused(tm
 
 def test_a_folder_in_the_way_of_a_file_is_said(tmp_path):
     (tmp_path / "manifest-0.json").mkdir()
-    with pytest.raises(UserError, match=r"manifest-0\.json: is a folder"):
+    with pytest.raises(UserError, match=r"manifest-0\.json: a folder has this name"):
         write_atomic(tmp_path / "manifest-0.json", b"{}")
     assert [path.name for path in tmp_path.iterdir()] == ["manifest-0.json"]

@@ -24,8 +24,8 @@ from distill.training.loss.cross_tokenizer.alignment import (
     align,
     token_bytes,
 )
-from distill.training.loss.cross_tokenizer.divergences import by_text, sorted_gap
 from distill.training.loss.cross_tokenizer.losses import Pair, aligned, uld
+from distill.training.loss.cross_tokenizer.vocabulary_divergences import by_text, sorted_gap
 from distill.training.loss.dense import Logits, compare_rows
 from distill.training.loss.head import HeadForm, Targets
 from distill.training.packing import Example, pack

@@ -17,7 +17,7 @@ from distill.stages.policy_sampling import PolicySampler
 from distill.stages.sampling import Grader
 from distill.tasks.templates import raw
 from distill.training import loop
-from distill.training.rl import objectives
+from distill.training.rl import policy_objectives as objectives
 from distill.training.rl.reward_rollout import RewardRollouts
 
 

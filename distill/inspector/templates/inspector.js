@@ -1,5 +1,5 @@
 "use strict";
-// Everything from traces is set as text content, never as markup. One trace is in the document at a time.
+// Text from traces is untrusted: it is set as text content, never as markup. The document holds one trace at a time.
 
 const at = id => document.getElementById(id);
 const element = (tag, attributes = {}, ...children) => {
@@ -14,9 +14,9 @@ const element = (tag, attributes = {}, ...children) => {
 };
 
 const METRICS = {
-  surprise: { label: "Surprise", short: "surprise", full: 5, what: "−log p of the sampled token, under the teacher" },
-  entropy: { label: "Entropy", short: "entropy", full: 2.5, what: "entropy of the teacher's distribution (stored entries and the rest as one)" },
-  kl: { label: "KL to student", short: "KL", full: 2, what: "KL(teacher ‖ student), a lower bound from what both stored" },
+  nll: { label: "NLL", short: "NLL", full: 5, what: "negative log-likelihood of the sampled token under the teacher" },
+  entropy: { label: "Entropy", short: "entropy", full: 2.5, what: "entropy of the teacher's distribution (stored entries, and all other tokens as one outcome)" },
+  kl: { label: "KL to student", short: "KL", full: 2, what: "KL(teacher ‖ student) over the entries stored for both: a lower bound" },
 };
 const FILTERS = {
   all: ["All", () => true],
@@ -28,7 +28,7 @@ const LEVELS = 10;
 const MOST_TOKENS = 200;
 
 let data, traces, table, columns, special, metrics;
-const state = { shade: "surprise", filter: "all", query: "", sort: "stored", tab: "traces", view: [], trace: null, token: -1 };
+const state = { shade: "nll", filter: "all", query: "", sort: "stored", tab: "traces", view: [], trace: null, token: -1 };
 
 // ------------------------------------------------------------------------------------------------ data
 
@@ -86,12 +86,12 @@ function completion(trace) {
     for (let n = 0; n < trace.tokens; n++) parts[n] = tokenText(trace, n);
     trace.text = parts.join("");
     trace.lower = trace.text.toLowerCase();
-    trace.asked = `${trace.question}\n${trace.id} ${trace.problem}`.toLowerCase();
+    trace.searched = `${trace.question}\n${trace.id} ${trace.problem}`.toLowerCase();
   }
   return trace.text;
 }
 
-// ------------------------------------------------------------------------------------------------ words
+// ------------------------------------------------------------------------------------------------ formatting
 
 const share = value => {
   if (value >= 0.0995) return (100 * value).toFixed(1) + "%";
@@ -113,7 +113,7 @@ function choose() {
     if (!wanted(trace)) return false;
     if (!query) return true;
     completion(trace);
-    return trace.lower.includes(query) || trace.asked.includes(query);
+    return trace.lower.includes(query) || trace.searched.includes(query);
   });
   if (state.sort === "longest") state.view.sort((a, b) => b.tokens - a.tokens);
   else if (METRICS[state.sort]) state.view.sort((a, b) => b.means[state.sort] - a.means[state.sort]);
@@ -353,7 +353,7 @@ function rowsOf(position) {
       rows.push({ id, sampled: id === sampled, teacher: probability(columns.cand_teacher[e]), student: columns.cand_student ? probability(columns.cand_student[e]) : null });
     }
   if (!known)
-    rows.push({ id: sampled, sampled: true, outside: true, teacher: probability(columns.surprise[position]), student: columns.student_surprise ? probability(columns.student_surprise[position]) : null });
+    rows.push({ id: sampled, sampled: true, outside: true, teacher: probability(columns.nll[position]), student: columns.student_nll ? probability(columns.student_nll[position]) : null });
   return rows.sort((a, b) => (b.teacher ?? -1) - (a.teacher ?? -1) || (b.student ?? -1) - (a.student ?? -1));
 }
 
@@ -361,8 +361,8 @@ function detail(token) {
   const aside = at("detail"), trace = state.trace;
   if (token < 0) {
     aside.replaceChildren(element("p", { class: "hint" }, columns.count
-      ? "Snapshot at a token, or move to one with ← and →, to see what else the teacher would have said there."
-      : "These traces were captured without distributions (top_k: 0): only each sampled token's own probability is known."));
+      ? "Point at a token, or move with ← and →, to see the teacher's most probable tokens at its position."
+      : "These traces were stored without distributions (top_logprobs: 0): only the probability of each sampled token is known."));
     return;
   }
   const position = trace.start + token, student = aside.dataset.student;
@@ -372,10 +372,10 @@ function detail(token) {
   ];
   const list = element("dl");
   const fact = (label, value) => list.append(element("dt", {}, label), element("dd", {}, value));
-  fact("surprise", number(nats("surprise", position)));
+  fact("NLL", number(nats("nll", position)));
   if (columns.entropy) fact("entropy", number(nats("entropy", position)));
   if (columns.kl) {
-    fact("student's surprise", number(nats("student_surprise", position)));
+    fact("student NLL", number(nats("student_nll", position)));
     fact("KL to student", number(nats("kl", position)));
   }
   parts.push(list);
@@ -403,7 +403,7 @@ function detail(token) {
   aside.replaceChildren(...parts);
 }
 
-// ------------------------------------------------------------------------------------------------ moving
+// ------------------------------------------------------------------------------------------------ navigation
 
 function step(by) {
   if (!state.view.length) return;
@@ -428,7 +428,7 @@ function onKey(event) {
   }
   if (typing || event.target.tagName === "SELECT") return;
   const radio = event.target.type === "radio", inList = at("list").contains(event.target);
-  const shades = { 1: "surprise", 2: "entropy", 3: "kl" };
+  const shades = { 1: "nll", 2: "entropy", 3: "kl" };
   let done = true;
   if (event.key === "j" || event.key === "n") step(1);
   else if (event.key === "k" || event.key === "p") step(-1);
@@ -481,7 +481,7 @@ async function start() {
   try {
     await load();
   } catch (error) {
-    at("wait").textContent = `The traces could not be unpacked (${error}). A browser of 2023 or later is needed.`;
+    at("wait").textContent = `The traces could not be decompressed (${error}). This page needs a browser of 2023 or later.`;
     throw error;
   }
   if (columns.kl) state.shade = state.sort = "kl";

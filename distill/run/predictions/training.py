@@ -1,4 +1,4 @@
-"""Cost predictions for the stage kinds that train: train, grpo, on_policy."""
+"""Predictions for the stages that train."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from distill.training import prefix_sharing
 class _Training:
     """The optimiser steps of a stage: its model, FLOPs and tokens.
 
-    step_tokens: tokens of one step; everything else is for the whole stage. scored_flops, scored_tokens: additional
-    forward passes of the model and its reference. taught: (shape, FLOPs) of each teacher. reference: whether there is a
-    reference model.
+    step_tokens: of one step. taught: the teachers' (shape, FLOPs), over tokens of the whole stage.
     """
 
     config: OptimStage
@@ -79,10 +77,8 @@ class _Training:
 
 def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list[Row]:
     shape = known.shape(config.model)
-    # Several sets are joined by trace; the result has at most as many traces as the smallest set.
-    rows, prompt, reply = min(
-        known.traces.get(data) or rows_of(data, config.task, known) for data in data_of(config.data)
-    )
+    # Sets that hold the same traces have at most as many in common as the smallest holds.
+    rows, prompt, reply = min(known.traces.get(data) or rows_of(data, config, known) for data in data_of(config.data))
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
     frame = known.frame(next(iter(data_of(config.data))), config.task)
     prompt_trained = _prompt_trained(prompt, reply, frame)
@@ -126,10 +122,10 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
 
 @dataclass(frozen=True, slots=True)
 class _Policy:
-    """FLOPs and seconds of a stage that trains on its policy's completions; methods take the number of completions.
+    """A stage that trains on its policy's completions: FLOPs and seconds of `sampled` completions.
 
-    prompt_trained: prompt tokens that the trainer computes per completion. passes: times that each rollout is trained
-    on. scorings: additional forward passes over a rollout, of the policy and its reference.
+    prompt_trained: prompt tokens that the trainer computes per completion. passes: times that a rollout is trained on.
+    scorings: additional forward passes over it, of the policy and its reference.
     """
 
     config: PolicyStage
@@ -151,7 +147,7 @@ class _Policy:
         )
 
     def read_flops(self, by: ModelShape, sampled: float) -> float:
-        """FLOPs of one forward pass of the model `by` over the completions."""
+        """One forward pass over the completions."""
         tokens = sampled * (self.prompt_trained + self.reply)
         return flops.forward_flops(by, tokens, (self.prompt + self.reply + 1) / 2, sampled * self.reply)
 
@@ -161,7 +157,7 @@ class _Policy:
         return self.trained_flops(sampled) + self.scorings * self.read_flops(self.shape, sampled) + written
 
     def training(self, a_step: float, num_steps: float, teachers: Sequence[ModelShape], reference: bool) -> _Training:
-        """The optimiser steps of the stage. a_step: number of completions in one step."""
+        """The optimiser steps of the stage. a_step: completions of one step."""
         sampled, tokens = num_steps * a_step, self.prompt_trained + self.reply
         return _Training(
             self.config,
@@ -177,7 +173,7 @@ class _Policy:
         )
 
     def sampling(self, sampled: float, rollouts: float, machine: Machine) -> Part:
-        """The prediction for the engine that writes the completions."""
+        """The engine that writes the completions."""
         return engine_part(
             self.shape,
             self.config.engine,
@@ -197,7 +193,7 @@ class _Policy:
 
 
 def grpo(name: str, config: GrpoStage, known: Known, machine: Machine) -> list[Row]:
-    """Sampling and training. Assumes that no group is skipped because all its rewards are equal."""
+    """Sampling and training; every group is assumed to have rewards that differ."""
     from distill.stages.inputs.resolve import resolve_objective
 
     reference = resolve_objective(config, f"stages.{name}").reference
@@ -232,7 +228,7 @@ def _policy_row(
     teachers: Sequence[ModelShape] = (),
     in_engines: bool = False,
 ) -> Row:
-    """The prediction for a stage that trains on its own completions. in_engines: whether the teachers run in engines."""
+    """The prediction for a policy stage. in_engines: whether each teacher has an engine of its own."""
     config, shape = policy.config, policy.shape
     a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
     num_steps = config.steps or known.budget(config) / policy.own_flops(a_step)
@@ -244,10 +240,10 @@ def _policy_row(
     learning = training.part(machine)
     longest = policy.prompt + config.sampling.max_tokens
     held = engine_memory(shape, config.engine, writing.choice.dtype, longest, machine)
-    # The engine runs in the trainer's process, which is counted once.
+    # The engine's process is the trainer's.
     in_trainer = replace(held, process=max(0.0, held.process - flops.PROCESS_BYTES))
     memory = training.memory(learning.choice.dtype, machine) + in_trainer
-    if in_engines:  # the teachers' key-value caches; their weights are counted in `training.memory`
+    if in_engines:  # their key-value caches; their weights are counted already
         memory += Memory(cache=len(teachers) * held.cache)
     known.shapes[name], known.replies[name] = shape, policy.reply
     amounts = make_amounts(
@@ -261,13 +257,13 @@ def _policy_row(
 
 
 def _snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:
-    """The number of snapshots that the stage saves, without the final model."""
+    """The number of snapshots that the stage keeps, its final model not counted."""
     return int((num_steps - 1) // config.snapshot_every) if config.snapshot_every else 0
 
 
 def _prompt_trained(prompt: float, reply: float, frame: float, group: int = 1) -> float:
-    """Prompt tokens that the trainer computes per trace. Each prompt is computed once per group; its first `frame`
-    tokens, which all prompts share, are so rare that they are neglected (`training.packing`)."""
+    """Prompt tokens computed per trace: a prompt once per group, and its first `frame` tokens, shared by all prompts,
+    hardly ever (`training.packing`)."""
     if prompt + reply > prefix_sharing.MAX_TOKENS:
         return prompt
     return max(prompt - frame, 1.0) / group + (group > 1)

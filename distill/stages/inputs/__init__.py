@@ -1,1 +1,1 @@
-"""Load a stage's inputs: training examples, texts to score, teachers, losses, rewards, the student."""
+"""Find and open a stage's inputs: examples, texts to score, teachers, losses, the student."""

@@ -1,8 +1,8 @@
-"""Join several trace sets, in which different teachers scored the same traces, by trace_id.
+"""Join several trace sets with the same traces, scored by different teachers, by trace_id.
 
-The examples come in the first set's order. For each buffer of the first set, the rows with the same trace ids are read
-from the other sets, and only the shards that have such rows. This is cheap if all sets have the same order, as score
-stages write them, and correct in any order.
+The first set determines the order. A buffer of the first set at a time is joined with the rows of the others that have its
+trace ids; of their shards only those with such rows are read. This is cheap if the sets have the same order, as score
+stages write them, and correct for any order.
 """
 
 from __future__ import annotations
@@ -25,11 +25,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class JoinedSource:
-    """Traces with a distribution of each teacher.
-
-    readers: one per set, restricted to the traces that all sets have; each in its own order. rows: per set, the row of
-    each trace id. shares: of the teachers; they add up to 1.
-    """
+    """Traces with a distribution of each teacher. readers: of the common traces, each in its own order."""
 
     readers: Sequence[TraceReader]
     rows: Sequence[Mapping[str, int]]
@@ -65,9 +61,9 @@ class JoinedSource:
 def join(
     readers: Sequence[TraceReader], shares: Mapping[str, float], seed: int, where: str
 ) -> tuple[JoinedSource, int]:
-    """Join the traces that every set has with the same tokens. Also return the number of the first set's other traces.
+    """Return the traces that every set has with the same tokens, and the number of the first set's traces that others lack.
 
-    shares: by the names of the sets in the recipe, in the readers' order. Raises UserError if no trace is common.
+    shares: by the sets' names in the recipe, in the readers' order. Raises UserError if there is no common trace.
     """
     tokens = [_tokens_of(reader) for reader in readers]
     common = {
@@ -89,7 +85,7 @@ def join(
 
 
 def _tokens_of(reader: TraceReader) -> dict[str, int]:
-    """A hash of each trace's tokens, by trace_id, in the order of `blocks`."""
+    """Return a hash of each trace's token ids, by trace_id, in the order of `blocks`."""
     return {
         trace_id: hash((block.prompt_ids[n].tobytes(), block.completion_ids[n].tobytes()))
         for block in reader.blocks(256, ["trace_id", "prompt_ids", "completion_ids"])
@@ -98,7 +94,6 @@ def _tokens_of(reader: TraceReader) -> dict[str, int]:
 
 
 def _tops_of(reader: TraceReader, rows: Mapping[str, int], wanted: Sequence[str]) -> dict[str, TopK]:
-    """The distributions of the wanted traces, by trace_id."""
     keep: Array = np.zeros(len(rows), bool)
     keep[[rows[trace_id] for trace_id in wanted]] = True
     return {

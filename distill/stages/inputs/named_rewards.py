@@ -1,4 +1,4 @@
-"""Look up the rewards that a stage names, check their options, and combine them into one weighted reward."""
+"""Find the rewards that a stage names, check their options, and combine them with the stage's limits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from distill.tasks.combined_reward import CombinedReward
 
 REWARDS = "distill.tasks.rewards"
 FIRST_CALL = 5
-"""Factor on the time limit for a reward's first call, which may have to load a model."""
+"""The factor by which a reward's first call may exceed the limit: it may have to load a model."""
 
 
 def resolve_rewards(config: GenerateStage | GrpoStage, where: str) -> list[tuple[str, float, Reward]]:
-    """(name, weight, function) of each reward. Raises UserError for an unknown reward or a wrong option."""
+    """Return (name, weight, function) of each reward. Raises UserError for an unknown reward or a wrong option."""
     return [
         (
             reward.fn.rpartition(":")[2],
@@ -25,7 +25,7 @@ def resolve_rewards(config: GenerateStage | GrpoStage, where: str) -> list[tuple
 
 
 def combined_reward(config: GenerateStage | GrpoStage, where: str) -> CombinedReward:
-    """The stage's rewards combined into one, with the stage's limits on time and failures."""
+    """Return the stage's rewards combined, with the stage's limits."""
     return CombinedReward(
         resolve_rewards(config, where),
         limit_s=config.reward_timeout,

@@ -1,4 +1,4 @@
-"""Look up the losses, objectives and teachers that a stage names, and check their options."""
+"""Find the losses, objectives and teachers that a stage names, and check their options."""
 
 from __future__ import annotations
 
@@ -36,26 +36,25 @@ if TYPE_CHECKING:
     from distill.training.rl.advantages import PolicyObjective
 
 Form = Literal["targets", "rows", "pair"]
-OBJECTIVES = "distill.training.rl.objectives"
+OBJECTIVES = "distill.training.rl.policy_objectives"
 LOSSES = "distill.training.loss.sparse"
 DIVERGENCES = "distill.training.loss.divergences"
 CROSS_TOKENIZER = "distill.training.loss.cross_tokenizer.losses"
 
 
 TEACHER_ENTRIES = 64
-"""Tokens per position that a custom loss on stored distributions gets from a teacher in the trainer."""
+"""The number of entries a position that a loss for stored distributions gets from a teacher in the trainer."""
 
 
 def is_cross_tokenizer(config: TrainStage | OnPolicyStage) -> bool:
-    """Whether the loss compares models with different tokenizers."""
+    """Return whether the loss compares models with different tokenizers."""
     return _form(config.loss.fn, "loss") == "pair"
 
 
 def _form(fn: str, where: str) -> Form:
-    """The form of a loss, by its positional parameters: "targets" for `(student, targets)`, "rows" for `(logp, logq)`,
-    "pair" for `(pair)`.
+    """Return a loss's form by its positional parameters: `(student, targets)`, `(logp, logq)` or `(pair)`.
 
-    Raises UserError for an unknown loss, and for a custom loss with other parameters.
+    Raises UserError for an unknown loss, and for a user's loss with other parameters.
     """
     if ":" not in fn:
         if fn in plug.names(CROSS_TOKENIZER):
@@ -70,16 +69,16 @@ def _form(fn: str, where: str) -> Form:
     if len(names) == 2:
         return "targets" if names[0] == "student" else "rows"
     raise UserError(
-        f"{where}.fn: {fn!r} takes {names}; a loss takes (student, targets), a divergence takes (logp, logq), and a loss "
-        "between models with different tokenizers takes (pair). Options must be keyword-only."
+        f"{where}.fn: {fn!r} takes {names}; a loss takes (student, targets), a divergence (logp, logq), a comparison of "
+        "models with different tokenizers (pair); options are keyword-only."
     )
 
 
 def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) -> Objective:
-    """The objective for the loss that a stage names, with stored targets or with teachers in the trainer.
+    """Return the objective of the loss that a stage names: on stored targets, or with teachers in the trainer.
 
-    seed: random seed of a loss that samples tokens from its teachers. Raises UserError for an unknown loss, a wrong
-    option, or a loss that does not fit the stage's teacher.
+    seed: of the ids that a loss draws from its teachers. Raises UserError for an unknown loss, a wrong option, and a loss
+    that does not fit the stage's data or teacher.
     """
     here = f"{where}.loss"
     form = _form(config.loss.fn, here)
@@ -106,7 +105,7 @@ def _is_scored_by_engine(config: TrainStage | OnPolicyStage) -> bool:
 def _cross_tokenizer(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool) -> Objective:
     if not in_trainer or len(teachers_of(config.teacher)) != 1 or config.temperature != 1.0:
         raise UserError(
-            f"{here}: {config.loss.fn} needs one teacher in the trainer, at temperature 1: name it in `teacher`"
+            f"{here}: {config.loss.fn} compares with one teacher in the trainer, at temperature 1: name it in `teacher`"
             f"{' with scoring: trainer' if _is_scored_by_engine(config) else ''}."
         )
     return CrossTokenizerObjective(plug.bind(config.loss.fn, config.loss.options, CROSS_TOKENIZER, here))
@@ -115,8 +114,8 @@ def _cross_tokenizer(config: TrainStage | OnPolicyStage, here: str, in_trainer: 
 def _sampled(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool, seed: int) -> Objective:
     if not in_trainer or config.temperature != 1.0:
         raise UserError(
-            f"{here}: sampled_kd samples tokens from the whole distribution of a teacher in the trainer, at temperature 1; "
-            "stored distributions have only the most likely tokens. Name a teacher, or use forward_kl."
+            f"{here}: sampled_kd draws from the whole distribution of a teacher in the trainer, at temperature 1; "
+            "stored entries are the likeliest, not draws. Name a teacher, or use forward_kl."
         )
     options = plug.all_options("sampled_kd", config.loss.options, LOSSES, here)
     loss = functools.partial(sparse.sampled_kd, **options)
@@ -124,8 +123,7 @@ def _sampled(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool, se
 
 
 def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> Objective:
-    """The objective with teachers in the trainer: a built-in loss uses the whole vocabulary, a custom loss on stored
-    targets uses the teacher's most likely tokens."""
+    """Return the loss's divergence over the whole vocabulary, or a user's loss on the teacher's entries."""
     fn, options, kl, ce = config.loss.fn, config.loss.options, FULL, NONE
     if fn == "ce_kl":
         given = plug.all_options(fn, options, LOSSES, here)
@@ -135,17 +133,20 @@ def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> 
         return DenseObjective(plug.bind(fn, options, DIVERGENCES, here), config.temperature, kl, ce)
     if ":" not in fn:
         known = ", ".join(sorted([*plug.names(DIVERGENCES), *plug.names(CROSS_TOKENIZER), "ce_kl", "sampled_kd"]))
-        raise UserError(f"{here}: {fn} cannot be used with a teacher in the trainer; the losses that can are: {known}.")
+        raise UserError(f"{here}: {fn} has no form with a teacher in the trainer; there are: {known}.")
     if config.temperature != 1.0:
         raise UserError(
-            f"{here}: {fn} gets the teacher's {TEACHER_ENTRIES} most likely tokens and the mass of the rest, which is possible "
-            "only at temperature 1; write it as a divergence (logp, logq) to use the whole vocabulary at any temperature."
+            f"{here}: {fn} gets the teacher's {TEACHER_ENTRIES} likeliest ids and its tail, at temperature 1 alone; write it "
+            "as a divergence (logp, logq) to have it over the whole vocabulary at any temperature."
         )
     return TeacherTopObjective(plug.bind(fn, options, LOSSES, here), watch, entries=TEACHER_ENTRIES)
 
 
-def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> list[Teacher]:
-    """Load the teachers that run in the trainer. Raises UserError for a tokenizer that does not fit the loss."""
+def load_teachers(
+    config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any, max_tokens: int
+) -> list[Teacher]:
+    """Load the teachers in the trainer and prove their forward passes. max_tokens: of the longest trace. Raises UserError for a teacher whose tokenizer the loss does not support."""
+    from distill.stages.inputs.forward_proof import prove_forward
     from distill.training.policy import Teacher
 
     teachers = []
@@ -159,26 +160,27 @@ def load_teachers(config: TrainStage | OnPolicyStage, context: Context, tokenize
             student = models.config_of(context.model_dir(config.model))
             size = min(len(theirs), model.config.vocab_size)
             shared = VocabularyMap.of_tokenizers(tokenizer, min(len(tokenizer), student["vocab_size"]), theirs, size)
-        teachers.append(Teacher(model, share, size, shared))
+        plan = prove_forward(model, name, size or len(tokenizer), context, max_tokens)
+        teachers.append(Teacher(model, share, size, shared, plan))
     return teachers
 
 
 def teacher_dir(name: str, config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Path:
-    """The folder of a teacher. Raises UserError if its tokenizer differs from the student's and the loss needs the same."""
+    """Return a teacher's folder. Raises UserError if its tokenizer differs from the student's and the loss needs the same."""
     folder = context.model_dir(name)
     theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
     same = models.tokenizer_fingerprint(theirs) == models.tokenizer_fingerprint(tokenizer)
     if not same and not is_cross_tokenizer(config):
         raise UserError(
-            f"stages.{context.name}.loss: {config.loss.fn} compares token ids, but the teacher {name!r} has another tokenizer "
-            f"({len(theirs)} tokens) than the student ({len(tokenizer)} tokens). Use a loss for different tokenizers, "
-            f"{' or '.join(sorted(plug.names(CROSS_TOKENIZER)))}, or a teacher with the student's tokenizer."
+            f"stages.{context.name}.loss: {config.loss.fn} compares ids, and the teacher {name!r} has another tokenizer "
+            f"({len(theirs)} tokens) than the student ({len(tokenizer)} tokens). Use one of the losses that compare by text, "
+            f"{' or '.join(sorted(plug.names(CROSS_TOKENIZER)))}, or a teacher that shares the student's tokenizer."
         )
     return folder
 
 
 def resolve_objective(config: GrpoStage, where: str) -> PolicyObjective:
-    """The objective that a stage names. Raises UserError for an unknown objective or a wrong option."""
+    """Return the objective that a stage names. Raises UserError for an unknown objective or a wrong option."""
     make = plug.bind(config.objective.fn, config.objective.options, OBJECTIVES, f"{where}.objective")
     objective: PolicyObjective = make()
     return objective

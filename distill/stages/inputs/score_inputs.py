@@ -1,10 +1,8 @@
-"""Traces that exist already, as blocks that a model can score: shards, chat JSONL, `datasets` folders, hub datasets.
+"""Traces that exist already, as blocks that a model can score: shards, or conversations of a data set.
 
 Out: blocks of `Traces` with text, verdicts and the ids to be scored, without log-probabilities. Shards of the same
 tokenizer keep their ids, as the engine sampled them; any other text is rendered in the scoring model's own tokens.
 Trace ids come from the shards, or from the text alone, so every model that scores the same data gives the same ones.
-
-Left out on purpose: which traces are worth it (filters see them afterwards), and repairing a row.
 """
 
 from __future__ import annotations
@@ -13,18 +11,18 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill import jsonl, models
-from distill.models import hub
-from distill.plug import nearest
-from distill.recipe import ScoreStage
+from distill import models
+from distill.conversations import Conversation, Reader
+from distill.recipe import RowsConfig, ScoreStage
 from distill.records import (
     Array,
+    Message,
     Messages,
     Problem,
     Ragged,
@@ -36,44 +34,15 @@ from distill.records import (
     stable_hash,
 )
 from distill.stages.context import Context, find_data
+from distill.stages.inputs.conversation_data import DroppedRows, conversations, is_shard, open_rows
 from distill.traces import provenance
 from distill.traces.reader import SELECTION_FILE, open_traces
 from distill.traces.schema import LIGHT_COLUMNS, Metadata
 
 BLOCK_ROWS = 64
-THINK = "<think>"
 NO_VERDICT = Verdict(None, None, None)
 AS_IT_IS = Template(name="as it is", system=None, plain="{question}", extract=str)
 """A conversation under the tokenizer's own chat template, nothing added."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConversationSource:
-    """A file or dataset of conversations.
-
-    rows: numbered from 1; what is no row at all goes to the callback, by number with the reason.
-    """
-
-    name: str
-    rows: Callable[[jsonl.Reject], Iterator[tuple[int, dict[str, Any]]]]
-    count: Callable[[], int]
-
-
-@dataclass(slots=True)
-class DroppedRows:
-    """Why traces are not scored, counted; the first few rows that are not usable by number."""
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: list[str] = field(default_factory=list)
-
-    def add(self, reason: str, count: int = 1) -> None:
-        if count:
-            self.reasons[reason] += count
-
-    def reject(self, number: int, reason: str) -> None:
-        self.add("not usable")
-        if len(self.first) < 5:
-            self.first.append(f"row {number} left out: {reason}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,118 +83,50 @@ def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> S
             )
         models.check_template(tokenizer, template, f"tasks.{config.task}")
 
-        def rendered(_: DroppedRows) -> Iterator[Traces]:
+        def rendered(left_out: DroppedRows) -> Iterator[Traces]:
             for block in reader.blocks(BLOCK_ROWS, LIGHT_COLUMNS):
-                yield render(block, tokenizer, template)
+                yield render(block, tokenizer, template, left_out)
 
         return ScoreInputs(rendered, provenance.text_from(reader), reader.metadata, False, template.name)
 
+    template = template_of(config, task)
     models.check_template(tokenizer, template, where)
-    source = open_rows(config.data, config.split, f"{where}.data", config.subset)
+    table = open_rows(config.data, config, f"{where}.data")
 
-    def conversations(left_out: DroppedRows) -> Iterator[Traces]:
-        for block in _blocks(source, task, left_out):
-            yield render(block, tokenizer, template)
+    def texts(left_out: DroppedRows) -> Iterator[Traces]:
+        reader = Reader(config.fields, config.keep_wrong)
+        for block in _blocks(conversations(table, reader, left_out), task, left_out):
+            yield render(block, tokenizer, template, left_out)
 
-    return ScoreInputs(conversations, source.name, None, False, template.name)
+    return ScoreInputs(texts, table.name, None, False, template.name)
+
+
+def template_of(config: RowsConfig, task: Task | None) -> Template:
+    """Return the task's template, or the chat template alone with the stage's options."""
+    if task is None:
+        return dataclasses.replace(AS_IT_IS, options=config.template_options) if config.template_options else AS_IT_IS
+    if config.template_options:
+        raise UserError("template_options: belongs to the task here: tasks.NAME.template_options.")
+    return task.template
 
 
 def is_traces(path: Path | None) -> bool:
     """Whether there are shards, a selection of them or a single one at a path."""
     if path is None or not path.is_dir():
-        return path is not None and path.suffix == ".parquet"
+        return path is not None and path.suffix == ".parquet" and is_shard(path)
     return any(path.glob("manifest-*.json")) or (path / SELECTION_FILE).is_file()
 
 
-# --------------------------------------------------------------------------------------- files and datasets
-
-
-def open_rows(data: str, split: str, where: str, subset: str | None = None) -> ConversationSource:
-    """A JSONL file, a folder that `datasets` saved, or a hub dataset. Raises UserError where it is none of them."""
-    path = find_data(data)
-    if path is not None and path.suffix == ".jsonl":
-        return ConversationSource(
-            f"{path.name} ({models.file_hash(path)[:16]})",
-            lambda reject: jsonl.read_rows(path, reject),
-            lambda: sum(1 for _ in jsonl.read_rows(path, lambda number, reason: None)),
-        )
-    if path is not None:
-        table = _saved(path, split, where)
-        name = f"{path.name}, split {split}"
-    else:
-        table = _from_hub(data, split, subset, where)
-        name = f"{data.partition('@')[0]} ({hub.loaded_commit(table)[:16]}), split {split}"
-    return ConversationSource(
-        name,
-        lambda _: ((number, dict(row)) for number, row in enumerate(table, 1)),
-        lambda: len(table),
-    )
-
-
-def is_hub_id(data: str) -> bool:
-    """Whether a name could be a dataset's on the hub: owner/name, or owner/name@revision."""
-    return hub.dataset_id(data) is not None
-
-
-def _saved(path: Path, split: str, where: str) -> Any:
-    import datasets
-
-    try:
-        found = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{where}: {path} is neither a folder of traces, a JSONL file, nor what `datasets` saved: "
-            f"{' '.join(str(error).split())}"
-        ) from None
-    return _split_of(found, split, where)
-
-
-def _from_hub(data: str, split: str, subset: str | None, where: str) -> Any:
-    """A split of a hub dataset at the commit that the stage's inputs are recorded with."""
-    import datasets
-
-    found = hub.dataset_id(data)
-    if found is None:
-        raise UserError(
-            f"{where}: {data!r} is no stage, file, folder or hub dataset (owner/name, or owner/name@revision)."
-        )
-    name, revision = found
-    commit = hub.dataset_commit(name, revision)
-    with hub.offline_unless_reachable():
-        try:
-            loaded = datasets.load_dataset(name, subset, revision=revision if commit == hub.UNVERIFIED else commit)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{where}: {data!r} cannot be loaded: {' '.join(str(error).split())} Without a network, give a JSONL file "
-                "or a folder that `datasets` saved."
-            ) from None
-    table = _split_of(loaded, split, where)
-    if revision is not None and hub.loaded_commit(table) not in (commit, hub.UNVERIFIED):
-        raise UserError(
-            f"{where}: {data!r} is asked for, and without a network there is only {name}@{hub.loaded_commit(table)} in the "
-            "cache. Take that one, or run where the hub can be reached."
-        )
-    return table
-
-
-def _split_of(found: Any, split: str, where: str) -> Any:
-    if not isinstance(found, Mapping):
-        return found
-    if split not in found:
-        raise UserError(f"{where}: there is no split {split!r}.{nearest(split, found)}")
-    return found[split]
-
-
-def _blocks(source: ConversationSource, task: Task | None, left_out: DroppedRows) -> Iterator[Traces]:
-    """Rows as blocks without ids; a conversation that was there before is left out."""
+def _blocks(given: Iterator[Conversation], task: Task | None, left_out: DroppedRows) -> Iterator[Traces]:
+    """Yield conversations as blocks without ids; a conversation that was there before is left out."""
     seen: set[str] = set()
     samples: Counter[str] = Counter()
     block: list[_Conversation] = []
-    for number, row in source.rows(left_out.reject):
+    for one in given:
         try:
-            conversation = _conversation(row, samples)
+            conversation = _conversation(one, samples)
         except ValueError as error:
-            left_out.reject(number, str(error))
+            left_out.reject(one.number, str(error))
             continue
         if conversation.trace_id in seen:
             left_out.add("the same conversation as an earlier one")
@@ -254,11 +155,13 @@ class _Conversation:
     gold: str | None
 
 
-def _conversation(row: Mapping[str, Any], samples: Mapping[str, int]) -> _Conversation:
-    messages, reply = jsonl.conversation(row)
-    if reply is None:
+def _conversation(given: Conversation, samples: Mapping[str, int]) -> _Conversation:
+    if given.reply is None:
         raise ValueError("there is no reply to score: end messages with the assistant")
-    answer = row.get("answer")
+    if given.tools or any(message.get("tool_calls") or message["role"] == "tool" for message in given.messages):
+        raise ValueError("it uses tools, which traces cannot hold")
+    messages = tuple({"role": m["role"], "content": _whole(m)} for m in given.prompt)
+    reply, answer = _whole(given.reply), given.answer
     problem_id = stable_hash("conversation", json.dumps([dict(m) for m in messages]))
     return _Conversation(
         trace_id=stable_hash(problem_id, reply),
@@ -267,8 +170,20 @@ def _conversation(row: Mapping[str, Any], samples: Mapping[str, int]) -> _Conver
         messages=messages,
         question=next(m["content"] for m in reversed(messages) if m["role"] == "user"),
         reply=reply,
-        gold=None if answer is None or isinstance(answer, bool) else str(answer),
+        gold=None if answer is None or isinstance(answer, bool) else _gold(answer),
     )
+
+
+def _whole(message: Message) -> str:
+    """Return a message's text with the reasoning beside it in `<think>`."""
+    reasoning = message.get("reasoning_content")
+    return str(message["content"]) if reasoning is None else f"<think>{reasoning}</think>{message['content']}"
+
+
+def _gold(answer: Any) -> str:
+    from distill.tasks.jsonl_task import gold_text
+
+    return gold_text(answer)
 
 
 def _traces(block: Sequence[_Conversation], task: Task | None) -> Traces:
@@ -310,27 +225,45 @@ def _verdict(task: Task | None, conversation: _Conversation) -> Verdict:
 # ------------------------------------------------------------------------------------------------ rendering
 
 
-def render(block: Traces, tokenizer: Any, template: Template) -> Traces:
-    """The block with its text in a tokenizer's own ids; a trace that was cut at its limit gets no final EOS.
+def render(block: Traces, tokenizer: Any, template: Template, left_out: DroppedRows) -> Traces:
+    """Return the block with its text in a tokenizer's own ids; a trace that was cut at its limit gets no final EOS.
 
-    Where the prompt opens the thinking itself, a reply that opens it too loses its `<think>`.
+    Traces that the chat template cannot hold are left out and counted.
     """
     prompts: list[Array] = []
     replies: list[Array] = []
-    texts: list[str] = []
-    ends = tokenizer.eos_token_id is not None
-    for messages, text, finish in zip(block.messages, block.completion, block.finish_reason, strict=True):
-        prompt = models.render_prompt(tokenizer, template, messages)
-        opened = tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
-        if opened and text.lstrip().startswith(THINK):
-            text = text.lstrip().removeprefix(THINK).lstrip("\n")
-        reply = models.render_completion(tokenizer, text)
+    kept: list[int] = []
+    for n, (messages, text, finish) in enumerate(
+        zip(block.messages, block.completion, block.finish_reason, strict=True)
+    ):
+        reply = {"role": "assistant", "content": text}
+        try:
+            prompt = models.render_prompt(tokenizer, template, messages)
+            replies.append(models.render_reply(tokenizer, template, messages, reply, finished=finish != "length"))
+        except UserError as error:
+            left_out.reject(n, str(error))
+            continue
         prompts.append(prompt)
-        replies.append(reply[:-1] if ends and finish == "length" else reply)
-        texts.append(text)
+        kept.append(n)
     return dataclasses.replace(
-        block,
-        completion=texts,
+        take(block, np.array(kept, np.int64)),
+        completion=[models.decode(tokenizer, ids) for ids in replies],
         prompt_ids=Ragged.from_rows(prompts, np.int32),
         completion_ids=Ragged.from_rows(replies, np.int32),
     )
+
+
+def take(block: Traces, index: Array) -> Traces:
+    """Take rows of a block without distributions."""
+
+    def rows(column: Any) -> Any:
+        if isinstance(column, Ragged):
+            # Columns that were not read have the block's length and empty values.
+            return column.take(index)
+        if isinstance(column, dict):
+            return {name: rows(each) for name, each in column.items()}
+        if isinstance(column, np.ndarray):
+            return column[index]
+        return None if column is None else [column[n] for n in index]
+
+    return Traces(**{f.name: rows(getattr(block, f.name)) for f in dataclasses.fields(Traces)})

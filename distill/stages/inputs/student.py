@@ -1,4 +1,4 @@
-"""The model that a stage trains: how it is loaded, and how it is kept."""
+"""Load the model that a stage trains, and save it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from distill import models
 from distill.compute.flops import ModelShape
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
-from distill.records import UserError
+from distill.records import UserError, draw_seed
 from distill.stages.context import Context, save_model
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Any:
-    """The stage's model in its dtype, with an adapter where the stage asks for one.
+    """Load the stage's model in its dtype, with an adapter if the stage has one. The model's own dropout is turned off.
 
-    Raises UserError for what needs a package or a device that is not there.
+    Raises UserError if a required package or device is missing.
     """
     where = f"stages.{context.name}"
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
@@ -30,24 +30,43 @@ def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
     model = models.load(folder, dtype=config.dtype, trust_remote_code=trust, **options)
     if config.liger:
         _use_liger(model, where)
-    return model if config.lora is None else models.add_lora(model, config.lora)
+    models.without_dropout(model)
+    if changed := models.mend_generation_config(model):
+        context.say(changed)
+    if config.lora is None:
+        return model
+    if (
+        not isinstance(config, TrainStage)
+        and models.ties_ends(model)
+        and (ends := models.touched_ends(model, config.lora))
+    ):
+        raise UserError(
+            f"{where}.lora: {', '.join(ends)} is one matrix with the other end of this model, and the engine that samples keeps it "
+            "so: leave it out of target_modules and modules_to_save, or train without lora."
+        )
+    import torch
+
+    # The adapter's start and its dropout: the same for the same recipe.
+    torch.manual_seed(draw_seed(context.seed, context.name, "adapter"))
+    return models.add_lora(model, config.lora)
 
 
 def save_student(
     model: Any, tokenizer: Any, config: TrainStage | GrpoStage | OnPolicyStage, context: Context
 ) -> tuple[str, ModelShape]:
-    """Write the trained model, its adapter merged; returns the weights' fingerprint and the model's shape."""
+    """Save the trained model with its adapter merged; return the weights' fingerprint and the model's shape."""
     context.phase("saving the model")
     if config.lora is not None:
         if config.lora.quantised is not None:
             model = _on_whole_base(model, config, context)
         model = model.merge_and_unload()
-    fingerprint = save_model(model, tokenizer, context.folder, config.saved_in)
+    trust = context.trusts(config.model)
+    fingerprint = save_model(model, tokenizer, context.folder, config.saved_in, trust_remote_code=trust)
     return fingerprint, ModelShape.from_config(models.config_of(context.folder / "model"))
 
 
 def live_steps(context: Context, length: Length | Budget) -> Live:
-    """The live line of a stage's optimiser steps, from the step that its newest checkpoint holds."""
+    """Start the live line of a stage's optimiser steps, from the step of its newest checkpoint."""
     from distill.training import checkpoint
     from distill.training.loop import WorkCounts
 
@@ -56,7 +75,7 @@ def live_steps(context: Context, length: Length | Budget) -> Live:
 
 
 def _quantisation(kind: str, dtype: str, where: str) -> dict[str, Any]:
-    """What from_pretrained needs for a quantised base. The lm_head stays as it is: the loss reads it."""
+    """Return from_pretrained's options for a quantised base. The lm_head is not quantised: the loss reads it."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -80,7 +99,7 @@ def _quantisation(kind: str, dtype: str, where: str) -> dict[str, Any]:
 
 
 def _on_whole_base(model: Any, config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Any:
-    """The trained adapter on the base as it was before it was quantised."""
+    """Return the trained adapter on the unquantised base."""
     import peft
 
     assert config.lora is not None
@@ -92,7 +111,7 @@ def _on_whole_base(model: Any, config: TrainStage | GrpoStage | OnPolicyStage, c
 
 
 def _use_liger(model: Any, where: str) -> None:
-    """Norms, rotary embedding and MLP by liger-kernel; its losses are left out."""
+    """Use liger-kernel for norms, rotary embedding and MLP; its losses are not used."""
     import torch
     from transformers.integrations.liger import apply_liger_kernel
 

@@ -1,4 +1,4 @@
-"""What a train stage learns from: trace shards (or a selection of them), or the rows of a JSONL file, as examples.
+"""The examples of a train stage: from trace shards (or a selection of them), or from conversations of a data set.
 
 Shards of the student's tokenizer are streamed; what has to be rendered in the student's own tokens, or read by a teacher
 that has others, is kept in memory.
@@ -8,25 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill import jsonl, models, plug
+from distill import models, plug
+from distill.conversations import Reader
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
 from distill.records import Array, Template, UserError, draw_seed
-from distill.stages.context import Context, fingerprint_of
+from distill.stages.context import Context, find_data
+from distill.stages.inputs.conversation_data import DroppedRows, conversations, nothing_found, open_rows
 from distill.stages.inputs.multi_teacher import join
 from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer
-from distill.stages.inputs.score_inputs import AS_IT_IS
+from distill.stages.inputs.score_inputs import AS_IT_IS, is_traces, template_of
 from distill.traces.reader import TraceReader, open_traces
 from distill.training.loss import sparse
-from distill.training.loss.cross_tokenizer.alignment import Reader
+from distill.training.loss.cross_tokenizer.alignment import Reader as Reading
 from distill.training.packing import Example, Source, examples_of
 
 
-def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Reader | None = None) -> Source:
+def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Reading | None = None) -> Source:
     """The stage's examples; read: makes the readings of a teacher with another tokenizer.
 
     Raises UserError where there is nothing to learn from, or the loss and the data do not go together.
@@ -35,8 +36,8 @@ def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Read
     source: Source
     if isinstance(config.data, dict):
         source = _joined_source(config, config.data, context, tokenizer, seed)
-    elif (path := context.data_path(config.data)).suffix == ".jsonl":
-        source = _file_source(config, context, tokenizer, path, seed, read)
+    elif config.data not in context.recipe.stages and not is_traces(find_data(config.data)):
+        source = _conversation_source(config, config.data, context, tokenizer, seed, read)
     else:
         source = _shard_source(config, config.data, context, tokenizer, seed, read)
     if source.num_examples == 0:
@@ -44,7 +45,7 @@ def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Read
     return source
 
 
-def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Reader | None:
+def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Reading | None:
     """How a teacher with another tokenizer reads the stage's traces; None where the loss compares ids."""
     if not is_cross_tokenizer(config):
         return None
@@ -52,7 +53,7 @@ def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: 
     theirs = models.load_tokenizer(context.model_dir(name), trust_remote_code=context.trusts(name))
     template = AS_IT_IS if config.task is None else context.task(config.task).template
     models.check_template(theirs, template, f"stages.{context.name}.teacher")
-    return Reader(tokenizer, theirs, template)
+    return Reading(tokenizer, theirs, template)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _shard_source(
     context: Context,
     tokenizer: Any,
     seed: int,
-    read: Reader | None,
+    read: Reading | None,
 ) -> Source:
     with_top = _wants_teacher(config)
     if with_top:
@@ -187,7 +188,7 @@ def _text_source(
     tokenizer: Any,
     reader: TraceReader,
     seed: int,
-    read: Reader | None,
+    read: Reading | None,
     rendered: bool,
 ) -> Source:
     """Traces by their text. rendered: in the student's own ids, where another tokenizer wrote them."""
@@ -195,7 +196,7 @@ def _text_source(
         context.say("the traces' tokenizer is another one: learning from their text, in the student's own tokens")
     template = _template(config, context)
     kept, unread = [], 0
-    columns = ["trace_id", "messages", "completion", "prompt_ids", "completion_ids"]
+    columns = ["trace_id", "messages", "completion", "prompt_ids", "completion_ids", "finish_reason"]
     for block in reader.blocks(256, columns):
         for n, trace_id in enumerate(block.trace_id):
             messages = block.messages[n]
@@ -203,7 +204,9 @@ def _text_source(
             reply: Array = block.completion_ids[n]
             if rendered:
                 prompt = models.render_prompt(tokenizer, template, messages)
-                reply = models.render_completion(tokenizer, block.completion[n])
+                said = {"role": "assistant", "content": block.completion[n]}
+                finished = block.finish_reason[n] != "length"
+                reply = models.render_reply(tokenizer, template, messages, said, finished=finished)
             example = _with_reading(Example(trace_id, prompt, reply), messages, read)
             if example is None:
                 unread += 1
@@ -213,7 +216,7 @@ def _text_source(
     return ListSource(kept, seed, reader.fingerprint)
 
 
-def _with_reading(example: Example, messages: Any, read: Reader | None) -> Example | None:
+def _with_reading(example: Example, messages: Any, read: Reading | None) -> Example | None:
     """The example with its reading where one is asked for; None where there is none to be had."""
     if read is None:
         return example
@@ -229,42 +232,44 @@ def _template(config: TrainStage, context: Context) -> Template:
     return context.task(config.task).template
 
 
-def _file_source(
-    config: TrainStage,
-    context: Context,
-    tokenizer: Any,
-    path: Path,
-    seed: int,
-    read: Reader | None,
+def _conversation_source(
+    config: TrainStage, data: str, context: Context, tokenizer: Any, seed: int, read: Reading | None
 ) -> Source:
-    where = f"stages.{context.name}.data: {path}"
+    """Render the conversations of a data set, an example for each of the assistant's turns that is learned."""
+    where = f"stages.{context.name}.data"
     task = context.task(config.task) if config.task else None
-    rejected: list[tuple[int, str]] = []
-    examples, longer, unread = [], 0, 0
-    for number, row in jsonl.read_rows(path, lambda line, reason: rejected.append((line, reason))):
-        try:
-            messages, reply = jsonl.conversation(row)
-            if reply is None:
-                raise ValueError("there is no reply to learn: give it a completion, or end messages with the assistant")
-        except ValueError as error:
-            rejected.append((number, str(error)))
-            continue
-        if "messages" not in row and task is None:
-            raise UserError(f"stages.{context.name}.task: is required for rows of question and completion.")
-        if task is not None and task.holds_out(messages[-1]["content"]):
-            raise UserError(
-                f"{where}: line {number} is one of the task's held-out problems; learning from it would spoil every "
-                "evaluation. Remove the row."
+    table = open_rows(data, config, where)
+    template = template_of(config, task)
+    models.check_template(tokenizer, template, f"stages.{context.name}")
+    left_out, examples, longer, unread = DroppedRows(), [], 0, 0
+    for given in conversations(table, Reader(config.fields, config.keep_wrong), left_out):
+        replies = list(given.replies(config.turns))
+        if not replies:
+            left_out.reject(
+                given.number, "there is no reply to learn: give it a completion, or end messages with the assistant"
             )
-        prompt = models.render_prompt(tokenizer, task.template if task else AS_IT_IS, messages)
-        example = Example(f"{path.name}:{number}", prompt, models.render_completion(tokenizer, reply))
-        if len(example) > config.max_tokens:
-            longer += 1
-        elif (known := _with_reading(example, messages, read)) is None:
-            unread += 1
-        else:
-            examples.append(known)
-    for line, reason in rejected[:5]:
-        context.say(f"{path}: line {line} left out: {reason}")
-    _say_dropped(context, longer=longer, rejected=len(rejected), unread=unread)
-    return ListSource(examples, seed, fingerprint_of(path))
+        for turn, (messages, reply) in enumerate(replies):
+            question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
+            if task is not None and task.holds_out(question):
+                left_out.add("one of the task's held-out problems, which would spoil every evaluation")
+                continue
+            try:
+                prompt = models.render_prompt(tokenizer, template, messages, given.tools)
+                ids = models.render_reply(tokenizer, template, messages, reply, given.tools)
+            except UserError as error:
+                left_out.reject(given.number, str(error))
+                continue
+            place = "".join(f".{n}" for n in (given.part, turn) if n)
+            example = Example(f"{table.name.partition(' ')[0]}:{given.number}{place}", prompt, ids)
+            if len(example) > config.max_tokens:
+                longer += 1
+            elif (known := _with_reading(example, messages, read)) is None:
+                unread += 1
+            else:
+                examples.append(known)
+    for line in left_out.lines():
+        context.say(line)
+    _say_dropped(context, longer=longer, unread=unread)
+    if not examples:
+        raise UserError(f"{where}: {data!r} holds nothing to learn from. {nothing_found(table, left_out)}".rstrip())
+    return ListSource(examples, seed, table.name)

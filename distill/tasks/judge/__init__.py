@@ -1,1 +1,1 @@
-"""The judge of answers: decides whether a completion's answer is equal to the gold answer."""
+"""The judge of answers: extraction, normalised spelling, equivalence."""

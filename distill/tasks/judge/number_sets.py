@@ -1,7 +1,7 @@
-r"""Convert inequalities, intervals and unions to one form: a list of intervals and sets.
+r"""Sets of numbers: inequalities, intervals and unions, read as pieces of the number line.
 
-`x < -1 or x > 4` and `x \in (-\infty,-1) \cup (4,\infty)` both have the pieces `(-\infty, -1)` and `(4, \infty)`. The
-ends of intervals are texts, which the caller compares; only plain numbers are ordered here.
+`x < -1 or x > 4` has the pieces `(-\infty, -1)` and `(4, \infty)`, as has `x \in (-\infty,-1) \cup (4,\infty)`.
+The endpoints are texts, compared by the caller; only plain numbers are ordered here.
 """
 
 from __future__ import annotations
@@ -19,27 +19,24 @@ ALL: Bounds = ("(", r"-\infty", r"\infty", ")")
 
 
 def is_relation(text: str) -> bool:
-    """Whether a cleaned text contains an inequality."""
+    """Whether a cleaned text holds an inequality."""
     return _RELATION.search(text) is not None
 
 
 def is_region(text: str) -> bool:
-    r"""Whether a cleaned text is an inequality, a union or the set of all numbers.
-
-    `|A \cup B| = 5` is not a region, and a plain interval does not count as one here.
-    """
+    r"""Whether a cleaned text is an inequality, a union or all numbers. `|A \cup B| = 5` is not, and no plain interval."""
     *_, last = structure.sides(text)
     return is_relation(last) or re.search(r"\\cup(?![a-zA-Z])|\\mathbb ?\{R\}", last) is not None
 
 
 def names(text: str) -> set[str]:
-    """The names (letters, functions) that the inequalities constrain."""
+    """The letters or functions that inequalities are about."""
     parts = re.split(r"<|>|\\(?:le|ge|ne|in|cup)(?![a-zA-Z])|,| or | and ", text)
     return {part.replace(" ", "") for part in parts if structure.is_name(part.strip()) and "|" not in part}
 
 
 def pieces(text: str) -> list[str] | None:
-    """The intervals and sets whose union a text describes; None if it describes no such union."""
+    """Return the intervals and sets whose union a text is; None if it is no region, or a single pair of brackets."""
     text = _without_name(text)
     if is_relation(text) and len(names(text)) > 1:
         return None
@@ -69,7 +66,7 @@ _BUILDER = re.compile(r"\\\{ ?[A-Za-z] ?(?:\\in ?\\mathbb ?\{R\} ?)?[|:](.*)\\\}
 
 
 def _without_name(text: str) -> str:
-    r"""The set without the name: `(1, 2)` for `x \in (1, 2)`, and `1 < x < 2` for `\{x | 1 < x < 2\}`."""
+    r"""Return the set of `x \in (1, 2)` and of `\{x | 1 < x < 2\}`."""
     if builder := _BUILDER.fullmatch(text):
         return builder[1].strip()
     name, *rest = re.split(r"\\in(?![a-zA-Z])", text, maxsplit=1)
@@ -77,7 +74,7 @@ def _without_name(text: str) -> str:
 
 
 def _conjunction(text: str) -> list[str] | None:
-    """The pieces where all inequalities of a text hold. A comma between two that exclude each other means `or`."""
+    """Return the pieces of inequalities that hold together; a comma between two that exclude each other means `or`."""
     explicit = re.search(r"\s+and\s+", text) is not None
     parts = [part.strip() for part in re.split(r",|\s+and\s+", text) if part.strip()]
     lower, upper, excluded, single = [], [], [], []
@@ -121,7 +118,7 @@ def _written(bounds: Bounds) -> str:
 
 
 def as_interval(text: str) -> Bounds | None:
-    r"""The interval that an inequality of one name describes, such as `2 < x` or `1 \le x < 3`; None for other texts."""
+    r"""The interval that an inequality of one name describes, `2 < x` or `1 \le x < 3` say; None for any other text."""
     parts = [part.strip() for part in _RELATION.split(text)]
     signs = _RELATION.findall(text)
     if not 1 <= len(signs) <= 2 or r"\ne" in signs or not all(parts):

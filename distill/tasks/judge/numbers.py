@@ -1,8 +1,8 @@
-"""Parse plain numbers exactly, as fractions, with their units.
+"""Plain numbers, read exactly as fractions, with their units.
 
-Most answers are compared here and need no symbolic library. A unit is part of a number (`units`). A comma groups
-thousands only if the text cannot be a list: `1,000` and `12,345` are numbers; `100,200` (equal groups, each a number) is
-a list of two numbers unless it has a currency or a unit.
+Most answers are compared here without a symbolic library. Units are part of a number (`units`).
+A comma groups thousands only where it cannot make a list: `1,000` and `12,345` are numbers, `100,200`
+(equal groups, each a number by itself) is a list of two unless a currency or a unit says otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Kind = Literal["integer", "decimal", "fraction"]
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A plain number. decimals: number of digits after the point. unit: in canonical spelling, or empty."""
+    """A plain number as written. decimals: number of digits after the point. unit: in canonical spelling, or empty."""
 
     value: Fraction
     kind: Kind
@@ -67,10 +67,7 @@ _HAN_FRACTION = re.compile(f"([{_HAN_DIGITS}])分之([{_HAN_DIGITS}])")
 
 
 def number(text: str) -> Number | None:
-    """Parse a cleaned text as a plain number with its unit; None if it is not one.
-
-    Integers, decimals, fractions, mixed numbers and scientific notation; also words up to twenty.
-    """
+    """Read a cleaned text as a number: integer, decimal, fraction, mixed or scientific, with its unit; words up to twenty."""
     if spelled := _SPELLED.get(text.lower()):
         return spelled
     if (match := _HAN_FRACTION.fullmatch(text)) and match[1] != "零":
@@ -104,13 +101,13 @@ def _scaled(match: re.Match[str]) -> Number | None:
 
 
 def same_number(answer: Number, gold: Number) -> bool:
-    """Whether two numbers are equal and the answer is evaluated as far as the gold answer."""
+    """Return whether two numbers are equal and the answer is computed as far as the gold."""
     if not units.same(answer.unit, gold.unit):
         return False
     if answer.value == gold.value:
-        # 14/2 is not accepted for 7: the division is not carried out.
+        # 14/2 for 7 restates the question.
         return not (answer.kind == "fraction" and gold.value.denominator == 1)
-    # A decimal with six or more digits equals a fraction that it rounds or truncates.
+    # A fraction without an end, rounded or cut at six places or more, is that fraction.
     for rounded, exact in ((answer, gold), (gold, answer)):
         if rounded.kind == "decimal" and exact.kind == "fraction" and _significant(rounded) >= 6:
             off, unit = abs(exact.value) - abs(rounded.value), Fraction(1, 10**rounded.decimals)
@@ -119,13 +116,13 @@ def same_number(answer: Number, gold: Number) -> bool:
 
 
 def _significant(number: Number) -> int:
-    """The number of digits after the point, without leading zeros."""
+    """Return the number of digits after the point, without leading zeros."""
     whole = abs(number.value) * 10**number.decimals
     return min(number.decimals, len(str(whole.numerator)))
 
 
 def _bare(text: str) -> str:
-    """The text without parentheses around the whole."""
+    """Remove parentheses around the whole text."""
     while (match := re.fullmatch(r"\(([^(),]*)\)|\{([^{},]*)\}", text)) is not None:
         text = (match[1] or match[2] or "").strip()
     return text
@@ -146,7 +143,7 @@ def _decimal(match: re.Match[str], unit: str) -> Number | None:
 
 
 def _repeating(match: re.Match[str], unit: str) -> Number:
-    """A repeating decimal: `0.1\\overline{6}`, `0.1(6)`, `0.1\\dot{6}`, or `0.1666...` with at least three repeated digits."""
+    """`0.1\\overline{6}`, `0.1(6)`, `0.1\\dot{6}`, or `0.1666...`, in which the digits that repeat fill three places or more."""
     sign, whole, fixed, *cycles = match.groups()
     cycle = re.sub(r"\D", "", next(filter(None, cycles)))
     value = Fraction(int(whole + fixed + cycle) - int(whole + fixed))

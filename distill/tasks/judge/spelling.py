@@ -1,8 +1,8 @@
 r"""Normalise the spelling of answers to plain LaTeX.
 
-`clean` removes everything that does not affect the value (boxes, fonts, sizes, spaces, a preface) and writes the rest in
-one way: typographic signs and full-width letters as ASCII or LaTeX commands, fractions and roots with braces, matrices
-as `pmatrix`, program notation (`x**2`, `sqrt(x)`) as LaTeX. It never computes. `structure` and `numbers` parse the result.
+`clean` removes what does not change the value (boxes, fonts, sizes, spaces, a preface) and writes the rest in one way:
+typographic signs and full-width letters as ASCII or LaTeX commands, fractions and roots with braces, matrices as
+`pmatrix`, program spelling (`x**2`, `sqrt(x)`) as LaTeX. It never computes. `structure` and `numbers` read the result.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ _LOOSE_SPACE = re.compile(r"(?<![\w\\]) | (?!\w)")
 
 
 def clean(text: str) -> str:
-    """The answer in plain LaTeX, without wrappers, typographic variants and a final full stop."""
+    """The answer in one plain LaTeX spelling: no wrappers, no typographic variants, no closing full stop."""
     if not text.isascii():
         text = _without_typography(text)
     text = _unwrap(text)
@@ -102,12 +102,12 @@ def clean(text: str) -> str:
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two cleaned texts are equal except for spaces that separate nothing (`4 2` and `42` differ)."""
+    """Return whether two cleaned texts differ only in spaces without a meaning (unlike `4 2` and `42`)."""
     return _LOOSE_SPACE.sub("", one) == _LOOSE_SPACE.sub("", other)
 
 
 def balanced(text: str) -> bool:
-    """Whether the unescaped braces of a text match."""
+    """Whether the unescaped braces match."""
     depth = 0
     for char in re.sub(r"\\.", "", text):
         depth += {"{": 1, "}": -1}.get(char, 0)
@@ -117,7 +117,7 @@ def balanced(text: str) -> bool:
 
 
 def depth(text: str) -> int:
-    """The nesting depth of brackets of any kind."""
+    """How deep brackets of any kind are nested."""
     deepest = level = 0
     for char in text:
         if char in "([{":
@@ -135,7 +135,7 @@ def _without_typography(text: str) -> str:
     for symbol, spelled in _SYMBOLS.items():
         text = text.replace(symbol, spelled)
     text = unicodedata.normalize("NFKC", text)
-    # 或 ("or") and 和 ("and") join two answers if one of their neighbours is not a Chinese word.
+    # 或 and 和 join two answers where they stand beside something that is no Chinese word.
     text = re.sub(rf"(?<![{_CJK}])\s*或者?\s*|\s*或者?\s*(?![{_CJK}])", " or ", text)
     text = re.sub(rf"(?<=[^{_CJK}\s])\s*(?:和|与|以及|及)\s*(?=[^{_CJK}\s])", " and ", text)
     return re.sub(r"√\s*(\d+|[A-Za-z]|\(([^()]*)\))", _spell_root, text).replace("√", r"\sqrt ")
@@ -186,7 +186,7 @@ def _plain_latex(text: str) -> str:
 
 
 def _argument(text: str, at: int) -> tuple[str, int]:
-    """The argument of a LaTeX command that begins at `at`, without its braces, and its end position."""
+    """The argument of a LaTeX command that begins at `at`, without its braces, and where it ends."""
     while at < len(text) and text[at] == " ":
         at += 1
     if at >= len(text):
@@ -212,7 +212,7 @@ _BRACED = re.compile(r"\\(frac|sqrt|binom)(?![a-zA-Z])\s*(\[[^\[\]]*\])?")
 
 
 def _braced(text: str, depth: int = 0) -> str:
-    r"""The text with braces around every argument of `\frac12`, `\frac{1}2`, `\frac\pi2`, `\sqrt2`, `\sqrt(2)`."""
+    r"""`\frac12`, `\frac{1}2`, `\frac\pi2`, `\sqrt2`, `\sqrt(2)` with braces around every argument."""
     out, at = [], 0
     for found in _BRACED.finditer(text):
         if found.start() < at:
@@ -235,7 +235,7 @@ def _braced(text: str, depth: int = 0) -> str:
 
 
 def _matrices(text: str) -> str:
-    r"""The text with arrays in brackets and all matrices as `pmatrix`, without a final `\\`; determinants are kept."""
+    r"""Arrays in brackets and every kind of matrix as `pmatrix`, without a `\\` before the end; determinants stay."""
     text = re.sub(r"\\(begin|end)\{(?:[bB]|small|p|)matrix\*?\}", r"\\\1{pmatrix}", text)
     text = re.sub(
         r"(?:\[|\(|\\\{)?\s*\\begin\{array\}\s*(?:\{[^{}]*\})?(.*?)\\end\{array\}\s*(?:\]|\)|\\\})?",
@@ -275,7 +275,7 @@ def _plain_program(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """The text without dollar signs, boxes, bold marks and similar wrappers, however many there are."""
+    """Remove dollar signs, boxes, bold and the like around the whole text, repeatedly."""
     while True:
         before = text
         text = text.strip()

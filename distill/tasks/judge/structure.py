@@ -1,7 +1,7 @@
-r"""Parse the structure of a cleaned answer: tuples, sets, lists, matrices, intervals; equations and names; words; choices.
+r"""The structure of a cleaned answer: tuples, sets, lists, matrices, intervals; equations and names; words; choices.
 
-Everything here is fast and reliable; other texts go to the symbolic comparison (`symbolic`). Numbers are parsed in
-`numbers`. The input is text that `spelling.clean` wrote.
+Everything here is fast and certain; other texts are left to the symbolic comparison (`symbolic`). Numbers are read in
+`numbers`. The input is text that `spelling` has cleaned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A collection. kind: its brackets ("()", "[)", ...), "set", "list" (no brackets) or "matrix RxC"."""
+    """A collection as written. kind: its brackets ("()", "[)", ...), "set", "list" (no brackets) or "matrix RxC"."""
 
     kind: str
     items: tuple[str, ...]
@@ -27,7 +27,7 @@ _MATRIX = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin).)*)\\end\{pmatrix\}", r
 
 
 def shape(text: str) -> Shape | None:
-    """Parse a cleaned text as a collection; None if it is a single item."""
+    """The collection that a cleaned text is, or None for a single thing."""
     if match := _MATRIX.fullmatch(text):
         return _matrix(match[1])
     if match := re.fullmatch(r"\\\{(.*)\\\}", text) or re.fullmatch(r"\{(.*)\}", text):
@@ -54,7 +54,7 @@ def _matrix(body: str) -> Shape | None:
 
 
 def _both_signs(items: list[str]) -> tuple[str, ...]:
-    """The items, with each `a \\pm b` as two items."""
+    """`a \\pm b` as two items."""
     found: list[str] = []
     for item in items:
         signs = ("+", "-") if item.count(r"\pm") == 1 else ("",)
@@ -63,7 +63,7 @@ def _both_signs(items: list[str]) -> tuple[str, ...]:
 
 
 def split(text: str) -> list[str]:
-    """Split at the semicolons outside all brackets, else at the commas; commas that group thousands are kept."""
+    """Parts at the semicolons outside all brackets, else at the commas; commas that group thousands stay."""
     if ";" in text and len(parts := _split_at(text, re.compile(";"))) > 1:
         return parts
     spaced = re.search(r"\d,\d{3}(?!\d)", text) and re.search(r",\s", text)
@@ -87,7 +87,7 @@ def _split_at(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def is_one_group(text: str) -> bool:
-    """Whether the bracket that opens the text closes at the end of the text."""
+    """Whether the bracket that opens the text closes at its very end."""
     depth = 0
     brackets = [(m.start(), m[0]) for m in re.finditer(r"[()\[\]{}]", text)]
     for position, char in brackets:
@@ -122,24 +122,24 @@ _COMMANDS = re.compile(
 
 
 def sides(text: str) -> list[str]:
-    """The sides of an equation: the parts of a cleaned text between equals signs (or `\\in`) outside brackets."""
+    """Split a cleaned text at the equals signs outside brackets."""
     if "=" not in text and r"\in" not in text:
         return [text]
     return [part.removesuffix("\\").strip() for part in _split_at(text, _EQUALS)]
 
 
 def is_name(text: str) -> bool:
-    r"""Whether the left side of an equation is only a name: `x`, `f(2)`, `|AB|`, `S_{ABC}`, `Speed`; not `2x+y`."""
+    r"""Whether the left side of an equation only names its right side: `x`, `f(2)`, `|AB|`, `S_{ABC}`, `Speed`; not `2x+y`."""
     return _NAME.fullmatch(text) is not None and text not in _CONSTANTS and not _DENIALS.search(text)
 
 
 def is_letter(text: str) -> bool:
-    r"""Whether a text is a name and not also an expression: `y`, `CD`; not `\ln x`."""
+    r"""Whether a text is a name and no expression either: `y`, `CD`; not `\ln x`."""
     return is_name(text) and not re.match(r"\\(?:sin|cos|tan|cot|log|ln)(?![a-zA-Z])", text)
 
 
 def names_something(text: str) -> bool:
-    """Whether a left side has a letter or word, so that the equation is not a claim about numbers such as `3+5 = 7`."""
+    """Return whether a left side has a letter or word; without one it is a claim about numbers (`3+5 = 7`)."""
     if _DENIALS.search(text) or text.startswith("-"):  # -x = 5
         return False
     return is_name(text) or re.search(rf"[A-Za-z{HAN}]", _COMMANDS.sub("", text)) is not None
@@ -156,7 +156,7 @@ def _skeleton(text: str) -> str:
 
 
 def named_values(shape: Shape) -> dict[str, str] | None:
-    """The values by name of a text like `y = 12, x = 2`, in its order; None unless every item has a different name."""
+    """`y = 12, x = 2` as its values by name, in the order written; None unless every item has a name of its own."""
     pairs = [sides(item) for item in shape.items]
     if any(len(pair) != 2 or not is_name(pair[0]) for pair in pairs):
         return None
@@ -171,7 +171,7 @@ _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 
 
 def words(text: str) -> str | None:
-    """The normalised words of a cleaned text that is prose (a name, a weekday, a yes); None for mathematics."""
+    """Return a cleaned text that is prose (a name, a weekday, a yes), case-folded; None for mathematics."""
     if not re.fullmatch(r"[\w'\"(][\w '\".,:()&!?-]*", text) or "_" in text:
         return None
     if re.fullmatch(r"-?\d+[A-Za-z]+", text):  # 4abc
@@ -190,7 +190,7 @@ def words(text: str) -> str | None:
 
 
 def positional(text: str) -> bool:
-    """Whether digits have a meaning outside algebra: bases (101_2), ratios, times of day, dates."""
+    """Return whether digits follow a convention outside algebra: bases (101_2), ratios, times, dates."""
     if re.fullmatch(r"\d{4}([-/])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4}", text):
         return True
     text = re.sub(r"\\log ?_", "", text)
@@ -198,7 +198,7 @@ def positional(text: str) -> bool:
 
 
 def time_of_day(text: str) -> tuple[str, str] | None:
-    """A time of day such as `10:30 a.m.`, and "a", "p" or "" for its half of the day; None for anything else."""
+    """Return a time and its half of the day (empty if not given): `10:30 a.m.`; None for anything else."""
     found = re.fullmatch(r"(\d{1,2}:\d\d) ?(?:([ap])\.?m\.?)?", text, re.IGNORECASE)
     return (found[1], (found[2] or "").lower()) if found else None
 
@@ -212,7 +212,7 @@ _ANOTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])\(?[A-J](?![A-Za-z])(?! [a-z])")
 
 
 def choice(text: str) -> tuple[str, str] | None:
-    """The letter of a choice and the text after it: `B`, `(B)`, `B. 12`; None for anything else, or for two choices."""
+    """A lettered choice and the text behind it: `B`, `(B)`, `B. 12`; None for anything else, or for two of them."""
     if bare := _BARE_CHOICE.fullmatch(text):
         return (bare[1] or bare[2]).upper(), ""
     found = _CHOICE.fullmatch(text)
@@ -224,7 +224,7 @@ def choice(text: str) -> tuple[str, str] | None:
 
 
 def choices(text: str) -> str | None:
-    """The letters of several choices: `AC`, `A, C` and `A and C` all give `AC`; None for anything else."""
+    """Several letters, `AC` or `A, C` or `A and C`, as `AC`; None for anything else."""
     letters = re.sub(r"[,;\s()]|and", "", text)
     sorted_ = re.fullmatch("[A-J]{2,6}", letters) and "".join(sorted(set(letters))) == letters
     return letters if sorted_ and not re.search(r"\bor\b", text) else None

@@ -1,7 +1,7 @@
-r"""Separate the unit from a number or an expression: a measure, a currency, a noun, a percent sign.
+r"""Units of a number or an expression: a measure, a currency, a noun, a percent sign.
 
-Two answers with different units differ; if only one has a unit, the unit is ignored. A percent sign is a unit (20% is
-not 0.2). Words that change the number or make a claim (`million`, `or`, `less than`) are not units.
+Units are part of an answer: two answers are equal if only one names a unit, and differ if their units differ. A percent
+sign is a unit (20% is not 0.2). Words that change the number or make a claim (`million`, `or`, `less than`) are not units.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BEHIND_EXPRESSION = re.compile(
 )
 _HAN = "\u3400-\u9fff"
 _HAN_UNIT = re.compile(rf"(?<=[\d}})%]) ?\(?([{_HAN}][{_HAN}/]*)\)?$")
-# Words after a number that are not units: they change the number, or make a choice or a claim.
+# Words after a number that make another number, a choice or a claim of it, not a unit.
 _NOT_UNITS = (
     "or half hundred thousand million billion trillion dozen score tenth tenths hundredths thirds quarters halves times "
     "plus minus modulo factorial squared cubed pi sqrt not if than less least most sin cos tan log ln exp inf infinity nan "
@@ -50,7 +50,7 @@ _MEASURES = frozenset(_NAMES.values()) | frozenset(_OTHER_MEASURES.split())
 
 
 def split_number(text: str) -> tuple[str, str]:
-    """The text of a number without its unit, and the unit in canonical spelling; the same text and "" if it has none."""
+    """Split a text into a number and its unit in canonical spelling; the unit is empty if there is none."""
     if currency := _CURRENCY.match(text):
         rest = currency[1] + text[currency.end() :]
         return re.sub(r" (?:dollars?|USD)$", "", rest), currency[2]
@@ -69,7 +69,7 @@ def split_number(text: str) -> tuple[str, str]:
 
 
 def split_expression(text: str) -> tuple[str, str]:
-    r"""As `split_number`, for an expression with a measure or noun after it (`25\pi cm^2`, `3x+2 dollars`)."""
+    r"""An expression and the measure or noun behind it (`25\pi cm^2`, `3x+2 dollars`), as `split_number`."""
     spelled = _spelled(text)
     match = _BEHIND_EXPRESSION.fullmatch(spelled)
     if match is None or not re.search(r"[\d\\]", match[1]) or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", match[1]):
@@ -82,7 +82,7 @@ def split_expression(text: str) -> tuple[str, str]:
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two units are compatible: one of them is missing, or they name the same measure or thing."""
+    """Return whether two units agree: one of them is missing, or they name the same measure or thing."""
     if not one or not other or one == other:
         return True
     measures = [[word for word in unit.split() if word.rstrip("23") in _MEASURES] for unit in (one, other)]
@@ -109,10 +109,7 @@ def _split_han(text: str, han: re.Match[str]) -> tuple[str, str]:
 
 
 def _is_unit(unit: str, attached: bool) -> bool:
-    """Whether the first word is a measure or looks like a noun. `ab` in `2ab` and `xyz` in `2 xyz` are products of letters.
-
-    attached: whether there is no space between the number and the unit.
-    """
+    """Whether the first word is a measure or looks like a noun; `ab` in `2ab` and `xyz` in `2 xyz` are letters multiplied."""
     first = re.match(r"[A-Za-zµΩ]+|%", unit)
     if first is None:
         return False
@@ -125,7 +122,7 @@ def _is_unit(unit: str, attached: bool) -> bool:
 
 
 def _name(unit: str) -> str:
-    """The canonical spelling of a unit; "" if the words are not a unit."""
+    """The canonical spelling, empty where the words are no unit."""
     words = re.findall(r"[A-Za-z%µΩ]+", re.sub(r"\b(?:mph)\b", "mi/h", unit))
     lower = {word.lower() for word in words}
     factors = [word for word in words if re.fullmatch(rf"(?!{_LETTER}|[aAIcf])[A-Za-z]", word)]

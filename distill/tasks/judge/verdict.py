@@ -1,11 +1,11 @@
-"""Verdicts on answers, for rewards, filters and evaluation alike; programs as answers are judged in `tasks.code`.
+"""The judge of answers, which rewards, filters and evaluations share.
 
-`judge` extracts the answer from a completion and scores it. `math_verdict` compares an answer with a gold answer: as
-clean text (`spelling`), as plain numbers (`numbers`, `units`), as a choice or words (`structure`), as sets of numbers
-(`number_sets`), as collections item by item (`structure`), and as a last resort symbolically (`symbolic`) in a worker
-process with a time limit. It is strict about the content (nothing left to compute, no contradictory equation, brackets
-and order as in the gold answer, no percent for a fraction, only relative tolerance) and lenient about the form (units,
-typography, notation, names on the left side).
+`math_verdict` compares an answer with a gold answer: as cleaned text (`spelling`), as plain numbers (`numbers`, `units`),
+as a choice or words, as sets of numbers (`number_sets`), as collections item by item (`structure`), and otherwise
+symbolically (`symbolic`), in a worker process with a hard limit. It is strict about the value (everything computed,
+no contradictory equation, brackets and order as in the gold, no percent for a fraction, no absolute tolerance) and lenient
+about notation (units, typography, names on the left).
+`judge` turns a completion's text into a verdict. Programs are judged in `tasks.code`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from distill.tasks.judge import number_sets, numbers, spelling, structure, units
 
 MAX_ANSWER_CHARS = 1000
 MAX_DEPTH = 40
-"""Maximum nesting depth of brackets; an answer with more is wrong."""
+"""The deepest nesting of brackets in an answer."""
 
 Scorer = Callable[[str], Verdict]
 
 
 def judge(template: Template, completion: str, finished: bool, score: Scorer) -> Verdict:
-    """The verdict on a completion: wrong if it is unfinished or has no answer, else the score of its answer."""
+    """Return a completion's verdict: wrong if it is unfinished or has no answer, otherwise its answer is scored."""
     if not finished:
         return Verdict(False, 0.0, None, "unfinished")
     if template.prefill and not completion.startswith(template.prefill):
@@ -37,7 +37,7 @@ def judge(template: Template, completion: str, finished: bool, score: Scorer) ->
 
 
 def math_verdict(answer: str, gold: str) -> Verdict:
-    """The verdict whether an answer equals the gold answer; `correct` is None if the comparison took too long."""
+    """Return whether an answer equals the gold; None if the comparison did not end in time."""
     if len(answer) > MAX_ANSWER_CHARS:
         return Verdict(False, 0.0, answer, "answer too long")
     if spelling.depth(answer) > MAX_DEPTH:
@@ -49,12 +49,12 @@ def math_verdict(answer: str, gold: str) -> Verdict:
 
 
 def exact_verdict(answer: str, gold: str) -> Verdict:
-    """The verdict whether an answer is the same text as the gold answer, up to whitespace."""
+    """Return whether an answer equals the gold as text, up to runs of whitespace and whitespace at the ends."""
     return _verdict(" ".join(answer.split()) == " ".join(gold.split()), answer)
 
 
-def why_unreadable(gold: str) -> str | None:
-    """The reason why a gold answer cannot be compared with answers; None if it can."""
+def unreadable(gold: str) -> str | None:
+    """Return why a gold answer cannot be compared with anything; None if it can."""
     if len(gold) > MAX_ANSWER_CHARS:
         return "the gold answer is too long"
     if spelling.depth(gold) > MAX_DEPTH:
@@ -93,7 +93,7 @@ def _equal_answers(answer: str, gold: str) -> bool:
 
 
 def _equal(answer: str, gold: str) -> bool:
-    """Whether two cleaned texts are equal. The order matters: reliable and fast comparisons come first."""
+    """Return whether two cleaned texts are equal, trying certain and cheap comparisons first."""
     if not answer or not gold:
         return False
     if spelling.same_text(answer, gold):
@@ -125,7 +125,7 @@ def _equal(answer: str, gold: str) -> bool:
 
 
 def _equal_approximately(answer: str, gold: str) -> bool:
-    r"""Whether texts with `\approx` are equal: `\frac13 \approx 0.333` means 1/3, `x \approx 11` means 11."""
+    r"""`\frac13 \approx 0.333` is 1/3; `x \approx 11` names 11."""
     if r"\approx" in gold:
         exact = gold.partition(r"\approx")[0].strip()
         return bool(exact) and not structure.is_name(exact) and _equal(answer, exact)
@@ -136,7 +136,7 @@ def _equal_approximately(answer: str, gold: str) -> bool:
 
 
 def _equal_choices(answer: str, gold: str, gold_choice: tuple[str, str]) -> bool:
-    """Whether the answer is the letter of the gold choice, or its text; `5 = B` and `x = B` mean the letter B."""
+    """The same letter; or the text behind it. `5 = B` and `x = B` are the letter too."""
     letter, text = gold_choice
     if (answer_choice := structure.choice(answer)) is not None:
         return answer_choice[0] == letter
@@ -149,7 +149,7 @@ def _equal_choices(answer: str, gold: str, gold_choice: tuple[str, str]) -> bool
 
 
 def _equal_regions(answer: str, gold: str) -> bool:
-    """Whether inequalities, intervals or unions are equal. `(1, 3)` may be a point, but `1 < x < 3` is not one."""
+    """Inequalities, intervals and unions. `(1, 3)` may be a point, which `1 < x < 3` is not."""
     about = [number_sets.names(text) for text in (answer, gold) if number_sets.is_relation(text)]
     if len(about) == 2 and all(len(names) == 1 for names in about) and about[0] != about[1]:
         return False
@@ -176,15 +176,14 @@ def _equal_regions(answer: str, gold: str) -> bool:
 def _equal_shapes(
     answer: str, gold: str, answer_shape: structure.Shape | None, gold_shape: structure.Shape | None
 ) -> bool:
-    """Whether collections are equal: brackets and order as in the gold answer. Lists and sets are unordered, and a set
-    with one element equals the element."""
+    """Compare collections: brackets and order as in the gold; lists and sets are unordered; a set of one is its element."""
     if answer_shape is None or gold_shape is None:
         shape, other = answer_shape or gold_shape, gold if answer_shape else answer
         assert shape is not None
         if shape.kind == "set" and len(shape.items) == 1 and r"\emptyset" not in shape.items:
             pair = (shape.items[0], gold) if answer_shape else (answer, shape.items[0])
             return _equal(*pair)
-        # x = (1, 2), x \in [0, 1]: the collection is the right side, after a name.
+        # x = (1, 2), x \in [0, 1]: the collection is on the right of a name.
         name, *rest = structure.sides(other)
         if len(rest) == 1 and structure.is_name(name):
             return _equal(answer, rest[0]) if answer_shape else _equal(rest[0], gold)
@@ -202,7 +201,7 @@ def _equal_shapes(
 
 
 def _equal_named_tuple(answer: structure.Shape, gold: structure.Shape) -> bool:
-    """Whether named values equal a tuple. An answer `y = 12, x = 2` is (2, 12), by alphabet; a gold answer keeps its order."""
+    """`y = 12, x = 2` is (2, 12) by the alphabet; `p = 5, q = 2` as gold is (5, 2) by its own order."""
     named = structure.named_values(answer if answer.kind == "list" else gold)
     if named is None:
         return False
@@ -213,7 +212,7 @@ def _equal_named_tuple(answer: structure.Shape, gold: structure.Shape) -> bool:
 
 
 def _equal_lists(answer: structure.Shape, gold: structure.Shape) -> bool:
-    """Whether two lists are equal: in any order, but by name if both have names, and in order if only one has names."""
+    """Compare lists in any order, unless only one side names its items."""
     answer_names, gold_names = structure.named_values(answer), structure.named_values(gold)
     if answer_names and gold_names:
         return answer_names.keys() == gold_names.keys() and all(
@@ -225,7 +224,7 @@ def _equal_lists(answer: structure.Shape, gold: structure.Shape) -> bool:
 
 
 def _match_items(answer: list[str], gold: list[str]) -> bool:
-    """Whether the items match in any order. Equality is transitive, so any match of an item will do."""
+    """Match items one to one; equality is transitive, so the first match of each item will do."""
     answer = list(answer)
     for item in gold:
         found = next((n for n, other in enumerate(answer) if _equal(other, item)), None)
@@ -239,7 +238,7 @@ def _match_items(answer: list[str], gold: list[str]) -> bool:
 
 
 def _equal_sides(answer: str, gold: str) -> bool:
-    """Whether single items are equal, with or without equals signs: `x = 5` is 5, `3 + 4 = 7` is 7, `5 = 7` is wrong."""
+    """Compare single values, with or without equals signs: `x = 5` is 5, `3 + 4 = 7` is 7, `5 = 7` is a contradiction."""
     answer_sides, gold_sides = structure.sides(answer), structure.sides(gold)
     if len(answer_sides) == 2 and structure.is_name(answer_sides[1]):
         answer_sides.sort(key=structure.is_name, reverse=True)  # 5 = x
@@ -257,7 +256,7 @@ def _equal_sides(answer: str, gold: str) -> bool:
 
 
 def _equal_last(answer_sides: list[str], gold: str) -> bool:
-    """Whether the last side equals the gold answer and no earlier side states another number."""
+    """Return whether the last side equals the gold and no earlier side claims another number."""
     *claims, last = answer_sides
     claims = [claim for claim in claims if not structure.names_something(claim)]
     return bool(last) and _equal(last, gold) and all(_same_value(claim, last) for claim in claims)
@@ -288,7 +287,7 @@ def _equal_expressions(answer: str, gold: str) -> bool:
 
 
 def _equal_angles(answer: str, gold: str) -> bool:
-    r"""Whether two angles are equal, one in degrees and one with pi: `30^\circ` and `\frac{\pi}{6}`."""
+    r"""`30^\circ` and `\frac{\pi}{6}`."""
     one, other = numbers.number(answer), numbers.number(gold)
     if one is not None and one.unit == "degree" and r"\pi" in gold:
         return _symbolic(
@@ -301,12 +300,12 @@ def _equal_angles(answer: str, gold: str) -> bool:
 
 def _symbolic(answer: str, gold: str, strict: bool = True) -> bool:
     if strict and not _letters(answer) <= _letters(gold):
-        return False  # the strict comparison would find this too, but only after parsing both
+        return False  # what the strict comparison finds too, after it has parsed both
     return _in_worker(answer, gold, strict)
 
 
 def _letters(text: str) -> set[str]:
-    """The letters outside commands, without e, i and d, which have a fixed meaning."""
+    """The letters outside of commands, but for those that have a meaning of their own."""
     return set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", text)) - set("eid")
 
 
@@ -315,5 +314,5 @@ _PROSE = re.compile(r"(?<![A-Za-z\\])(?:or|and|not)(?![A-Za-z])")
 
 def _in_worker(*request: str | bool) -> bool:
     if any(isinstance(text, str) and _PROSE.search(text) for text in request):
-        return False  # the parser would read these words as products of letters
+        return False  # the parser would take the letters of these words for factors
     return bool(worker_pool.ask("math", *request))

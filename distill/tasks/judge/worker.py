@@ -1,11 +1,11 @@
-"""A worker process for jobs that may never end, such as the symbolic comparison of two expressions.
+"""A worker process that may be killed: symbolic comparison of two expressions (`symbolic`), and two other jobs.
 
-`python -m distill.tasks.judge.worker JOB LIMIT` answers requests, one JSON line each. The job `math` compares or parses
-expressions (`symbolic`), `score` runs generators and their scorers (`reasoning_gym_task`), `check` runs tests that are
-written as code (`code_checks`).
+`python -m distill.tasks.judge.worker math LIMIT` answers JSON lines: `[answer, gold, strict]` -> are they equal,
+`[gold]` -> can it be parsed. The job `score` runs generators and their scorers (`reasoning_gym_task`), the job `check` runs
+tests that are written as code (`code_checks`).
 
-The pool kills the process after the time limit (`worker_pool`), because towers of powers or deep parentheses can keep
-sympy busy for ever. The process also ends when its parent ends, or if it is not killed soon after the limit.
+`worker_pool` kills the process after a time limit: towers of powers and deep parentheses keep sympy busy forever. It ends
+by itself if its parent does, or if the parent has not killed it soon after the limit.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ MEMORY_BYTES = 4 * 2**30
 
 
 def reply_math(request: list[Any]) -> bool:
-    """Answer a `math` request.
-
-    `[gold]`: whether it can be parsed. `[answer, gold, strict]`: whether they are equal. `[relation, region]`: whether
-    they describe the same set of numbers.
-    """
+    """`[gold]`: can it be parsed? `[answer, gold, strict]`: are they equal? `[relation, region]`: the same numbers?"""
     from distill.tasks.judge import symbolic
 
     try:
@@ -36,15 +32,13 @@ def reply_math(request: list[Any]) -> bool:
         compare = symbolic.same_region if len(request) == 2 else symbolic.equal
         return bool(compare(*request))
     except Exception:
-        # sympy failed on the expression, so it counts as not equal.
+        # An expression on which sympy fails cannot be equal to the gold.
         return False
 
 
 def reply_score(request: list[Any]) -> Any:
-    """Answer a `score` request.
-
-    `[dataset, options, seed, index]`: question and answer of a generator's item. `[..., answer]`: the score of an
-    answer to it. Returns a text with the reason if this fails.
+    """`[dataset, options, seed, index]`: question and answer of a generator's item; with an answer behind
+    these: its score. A text says why there is none.
     """
     from distill.tasks import reasoning_gym_task
 
@@ -59,7 +53,7 @@ def reply_score(request: list[Any]) -> Any:
 
 
 def _replier(job: str) -> Callable[[list[Any]], Any]:
-    """The function that answers a job's requests; its slow imports are done here."""
+    """Return the function that answers a job's requests, after its heavy imports."""
     if job == "math":
         reply_math(["x+1", "1+x", True])
         return reply_math
@@ -74,7 +68,6 @@ def _replier(job: str) -> Callable[[list[Any]], Any]:
 
 
 def main() -> None:
-    """Answer requests from standard input until it ends."""
     job, limit_s = sys.argv[1], float(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     with open(os.devnull, "w") as nowhere:

@@ -1,12 +1,11 @@
-"""A pool of worker processes for jobs that may never end; a worker that does not answer in time is replaced.
+"""Worker processes for computations that may never end; a worker that does not answer in time is killed and replaced.
 
-The jobs: `math` compares expressions symbolically, `score` runs scorers that evaluate answers, `check` runs tests
-written as code on a program in its sandbox.
-
-The workers are plain child processes with pipes, not `multiprocessing`: nothing of the caller is imported again or
-pickled, no process with threads or a GPU is forked, and a worker can always be killed. Workers start on first use, from
-any thread, and end at exit. A forked process starts its own workers. All workers have PYTHONHASHSEED 0, so that
-generators that iterate over sets give the same items everywhere.
+They compare expressions symbolically (`math`), run scorers that evaluate their input (`score`), and run tests
+that are written as code on a program in its sandbox (`check`).
+They are plain child processes over pipes instead of a pool of `multiprocessing` (or pebble): the caller's main module is
+not imported again, no process with threads or a GPU is forked, and PYTHONHASHSEED can be fixed, so generators that iterate
+over sets give the same items in all workers. Started on first use, from any thread; ended at exit. A forked child starts
+its own.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ Job = Literal["math", "score", "check"]
 
 NUM_WORKERS = max(1, min(4, (os.cpu_count() or 1) // 2))
 NUM_CHECKERS = os.cpu_count() or 1
-"""Number of workers for `check`; they mostly wait for the program."""
+"""The number of workers of the job `check`, which mostly wait for the program."""
 
 LIMIT_S: dict[Job, float] = {"math": 5.0, "score": 30.0, "check": 300.0}
-"""Time limit of one request in seconds; it includes making a generator's item again."""
+"""Seconds for one request; a generator may have to make its item again first."""
 
 START_LIMIT_S = 120.0
 
 
 class StuckError(Exception):
-    """There is no reply. The message is the reason: `timeout`, or that the worker ended."""
+    """No verdict. The message is the reason: `timeout`, or that the worker ended."""
 
 
 class _Worker:
@@ -76,7 +75,7 @@ class _Worker:
         return json.loads(self._line(limit_s))
 
     def _line(self, limit_s: float) -> bytes:
-        """The next line of the worker's output. Raises StuckError after the limit, or if the worker ends."""
+        """Return the next line of the output; raises StuckError after the limit or at the end of the output."""
         assert self.process.stdout is not None
         pipe, deadline, read = self.process.stdout.fileno(), time.monotonic() + limit_s, b""
         while not read.endswith(b"\n"):
@@ -97,11 +96,11 @@ class _Worker:
                 try:
                     pipe.close()
                 except OSError:
-                    continue  # buffered requests cannot be written any more
+                    continue  # buffered output can no longer be written
 
 
 class Pool:
-    """A fixed number of slots for workers. A slot is empty until it is first used and after its worker was killed."""
+    """A pool of workers; a slot is empty until it is first used, and after its worker was killed."""
 
     def __init__(self, job: Job, num_workers: int) -> None:
         self._job = job
@@ -111,7 +110,7 @@ class Pool:
             self._slots.put(None)
 
     def ask(self, *request: object, limit_s: float) -> Any:
-        """The reply to one request. Raises StuckError if there is none within the limit."""
+        """Return the reply to one request; raises StuckError without a reply within the limit."""
         worker = self._slots.get()
         try:
             if worker is None:
@@ -119,7 +118,7 @@ class Pool:
                 self._started.add(worker)
             return worker.ask(list(request), limit_s)
         except BaseException:
-            # Also on Ctrl-C: otherwise the worker's late reply would be taken for the reply to the next request.
+            # Also on Ctrl-C: otherwise the worker's late reply would answer the next request.
             if worker is not None:
                 self._started.discard(worker)
                 worker.kill()
@@ -140,7 +139,7 @@ _lock = threading.Lock()
 
 
 def ask(job: Job, *request: object, limit_s: float | None = None) -> Any:
-    """Send a request to this process's pool for a job. Raises StuckError if there is no reply within the limit."""
+    """Send a request to this process's pool for a job; raises StuckError without a reply within the limit."""
     with _lock:
         pool = _pools.setdefault(job, Pool(job, NUM_CHECKERS if job == "check" else NUM_WORKERS))
     return pool.ask(*request, limit_s=LIMIT_S[job] if limit_s is None else limit_s)
@@ -148,13 +147,13 @@ def ask(job: Job, *request: object, limit_s: float | None = None) -> Any:
 
 def _in_forked_child() -> None:
     global _lock
-    _pools.clear()  # the pipes belong to the parent process
+    _pools.clear()  # the parent's pipes are the parent's
     _lock = threading.Lock()
 
 
 @atexit.register
 def close() -> None:
-    """End all workers; new ones start when they are needed."""
+    """End all workers; they start again when they are needed."""
     for pool in list(_pools.values()):
         pool.close()
 

@@ -1,4 +1,4 @@
-"""Run untrusted programs: `isolation` chooses the sandbox, `session` starts a program and exchanges messages with it."""
+"""The sandbox for untrusted programs: `isolation` has its levels, `session` the communication with a program."""
 
 from distill.tasks.sandbox.isolation import Isolation, choose, describe
 from distill.tasks.sandbox.session import (

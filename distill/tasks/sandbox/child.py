@@ -1,11 +1,10 @@
-"""The process inside the sandbox: the text of this file is passed to a bare interpreter with `-c`.
+"""The inside of the sandbox: the text of this file is given to a bare interpreter with `-c`.
 
-The file is self-contained and the package never imports it. It reads frames from its standard input (a length in four
-bytes, then marshal, which is safe because the trusted side sends it) and writes frames to its standard output (a
-length, then JSON, which the trusted side treats as untrusted). It applies limits to itself, reports that it is ready,
-and runs one untrusted program: either once per test with a standard input, each time in a new process, or by repeated
-calls of its function. No frame contains an expected result, so a program that takes over this process can only answer
-requests.
+Self-contained, and never imported by the package. It takes frames on its standard input (a length in four
+bytes, then marshal: they come from the trusted side) and writes frames to its standard output (a length, then
+JSON, which the other side does not trust). It confines itself, reports that it is ready, and runs one untrusted
+program: with a standard input, one process a test, or by calling its function repeatedly. No frame it receives holds an
+expected result, so a program that takes it over can only answer the calls it gets.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ TAGS: dict[type, str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
 
 
 def confine(uid: int, limits: dict[str, int], denied: bytes | None) -> None:
-    """Change the user, set limits and give up privileges. denied: a seccomp filter; None if another program sets it."""
+    """Change the user, set limits and drop privileges for good. denied: a seccomp filter; None if bubblewrap sets one."""
     import resource
 
     try:
-        # If memory runs out, the kernel kills this process first.
+        # When memory runs out, the kernel kills this process first.
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
     except OSError:
@@ -58,7 +57,7 @@ def confine(uid: int, limits: dict[str, int], denied: bytes | None) -> None:
 
 
 def control(option: int, first: int, second: int = 0) -> None:
-    """Call prctl(2)."""
+    """prctl(2)."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -82,7 +81,7 @@ def read_frame(fd: int) -> Any:
 
 
 def write_frame(fd: int, nonce: str, kind: str, *values: str) -> None:
-    """Write a frame. values: JSON texts."""
+    """values: JSON texts."""
     body = f"[{','.join([quote(nonce), quote(kind), *values])}]".encode()
     frame = memoryview(len(body).to_bytes(4, "big") + body)
     while frame:
@@ -90,7 +89,7 @@ def write_frame(fd: int, nonce: str, kind: str, *values: str) -> None:
 
 
 def encode(value: Any) -> str:
-    """JSON text of a value of built-in types, with tags for types that JSON lacks. Raises TypeError for other types."""
+    """A value of built-in types as JSON text, with tags where JSON has no such type; TypeError for others."""
     kind = type(value)
     if value is None:
         return "null"
@@ -117,7 +116,7 @@ def encode(value: Any) -> str:
 
 
 def load(source: str, entry_point: str) -> Any:
-    """The function of a program, or `Class.method` on a new instance."""
+    """The function of a program, or `Class.method` of a fresh instance."""
     module = type(sys)("program")
     sys.modules["program"] = module
     exec(compile(source, "program.py", "exec"), module.__dict__)
@@ -128,7 +127,7 @@ def load(source: str, entry_point: str) -> Any:
 
 
 def answer_calls(requests: int, replies: int, source: str, entry_point: str, nonce: str) -> None:
-    """Load the program, then answer one call per frame: (nonce, args, kwargs), passed by value."""
+    """Load the program, then answer one call a frame: (nonce, args, kwargs), passed by value."""
     try:
         function = load(source, entry_point)
         write_frame(replies, nonce, "loaded")
@@ -158,7 +157,7 @@ def described(error: BaseException) -> tuple[str, str]:
 
 
 def scratch() -> int:
-    """A file descriptor of an unnamed temporary file in the working folder."""
+    """Open an unnamed file in the working folder."""
     name = f"io-{os.getpid()}"
     fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     os.unlink(name)
@@ -166,7 +165,7 @@ def scratch() -> int:
 
 
 def answer_runs(requests: int, replies: int, max_output: int) -> None:
-    """Run the program once per frame: (nonce, stdin). Returns only in the forked process, which then runs the program."""
+    """Run the program once a frame: (nonce, stdin). Returns in the process that was forked to become the program."""
     while True:
         nonce, text = read_frame(requests)
         stdin, stdout = scratch(), scratch()
@@ -194,7 +193,7 @@ def answer_runs(requests: int, replies: int, max_output: int) -> None:
 
 
 def main() -> str:
-    """Serve requests for the program; returns its source only in a process that is to run it."""
+    """Serve the program; return its source in the process that is to become it."""
     requests, replies = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -206,7 +205,7 @@ def main() -> str:
         control(PR_SET_PDEATHSIG, SIGKILL)
     import builtins
 
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as the module `site` does, which is not loaded
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as `site` would have
     sys.path[:] = [path for path in sys.path if path]
     write_frame(replies, hello["nonce"], "ready")
     if hello["entry_point"] is not None:

@@ -1,15 +1,15 @@
-"""Levels of isolation for untrusted programs, and the choice of the strongest one that this machine supports.
+"""Isolation levels of untrusted programs, and the choice of the strongest that this machine has.
 
-Level 1: a command of the user that starts a Python elsewhere, such as `docker run --rm -i --network none
-python:3.12-slim python`. The command decides what is isolated.
-Level 2: bubblewrap. No network, a read-only file system with only the system's and the interpreter's files, a private
-/tmp of limited size, separate process, ipc, host name and network namespaces, a new session; it ends with its parent.
-Level 3, for `unsafe: true`: only resource limits, a minimal environment and a filter of system calls.
-Levels 2 and 3 run each program under a user id of its own if this process is root.
+Level 1: the user's command, which starts a Python elsewhere (`docker run --rm -i --network none python:3.12-slim
+python`); its isolation is up to the command. Level 2, bubblewrap: no network, a read-only file system with the system's and
+the interpreter's files only, a private and bounded /tmp, own process, ipc, host name and network namespaces,
+a new session, killed with its parent. Level 3: only resource limits, a minimal environment and refused
+system calls; must be enabled by `unsafe: true`. Levels 2 and 3 give each program a user id of its own if
+this process is root.
 
-Level 3 does not prevent a program from reading files that everybody may read (such as the answers of a benchmark) or
-from filling the disk within the time limit. If this process is not root, it also does not prevent reading, changing and
-deleting the user's files, or inspecting the user's processes.
+Level 3 does not prevent a program from reading world-readable files (such as a benchmark's answers) or filling the disk
+within the time limit. If this process is not root, the program can also read, change and delete the user's
+files, and inspect the user's processes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ Level = Literal[1, 2, 3]
 CHILD = Path(__file__).with_name("child.py").read_text(encoding="utf-8")
 SCRATCH_BYTES = 64 * 2**20
 FIRST_UID = 2**30
-"""First user id for programs: larger than the ids of real users, and no file belongs to it."""
+"""Above every user's; no entry of the user database, no files."""
 
 INSTALL = (
-    "Install bubblewrap (`apt-get install bubblewrap`, `dnf install bubblewrap`), set `sandbox_command` to a command "
-    "that starts a Python in a container, or set `unsafe: true` to run generated code with resource limits only"
+    "Install bubblewrap (`apt-get install bubblewrap`, `dnf install bubblewrap`), give `sandbox_command`, a command "
+    "that starts a Python in a container, or say `unsafe: true` to run generated code with resource limits only"
 )
 _FLAGS = ("-s", "-S", "-B", "-X", "utf8", "-c", CHILD)
 _SYSTEM_DIRS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
@@ -51,7 +51,7 @@ _counter = itertools.count()
 
 @dataclass(frozen=True)
 class Isolation:
-    """A level and the command that starts the child process. own_uid: each program runs under a user id of its own."""
+    """A level and the command that starts the child at it. own_uid: each program runs as a user of its own."""
 
     level: Level
     argv: tuple[str, ...]
@@ -60,7 +60,7 @@ class Isolation:
 
     @contextlib.contextmanager
     def command(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-        """The command that starts the child, and the file descriptors that it inherits; valid within the context."""
+        """The command that starts the child, and the files it must inherit; until the end of the context."""
         refused = syscalls.denied(namespaces=True) if self.level == 2 else b""
         if not refused:
             yield self.argv, ()
@@ -73,14 +73,14 @@ class Isolation:
             os.close(file)
 
     def new_uid(self) -> int:
-        """A user id that no other running program has; 0 = keep the current user."""
+        """Return a user id that no other program has at this time; 0 = keep the current user."""
         if not self.own_uid:
             return 0
         return FIRST_UID + os.getpid() % 2**22 * 64 + next(_counter) % 64
 
 
 def choose(unsafe: bool = False, command: str | None = None) -> Isolation:
-    """The strongest isolation of this machine; level 3 only if `unsafe`. Raises UserError that says what is missing."""
+    """Return the strongest isolation available; level 3 only if `unsafe`. Raises UserError, naming what is missing."""
     if command is not None:
         return by_command(command)
     try:
@@ -92,7 +92,7 @@ def choose(unsafe: bool = False, command: str | None = None) -> Isolation:
 
 
 def describe(unsafe: bool = False, command: str | None = None) -> str:
-    """A description of the level that `choose` returns, for reports and `doctor`. Does not raise."""
+    """Describe the level that would be used, for reports; never raises."""
     try:
         isolation = choose(unsafe, command)
     except UserError as error:
@@ -101,11 +101,11 @@ def describe(unsafe: bool = False, command: str | None = None) -> str:
 
 
 class UnavailableError(Exception):
-    """This machine does not support a level; the message says why."""
+    """A level is not available on this machine; the message says why."""
 
 
 def by_command(command: str) -> Isolation:
-    """Level 1. The command's last word is a Python (3.8 or newer) that reads its standard input. Raises UserError."""
+    """Level 1. The command's last word is a Python (3.8 or newer) that reads its standard input."""
     words = shlex.split(command)
     if not words or shutil.which(words[0]) is None:
         raise UserError(f"sandbox_command: {command!r}: there is no such program.")
@@ -114,7 +114,7 @@ def by_command(command: str) -> Isolation:
 
 @functools.cache
 def bubblewrap() -> Isolation:
-    """Level 2; tested once per process. Raises UnavailableError if bubblewrap is missing or cannot create namespaces."""
+    """Level 2, tried once. UnavailableError where bubblewrap is not installed or may not make namespaces."""
     program = shutil.which("bwrap")
     if program is None:
         raise UnavailableError("bubblewrap (bwrap) is not installed")
@@ -131,18 +131,18 @@ def bubblewrap() -> Isolation:
     if tried.stdout.strip() != "works":
         said = (tried.stderr.strip().splitlines() or [f"exit status {tried.returncode}"])[0]
         raise UnavailableError(
-            f"bubblewrap is installed but does not work here ({said}): in a container it needs permission to "
-            f"create namespaces"
+            f"bubblewrap is installed but does not work here ({said}): in a container it needs the right to "
+            f"make namespaces"
         )
     return made
 
 
 @functools.cache
 def limits_only() -> Isolation:
-    """Level 3. Raises UserError if this is not Linux, where the limits cannot be set."""
+    """Level 3. UserError where there is no Linux to set the limits."""
     if sys.platform != "linux":
         raise UserError(
-            "generated code runs only on Linux. On this system, set `sandbox_command` to a command that starts a Python in a container."
+            "generated code runs on Linux only. Elsewhere give `sandbox_command`, a command that starts a Python in a container."
         )
     own_uid = os.geteuid() == 0 and _may_change_uid()
     python = _interpreter(_open_to_all if own_uid else lambda path: True)
@@ -157,7 +157,7 @@ def _may_change_uid() -> bool:
 
 
 def _interpreter(usable: object) -> str:
-    """This interpreter outside its virtual environment; the system's interpreter if that one is not `usable`."""
+    """This interpreter outside its virtual environment, or the system's where that is not `usable`."""
     assert callable(usable)
     own = os.path.realpath(sys.executable)
     if usable(own):
@@ -179,7 +179,7 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
     )
     yield from ("--die-with-parent", "--new-session", "--hostname", "sandbox")
     if root:
-        # The child drops these capabilities when it changes its user; no user namespace is needed.
+        # The child drops these when it becomes another user; no user namespace is needed.
         yield from ("--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
     else:
         yield "--unshare-user"
@@ -199,7 +199,7 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
                 "0755",
                 "--dir",
                 str(parent),
-            )  # without this, another user could not enter the folder
+            )  # else closed to others, as a home is
         yield from ("--ro-bind", base, base)
     for folder in sorted(_package_dirs()):
         if os.path.isdir(folder):
@@ -208,12 +208,12 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
                 folder,
                 "--remount-ro",
                 folder,
-            )  # hide installed packages, which may contain a benchmark's answers
+            )  # a benchmark's answers may lie there
     yield from ("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (0, 8):
         yield from ("--perms", "1777", "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp")
     else:
-        yield from ("--perms", "1777", "--tmpfs", "/tmp")  # old versions cannot limit its size
+        yield from ("--perms", "1777", "--tmpfs", "/tmp")  # limited by the program's own time only
     yield from ("--remount-ro", "/", "--chdir", "/tmp")
 
 

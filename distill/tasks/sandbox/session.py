@@ -1,8 +1,8 @@
-"""Sessions: one untrusted program each, from its start until all its processes have ended.
+"""Sessions: one untrusted program each, from its start to its guaranteed end.
 
-A `Session` is a new process (a new sandbox at level 2) for one program and is never reused. At most as many sessions
-run at the same time as there are cores; others wait. Open, use and close a session in one thread, because bubblewrap
-ends its child when the thread that started it ends.
+A `Session` is a new process (a new sandbox at level 2) for one program, never used for another. As many run
+at a time as there are cores; further ones wait. Open, use and close it in one thread: bubblewrap kills
+its child when the thread that started it ends.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _MARK = "DISTILL_SANDBOX"
 
 
 class SandboxError(Exception):
-    """The sandbox failed, so nothing is known about the program."""
+    """The sandbox did not start; the program was not tried."""
 
 
 class RaisedError(Exception):
-    """The program's function raised an exception: the name of its class, and its message."""
+    """What a program's function raised: the exception's class by name, and its message."""
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}: {message}" if message else name)
@@ -48,11 +48,9 @@ class RaisedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Resource limits of a program.
+    """test_s: wall seconds for one test (the first includes loading the program). problem_s: for all of a problem's.
 
-    test_s: wall-clock seconds for one test (the first one includes loading the program). problem_s: wall-clock seconds
-    for all tests of a problem. memory_mb: address space of each process. num_processes: maximum number of processes,
-    threads included.
+    memory_mb: address space of each process. num_processes: threads included.
     """
 
     test_s: float = 5.0
@@ -71,12 +69,12 @@ class Limits:
 
 
 class Session:
-    """A program in its sandbox: `run` it with a standard input, or `call` its function, any number of times.
+    """A program in its sandbox: `run` it with a standard input, or `call` its function; either any number of times.
 
-    entry_point: None to run the program, or the name of a function (or Class.method) to call. budget_s: total
-    wall-clock seconds from when the sandbox is ready; the default is the problem's limit. Each request also ends at the
-    test's limit. FaultError and RaisedError mean that the program failed, SandboxError that the sandbox failed. The
-    session cannot be used after a FaultError.
+    `entry_point`: None to run, a function's name (or Class.method) to call. Every wait ends at the
+    test's limit or when `budget_s` is used up (default: the problem's limit), counted from when the
+    sandbox is ready. FaultError and RaisedError are faults of the program, SandboxError is not; after a FaultError the
+    session has ended.
     """
 
     def __init__(
@@ -113,7 +111,7 @@ class Session:
         self._end()
 
     def run(self, stdin: str) -> tuple[int, str]:
-        """Run the program; returns its exit status (minus the signal number if killed) and its standard output."""
+        """Run the program; return its exit status (minus the signal if killed) and standard output."""
         kind, rest = self._ask(stdin.encode("utf-8", "surrogatepass"))
         if kind == "flood":
             raise FaultError("output too long")
@@ -123,7 +121,7 @@ class Session:
         raise FaultError("bad reply")
 
     def call(self, /, *args: Any, **kwargs: Any) -> Any:
-        """Call the function and return its result. Arguments are passed by value; SandboxError if not of built-in types."""
+        """Call the function. Arguments are of built-in types, passed by value; others raise SandboxError."""
         try:
             kind, rest = self._ask(args, kwargs)
         except ValueError as error:
@@ -137,7 +135,7 @@ class Session:
 
     @property
     def left_s(self) -> float:
-        """Remaining seconds of the budget."""
+        """Return the remaining seconds of the budget."""
         return max(0.0, self._deadline - time.monotonic())
 
     def _start(self) -> None:
@@ -161,7 +159,7 @@ class Session:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
-                    env=None if isolation.level == 1 else environment,  # docker needs the user's environment
+                    env=None if isolation.level == 1 else environment,  # docker needs its user's
                     cwd=self._home,
                     pass_fds=files,
                     start_new_session=True,
@@ -228,7 +226,7 @@ class Session:
         return FaultError("bad reply")
 
     def _end(self) -> None:
-        """Kill all processes of the program, then let the next session start."""
+        """Kill all processes of the program, and only then let the next session start."""
         process = self._process
         try:
             if process is not None:
@@ -245,7 +243,7 @@ class Session:
             _slots().release()
 
     def _kill_leftovers(self) -> None:
-        """Kill processes that left the process group, found by user id or mark; for level 3, without a namespace."""
+        """Kill processes that left the group (level 3 has no process namespace): find them by their user or mark."""
         deadline = time.monotonic() + _ENDED_LIMIT_S
         while time.monotonic() < deadline:
             left = list(_processes_of(self._uid, f"{_MARK}={self._mark}".encode()))
@@ -276,12 +274,12 @@ def _processes_of(uid: int, mark: bytes) -> Iterator[int]:
             if (uid and f"\nUid:\t{uid}\t" in status) or (not uid and mark in (folder / "environ").read_bytes()):
                 yield int(entry)
         except OSError:
-            continue  # the process has ended, or may not be inspected
+            continue  # ended meanwhile, or not readable
 
 
 @functools.lru_cache(maxsize=1)
 def _num_tasks(uid: int, _when: int) -> int:
-    """Number of threads of a user, at most a few seconds old; the kernel's limit on processes counts them too."""
+    """Return the number of a user's threads within the last seconds, which its limit on processes already counts."""
     total = 0
     for status in Path("/proc").glob("[0-9]*/status"):
         try:

@@ -1,9 +1,9 @@
-"""A seccomp filter (classic BPF; Linux on x86-64 and aarch64) against system calls that untrusted code does not need.
+"""A seccomp filter that refuses system calls untrusted code does not need (classic BPF, x86-64 and aarch64, Linux).
 
-The filter refuses calls that allocate memory outside all resource limits (shared memory, message queues, memory files),
-access other processes, or expose a large part of the kernel to attack. They fail with EPERM. `clone` is refused only if
-it creates a namespace. `clone3`, whose flags a filter cannot read, fails with ENOSYS, so that libc uses `clone`. Without
-bubblewrap, sockets, leaving the process group and sending signals are refused too.
+These calls allocate memory outside resource limits (shared memory, message queues, memory files), access other
+processes, or expose a large part of the kernel. They are refused with EPERM; `clone` only if it asks
+for a namespace, and `clone3`, whose flags a filter cannot see, with ENOSYS, so that libc falls back to `clone`.
+Without bubblewrap also: sockets, leaving the process group, and sending signals.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WITHOUT_NAMESPACES = {
 }  # fmt: skip
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _NEW_NAMESPACE = 0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
-_X32 = 0x40000000  # call numbers from here on are the x32 variants of the same calls on x86-64
+_X32 = 0x40000000  # the other numbering of the same calls on x86-64
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -37,10 +37,7 @@ _EPERM, _ENOSYS = 1, 38
 
 
 def denied(namespaces: bool) -> bytes:
-    """The instructions of the filter, eight bytes each; empty on other machines.
-
-    namespaces: whether bubblewrap's namespaces isolate the program.
-    """
+    """Return the filter's instructions, eight bytes each; empty on other machines."""
     machine = platform.machine()
     if machine not in _ARCH:
         return b""

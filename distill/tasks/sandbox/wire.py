@@ -1,6 +1,6 @@
-"""Frames between this process and the child in the sandbox: requests are marshal, replies are untrusted JSON.
+"""Frames between the trusted process and the child: marshal to the child, untrusted JSON back.
 
-A reply is JSON in a frame of limited length; its values are decoded to built-in types only.
+A reply is JSON in a frame of bounded length; its values become objects of exactly the built-in types.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 MAX_REPLY_BYTES = 8 * 2**20
 MAX_KEYS = 10_000
-"""Maximum number of hashed items in one value, because keys with colliding hashes take quadratic time."""
+"""The largest number of hashed items in one value: keys may be chosen to collide, which makes hashing quadratic."""
 
 
 class FaultError(Exception):
-    """The program failed: it was too slow, ended, wrote too much, or sent an invalid reply. The message is the reason."""
+    """A fault of the program: too slow, ended, too much output, an invalid reply. The message is the reason."""
 
 
 def send(fd: int, message: Any, deadline: float) -> None:
@@ -36,7 +36,7 @@ def send(fd: int, message: Any, deadline: float) -> None:
 
 
 def receive(fd: int, deadline: float) -> list[Any]:
-    """Read a frame: a JSON list of at least a nonce and a kind. Raises FaultError if none arrives in time."""
+    """Return a frame's JSON, a list of at least a nonce and a kind. Raises FaultError without one in time."""
     length = int.from_bytes(_read(fd, 4, deadline), "big")
     if length > MAX_REPLY_BYTES:
         raise FaultError("output too long")
@@ -64,7 +64,7 @@ def _read(fd: int, size: int, deadline: float) -> bytes:
 
 
 def decode(value: Any) -> Any:
-    """Decode a value that the child's `encode` wrote, to built-in types only. Raises FaultError for anything else."""
+    """Return the value that the child's `encode` wrote, of exactly the built-in types. Raises FaultError for others."""
     try:
         return _Decoder().decode(value)
     except (ValueError, TypeError, LookupError, RecursionError, OverflowError):

@@ -1,11 +1,11 @@
 """Divergences over the whole vocabulary, with teachers in the trainer beside the student.
 
-Exact, at any temperature, and never more than a chunk of either model's logits. Costs one product more than stored targets
-for every teacher. The two models may differ in hidden size, scale, cap and padding; their vocabulary is one and the same.
+Exact at any temperature; holds at most one chunk of either model's logits. Each teacher costs one more matrix product than
+stored targets do. The models may differ in hidden size, scale, cap and padding, but must have the same vocabulary.
 
-Several teachers are mixed as distributions, p = sum share_i p_i, before they are compared: one student pass whatever their
-number. For forward KL that is, up to a constant, the weighted sum of the single losses; for the others it is another thing,
-a single target that can be reached.
+Several teachers are mixed as distributions, p = sum share_i p_i, and the student is compared with the mixture in one pass.
+For forward KL the result is, up to a constant, the weighted sum of the single losses. For the other divergences it differs
+from that sum: the mixture is one target, which the student can reach.
 
 Shapes: T tokens with a loss, C of them in a chunk, R of those worked on together, D and E hidden sizes, V vocabulary.
 """
@@ -36,12 +36,12 @@ RowMeasure = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 """(log p [R, V], log q [R, V]) -> numbers by row, [R] each."""
 
 BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
-"""Logits worked on together between the products; the divergence takes a few times as much beside them."""
+"""Memory of the logits processed together between the products; the divergence needs a few times as much."""
 
 
 @dataclass(frozen=True, slots=True)
 class Logits:
-    """Where a model's logits come from: hidden_TD and the head's weight_VD, bias_V and form.
+    """The inputs of a model's logits: hidden_TD and the head's weight_VD, bias_V and form.
 
     share: this teacher's part of the mixture. Shares are divided by their sum.
     """
@@ -69,8 +69,8 @@ def dense_loss(
 
     Both distributions are taken at the temperature, the label's log-probability at 1. The factor temperature^2
     keeps the gradient's size (Hinton et al. 2015). Gradients go to the student's hidden, weight and bias only. Of `targets`,
-    label_T and weight_T are read. chunk: tokens at a time; None takes what fits the memory. measure: further numbers by row,
-    from the same two distributions.
+    label_T and weight_T are read. chunk: tokens at a time; None = as many as fit the memory. measure: metrics by row of the
+    same two distributions.
     """
     if any(t.form.vocab_size != student.form.vocab_size for t in teachers):
         sizes = [m.form.vocab_size for m in (student, *teachers)]
@@ -100,7 +100,7 @@ def compare_rows(
     chunk: int | None = None,
     measure: RowMeasure | None = None,
 ) -> HeadOutput:
-    """The same for any comparison of whole rows; with one teacher its vocabulary may be another than the student's."""
+    """As `dense_loss`, for any comparison of whole rows; a single teacher may have another vocabulary than the student."""
     weight_VD = gathered(student.weight_VD)
     bias_V = None if student.bias_V is None else gathered(student.bias_V)
     wide = wide_dtype(student.hidden_TD)
@@ -133,7 +133,7 @@ def compare_rows(
 
 
 class _Source:
-    """Raw products hidden W^T of a chunk in memory of its own, and how they become logits."""
+    """The raw products hidden W^T of a chunk, in memory of its own, and their conversion to logits."""
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, wide: torch.dtype) -> None:
         self.weight_VD = weight_VD.detach()[: form.vocab_size]
@@ -196,9 +196,9 @@ class _DensePass:
 
 @torch.no_grad()
 def draw(teachers: Sequence[Logits], num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`num` ids a row from the teachers' mixture over the whole vocabulary, with repetition.
+    """Draw `num` ids a row from the teachers' mixture over the whole vocabulary, with repetition.
 
-    As (the distinct ids drawn [T, num], -1 = none; log of how often each [T, num], -inf there).
+    Returns (the distinct ids drawn [T, num], -1 = none; the log of each id's count [T, num], -inf there).
     """
     hidden_TE = teachers[0].hidden_TD
     wide = wide_dtype(hidden_TE)
@@ -220,9 +220,9 @@ def draw(teachers: Sequence[Logits], num: int, generator: torch.Generator) -> tu
 
 
 def top_entries(teachers: Sequence[Logits], num: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `num` likeliest ids of the teachers' mixture at each row, likeliest first.
+    """Return the `num` likeliest ids of the teachers' mixture at each row, likeliest first.
 
-    As (ids [T, K], log p [T, K], log of the mass of all other ids [T]), K the smaller of num and the vocabulary.
+    Returns (ids [T, K], log p [T, K], log of the mass of all other ids [T]), K the smaller of num and the vocabulary.
     """
     hidden_TE = teachers[0].hidden_TD
     wide = wide_dtype(hidden_TE)
@@ -236,7 +236,7 @@ def top_entries(teachers: Sequence[Logits], num: int) -> tuple[Tensor, Tensor, T
         logp_CK, ids_CK = logp_CV.topk(width, dim=1)
         ids.append(ids_CK)
         logps.append(logp_CK)
-        # The sum over the others, not 1 minus the sum over these: that would be rounding noise where the tail is small.
+        # Summed over the other ids: 1 minus the sum over the kept ids would be rounding noise for a small tail.
         tails.append(logp_CV.scatter_(1, ids_CK, -torch.inf).logsumexp(1))
     mixture.close()
     return torch.cat(ids), torch.cat(logps), torch.cat(tails)
@@ -258,7 +258,7 @@ class _Mixture:
         ]
 
     def logp(self, rows: slice) -> Tensor:
-        """log p [C, V], in the first teacher's memory."""
+        """Return log p [C, V], in the first teacher's memory."""
         mixed_CV: Tensor | None = None
         for hidden_TE, log_share, source in self.parts:
             t_CV = source.product(hidden_TE[rows])
@@ -278,6 +278,6 @@ class _Mixture:
 
 
 def blocks(x_CV: Tensor) -> Iterator[slice]:
-    """The rows of a chunk, as many together as BLOCK_BYTES hold."""
+    """Yield slices over the rows of a chunk, each at most BLOCK_BYTES large."""
     size = max(1, BLOCK_BYTES.get(x_CV.device.type, 1 << 20) // (x_CV.shape[1] * x_CV.element_size()))
     return (slice(start, start + size) for start in range(0, len(x_CV), size))

@@ -1,11 +1,11 @@
 """Divergences between two distributions over the same outcomes, a row each: `(logp, logq) -> [T]`, nats.
 
-p is the teacher, q the student. The outcomes are what the caller says they are: "these ids, or something else" for
-stored targets (`losses`), or the whole vocabulary with a teacher in the trainer (`online`). One definition serves both,
-so a name and its options mean the same wherever a recipe writes them.
+p is the teacher, q the student. The caller decides what the outcomes are: "these ids, or something else" for stored
+targets (`sparse`), or the whole vocabulary with a teacher in the trainer (`dense`). Both use the same definition, so a name
+and its options mean the same everywhere in a recipe.
 
-Log-probabilities [T, N] are normalised over the N outcomes; -inf is an outcome without mass (on both sides: no outcome).
-Every function is differentiable in both arguments, finite in value and gradient wherever the divergence is.
+Log-probabilities [T, N] are normalised over the N outcomes; -inf is an outcome without mass (-inf on both sides: no such
+outcome). Every function is differentiable in both arguments; value and gradient are finite if the divergence is.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def reverse_kl(logp_TN: Tensor, logq_TN: Tensor) -> Tensor:
 def jsd(logp_TN: Tensor, logq_TN: Tensor, *, beta: Beta = 0.5) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (Agarwal et al. 2024, arXiv 2306.13649).
 
-    It vanishes like beta as beta goes to 0 (jsd / beta -> forward KL) and like 1 - beta at 1 (-> reverse KL), so a small
-    beta also is a small learning rate.
+    It vanishes like beta as beta goes to 0 (jsd / beta -> forward KL) and like 1 - beta as beta goes to 1 (jsd / (1 - beta)
+    -> reverse KL), so a beta near 0 or 1 also acts like a small learning rate.
     """
     p_TN, q_TN = _finite(logp_TN), _finite(logq_TN)
     m_TN = _mix(p_TN, q_TN, beta)
@@ -86,7 +86,7 @@ def skewed_reverse_kl(logp_TN: Tensor, logq_TN: Tensor, *, alpha: Alpha = 0.1) -
 
 
 def _finite(logp_TN: Tensor) -> Tensor:
-    """-inf becomes a number whose exp is 0: 0 * inf would be NaN, and inf - inf NaN in the gradient."""
+    """Replace -inf by a finite number whose exp is 0: 0 * inf, and inf - inf in the gradient, would be NaN."""
     return logp_TN.clamp(min=OUTSIDE)
 
 
@@ -95,5 +95,5 @@ def _kl(logp_TN: Tensor, logq_TN: Tensor) -> Tensor:
 
 
 def _mix(a_TN: Tensor, b_TN: Tensor, share: float) -> Tensor:
-    """log of share * a + (1 - share) * b."""
+    """Return log(share * a + (1 - share) * b) from log a and log b."""
     return torch.logaddexp(a_TN + math.log(share), b_TN + math.log1p(-share))

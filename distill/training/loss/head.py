@@ -1,19 +1,19 @@
-"""The one primitive: hidden states and the lm_head become K+1 numbers a token, and their gradients.
+"""The output head and the loss on it: K+1 log-probabilities a token, and their gradients, without [tokens, vocabulary].
 
 At a token with chosen ids S (the label, the teacher's kept ids) every loss needs only the student's
-log-probabilities at S and the log-mass of everything else. `head_loss` computes them chunk by chunk, lets a
-small pure loss function act on them, and turns the chunk's logits into their own gradient in place. So it
-never holds [tokens, vocabulary], and it costs three matrix products: logits, d hidden, d weight (two with a
-frozen head). The gradient is made in the forward pass: the loss is a sum, its upstream gradient a scalar.
+log-probabilities at S and the log-mass of all other ids. `head_loss` computes them chunk by chunk, applies a
+small pure loss function to them, and turns the chunk's logits into their own gradient in place. This costs three
+matrix products: logits, d hidden, d weight (two with a frozen head). The gradient is computed in the forward pass:
+the loss is a sum, so its upstream gradient is a scalar.
 
-The mass outside S is taken by masking S in the chunk, never as 1 - sum: in fp32 a true 1e-8 would read 2.4e-7.
+The mass outside S is summed with S masked, never computed as 1 - sum: in fp32 a true 1e-8 would read 2.4e-7.
 
 With z the logits, S the chosen ids, g the derivative by the K+1 numbers (z at S, r = log sum over v not in S of e^z_v):
     dL/dz_v = g_v for v in S, else g_r * e^(z_v - r)
 
 The passes over a chunk are a `HeadKernel` (`kernels`): in torch anywhere, in Triton on a GPU.
 
-Left out on purpose: what losses mean (`training.losses`), weights and denominators (`training.packing`).
+Losses are in `sparse`, weights and denominators in `training.packing`.
 Shapes: T tokens with a loss, C of them in a chunk, D hidden, V vocabulary, K teacher entries.
 """
 
@@ -42,12 +42,12 @@ from distill.training.loss.kernels.plain import TorchHeadKernel
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What a loss compares the student with: the rows of a Batch that have a weight.
+    """The targets of a loss: the rows of a Batch that have a weight.
 
-    label_T int64; weight_T float32, the denominator already divided in; place_T int64; teacher_ids_TK int64 (-1 = none) with
-    teacher_logp_TK (-inf there), teacher_tail_T, each_logp_TMK and each_tail_TM; the rollout streams as in Batch. coupled_T: what a first pass over the tokens'
-    log-probabilities gave, for losses that couple the tokens of a trace. All by row, so they can be sliced; and progress, as in
-    Batch, for losses that change while training goes on.
+    label_T int64; weight_T float32, already divided by the denominator; place_T int64; teacher_ids_TK int64 (-1 = none) with
+    teacher_logp_TK (-inf there), teacher_tail_T, each_logp_TMK and each_tail_TM; the rollout streams as in Batch. coupled_T:
+    the result of a first pass over the tokens' log-probabilities, for losses that couple the tokens of a trace. All go by
+    row, so that they can be sliced, but progress, which is as in Batch, for losses that change during training.
     """
 
     label_T: Tensor
@@ -67,7 +67,7 @@ class Targets:
 
     @staticmethod
     def of(batch: Batch, rows: Tensor) -> Targets:
-        """The chosen rows [T] (indices) of a batch of tensors."""
+        """Select rows [T] (indices) of a batch of tensors."""
         streams = {f.name: getattr(batch, f.name, None) for f in fields(Targets)}
         picked = _rows(streams, rows)
         picked["weight_T"] = picked["weight_T"] / batch.denominator
@@ -78,17 +78,17 @@ class Targets:
 
 
 def _rows(streams: Mapping[str, Any], rows: Tensor | slice) -> dict[str, Any]:
-    """The chosen rows of what goes by row; the rest as it is."""
+    """Select rows of every tensor; other values are returned unchanged."""
     return {k: v[rows] if isinstance(v, Tensor) else v for k, v in streams.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Student:
-    """The student's exact log-probabilities where a loss needs them, fp32 (fp64 for fp64 inputs).
+    """The student's exact log-probabilities at the ids that a loss reads, fp32 (fp64 for fp64 inputs).
 
-    label_T: at the label. top_TK: at teacher_ids_TK (where an id is -1, any finite number: mask by the
-    teacher's -inf). tail_T: log of the student's mass outside the teacher's ids (OUTSIDE when there is none).
-    best_outside_T: the highest log-probability outside the teacher's ids, without a gradient.
+    label_T: at the label. top_TK: at teacher_ids_TK (any finite number where an id is -1: mask by the
+    teacher's -inf). tail_T: log of the student's mass outside the teacher's ids (OUTSIDE if there is none).
+    best_outside_T: the highest log-probability outside the teacher's ids, detached.
     """
 
     label_T: Tensor
@@ -104,9 +104,10 @@ Measure = Callable[[Student, Targets], Mapping[str, Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class HeadOutput:
-    """loss: the weighted sum, differentiable. The others by row, unweighted, detached.
+    """The result of a loss on the head.
 
-    measures: what `measure` returned.
+    loss: the weighted sum, differentiable. loss_T, label_logp_T, measures: per-row values, unweighted and detached;
+    measures are those that `measure` returned.
     """
 
     loss: Tensor
@@ -126,12 +127,12 @@ def head_loss(
     chunk: int | None = None,
     measure: Measure | None = None,
 ) -> HeadOutput:
-    """Sum over tokens of weight * loss, with gradients to hidden, weight and bias where they ask for one.
+    """Sum weight * loss over tokens, with gradients to those of hidden, weight and bias that require one.
 
     hidden_TD and weight_VD share a dtype (bf16, fp32, fp64); everything after the logits is fp32 (fp64 for fp64).
     A weight that is sharded over processes (DTensor) is gathered once here; its gradient is averaged over them.
-    chunk: tokens at a time; None takes what fits the memory. T = 0 gives a zero that still has a (zero) gradient.
-    measure: further numbers by row from the same student, each [T].
+    chunk: tokens at a time; None = as many as fit the memory. With T = 0 the loss is zero, with a zero gradient.
+    measure: metrics by row of the same student, each [T].
     """
     weight_VD, bias_V = gathered(weight_VD), None if bias_V is None else gathered(bias_V)
     form = form or HeadForm(weight_VD.shape[0])
@@ -147,7 +148,7 @@ def head_loss(
 
 
 def _clean(targets: Targets, device: torch.device) -> Targets:
-    """Count an id once however often it stands in a row, and give rows without a teacher an empty one."""
+    """Drop repeated ids within a row, and give targets without a teacher an empty set of ids."""
     ids_TK, logp_TK = targets.teacher_ids_TK, targets.teacher_logp_TK
     rows = {f.name: getattr(targets, f.name) for f in fields(Targets)}
     if ids_TK is None or logp_TK is None:
@@ -172,7 +173,7 @@ def _kernel(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: H
 
 @dataclass(frozen=True, slots=True)
 class _SparsePass:
-    """The chunks of one call of head_loss; `seen` collects what is measured."""
+    """The chunks of one call of head_loss; `seen` collects the metrics."""
 
     loss_fn: LossFn
     targets: Targets
@@ -185,7 +186,7 @@ class _SparsePass:
         label_C1 = targets.label_T[:, None]
         assert targets.teacher_ids_TK is not None
         used_CK = targets.teacher_ids_TK >= 0
-        # An unused entry points to the label: chosen anyway, so nothing else is masked or counted for it.
+        # An unused entry points to the label, which is chosen anyway, so no other id is masked for it.
         ids_CK = torch.where(used_CK, targets.teacher_ids_TK, label_C1)
         ids_CS = torch.cat([label_C1, ids_CK], dim=1)
         rest = self.kernel.rest(hidden_CD, ids_CS)
@@ -209,7 +210,7 @@ class _SparsePass:
 
 
 def _student(z_CS: Tensor, rest_C: Tensor, best_C: Tensor, used_CK: Tensor, in_top_C: Tensor) -> Student:
-    """The K+1 numbers as log-probabilities; column 0 of z_CS is the label, the others the teacher's ids."""
+    """Normalise the K+1 numbers; column 0 of z_CS is the label, the others are the teacher's ids."""
     label_C, z_CK = z_CS[:, 0], z_CS[:, 1:]
     outside_C = torch.where(in_top_C, OUTSIDE, label_C)
     tail_C = torch.logaddexp(rest_C, outside_C)

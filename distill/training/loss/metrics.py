@@ -1,6 +1,6 @@
-"""What one watches while a student learns from distributions: numbers a token, averaged with the loss's weights.
+"""Metrics a token while a student learns from distributions, averaged with the loss's weights.
 
-A number is -inf at the tokens that it does not speak of; they are left out of its mean.
+A metric is -inf at tokens where it is not applicable; these are excluded from its mean.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from distill.training.loss.head import OUTSIDE, Student, Targets
 from distill.training.loss.stored_targets import outcomes
 
 PLACES = (0, 16, 64, 256)
-"""Where in a completion KL is looked at apart: tokens 0-15, 16-63, 64-255, and all from 256 on."""
+"""Boundaries of the ranges of a completion for which KL is logged: tokens 0-15, 16-63, 64-255, and from 256 on."""
 
 
 def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
     """label_nll: -log q(label), nats. With a teacher's distribution also:
 
-    teacher_nll: -log p(label), where the label is among the kept ids, else -log of the tail's mass, nats. agreement:
-    1 where the student's most probable token is the teacher's. tail: the teacher's mass outside the kept ids; student_tail:
-    the student's mass outside the same ids. kl: KL(p || q) over the kept ids and the tail, nats, whatever the loss, and by
-    place in the completion (`by_place`). entropy_gap: the teacher's entropy over the same outcomes minus the student's, nats.
+    teacher_nll: -log p(label) if the label is among the kept ids, else -log of the tail's mass, nats. agreement:
+    1 if the student's most probable token is the teacher's. tail: the teacher's mass outside the kept ids; student_tail:
+    the student's mass outside the same ids. kl: KL(p || q) over the kept ids and the tail, nats, for every loss, also by
+    range of the completion (`by_place`). entropy_gap: the teacher's entropy over the same outcomes minus the student's, nats.
     """
     found = {"label_nll": -student.label_T}
     ids_TK, logp_TK, tail_T = (
@@ -38,7 +38,7 @@ def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
     is_label_TK = (ids_TK == targets.label_T[:, None]) & (logp_TK > -torch.inf)
     kept_T = torch.where(is_label_TK, logp_TK, -torch.inf).amax(1)
     label_T = torch.where(is_label_TK.any(1), kept_T, tail_T.clamp(min=math.log(NO_TAIL)))
-    # Entries come by descending probability, the student's own where the teacher keeps them.
+    # The teacher's entries are in descending order of probability.
     best_T = torch.where(logp_TK > -torch.inf, student.top_TK, -torch.inf)
     first_T = best_T[:, 0] >= torch.maximum(best_T.amax(1), student.best_outside_T)
     logp_TN, logq_TN = outcomes(student, targets)
@@ -69,7 +69,7 @@ def watch_rows(logp_RV: Tensor, logq_RV: Tensor) -> dict[str, Tensor]:
 
 
 def by_place(name: str, value_T: Tensor, place_T: Tensor | None) -> dict[str, Tensor]:
-    """The number apart for every stretch of a completion: `kl/0-15`, `kl/16-63`, `kl/64-255`, `kl/256-`."""
+    """Split a metric by range of the completion: `kl/0-15`, `kl/16-63`, `kl/64-255`, `kl/256-`."""
     if place_T is None:
         return {}
     found = {}
@@ -81,10 +81,10 @@ def by_place(name: str, value_T: Tensor, place_T: Tensor | None) -> dict[str, Te
 
 
 def mean_sums(watched: Mapping[str, Tensor], weight_T: Tensor) -> dict[str, Tensor]:
-    """Of each number: its weighted sum and the weight of the tokens that it speaks of, [2] each."""
+    """Return each metric's weighted sum and the total weight of the tokens where it is applicable, [2] each."""
     found = {}
     for name, value_T in watched.items():
-        known_T = value_T != -torch.inf  # NaN is known: it must show
+        known_T = value_T != -torch.inf  # NaN counts as applicable, so that it shows in the mean
         weighted_T = torch.where(known_T, value_T * weight_T, 0.0)
         found[name] = torch.stack([weighted_T.sum(), (known_T * weight_T).sum()]).float()
     return found

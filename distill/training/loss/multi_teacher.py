@@ -1,11 +1,11 @@
-"""Several teachers' stored distributions over the same tokens, compared with the student one by one: sum share_i D(p_i || q).
+"""The loss on several teachers' stored distributions over the same tokens: sum over teachers of share_i D(p_i || q).
 
-Each teacher kept ids of its own; what a student is compared with at a position is their union. The K+1 numbers of
-the student over the union give each teacher's own view of it: the mass outside teacher i's ids is that outside the
-union and that at the ids which only the others kept. So no second pass over the vocabulary, whatever their number.
+Each teacher kept its own ids; at a position the student is evaluated at their union. From these K+1 numbers follows the
+student as each teacher's ids see it: its mass outside teacher i's ids is its mass outside the union plus that at the ids
+that only other teachers kept. So any number of teachers needs one pass over the vocabulary.
 
-CrossTokenizerBatch the single distributions goes their mixture, as far as it is known, for what one watches: sum share_i p_i at every id
-of the union, where a teacher that did not keep an id adds nothing there and what it has outside its ids to the tail.
+For metrics, the teachers' mixture goes with the single distributions, as far as it is known: sum share_i p_i at every id of
+the union; a teacher that did not keep an id adds nothing there, and its tail is added to the mixture's tail.
 
 Shapes: C positions of a trace, T tokens of a batch, M teachers, K entries of the union.
 """
@@ -25,10 +25,11 @@ from distill.training.loss.head import OUTSIDE, LossFn, Student, Targets
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TeacherMixture:
-    """What several teachers kept at C positions.
+    """The distributions of several teachers at C positions.
 
-    ids_CK: the union, -1 = no entry, by descending probability in the mixture; logp_CK (-inf there) and tail_T: the
-    mixture. each_logp_CMK: every teacher's own, -inf where it kept no such id; each_tail_CM: the log of its mass outside its ids.
+    ids_CK: the union of their ids, -1 = no entry, by descending probability in the mixture; logp_CK (-inf there) and tail_T:
+    the mixture. each_logp_CMK: each teacher's own, -inf at ids that it did not keep; each_tail_CM: the log of its mass
+    outside its ids.
     """
 
     ids_CK: Array
@@ -39,14 +40,14 @@ class TeacherMixture:
 
     @staticmethod
     def of(tops: Sequence[TopK], shares: Sequence[float]) -> TeacherMixture:
-        """From each teacher's distributions over the same positions; shares add up to 1."""
+        """Build the mixture from each teacher's distributions over the same positions; shares add up to 1."""
         dense = [top.dense() for top in tops]
         ids_CE = np.concatenate([ids for ids, _ in dense], axis=1)
         order_CE = np.argsort(ids_CE, axis=1, kind="stable")
         sorted_CE = np.take_along_axis(ids_CE, order_CE, 1)
         first_CE = sorted_CE >= 0
         first_CE[:, 1:] &= sorted_CE[:, 1:] != sorted_CE[:, :-1]
-        place_CE = np.empty_like(order_CE)  # of every teacher's entry in the union
+        place_CE = np.empty_like(order_CE)  # each teacher's entries as indices into the union
         np.put_along_axis(place_CE, order_CE, first_CE.cumsum(1) - 1, 1)
         num, width = len(ids_CE), int(first_CE.sum(1).max(initial=0))
         union_CK = np.full((num, width), -1, np.int64)
@@ -77,7 +78,7 @@ class TeacherMixture:
         return int(self.ids_CK.shape[1])
 
     def dense(self, width: int) -> tuple[Array, Array]:
-        """Union and mixture [C, width], padded as TopK.dense pads."""
+        """Return the union and the mixture [C, width], padded as in TopK.dense."""
         extra = ((0, 0), (0, width - self.width))
         return (
             np.pad(self.ids_CK, extra, constant_values=-1),
@@ -85,13 +86,13 @@ class TeacherMixture:
         )
 
     def each(self, width: int) -> Array:
-        """Every teacher's own log-probabilities [C, M, width]."""
+        """Return every teacher's log-probabilities [C, M, width]."""
         extra = ((0, 0), (0, 0), (0, width - self.width))
         return np.pad(self.each_logp_CMK, extra, constant_values=-np.inf)
 
 
 def over_teachers(loss: LossFn, shares: Sequence[float]) -> LossFn:
-    """sum share_i * loss(the student as teacher i's ids see it, teacher i's targets), [T]; shares add up to 1."""
+    """Turn a loss into its sum over teachers, share_i * loss(student at teacher i's ids, teacher i's targets), [T]."""
 
     def combined(student: Student, targets: Targets) -> Tensor:
         assert targets.each_logp_TMK is not None and targets.each_tail_TM is not None  # noqa: PT018
@@ -106,7 +107,7 @@ def over_teachers(loss: LossFn, shares: Sequence[float]) -> LossFn:
 
 
 def _seen_by(student: Student, targets: Targets, logp_TK: Tensor) -> Student:
-    """The student with the ids that a teacher did not keep counted as outside its own."""
+    """Return the student as one teacher's ids see it: ids that this teacher did not keep are part of the tail."""
     assert targets.teacher_logp_TK is not None
     others_TK = (targets.teacher_logp_TK > -torch.inf) & (logp_TK == -torch.inf)
     outside_TK = torch.where(others_TK, student.top_TK, OUTSIDE)

@@ -1,13 +1,13 @@
-"""What the loop minimises: the kinds of losses, each with its own forward pass.
+"""The objectives that the loop minimises, one class a kind of loss, each with its own forward pass.
 
     StoredObjective           a loss on the student's K+1 numbers and what is stored: labels, distributions, rewards
-    TeacherTopObjective       the same loss where a teacher in the trainer gives the entries, with every step
+    TeacherTopObjective       the same loss on the top entries of a teacher in the trainer, computed at every step
     SampledTeacherObjective   the same loss on ids drawn from a teacher in the trainer
     DenseObjective            a divergence over the whole vocabulary, with teachers in the trainer
     CrossTokenizerObjective   a comparison with a teacher in the trainer that has another tokenizer
 
-Comes in: the module with the student and its teachers, a batch, the rows that have a weight. Goes out: the weighted sum of the
-loss, differentiable, and what is to be logged.
+In: the module with the student and its teachers, a batch, the rows that have a weight. Out: the weighted sum of the loss,
+differentiable, and the metrics to log.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from distill.training.policy import StudentModule
 
 Couple = Callable[[Tensor, Targets, Tensor], Tensor]
-"""(log-probs of the labels [T], targets, trace index [T]) -> what the loss needs of the whole trace, [T]."""
+"""(log-probs of the labels [T], targets, trace index [T]) -> a value of the whole trace at each of its tokens, [T]."""
 FULL, NONE = LinearWeight(1.0), LinearWeight(0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """loss: the weighted sum, differentiable. watched and weight_T [T]: by row, detached."""
+    """The result of an objective. loss: the weighted sum, differentiable. watched (metrics) and weight_T: [T], detached."""
 
     loss: Tensor
     watched: Mapping[str, Tensor]
@@ -45,13 +45,13 @@ class Output:
 
 
 class Objective(Protocol):
-    """One kind of loss. reference: whether it reads the log-probabilities of a frozen reference model."""
+    """One kind of loss. reference: whether it needs the log-probabilities of a frozen reference model."""
 
     @property
     def reference(self) -> bool: ...
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
-        """The loss of the tokens `rows` [T] of a batch."""
+        """Compute the loss at the tokens `rows` [T] of a batch."""
         ...
 
 
@@ -62,9 +62,9 @@ def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class StoredObjective:
-    """A loss on what the batch holds. loss: unreduced, [T]. watch: numbers to log a token, averaged with the loss's weights.
+    """A loss on the batch's own streams. loss: unreduced, [T]. watch: metrics a token, averaged with the loss's weights.
 
-    couple: a first pass over whole traces, for losses that couple their tokens; it fills Targets.coupled_T.
+    couple: a first pass over whole traces, for losses that couple a trace's tokens; it fills Targets.coupled_T.
     """
 
     loss: LossFn
@@ -73,24 +73,26 @@ class StoredObjective:
     reference: bool = False
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
-        hidden_TD, targets = module.hidden(module.model, batch, rows), Targets.of(batch, rows)
+        hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
         targets = self.complete(module, batch, rows, targets)
         if self.couple is not None and targets.old_logp_T is not None:
             trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
             coupled_T = self.couple(module.labels_of(hidden_TD, targets), targets, trace_T)
             targets = replace(targets, coupled_T=coupled_T)
         weight_VD, bias_V = module.output_head()
-        out = head_loss(hidden_TD, weight_VD, self.loss, targets, form=module.form, bias_V=bias_V, measure=self.watch)
+        out = head_loss(
+            hidden_TD, weight_VD, self.loss, targets, form=module.plan.form, bias_V=bias_V, measure=self.watch
+        )
         return Output(out.loss, out.measures, targets.weight_T)
 
     def complete(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
-        """The targets with what the batch does not hold."""
+        """Add to the targets what the batch does not hold."""
         return targets
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherTopObjective(StoredObjective):
-    """A loss on stored distributions, with the `entries` likeliest ids of the teachers' mixture and its tail from the trainer."""
+    """A loss for stored distributions, on the `entries` likeliest ids (and the tail) of teachers in the trainer."""
 
     entries: int = 64
 
@@ -128,9 +130,9 @@ class DenseObjective:
         return False
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
-        hidden_TD, targets = module.hidden(module.model, batch, rows), Targets.of(batch, rows)
+        hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
         out = dense_loss(
-            module.logits(module.model, hidden_TD),
+            module.logits(hidden_TD),
             module.teacher_logits(batch, rows),
             self.divergence,
             targets,
@@ -147,7 +149,7 @@ class DenseObjective:
 
 @dataclass(frozen=True, slots=True)
 class CrossTokenizerObjective:
-    """A comparison with a teacher that reads the same texts in its own tokens."""
+    """A comparison with a teacher that reads the same texts re-tokenised."""
 
     loss: Callable[[Pair], HeadOutput]
 
@@ -156,15 +158,14 @@ class CrossTokenizerObjective:
         return False
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
-        hidden_TD, targets = module.hidden(module.model, batch, rows), Targets.of(batch, rows)
+        hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
         (teacher,), spans = module.teachers, batch.cross_tokenizer
         assert spans is not None, "such a teacher's batches hold its tokens"
         assert teacher.shared is not None, "such a teacher comes with what its vocabulary shares"
-        with torch.no_grad():
-            theirs_TE = module.hidden(teacher.model, spans.batch, spans.rows)
+        (theirs,) = module.teacher_logits(spans.batch, spans.rows)
         pair = Pair(
-            module.logits(module.model, hidden_TD),
-            module.logits(teacher.model, theirs_TE, vocab_size=teacher.vocab_size),
+            module.logits(hidden_TD),
+            theirs,
             targets.label_T,
             spans.batch.label_T[spans.rows],
             spans,

@@ -1,11 +1,11 @@
-"""Losses: pure functions of the student's K+1 numbers and the targets, `[T]` each, never reduced here.
+"""Losses on stored targets: pure functions of the student's K+1 numbers and the targets, [T] each, never reduced here.
 
-p is the teacher, q the student, S the teacher's kept ids; everything outside S is one more outcome with teacher mass
-T and student mass P. Each divergence (`divergences`) over these outcomes is a true one: zero exactly when student and
-teacher agree on them, never negative, and a lower bound of the same divergence over the whole vocabulary. A loss is used in
-a recipe by its name; its keyword-only parameters are its options.
+p is the teacher, q the student, S the teacher's kept ids; all ids outside S are one more outcome with teacher mass
+T and student mass P. Each divergence (`divergences`) over these outcomes is zero exactly when student and teacher agree on
+them, never negative, and a lower bound of the same divergence over the whole vocabulary. A recipe names a loss by its
+function's name; keyword-only parameters are its options.
 
-A loss of one's own is a function in a module beside the recipe, of one of three forms, told apart by its parameters:
+A loss of your own is a function in a module beside the recipe. It has one of three forms, recognised by its parameters:
 `(student, targets) -> [T]` as here, `(logp, logq) -> [T]` as in `divergences`, or `(pair) -> HeadOutput` as in
 `cross_tokenizer.losses`.
 """
@@ -30,7 +30,7 @@ REFUSED_OPTIONS = {
     "known: for a Zipf-2 teacher with a vocabulary of 150000 and 64 ids stored, the tail is .009 at 1 and .62 at 2, and no stored "
     "number tells. Remove it, or name the teacher in `teacher:`, which runs it in the trainer at any temperature."
 }
-"""Options that people look for and that cannot be, with the reason."""
+"""Options that users may look for and that these losses cannot have, with the reason."""
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -48,8 +48,8 @@ def forward_kl(student: Student, targets: Targets) -> Tensor:
 def reverse_kl(student: Student, targets: Targets) -> Tensor:
     """KL(q || p) over S and the tail, nats [T]:  sum_S q log(q/p) + P log(P/T).
 
-    A teacher's tail below 1e-6 counts as 1e-6. As nothing at all it would make the loss infinite, and left out it would
-    pay the student to move mass there; at 1e-6 the loss is finite and above -1e-6.
+    A teacher's tail below 1e-6 counts as 1e-6. With zero mass the loss would be infinite, and without the tail's term the
+    student would be rewarded for moving mass there; with 1e-6 the loss is finite and above -1e-6.
     """
     return divergences.reverse_kl(*outcomes(student, targets, least_tail=NO_TAIL))
 
@@ -85,7 +85,7 @@ def ce_kl(
 ) -> Tensor:
     """ce_weight * cross entropy + kl_weight * forward KL, nats [T] (Hinton et al. 2015, at temperature 1).
 
-    A final weight is what the weight has become at the last step, in a straight line from the first; None: it stays.
+    A final weight is the weight at the last step, reached linearly; None: the weight is constant.
     """
     ce = LinearWeight(ce_weight, final_ce_weight).at(targets.progress)
     kl = LinearWeight(kl_weight, final_kl_weight).at(targets.progress)
@@ -95,10 +95,10 @@ def ce_kl(
 def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -> Tensor:
     """Cross entropy under ids drawn from the teacher, nats [T]: sum over the drawn ids of count / draws * (-log q).
 
-    For comparison, with a teacher in the trainer, from whose whole distribution as many ids are drawn at each token, with
-    repetition (`dense.draw`): teacher_ids_TK the distinct ids drawn, teacher_logp_TK = log count. No mass is missing, an id that was not
-    drawn weighs 0. Its gradient is that of the KL over the whole vocabulary in expectation, however few the draws, with their
-    noise on top (random sampling KD, arXiv 2503.16870).
+    Needs a teacher in the trainer, from whose whole distribution `draws` ids are drawn at each token, with repetition
+    (`dense.draw`): teacher_ids_TK holds the distinct ids drawn, teacher_logp_TK the log of their counts. Its gradient equals
+    that of the KL over the whole vocabulary in expectation for any number of draws, plus sampling noise (random sampling KD,
+    arXiv 2503.16870).
     """
     logp_TK, _ = stored(targets)
     drawn_TK = torch.where(logp_TK > -torch.inf, student.top_TK, 0.0)
@@ -109,8 +109,8 @@ def policy_gradient(student: Student, targets: Targets, *, importance_cap: Posit
     """Reverse KL as a policy gradient, [T]: -w A rho on the student's own tokens, for on_policy stages with scoring: engine.
 
     A = log p(token) - log q(token) when it was sampled, a constant; rho = q / q sampled, 1 with its gradient; w = min(q trainer
-    / q engine, importance_cap), a constant. Its gradient is that of KL(q || p) a token in expectation, with the noise of
-    sampling: it needs the teacher's log-probability of one token only.
+    / q engine, importance_cap), a constant. Its gradient equals that of KL(q || p) a token in expectation, plus sampling
+    noise. It needs the teacher's log-probability of the sampled token only.
     """
     if targets.advantage_T is None or targets.engine_logp_T is None:
         raise UserError(

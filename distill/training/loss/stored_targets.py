@@ -1,7 +1,7 @@
-"""Stored targets: teacher and student over the same few outcomes at each token, the teacher's kept ids or something else.
+"""Stored targets: teacher and student over the same outcomes at each token, the teacher's kept ids and "any other id".
 
-p is the teacher, q the student, S the teacher's kept ids; everything outside S is one more outcome with teacher mass
-T and student mass P. A teacher's tail below 1e-6 is rounding noise and counts as no mass; where S is the whole vocabulary
+p is the teacher, q the student, S the teacher's kept ids; all ids outside S are one more outcome with teacher mass
+T and student mass P. A teacher's tail below 1e-6 is rounding noise and counts as no mass; if S is the whole vocabulary
 there is no tail.
 """
 
@@ -18,9 +18,9 @@ from distill.training.loss.head import OUTSIDE, LossFn, Student, Targets
 
 
 def outcomes(student: Student, targets: Targets, *, least_tail: float = 0.0) -> tuple[Tensor, Tensor]:
-    """log p and log q [T, K+1] over S and the tail; -inf in both where there is no such outcome.
+    """Return log p and log q [T, K+1] over S and the tail; -inf in both where there is no such outcome.
 
-    Raises UserError where the data hold no distributions.
+    Raises UserError if the data hold no distributions.
     """
     logp_TK, tail_T = stored(targets)
     tail_T = torch.where(tail_T > math.log(NO_TAIL), tail_T, -torch.inf)
@@ -33,12 +33,12 @@ def outcomes(student: Student, targets: Targets, *, least_tail: float = 0.0) -> 
 
 
 def kept(top_TK: Tensor, logp_TK: Tensor) -> Tensor:
-    """The student's log-probabilities at S, -inf where there is no entry."""
+    """Return the student's log-probabilities at S, -inf where there is no entry."""
     return torch.where(logp_TK > -torch.inf, top_TK, -torch.inf)
 
 
 def stored(targets: Targets) -> tuple[Tensor, Tensor]:
-    """log p at S and the log of the tail."""
+    """Return log p at S and the log of the tail."""
     if targets.teacher_logp_TK is None or targets.teacher_tail_T is None:
         raise UserError(
             "this loss learns from the teacher's distributions, and the data hold none. Use data from a generate "
@@ -48,5 +48,5 @@ def stored(targets: Targets) -> tuple[Tensor, Tensor]:
 
 
 def on_outcomes(divergence: Callable[..., Tensor]) -> LossFn:
-    """A divergence `(logp, logq)` as a loss on stored targets: over the kept ids and the tail."""
+    """Turn a divergence `(logp, logq)` into a loss on stored targets, over the kept ids and the tail."""
     return lambda student, targets: divergence(*outcomes(student, targets))

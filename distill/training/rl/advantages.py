@@ -1,7 +1,7 @@
-"""The parts that policy-gradient objectives are made of: advantages, ratios, estimates of the KL to the reference.
+"""Parts of policy-gradient objectives: advantages, ratios, estimates of the KL to the reference.
 
 In: rewards of a group, then each sampled token's log-probability under the policy and the streams of a rollout. The
-methods made of them are in `objectives`.
+methods that combine them are in `policy_objectives`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ ADVANTAGE_EPS = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class PolicyObjective(StoredObjective):
-    """A method, resolved: its loss, and how a rollout is turned into what the loss reads.
+    """A policy-gradient method: its loss, and how a rollout becomes the streams that the loss reads.
 
     scale: whether advantages are divided by the group's standard deviation. normalise: "sequence" gives 1/|o_i|
     to each token and divides by the number of completions; "token" divides by the number of tokens; "fixed" by
-    completions x max_tokens. mask_truncated: completions cut at the limit are left out of everything, denominators
-    and baseline included; False: they take part with the reward they got. resample: how many times
-    the problems wanted may be sampled in all, in search of groups whose rewards differ.
+    completions x max_tokens. mask_truncated: completions cut at the limit are excluded from everything, denominators
+    and baseline included; False: they are included with their reward. resample: the most times that the wanted number of
+    problems may be sampled, in search of groups whose rewards differ.
     """
 
     scale: bool = True
@@ -42,8 +42,8 @@ class PolicyObjective(StoredObjective):
 def advantages(rewards: Sequence[float | None], *, scale: bool = True) -> Array:
     """Group-relative advantages [G], float64: (r - mean) / (std + 1e-4), std with ddof 1 (DeepSeekMath, arXiv 2402.03300).
 
-    None is left out of the baseline and gets 0. All are exactly 0 where the rewards are equal (compared as
-    numbers: the mean of seven 0.2s is not 0.2) or fewer than two are known. scale False leaves the division out.
+    A reward of None is excluded from the baseline and gets 0. All are exactly 0 if the rewards are equal (compared as
+    numbers: the mean of seven 0.2s is not 0.2) or fewer than two are known. scale False omits the division.
     """
     known = np.array([r is not None for r in rewards], bool)
     values = np.array([r for r in rewards if r is not None], np.float64)
@@ -78,11 +78,11 @@ def policy_kl(logp_T: Tensor, targets: Targets, kl: Kl) -> Tensor:
 
 
 def old_logp(logp_T: Tensor, targets: Targets) -> Tensor:
-    """Of the policy that wrote the rollout; without an update since, the policy's own, as a constant."""
+    """Log-probabilities of the policy that wrote the rollout; before any update these are the policy's own, detached."""
     return logp_T.detach() if targets.old_logp_T is None else targets.old_logp_T
 
 
 def stream(values: Tensor | None) -> Tensor:
-    """A stream that every rollout carries."""
+    """Return a stream that every rollout has."""
     assert values is not None, "a rollout's batches carry this stream"
     return values

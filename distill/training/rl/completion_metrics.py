@@ -1,4 +1,4 @@
-"""What the policy's own completions show and cost, whatever is learned from them."""
+"""Metrics and costs of the policy's completions, the same for every algorithm."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from distill.training.loop import WorkCounts
 
 
 def completion_metrics(groups: Sequence[GradedGroup]) -> dict[str, float]:
-    """Metrics of the completions of a rollout.
+    """Compute metrics of a rollout's completions.
 
-    length: mean tokens. clipped_ratio: share cut at the token limit. entropy: mean of -log pi at the sampled tokens, which is
-    the policy's entropy in expectation, nats a token. correct: share of those that could be judged.
+    length: mean tokens. clipped_ratio: share cut at the token limit. entropy: mean of -log pi at the sampled tokens, which
+    estimates the policy's entropy, nats a token. correct: share correct among those that could be judged.
     """
     completions = [c for g in groups for c in g.completions]
     tokens = sum(len(c.ids_T) for c in completions)
@@ -26,7 +26,7 @@ def completion_metrics(groups: Sequence[GradedGroup]) -> dict[str, float]:
 
 
 def count_completions(counts: WorkCounts, groups: Sequence[GradedGroup]) -> None:
-    """Add what sampling and judging the groups took. Prompts count for every completion."""
+    """Add the work of sampling and judging the groups. A prompt counts once for every completion."""
     for group in groups:
         counts.completions += len(group.completions)
         counts.prompt_tokens += len(group.prompt.ids) * len(group.completions)

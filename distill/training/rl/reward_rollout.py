@@ -1,9 +1,10 @@
-"""Learning from rewards: the policy's own completions with their advantages, in the batches that stored traces become.
+"""Rollouts with rewards: the policy's completions and their advantages, as the loop's steps.
 
-In: a sampler and rewards (`records` has their protocols). Out: `Step`s for the loop, with `advantage_T`, `engine_logp_T` and, where the loss needs them, `old_logp_T` and `ref_logp_T`. A rollout is
-prompts x mini_batches problems with group_size completions each; it gives mini_batches x num_iterations steps. With one step
-a rollout the policy that learns is the one that wrote: no old log-probabilities, no forward pass for them.
-A rollout depends on its number, the seed and the weights only, so a resumed run writes the same ones.
+In: a sampler and rewards (`records` has their protocols). Out: `Step`s with `advantage_T`, `engine_logp_T` and, if the loss
+needs them, `old_logp_T` and `ref_logp_T`. A rollout is prompts x mini_batches problems with group_size completions each; it
+gives mini_batches x num_iterations steps. With one step a rollout the policy that learns is the one that sampled, so old
+log-probabilities need no forward pass. A rollout depends only on its number, the seed and the weights, so a resumed run
+makes the same ones.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from distill.training.rl.completion_metrics import completion_metrics, count_com
 
 @dataclass(slots=True, eq=False)
 class ScoredGroup:
-    """A group with what it earned. advantage [G]; counted [G] bool: takes part in the loss."""
+    """A group with its scores. advantage [G]; counted [G] bool: whether a completion is part of the loss."""
 
     graded: GradedGroup
     scores: Scores
@@ -37,9 +38,9 @@ class ScoredGroup:
 
 @dataclass(slots=True)
 class Rollout:
-    """The groups of a rollout, and what making them took.
+    """The groups of a rollout, and the work of making them.
 
-    groups: those that are learned from. num_groups: all that were sampled; num_zero_std: those among them without an advantage.
+    groups: those used for training. num_groups: the number sampled; num_zero_std: the number of those without an advantage.
     """
 
     groups: list[ScoredGroup]
@@ -54,7 +55,7 @@ class Rollout:
 class RewardRollouts:
     """A source of steps (see loop.Source).
 
-    rewards: scores a group each. watch(step, rollout): called for each rollout before it is learned from.
+    rewards: returns one `Scores` a group. watch(step, rollout): called for each rollout before training on it.
     """
 
     sampler: GroupSampler
@@ -65,7 +66,7 @@ class RewardRollouts:
     watch: Callable[[int, Rollout], None] | None = None
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
-        """Optimiser steps from `start` on, which begins a rollout, without end."""
+        """Yield optimiser steps from `start` on, without end; `start` is the first step of a rollout."""
         config = self.config
         a_rollout = config.steps_a_rollout
         for first in itertools.count(start, a_rollout):
@@ -92,7 +93,7 @@ class RewardRollouts:
     # ------------------------------------------------------------------------------------------- sampling
 
     def sample(self, index: int, version: int) -> Rollout:
-        """Rollout `index`: enough groups for its mini-batches, those with nothing to learn from sampled again."""
+        """Sample rollout `index`: enough groups for its mini-batches; groups without an advantage are sampled again."""
         wanted = self.config.prompts * self.config.mini_batches
         rollout = Rollout([])
         equal: list[ScoredGroup] = []
@@ -123,7 +124,7 @@ class RewardRollouts:
         return scored
 
     def score(self, graded: GradedGroup, scores: Scores) -> ScoredGroup:
-        """The group with its advantages, by the objective's conventions."""
+        """Return the group with its advantages, by the objective's conventions."""
         group = graded.group
         counted = np.ones(len(group), bool)
         if self.objective.mask_truncated:
@@ -135,10 +136,10 @@ class RewardRollouts:
     # -------------------------------------------------------------------------------------------- batches
 
     def mini_batches(self, rollout: Rollout, index: int, policy: Policy) -> list[list[Batch]]:
-        """The rollout's problems, shuffled and split; each part packed, with the log-probabilities the loss reads.
+        """Shuffle, split and pack the rollout's groups, and add the log-probabilities that the loss reads.
 
         Completions without an advantage and without a KL have no gradient, so they are not computed; the denominators
-        count them all the same.
+        include them.
         """
         config = self.config
         order = np.random.default_rng(draw_seed(self.seed, index, "order")).permutation(len(rollout.groups))
@@ -176,7 +177,7 @@ class RewardRollouts:
                 )
 
     def _denominator(self, chosen: Sequence[ScoredGroup]) -> float:
-        """Of one optimiser step: completions, their tokens, or completions x max_tokens; at least 1."""
+        """Return one step's denominator: completions, their tokens, or completions x max_tokens; at least 1."""
         lengths = [
             length
             for scored in chosen
@@ -200,9 +201,9 @@ def _count_scored(counts: WorkCounts, batch: Batch) -> None:
 
 
 def _metrics(rollout: Rollout) -> dict[str, float]:
-    """Metrics of a rollout over all its completions: `completion_metrics`, and those of rewards.
+    """Compute a rollout's metrics: `completion_metrics`, and those of rewards.
 
-    reward and reward/<name>: means of what could be judged, left out where nothing could. frac_reward_zero_std: share of the
+    reward and reward/<name>: means of the known values, absent if there are none. frac_reward_zero_std: share of the
     sampled groups without any advantage. unjudged: share of completions without a total.
     """
     totals = [t for s in rollout.groups for t in s.scores.total]

@@ -1,9 +1,9 @@
-"""On-policy distillation: the student's own completions with the teacher's log-probabilities of their tokens.
+"""On-policy distillation: the student's own completions, scored by the teacher, as the loop's steps.
 
-In: a sampler, and the teacher's engine or none. Out: `Step`s for the loop. Without an engine the batches hold the student's
-tokens alone, for a loss with a teacher in the trainer; with one they hold the teacher's top entries and tail, and its
-log-probability against the student's as an advantage a token: log p - log q, whose policy gradient is that of the
-reverse KL. A share of the traces may come from elsewhere (GKD's lambda, arXiv 2306.13649).
+In: a sampler, and the teacher's engine or none. Out: `Step`s. Without an engine the batches hold the student's tokens only,
+for a loss with a teacher in the trainer. With one they hold the teacher's top entries and tail, and an advantage a token,
+log p - log q, whose policy gradient is that of the reverse KL. A share of the traces may be stored ones (GKD's lambda,
+arXiv 2306.13649).
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from distill.training.rl.completion_metrics import completion_metrics, count_com
 class TeacherRollouts:
     """A source of steps (see loop.Source), one rollout each.
 
-    teacher: scores the student's completions (None: the trainer does). read: for a teacher with another tokenizer; what
-    it cannot read is left out. offline(step, num): traces from elsewhere, the same for the same arguments. watch(step, groups): called for each rollout before it is learned from.
+    teacher: the engine that scores the completions (None: the loss does, in the trainer). read: re-tokenises for a teacher
+    with another tokenizer; completions that it cannot read are left out. offline(step, num): stored traces, deterministic.
+    watch(step, groups): called for each rollout before training on it.
     """
 
     sampler: GroupSampler
@@ -40,7 +41,7 @@ class TeacherRollouts:
     watch: Callable[[int, list[GradedGroup]], None] | None = None
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
-        """Optimiser steps from `start` on, without end."""
+        """Yield optimiser steps from `start` on, without end."""
         for step in itertools.count(start):
             began = time.perf_counter()
             self.sampler.engine.sync(policy.weights(), version=step)
@@ -115,7 +116,7 @@ def _completion_ids(request: Request) -> Array:
 
 
 def _reverse_kl(groups: Sequence[GradedGroup], scored: Sequence[Sequence[Completion]]) -> float:
-    """Mean over the sampled tokens of log q - log p: the reverse KL in expectation, nats a token."""
+    """Mean over the sampled tokens of log q - log p, an estimate of the reverse KL, nats a token."""
     gaps = [
         own.logprob_T - said.logprob_T
         for group, answers in zip(groups, scored, strict=True)

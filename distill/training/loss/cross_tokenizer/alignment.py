@@ -1,8 +1,7 @@
-"""What two tokenizers have in common: where both cut a text, and which tokens have the same text.
+"""Alignment of two tokenizers: the byte positions where both cut a text, and the tokens with the same text.
 
-Everything is in bytes: a token stands for the bytes it decodes to, wherever it stands. The student's ids are those
-that were sampled; only the teacher, who reads the text, gets ids of its own. The end of the text is a token of both
-vocabularies.
+Everything is in bytes: a token stands for the bytes it decodes to. The student's ids are those that were sampled; only the
+teacher's ids are re-tokenised from the text. The end of the text is a token of both vocabularies.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from distill.errors import UserError
 from distill.records import Array, Message, Template
 
 END = b"\xff\xffend"
-"""Stands for the end-of-text token; no text and no token of one byte is like it."""
+"""The bytes that stand for the end-of-text token; no other token or text has them."""
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes of every id, empty for special tokens (the end of text is END).
+    """Return the bytes of every id, empty for special tokens (END for the end of text).
 
     Raises UserError for a tokenizer that is neither byte-level nor sentencepiece-like.
     """
@@ -58,7 +57,7 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def _byte_characters() -> dict[int, str]:
-    """The printable character that byte-level vocabularies write for each byte (GPT-2's table)."""
+    """Return the printable character that byte-level vocabularies use for each byte (GPT-2's table)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {b: chr(256 + n) for n, b in enumerate(others)}
@@ -75,7 +74,7 @@ class VocabularyMap:
 
     @staticmethod
     def of_tokenizers(student: Any, student_size: int, teacher: Any, teacher_size: int) -> VocabularyMap:
-        """From two tokenizers, for heads of these sizes: ids past a head are no outcome, ids without a token have no text."""
+        """Map two tokenizers for heads of these sizes; ids beyond a head are ignored, ids without a token have no text."""
 
         def texts(tokenizer: Any, size: int) -> list[bytes]:
             found = token_bytes(tokenizer)[:size]
@@ -85,7 +84,7 @@ class VocabularyMap:
 
     @staticmethod
     def of(student: Sequence[bytes], teacher: Sequence[bytes]) -> VocabularyMap:
-        """From the bytes of every id. Of several ids with the same bytes the lowest counts."""
+        """Map two vocabularies from the bytes of every id. Of several ids with the same bytes the lowest counts."""
         by_bytes = _lowest(teacher)
         pairs = [(s, by_bytes[text]) for text, s in _lowest(student).items() if text in by_bytes]
         shared_s, shared_t = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2).T
@@ -103,7 +102,7 @@ def _lowest(texts: Sequence[bytes]) -> dict[bytes, int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Alignment:
-    """G spans of one text that end at a cut of both tokenizers, as few bytes each as there can be.
+    """The G shortest spans of one text between cuts of both tokenizers.
 
     student_start_G, teacher_start_G: each side's first token in a span; both predict from the same text.
     student_span_T, teacher_span_T: the span of each token, -1 after the last common cut.
@@ -119,7 +118,7 @@ class Alignment:
         return len(self.student_start_G)
 
     def is_split(self) -> Array:
-        """Whether either side cuts a span in pieces, bool [G]."""
+        """Whether either side has more than one token in a span, bool [G]."""
         student_G, teacher_G = (
             np.bincount(span_T[span_T >= 0], minlength=self.num_spans)
             for span_T in (self.student_span_T, self.teacher_span_T)
@@ -128,7 +127,7 @@ class Alignment:
 
     @staticmethod
     def concat(parts: Sequence[Alignment]) -> Alignment:
-        """Texts one after another: tokens and spans are counted through."""
+        """Concatenate the alignments of several texts; tokens and spans are numbered consecutively."""
         columns: list[list[Array]] = [[np.empty(0, np.int64)] for _ in fields(Alignment)]
         num_student = num_teacher = num_spans = 0
         for part in parts:
@@ -145,7 +144,7 @@ class Alignment:
 def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
     """Align one text's tokens on both sides, given as bytes.
 
-    Raises ValueError when the sides are not the same text as far as the shorter goes.
+    Raises ValueError if neither side's text is a prefix of the other's.
     """
     a, b = b"".join(student), b"".join(teacher)
     common = min(len(a), len(b))
@@ -167,7 +166,7 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reading:
-    """One trace as a teacher with another tokenizer reads it: prompt and completion in its ids, and the completions aligned."""
+    """One trace re-tokenised for a teacher: prompt and completion in its ids, and the alignment of the completions."""
 
     prompt_ids: Array
     completion_ids: Array
@@ -175,24 +174,22 @@ class Reading:
 
 
 class Reader:
-    """Reads a student's traces in a teacher's tokens, under the teacher's own chat template."""
+    """Re-tokenises a student's traces for a teacher, with the teacher's own chat template."""
 
     def __init__(self, student: Any, teacher: Any, template: Template) -> None:
         self._student, self._teacher, self._template = student, teacher, template
         self._student_bytes, self._teacher_bytes = token_bytes(student), token_bytes(teacher)
 
     def __call__(self, messages: Sequence[Message], completion_ids: Array) -> Reading | None:
-        """The reading of a prompt's messages and a completion in the student's ids.
+        """Return the reading of a prompt's messages and a completion in the student's ids.
 
-        None where the two sides' tokens do not spell the same text: a completion cut inside a character, or a tokenizer that
-        rewrites what it reads.
+        None if the two sides' tokens do not spell the same text: a completion cut inside a character, or a tokenizer that
+        changes the text.
         """
         ids = [int(i) for i in completion_ids]
-        text = self._student.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        theirs = models.render_completion(self._teacher, text)
+        text = models.decode(self._student, completion_ids)
         mine = _spelling(self._student_bytes, ids, text)
-        if not mine or mine[-1] != END:
-            theirs = theirs[: len(theirs) - (self._teacher.eos_token_id is not None)]
+        theirs = models.render_completion(self._teacher, text, finished=mine is not None and mine[-1:] == [END])
         spelled = _spelling(self._teacher_bytes, [int(i) for i in theirs], text)
         if mine is None or spelled is None:
             return None
@@ -201,9 +198,9 @@ class Reader:
 
 
 def _spelling(table: Sequence[bytes], ids: Sequence[int], text: str) -> list[bytes] | None:
-    """The bytes of each token where together they are the text, with or without its end; None where they are not.
+    """Return the bytes of each token if together they spell the text, with or without its end; else None.
 
-    A space before the whole, which sentencepiece-like tokenizers write and do not mean, belongs to no text.
+    The leading space that sentencepiece-like tokenizers add is no part of the text.
     """
     parts = [table[i] for i in ids]
     whole, wanted = b"".join(part for part in parts if part != END), text.encode()

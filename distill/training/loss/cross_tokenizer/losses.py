@@ -1,14 +1,15 @@
-"""Losses between models with different tokenizers, a teacher beside the student: `(pair) -> HeadOutput`, rows are spans.
+"""Losses between models with different tokenizers, with the teacher in the trainer: `(pair) -> HeadOutput`.
 
-The teacher reads the student's texts in its own tokens; both predict from the same text wherever both tokenizers have just
-cut it at the same byte (`alignment`). `uld` compares there the sorted probabilities of the two next-token distributions,
-whatever the tokens are called (Boizard et al. 2024, arXiv 2402.12030). `aligned` knows more (after GOLD): token by token where the texts of two
-tokens are the same, by sorted probabilities elsewhere, and, for spans that one side cuts in more pieces than the other, the
-divergence of the two models' beliefs in that span. GOLD multiplies a row of probabilities by that of the span's other
-tokens; what comes out is no distribution, so its divergences can be negative. Here each term is a divergence between
-distributions, zero where the models agree.
+The teacher reads the student's texts re-tokenised. Both models predict from the same text at every byte where both
+tokenizers have just cut it (`alignment`). There `uld` compares the sorted probabilities of the two next-token
+distributions (Boizard et al. 2024, arXiv 2402.12030). `aligned` (after GOLD) compares tokens with the same text one by one
+and the others by sorted probabilities; for a span that one side cuts in more tokens than the other it adds the divergence
+between the two models' probabilities of that span. GOLD multiplies a row of probabilities by that of the span's other
+tokens; the result is not a distribution, so its divergences can be negative. Here each term is a divergence between
+distributions, zero if the models agree.
 
-A loss is used in a recipe by its name; its keyword-only parameters are its options. Whole rows are read in the chunk, never as [T, V].
+A recipe names a loss by its function's name; keyword-only parameters are its options. Whole rows exist a chunk at a time,
+never as [T, V].
 Shapes: R rows worked on together, V the student's vocabulary, U the teacher's, G aligned spans, T tokens.
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from distill.training.batch import CrossTokenizerBatch
 from distill.training.loss import divergences
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
-from distill.training.loss.cross_tokenizer.divergences import by_text, sorted_gap
+from distill.training.loss.cross_tokenizer.vocabulary_divergences import by_text, sorted_gap
 from distill.training.loss.dense import Divergence, Logits, compare_rows
 from distill.training.loss.head import HeadOutput, Targets, head_loss
 from distill.training.loss.sparse import cross_entropy
@@ -34,14 +35,14 @@ Weight = Annotated[float, Field(ge=0)]
 Named = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
 LEAST = 1e-7
-"""Spans count as not quite certain by this much, so that log(1 - P) is finite."""
+"""A span's probability is at most 1 minus this, so that log(1 - P) is finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """A student and a teacher on the same texts; row t of either side's hidden states predicts its label t.
 
-    spans: where the rows meet, as tensors. shared: which ids are the same tokens.
+    spans: the aligned rows, as tensors. shared: the ids that are the same tokens.
     """
 
     student: Logits
@@ -53,7 +54,7 @@ class Pair:
 
     @property
     def weights(self) -> Tensor:
-        """Of each span, the denominator divided in, [G]."""
+        """The weight of each span, divided by the denominator, [G]."""
         divided: Tensor = self.spans.weight_G / self.spans.denominator
         return divided
 
@@ -72,10 +73,10 @@ def aligned(
 ) -> HeadOutput:
     """Sum over the spans of weight * (`by_text` at the span's start + span_weight * the span's own divergence).
 
-    The span's own divergence is that between the two models' answers to "does the text go on with these bytes, in these
-    tokens?": KL of (P, 1 - P) to (Q, 1 - Q), P and Q the products of the label probabilities in the span. It is left out
-    where both sides have one token: the first term covers it. It couples tokens, so log Q comes from a pass without
-    gradients, and its derivative becomes a weight of each token's log-probability.
+    The span's own divergence is KL of (P, 1 - P) to (Q, 1 - Q), with P and Q the products of the label probabilities in the
+    span: the models' probabilities that the text continues with these tokens. It is omitted where both sides have one token,
+    which the first term covers. It couples tokens, so log Q comes from a pass without gradients, and its derivative becomes
+    a weight of each token's log-probability.
     """
     compare: Divergence = functools.partial(
         by_text,
@@ -102,7 +103,7 @@ def aligned(
 
 
 def _at_starts(pair: Pair, compare: Divergence) -> HeadOutput:
-    """The comparison of both models' next tokens at the start of each span."""
+    """Compare both models' next-token distributions at the start of each span."""
     starts = pair.spans.student_start_G
     return compare_rows(
         _rows(pair.student, starts),
@@ -113,7 +114,7 @@ def _at_starts(pair: Pair, compare: Divergence) -> HeadOutput:
 
 
 def _yes_or_no(log_p_G: Tensor, log_q_G: Tensor) -> tuple[Tensor, Tensor]:
-    """KL((P, 1 - P) || (Q, 1 - Q)) and its derivative by log Q."""
+    """Return KL((P, 1 - P) || (Q, 1 - Q)) and its derivative by log Q."""
     log_p_G, log_q_G = log_p_G.clamp(max=-LEAST), log_q_G.clamp(max=-LEAST)
     not_p_G, not_q_G = (-torch.expm1(log_p_G)).log(), (-torch.expm1(log_q_G)).log()
     value_G = log_p_G.exp() * (log_p_G - log_q_G) + not_p_G.exp() * (not_p_G - not_q_G)
@@ -125,7 +126,7 @@ def _rows(model: Logits, rows: Tensor) -> Logits:
 
 
 def _labels(model: Logits, rows: Tensor, label_T: Tensor, weight_M: Tensor | None = None) -> HeadOutput:
-    """Cross entropy of the labels at some rows; without weights, for their log-probabilities alone."""
+    """Compute the cross entropy of the labels at some rows; without weights, only their log-probabilities are of use."""
     part = _rows(model, rows)
     if weight_M is None:
         weight_M = torch.zeros_like(rows, dtype=torch.float32)

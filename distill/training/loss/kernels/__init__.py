@@ -1,7 +1,7 @@
-"""What happens to one chunk of logits: `plain` in torch on any device, `fused` in Triton on a GPU.
+"""Kernels for one chunk of logits: `plain` in torch on any device, `fused` in Triton on a GPU.
 
-Both are a `HeadKernel`: it makes the chunk's logits, takes the chosen ones out, sums up the rest, and later turns what it kept
-into the gradient, in the same memory. Neither knows a loss. They hold one chunk and give the same numbers.
+Both are a `HeadKernel`: it computes the chunk's logits, separates the chosen ones, sums the rest, and later turns the chunk
+into its gradient, in the same memory. Neither knows a loss. Both give the same numbers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ OUTSIDE = -1e30
 class HeadForm:
     """How logits come from the product of hidden and weight.
 
-    scale multiplies it (Cohere, Granite: 1 / logits_scaling); softcap c then gives c * tanh(z / c) (Gemma 2);
-    vocab_size cuts padded rows of the weight away before the softmax (151936 rows against 151643 tokens).
+    scale multiplies it (Cohere, Granite: 1 / logits_scaling); a softcap c then gives c * tanh(z / c) (Gemma 2);
+    rows of the weight beyond vocab_size are padding and take no part in the softmax (151936 rows against 151643 tokens).
     """
 
     vocab_size: int
@@ -30,7 +30,7 @@ class HeadForm:
 
     @staticmethod
     def of(config: Any, vocab_size: int) -> HeadForm:
-        """From a transformers config; vocab_size is the tokenizer's length."""
+        """Read the form from a transformers config; vocab_size is the tokenizer's length."""
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         return HeadForm(
             min(vocab_size, config.vocab_size),
@@ -41,9 +41,9 @@ class HeadForm:
 
 @dataclass(frozen=True, slots=True)
 class Rest:
-    """A chunk's logits, told apart into chosen ones and the rest; S ids a row, repeats allowed.
+    """A chunk's logits, separated into chosen ones and the rest; S ids a row, repeats allowed.
 
-    z_CS: at the chosen ids. lse_C: log-sum-exp of all others (OUTSIDE when there are none). best_C: the highest of them.
+    z_CS: at the chosen ids. lse_C: log-sum-exp of all others (OUTSIDE if there are none). best_C: the highest of them.
     """
 
     z_CS: Tensor
@@ -56,20 +56,20 @@ class HeadKernel(Protocol):
 
     @staticmethod
     def row_bytes(form: HeadForm, dtype: torch.dtype) -> int:
-        """Memory that one token of a chunk takes."""
+        """Return the bytes that one token of a chunk takes."""
         ...
 
     def rest(self, hidden_CD: Tensor, ids_CS: Tensor) -> Rest:
-        """The numbers of a chunk of C tokens, in the wide dtype (fp32; fp64 for fp64)."""
+        """Compute the logits of a chunk of C tokens, in the wide dtype (fp32; fp64 for fp64)."""
         ...
 
     def gradient(self, g_CS: Tensor, g_rest_C: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The derivative by hidden W^T of the last chunk, from those by z_CS and lse_C; its memory is the chunk's.
+        """Compute the derivative by hidden W^T of the last chunk from those by z_CS and lse_C, in the chunk's memory.
 
-        As ([C, V], row factors [C] to multiply it by, or None for 1), the first in hidden's dtype.
+        Returns ([C, V] in hidden's dtype, row factors [C] to multiply it by, or None for 1).
         """
         ...
 
     def close(self) -> None:
-        """The last chunk is done."""
+        """Release the memory after the last chunk."""
         ...

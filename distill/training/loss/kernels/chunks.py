@@ -1,8 +1,8 @@
 """The three products around a chunk, and the gradient in the forward pass.
 
-`over_chunks` walks over the tokens; a `Chunks` turns a chunk's hidden states into a loss by row and d loss / d (hidden W^T);
-from that come d hidden and d weight, added up in the wide dtype. The loss is a sum, its upstream gradient a scalar, so the
-backward pass only multiplies. With a frozen weight its product is left out.
+`over_chunks` iterates over the tokens; a `Chunks` turns a chunk's hidden states into a loss by row and d loss / d (hidden
+W^T); d hidden and d weight follow from that and are summed in the wide dtype. The loss is a sum, so its upstream gradient is
+a scalar and the backward pass only multiplies. A frozen weight's product is skipped.
 
 Shapes: T tokens with a loss, C of them in a chunk, D hidden, V vocabulary.
 """
@@ -18,17 +18,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 5 << 29}
-"""Most memory for one chunk. On a GPU each chunk reads and writes d weight once more, so that a few long ones are faster."""
+"""The largest memory of one chunk. On a GPU every chunk reads and writes d weight, so a few long chunks are faster."""
 
 CPU_ROWS = 512
-"""Tokens a chunk on a CPU at most: a matrix product gains nothing from more."""
+"""The largest number of tokens a chunk on a CPU: a matrix product gains nothing from more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """loss_C, label_logp_C: by row, detached. The derivative by hidden W^T is factor_C (None: 1) times dz_CV, by row.
+    """A chunk's loss and gradient. loss_C, label_logp_C: by row, detached. factor_C (None: 1) * dz_CV, by row: d hidden W^T.
 
-    dz_CV may have a few columns of zeros more than the vocabulary, for rows of the weight beyond it.
+    dz_CV may have a few more columns than the vocabulary, zeros for padded rows of the weight.
     """
 
     loss_C: Tensor
@@ -38,24 +38,24 @@ class Chunk:
 
 
 class Chunks(Protocol):
-    """What one kind of loss does with a chunk."""
+    """The computation of one kind of loss on a chunk."""
 
     def chunk(self, hidden_CD: Tensor, rows: slice, grads: bool) -> Chunk:
-        """`rows` of the tokens; weights are in the derivative already. The next call may reuse its memory."""
+        """Compute a chunk: `rows` of the tokens. The derivative includes the weights; the next call may reuse its memory."""
         ...
 
     def close(self) -> None:
-        """All chunks are done."""
+        """Release the memory after the last chunk."""
         ...
 
 
 def wide_dtype(hidden: Tensor) -> torch.dtype:
-    """What everything after the logits is in: fp32, fp64 for fp64."""
+    """Return the dtype of everything after the logits: fp32, or fp64 for fp64 inputs."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def wide_product(hidden_CD: Tensor, weight_DV: Tensor, out_CV: Tensor, scratch_CV: Tensor | None = None) -> Tensor:
-    """hidden W^T [C, V] in the wide dtype, written to out_CV; scratch_CV takes the product where it has to be narrow."""
+    """Write hidden W^T [C, V] to out_CV in the wide dtype; scratch_CV holds the product where it has to be narrow."""
     if hidden_CD.dtype == out_CV.dtype:
         return torch.mm(hidden_CD, weight_DV, out=out_CV)
     if hidden_CD.is_cuda:
@@ -65,7 +65,7 @@ def wide_product(hidden_CD: Tensor, weight_DV: Tensor, out_CV: Tensor, scratch_C
 
 
 def chunk_rows(num_tokens: int, row_bytes: int, device: torch.device) -> int:
-    """Tokens in a chunk: as many as CHUNK_BYTES (on a GPU also an eighth of the free memory) holds, in chunks of about one size."""
+    """Return the tokens a chunk: at most CHUNK_BYTES (on a GPU also an eighth of the free memory), chunks of similar size."""
     room = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
     most = CPU_ROWS
     if device.type == "cuda":
@@ -78,7 +78,7 @@ def chunk_rows(num_tokens: int, row_bytes: int, device: torch.device) -> int:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """A weight that is sharded over processes, whole on each; its gradient is averaged over them."""
+    """Gather a weight that is sharded over processes; its gradient is averaged over them."""
     if isinstance(tensor, DTensor):
         whole: Tensor = tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)
         return whole
@@ -94,7 +94,7 @@ def over_chunks(
     vocab_size: int,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum of weight * loss, differentiable; loss [T] and log q(label) [T], detached)."""
+    """Return (sum of weight * loss, differentiable; loss [T] and log q(label) [T], detached)."""
     grads = torch.is_grad_enabled()
     walk = _Walk(chunks, weight_T, vocab_size, chunk, grads)
     loss, loss_T, label_T = _OverChunks.apply(hidden_TD, weight_VD, bias_V, walk)  # type: ignore[no-untyped-call]
@@ -125,17 +125,17 @@ class _OverChunks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden_TD, weight_VD, bias_V = inputs = ctx.saved_tensors
-        # Handed out and not kept, so that autograd takes them as they are; a second backward makes them again.
+        # Handed out and not kept, so that autograd takes them without a copy; a second backward recomputes them.
         grads = ctx.gradients or _run(hidden_TD, weight_VD, bias_V, ctx.walk)[2]
         ctx.gradients = None
-        # On a CPU looking at a number is free; a step's upstream is mostly 1.
+        # On a CPU reading the value is free, and a step's upstream gradient is mostly 1.
         scaled = upstream.is_cuda or bool(upstream != 1)
         both = zip(grads, inputs, strict=True)
         return *(None if g is None else _times(g, upstream if scaled else None, t.dtype) for g, t in both), None
 
 
 def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """grad * factor in a dtype, in one pass over it; grad is not needed any more."""
+    """Return grad * factor in a dtype, in one pass; grad may be overwritten."""
     if factor is None:
         return grad.to(dtype)
     if grad.dtype != dtype:
@@ -151,9 +151,9 @@ def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _run(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, walk: _Walk
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """loss_T, log q(label) [T], and the gradients that are asked for, dweight and dbias in the wide dtype.
+    """Return loss_T, log q(label) [T], and the required gradients, dweight and dbias in the wide dtype.
 
-    Of a single chunk there is nothing to add up: dweight is the product in its own dtype.
+    With a single chunk nothing is summed, so dweight is the product in its own dtype.
     """
     wide, vocab = wide_dtype(hidden_TD), walk.vocab_size
     weight_wanted = walk.grads and weight_VD.requires_grad
@@ -191,7 +191,7 @@ def _run(
 
 
 def _add_product(total_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, first: bool) -> None:
-    """total += left @ right (= for the first), added up in total's dtype."""
+    """Compute total += left @ right (total = for the first), in total's dtype."""
     beta = 0 if first else 1
     if left_VC.dtype == total_VD.dtype:
         torch.addmm(total_VD, left_VC, right_CD, beta=beta, out=total_VD)

@@ -1,11 +1,11 @@
-"""A chunk of logits on a GPU: Triton between cuBLAS's products.
+"""The head's kernel for GPUs: Triton between cuBLAS's matrix products.
 
-The logits are made a tile of the vocabulary at a time in fp32, and while a tile is still in the GPU's cache its chosen entries are
-taken out and the rest is written as e^(z - the tile's maximum) in the weight's dtype: what the gradient is made of, at half the
-memory of fp32 logits. Maxima and sums are fp32 and exact; a last pass in place turns it into the gradient. For bf16 weights a chunk takes
-2 bytes a logit, so that twice as many tokens fit and d weight, which is read and written once a chunk, half as often.
+The logits are computed in fp32, one tile of the vocabulary at a time. While a tile is in the GPU's cache, its chosen entries
+are extracted and the rest is stored as e^(z - the tile's maximum) in the weight's dtype, from which the gradient is computed
+later, in place. Maxima and sums are fp32 and exact. With bf16 weights a chunk takes 2 bytes a logit, half as much as fp32
+logits, so twice as many tokens fit and d weight, which every chunk reads and writes, moves half as often.
 
-Plain logits only (scale and bias yes, softcap no: see `usable`). Runs on a CPU in Triton's interpreter, for tests.
+Supports scale and bias, not softcap (see `usable`). Runs on a CPU in Triton's interpreter, for tests.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from distill.training.loss.kernels import OUTSIDE, HeadForm, Rest
 from distill.training.loss.kernels.chunks import wide_product
 
 TILE = 8192
-"""Logits of a token that one product gives."""
+"""Logits of a token that one matrix product computes."""
 
 PART = 8192
-"""Logits that one program of a kernel holds in its registers, and that share a maximum."""
+"""Logits that one kernel program holds in registers; they share a maximum."""
 
 ALIGNED = 64
-"""Logits that a row of a chunk is a multiple of in memory: cuBLAS's fast kernels want aligned rows."""
+"""A chunk's rows are padded in memory to a multiple of this: cuBLAS's fast kernels need aligned rows."""
 
 
 def usable(hidden_TD: Tensor, form: HeadForm) -> bool:
-    """Whether this kernel takes these inputs; `plain` takes all."""
+    """Return whether this kernel supports these inputs; `plain` supports all."""
     return (
         hidden_TD.is_cuda
         and form.softcap is None
@@ -41,7 +41,7 @@ def usable(hidden_TD: Tensor, form: HeadForm) -> bool:
 
 
 class TritonHeadKernel:
-    """See `HeadKernel`. weight_VD with its padded rows: with some of them the products have a width that cuBLAS is quick at."""
+    """See `HeadKernel`. weight_VD keeps its padded rows: some of them give the products a width at which cuBLAS is fast."""
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, tile: int = TILE) -> None:
         self.weight_VD, self.form = weight_VD, form
@@ -73,7 +73,7 @@ class TritonHeadKernel:
         ids_CS = ids_CS.contiguous()
         z_CS = torch.empty_like(ids_CS, dtype=torch.float32)
         num_tiles, num_ids = -(-vocab // tile), ids_CS.shape[1]
-        # Of parts beyond the end of the vocabulary nothing is written.
+        # Nothing is written for parts beyond the end of the vocabulary.
         best_NC = z_CS.new_full((num_tiles * self.parts, num), OUTSIDE)
         sum_NC = torch.zeros_like(best_NC)
         bias_V = z_CS if self.bias_V is None else self.bias_V
@@ -114,10 +114,10 @@ def _power_of_2(least: int) -> int:
 
 
 def _aligned(vocab: int) -> int:
-    """The length of a row of a chunk in memory."""
+    """Return the length of a chunk's row in memory."""
     return -(-vocab // ALIGNED) * ALIGNED
 
 
 def _warps(block: int) -> int:
-    """Warps of a program: up to 32 logits a thread."""
+    """Return the number of warps of a program: up to 32 logits a thread."""
     return min(8, max(1, block // 1024))

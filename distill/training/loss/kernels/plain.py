@@ -1,7 +1,7 @@
-"""A chunk of logits in torch, on any device.
+"""The head's kernel in torch, for any device.
 
-On a CPU the passes between the matrix products go over a few rows at a time, so that the rows stay in the
-cache from the maximum to the sum; on a GPU they go over the whole chunk.
+On a CPU the passes between the matrix products process a few rows at a time, so that the rows stay in the
+cache from the maximum to the sum; on a GPU they process the whole chunk.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from distill.training.loss.kernels import OUTSIDE, HeadForm, Rest
 from distill.training.loss.kernels.chunks import wide_product
 
 CACHE_BYTES = 1 << 20
-"""Rows worked on together on a CPU: about what a core's own cache holds."""
+"""Memory of the rows processed together on a CPU: about the size of a core's own cache."""
 
 _POOL: dict[tuple[str, torch.dtype], Tensor] = {}
-"""A CPU's memory of the last chunk, kept for the next call: getting pages anew costs a tenth of a matrix product."""
+"""The last chunk's memory on a CPU, kept for the next call: new pages would cost a tenth of a matrix product."""
 
 FLOOR = 1e-30
-"""Least size of a row factor, so that the chosen entries can be divided by it."""
+"""The smallest absolute value of a row factor, so that the chosen entries can be divided by it."""
 
 
 class TorchHeadKernel:
@@ -34,7 +34,7 @@ class TorchHeadKernel:
 
     @staticmethod
     def row_bytes(form: HeadForm, dtype: torch.dtype) -> int:
-        """Memory that one token of a chunk takes."""
+        """Return the bytes that one token of a chunk takes."""
         wide = 8 if dtype == torch.float64 else 4
         narrow = dtype.itemsize if dtype.itemsize < wide else 0
         return form.vocab_size * (wide * (1 if form.softcap is None else 2) + narrow)
@@ -48,7 +48,7 @@ class TorchHeadKernel:
         z_CV.scatter_(1, ids_CS, -torch.inf)
         best_C1 = z_CV.new_empty(len(z_CV), 1)
         sum_C1 = torch.empty_like(best_C1)
-        # The rest's softmax, in place: the same numbers serve the log-sum-exp here and the gradient later.
+        # The softmax of the rest, in place: it serves the log-sum-exp here and the gradient later.
         for rows in self._blocks(z_CV):
             z_RV = z_CV[rows]
             torch.amax(z_RV, 1, keepdim=True, out=best_C1[rows])
@@ -68,7 +68,7 @@ class TorchHeadKernel:
         z_CV, slope_CV, ids_CS, sum_C1, dtype = self.kept
         factor_C1 = torch.where(sum_C1 > 0, g_rest_C[:, None] / sum_C1, 0.0)
         if dtype == self.wide:
-            # The rows' factors go to the products' smaller sides; what is chosen is divided by them beforehand.
+            # Row factors are applied to the products' smaller sides, so the chosen entries are divided by them first.
             idle_C1 = (factor_C1 == 0) & (g_CS == 0).all(1, keepdim=True)
             factor_C1 = torch.where(factor_C1.abs() < FLOOR, FLOOR, factor_C1)
             z_CV.scatter_add_(1, ids_CS, g_CS / factor_C1)
@@ -88,11 +88,11 @@ class TorchHeadKernel:
 
     @property
     def _shaped(self) -> bool:
-        """Whether logits are anything but the product."""
+        """Whether logits differ from the plain product."""
         return self.bias_V is not None or self.form.scale != 1.0 or self.form.softcap is not None
 
     def _product(self, hidden_CD: Tensor) -> Tensor:
-        """hidden W^T [C, V] in the wide dtype, in the chunk's memory."""
+        """Compute hidden W^T [C, V] in the wide dtype, in the chunk's memory."""
         z_CV = self._buffer("z", hidden_CD, self.wide)
         narrow_CV = None
         if hidden_CD.dtype != self.wide:
@@ -117,7 +117,7 @@ class TorchHeadKernel:
         return (slice(start, start + block) for start in range(0, num, max(block, 1)))
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         for name, flat in self.buffers.items():
             if flat.device.type == "cpu":
                 _POOL[name, flat.dtype] = flat
@@ -125,7 +125,7 @@ class TorchHeadKernel:
         self.kept = None
 
     def _buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        """[rows of `like`, V] scratch, the same memory for every chunk."""
+        """Return scratch memory [rows of `like`, V], the same for every chunk."""
         needed = len(like) * len(self.weight_VD)
         held = self.buffers.get(name)
         if held is None and self.weight_VD.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The Triton kernels of `fused`, which says what they are for. Imported only where they run."""
+"""The Triton kernels of `fused`, imported only where they run."""
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 from __future__ import annotations

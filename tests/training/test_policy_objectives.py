@@ -12,7 +12,7 @@ from rollout_samples import MAX_TOKENS, Numbers, by_row, key_of, rollout_of, rol
 
 from distill.recipe import GrpoStage
 from distill.training.loss.head import Student, Targets
-from distill.training.rl import objectives
+from distill.training.rl import policy_objectives as objectives
 from distill.training.rl.advantages import advantages, policy_kl
 
 # ------------------------------------------------------------------------------------------------ the oracle

@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from distill.cli import app
-from distill.recipe import schema
+from distill.recipe import json_schema as schema
 from distill.tools.listing import RECIPES
 
 VALIDATOR = jsonschema.Draft202012Validator(schema.as_tree())

@@ -1,14 +1,14 @@
-"""Policy-gradient objectives: what a reward does to a policy, with every convention of each method stated once.
+"""Policy-gradient objectives (GRPO and its relatives), with the conventions of each method.
 
-Their losses are `[T]` and never reduced here. An objective is used in a recipe by its name; its
-keyword-only parameters are its options. Left out on purpose: sampling (`rollout`), the one division (`packing`).
+Their losses are `[T]` and never reduced here; `packing` holds the one division. A recipe names an objective by its
+function's name; keyword-only parameters are its options.
 
     rho  policy over the policy that wrote the rollout, at the sampled token; A advantage; G completions a group
-    w    min(pi_old / pi_engine, importance_cap), a constant: the engine's probabilities are a little off the trainer's
-         own, and this truncated importance weight corrects the expectation for it (Yao et al. 2025)
+    w    min(pi_old / pi_engine, importance_cap), a constant: a truncated importance weight that corrects for the small
+         difference between the engine's probabilities and the trainer's (Yao et al. 2025)
     d    log pi_ref - log pi
 
-Where nothing was updated since the rollout was written there is no old_logp_T: rho is then 1, with its gradient.
+Before the first update after a rollout there is no old_logp_T: rho is then 1, with its gradient.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def dapo(
 ) -> PolicyObjective:
     """DAPO (arXiv 2503.14476): GRPO with a higher upper clip, one mean over all tokens, and dynamic sampling.
 
-    Groups whose rewards are all equal are replaced by others, `resample` times the problems wanted at most; what
-    is still missing then is filled with them (A = 0). Its soft overlong punishment is the reward `length`.
+    Groups whose rewards are all equal are replaced by new ones; at most `resample` times the wanted problems are sampled,
+    then such groups (A = 0) fill what is missing. DAPO's soft overlong punishment is the reward `length`.
     """
     return _clipped(
         eps_low,
@@ -161,7 +161,7 @@ def _clipped(
     resample: int = 1,
     couple: Couple | None = None,
 ) -> PolicyObjective:
-    """The surrogate of PPO (arXiv 1707.06347, equation 7), whose pessimistic minimum all but CISPO share."""
+    """The clipped surrogate of PPO (arXiv 1707.06347, equation 7), which all but CISPO use."""
     low, high = 1.0 - eps_low, 1.0 + (eps_low if eps_high is None else eps_high)
 
     def loss(student: Student, targets: Targets) -> Tensor:
@@ -212,7 +212,7 @@ def _log_ratio(logp_T: Tensor, targets: Targets) -> Tensor:
 
 
 def _distances(logp_T: Tensor, targets: Targets) -> dict[str, Tensor]:
-    """kl_ref: to the reference. kl_engine: between the engine and the trainer for the same weights, k3 both."""
+    """Metrics: kl_ref, to the reference; kl_engine, engine against trainer with the same weights. Both are k3 estimates."""
     found = {}
     if targets.ref_logp_T is not None:
         found["kl_ref"] = policy_kl(logp_T, targets, "k3")

@@ -1,6 +1,6 @@
-"""Comparisons of two next-token distributions over different vocabularies, a row each: `(log p [R, U], log q [R, V]) -> [R]`.
+"""Divergences between next-token distributions over different vocabularies: `(log p [R, U], log q [R, V]) -> [R]`.
 
-Left out on purpose: which rows are to be compared (`alignment`), and what is made of it (`unlike`).
+Which rows are compared is decided in `alignment`; the losses are in `losses`.
 Shapes: R rows worked on together, V the student's vocabulary, U the teacher's.
 """
 
@@ -43,7 +43,7 @@ def by_text(
 
 
 def _columns(logp_RN: Tensor, ids: Array) -> Tensor:
-    """Some columns. By gather: the gradient of plain indexing takes thirty times as long on a CPU."""
+    """Select columns by gather: the gradient of plain indexing takes thirty times as long on a CPU."""
     index = torch.from_numpy(ids).to(logp_RN.device)
     return logp_RN.gather(1, index.expand(len(logp_RN), -1))
 
@@ -55,7 +55,7 @@ def _sorted_gap(p_RN: Tensor, q_RM: Tensor) -> Tensor:
 
 
 def _log_mass(logp_RN: Tensor) -> Tensor:
-    """log of the mass [R, 1]; -inf without a gradient where there are no columns."""
+    """Return the log of the mass [R, 1]; -inf without a gradient if there are no columns."""
     if logp_RN.shape[1] == 0:
         return logp_RN.new_full((len(logp_RN), 1), -torch.inf)
     return logp_RN.logsumexp(1, keepdim=True)

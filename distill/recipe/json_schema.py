@@ -1,4 +1,4 @@
-"""The JSON schema of recipes, for editors: the config classes and the short forms that they accept."""
+"""The JSON schema of recipes, for editors: made from the config classes, with the short forms that they accept."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from distill.recipe.tree import Recipe
 
 FILE = "recipe.schema.json"
 _SHORT = {"EngineConfig": "an engine's name", "ModelConfig": "the model's source"}
-"""Sections that may be written as one word, and the meaning of this word."""
+"""Sections that may be written as one word."""
 
 
 def as_tree() -> dict[str, Any]:
-    """The schema (JSON Schema 2020-12). A custom stage kind, `package.module:Class`, accepts any field."""
+    """Return the schema (JSON Schema 2020-12). A user's stage kind, `package.module:Class`, may have any field."""
     kinds: Any = functools.reduce(operator.or_, KINDS.values())
     stage: Any = Annotated[kinds, Field(discriminator="kind")]
     stages = pydantic.TypeAdapter(stage).json_schema(ref_template="#/$defs/{model}")
@@ -32,7 +32,7 @@ def as_tree() -> dict[str, Any]:
         "type": "object",
         "properties": {"kind": {"type": "string", "pattern": ":"}},
         "required": ["kind"],
-        "description": "a custom stage kind",
+        "description": "a stage kind of one's own",
     }
     (pattern,) = tree["properties"]["stages"]["patternProperties"]
     any_stage = {
@@ -46,5 +46,4 @@ def as_tree() -> dict[str, Any]:
 
 
 def as_text() -> str:
-    """The schema as JSON text."""
     return json.dumps(as_tree(), indent=1, ensure_ascii=False, sort_keys=True) + "\n"

@@ -1,0 +1,115 @@
+"""`distill check --show`: the first prompts and supervised tokens of a recipe's stages, as the models will read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill import models
+from distill.conversations import Reader
+from distill.recipe import Recipe, StageConfig, TrainStage
+from distill.recipe.lineage import origin
+from distill.records import Array, Task, Template, UserError
+from distill.stages.context import find_data, make_task
+from distill.stages.inputs.conversation_data import DroppedRows, conversations, open_rows
+from distill.stages.inputs.score_inputs import is_traces, template_of
+
+EXAMPLES = 2
+"""Examples shown a stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """One example of a stage. parts: texts with special tokens shown, and whether their tokens are supervised.
+
+    facts: lines about it, such as the stop tokens.
+    """
+
+    title: str
+    parts: tuple[tuple[str, bool], ...]
+    facts: tuple[str, ...]
+
+
+def previews(recipe: Recipe) -> Iterator[Preview | str]:
+    """Yield the previews of all stages that render text; for others, a line that says why there is none."""
+    for name, stage in recipe.stages.items():
+        model = next(iter(stage.reads("model")), None)
+        if model is None or stage.kind in ("prune", "filter"):
+            continue
+        try:
+            yield from _of_stage(name, stage, model, recipe)
+        except UserError as error:
+            yield f"{name}: {error}"
+
+
+def _of_stage(name: str, stage: StageConfig, model: str, recipe: Recipe) -> Iterator[Preview | str]:
+    source = origin(recipe, model)
+    if source not in recipe.models:
+        yield f"{name}: its model {source!r} is made by a stage of your own; no preview"
+        return
+    folder = models.resolve(recipe.models[source])
+    tokenizer = models.load_tokenizer(folder, trust_remote_code=recipe.models[source].trust_remote_code)
+    reference = next(iter(stage.reads("task")), None)
+    task = make_task(reference, recipe.tasks[reference]) if reference is not None else None
+    data = next(iter(stage.reads("data")), None)
+    reads_rows = data is not None and data not in recipe.stages and not is_traces(find_data(data))
+    if reads_rows and isinstance(stage, TrainStage):
+        yield from _rows(name, stage, str(data), tokenizer, task, folder)
+    elif task is not None and data is None:
+        split: Any = "held_out" if stage.kind in ("eval", "compare") else "train"
+        for problem in list(task.problems(split, EXAMPLES, recipe.seed))[:1]:
+            prompt = models.render_prompt(tokenizer, task.template, problem.messages)
+            yield _preview(f"{name}: first prompt", tokenizer, prompt, None, task.template, folder)
+    else:
+        yield f"{name}: learns from stored traces, whose ids are used as they are"
+
+
+def _rows(
+    name: str, stage: TrainStage, data: str, tokenizer: Any, task: Task | None, folder: Path
+) -> Iterator[Preview | str]:
+    template, left_out = template_of(stage, task), DroppedRows()
+    table = open_rows(data, stage, f"stages.{name}.data")
+    shown = 0
+    reader = Reader(stage.fields, stage.keep_wrong)
+    for given in conversations(table, reader, left_out):
+        for messages, reply in given.replies(stage.turns):
+            if shown == EXAMPLES:
+                return
+            try:
+                prompt = models.render_prompt(tokenizer, template, messages, given.tools)
+                ids = models.render_reply(tokenizer, template, messages, reply, given.tools)
+            except UserError as error:
+                yield f"{name}: row {given.number} is left out: {error}"
+                continue
+            shown += 1
+            title = f"{name}: row {given.number} of {data} ({reader.layout})"
+            yield _preview(title, tokenizer, prompt, ids, template, folder)
+    if not shown:
+        yield f"{name}: {data} gives nothing to learn. {' '.join(left_out.lines())}"
+
+
+def _preview(
+    title: str, tokenizer: Any, prompt: Array, reply: Array | None, template: Template, folder: Path
+) -> Preview:
+    parts = [(_shown(tokenizer, prompt), False)]
+    facts = [f"{len(prompt)} tokens of prompt"]
+    if reply is not None:
+        parts.append((_shown(tokenizer, reply), True))
+        facts = [f"{len(prompt)} tokens of prompt, {len(reply)} supervised"]
+    if begun := models.opened_thinking(tokenizer, template):
+        facts.append(f"the prompt begins the completion with {begun!r}")
+    stops = models.stop_ids(folder, tokenizer)
+    facts.append(
+        "generation stops at " + (", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in stops) or "nothing")
+    )
+    bos = tokenizer.bos_token_id
+    if bos is not None:
+        first = len(prompt) > 0 and int(prompt[0]) == bos
+        facts.append(f"the prompt {'begins' if first else 'does not begin'} with BOS {tokenizer.bos_token}")
+    return Preview(title, tuple(parts), tuple(facts))
+
+
+def _shown(tokenizer: Any, ids: Array) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

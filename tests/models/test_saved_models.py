@@ -1,0 +1,159 @@
+"""What is saved is what was in memory: pruned, adapted and mended models, reloaded by plain transformers; bad folders refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_architectures import build
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from distill import models
+from distill.models.checkpoint_folder import check_loaded
+from distill.models.saving import label_logps
+from distill.recipe import LoraConfig
+from distill.records import UserError
+
+PRUNED = (
+    "llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "olmo2", "cohere2", "granite", "smollm3", "gpt_oss",
+    "mixtral", "qwen3_moe", "deepseek_v3", "lfm2", "gpt2", "gpt_neox", "opt", "falcon", "bloom", "mamba", "qwen3_next",
+)  # fmt: skip
+
+
+class _Skipped(torch.nn.Module):
+    """A decoder layer that does nothing: what a pruned layer is."""
+
+    def __init__(self, tuples: bool) -> None:
+        super().__init__()
+        self.tuples = tuples
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return (hidden_states,) if self.tuples else hidden_states
+
+
+@pytest.mark.parametrize("model_type", PRUNED)
+def test_a_pruned_model_is_the_model_with_its_layers_skipped(model_type: str, tmp_path: Path) -> None:
+    """Against the whole model, in which the layers that are left out hand on what they get."""
+    whole, model = build(model_type, 512), build(model_type, 512)
+    kept = models.prune_layers(model, 3)
+    assert kept == [0, 2, 3] or kept == [0, 1, 3]
+    model.save_pretrained(tmp_path)
+    models.prove_saved(model, tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layers = max((m for m in whole.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    (left_out,) = set(range(4)) - set(kept)
+    tuples = model_type in ("bloom", "falcon")
+    shared = layers[left_out]
+    layers[left_out] = _Skipped(tuples)
+    for name in ("attention_type", "layer_type", "block_type", "is_attention_layer", "mlp"):
+        if hasattr(shared, name):
+            setattr(layers[left_out], name, getattr(shared, name))
+    torch.testing.assert_close(label_logps(saved), label_logps(whole), atol=1e-4, rtol=1e-4)
+
+
+def test_a_config_that_cannot_say_what_is_left_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    """Every second layer of this model is a mixture of experts, by a period: the kept ones are not."""
+    model = build("qwen3_moe", 512, decoder_sparse_step=2)
+    models.prune_layers(model, 3)
+    model.save_pretrained(tmp_path)
+    with pytest.raises((UserError, RuntimeError)):
+        models.prove_saved(model, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [{"target_modules": ["q_proj", "embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]},
+                                     {"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}])  # fmt: skip
+def test_adapters_on_the_ends_of_a_tied_model_are_saved_as_they_were_trained(
+    targets: dict[str, Any], tmp_path: Path
+) -> None:
+    model = build("llama", 512, tie_word_embeddings=True)
+    assert models.ties_ends(model)
+    adapted = models.add_lora(model, LoraConfig(rank=4, **{"target_modules": ["q_proj"], **targets}))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    trained = label_logps(adapted.get_base_model())
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    models.prove_saved(merged, tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(label_logps(saved), trained, atol=1e-4, rtol=1e-4)
+
+
+def test_another_model_on_the_disk_is_found_by_the_names_of_its_weights(tmp_path: Path) -> None:
+    model = build("llama", 512)
+    model.save_pretrained(tmp_path)
+    models.prove_saved(model, tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.add_(0.5)
+    with pytest.raises(UserError, match=r"Weights that differ: model\.layers\.1\.mlp\.up_proj\.weight"):
+        models.prove_saved(model, tmp_path)
+
+
+def test_a_generation_config_that_cannot_be_saved_is_mended_before_training(tmp_path: Path) -> None:
+    model = build("llama", 512)
+    model.generation_config = GenerationConfig(temperature=0.6, top_p=0.9, eos_token_id=7)
+    model.generation_config.do_sample = False
+    with pytest.raises(ValueError, match="do_sample"):
+        model.save_pretrained(tmp_path)
+    assert "do_sample set to true" in models.mend_generation_config(model)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.6
+    assert models.mend_generation_config(model) == ""
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    build("llama", 512).save_pretrained(folder, max_shard_size="30KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def _copy(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def test_incomplete_and_cut_checkpoints_are_refused_before_they_load(sharded: Path, tmp_path: Path) -> None:
+    models.check_folder(sharded)
+    missing = _copy(sharded, tmp_path / "missing")
+    sorted(missing.glob("*.safetensors"))[1].unlink()
+    with pytest.raises(UserError, match=r"1 of \d+ weight files are missing \(model-00002"):
+        models.check_folder(missing)
+    cut = _copy(sharded, tmp_path / "cut")
+    file = sorted(cut.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="its header promises"):
+        models.check_folder(cut)
+    file.write_bytes(b"\xff" * 7)
+    with pytest.raises(UserError, match="is cut or no safetensors file"):
+        models.check_folder(cut)
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a config and no weights"):
+        models.check_folder(pickled)
+    (pickled / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="save_pretrained, which writes safetensors"):
+        models.check_folder(pickled)
+
+
+def test_weights_that_would_be_random_and_ids_without_an_embedding_are_refused(tmp_path: Path) -> None:
+    model = build("llama", 512)
+    weights = {name: p for name, p in model.state_dict().items() if "layers.1.mlp" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(UserError, match=r"lacks 3 weights, which would be random \(model\.layers\.1\.mlp\.down_proj"):
+        models.load(tmp_path, dtype="float32")
+    assert check_loaded("f", {"unexpected_keys": {"vision.a", "vision.b"}}) == (
+        "2 weights of the checkpoint are not part of the language model (vision.a)"
+    )
+    with pytest.raises(
+        UserError, match=r"512 tokens and the model's embedding 500 rows .*: call model.resize_token_embeddings\(512\)"
+    ):
+        models.check_vocabulary({"vocab_size": 500}, 500, 512, 512, "m")
+    models.check_vocabulary({"vocab_size": 512}, 512, 512, 500, "m")
