@@ -32,7 +32,7 @@ def as_tree() -> dict[str, Any]:
         "type": "object",
         "properties": {"kind": {"type": "string", "pattern": ":"}},
         "required": ["kind"],
-        "description": "a stage kind of one's own",
+        "description": "a custom stage kind",
     }
     (pattern,) = tree["properties"]["stages"]["patternProperties"]
     any_stage = {
@@ -46,4 +46,5 @@ def as_tree() -> dict[str, Any]:
 
 
 def as_text() -> str:
+    """The schema as JSON text."""
     return json.dumps(as_tree(), indent=1, ensure_ascii=False, sort_keys=True) + "\n"

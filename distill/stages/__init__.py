@@ -1,4 +1,6 @@
-"""Stage kinds, one module each with `run(config, context) -> Result`; and what they share. Rooms meet only here.
+"""The stage kinds, one module each with `run(config, context) -> Result`, and modules that they share.
+
+Only stages import from several other packages of distill (engines, training, tasks, traces).
 
 prune.py generate.py score.py filter.py train.py grpo.py on_policy.py eval.py compare.py    the kinds
 context.py         the context a stage runs in, and its result

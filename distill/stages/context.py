@@ -18,10 +18,10 @@ from distill.stages.shared_engine import SharedEngine
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a stage returns.
+    """The result of a stage.
 
-    cost: of the stage; teacher_cost: of the teachers' forward passes. metrics: for the report. fingerprint: of the
-    output's content; later stages are done again when it changes.
+    cost: of the stage. teacher_cost: of the teachers' forward passes. metrics: for the report. fingerprint: of the
+    output's content; when it changes, the stages that read this output are done again.
     """
 
     cost: Cost
@@ -32,10 +32,10 @@ class Result:
 
 @dataclass(slots=True)
 class Context:
-    """One stage of one run.
+    """The context of one stage of a run: the recipe, its folders, the terminal and the engine.
 
-    folder: the stage's own, kept between attempts. engine: the process's, shared with the stages that run after this
-    one in it.
+    folder: the stage's folder, kept between attempts. engine: the engine of this process, shared with the stages that
+    run in it later.
     """
 
     recipe: Recipe
@@ -55,6 +55,7 @@ class Context:
         return self.recipe.seed if own is None else own
 
     def live(self, total: int, unit: str, done: int = 0) -> Live:
+        """A live progress line on the terminal."""
         return self.screen.live(total, unit, done)
 
     def phase(self, text: str) -> None:
@@ -94,6 +95,7 @@ class Context:
         return machine.in_stage(self.run, width, models.cache_home() / "machine")
 
     def task(self, reference: str) -> Task:
+        """A task of the recipe."""
         return make_task(reference, self.recipe.tasks[reference])
 
 

@@ -1,4 +1,4 @@
-"""grpo: a model learns from rewards on its own completions."""
+"""grpo: train a model by reinforcement learning with rewards on its own completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""on_policy: a student learns from a teacher's distribution on the student's own completions."""
+"""on_policy: train a student on the teacher's distributions over the student's own completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prune: a model with fewer layers, a real checkpoint that transformers and vLLM load."""
+"""prune: write a model with fewer layers, in a folder that transformers and vLLM load."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
             reasons += ["timeout"] * (len(tests) - len(reasons))
             break
         with Session(isolation, program, entry_point=entry_point, limits=limits, budget_s=left_s) as session:
-            reasons += _until_it_ends(session, tests[len(reasons) :], judge)
+            reasons += _run_tests(session, tests[len(reasons) :], judge)
             left_s = session.left_s
     passed = reasons.count(None)
     failed = [(n, text) for n, text in enumerate(reasons, 1) if text is not None]
@@ -158,7 +158,7 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
     return Verdict(passed == len(tests), passed / len(tests), program, reason)
 
 
-def _until_it_ends(
+def _run_tests(
     session: Session, tests: Sequence[Test], judge: Callable[[Session, Test], str | None]
 ) -> list[str | None]:
     """Return why each test failed (None: passed), up to the test that ended the session.
@@ -171,7 +171,7 @@ def _until_it_ends(
             reasons.append(judge(session, test))
         except RaisedError as error:
             if not session.loaded:
-                return [str(error)] * len(tests)  # it will not load for the others either
+                return [str(error)] * len(tests)  # the program does not load, so no test can run
             reasons.append(str(error))
         except FaultError as fault:
             return [*reasons, str(fault)]

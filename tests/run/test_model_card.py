@@ -16,7 +16,7 @@ from distill import recipe, run_folder
 from distill.records import UserError
 from distill.reports.run_report import RunReport
 from distill.run import model_card
-from distill.run.model_card import checkpoint, push, write, write_all
+from distill.run.model_card import model_folder, push, write, write_all
 
 HOSTILE = "<script>alert(1)</script> | **bold** \x1b[31m `tick`"
 
@@ -112,14 +112,14 @@ def test_a_card_holds_no_markup_and_no_path_of_the_machine(run: Path, tiny_dir: 
 
 
 def test_push_finds_checkpoints_and_names_them(run: Path, tmp_path: Path) -> None:
-    assert checkpoint(run / "kl") == run / "kl" / "model"
-    assert checkpoint(run / "kl" / "model") == run / "kl" / "model"
-    with pytest.raises(UserError, match="is not a checkpoint"):
-        checkpoint(tmp_path / "nothing")
+    assert model_folder(run / "kl") == run / "kl" / "model"
+    assert model_folder(run / "kl" / "model") == run / "kl" / "model"
+    with pytest.raises(UserError, match="is not a model"):
+        model_folder(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"has no README\.md"):
         push(run / "kl", "me/model")
     write(resolved("x/y"), run, "kl")
-    with pytest.raises(UserError, match="is not the name of a model"):
+    with pytest.raises(UserError, match="is not a valid repository name"):
         push(run / "kl", "model")
 
 

@@ -13,7 +13,7 @@ from project import SUMS
 from rich.console import Console
 
 from distill import recipe, run_folder
-from distill.recipe.lineage import line, role_of, roles_of
+from distill.recipe.lineage import role_of, roles_of, training_line
 from distill.records import UserError
 from distill.reports import pages, terminal
 from distill.run.collect import MAX_POINTS, collect_run, read_curves
@@ -93,8 +93,8 @@ def test_roles_of_the_ten_arms() -> None:
 
 def test_a_line_ends_at_the_start() -> None:
     made = resolved(ARMS)
-    assert line(made, "kl_rl") == ["kl_rl", "kl", "student"]
-    assert line(made, "teacher") == ["teacher", "cold", "base"]
+    assert training_line(made, "kl_rl") == ["kl_rl", "kl", "student"]
+    assert training_line(made, "teacher") == ["teacher", "cold", "base"]
 
 
 def test_a_model_that_scores_its_own_traces_is_not_its_own_teacher() -> None:

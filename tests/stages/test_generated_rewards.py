@@ -198,7 +198,7 @@ def test_a_reward_that_never_works_stops_the_stage_by_name(tiny_dir, tmp_path, r
         ({"fn": "acuracy"}, "stages.traces.rewards.0: there is no 'acuracy'.*'accuracy'"),
         ({"fn": "accuracy", "partal": True}, "rewards.0.partal: unknown key"),
         ({"fn": "nomodule:nothing"}, "cannot import 'nomodule:nothing'"),
-        ({"fn": "accuracy", "weight": 0}, "rewards: there is none that counts"),
+        ({"fn": "accuracy", "weight": 0}, "rewards: no reward has a weight other than 0"),
     ],
 )
 def test_mistakes_are_one_message_before_anything_loads(tiny_dir, named, message):

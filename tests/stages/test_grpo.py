@@ -155,7 +155,7 @@ def test_more_steps_go_on_from_the_last(finished, tiny_dir, tmp_path):
         ({"steps": 5}, "steps 5 is not a multiple of mini_batches x num_iterations = 2"),
         ({"sampling": {"temperature": 0.7}}, "temperature and top_p must be 1"),
         ({"sampling": {"top_p": 0.9}}, "temperature and top_p must be 1"),
-        ({"problems": 3}, "problems 3 is less than one rollout takes"),
+        ({"problems": 3}, "problems is 3, but one rollout needs"),
         ({"objective": {"fn": "gpro"}}, "stages.rl.objective: there is no 'gpro'.*'gspo'"),
         ({"objective": {"fn": "grpo", "epsilon": 0.1}}, "stages.rl.objective.epsilon: unknown key"),
         ({"objective": {"fn": "grpo", "beta": -1}}, "stages.rl.objective.beta"),

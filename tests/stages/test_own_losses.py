@@ -143,7 +143,7 @@ def test_between_tokenizers_it_is_its_twin(project):
         ("stages.rows_on_stored.loss.scal=2", "Did you mean 'scale'"),
         ("stages.rows_on_stored.loss.fn=ownlosses:odd", "a loss takes (student, targets)"),
         ("stages.rows_on_stored.loss.fn=ownlosses:nothing", "cannot import 'ownlosses:nothing'"),
-        ("stages.pair_across.teacher=null", "compares with one teacher in the trainer"),
+        ("stages.pair_across.teacher=null", "needs one teacher in the trainer"),
         ("stages.stored_with_teacher.temperature=2", "at temperature 1 alone"),
     ],
 )

@@ -190,7 +190,7 @@ def test_data_that_changed_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_pa
         assert verify(ctx.folder / "traces").ok
         want = {i: row for i, row in rows_of(whole.folder / "traces").items() if i in wanted}
         _same(want, rows_of(ctx.folder / "traces"))
-    assert "5 traces of an earlier attempt are not asked for any more" in ctx.screen.stream.getvalue()
+    assert "5 traces of an earlier attempt are no longer wanted" in ctx.screen.stream.getvalue()
     (former,) = (tmp_path / ".old").iterdir()
     assert set(rows_of(former)) == set(ids)
 
@@ -502,7 +502,7 @@ def test_what_cannot_be_scored_is_said(tiny_dir, other_dir, tmp_path):
     teachers = {"a": tiny_dir, "b": other_dir}
     empty = tmp_path / "empty.jsonl"
     empty.write_text("{}\n")
-    with pytest.raises(UserError, match="holds nothing to score"):
+    with pytest.raises(UserError, match="has no trace that can be scored"):
         run_score(make(tmp_path, teachers, data=str(empty)))
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="nor what `datasets` saved"):

@@ -92,14 +92,14 @@ def test_copies_go_together_seed_by_seed(tiny_dir):
 def test_seeds_that_do_not_go_together_are_refused(tiny_dir):
     wrong = tree(str(tiny_dir))
     wrong["stages"]["rl"]["seeds"] = [1, 2, 3]
-    with pytest.raises(UserError, match=r"stages\.rl: has seeds \[1, 2, 3\], and reads 'kl'"):
+    with pytest.raises(UserError, match=r"stages\.rl: has seeds \[1, 2, 3\], but its input 'kl'"):
         recipe.validate(wrong)
     wrong = tree(str(tiny_dir)) | {"seeds": [4, 4]}
     with pytest.raises(UserError, match="distinct"):
         recipe.validate(wrong)
     wrong = tree(str(tiny_dir))
     wrong["stages"]["verdict"]["seeds"] = [1, 2]
-    with pytest.raises(UserError, match="not on the comparison"):
+    with pytest.raises(UserError, match="a compare stage takes no seeds"):
         recipe.validate(wrong)
 
 
@@ -117,7 +117,7 @@ def test_an_arm_may_name_its_seeds_one_by_one(tiny_dir):
     arms = recipe.validate(named).stages["verdict"].arms
     assert arms == {"kl": {1: "kl@1"}, "mixed": {2: "rl@2", 7: "start"}}
     named["stages"]["verdict"]["arms"]["kl"] = {3: "kl"}
-    with pytest.raises(UserError, match=r"arms\.kl: 3 is none of the seeds .* \[1, 2\]"):
+    with pytest.raises(UserError, match=r"arms\.kl: .* is not trained with seed 3; its seeds are \[1, 2\]"):
         recipe.validate(named)
 
 
@@ -130,7 +130,7 @@ def test_a_budget_needs_a_stage_that_trains(tiny_dir):
     with pytest.raises(UserError, match=r"no stage 'kk'.*kl"):
         recipe.validate(wrong)
     wrong["stages"]["rl"] |= {"steps": 3, "budget": {"flops_of": "kl"}}
-    with pytest.raises(UserError, match="either steps or budget"):
+    with pytest.raises(UserError, match="set exactly one of steps and budget"):
         recipe.validate(wrong)
 
 

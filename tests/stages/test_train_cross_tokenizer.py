@@ -71,7 +71,7 @@ def test_what_the_teacher_read_is_counted_in_its_own_tokens(finished, mistral):
 def test_a_loss_that_compares_ids_is_refused_and_the_others_are_named(finished):
     done = finished.run("stages.sorted.loss={fn: forward_kl}", "--redo", "sorted", "--only", "sorted")
     assert done.returncode == 2
-    assert "stages.sorted.loss: forward_kl compares ids" in done.stderr
+    assert "stages.sorted.loss: forward_kl compares token ids" in done.stderr
     assert "aligned or uld" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -79,8 +79,8 @@ def test_a_loss_that_compares_ids_is_refused_and_the_others_are_named(finished):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.text.teacher=null", "compares with one teacher in the trainer"),
-        ("stages.text.teacher={foreign: 1, base: 1}", "compares with one teacher in the trainer"),
+        ("stages.text.teacher=null", "needs one teacher in the trainer"),
+        ("stages.text.teacher={foreign: 1, base: 1}", "needs one teacher in the trainer"),
         ("stages.own.scoring=engine", "with scoring: trainer"),
         ("stages.text.loss={fn: aligned, spanweight: 1}", "Did you mean 'span_weight'"),
         ("stages.text.loss={fn: aligned, divergence: kl}", "stages.text.loss.divergence"),

@@ -304,8 +304,8 @@ def test_failures_of_another_reward_are_its_own():
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ([], "none that counts"),
-        ([("a", 0.0, given(1))], "none that counts"),
+        ([], "no reward has a weight other than 0"),
+        ([("a", 0.0, given(1))], "no reward has a weight other than 0"),
         ([("a", math.nan, given(1))], r"rewards\.a: weight nan"),
         ([("a", math.inf, given(1))], r"rewards\.a: weight inf"),
     ],

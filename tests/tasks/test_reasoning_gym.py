@@ -157,7 +157,7 @@ def test_scorers_that_evaluate_run_no_code(tmp_path):
     ],
 )
 def test_what_a_scorer_may_evaluate(answer, good):
-    assert reasoning_gym_task.harmless(answer) is good
+    assert reasoning_gym_task.is_arithmetic(answer) is good
 
 
 def test_every_process_draws_the_same_problems():

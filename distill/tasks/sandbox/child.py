@@ -57,7 +57,7 @@ def confine(uid: int, limits: dict[str, int], denied: bytes | None) -> None:
 
 
 def control(option: int, first: int, second: int = 0) -> None:
-    """prctl(2)."""
+    """Call prctl(2)."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -81,7 +81,7 @@ def read_frame(fd: int) -> Any:
 
 
 def write_frame(fd: int, nonce: str, kind: str, *values: str) -> None:
-    """values: JSON texts."""
+    """Write a frame. values: JSON texts."""
     body = f"[{','.join([quote(nonce), quote(kind), *values])}]".encode()
     frame = memoryview(len(body).to_bytes(4, "big") + body)
     while frame:
@@ -89,7 +89,7 @@ def write_frame(fd: int, nonce: str, kind: str, *values: str) -> None:
 
 
 def encode(value: Any) -> str:
-    """A value of built-in types as JSON text, with tags where JSON has no such type; TypeError for others."""
+    """JSON text of a value of built-in types, with tags for types that JSON lacks. Raises TypeError for other types."""
     kind = type(value)
     if value is None:
         return "null"
@@ -116,7 +116,7 @@ def encode(value: Any) -> str:
 
 
 def load(source: str, entry_point: str) -> Any:
-    """The function of a program, or `Class.method` of a fresh instance."""
+    """The function of a program, or `Class.method` on a new instance."""
     module = type(sys)("program")
     sys.modules["program"] = module
     exec(compile(source, "program.py", "exec"), module.__dict__)
@@ -205,7 +205,7 @@ def main() -> str:
         control(PR_SET_PDEATHSIG, SIGKILL)
     import builtins
 
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as `site` would have
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as the module `site` does, which is not loaded
     sys.path[:] = [path for path in sys.path if path]
     write_frame(replies, hello["nonce"], "ready")
     if hello["entry_point"] is not None:
