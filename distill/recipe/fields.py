@@ -118,7 +118,7 @@ class SamplingConfig(Config):
 
 
 class EngineConfig(Config):
-    """The engine that runs a model, and the resources it may use. A name alone stands for `{fn: name}`."""
+    """The inference engine that runs a model, and its resources. A single name is short for `{fn: name}`."""
 
     fn: str = Field(
         "auto", description="inference engine; auto = vllm if it is installed and can be used, else transformers"
@@ -140,7 +140,7 @@ class EngineConfig(Config):
 
 
 class RowsConfig(Config):
-    """How the rows of a data set are read, where `data` is a file, a folder or a hub data set and no traces."""
+    """How the rows of a data set are read, if `data` is a file, a folder or a hub data set and not traces."""
 
     split: str = Field("train", description="split of a folder or hub data set")
     subset: str | None = Field(None, description="configuration of a hub data set")
@@ -154,7 +154,7 @@ class RowsConfig(Config):
 
 
 class BudgetConfig(Config):
-    """Training length as compute: until this student has used `times` the FLOPs of another stage's student, in all."""
+    """Train until this student has used `times` as many FLOPs in total as the student of stage `flops_of`."""
 
     flops_of: str = Field(description="stage whose student's FLOPs are the budget")
     times: float = Field(1.0, gt=0, description="factor on these FLOPs: 0.5 = half of them, 2 = twice as many")
@@ -201,11 +201,13 @@ class StageConfig(Config):
     Your own kind is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`,
     the attributes below and `run(self, context) -> Result`. With `predict`, `distill check` also predicts its cost.
 
-    writes: what later stages may read. "model": a checkpoint in <folder>/model; "traces": shards or a selection in
-    <folder>/traces. trains: the stage spends compute on its `model`, so a budget can name it; a model that a stage
-    writes without training it begins a line of its own in the ledger. adds_to: fields of inputs whose changed content
-    is added to the stage's output instead of doing the stage again. shares_process: evaluations of one comparison run
-    in one process.
+    writes: the output that later stages may read. "model": a model in <folder>/model; "traces": shards or a selection
+    in <folder>/traces.
+    trains: whether the stage trains its `model`. A budget can name such a stage. A model that a stage writes without
+    training it counts as a new model: the costs of its own training start at zero.
+    adds_to: input fields. When only the content of these inputs changed, the stage processes the additions; when any
+    other input changed, the stage is done again.
+    shares_process: whether the stages of this kind in one comparison run in one process.
     """
 
     writes: ClassVar[Literal["model", "traces", "nothing"]] = "nothing"

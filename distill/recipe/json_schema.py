@@ -15,7 +15,7 @@ from distill.recipe.tree import Recipe
 
 FILE = "recipe.schema.json"
 _SHORT = {"EngineConfig": "an engine's name", "ModelConfig": "the model's source"}
-"""Sections that may be written as one word."""
+"""Sections that may be written as one word, and the meaning of this word."""
 
 
 def as_tree() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The stage kinds that do not train, one frozen class each."""
+"""Config classes of the stage kinds that do not train."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SNAPSHOTS = "number of held-out problems on which each snapshot of the training 
 
 
 class PruneStage(StageConfig):
-    """Keep `layers` decoder layers, evenly spaced, the first and the last among them."""
+    """Remove decoder layers: keep `layers` of them, evenly spaced, with the first and the last."""
 
     writes: ClassVar = "model"
     kind: Literal["prune"]
@@ -86,7 +86,7 @@ class GenerateStage(StageConfig):
 
 
 class ScoreStage(StageConfig, RowsConfig):
-    """This model's distributions over traces that exist, teacher-forced: a stage's, a folder's, a file's, a hub dataset's.
+    """Compute a model's distributions over existing traces by teacher forcing; no text is generated.
 
     Files, folders and hub data sets (owner/name, or owner/name@revision) hold conversations in any layout that
     `distill ls layouts` lists. Trace ids do not depend on the model, so several models may score the same traces.

@@ -105,7 +105,7 @@ class TrainStage(OptimStage, RowsConfig):
     """Train a model on traces (a generate or filter stage, a folder of shards) or on conversations.
 
     Conversations come from a file, a folder or a hub data set, in any layout that `distill ls layouts` lists; the assistant's
-    turns are learned, what others say is not.
+    turns are learned, other turns are not.
     """
 
     kind: Literal["train"]
@@ -311,8 +311,8 @@ class GrpoStage(PolicyStage):
 class OnPolicyStage(PolicyStage):
     """On-policy distillation: the student samples completions and learns the teacher's distribution at every token.
 
-    The teacher's whole distribution is computed in the trainer, or (scoring: engine) its likeliest entries and
-    tail come from an engine of its own. `offline_share` is the share of stored traces from `data` in every step.
+    The teacher runs in the trainer, with its whole vocabulary, or in an engine of its own (scoring: engine), with its
+    most likely tokens and the mass of the rest. `offline_share` is the share of stored traces from `data` in every step.
     """
 
     kind: Literal["on_policy"]

@@ -1,12 +1,12 @@
 """Decide what to do with a node whose inputs are finished: skip it, run it, resume it, add to it, or do it again.
 
-A finished stage with the same config and inputs is skipped. Otherwise, by what changed:
-    an identity field     refused, naming the keys; `--redo STAGE` does it again
-    a growth field        the stage goes on and adds the difference
-    an execution field    no matter: a finished stage stays, an unfinished one goes on with the new value
-    an input's content    the stage is done again; its former output is kept in RUN/.old. A kind that names the input
-                          in `adds_to` adds the difference
-An unfinished stage goes on where it was interrupted.
+A finished stage with the same config and inputs is skipped. An unfinished stage resumes where it was interrupted. If
+something changed, the decision depends on what it is:
+    an identity field     an error that names the keys; `--redo STAGE` does the stage again
+    a growth field        the stage continues and adds the difference
+    an execution field    no effect on a finished stage; an unfinished one continues with the new value
+    an input's content    the stage is done again and its former output is moved to RUN/.old; if the kind names the
+                          input in `adds_to`, the stage adds the difference instead
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Known:
     """Sizes of the recipe's models, data and tasks, filled in stage by stage, inputs first.
 
     By name: shapes of models; replies: mean reply tokens that a model learned; traces: (number, prompt tokens, reply
-    tokens); tasks_of: the task of a set of traces; tasks: (task, mean prompt tokens); spent: total training FLOPs of a
+    tokens); tasks_of: the task of a set of traces; tasks: (task, mean prompt tokens); spent: FLOPs of the whole training of a
     model; snapshots: number of snapshots.
     """
 
@@ -101,7 +101,8 @@ class Known:
 
 
 def rows_of(data: str, config: RowsConfig, known: Known) -> tuple[float, float, float]:
-    """Return (rows, prompt tokens, reply tokens) of a data set, from its first rows; of a folder of shards, exactly."""
+    """Return (rows, mean prompt tokens, mean reply tokens) of a data set, estimated from its first rows; exact for a
+    folder of shards."""
     path = find_data(data)
     if path is None and is_hub_id(data):
         known.notes.append(f"data {data!r} unverified: assumed to have {ASSUMED_ROWS[0]:g} traces")
@@ -132,7 +133,7 @@ def rows_of(data: str, config: RowsConfig, known: Known) -> tuple[float, float, 
 
 
 def _seen(data: str, reader: Reader, left_out: DroppedRows) -> str:
-    """Say how a data set's first rows are read, and what of them is left out."""
+    """Describe how a data set's first rows are read, and which of them are left out."""
     lost = sum(left_out.reasons.values())
     first = f" ({left_out.first[0]})" if left_out.first else ""
     return f"data {data!r}: rows read as {reader.layout}" + (

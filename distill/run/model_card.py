@@ -125,10 +125,10 @@ def _facts(traces: Path) -> Iterator[tuple[str, str]]:
 
 
 def push(reference: Path, repo: str, *, private: bool = True) -> str:
-    """Upload a checkpoint and its card to the model `repo` (owner/name), created if missing; return its address.
+    """Upload a model and its card to the hub repository `repo` (owner/name), created if missing; return its address.
 
-    reference: a checkpoint's folder, or a stage's folder with one. Raises UserError if there is no checkpoint, or the hub
-    cannot be reached or refuses.
+    reference: the model's folder, or the folder of its stage. Raises UserError if there is no model, or if the hub cannot
+    be reached or refuses the upload.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -161,7 +161,7 @@ def push(reference: Path, repo: str, *, private: bool = True) -> str:
 
 
 def model_folder(reference: Path) -> Path:
-    """Return the folder with config.json and weights for a path: itself, or a stage's `model`."""
+    """Return the folder with config.json and weights: the path, or its folder `model`. Raises UserError if neither is."""
     for base in (reference, Path("runs") / reference):
         for folder in (base, base / "model"):
             if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):

@@ -198,7 +198,7 @@ def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
 
 
 def _mean_nll(folder: Path) -> float:
-    """Return the text's mean negative log-likelihood, nats a token."""
+    """Return the mean negative log-likelihood of the completion tokens, in nats per token."""
     total, num = 0.0, 0
     for block in open_traces(folder).blocks(256, ["completion_ids", "logprob"]):
         total -= float(block.logprob.values.sum(dtype=np.float64))

@@ -1,4 +1,4 @@
-"""A trained reward model: loaded once a process, prompt and completion in, one logit out.
+"""A trained reward model: computes one logit from prompt and completion. Each model is loaded once per process.
 
 It reads the problem's conversation and the completion with its own tokenizer and chat template, never the policy's ids, and
 without the task template's instructions: it judges the reply to the question. Generative judges are not supported.
@@ -20,7 +20,7 @@ _loading = threading.Lock()
 
 
 def load(path: str, dtype: Dtype = "auto") -> RewardModel:
-    """Load the reward model of a folder or hub id once a process, on the GPU if there is one."""
+    """Load the reward model of a folder or hub id once per process, on the GPU if there is one."""
     with _loading:
         return _load(path, dtype)
 

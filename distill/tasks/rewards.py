@@ -1,4 +1,4 @@
-"""Rewards: each public function here is a reward, `name(group, *, options) -> one score a completion`.
+"""Rewards: each public function here is a reward, `name(group, *, options) -> one score per completion`.
 
 Rewards are pure: a group's scores do not depend on other groups. None means that a completion could not be judged, which
 excludes it from the baseline; it is not the same as 0. A bad completion gets 0, also if it is empty, unfinished or its
@@ -87,10 +87,10 @@ def model(
     batch_size: pydantic.PositiveInt = 8,
     dtype: Dtype = "auto",
 ) -> list[float | None]:
-    """The logit r(prompt, completion) of a reward model trained with the Bradley-Terry loss
-    -log sigmoid(r_chosen - r_rejected) (InstructGPT, arXiv 2203.02155, eq. 1).
+    """The logit r(prompt, completion) of a trained reward model (Bradley-Terry loss, InstructGPT).
 
-    path: of a sequence classifier with one label: a folder or a hub id. sigmoid: use 1 / (1 + exp(-r)) in (0, 1), because r
+    The model was trained with the loss -log sigmoid(r_chosen - r_rejected) (arXiv 2203.02155, eq. 1).
+    path: folder or hub id of a sequence classifier with one label. sigmoid: use 1 / (1 + exp(-r)) in (0, 1), because r
     has no fixed scale and a few extreme logits would dominate the other rewards. batch_size, dtype:
     of its forward passes. None if prompt and completion together are longer than the model's context.
     Raises UserError for a model that cannot be reached or is not a reward model.

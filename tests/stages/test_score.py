@@ -104,7 +104,7 @@ def test_scored_traces_are_the_same_rows_with_the_other_models_numbers(tiny_dir,
         provenance.text_from(open_traces(ctx.folder / "traces"))
         == f"a (weights {models.weights_fingerprint(tiny_dir)})"
     )
-    assert "its ids as they were sampled" in ctx.screen.stream.getvalue()
+    assert "its token ids are used as stored" in ctx.screen.stream.getvalue()
 
 
 def test_the_writer_scored_again_says_what_it_said_while_it_wrote(tiny_dir, tmp_path, written):
@@ -399,7 +399,7 @@ def test_a_file_of_conversations_is_rendered_and_scored(tiny_dir, other_dir, tok
     assert "row 3 left out: there is no reply to score" in said
     assert "row 7 left out: not JSON" in said
     assert "1 traces left out: longer than the limit" in said
-    assert "rendered in the model's own tokens" in said
+    assert "it is tokenised with this model's tokenizer" in said
     assert provenance.text_from(open_traces(ctx.folder / "traces")).startswith("r1.jsonl (")
 
 
@@ -567,7 +567,7 @@ def test_the_real_model_through_the_command_line(smollm2_dir, tokenizer, tmp_pat
         return done.stdout
 
     said = distill("run", str(recipe_file), "--kind", "score", "--runs", str(tmp_path))
-    assert "rendered in the model's own tokens" in said
+    assert "it is tokenised with this model's tokenizer" in said
     folder = tmp_path / "real" / "scored" / "traces"
     model = models.load(smollm2_dir, dtype="float32").eval()
     (block,) = open_traces(folder).blocks()

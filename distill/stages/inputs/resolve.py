@@ -43,7 +43,7 @@ CROSS_TOKENIZER = "distill.training.loss.cross_tokenizer.losses"
 
 
 TEACHER_ENTRIES = 64
-"""The number of entries a position that a loss for stored distributions gets from a teacher in the trainer."""
+"""The number of tokens per position that a custom loss for stored distributions gets from a teacher in the trainer."""
 
 
 def is_cross_tokenizer(config: TrainStage | OnPolicyStage) -> bool:

@@ -1,8 +1,8 @@
 """Plain numbers, read exactly as fractions, with their units.
 
-Most answers are compared here without a symbolic library. Units are part of a number (`units`).
-A comma groups thousands only where it cannot make a list: `1,000` and `12,345` are numbers, `100,200`
-(equal groups, each a number by itself) is a list of two unless a currency or a unit says otherwise.
+Most answers are compared here without a symbolic library. Units are part of a number (`units`). A comma groups
+thousands only if the text cannot be a list: `1,000` and `12,345` are numbers; `100,200` (equal groups, each a number) is
+a list of two numbers unless it has a currency or a unit.
 """
 
 from __future__ import annotations

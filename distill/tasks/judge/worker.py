@@ -1,8 +1,8 @@
-"""A worker process that may be killed: symbolic comparison of two expressions (`symbolic`), and two other jobs.
+"""A worker process for jobs that may never end, such as the symbolic comparison of two expressions.
 
-`python -m distill.tasks.judge.worker math LIMIT` answers JSON lines: `[answer, gold, strict]` -> are they equal,
-`[gold]` -> can it be parsed. The job `score` runs generators and their scorers (`reasoning_gym_task`), the job `check` runs
-tests that are written as code (`code_checks`).
+`python -m distill.tasks.judge.worker JOB LIMIT` answers requests, one JSON line each. The job `math` compares or parses
+expressions (`symbolic`), `score` runs generators and their scorers (`reasoning_gym_task`), `check` runs tests that are
+written as code (`code_checks`).
 
 `worker_pool` kills the process after a time limit: towers of powers and deep parentheses keep sympy busy forever. It ends
 by itself if its parent does, or if the parent has not killed it soon after the limit.

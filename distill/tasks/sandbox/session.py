@@ -1,4 +1,4 @@
-"""Sessions: one untrusted program each, from its start to its guaranteed end.
+"""Sessions: one untrusted program each, from its start until all its processes have ended.
 
 A `Session` is a new process (a new sandbox at level 2) for one program, never used for another. As many run
 at a time as there are cores; further ones wait. Open, use and close it in one thread: bubblewrap kills
