@@ -1,4 +1,4 @@
-"""Recipes: what is refused, and whether the message says what to do."""
+"""Recipes: which mistakes are refused, and whether the message says how to fix them."""
 
 from __future__ import annotations
 

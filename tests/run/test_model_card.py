@@ -1,4 +1,4 @@
-"""Model cards from a run's folders, read back by the hub's own library, and the way to the hub up to the network."""
+"""Model cards of a run, read by the hub's library, and the upload to the hub without the network call."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def resolved(base: str) -> recipe.Recipe:
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_dir: Path) -> Path:
-    """A run's folder with the models of three stages."""
+    """The folder of a run with the models of three stages."""
     folder = tmp_path / "carded"
     for name, kind in (("teacher", "train"), ("student", "prune"), ("kl", "train")):
         standing = run_folder.State(kind=kind, config={}, inputs={}, status="done", seconds=61.0)
@@ -136,7 +136,7 @@ def test_a_hub_that_is_not_there_is_named_in_seconds(run: Path, monkeypatch: pyt
 
 
 def test_push_hands_the_folder_to_the_hub_library(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the network is real."""
+    """Everything except the network call is real."""
     import huggingface_hub
 
     calls: list[tuple[str, Any, dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""A stage kind of one's own, in a module beside the recipe: run, resumed, refused, redone, read by other stages."""
+"""A user's stage kind in a module beside the recipe: it runs, resumes, is refused, is redone and is read by other stages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sample(StageConfig):
 
 
 class Copy(StageConfig):
-    """A model as it is."""
+    """Copies a model without a change."""
 
     writes = "model"
     model: str
@@ -146,7 +146,7 @@ def test_mistakes_are_one_message(project, override, message):
 
 
 def test_it_is_copied_for_each_seed_with_what_it_reads(project):
-    """Its fields that name stages have names of its own, and are renamed all the same."""
+    """Fields of any name that refer to stages get the names of the copies."""
     loaded = recipe.load(project.recipe, ["stages.traces.seeds=[1,2]"])
     copies = {name: config.corpus for name, config in loaded.stages.items() if name.startswith("few")}
     assert copies == {"few@1": "traces@1", "few@2": "traces@2"}

@@ -1,4 +1,4 @@
-"""score: another model's distributions over traces that exist, whoever wrote them."""
+"""score: a model's distributions over existing traces of any origin."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rows_of(path: Path) -> dict[str, tuple[Traces, int]]:
 
 
 def check_against_a_forward_pass(folder: Path, path: Path) -> None:
-    """Every position's numbers against transformers' own logits of the whole sequence."""
+    """The values at every position against transformers' logits of the whole sequence."""
     import torch
 
     model = models.load(folder, dtype="float32").eval()
@@ -108,7 +108,7 @@ def test_scored_traces_are_the_same_rows_with_the_other_models_numbers(tiny_dir,
 
 
 def test_the_writer_scored_again_says_what_it_said_while_it_wrote(tiny_dir, tmp_path, written):
-    """Generation and teacher-forced scoring are two paths to one number."""
+    """Generation and teacher-forced scoring give the same log-probabilities."""
     ctx = make(tmp_path, {"a": tiny_dir, "b": tiny_dir}, written)
     run_score(ctx)
     before, after = rows_of(tmp_path / "traces/traces"), rows_of(ctx.folder / "traces")
@@ -169,7 +169,7 @@ def _same(mine: dict, theirs: dict) -> None:
 
 
 def test_data_that_changed_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_path, written):
-    """Four of eight traces, then all, then three of them; nothing twice, and nothing left over."""
+    """Score four of eight traces, then all, then three: nothing is scored twice and nothing extra is kept."""
     ids = list(rows_of(written / "traces"))
     teachers = {"a": tiny_dir, "b": other_dir}
     ctx = make(tmp_path, teachers, written)
@@ -257,7 +257,7 @@ COMMITS = ("1" * 40, "2" * 40)
 
 @pytest.fixture
 def cached_dataset(tmp_path, monkeypatch):
-    """A hub dataset that was loaded before, as its library leaves it; the second call is a newer commit."""
+    """A hub dataset in the library's cache; the second call makes a newer commit."""
     import datasets.config
     from datasets.arrow_writer import ArrowWriter
 
@@ -307,7 +307,7 @@ def test_a_hub_dataset_counts_by_the_commit_that_is_read(tiny_dir, other_dir, tm
     assert action() == "grow"
     assert finish() == COMMITS[1]
     assert open_traces(ctx.folder / "traces").num_rows == 3
-    # What is not there any more cannot have changed.
+    # A file that is gone does not count as changed.
     shutil.rmtree(tmp_path / "cache")
     hub.dataset_commit.cache_clear()
     assert action() == "skip"
@@ -529,7 +529,7 @@ def test_a_score_stage_is_checked_and_predicted(tiny_dir, other_dir, tmp_path):
 
 
 def test_a_long_trace_never_has_its_logits_at_once(tiny_dir):
-    """The reference engine's head sees CHUNK positions at a time, whatever the length."""
+    """The reference engine's head computes at most CHUNK positions at a time, for any length."""
     engine = TransformersEngine(tiny_dir, max_model_len=512, dtype="float32", batch_size=1, device="cpu")
     seen: list[int] = []
     engine._model.get_output_embeddings().register_forward_hook(

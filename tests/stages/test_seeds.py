@@ -1,4 +1,4 @@
-"""Several training seeds, a budget in another stage's FLOPs, and models kept along the way: one run on a tiny model."""
+"""Several training seeds, a budget in another stage's FLOPs, and snapshots, in one run on a tiny model."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_seeds_train_differently_and_are_evaluated_on_the_same_problems(finished
 def test_a_budget_is_spent_to_the_nearest_step(finished):
     for seed in (1, 2):
         standing = finished.state(f"rl@{seed}")
-        # The start wrote kl's traces itself, which is its own doing.
+        # The start wrote kl's traces itself, so they are the student's own cost.
         allowed = sum(finished.state(name)["cost"]["flops"] for name in (f"kl@{seed}", "traces"))
         spent, num_steps = standing["cost"]["flops"], standing["metrics"]["steps"]
         assert abs(spent - allowed) <= 0.6 * spent / num_steps
@@ -161,9 +161,9 @@ def test_a_budget_counts_from_what_both_rest_on(finished, tiny_dir):
         assert found is not None
         return found.flops
 
-    assert left("start") == finished.state("kl@2")["cost"]["flops"]  # the traces are both's
+    assert left("start") == finished.state("kl@2")["cost"]["flops"]  # both share the cost of the traces
     with pytest.raises(UserError, match="nothing is left to spend"):
-        left("kl@1", times=0.5)  # which has spent about as much as kl@2
+        left("kl@1", times=0.5)  # kl@1 has spent about as much as kl@2
 
 
 def test_points_are_the_models_of_the_way(finished):
@@ -181,7 +181,7 @@ def test_points_are_the_models_of_the_way(finished):
 
 
 def test_a_point_is_evaluated_with_its_own_weights(finished, tokenizer):
-    """The completion of the weights of step 2, greedy, by transformers itself."""
+    """The greedy completion of the weights of step 2, by transformers."""
     folder = finished.run_dir / "verdict.kl@1" / "snapshots"
     shards = {one.name: finished.rows_in(one) for one in folder.iterdir()}
     assert {name: len(rows) for name, rows in shards.items()} == {f"step-{n:08d}": 3 for n in (2, 4)}

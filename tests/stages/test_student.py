@@ -1,4 +1,4 @@
-"""What a training stage may ask of its model, and what is refused where it cannot be had."""
+"""Options of a training stage for its model, and the errors where an option is not possible."""
 
 from __future__ import annotations
 

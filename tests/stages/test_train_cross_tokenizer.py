@@ -60,7 +60,7 @@ def test_the_student_comes_nearer_to_a_teacher_with_another_tokenizer(finished):
 
 
 def test_what_the_teacher_read_is_counted_in_its_own_tokens(finished, mistral):
-    """Of `sorted`: each conversation once a step, under the teacher's template, with the end after the reply."""
+    """The teacher's cost in `sorted`: each conversation once per step, in the teacher's template, with an end token."""
     texts = [(f"[user] {n} + 1?\n[assistant] ", f"Das wären {n + 1}.") for n in range(12, 18)]
     each = [sum(len(mistral(part, add_special_tokens=False)["input_ids"]) for part in parts) + 1 for parts in texts]
     cost = finished.state("sorted")["teacher_cost"]

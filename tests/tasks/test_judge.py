@@ -1,4 +1,4 @@
-"""The judge against a labelled table, and against what would hang, crash or confuse it."""
+"""The judge against a table of labelled answers, and against inputs that could hang, crash or confuse it."""
 
 import functools
 import os
@@ -128,7 +128,8 @@ def test_long_and_deep_answers_are_wrong_not_slow():
     ],
 )  # fmt: skip
 def test_no_repetition_holds_up_the_reading_of_an_answer(unit, gold, monkeypatch):
-    monkeypatch.setattr(worker_pool, "ask", lambda *_args: False)  # what the worker does is limited in time
+    # The worker has a time limit of its own, so only the work of this process is tested.
+    monkeypatch.setattr(worker_pool, "ask", lambda *_args: False)
     start = time.process_time()
     for text in (unit * (1000 // len(unit)), "7" + unit * (990 // len(unit)) + "7"):
         math_verdict(text, gold)
