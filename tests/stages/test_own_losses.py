@@ -144,7 +144,7 @@ def test_between_tokenizers_it_is_its_twin(project):
         ("stages.rows_on_stored.loss.fn=ownlosses:odd", "a loss takes (student, targets)"),
         ("stages.rows_on_stored.loss.fn=ownlosses:nothing", "cannot import 'ownlosses:nothing'"),
         ("stages.pair_across.teacher=null", "needs one teacher in the trainer"),
-        ("stages.stored_with_teacher.temperature=2", "at temperature 1 alone"),
+        ("stages.stored_with_teacher.temperature=2", "only at temperature 1"),
     ],
 )
 def test_mistakes_are_one_message(project, override, message):
