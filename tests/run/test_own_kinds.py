@@ -133,7 +133,10 @@ def test_check_says_that_its_cost_is_not_known(project):
         ("stages.few.corpus=trcs", "stages.few.corpus: there is no stage 'trcs'. Did you mean 'traces'?"),
         ("stages.few.longst=3", "Did you mean 'longest'?"),
         ("stages.few.longest=many", "stages.few.longest"),
-        ("stages.kl.data=copy", "'copy' is a stage of kind ownkinds:Copy, but this key needs a generate or score or filter stage"),
+        (
+            "stages.kl.data=copy",
+            "'copy' is a stage of kind ownkinds:Copy, but this key needs a generate or score or filter stage",
+        ),
         ("stages.kl.model=few", "'few' is a stage of kind ownkinds:Sample"),
         ("stages.few.kind=trian", "there is no stage kind 'trian'. Did you mean 'train'?"),
     ],

@@ -182,7 +182,7 @@ def test_a_cache_as_large_as_the_limit_punishes_from_the_first_token():
 
 
 def test_a_cache_beyond_the_limit_is_a_mistake():
-    with pytest.raises(UserError, match=r"cache is 101 tokens.*100 in all"):
+    with pytest.raises(UserError, match=r"cache is 101 tokens.*at most 100"):
         rewards.length(group("a"), cache=101)
 
 
