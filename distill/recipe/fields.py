@@ -8,6 +8,7 @@ sizes, memory, logging).
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -173,6 +174,56 @@ class LoraConfig(Config):
         description="QLoRA: quantise the frozen base weights during training, with bitsandbytes; None = not quantised",
     )
 
+
+class DistributedConfig(Config):
+    """The processes of a training stage. A single number is short for `{processes: number}`."""
+
+    processes: PositiveInt = Field(1, description="number of processes on each node; on GPUs, one for each GPU")
+    nodes: PositiveInt = Field(1, description="number of nodes (machines); they share the run's folder")
+    rendezvous: str | None = Field(
+        None, description="host:port of the first node, where the nodes meet; required for several nodes"
+    )
+    strategy: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="ddp: every process holds the whole model; fsdp2: weights, gradients and optimiser state are sharded "
+        "over the processes (torch's fully_shard)",
+    )
+    offload: bool = Field(
+        False, description="with fsdp2: keep weights, gradients and optimiser state in main memory, and step there"
+    )
+    launcher: str | None = Field(
+        None,
+        description="command that starts a program once on every node, such as srun --nodes 2 --ntasks-per-node 1; None = "
+        "the first node is started, and the command for the others is printed",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_alone(cls, value: Any) -> Any:
+        return {"processes": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DistributedConfig:
+        if self.nodes > 1 and not re.fullmatch(r"[^:\s]+:\d+|\[[0-9a-fA-F:]+\]:\d+", self.rendezvous or ""):
+            raise ValueError("rendezvous: several nodes need the first node's host:port, such as node0:29500")
+        if self.offload and self.strategy != "fsdp2":
+            raise ValueError("offload needs strategy: fsdp2")
+        if self.launcher is not None and self.nodes == 1:
+            raise ValueError("launcher: it starts the other nodes, but nodes is 1; remove one of the two keys")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes over all nodes."""
+        return self.processes * self.nodes
+
+    @property
+    def launched(self) -> bool:
+        """Whether torch's launcher starts the stage."""
+        return self.world_size > 1 or self.strategy != "ddp"
+
+
+ONE_PROCESS = DistributedConfig()
 
 Sort = Literal["model", "teacher", "data", "task", "questions", "budget"]
 

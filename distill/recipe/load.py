@@ -17,6 +17,7 @@ from distill.plug import add_import_folder, nearest
 from distill.recipe.fields import ModelConfig, PlugConfig
 from distill.recipe.seeds import expand
 from distill.recipe.stages import KINDS, kind_class
+from distill.recipe.training_stages import OptimStage
 from distill.recipe.tree import Recipe, check_references
 from distill.records import UserError
 
@@ -63,7 +64,20 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     if mistakes:
         raise UserError("\n".join(mistakes))
     check_references(recipe, where)
-    return expand(recipe, where)
+    return expand(_with_processes(recipe), where)
+
+
+def _with_processes(recipe: Recipe) -> Recipe:
+    """Give the recipe's `distributed` to every stage that trains and has none."""
+    if recipe.distributed is None:
+        return recipe
+    stages = {
+        name: stage.model_validate(stage.model_dump() | {"distributed": recipe.distributed})
+        if isinstance(stage, OptimStage) and stage.distributed is None
+        else stage
+        for name, stage in recipe.stages.items()
+    }
+    return recipe.model_copy(update={"stages": stages})
 
 
 def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:

@@ -10,7 +10,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from distill.recipe.fields import (
     AUTO_DTYPE,
+    ONE_PROCESS,
     BudgetConfig,
+    DistributedConfig,
     Dtype,
     EngineConfig,
     Input,
@@ -74,6 +76,28 @@ class OptimStage(StageConfig):
     keep_checkpoints: PositiveInt = execution(
         2, description="number of newest checkpoints to keep; older ones are deleted"
     )
+    checkpoint_minutes: float | None = execution(
+        None,
+        gt=0,
+        description="also write a checkpoint when the newest one is this many minutes old; None = by steps only",
+    )
+    metric_for_best_model: str | None = execution(
+        None,
+        description="metric of metrics.jsonl by which the best checkpoint is kept besides the newest, compared as its mean since "
+        "the checkpoint before; None = the newest only",
+    )
+    greater_is_better: bool | None = execution(
+        None,
+        description="whether a larger metric_for_best_model is better; None = unless its name ends in loss, nll or kl",
+    )
+    load_best_model_at_end: bool = Field(
+        False,
+        description="save the model of the best checkpoint instead of the last step's; needs metric_for_best_model",
+    )
+    distributed: DistributedConfig | None = execution(
+        None,
+        description="processes, nodes and sharding of this stage; None = the recipe's `distributed`, or one process",
+    )
     log_every: PositiveInt = execution(1, description="write a line to metrics.jsonl every N optimiser steps")
     trackers: list[str] = execution(
         [], description="experiment trackers, by accelerate's names: tensorboard, wandb, trackio, ..."
@@ -91,6 +115,26 @@ class OptimStage(StageConfig):
     def saved_in(self) -> SavedDtype:
         """The dtype of the weights that the stage writes."""
         return self.save_dtype or ("bfloat16" if self.dtype == "auto" else self.dtype)
+
+    @property
+    def parallel(self) -> DistributedConfig:
+        """The processes of the stage."""
+        return self.distributed or ONE_PROCESS
+
+    @pydantic.model_validator(mode="after")
+    def _best(self) -> OptimStage:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            raise ValueError("load_best_model_at_end needs metric_for_best_model")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _quantised_in_one_piece(self) -> OptimStage:
+        if self.lora is not None and self.lora.quantised and self.parallel.strategy == "fsdp2":
+            raise ValueError(
+                "lora.quantised: a quantised base cannot be sharded; use strategy: ddp, where every process holds all of it, or "
+                "remove quantised"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _whole_points(self) -> OptimStage:

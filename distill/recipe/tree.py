@@ -10,7 +10,16 @@ import pydantic
 from pydantic import Field
 
 from distill.plug import nearest
-from distill.recipe.fields import Config, ModelConfig, Name, Seeds, StageConfig, StageName, TaskConfig
+from distill.recipe.fields import (
+    Config,
+    DistributedConfig,
+    ModelConfig,
+    Name,
+    Seeds,
+    StageConfig,
+    StageName,
+    TaskConfig,
+)
 from distill.recipe.stages import KINDS
 from distill.records import UserError
 
@@ -21,6 +30,9 @@ class Recipe(Config):
     seed: int = Field(17, ge=0, description="random seed of every stage that has none of its own")
     seeds: Seeds | None = Field(
         None, description="training seeds: every stage but a comparison is run once for each seed"
+    )
+    distributed: DistributedConfig | None = Field(
+        None, description="processes, nodes and sharding of every stage that trains and has no `distributed` of its own"
     )
     models: dict[Name, ModelConfig] = Field(
         {}, description="models by name, each a source or a section with source, revision, ..."
