@@ -13,7 +13,6 @@ from distill.models.chat_template import pin_date, pinned_date
 from distill.models.checkpoint_folder import check_folder, check_vocabulary
 from distill.models.loading import (
     auto_dtype,
-    cast,
     config_of,
     learned_positions,
     load,
@@ -36,7 +35,7 @@ from distill.models.rendering import (
     render_reply,
     turn_end,
 )
-from distill.models.saving import mend_generation_config, prove_saved
+from distill.models.saving import cast, check_merged, label_logps, mend_generation_config, prove_saved, rehearse_save
 from distill.models.shape import ModelShape, text_part
 from distill.models.tokenizer import (
     check_same_tokenizer,
@@ -57,6 +56,7 @@ __all__ = [
     "cast",
     "chat_template_of",
     "check_folder",
+    "check_merged",
     "check_same_tokenizer",
     "check_template",
     "check_vocabulary",
@@ -66,6 +66,7 @@ __all__ = [
     "exported_weights",
     "file_hash",
     "kept_layers",
+    "label_logps",
     "learned_positions",
     "load",
     "load_tokenizer",
@@ -78,6 +79,7 @@ __all__ = [
     "prompt_text",
     "prove_saved",
     "prune_layers",
+    "rehearse_save",
     "render_completion",
     "render_prompt",
     "render_reply",

@@ -65,13 +65,6 @@ def auto_dtype(folder: str | Path, purpose: Literal["training", "engine"] = "eng
     return machine.choose(measured, width, "auto", purpose).dtype
 
 
-def cast(model: Any, dtype: str) -> Any:
-    """Convert the model to a dtype ("bfloat16", "float32") in place."""
-    import torch
-
-    return model.to(getattr(torch, dtype))
-
-
 def without_dropout(model: Any) -> None:
     """Turn a model's dropout off in place: modules, and the rates that attention layers hold as numbers."""
     from torch import nn
