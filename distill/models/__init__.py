@@ -14,6 +14,7 @@ from distill.models.checkpoint_folder import check_folder, check_vocabulary
 from distill.models.loading import (
     auto_dtype,
     config_of,
+    copy_weights,
     learned_positions,
     load,
     save,
@@ -35,7 +36,15 @@ from distill.models.rendering import (
     render_reply,
     turn_end,
 )
-from distill.models.saving import cast, check_merged, label_logps, mend_generation_config, prove_saved, rehearse_save
+from distill.models.saving import (
+    cast,
+    check_merged,
+    label_logps,
+    mend_generation_config,
+    prove_saved,
+    rehearse_merge,
+    rehearse_save,
+)
 from distill.models.shape import ModelShape, text_part
 from distill.models.tokenizer import (
     check_same_tokenizer,
@@ -61,6 +70,7 @@ __all__ = [
     "check_template",
     "check_vocabulary",
     "config_of",
+    "copy_weights",
     "decode",
     "effective_weight",
     "exported_weights",
@@ -79,6 +89,7 @@ __all__ = [
     "prompt_text",
     "prove_saved",
     "prune_layers",
+    "rehearse_merge",
     "rehearse_save",
     "render_completion",
     "render_prompt",

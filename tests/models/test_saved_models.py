@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_architectures import build
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -157,3 +158,56 @@ def test_weights_that_would_be_random_and_ids_without_an_embedding_are_refused(t
     ):
         models.check_vocabulary({"vocab_size": 500}, 500, 512, 512, "m")
     models.check_vocabulary({"vocab_size": 512}, 512, 512, 500, "m")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma3_text", "qwen3_moe", "mixtral", "opt", "lfm2"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_exported_weights_are_a_checkpoint_and_reach_another_model(
+    model_type: str, adapted: bool, tmp_path: Path
+) -> None:
+    """By the names of the files that save_pretrained writes, adapters on experts, ends and layers merged in."""
+    model, other = build(model_type, 512), build(model_type, 512)
+    ends = [n for n, m in model.named_modules() if m is model.get_input_embeddings()]
+    if adapted:
+        model = models.add_lora(model, LoraConfig(rank=4, modules_to_save=ends))
+        if not models.ties_ends(model.get_base_model()) and models.ties_ends(other):
+            other = models.add_lora(other, LoraConfig(rank=4, modules_to_save=ends)).unload()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    trained = label_logps(model)
+    models.copy_weights(other, models.exported_weights(model))
+    torch.testing.assert_close(label_logps(other), trained, atol=1e-4, rtol=1e-4)
+    exported = {name: tensor.clone() for name, tensor in models.exported_weights(model)}
+    (model.merge_and_unload() if adapted else model).save_pretrained(tmp_path)
+    files = load_file(tmp_path / "model.safetensors")
+    assert files.keys() == exported.keys()
+    for name, tensor in files.items():
+        torch.testing.assert_close(tensor, exported[name], atol=1e-5, rtol=1e-5)
+    del exported["model.layers.1.mlp.experts.0.down_proj.weight" if "moe" in model_type else name]
+    with pytest.raises(ValueError, match=r"weights are missing|no weight called"):
+        models.copy_weights(other, exported.items())
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"modules_to_save": ["embed_out"]}, r"lora\.modules_to_save: the model has no module 'embed_out'"),
+        ({"target_modules": ["q_proj", "v_prj"]}, r"lora\.target_modules: .* 'v_prj'\. Did you mean 'v_proj'"),
+    ],
+)
+def test_a_module_that_the_model_does_not_have_is_not_left_out_in_silence(lora: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        models.add_lora(build("llama", 512), LoraConfig(rank=4, **lora))
+
+
+def test_a_merge_that_goes_wrong_is_found_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft
+
+    adapted = models.add_lora(build("gemma", 512), LoraConfig(rank=4))
+    models.rehearse_merge(adapted)
+    assert not float(sum(p.abs().sum() for n, p in adapted.named_parameters() if "lora_B" in n))
+    monkeypatch.setattr(peft.PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    with pytest.raises(UserError, match="with its adapter merged is not the model that is trained"):
+        models.rehearse_merge(adapted)

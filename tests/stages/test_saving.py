@@ -115,7 +115,7 @@ def test_a_wrong_merge_fails_the_stage(base: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(peft.PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
     context = stage_context(tmp_path, base, {"kind": "train", "dtype": "float32", "lora": {"rank": 2}})
-    with pytest.raises(UserError, match="with its adapter merged is not the one that was trained"):
+    with pytest.raises(UserError, match="with its adapter merged is not the model that is trained"):
         train.run(context.recipe.stages["s"], context)
     assert not (context.folder / "model").exists()
 

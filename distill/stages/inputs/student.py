@@ -44,7 +44,10 @@ def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
             f"{where}.lora: {', '.join(ends)} is one matrix with the other end of this model, and the engine that samples keeps it "
             "so: leave it out of target_modules and modules_to_save, or train without lora."
         )
-    return models.add_lora(model, config.lora)
+    adapted = models.add_lora(model, config.lora)
+    if config.lora.quantised is None:
+        models.rehearse_merge(adapted)
+    return adapted
 
 
 def save_student(
