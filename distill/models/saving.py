@@ -19,7 +19,7 @@ from distill import machine
 from distill.models.loading import model_class
 from distill.models.lora import checkpoint_weights
 from distill.models.tokenizer import load_tokenizer, template_hash, tokenizer_fingerprint
-from distill.records import UserError
+from distill.records import Array, UserError
 
 LENGTHS = (40, 24, 7)
 """Tokens of the documents on which a saved model is compared."""
@@ -138,14 +138,22 @@ def label_logps(model: Any) -> Any:
     import torch
 
     rng = np.random.default_rng(1)
-    embedding = model.get_input_embeddings().weight
-    parts = []
+    rows = model.get_input_embeddings().weight.shape[0]
+    return torch.cat([plain_logps(model, rng.integers(0, rows, length)) for length in LENGTHS])
+
+
+def plain_logps(model: Any, ids_T: Array, vocab_size: int | None = None) -> Any:
+    """Return the log-probabilities of a document's tokens after the first, float32 [T - 1], on the CPU.
+
+    By the model's own forward pass with transformers' eager attention. vocab_size: of the tokenizer, if the output head has
+    more rows.
+    """
+    import torch
+
     with torch.no_grad(), _plain(model):
-        for length in LENGTHS:
-            ids = torch.from_numpy(rng.integers(0, embedding.shape[0], (1, length))).to(embedding.device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            parts.append(logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu())
-    return torch.cat(parts)
+        ids_1T = torch.from_numpy(np.asarray(ids_T, np.int64))[None].to(model.get_input_embeddings().weight.device)
+        logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, :-1, :vocab_size].float()
+        return logits_TV.log_softmax(-1).gather(1, ids_1T[0, 1:, None])[:, 0].cpu()
 
 
 @contextmanager
