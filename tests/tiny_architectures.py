@@ -49,7 +49,12 @@ class NotTinyError(Exception):
 
 def build(model_type: str, vocab_size: int, **fields: Any) -> Any:
     """Return a random float32 model with a few layers of every kind; norms, biases, sinks and gates are random too."""
-    config = _config(type(AutoConfig.for_model(model_type)), vocab_size, {**FIELDS.get(model_type, {}), **fields})
+    try:
+        kind = type(AutoConfig.for_model(model_type))
+    # A class without defaults for its parts.
+    except Exception as error:
+        raise NotTinyError(type(error).__name__) from None
+    config = _config(kind, vocab_size, {**FIELDS.get(model_type, {}), **fields})
     try:
         with torch.device("meta"):
             size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())

@@ -27,14 +27,15 @@ ROLES = {
     "function_call": "assistant", "function-call": "assistant", "tool_call": "assistant", "function_response": "tool",
 }  # fmt: skip
 BESIDE = ("reasoning_content", "reasoning", "thinking", "thoughts", "deepseek_reasoning", "deepseek_thinking_trajectory",
-          "thinking_trajectory", "chain_of_thought", "cot", "r1_reasoning")  # fmt: skip
+          "thinking_trajectory", "thinking_trajectories", "chain_of_thought", "cot", "r1_reasoning")  # fmt: skip
 """Columns, or keys of a message, that hold reasoning beside the content."""
-QUESTIONS = ("question", "problem", "instruction", "query", "prompt", "input", "user")
-REPLIES = ("completion", "response", "output", "generation", "model_response", "deepseek_solution", "deepseek_attempt",
+QUESTIONS = ("question", "problem", "instruction", "query", "prompt", "input", "user", "inputs")
+REPLIES = ("completion", "response", "output", "generation", "model_response", "deepseek_solution", "deepseek_attempt", "attempt", "targets",
            "assistant", "solution", "answer")  # fmt: skip
 GOLDS = ("answer", "final_answer", "ground_truth", "expected_answer", "gold_answer", "gold", "target", "reference_answer",
          "reward_model.ground_truth", "extra_info.answer")  # fmt: skip
 SYSTEMS = ("system", "system_prompt", "system_message")
+NUMBERED = re.compile(r"(r1_solution|solution|response|generation|completion|output)_(\d+)")
 GENERATIONS = ("generations", "responses", "completions", "samples")
 VERDICTS = ("correctness_math_verify", "correctness", "correctness_llama", "is_correct", "correct", "verdicts")
 
@@ -48,6 +49,10 @@ LAYOUTS = {
     "question and reply": f"one of {', '.join(QUESTIONS)} with one of {', '.join(REPLIES)}",
     "question and answer": f"one of {', '.join(QUESTIONS)} with one of {', '.join(GOLDS)}",
 }
+
+
+IN_JSON = ("messages", "conversations", "conversation", "prompt", "chosen", "rejected", "dialog")
+"""Columns whose list of messages some data sets store as JSON text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ class Reader:
 
     def read(self, row: Mapping[str, Any], number: int = 0) -> list[Conversation]:
         """Return a row's conversations, usually one; none if all its generations are wrong. Raises ValueError with the reason."""
-        row = {key: value for key, value in row.items() if value is not None}
+        row = {key: _listed(value) if key in IN_JSON else value for key, value in row.items() if value is not None}
         if self.fields:
             self.layout = "fields"
             return self._by_fields(row, number)
@@ -144,12 +149,11 @@ class Reader:
         return (question, reply), answer, solution
 
     def _generations(self, row: Mapping[str, Any], number: int) -> list[Conversation]:
-        key = next(k for k in GENERATIONS if isinstance(row.get(k), list))
-        verdicts = next(
-            (row[k] for k in VERDICTS if isinstance(row.get(k), list) and len(row[k]) == len(row[key])), None
-        )
+        generations = _several(row)
+        columns = [row[k] for k in VERDICTS if isinstance(row.get(k), list) and len(row[k]) == len(generations)]
+        verdicts = [any(column[n] for column in columns) for n in range(len(generations))] if columns else None
         question, answer, made = _asked(row), _first(row, GOLDS), []
-        for part, generation in enumerate(row[key]):
+        for part, generation in enumerate(generations):
             if verdicts is not None and not verdicts[part] and not self.keep_wrong:
                 self.wrong += 1
                 continue
@@ -199,9 +203,7 @@ ANSWER_WORDS = 12
 def layout_of(row: Mapping[str, Any]) -> str:
     """Return the layout of a row by its columns. Raises ValueError, naming the nearest one, if it has none."""
     asked = any(isinstance(row.get(key), str) for key in QUESTIONS)
-    if asked and any(
-        isinstance(row.get(key), list) and all(isinstance(g, str) for g in row[key]) for key in GENERATIONS
-    ):
+    if asked and _several(row):
         return "generations"
     if isinstance(row.get("messages"), list):
         return "messages"
@@ -218,6 +220,16 @@ def layout_of(row: Mapping[str, Any]) -> str:
     raise ValueError(f"no known layout: {nearest_layout(row)}")
 
 
+def _several(row: Mapping[str, Any]) -> list[Any]:
+    """Return a row's generations: a list in one column, or numbered columns such as r1_solution_1; empty if it has none."""
+    for key in GENERATIONS:
+        if isinstance(row.get(key), list) and all(isinstance(each, str) for each in row[key]):
+            return list(row[key])
+    numbered = {key: NUMBERED.fullmatch(key) for key in row}
+    named = sorted((int(found[2]), key) for key, found in numbered.items() if found)
+    return [row[key] for _, key in named if isinstance(row[key], str)]
+
+
 def nearest_layout(row: Mapping[str, Any]) -> str:
     """Return a row's columns and what the nearest layout would need."""
     columns = ", ".join(sorted(map(str, row))) or "none"
@@ -226,6 +238,16 @@ def nearest_layout(row: Mapping[str, Any]) -> str:
     if any(key in row for key in (*REPLIES, *GOLDS)):
         return f"its columns are {columns}; a column of questions is missing ({', '.join(QUESTIONS)}), or name it by fields: {{question: …}}"
     return f"its columns are {columns}; known layouts are {', '.join(LAYOUTS)}, or name columns by fields: {{question: …, answer: …}}"
+
+
+def _listed(value: Any) -> Any:
+    """Return the list of messages that a text is the JSON of; any other value as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def _asked(row: Mapping[str, Any]) -> Message:

@@ -106,17 +106,15 @@ def _why_not_model(model_dir: Path) -> str | None:
     from vllm import EngineArgs, ModelRegistry
 
     config = models.config_of(model_dir)
-    if why := _why_not_on_cpu(config):
-        return why
     names = config.get("architectures") or []
     if {*names} & {*ModelRegistry.get_supported_archs()}:
-        return None
+        return _why_not_on_cpu(config)
     try:
         # vLLM can also run some transformers classes that are not in its registry; only a full configuration tells.
         EngineArgs(model=str(model_dir), skip_tokenizer_init=True).create_model_config()
     except ValueError as error:
         return f"vLLM does not support the architecture {' '.join(names) or '(unnamed)'} ({_line(error)})"
-    return None
+    return _why_not_on_cpu(config)
 
 
 def _why_not_on_cpu(config: Mapping[str, Any]) -> str | None:

@@ -86,6 +86,12 @@ def options(sort: str, name: str) -> tuple[str, list[Option]]:
         found = _plugs(sort)
         function = found[name] if name in found else plug.find(name, HOMES[sort][0], sort)
         return inspect.getdoc(function) or "", list(_parameters(function))
+    if sort == "layouts":
+        from distill.conversations import LAYOUTS
+
+        if name not in LAYOUTS:
+            raise UserError(f"there is no layout {name!r}.{plug.nearest(name, LAYOUTS)}")
+        return LAYOUTS[name], []
     if sort == "recipes":
         return recipe_file(name).read_text(encoding="utf-8"), []
     if sort == "templates":

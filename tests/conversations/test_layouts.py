@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ ONE_TURN: dict[str, dict[str, Any]] = {
     "OpenOrca": {"question": U["content"], "response": "It is 7."},
     "NuminaMath": {"source": "x", "problem": U["content"], "solution": "It is 7."},
     "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": U["content"]}]}, A]},
+    "messages as JSON text": {"messages": json.dumps([U, A])},
     "nulls of a Parquet file": {
         "messages": [{**U, "tool_calls": None}, {**A, "reasoning_content": None}],
         "system": None,
@@ -78,6 +80,27 @@ def test_several_generations_with_verdicts() -> None:
     assert [(each.part, each.answer) for each in found] == [(0, "7"), (2, "7")]
     assert reader.wrong == 1
     assert len(Reader(keep_wrong=True).read(row)) == 3
+
+
+def test_a_generation_is_wrong_if_every_verdict_of_its_row_says_so() -> None:
+    row = {
+        "problem": U["content"],
+        "generations": ["a", "b"],
+        "correctness_math_verify": [False, False],
+        "correctness_llama": [True, False],
+    }
+    assert [each.messages[-1]["content"] for each in Reader().read(row)] == ["a"]
+
+
+def test_generations_in_numbered_columns() -> None:
+    row = {
+        "question": U["content"],
+        "final_answer": "7",
+        "r1_solution_1": "one",
+        "r1_solution_2": "two",
+        "difficulty": 5,
+    }
+    assert [(each.messages[-1]["content"], each.answer) for each in Reader().read(row)] == [("one", "7"), ("two", "7")]
 
 
 def test_golds_wherever_they_stand() -> None:

@@ -31,6 +31,9 @@ def test_an_adapter_on_chosen_modules_is_merged_into_plain_weights(tiny_dir, tok
     model = load_student(config, context)
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "norm.modules_to_save" in name for name in learned)
+    again = dict(load_student(config, context).named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again[name]), f"{name}: the recipe's seed decides an adapter's start"
     assert {name.split(".")[-4] for name in learned if "lora_" in name} == {"q_proj", "down_proj"}
     with torch.no_grad():
         for name, parameter in model.named_parameters():

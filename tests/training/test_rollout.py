@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from project import SUMS
 
-from distill import engines, models
+from distill import engines, models, recipe
+from distill.progress import Screen
 from distill.recipe import EngineConfig, GrpoStage, LoraConfig
 from distill.records import Problem, Prompt, Scores, UserError, Verdict
+from distill.stages.context import Context
+from distill.stages.inputs.student import load_student
 from distill.stages.policy_sampling import PolicySampler
 from distill.stages.sampling import Grader
 from distill.tasks.templates import raw
@@ -354,8 +359,14 @@ def test_exported_weights_are_the_merged_ones(tiny_dir):
         torch.testing.assert_close(exported[name], tensor.detach(), msg=name)
 
 
-def test_a_tied_head_that_was_trained_alone_cannot_go_to_an_engine(tiny_dir):
-    lora = LoraConfig(rank=4, modules_to_save=["lm_head"], target_modules=["q_proj"])
-    model = models.add_lora(models.load(tiny_dir, dtype="float32"), lora)
-    with pytest.raises(UserError, match=r"modules_to_save.*lm_head"):
-        list(models.exported_weights(model))
+@pytest.mark.parametrize("ends", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_one_end_of_a_tied_model_cannot_be_trained_alone_beside_an_engine(ends, tiny_dir, tmp_path):
+    """The engine keeps both ends as one matrix, so the policy that learns would not be the one that writes."""
+    stage = {"kind": "grpo", "model": "base", "task": "sums", "rewards": [{"fn": "accuracy"}], "steps": 1, "dtype": "float32",
+             "sampling": {"max_tokens": 4}, "lora": {"rank": 4, **ends}}  # fmt: skip
+    tree = {"name": "t", "models": {"base": str(tiny_dir)}, "tasks": {"sums": SUMS}, "stages": {"rl": stage}}
+    context = Context(recipe=recipe.validate(tree), run=tmp_path, name="rl", screen=Screen(io.StringIO()))
+    with pytest.raises(
+        UserError, match=r"stages\.rl\.lora: .*(lm_head|embed_tokens).* is one matrix with the other end"
+    ):
+        load_student(context.recipe.stages["rl"], context)

@@ -9,7 +9,7 @@ from distill import models
 from distill.compute.flops import ModelShape
 from distill.files import free_space
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
-from distill.records import UserError
+from distill.records import UserError, draw_seed
 from distill.stages.context import Context, save_model
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
             f"{where}.lora: {', '.join(ends)} is one matrix with the other end of this model, and the engine that samples keeps it "
             "so: leave it out of target_modules and modules_to_save, or train without lora."
         )
+    import torch
+
+    # The adapter's start and its dropout: the same for the same recipe.
+    torch.manual_seed(draw_seed(context.seed, context.name, "adapter"))
     adapted = models.add_lora(model, config.lora)
     if config.lora.quantised is None:
         models.rehearse_merge(adapted)
