@@ -151,7 +151,7 @@ def add(tensors: Sequence[Tensor]) -> None:
             return
         flat = torch.cat([each.reshape(-1) for each in bucket])
         dist.all_reduce(flat)
-        for each, summed in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+        for each, summed in zip(bucket, torch.split(flat, [each.numel() for each in bucket]), strict=True):
             each.copy_(summed.view_as(each))
         bucket.clear()
 
