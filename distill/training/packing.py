@@ -16,8 +16,9 @@ P + j and is predicted at row P + j - 1, which gets its label, its weight and th
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -31,6 +32,12 @@ from distill.training.loss.multi_teacher import TeacherMixture
 
 LEAST_SAVED = 16
 """The least number of tokens that sharing a prefix must save: about the cost of attention to one more doc."""
+
+
+ATTENTION = 1 / (12 * 1024)
+"""Compute of attention for a token and another one that it sees twice over, in tokens: of a Llama-like model 1,024 wide."""
+PIECES = 8
+"""Parts of an even share of a step's work: examples of one prompt that take more are divided over processes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +74,10 @@ class Source(Protocol):
         """Yield an epoch's examples in that epoch's order, without the first `skip`."""
         ...
 
+    def complete(self, examples: list[Example]) -> list[Example]:
+        """Add what `epoch` leaves out where several processes train: distributions, which only their owner reads."""
+        ...
+
 
 def examples_of(traces: Traces, *, with_top: bool = True) -> Iterator[Example]:
     """The traces of a block as examples."""
@@ -97,28 +108,34 @@ def pack(
     denominator: float | None = None,
     rank: int = 0,
     world: int = 1,
+    attention: float = ATTENTION,
+    complete: Callable[[list[Example]], list[Example]] = list,
 ) -> list[Batch]:
     """Pack the examples of one optimiser step into one process's micro-batches (numpy).
 
     normalise "token": every completion token has weight 1; "sequence": every trace has weight 1, spread over its tokens.
     denominator: None = the sum of all weights.
-    With several processes each gets every world-th micro-batch, and all get equally many: a process that
-    runs out gets an empty one (weight 0), so that ranks stay in step.
+    With several processes each gets its share of the work (`split`), and all get equally many micro-batches: a process
+    with fewer gets empty ones (weight 0), so that ranks stay in step. complete: adds to this process's examples what was
+    not read for planning.
     An example longer than micro_tokens has a micro-batch of its own. For examples with a reading (all or none) the spans
     of text between common cuts take the place of tokens.
     """
     if denominator is None:
         counts = [len(e.completion_ids) for e in examples]
         denominator = float(sum(counts) if normalise == "token" else np.count_nonzero(counts))
-    bins = _bins(_units(examples, micro_tokens), micro_tokens)
-    empty = [Placed(min(examples, key=len))] if examples else []
-    while len(bins) % world:
-        bins.append([])
     spans = [e.reading.alignment.num_spans for e in examples if e.reading is not None]
     num_spans = float(sum(spans) if normalise == "token" else np.count_nonzero(spans))
+    shares = split(examples, world, attention) if world > 1 else [list(examples)]
+    num_batches = max((len(_bins(_units(share, micro_tokens), micro_tokens)) for share in shares), default=0)
+    mine = complete(shares[rank])
+    bins = _bins(_units(mine, micro_tokens), micro_tokens)
+    if len(bins) < num_batches:
+        (filler,) = complete([min(examples, key=len)])
+        bins += [[] for _ in range(num_batches - len(bins))]
     batches = []
-    for chosen in bins[rank::world]:
-        unit = chosen or empty
+    for chosen in bins:
+        unit = chosen or [Placed(filler)]
         batch = _batch(unit, normalise, max(denominator, 1.0), masked=not chosen)
         if spans:
             together = [placed.example for placed in unit]
@@ -126,6 +143,45 @@ def pack(
             batch = replace(batch, cross_tokenizer=cross_tokenizer)
         batches.append(batch)
     return batches
+
+
+def split(examples: Sequence[Example], world: int, attention: float = ATTENTION) -> list[list[Example]]:
+    """Split one step's examples into `world` shares of about the same compute, each in the examples' order.
+
+    Compute is counted after prompts are shared, attention included. Examples of one prompt stay together while they take
+    less than a PIECES-th of an even share; the pieces go, the largest first, to the process with the least so far. The
+    result depends on the arguments only, so every process finds the same.
+    """
+    pieces: list[tuple[float, list[Placed]]] = []
+    placed = _share(examples)
+    runs = [
+        list(run) for _, run in itertools.groupby(placed, key=lambda p: id(p.prefix if p.prefix is not None else p))
+    ]
+    limit = sum(_work(run, attention) for run in runs) / (world * PIECES)
+    for run in runs:
+        piece: list[Placed] = []
+        for each in run:
+            if piece and _work([*piece, each], attention) > limit:
+                pieces.append((_work(piece, attention), piece))
+                piece = []
+            piece.append(each)
+        pieces.append((_work(piece, attention), piece))
+    place = {id(example): n for n, example in enumerate(examples)}
+    loads = [(0.0, rank) for rank in range(world)]
+    shares: list[list[Example]] = [[] for _ in range(world)]
+    for work, piece in sorted(pieces, key=lambda p: p[0], reverse=True):
+        load, rank = heapq.heappop(loads)
+        shares[rank] += [each.example for each in piece]
+        heapq.heappush(loads, (load + work, rank))
+    return [sorted(share, key=lambda example: place[id(example)]) for share in shares]
+
+
+def _work(piece: Sequence[Placed], attention: float) -> float:
+    """Return the compute of examples that share one prefix, in tokens; the prefix is counted once."""
+    parts = [(len(each.example) - each.done, each.done) for each in piece]
+    if (prefix := piece[0].prefix) is not None:
+        parts.append((len(prefix.ids), prefix.stop - len(prefix.ids)))
+    return sum(own + attention * (own**2 + 2 * own * before) for own, before in parts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
