@@ -46,7 +46,7 @@ class MasterAdamW:
                 master.grad += parameter.grad
             parameter.grad = None
 
-    def no_gradient(self) -> None:
+    def set_zero_gradient(self) -> None:
         """Set every gradient to zero, for a step without tokens to learn from."""
         for master in self.masters:
             master.grad = torch.zeros_like(master)

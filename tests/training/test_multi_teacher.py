@@ -10,7 +10,7 @@ from head_problems import softmax
 from distill import plug
 from distill.records import TopK
 from distill.training.loss.head import Targets, head_loss
-from distill.training.loss.metrics import watch
+from distill.training.loss.metrics import distribution_metrics
 from distill.training.loss.multi_teacher import TeacherMixture, over_teachers
 from distill.training.packing import Example, pack
 
@@ -114,7 +114,7 @@ def test_one_teacher_is_the_plain_loss_and_the_student_itself_is_left_alone():
     targets = Targets.of(batch.to_torch(), torch.arange(C))
     z = torch.from_numpy(np.log(p)).float().requires_grad_()
     loss = plug.bind("forward_kl", {}, "distill.training.loss.sparse")
-    out = head_loss(z, torch.eye(V), over_teachers(loss, (0.25, 0.75)), targets, measure=watch)
+    out = head_loss(z, torch.eye(V), over_teachers(loss, (0.25, 0.75)), targets, measure=distribution_metrics)
     out.loss.backward()
     assert out.loss_T.abs().max() < 1e-5
     assert z.grad.abs().max() < 1e-6

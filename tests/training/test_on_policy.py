@@ -19,7 +19,7 @@ from distill.tasks.templates import raw
 from distill.training import loop
 from distill.training.loss import divergences, sparse
 from distill.training.loss.head import Student, Targets
-from distill.training.loss.metrics import watch
+from distill.training.loss.metrics import distribution_metrics
 from distill.training.loss.objective import DenseObjective, StoredObjective
 from distill.training.packing import Example
 from distill.training.policy import Teacher
@@ -142,7 +142,7 @@ def test_teacher_in_the_trainer_lowers_the_reverse_kl(tiny_dir, teacher_dir, eng
 
 def test_teacher_as_an_engine_lowers_it_too(tiny_dir, engine, teacher_engine, tmp_path):
     config = stage(scoring="engine")
-    objective = StoredObjective(sparse.reverse_kl, watch)
+    objective = StoredObjective(sparse.reverse_kl, distribution_metrics)
     run(tiny_dir, tmp_path, source(engine, config, teacher_engine), objective)
     course = [m["kl_teacher"] for m in metrics(tmp_path)]
     assert np.mean(course[-3:]) < 0.7 * course[0]
@@ -151,7 +151,7 @@ def test_teacher_as_an_engine_lowers_it_too(tiny_dir, engine, teacher_engine, tm
 
 def test_as_a_policy_gradient_one_number_a_token_is_enough(tiny_dir, engine, teacher_engine, tmp_path):
     config = stage(scoring="engine", loss={"fn": "policy_gradient"}, steps=40, group_size=16, lr=3e-3)
-    objective = StoredObjective(sparse.policy_gradient, watch)
+    objective = StoredObjective(sparse.policy_gradient, distribution_metrics)
     run(tiny_dir, tmp_path, source(engine, config, teacher_engine), objective)
     course = [m["kl_teacher"] for m in metrics(tmp_path)]
     assert np.mean(course[-5:]) < 0.9 * np.mean(course[:3])
@@ -183,7 +183,7 @@ def test_both_ways_of_scoring_agree_where_every_entry_is_kept(tiny_dir, teacher_
         tiny_dir,
         tmp_path / "a",
         source(engine, whole, teacher_engine),
-        StoredObjective(sparse.reverse_kl, watch),
+        StoredObjective(sparse.reverse_kl, distribution_metrics),
     )
     teacher = Teacher(models.load(teacher_dir, dtype="float32"))
     run(

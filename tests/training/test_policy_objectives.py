@@ -271,7 +271,7 @@ def test_clipping_is_seen_where_it_happens():
     assert loss.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
     (grad,) = torch.autograd.grad(loss.sum(), logp)
     assert grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0])
-    assert objective.watch(student(logp.detach()), targets)["clip_fraction"].tolist() == [
+    assert objective.measure(student(logp.detach()), targets)["clip_fraction"].tolist() == [
         1,
         0,
         0,
@@ -310,5 +310,5 @@ def test_the_engine_weight_is_truncated_and_carries_no_gradient():
     assert loss.tolist() == pytest.approx([-math.exp(0.1), -2.0])
     (grad,) = torch.autograd.grad(loss.sum(), logp)
     assert grad.tolist() == pytest.approx([-math.exp(0.1), -2.0])
-    watched = objective.watch(student(logp.detach()), targets)["kl_engine"]
-    assert watched.tolist() == pytest.approx([math.exp(0.1) - 1.1, math.exp(2.0) - 3.0])
+    found = objective.measure(student(logp.detach()), targets)["kl_engine"]
+    assert found.tolist() == pytest.approx([math.exp(0.1) - 1.1, math.exp(2.0) - 3.0])

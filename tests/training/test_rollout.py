@@ -174,14 +174,14 @@ def test_reward_rises_and_random_rewards_do_not_raise_it(tiny_dir, engine, tmp_p
 
     true_scores = []
 
-    def watched(groups):
+    def recorded(groups):
         true_scores.append(np.mean([share(g) for g in groups]))
         return [Scores([float(r) for r in chance(g)], {}) for g in groups]
 
     run(
         tiny_dir,
         tmp_path / "chance",
-        source(engine, config, objective, share, seed=seed, rewards=watched),
+        source(engine, config, objective, share, seed=seed, rewards=recorded),
     )
     assert np.mean(true_scores[-3:]) < 0.7
 
@@ -196,11 +196,11 @@ def test_passes_reuse_the_rollout_and_its_old_log_probs(tiny_dir, engine, tmp_pa
     seen = []
     objective = objectives.grpo(beta=0.0, mask_truncated=False)
 
-    def watch(student, targets):
+    def measure(student, targets):
         seen.append((student.label_T - targets.old_logp_T).abs().max().item())
         return {}
 
-    run(tiny_dir, tmp_path, source(spy, config, replace(objective, watch=watch), share))
+    run(tiny_dir, tmp_path, source(spy, config, replace(objective, measure=measure), share))
     assert len(spy.requests) == 2
     assert spy.versions == [0, 2]
     assert seen[0] < 1e-5
@@ -236,7 +236,7 @@ def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(tiny_dir, e
         stage(steps=1),
         objectives.dapo(resample=3),
         dull,
-        watch=lambda step, rollout: kept.append(rollout),
+        on_rollout=lambda step, rollout: kept.append(rollout),
     )
     run(tiny_dir, tmp_path, rollouts)
     (rollout,) = kept
@@ -286,7 +286,7 @@ def test_unjudged_completions_are_counted_and_carry_no_advantage(tiny_dir, engin
         stage(steps=1),
         objectives.grpo(mask_truncated=False),
         half,
-        watch=lambda step, rollout: kept.append(rollout),
+        on_rollout=lambda step, rollout: kept.append(rollout),
     )
     run(tiny_dir, tmp_path, rollouts)
     assert metrics(tmp_path)[0]["unjudged"] == 0.5
