@@ -41,7 +41,9 @@ BUFFER_ENTRIES = 32 << 20
 UNREADABLE = (OSError, ValueError, pa.ArrowException)
 """The exceptions that Arrow raises for a damaged file (ValueError: invalid text in the footer)."""
 
-_REPAIR_HINT = "`distill traces verify --repair` on the folder drops what is bad, and generating again adds just that."
+_REPAIR_HINT = (
+    "`distill traces verify --repair` on the folder drops the bad shards; generating again adds the missing traces."
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -216,7 +218,7 @@ def open_traces(path: str | Path) -> TraceReader:
     manifests = folder.read_manifests(path) if path.is_dir() else []
     if not manifests:
         if path.is_dir() and folder.shard_files(path):
-            raise UserError(f"{path}: there are shards, but no manifest says what they are. {_REPAIR_HINT}")
+            raise UserError(f"{path}: there are shards, but no manifest that lists them. {_REPAIR_HINT}")
         raise UserError(f"{path}: no traces here (a folder with a manifest, a selection, or a .parquet shard).")
     shards = tuple(shard for manifest in manifests for shard in manifest.shards)
     fingerprint = stable_hash(*(shard.sha256 for shard in shards))
@@ -293,7 +295,7 @@ def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names:
             file = pq.ParquetFile(source, page_checksum_verification=True)
             own = metadata_of(file.schema_arrow, str(path))
             if differences := own.differences(metadata):
-                raise damaged(path, f"not the metadata of its manifest ({differences[0]})")
+                raise damaged(path, f"its metadata differs from the manifest ({differences[0]})")
             for batch in file.iter_batches(batch_size=rows, columns=names):
                 yield pa.Table.from_batches([batch])
         except UNREADABLE as error:
@@ -307,7 +309,7 @@ def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
     found = path.stat()
     if found.st_size != shard.bytes:
         size = found.st_size
-        raise damaged(path, f"{size:,} bytes instead of {shard.bytes:,}" if size else "it is empty")
+        raise damaged(path, f"{size:,} bytes instead of {shard.bytes:,}" if size else "empty file")
     data = path.read_bytes() if whole else None
     digest = (
         folder.sha256(data)
@@ -315,7 +317,7 @@ def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
         else _file_digest(path, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
     )
     if digest != shard.sha256:
-        raise damaged(path, "its SHA-256 is not the manifest's (bits have changed)")
+        raise damaged(path, "its SHA-256 differs from the manifest's (the file has changed)")
     return pa.OSFile(str(path)) if data is None else pa.BufferReader(data)
 
 

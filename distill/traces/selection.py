@@ -47,8 +47,11 @@ NUM_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class FilterResult:
-    """One filter's result. dropped: the number of traces it dropped; alone: of those, the number that no other filter
-    dropped; first: the first few of their ids."""
+    """One filter's result.
+
+    dropped: the number of traces it dropped; alone: of those, the number that no other filter dropped; first: the first
+    few of the dropped ids.
+    """
 
     fn: str
     options: dict[str, Any]
@@ -60,6 +63,8 @@ class FilterResult:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
+    """The result of `select`: numbers of traces and problems, in total and kept, and each filter's result."""
+
     rows: int
     kept: int
     problems: int
@@ -71,7 +76,7 @@ class Selection:
         for f in self.filters:
             named = f" ({', '.join(f.first)}{', …' if f.dropped > len(f.first) else ''})"
             lines.append(
-                f"  {f.fn}: dropped {f.dropped:,} ({f.alone:,} that only it dropped): {f.why}{named if f.first else ''}"
+                f"  {f.fn}: dropped {f.dropped:,} ({f.alone:,} dropped by no other filter): {f.why}{named if f.first else ''}"
             )
         return "\n".join(lines)
 
@@ -92,7 +97,7 @@ def select(
     functions = [_bind(f, held_out) for f in keep]
     reader = open_traces(source)
     if out.resolve() in (reader.base.resolve(), source.resolve()):
-        raise UserError(f"{out}: a selection is written beside the traces, not into their folder.")
+        raise UserError(f"{out}: a selection cannot be written into the folder of its traces; name another folder.")
     num_problems = num_problems_kept = 0
     alone = np.zeros(len(keep), np.int64)
     kept: list[tuple[int, int, str]] = []
@@ -118,7 +123,7 @@ def select(
         ),
     )
     if not kept:
-        raise UserError(f"{source}: no trace is left, so there is nothing to select:\n{result}")
+        raise UserError(f"{source}: the filters drop every trace, so there is nothing to select:\n{result}")
     files = [shard.file for shard in reader.shards]
     _write(out, source, reader.fingerprint, files, sorted(kept), dropped, result)
     return result

@@ -54,7 +54,7 @@ class Report:
         lines = [f"  fault: {finding}" for finding in self.findings]
         lines += [f"  note: {finding}" for finding in self.notes]
         if not self.ok:
-            lines.append("`--repair` drops what is bad; generating again adds just that.")
+            lines.append("`--repair` drops the bad shards; generating again adds the missing traces.")
         return "\n".join([head, *lines])
 
 
@@ -100,11 +100,11 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
     unlisted = [name for name in names if name not in listed]
     there = {manifest_path.name for manifest_path in manifest_paths}
     findings += [
-        Finding(manifest, "missing: nothing says what its writer's shards are")
+        Finding(manifest, "missing: its writer's shards are in no manifest")
         for manifest in sorted({folder.manifest_name(_writer_of(name)) for name in names} - there)
     ]
     notes = [Finding(name, "not in a manifest (a writer was killed)") for name in unlisted]
-    notes += [Finding(p.name, "a half-written file") for p in sorted(path.glob(".*.tmp"))]
+    notes += [Finding(p.name, "an incomplete temporary file") for p in sorted(path.glob(".*.tmp"))]
     return Report(path, len(listed), rows, positions, tuple(findings), tuple(notes))
 
 
@@ -171,7 +171,7 @@ def check_shard(path: Path, shard: folder.Shard, metadata: Metadata) -> tuple[li
     if len(data) != shard.bytes:
         return [f"truncated: {len(data):,} bytes of {shard.bytes:,}" if data else "empty"], []
     if folder.sha256(data) != shard.sha256:
-        return ["bits have changed: its SHA-256 is not the manifest's"], []
+        return ["changed: its SHA-256 differs from the manifest's"], []
     try:
         table, own = reader.decode_file(data, str(path))
         table.validate(full=True)
@@ -179,10 +179,10 @@ def check_shard(path: Path, shard: folder.Shard, metadata: Metadata) -> tuple[li
         return [str(error)], []
     faults = [f"metadata: {difference}" for difference in own.differences(metadata)]
     if writer.describe(shard.file, data, table) != shard:
-        faults.append("its rows, positions or entries are not as many as the manifest says")
+        faults.append("its numbers of rows, positions or entries differ from the manifest")
     ids = table.column("trace_id").to_pylist()
     if len(set(ids)) != len(ids):
-        faults.append(f"{len(ids) - len(set(ids))} trace ids are there twice")
+        faults.append(f"{len(ids) - len(set(ids))} trace ids occur twice")
     return faults + check_table(table, metadata), ids
 
 

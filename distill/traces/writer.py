@@ -115,7 +115,7 @@ class TraceWriter:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Write the waiting rows and release the folder. Raises errors of the background thread."""
+        """Write the waiting rows and release the folder. Raises the background thread's error, if there is one."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()

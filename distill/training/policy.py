@@ -185,14 +185,14 @@ class Policy:
                 mine.copy_(theirs)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors of a reference that was refreshed, which a checkpoint must hold."""
+        """Return the tensors of a reference that was synced, which a checkpoint must hold."""
         if not self._reference_synced or self._reference is None:
             return {}
         named = self._reference.model.named_parameters()
         return {f"{REFERENCE_PREFIX}{name}": p.detach() for name, p in named}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
+        """Restore what `state` returned."""
         stored = {k[len(REFERENCE_PREFIX) :]: v for k, v in tensors.items() if k.startswith(REFERENCE_PREFIX)}
         if stored and self._reference is not None:
             self._reference_synced = True

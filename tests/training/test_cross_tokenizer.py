@@ -35,7 +35,7 @@ TEXT = "Zoë adds 12345 and 678: the naïve sum is 13023 — première réponse.
 
 @pytest.fixture(scope="module")
 def small():
-    """A byte-level BPE of 420 tokens, cut otherwise than SmolLM2's."""
+    """A byte-level BPE of 420 tokens, with other token boundaries than SmolLM2's."""
     made = Tokenizer(BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -54,12 +54,12 @@ def small():
 
 
 def ids_of(tokenizer, text):
-    """Ids of a text with the end after it."""
+    """Return the ids of a text, followed by the end-of-text id."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def pieces(tokenizer, text):
-    """The same, and their bytes."""
+    """Return the ids of a text with its end, and their bytes."""
     ids = ids_of(tokenizer, text)
     table = token_bytes(tokenizer)
     return ids, [table[i] for i in ids]
@@ -237,7 +237,7 @@ def whole_aligned_loss(student, teacher, labels_s, labels_t, groups, weight_G, *
 
 @pytest.mark.parametrize("span_weight", [0.0, 0.7])
 def test_aligned_spans_through_the_chunks_equal_the_dense_graph(span_weight):
-    """One text, "abcac" and its end, which the teacher cuts at "bc" in one piece and the student in two."""
+    """One text, "abcac" and its end, where "bc" is one token of the teacher and two of the student."""
     student_parts = [b"a", b"b", b"c", b"a", b"c", END]
     teacher_parts = [b"a", b"bc", b"a", b"c", END]
     labels_s, labels_t = [0, 1, 2, 0, 2, 5], [2, 3, 2, 1, 0]
@@ -304,8 +304,8 @@ PLAIN = Template(name="plain", system=None, plain="Q: {question}\nA: ", extract=
 QUESTION = [{"role": "user", "content": "how much?"}]
 
 
-def test_a_teacher_reads_what_the_student_sampled_whichever_way_it_was_cut(tokenizer, small, mistral):
-    """Ids that no encoder would give: the text is theirs, and its end only where the student ended."""
+def test_sampled_ids_are_retokenized_for_any_tokenization(tokenizer, small, mistral):
+    """Also for ids that no encoder produces: the text is equal, and it has an end only if the student's has."""
     single = [tokenizer.convert_tokens_to_ids(c) for c in "3+4=7"]
     for other in (small, mistral):
         read = Retokenizer(tokenizer, other, PLAIN)
@@ -320,7 +320,7 @@ def test_a_teacher_reads_what_the_student_sampled_whichever_way_it_was_cut(token
             assert (found.alignment.teacher_span_T >= 0).all()
 
 
-def test_a_student_with_sentencepiece_is_read_without_the_space_it_never_meant(tokenizer, mistral):
+def test_the_leading_space_of_sentencepiece_is_not_part_of_the_text(tokenizer, mistral):
     ids = [
         *mistral("3 + 4 = 7 wie schön", add_special_tokens=False)["input_ids"],
         mistral.eos_token_id,
@@ -330,7 +330,7 @@ def test_a_student_with_sentencepiece_is_read_without_the_space_it_never_meant(t
     assert tokenizer.decode(found.completion_ids, skip_special_tokens=True) == "3 + 4 = 7 wie schön"
 
 
-def test_a_completion_cut_inside_a_character_is_not_read(tokenizer, small):
+def test_a_completion_cut_inside_a_character_is_not_retokenized(tokenizer, small):
     ids = ids_of(tokenizer, TEXT)
     cut = next(ids[:n] for n in range(1, len(ids)) if "\ufffd" in tokenizer.decode(ids[:n]))
     assert Retokenizer(tokenizer, small, PLAIN)(QUESTION, np.array(cut)) is None

@@ -325,7 +325,7 @@ def test_weights_go_to_their_final_values_in_a_straight_line(progress, ce, kl):
     )
 
 
-def test_draws_give_the_gradient_of_the_whole_kl_in_expectation():
+def test_sampled_ids_give_the_gradient_of_the_whole_kl_in_expectation():
     """20000 positions of the same teacher and student, five draws each: the mean gradient is q - p, to five sigma."""
     rng = np.random.default_rng(0)
     V, n, trials = 12, 5, 20_000

@@ -1,4 +1,4 @@
-"""What one watches, against NumPy over dense probabilities; and its means over the tokens that each number speaks of."""
+"""Token metrics against NumPy over dense probabilities, and their means over the tokens where they apply."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_teacher_in_the_trainer_against_numpy():
     assert 0 < seen["agreement"].sum() < 9
 
 
-def test_means_are_over_the_tokens_that_a_number_speaks_of():
+def test_means_exclude_tokens_where_a_metric_does_not_apply():
     weight_T = torch.tensor([1.0, 2.0, 1.0, 0.0])
     found = weighted_sums(
         {

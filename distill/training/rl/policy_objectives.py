@@ -89,8 +89,10 @@ def dr_grpo(
     importance_cap: PositiveFloat | None = 2.0,
     mask_truncated: bool = False,
 ) -> PolicyObjective:
-    """Dr. GRPO (arXiv 2503.20783): no division by the standard deviation; the sum over tokens is divided by
-    completions x max_tokens whatever their lengths, so that long wrong answers are not favoured.
+    """Dr. GRPO (arXiv 2503.20783): GRPO without division by the standard deviation.
+
+    The sum over tokens is divided by completions x max_tokens whatever their lengths, so that long wrong answers are not
+    favoured.
     """
     return _clipped_objective(
         eps_low, eps_high, beta, kl, importance_cap, mask_truncated, scale=False, normalise="fixed"

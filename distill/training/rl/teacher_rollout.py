@@ -29,8 +29,8 @@ class TeacherRollouts:
     """A source of steps (see loop.Source), one rollout each.
 
     teacher: the engine that scores the completions (None: the loss does, in the trainer). retokenizer: for a
-    teacher with another tokenizer; completions that it cannot re-tokenise are left out. offline(step, num): stored traces, deterministic.
-    on_rollout(step, groups): called for each rollout before training on it.
+    teacher with another tokenizer; completions that it cannot re-tokenise are left out. offline(step, num):
+    stored traces, deterministic. on_rollout(step, groups): called for each rollout before training on it.
     """
 
     sampler: GroupSampler

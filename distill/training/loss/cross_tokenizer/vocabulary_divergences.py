@@ -15,7 +15,7 @@ from distill.training.loss.dense import Divergence
 
 
 def sorted_distance(logp_RU: Tensor, logq_RV: Tensor) -> Tensor:
-    """sum |p_(i) - q_(i)| over the ranks i, the shorter side padded with zeros; [R], in [0, 2]."""
+    """L1 distance of the sorted probabilities: sum |p_(i) - q_(i)| over ranks i, the shorter side zero-padded; [R], in [0, 2]."""
     return _sorted_distance(logp_RU.exp(), logq_RV.exp())
 
 
@@ -27,7 +27,7 @@ def shared_token_divergence(
     *,
     sorted_weight: float = 1.0,
 ) -> Tensor:
-    """Divergence over the shared tokens and "any other" + sorted_weight * sorted gap among the others; [R].
+    """Divergence over the shared tokens and "any other" + sorted_weight * `sorted_distance` of the other tokens; [R].
 
     divergence: one of `divergences`, options bound.
     """
