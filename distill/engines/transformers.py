@@ -294,15 +294,7 @@ class TransformersEngine:
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Copy new weights in, by their names in the checkpoint. Raises ValueError for unknown or missing names."""
-        mine = self._model.state_dict()
-        needed = {name for name, _ in self._model.named_parameters()}
-        for name, tensor in weights:
-            if name not in mine:
-                raise ValueError(f"the model has no weight called {name!r}.")
-            mine[name].copy_(tensor.detach())
-            needed.discard(name)
-        if needed:
-            raise ValueError(f"weights are missing: {', '.join(sorted(needed)[:5])}.")
+        models.copy_weights(self._model, weights)
         self._head.forget()
         self.version = version
 

@@ -73,6 +73,7 @@ class VllmEngine:
         self._live: set[str] = set()
         with vllm_patches.quiet_start(), vllm_patches.own_process_state():
             self._llm = self._start(model_dir, config, seed)
+        vllm_patches.restore_classes(self._llm)
         self._engine = self._llm.llm_engine
         if completions.head_size(model_dir) > self.vocab_size:
             vllm_patches.cap_vocabulary(self._llm, self.vocab_size)

@@ -7,6 +7,7 @@ for vLLM 0.32, which the package pins.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import random
 import warnings
@@ -15,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.platforms import current_platform
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 
@@ -135,6 +139,7 @@ def reload(llm: Any, pairs: Iterator[tuple[str, torch.Tensor]], ignore: tuple[st
         missed.extend(str(name) for name in record.args or ())
         return False
 
+    llm.collective_rpc(_forget_cpu_experts)
     logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
     logger.addFilter(note)
     try:
@@ -145,6 +150,15 @@ def reload(llm: Any, pairs: Iterator[tuple[str, torch.Tensor]], ignore: tuple[st
     kinds = sorted(set(missed) - set(ignore) - set().union(*llm.collective_rpc(_without_parameters)))
     if kinds:
         raise ValueError(f"no new weights for layers of these kinds: {', '.join(kinds)}.")
+
+
+def _forget_cpu_experts(worker: Any) -> None:
+    """Let a CPU's experts be packed again: the library packs them once, and copies new weights over the packed ones."""
+    if not current_platform.is_cpu():
+        return
+    for module in worker.model_runner.model.modules():
+        if isinstance(module, UnquantizedFusedMoEMethod):
+            module.moe_kernel = None
 
 
 def has_head(llm: Any) -> bool:
@@ -162,6 +176,26 @@ def _without_parameters(worker: Any) -> set[str]:
     return {type(m).__name__ for m in model.modules()} - {
         type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None
     }
+
+
+def restore_classes(llm: Any) -> None:
+    """Give transformers' classes back as they were, for a trainer in this process that uses the same ones.
+
+    For architectures without a class of its own, the library decorates transformers' class for compilation, in place: other
+    instances could then neither be made nor called. The engine's instance keeps the decoration in a class of its own.
+    """
+    llm.collective_rpc(_undecorate)
+
+
+def _undecorate(worker: Any) -> None:
+    for module in worker.model_runner.model.modules():
+        cls = type(module)
+        if cls.__module__.startswith("transformers.") and TorchCompileWithNoGuardsWrapper in cls.__bases__:
+            decorated = {name: cls.__dict__[name] for name in ("__init__", "__call__")}
+            cls.__init__ = inspect.getclosurevars(cls.__init__).nonlocals["old_init"]
+            del cls.__call__
+            cls.__bases__ = tuple(base for base in cls.__bases__ if base is not TorchCompileWithNoGuardsWrapper)
+            module.__class__ = type(cls.__name__, (cls, TorchCompileWithNoGuardsWrapper), decorated)
 
 
 @contextlib.contextmanager

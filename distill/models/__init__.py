@@ -13,8 +13,8 @@ from distill.models.chat_template import pin_date, pinned_date
 from distill.models.checkpoint_folder import check_folder, check_vocabulary
 from distill.models.loading import (
     auto_dtype,
-    cast,
     config_of,
+    copy_weights,
     learned_positions,
     load,
     save,
@@ -36,7 +36,16 @@ from distill.models.rendering import (
     render_reply,
     turn_end,
 )
-from distill.models.saving import mend_generation_config, prove_saved
+from distill.models.saving import (
+    cast,
+    check_merged,
+    label_logps,
+    mend_generation_config,
+    plain_logps,
+    prove_saved,
+    rehearse_merge,
+    rehearse_save,
+)
 from distill.models.shape import ModelShape, text_part
 from distill.models.tokenizer import (
     check_same_tokenizer,
@@ -57,15 +66,18 @@ __all__ = [
     "cast",
     "chat_template_of",
     "check_folder",
+    "check_merged",
     "check_same_tokenizer",
     "check_template",
     "check_vocabulary",
     "config_of",
+    "copy_weights",
     "decode",
     "effective_weight",
     "exported_weights",
     "file_hash",
     "kept_layers",
+    "label_logps",
     "learned_positions",
     "load",
     "load_tokenizer",
@@ -75,9 +87,12 @@ __all__ = [
     "package_file",
     "pin_date",
     "pinned_date",
+    "plain_logps",
     "prompt_text",
     "prove_saved",
     "prune_layers",
+    "rehearse_merge",
+    "rehearse_save",
     "render_completion",
     "render_prompt",
     "render_reply",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,18 +58,50 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def copy_weights(model: Any, weights: Iterable[tuple[str, Any]]) -> None:
+    """Copy weights into a model, by their names in the checkpoint or in memory. Raises ValueError for unknown or missing names.
+
+    Names and shapes that differ from those in memory (experts, for one) are converted as from_pretrained converts them.
+    """
+    mine = model.state_dict()
+    needed = {name for name, _ in model.named_parameters()}
+    others = {}
+    for name, tensor in weights:
+        if name in mine and mine[name].shape == tensor.shape:
+            mine[name].copy_(tensor.detach())
+            needed.discard(name)
+        else:
+            others[name] = tensor.detach()
+    needed -= _convert_into(model, others) if others else set()
+    if needed:
+        raise ValueError(f"weights are missing: {', '.join(sorted(needed)[:5])}.")
+
+
+def _convert_into(model: Any, weights: dict[str, Any]) -> set[str]:
+    """Convert weights into a model's own form and put them in; return their names in memory."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    device, before = next(model.parameters()).device, set(model.state_dict())
+    options = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=model.dtype,
+        dtype_plan=model._get_dtype_plan(model.dtype),
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    info, _ = convert_and_load_state_dict_in_model(model, weights, options, None)
+    if wrong := sorted(info.unexpected_keys) + sorted(str(key) for key in info.mismatched_keys):
+        raise ValueError(f"the model has no weight called {wrong[0]!r} of this shape.")
+    model.tie_weights()
+    return before - set(info.missing_keys)
+
+
 def auto_dtype(folder: str | Path, purpose: Literal["training", "engine"] = "engine") -> Literal["bfloat16", "float32"]:
     """Return the dtype in which this machine runs, or trains, a local model fastest, as measured (see `machine`)."""
     width = machine.width_of(config_of(folder))
     measured = machine.measured([width], cache_home() / "machine")
     return machine.choose(measured, width, "auto", purpose).dtype
-
-
-def cast(model: Any, dtype: str) -> Any:
-    """Convert the model to a dtype ("bfloat16", "float32") in place."""
-    import torch
-
-    return model.to(getattr(torch, dtype))
 
 
 def without_dropout(model: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from distill import plug
 from distill.records import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
     """
     import peft
 
+    _check_names(model, lora)
     if ties_ends(model) and touched_ends(model, lora):
         untie(model)
     config = peft.LoraConfig(
@@ -34,6 +37,17 @@ def add_lora(model: Any, lora: LoraConfig) -> Any:
         return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {error}") from None
+
+
+def _check_names(model: Any, lora: LoraConfig) -> None:
+    """Refuse a module's name in a list that no module has. Raises UserError."""
+    modules = [name for name, _ in model.named_modules()]
+    for key, names in (("target_modules", lora.target_modules), ("modules_to_save", lora.modules_to_save or [])):
+        for name in [] if isinstance(names, str) else names:
+            if not any(_matches([name], module) for module in modules):
+                ends = {module.rpartition(".")[2] for module in modules} - {""}
+                there = sorted(end for end in ends if not end.isdigit())
+                raise UserError(f"lora.{key}: the model has no module {name!r}.{plug.nearest(name, there)}")
 
 
 def ties_ends(model: Any) -> bool:
@@ -86,35 +100,64 @@ def effective_weight(layer: Any) -> Any:
 def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield (name in the checkpoint, tensor) of every weight, with LoRA adapters merged in; the model is not changed.
 
-    Merging in place and unmerging would leave rounding errors in bf16 weights each time.
+    Merging in place and unmerging would leave rounding errors in bf16 weights each time. A tied weight comes once, by the
+    name that the model's state dict has first. Weights are renamed and reshaped a layer at a time, so that few exist twice.
     """
-    if not hasattr(model, "get_base_model"):
-        yield from ((name, p.detach()) for name, p in model.named_parameters())
-        return
-    from peft.tuners.lora import LoraLayer
-    from peft.utils.other import ModulesToSaveWrapper
-    from torch import nn
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    named = _merged(base) if base is not model else _different(base.state_dict(keep_vars=True))
+    for _, layer in itertools.groupby(named, key=lambda pair: _LAYER.match(pair[0] + ".")[0]):  # type: ignore[index]
+        yield from checkpoint_weights(dict(layer), base).items()
 
-    deltas, saved = {}, {}
-    for name, module in model.get_base_model().named_modules():
+
+_LAYER = re.compile(r".*?\.\d+\.|")
+"""The start of a weight's name, up to its layer's number; empty outside of layers."""
+
+
+def checkpoint_weights(weights: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Return weights by their names and in their shapes in the checkpoint, from names in memory."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    reverted: dict[str, Any] = revert_weight_conversion(model, weights)
+    return reverted
+
+
+def _different(tensors: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, tensor), each tensor under its first name only."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor.detach()
+
+
+def _merged(base: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (name without the adapter, tensor) of a model's weights, with its adapters merged in."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils.other import ModulesToSaveWrapper
+
+    layers: dict[str, Any] = {}
+    trained: dict[str, str] = {}
+    for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
-            deltas[f"{name}.base_layer.weight"] = module
+            parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+            layers[f"{_plain(name)}.{parameter}"] = module
         elif isinstance(module, ModulesToSaveWrapper):
-            saved[f"{name}.original_module."] = f"{name}.modules_to_save.{module.active_adapters[0]}."
-            if model.config.tie_word_embeddings and isinstance(module.original_module, nn.Embedding | nn.Linear):
-                raise UserError(
-                    f"lora.modules_to_save: {name} is tied to the other end of the model, which an engine keeps as one matrix; "
-                    "leave it out, or train without lora."
-                )
-    parameters = dict(model.get_base_model().named_parameters())
-    for name, parameter in parameters.items():
+            trained[f"{name}.original_module."] = f"{name}.modules_to_save.{module.active_adapters[0]}."
+    tensors = base.state_dict(keep_vars=True)
+    for name, tensor in _different(tensors):
         if "lora_" in name or ".modules_to_save." in name:
             continue
-        tensor = parameter.detach()
-        if (layer := deltas.get(name)) is not None:
+        merged = tensor
+        if (layer := layers.get(_plain(name))) is not None:
             for adapter in layer.active_adapters:
-                tensor = tensor + layer.get_delta_weight(adapter).detach().to(tensor.dtype)
-        for original, trained in saved.items():
+                merged = merged + layer.get_delta_weight(adapter).detach().to(merged.dtype)
+        for original, whole in trained.items():
             if name.startswith(original):
-                tensor = parameters[trained + name[len(original) :]].detach()
-        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), tensor
+                merged = tensors[whole + name[len(original) :]].detach()
+        yield _plain(name), merged
+
+
+def _plain(name: str) -> str:
+    """Return a weight's or module's name without the parts that peft's wrappers add."""
+    return name.replace(".base_layer", "").replace(".original_module", "")

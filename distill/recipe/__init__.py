@@ -6,6 +6,7 @@ rewards, filters, tasks) are parameters of their functions; here a plug is `fn` 
 
 from distill.recipe.fields import (
     Config,
+    DistributedConfig,
     Dtype,
     EngineConfig,
     Input,
@@ -46,6 +47,7 @@ __all__ = [
     "KINDS",
     "CompareStage",
     "Config",
+    "DistributedConfig",
     "Dtype",
     "EngineConfig",
     "EvalStage",

@@ -1,14 +1,14 @@
-"""The sections of a recipe (models, engines, sampling, adapters), what every stage kind has, and the role of every
-field.
+"""Sections of a recipe (models, engines, sampling, adapters) and the base class of all stage kinds.
 
-A field of a stage is *identity* (the default: it decides the result, so a finished stage refuses another value),
-*growth* (a larger value adds only the difference) or *execution* (free to change at any time: batch sizes, memory,
-logging).
+Every field of a stage has a role. *identity* (the default): the field decides the result, so a finished stage refuses
+another value. *growth*: a larger value adds only the difference. *execution*: the field may change at any time (batch
+sizes, memory, logging).
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -21,14 +21,14 @@ from distill.records import Sampling
 Role = Literal["identity", "growth", "execution"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
 StageName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*(@\d+)?$")]
-"""A stage, or its copy for one training seed (`kl@2`)."""
+"""The name of a stage, or of its copy for one training seed (`kl@2`)."""
 Dtype = Literal["auto", "bfloat16", "float32"]
 SavedDtype = Literal["bfloat16", "float32"]
-AUTO_DTYPE = "auto: bfloat16 on a GPU that has it; on a CPU, whichever of bfloat16 and float32 multiplies faster here, as measured"
+AUTO_DTYPE = "auto = bfloat16 on a GPU that supports it; on a CPU, the faster of bfloat16 and float32 as measured on this machine"
 
 
 def base_name(name: str) -> str:
-    """The name of the stage without its training seed: `kl` of `kl@2`."""
+    """The name of a stage without the training seed: `kl` for `kl@2`."""
     return name.partition("@")[0]
 
 
@@ -39,7 +39,7 @@ def copy_name(name: str, seed: int) -> str:
 
 def _distinct(seeds: list[int]) -> list[int]:
     if len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ValueError(f"seeds are distinct numbers from 0, not {seeds}")
+        raise ValueError(f"seeds must be distinct whole numbers, 0 or larger, not {seeds}")
     return seeds
 
 
@@ -47,14 +47,18 @@ Seeds = Annotated[list[int], Field(min_length=1), AfterValidator(_distinct)]
 
 
 def growth(default: Any = ..., **constraints: Any) -> Any:
+    """A pydantic field with the role *growth*."""
     return Field(default, json_schema_extra={"role": "growth"}, **constraints)
 
 
 def execution(default: Any = ..., **constraints: Any) -> Any:
+    """A pydantic field with the role *execution*."""
     return Field(default, json_schema_extra={"role": "execution"}, **constraints)
 
 
 class Config(BaseModel):
+    """Base of all config classes: frozen, and unknown keys are errors."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     @classmethod
@@ -70,10 +74,10 @@ TEMPLATE_OPTIONS = "options that the model's chat template reads, such as enable
 
 
 class PlugConfig(BaseModel):
-    """A plug by name (`fn`) with its options beside it."""
+    """A function by name (`fn`) and its options."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    fn: str = Field(description="name, or package.module:function")
+    fn: str = Field(description="name of a built-in function, or your own as package.module:function")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -87,36 +91,42 @@ class TaskConfig(PlugConfig):
 
 
 class RewardConfig(PlugConfig):
-    """A reward by name, its weight in the sum, and its options beside them."""
+    """A reward by name (`fn`), its weight, and its options."""
 
-    weight: float = Field(1.0, description="weight in the sum")
+    weight: float = Field(1.0, description="weight of this reward in the weighted sum of all rewards")
 
 
 class ModelConfig(Config):
     """Where a model comes from: a hub id, a folder, or package://<installed package>/<file>.gguf."""
 
-    source: str = Field(description="hub id, folder, or package://<installed package>/<file>.gguf")
-    revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    params: float | None = Field(None, description="parameter count, for cost estimates without a network")
-    trust_remote_code: bool = Field(False, description="run the model's own Python code")
+    source: str = Field(
+        description="hub id, folder in transformers format, or package://<installed package>/<file>.gguf"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit on the hub; None = the default branch")
+    params: float | None = Field(
+        None, description="number of parameters, for cost estimates when the model cannot be looked up"
+    )
+    trust_remote_code: bool = Field(False, description="allow Python code that comes with the model to run")
 
 
 class SamplingConfig(Config):
-    temperature: float = Field(1.0, ge=0, description="0 = greedy")
+    temperature: float = Field(1.0, ge=0, description="sampling temperature; 0 = greedy decoding")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling: the probability mass to sample from")
-    max_tokens: PositiveInt = Field(256, description="the most tokens of a completion")
+    max_tokens: PositiveInt = Field(256, description="maximum number of tokens in a completion")
 
     def record(self) -> Sampling:
         return Sampling(self.temperature, self.top_p, self.max_tokens)
 
 
 class EngineConfig(Config):
-    """The engine that runs a model, and the resources it may use. A name alone stands for `{fn: name}`."""
+    """The inference engine that runs a model, and its resources. A single name is short for `{fn: name}`."""
 
-    fn: str = Field("auto", description="auto: vllm if it is installed and can be used, else transformers")
-    dtype: Dtype = Field("auto", description=AUTO_DTYPE)
+    fn: str = Field(
+        "auto", description="inference engine; auto = vllm if it is installed and can be used, else transformers"
+    )
+    dtype: Dtype = Field("auto", description=f"dtype of the computation; {AUTO_DTYPE}")
     max_model_len: PositiveInt | None = Field(None, description="context length in tokens; None = what the stage needs")
-    batch_size: PositiveInt = execution(64, description="number of completions decoded at once")
+    batch_size: PositiveInt = execution(64, description="maximum number of completions decoded at the same time")
     kv_cache_gib: float | None = execution(
         None, gt=0, description="size of the key-value cache in GiB; None = 1 on a CPU, vLLM's default on a GPU"
     )
@@ -131,7 +141,7 @@ class EngineConfig(Config):
 
 
 class RowsConfig(Config):
-    """How the rows of a data set are read, where `data` is a file, a folder or a hub data set and no traces."""
+    """How the rows of a data set are read, if `data` is a file, a folder or a hub data set and not traces."""
 
     split: str = Field("train", description="split of a folder or hub data set")
     subset: str | None = Field(None, description="configuration of a hub data set")
@@ -145,36 +155,86 @@ class RowsConfig(Config):
 
 
 class BudgetConfig(Config):
-    """Training length as compute: until this student has used `times` the FLOPs of another stage's student, in all."""
+    """Train until this student has used `times` as many FLOPs in total as the student of stage `flops_of`."""
 
     flops_of: str = Field(description="stage whose student's FLOPs are the budget")
-    times: float = Field(1.0, gt=0, description="factor on that stage's FLOPs")
+    times: float = Field(1.0, gt=0, description="factor on these FLOPs: 0.5 = half of them, 2 = twice as many")
 
 
 class LoraConfig(Config):
-    rank: PositiveInt = Field(16, description="rank of the adapter")
-    alpha: float = Field(32.0, description="scale of the adapter: alpha / rank")
+    rank: PositiveInt = Field(16, description="rank of the adapter matrices")
+    alpha: float = Field(32.0, description="scale: the adapter's output is multiplied by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field("all-linear", description="modules that get an adapter, as in PEFT")
     modules_to_save: list[str] | None = Field(
-        None, description="modules that are trained fully, beside the adapter (PEFT's modules_to_save)"
+        None, description="modules that are trained fully, without an adapter (PEFT's modules_to_save)"
     )
     quantised: Literal["nf4", "int8"] | None = Field(
         None,
-        description="quantisation of the frozen weights under the adapter (QLoRA), by bitsandbytes",
+        description="QLoRA: quantise the frozen base weights during training, with bitsandbytes; None = not quantised",
     )
 
+
+class DistributedConfig(Config):
+    """The processes of a training stage. A single number is short for `{processes: number}`."""
+
+    processes: PositiveInt = Field(1, description="number of processes on each node; on GPUs, one for each GPU")
+    nodes: PositiveInt = Field(1, description="number of nodes (machines); they share the run's folder")
+    rendezvous: str | None = Field(
+        None, description="host:port of the first node, where the nodes meet; required for several nodes"
+    )
+    strategy: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="ddp: every process holds the whole model; fsdp2: weights, gradients and optimiser state are sharded "
+        "over the processes (torch's fully_shard)",
+    )
+    offload: bool = Field(
+        False, description="with fsdp2: keep weights, gradients and optimiser state in main memory, and step there"
+    )
+    launcher: str | None = Field(
+        None,
+        description="command that starts a program once on every node, such as srun --nodes 2 --ntasks-per-node 1; None = "
+        "the first node is started, and the command for the others is printed",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _number_alone(cls, value: Any) -> Any:
+        return {"processes": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DistributedConfig:
+        if self.nodes > 1 and not re.fullmatch(r"[^:\s]+:\d+|\[[0-9a-fA-F:]+\]:\d+", self.rendezvous or ""):
+            raise ValueError("rendezvous: several nodes need the first node's host:port, such as node0:29500")
+        if self.offload and self.strategy != "fsdp2":
+            raise ValueError("offload needs strategy: fsdp2")
+        if self.launcher is not None and self.nodes == 1:
+            raise ValueError("launcher: it starts the other nodes, but nodes is 1; remove one of the two keys")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes over all nodes."""
+        return self.processes * self.nodes
+
+    @property
+    def launched(self) -> bool:
+        """Whether torch's launcher starts the stage."""
+        return self.world_size > 1 or self.strategy != "ddp"
+
+
+ONE_PROCESS = DistributedConfig()
 
 Sort = Literal["model", "teacher", "data", "task", "questions", "budget"]
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Something that a stage reads: its sort, its name in the recipe (or a path), and the field that names it.
+    """One input of a stage: its sort, its name in the recipe (or a path), and the stage's field that names it.
 
-    model: a model that the stage trains, prunes, runs or evaluates. teacher: a model that the stage learns from. data:
-    traces, by a stage or a path. task: a task. questions: a task, or a file of problems. budget: a stage that trains,
-    for its compute alone.
+    Sorts: "model" is a model that the stage trains, prunes, runs or evaluates; "teacher" a model that the stage learns
+    from; "data" traces, by stage or path; "task" a task; "questions" a task or a file of problems; "budget" a training
+    stage of which only the FLOPs are read.
     """
 
     sort: Sort
@@ -192,11 +252,13 @@ class StageConfig(Config):
     Your own kind is a subclass in a module beside the recipe (`kind: mymodule:MyStage`): its fields, `inputs`,
     the attributes below and `run(self, context) -> Result`. With `predict`, `distill check` also predicts its cost.
 
-    writes: what later stages may read. "model": a checkpoint in <folder>/model; "traces": shards or a selection in
-    <folder>/traces. trains: the stage spends compute on its `model`, so a budget can name it; a model that a stage
-    writes without training it begins a line of its own in the ledger. adds_to: fields of inputs whose changed content
-    is added to the stage's output instead of doing the stage again. shares_process: evaluations of one comparison run
-    in one process.
+    writes: the output that later stages may read. "model": a model in <folder>/model; "traces": shards or a selection
+    in <folder>/traces.
+    trains: whether the stage trains its `model`. A budget can name such a stage. A model that a stage writes without
+    training it counts as a new model: the costs of its own training start at zero.
+    adds_to: input fields. When only the content of these inputs changed, the stage processes the additions; when any
+    other input changed, the stage is done again.
+    shares_process: whether the stages of this kind in one comparison run in one process.
     """
 
     writes: ClassVar[Literal["model", "traces", "nothing"]] = "nothing"
@@ -205,35 +267,39 @@ class StageConfig(Config):
     shares_process: ClassVar[bool] = False
 
     kind: str
-    seed: int | None = Field(None, ge=0, description="seed of the stage's random draws; None = the recipe's")
+    seed: int | None = Field(None, ge=0, description="random seed of the stage; None = the recipe's seed")
     seeds: Seeds | None = Field(
-        None, description="training seeds; the stage and every stage that reads it is copied for each of them"
+        None, description="training seeds: the stage, and every stage that reads it, is run once for each seed"
     )
 
     def inputs(self) -> Iterator[Input]:
-        """Everything that this stage reads."""
+        """Every input of this stage."""
         yield from ()
 
     def reads(self, sort: Sort) -> list[str]:
-        """The names of the inputs of one sort."""
+        """The names of this stage's inputs of one sort."""
         return [each.name for each in self.inputs() if each.sort == sort]
 
     def children(self) -> dict[str, StageConfig]:
-        """Stages that this one expands into, by their names below this one's."""
+        """Stages that this one expands into, by name; the full name is `<this stage>.<name>`."""
         return {}
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
-        """The arms that this stage evaluates: by arm and training seed, the child ("": this stage itself) and the
-        model."""
+        """The evaluations that this stage makes: arm -> training seed -> (child stage, model).
+
+        The child "" is this stage itself.
+        """
         return {}
 
     def held_out_problems(self, task: str) -> int | None:
-        """The number of the task's held-out problems that this stage evaluates on; None where it does not."""
+        """The number of the task's held-out problems that this stage evaluates on; None if it evaluates none."""
         return None
 
     def with_copies(self, seeds: Mapping[str, list[int]], where: str) -> StageConfig | None:
-        """This stage with every copy of the stages that it reads, by their seeds; None where it is itself copied for
-        each seed."""
+        """This stage with all seed copies of its inputs; None if the stage itself is copied for each seed.
+
+        seeds: the training seeds of each copied stage. where: the stage's place in the recipe, for error messages.
+        """
         return None
 
     def half_the_work(self, stage: str) -> str:
@@ -245,20 +311,18 @@ class StageConfig(Config):
         return ":" not in self.kind
 
     def implementation(self) -> Callable[[Any, Any], Any]:
-        """The function that does the stage, `(config, context) -> Result`. Getting it imports what it needs."""
+        """The function that runs the stage, `(config, context) -> Result`. Imports the stage's module."""
         own = getattr(type(self), "run", None)
         return own or importlib.import_module(f"distill.stages.{self.kind}").run  # type: ignore[no-any-return]
 
     def check(self, name: str, recipe: Any) -> None:
-        """Raise UserError for what is wrong with the stage beyond its fields: functions that it names, and their
-        options."""
+        """Check the functions that the stage names and their options. Raises UserError."""
         check = plug.names("distill.run.checks").get(self.kind)
         if check is not None:
             check(name, self, recipe)
 
     def predict(self, name: str, known: Any, machine: Any) -> list[Any]:
-        """What the stage will cost: a `run.predictions.row.Row` for each of its processes, or none where that is not
-        known."""
+        """Predicted cost: one `run.predictions.row.Row` for each process of the stage; empty if it is unknown."""
         if not self.is_built_in:
             return []
         rows: list[Any] = plug.find(self.kind, "distill.run.predictions")(name, self, known, machine)

@@ -15,7 +15,7 @@ from distill.recipe.tree import Recipe
 
 FILE = "recipe.schema.json"
 _SHORT = {"EngineConfig": "an engine's name", "ModelConfig": "the model's source"}
-"""Sections that may be written as one word."""
+"""Sections that may be written as one word, and the meaning of this word."""
 
 
 def as_tree() -> dict[str, Any]:
@@ -32,7 +32,7 @@ def as_tree() -> dict[str, Any]:
         "type": "object",
         "properties": {"kind": {"type": "string", "pattern": ":"}},
         "required": ["kind"],
-        "description": "a stage kind of one's own",
+        "description": "a custom stage kind",
     }
     (pattern,) = tree["properties"]["stages"]["patternProperties"]
     any_stage = {
@@ -46,4 +46,5 @@ def as_tree() -> dict[str, Any]:
 
 
 def as_text() -> str:
+    """The schema as JSON text."""
     return json.dumps(as_tree(), indent=1, ensure_ascii=False, sort_keys=True) + "\n"

@@ -1,5 +1,4 @@
-"""The stage graph: what a stage rests on, the line of training that a model belongs to, and its role in a
-comparison."""
+"""The stage graph: the upstream stages of a stage, the training history of a model, and its role in a comparison."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from distill.recipe.fields import Input, base_name
 from distill.recipe.tree import Recipe
 
 Role = Literal["start", "teacher", "student"]
-NO_PARENTS = ("task", "budget")
+NOT_UPSTREAM = ("task", "budget")
 """Sorts of inputs that are not part of a model's origin."""
 
 
@@ -20,15 +19,17 @@ def parents_of(recipe: Recipe) -> dict[str, list[Input]]:
     return {name: list(config.inputs()) for name, config in recipe.stages.items()}
 
 
-def rests_on(recipe: Recipe, name: str) -> Iterator[str]:
+def upstream_stages(recipe: Recipe, name: str) -> Iterator[str]:
     """Return the stage and all its ancestors, nearest first."""
     parents = parents_of(recipe)
-    yield from _reach([name], parents, lambda one: _above(one, parents))
+    yield from _reachable([name], parents, lambda one: _upstream_inputs(one, parents))
 
 
-def line(recipe: Recipe, model: str) -> list[str]:
-    """A model and those that it was trained from, the last one first. A model that a stage wrote without training it (a
-    pruned one) begins a line."""
+def training_line(recipe: Recipe, model: str) -> list[str]:
+    """The training history of a model: the model, the one it was trained from, and so on, newest first.
+
+    A model that a stage wrote without training it, such as a pruned model, ends the search.
+    """
     found = [model]
     while found[-1] in recipe.stages:
         stage = recipe.stages[found[-1]]
@@ -40,8 +41,8 @@ def line(recipe: Recipe, model: str) -> list[str]:
 
 
 def origin(recipe: Recipe, name: str) -> str:
-    """The first of a model's line of `model` inputs, through pruned ones: a model of the recipe, or a stage that reads
-    no model."""
+    """The original model that `name` was made from by training and pruning: a model of the recipe, or a stage that
+    reads no model."""
     while name in recipe.stages and (before := recipe.stages[name].reads("model")):
         name = before[0]
     return name
@@ -51,30 +52,32 @@ def origin(recipe: Recipe, name: str) -> str:
 
 
 def role_of(recipe: Recipe, model: str) -> Role:
-    """A model that teaches another is a teacher; any other is a student where the recipe trains it, and else a start.
+    """The role of a model: "teacher" if it teaches another model, else "student" if the recipe trains it, else "start".
 
-    To teach is to be an input of sort `teacher`, or to have written the traces of a stage whose model is not of its own
-    line: a model that learns from its own completions is not its own teacher.
+    A model teaches if it is an input of sort `teacher`, or if it wrote traces for a stage that trains a model of another
+    training history. A model that learns from its own completions is not its own teacher.
     """
     parents = parents_of(recipe)
     for name, inputs in parents.items():
         if any(each.sort == "teacher" and each.name == model for each in inputs):
             return "teacher"
-        data = _reach(_above(name, parents, "data"), parents, lambda one: _above(one, parents, "data"))
-        writers = {writer for one in data for writer in _above(one, parents, "model")}
-        if model in writers and model not in line(recipe, name):
+        data = _reachable(
+            _upstream_inputs(name, parents, "data"), parents, lambda one: _upstream_inputs(one, parents, "data")
+        )
+        writers = {writer for one in data for writer in _upstream_inputs(one, parents, "model")}
+        if model in writers and model not in training_line(recipe, name):
             return "teacher"
     trained = model in recipe.stages and recipe.stages[model].trains
     return "student" if trained else "start"
 
 
 def roles_of(recipe: Recipe, models: Iterable[str]) -> dict[str, Role]:
-    """The role of each model beside the others: a trained one that all other students go on from is their start."""
+    """The role of each model in a comparison: a student from which all other students were trained is their "start"."""
     roles = {model: role_of(recipe, model) for model in models}
     students = [model for model in roles if roles[model] == "student"]
     for model in students:
         others = [other for other in students if base_name(other) != base_name(model)]
-        if others and all(model in line(recipe, other) for other in others):
+        if others and all(model in training_line(recipe, other) for other in others):
             roles[model] = "start"
     return roles
 
@@ -84,10 +87,10 @@ def roles_of(recipe: Recipe, models: Iterable[str]) -> dict[str, Role]:
 
 @dataclass(frozen=True, slots=True)
 class Ancestors:
-    """The stages that a model rests on, each in one list.
+    """The upstream stages of a model; each stage is in one list.
 
-    own: the model's stage and those that it was trained from. self_written: data that this line of models wrote.
-    inference: other data. teacher: everything else.
+    own: the stages that trained the model. self_written: data stages whose model is of this training history.
+    inference: the other data stages. teacher: all other stages.
     """
 
     own: list[str]
@@ -97,48 +100,50 @@ class Ancestors:
 
 
 def ancestors(name: str, trains: Mapping[str, bool], parents: Mapping[str, Sequence[Input]]) -> Ancestors:
-    """What a model rests on, by what it is to the model.
+    """The upstream stages of the model `name`, grouped by how they contributed to it.
 
-    trains: the stages that count, and whether each trains its model. parents: every stage's inputs; names that are not
-    in `trains` (models, files, tasks) end the search. Inputs of sort `model` lead to the model's own earlier training,
-    `data` to the traces that it learned from, all others to its teachers; so does the model that a student was pruned
-    from, which is another model.
+    trains: for each stage that counts, whether it trains its model. parents: the inputs of every stage; names that are
+    not in `trains` (models, files, tasks) end the search. Inputs of sort `model` lead to the model's own earlier
+    training, `data` inputs to the traces that it learned from, all others to its teachers. The model that a student was
+    pruned from counts as a teacher too.
     """
 
     def own_models(one: str) -> list[str]:
-        return _above(one, parents, "model") if trains[one] else []
+        return _upstream_inputs(one, parents, "model") if trains[one] else []
 
-    own = _reach([name], trains, own_models)
+    own = _reachable([name], trains, own_models)
     own_line = {name, *own, *(model for one in own for model in own_models(one))}
-    first = [value for one in own for value in _above(one, parents, "data")]
-    data = _reach(first, trains, lambda one: _above(one, parents, "data"))
+    first = [value for one in own for value in _upstream_inputs(one, parents, "data")]
+    data = _reachable(first, trains, lambda one: _upstream_inputs(one, parents, "data"))
     self_written = [one for one in data if _written_by(one, own_line, parents)]
     inference = [one for one in data if one not in self_written]
-    every = _reach([*own, *inference], trains, lambda one: _above(one, parents))
+    every = _reachable([*own, *inference], trains, lambda one: _upstream_inputs(one, parents))
     return Ancestors(own, self_written, inference, [one for one in every if one not in {*own, *data}])
 
 
 def _written_by(name: str, own_line: set[str], parents: Mapping[str, Sequence[Input]]) -> bool:
-    """Whether every model that a data stage rests on is of the line."""
+    """Whether every model upstream of a data stage is in `own_line`."""
     models, frontier = [], [name]
     while frontier:
         for each in parents.get(frontier.pop(), ()):
             if each.sort == "data":
                 frontier.append(each.name)
-            elif each.sort not in NO_PARENTS:
+            elif each.sort not in NOT_UPSTREAM:
                 models.append(each.name)
     return bool(models) and all(model in own_line for model in models)
 
 
-def _above(name: str, parents: Mapping[str, Sequence[Input]], *sorts: str) -> list[str]:
-    """The names of a stage's inputs of some sorts; of all that a model can come from where none is said."""
+def _upstream_inputs(name: str, parents: Mapping[str, Sequence[Input]], *sorts: str) -> list[str]:
+    """The names of a stage's upstream inputs, all or of the given sorts."""
     return [
-        each.name for each in parents.get(name, ()) if each.sort not in NO_PARENTS and (not sorts or each.sort in sorts)
+        each.name
+        for each in parents.get(name, ())
+        if each.sort not in NOT_UPSTREAM and (not sorts or each.sort in sorts)
     ]
 
 
-def _reach(starts: Iterable[str], among: Mapping[str, object], follow: Callable[[str], list[str]]) -> list[str]:
-    """All stages that lead from the first ones, step by step, themselves included."""
+def _reachable(starts: Iterable[str], among: Mapping[str, object], follow: Callable[[str], list[str]]) -> list[str]:
+    """Every stage of `among` that can be reached from `starts` by `follow`, the starts included."""
     found, frontier = [], list(starts)
     while frontier:
         name = frontier.pop()

@@ -17,22 +17,23 @@ from distill.plug import add_import_folder, nearest
 from distill.recipe.fields import ModelConfig, PlugConfig
 from distill.recipe.seeds import expand
 from distill.recipe.stages import KINDS, kind_class
+from distill.recipe.training_stages import OptimStage
 from distill.recipe.tree import Recipe, check_references
 from distill.records import UserError
 
 SHORTHANDS = {"engine": "fn", "loss": "fn", "objective": "fn"}
-"""Sections that may be written as one word, and the field that the word is."""
+"""Sections that may be written as one word, and the field that this word sets."""
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Recipe:  # type: ignore[assignment]
     """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
 
-    Raises UserError with one line a mistake: the key, what was wrong and the nearest right name.
+    Raises UserError with one line for each mistake: the key, what is wrong and the nearest known name.
     """
     path = find(Path(path))
     if not path.is_file():
         raise UserError(
-            f"recipe {str(path)!r}: no such file. `distill ls recipes` lists those that come with the project."
+            f"recipe {str(path)!r}: no such file. `distill ls recipes` lists the recipes that come with the project."
         )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -63,7 +64,20 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     if mistakes:
         raise UserError("\n".join(mistakes))
     check_references(recipe, where)
-    return expand(recipe, where)
+    return expand(_with_processes(recipe), where)
+
+
+def _with_processes(recipe: Recipe) -> Recipe:
+    """Give the recipe's `distributed` to every stage that trains and has none."""
+    if recipe.distributed is None:
+        return recipe
+    stages = {
+        name: stage.model_validate(stage.model_dump() | {"distributed": recipe.distributed})
+        if isinstance(stage, OptimStage) and stage.distributed is None
+        else stage
+        for name, stage in recipe.stages.items()
+    }
+    return recipe.model_copy(update={"stages": stages})
 
 
 def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
@@ -76,9 +90,9 @@ def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
     for name, stage in given.items():
         here = f"{where}: stages.{name}"
         if not isinstance(stage, Mapping):
-            stages[name] = stage  # the recipe's own class says what is wrong
+            stages[name] = stage  # validation of the whole recipe reports this mistake
         elif "kind" not in stage:
-            mistakes.append(f"{here}.kind: is required. There are: {', '.join(sorted(KINDS))}.")
+            mistakes.append(f"{here}.kind: is required. The kinds are: {', '.join(sorted(KINDS))}.")
         else:
             try:
                 stages[name] = kind_class(stage["kind"]).model_validate(stage)
@@ -91,6 +105,7 @@ def _stages(tree: Mapping[str, Any], where: str) -> tuple[Any, list[str]]:
 
 
 def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dict[str, Any]:
+    """Values by dotted key, from `key=value` texts whose values are YAML. Raises UserError."""
     if isinstance(overrides, Mapping):
         return dict(overrides)
     parsed = {}
@@ -107,7 +122,7 @@ def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dic
 
 def _yaml_value(text: str) -> Any:
     value = yaml.safe_load(text)
-    # YAML 1.1 reads 1e-4 as text; a recipe's reader means the number.
+    # YAML 1.1 reads 1e-4 as text; a user means the number.
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value

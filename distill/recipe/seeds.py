@@ -1,7 +1,7 @@
-"""`seeds: [1, 2, 3]` on a stage, or on the recipe: one copy per seed of the stage and of every stage that reads it.
+"""Expand `seeds: [1, 2, 3]`, on a stage or on the recipe, into one copy of the stage per training seed.
 
-The copies of stage `kl` are `kl@1`, `kl@2`, `kl@3`, each drawing with that seed; stages that read
-them are copied too. A compare stage is not copied: it has all copies of an arm's model as that arm's training seeds.
+The copies of stage `kl` are `kl@1`, `kl@2` and `kl@3`, each with its own random seed. Stages that read a copied stage
+are copied too. A compare stage is not copied: all copies of an arm's model become the training seeds of that arm.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from distill.recipe.tree import Recipe, order
 from distill.records import UserError
 
 COPIED = ("model", "teacher", "data", "budget")
-"""Sorts of inputs of which a stage's copy reads the copies."""
+"""Sorts of inputs that a stage's copy for a seed reads from the copies for the same seed."""
 
 
 def expand(recipe: Recipe, where: str) -> Recipe:
@@ -44,20 +44,20 @@ def expand(recipe: Recipe, where: str) -> Recipe:
 def _seeds_of(
     name: str, stage: StageConfig, recipe: Recipe, seeds: dict[str, list[int]], where: str
 ) -> list[int] | None:
-    """The seeds of a stage: its own, the recipe's, or those of the stages that it reads, which must agree."""
+    """The seeds of a stage: its own, the recipe's, or those of its inputs. Raises UserError if its inputs' seeds differ."""
     inherited = {value: seeds[value] for value in (each.name for each in stage.inputs()) if value in seeds}
     wanted = stage.seeds or recipe.seeds or next(iter(inherited.values()), None)
     for other, theirs in inherited.items():
         if theirs != wanted:
             raise UserError(
-                f"{where}: stages.{name}: has seeds {wanted}, and reads {other!r}, which has {theirs}; copies go "
-                "together seed by seed, so the lists must be the same."
+                f"{where}: stages.{name}: has seeds {wanted}, but its input {other!r} has seeds {theirs}. Each copy reads "
+                "the input's copy of the same seed, so the lists must be the same."
             )
     return wanted
 
 
 def _renamed(value: Any, names: dict[str, str]) -> Any:
-    """The value with every stage name in it, keys included, replaced by that of its copy."""
+    """The value with every stage name in it, keys included, replaced by the name of the copy."""
     if isinstance(value, str):
         return names.get(value, value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The stage kinds that do not train, one frozen class each."""
+"""Config classes of the stage kinds that do not train."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SNAPSHOTS = "number of held-out problems on which each snapshot of the training 
 
 
 class PruneStage(StageConfig):
-    """Keep `layers` decoder layers, evenly spaced, the first and the last among them."""
+    """Remove decoder layers: keep `layers` of them, evenly spaced, with the first and the last."""
 
     writes: ClassVar = "model"
     kind: Literal["prune"]
@@ -47,25 +47,32 @@ class PruneStage(StageConfig):
 
 
 class GenerateStage(StageConfig):
-    """Completions of a task's train problems with the distribution at every position, as Parquet shards."""
+    """Sample completions of a task's train problems and store them, with the distribution at every position, as Parquet."""
 
     writes: ClassVar = "traces"
     kind: Literal["generate"]
     model: str = Field(description="teacher model that generates the traces")
     task: str = Field(description="task whose train problems are used")
     problems: PositiveInt = growth(description="number of problems")
-    samples: PositiveInt = growth(1, description="number of completions a problem")
+    samples: PositiveInt = growth(1, description="number of completions for each problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
     top_logprobs: int = Field(
-        64, ge=0, description="the largest number of entries kept a position; 0 = no distributions, only text and ids"
+        64,
+        ge=0,
+        description="maximum number of tokens per position whose log-probability is stored; 0 = only text and token ids",
     )
-    mass: float = Field(0.98, gt=0, le=1, description="probability mass after which a position keeps no more entries")
-    exact: bool = Field(False, description="store float32 log-probabilities instead of values quantised to 1/32 nat")
-    engine: EngineConfig = Field(EngineConfig(), description="engine that generates")
-    shard_rows: PositiveInt = execution(256, description="number of traces a shard")
+    mass: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="stop storing tokens at a position once the stored ones have this probability in total",
+    )
+    exact: bool = Field(False, description="store log-probabilities as float32; false = rounded to steps of 1/32 nat")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that generates the completions")
+    shard_rows: PositiveInt = execution(256, description="number of traces in one Parquet file (shard)")
     rewards: list[RewardConfig] = Field(
         [],
-        description="rewards stored with each trace, and their weighted sum; none = accuracy and the verdict's score",
+        description="rewards that are stored with each trace, and their weighted sum; empty = accuracy and the verdict's score",
     )
     max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
@@ -79,7 +86,7 @@ class GenerateStage(StageConfig):
 
 
 class ScoreStage(StageConfig, RowsConfig):
-    """This model's distributions over traces that exist, teacher-forced: a stage's, a folder's, a file's, a hub dataset's.
+    """Compute a model's distributions over existing traces by teacher forcing; no text is generated.
 
     Files, folders and hub data sets (owner/name, or owner/name@revision) hold conversations in any layout that
     `distill ls layouts` lists. Trace ids do not depend on the model, so several models may score the same traces.
@@ -93,17 +100,25 @@ class ScoreStage(StageConfig, RowsConfig):
         description="traces: a stage or a folder of shards; or conversations: a file, a folder, a hub data set (owner/name[@revision])"
     )
     task: str | None = Field(
-        None, description="task whose template renders the text, and whose judge compares with a row's `answer`"
+        None,
+        description="task whose template renders the text, and whose judge compares completions with a row's `answer`",
     )
     max_tokens: PositiveInt | None = Field(
         None,
-        description="the most tokens of a trace, prompt and completion together; longer traces are left out and counted",
+        description="maximum number of tokens in prompt and completion together; longer traces are left out and counted",
     )
-    top_logprobs: PositiveInt = Field(64, description="the largest number of entries kept a position")
-    mass: float = Field(0.98, gt=0, le=1, description="probability mass after which a position keeps no more entries")
-    exact: bool = Field(False, description="store float32 log-probabilities instead of values quantised to 1/32 nat")
+    top_logprobs: PositiveInt = Field(
+        64, description="maximum number of tokens per position whose log-probability is stored"
+    )
+    mass: float = Field(
+        0.98,
+        gt=0,
+        le=1,
+        description="stop storing tokens at a position once the stored ones have this probability in total",
+    )
+    exact: bool = Field(False, description="store log-probabilities as float32; false = rounded to steps of 1/32 nat")
     engine: EngineConfig = Field(EngineConfig(), description="engine that scores the traces")
-    shard_rows: PositiveInt = execution(256, description="number of traces a shard")
+    shard_rows: PositiveInt = execution(256, description="number of traces in one Parquet file (shard)")
 
     def inputs(self) -> Iterator[Input]:
         yield Input("model", self.model)
@@ -117,7 +132,7 @@ class FilterStage(StageConfig):
 
     writes: ClassVar = "traces"
     kind: Literal["filter"]
-    data: str = Field(description="traces: a stage or a folder")
+    data: str = Field(description="traces to filter: a stage or a folder")
     keep: list[PlugConfig] = Field(min_length=1, description="filters; a trace is kept if every filter keeps it")
 
     def inputs(self) -> Iterator[Input]:
@@ -128,24 +143,26 @@ class FilterStage(StageConfig):
 
 
 class EvalStage(StageConfig):
-    """Held-out accuracy of one model on one task."""
+    """Measure the accuracy of one model on a task's held-out problems."""
 
     shares_process: ClassVar = True
     kind: Literal["eval"]
     model: str = Field(description="model to evaluate")
     task: str = Field(description="task whose held-out problems the model is evaluated on")
     problems: PositiveInt = growth(256, description="number of held-out problems")
-    samples: PositiveInt = growth(1, description="number of completions a problem")
+    samples: PositiveInt = growth(1, description="number of completions for each problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    pass_at: list[PositiveInt] = Field([1], description="values of k for pass@k and maj@k")
+    pass_at: list[PositiveInt] = Field(
+        [1], description="values of k for pass@k and maj@k; the largest needs as many samples"
+    )
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that generates")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that generates the completions")
 
     @pydantic.model_validator(mode="after")
     def _enough_samples(self) -> EvalStage:
         if max(self.pass_at, default=1) > self.samples:
             raise ValueError(
-                f"pass_at {max(self.pass_at)} needs at least as many samples a problem, not {self.samples}"
+                f"pass_at {max(self.pass_at)} needs samples: {max(self.pass_at)} or more; samples is {self.samples}"
             )
         return self
 
@@ -164,25 +181,28 @@ class EvalStage(StageConfig):
 
 
 class CompareStage(StageConfig):
-    """Held-out accuracy of several models on the same problems, and their paired differences.
+    """Measure the accuracy of several models on the same held-out problems, and their paired differences.
 
-    Expands into one eval stage an arm, `<stage>.<arm>`, each in a process of its own.
+    The stage expands into one eval stage for each arm, `<stage>.<arm>`.
     """
 
     kind: Literal["compare"]
     arms: dict[Name, str | dict[int, str]] = growth(
-        min_length=2, description="the models to compare, by arm; for several training seeds {1: a, 2: b, 3: c}"
+        min_length=2,
+        description="models to compare, by arm name: one model each, or one for each training seed, as {1: a, 2: b, 3: c}",
     )
     task: str = Field(description="task whose held-out problems all arms are evaluated on")
     problems: PositiveInt = growth(256, description="number of held-out problems")
-    samples: PositiveInt = growth(1, description="number of completions a problem")
+    samples: PositiveInt = growth(1, description="number of completions for each problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
-    pass_at: list[PositiveInt] = Field([1], description="values of k for pass@k and maj@k")
+    pass_at: list[PositiveInt] = Field(
+        [1], description="values of k for pass@k and maj@k; the largest needs as many samples"
+    )
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
-    engine: EngineConfig = Field(EngineConfig(), description="engine that generates")
+    engine: EngineConfig = Field(EngineConfig(), description="engine that generates the completions")
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
-        """The seed of an arm of one model is 0."""
+        """The evaluations by arm and training seed; an arm with a single model has the seed 0."""
         return {
             arm: {0: (arm, models)}
             if isinstance(models, str)
@@ -191,7 +211,7 @@ class CompareStage(StageConfig):
         }
 
     def children(self) -> dict[str, StageConfig]:
-        """The eval stages, by their names below this one's."""
+        """The eval stages of the arms, by name."""
         shared = {
             key: getattr(self, key)
             for key in ("task", "problems", "samples", "sampling", "pass_at", "snapshot_problems", "engine")
@@ -221,19 +241,19 @@ class CompareStage(StageConfig):
     @pydantic.model_validator(mode="after")
     def _not_copied(self) -> CompareStage:
         if self.seeds is not None:
-            raise ValueError("seeds belong on the stages that are trained, not on the comparison")
+            raise ValueError("a compare stage takes no seeds; put them on the stages that train the compared models")
         return self
 
 
 def _copies(models: str | dict[int, str], seeds: Mapping[str, list[int]], here: str) -> str | dict[int, str]:
-    """An arm's models: all copies of the one it names, or the copy of each that it names by seed."""
+    """The models of an arm, by seed: all copies of its one model, or for each seed the copy of the model it names."""
     if isinstance(models, str):
         if models not in seeds:
             return models
         return {seed: copy_name(models, seed) for seed in seeds[models]}
     for seed, model in models.items():
         if model in seeds and seed not in seeds[model]:
-            raise UserError(f"{here}: {seed} is none of the seeds that {model!r} is trained with: {seeds[model]}.")
+            raise UserError(f"{here}: {model!r} is not trained with seed {seed}; its seeds are {seeds[model]}.")
     return {seed: copy_name(model, seed) if model in seeds else model for seed, model in models.items()}
 
 
@@ -251,7 +271,7 @@ KINDS: dict[str, type[StageConfig]] = {
 
 
 def kind_class(kind: object) -> type[StageConfig]:
-    """The class of a stage kind, by its name or as `package.module:Class`. Raises UserError for an unknown one."""
+    """The class of a stage kind, by name or as `package.module:Class`. Raises UserError if it is unknown."""
     if isinstance(kind, str) and ":" in kind:
         found = plug.find(kind, __name__)
         if not (isinstance(found, type) and issubclass(found, StageConfig)):

@@ -10,7 +10,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from distill.recipe.fields import (
     AUTO_DTYPE,
+    ONE_PROCESS,
     BudgetConfig,
+    DistributedConfig,
     Dtype,
     EngineConfig,
     Input,
@@ -25,8 +27,8 @@ from distill.recipe.fields import (
     growth,
 )
 
-MAX_FAILED_REWARDS = "share of groups on which a reward may fail before the stage stops"
-REWARD_TIMEOUT = "limit in seconds for one reward of one group"
+MAX_FAILED_REWARDS = "the stage stops when a reward fails on a larger share of the groups than this"
+REWARD_TIMEOUT = "time limit in seconds for one reward of one group of completions"
 
 
 class OptimStage(StageConfig):
@@ -37,38 +39,69 @@ class OptimStage(StageConfig):
 
     lr: float = Field(1e-4, gt=0, description="peak learning rate")
     warmup_ratio: float = Field(
-        0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises linearly from 0"
+        0.03, ge=0, lt=1, description="share of the steps in which the learning rate rises linearly from 0 to its peak"
     )
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate as a share of lr")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
-    max_grad_norm: float = Field(1.0, gt=0, description="global norm to which gradients are clipped")
-    dtype: Dtype = Field("auto", description=f"of the computation; {AUTO_DTYPE}")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the last step, as a share of lr")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="betas of AdamW")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="gradients with a larger global norm are scaled down to this norm"
+    )
+    dtype: Dtype = Field("auto", description=f"dtype of the computation; {AUTO_DTYPE}")
     save_dtype: SavedDtype | None = Field(
         None,
-        description="dtype of the saved weights; None = `dtype` if that is set, else bfloat16",
+        description="dtype of the saved weights; None = the same as dtype, or bfloat16 if dtype is auto",
     )
     lora: LoraConfig | None = Field(
         None, description="train a LoRA adapter, which is merged at the end; None = train all weights"
     )
     micro_tokens: PositiveInt = execution(
-        2048, description="number of tokens packed into one forward pass (a micro-batch)"
+        2048, description="number of tokens packed into one forward pass (a micro-batch); lower it to use less memory"
     )
     gradient_checkpointing: bool = execution(
         False, description="recompute activations in the backward pass: less memory, about a third slower"
     )
-    liger: bool = execution(False, description="use liger-kernel's kernels in the model's body, on a GPU")
+    liger: bool = execution(False, description="use liger-kernel's kernels in the decoder layers, on a GPU")
     budget: BudgetConfig | None = Field(
         None,
-        description="train with the same FLOPs as another stage's student, instead of a number of steps",
+        description="train until as many FLOPs are spent as another stage's student used; replaces a number of steps",
     )
     snapshot_every: PositiveInt | None = execution(
-        None, description="keep a snapshot of the model every N optimiser steps, for accuracy against cost; 0 = never"
+        None,
+        description="save a snapshot of the model every N optimiser steps, to plot accuracy against cost; None = no snapshots",
     )
-    checkpoint_every: PositiveInt = execution(50, description="number of optimiser steps")
-    keep_checkpoints: PositiveInt = execution(2, description="number of newest checkpoints to keep")
-    log_every: PositiveInt = execution(1, description="log metrics every N optimiser steps")
-    trackers: list[str] = execution([], description="accelerate trackers by name: tensorboard, wandb, trackio, ...")
+    checkpoint_every: PositiveInt = execution(
+        50, description="write a checkpoint, from which an interrupted stage resumes, every N optimiser steps"
+    )
+    keep_checkpoints: PositiveInt = execution(
+        2, description="number of newest checkpoints to keep; older ones are deleted"
+    )
+    checkpoint_minutes: float | None = execution(
+        None,
+        gt=0,
+        description="also write a checkpoint when the newest one is this many minutes old; None = by steps only",
+    )
+    metric_for_best_model: str | None = execution(
+        None,
+        description="metric of metrics.jsonl by which the best checkpoint is kept besides the newest, compared as its mean since "
+        "the checkpoint before; None = the newest only",
+    )
+    greater_is_better: bool | None = execution(
+        None,
+        description="whether a larger metric_for_best_model is better; None = unless its name ends in loss, nll or kl",
+    )
+    load_best_model_at_end: bool = Field(
+        False,
+        description="save the model of the best checkpoint instead of the last step's; needs metric_for_best_model",
+    )
+    distributed: DistributedConfig | None = execution(
+        None,
+        description="processes, nodes and sharding of this stage; None = the recipe's `distributed`, or one process",
+    )
+    log_every: PositiveInt = execution(1, description="write a line to metrics.jsonl every N optimiser steps")
+    trackers: list[str] = execution(
+        [], description="experiment trackers, by accelerate's names: tensorboard, wandb, trackio, ..."
+    )
     max_bad_steps: PositiveInt = execution(
         5, description="number of consecutive steps with a non-finite loss or gradient after which the stage stops"
     )
@@ -83,11 +116,31 @@ class OptimStage(StageConfig):
         """The dtype of the weights that the stage writes."""
         return self.save_dtype or ("bfloat16" if self.dtype == "auto" else self.dtype)
 
+    @property
+    def parallel(self) -> DistributedConfig:
+        """The processes of the stage."""
+        return self.distributed or ONE_PROCESS
+
+    @pydantic.model_validator(mode="after")
+    def _best(self) -> OptimStage:
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            raise ValueError("load_best_model_at_end needs metric_for_best_model")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _quantised_in_one_piece(self) -> OptimStage:
+        if self.lora is not None and self.lora.quantised and self.parallel.strategy == "fsdp2":
+            raise ValueError(
+                "lora.quantised: a quantised base cannot be sharded; use strategy: ddp, where every process holds all of it, or "
+                "remove quantised"
+            )
+        return self
+
     @pydantic.model_validator(mode="after")
     def _whole_points(self) -> OptimStage:
         if self.snapshot_every is not None and self.lora is not None and self.lora.quantised:
             raise ValueError(
-                "snapshot_every: weights on the way cannot be written from a quantised base; leave out one of the two"
+                "snapshot_every: no snapshot can be saved while lora.quantised is set; remove one of the two keys"
             )
         return self
 
@@ -96,7 +149,7 @@ class TrainStage(OptimStage, RowsConfig):
     """Train a model on traces (a generate or filter stage, a folder of shards) or on conversations.
 
     Conversations come from a file, a folder or a hub data set, in any layout that `distill ls layouts` lists; the assistant's
-    turns are learned, what others say is not.
+    turns are learned, other turns are not.
     """
 
     kind: Literal["train"]
@@ -111,41 +164,45 @@ class TrainStage(OptimStage, RowsConfig):
     turns: Literal["last", "all"] = Field(
         "last", description="which of the assistant's turns in a conversation are learned: the last one, or all"
     )
-    loss: PlugConfig = Field(PlugConfig(fn="forward_kl"), description="loss and its options")
+    loss: PlugConfig = Field(PlugConfig(fn="forward_kl"), description="loss function (fn) and its options")
     teacher: str | dict[str, float] | None = Field(
         None,
-        description="teacher in the trainer, instead of stored distributions; several as {name: share}",
+        description="teacher model that runs during training, or several as {name: share}; None = use the stored distributions",
     )
     temperature: float = Field(
-        1.0, gt=0, description="softmax temperature of both distributions; needs a teacher in the trainer"
+        1.0,
+        gt=0,
+        description="softmax temperature of teacher and student in the loss; other than 1 only with a teacher",
     )
     epochs: PositiveInt | None = growth(None, description="number of passes over the data")
     steps: PositiveInt | None = growth(None, description="number of optimiser steps")
-    batch_traces: PositiveInt = Field(64, description="number of traces an optimiser step, over all processes")
+    batch_traces: PositiveInt = Field(64, description="number of traces in one optimiser step, over all processes")
     max_tokens: PositiveInt = Field(
         4096,
-        description="the most tokens of a trace, prompt and completion together; longer traces are left out and counted",
+        description="maximum number of tokens in prompt and completion together; longer traces are left out and counted",
     )
     normalise: Literal["token", "sequence"] = Field(
-        "token", description="what has equal weight in the loss: every token, or every trace"
+        "token", description="what has equal weight in the loss: every token (token), or every trace (sequence)"
     )
-    keep_truncated: bool = Field(False, description="whether traces that ended at the token limit are learned from")
+    keep_truncated: bool = Field(
+        False, description="also train on traces whose completion was cut off at the token limit"
+    )
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> TrainStage:
         if sum(length is not None for length in (self.epochs, self.steps, self.budget)) != 1:
-            raise ValueError("say one of epochs, steps and budget")
+            raise ValueError("set exactly one of epochs, steps and budget")
         if isinstance(self.data, dict) and not self.data:
             raise ValueError("data: names no set of traces")
         if isinstance(self.data, dict) and self.teacher is not None:
             raise ValueError(
-                "data: several sets are there for their stored distributions, which a teacher in the trainer takes the place "
-                "of. Name one set, or no teacher"
+                "data: several sets of traces are mixed by their stored distributions, which are not used with `teacher`. "
+                "Name one set, or remove teacher"
             )
         if self.temperature != 1.0 and self.teacher is None:
             raise ValueError(
-                "temperature: only 1 with stored distributions: the tail's mass at another temperature cannot be known from the "
-                "entries that were kept. Name a teacher to be run in the trainer"
+                "temperature: must be 1 with stored distributions: the mass of the tokens that were not stored is known only "
+                "at temperature 1. To use another temperature, set teacher: a model that runs during training"
             )
         return self
 
@@ -171,15 +228,15 @@ class PolicyStage(OptimStage):
     model: str = Field(description="model to train")
     task: str = Field(description="task whose train problems are used")
     steps: PositiveInt | None = growth(None, description="number of optimiser steps")
-    prompts: PositiveInt = Field(8, description="number of problems a mini-batch")
-    group_size: int = Field(8, ge=1, description="number of completions a problem")
+    prompts: PositiveInt = Field(8, description="number of problems in one optimiser step")
+    group_size: int = Field(8, ge=1, description="number of completions for each problem")
     problems: PositiveInt | None = Field(
-        None, description="number of distinct train problems; None = new problems at every step"
+        None, description="number of distinct train problems, which are repeated; None = new problems at every step"
     )
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
     engine: EngineConfig = Field(EngineConfig(), description="engine that samples the completions")
     log_completions_every: PositiveInt = execution(
-        10, description="log some completions every N rollouts, in the log and in completions.jsonl"
+        10, description="write some completions to the log and to completions.jsonl every N rollouts"
     )
 
     def half_the_work(self, stage: str) -> str:
@@ -193,52 +250,65 @@ class PolicyStage(OptimStage):
 
     @property
     def prompts_a_rollout(self) -> int:
+        """Number of problems in a rollout."""
         return self.prompts
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> PolicyStage:
         if (self.steps is None) == (self.budget is None):
-            raise ValueError("say either steps or budget")
+            raise ValueError("set exactly one of steps and budget")
         return self
 
     @pydantic.model_validator(mode="after")
     def _whole_weights(self) -> PolicyStage:
         if self.lora is not None and self.lora.quantised:
             raise ValueError(
-                "lora.quantised: the engine that writes gets the policy's whole weights after every step, which a quantised "
-                "base does not have. Remove it; stages of kind train take it"
+                "lora.quantised: not possible here: after every step the engine receives the policy's full-precision weights, "
+                "which a quantised base does not have. Remove this key; only stages of kind train support it"
             )
         return self
 
     @pydantic.model_validator(mode="after")
     def _enough_problems(self) -> PolicyStage:
         if self.problems is not None and self.problems < self.prompts_a_rollout:
-            raise ValueError(f"problems {self.problems} is less than one rollout takes ({self.prompts_a_rollout})")
+            raise ValueError(
+                f"problems is {self.problems}, but one rollout needs {self.prompts_a_rollout} distinct problems"
+            )
         return self
 
 
 class GrpoStage(PolicyStage):
-    """Train a model by reinforcement learning: groups of completions a problem, rewarded by rules.
+    """Train a model by reinforcement learning with rewards computed on groups of its completions (GRPO).
 
-    A rollout is `prompts` x `mini_batches` problems with `group_size` completions each; it is learned from in
-    `mini_batches` optimiser steps, `num_iterations` times over.
+    A rollout has `prompts` x `mini_batches` problems with `group_size` completions each. The rollout is split into
+    `mini_batches` optimiser steps and used `num_iterations` times.
     """
 
     kind: Literal["grpo"]
-    rewards: list[RewardConfig] = Field(min_length=1, description="rewards with their weights in the sum")
-    objective: PlugConfig = Field(PlugConfig(fn="grpo"), description="policy-gradient objective and its options")
-    group_size: int = Field(8, ge=2, description="number of completions a problem, at least two")
+    rewards: list[RewardConfig] = Field(
+        min_length=1,
+        description="rewards, each with fn, weight and options; a completion's reward is their weighted sum",
+    )
+    objective: PlugConfig = Field(PlugConfig(fn="grpo"), description="policy-gradient objective (fn) and its options")
+    group_size: int = Field(
+        8,
+        ge=2,
+        description="number of completions for each problem, at least 2; rewards are compared within this group",
+    )
     mini_batches: PositiveInt = Field(
         1, description="number of mini-batches, one optimiser step each, that a rollout is split into"
     )
-    num_iterations: PositiveInt = Field(1, description="number of optimisation passes over a rollout (GRPO's mu)")
+    num_iterations: PositiveInt = Field(1, description="number of times that each rollout is trained on (mu in GRPO)")
     lr: float = Field(1e-6, gt=0, description="peak learning rate")
     warmup_ratio: float = Field(
-        0.0, ge=0, lt=1, description="share of the steps in which the learning rate rises linearly from 0"
+        0.0, ge=0, lt=1, description="share of the steps in which the learning rate rises linearly from 0 to its peak"
     )
-    min_lr_ratio: float = Field(1.0, ge=0, le=1, description="1 keeps the learning rate constant")
+    min_lr_ratio: float = Field(
+        1.0, ge=0, le=1, description="learning rate at the last step, as a share of lr; 1 = constant"
+    )
     reference_every: PositiveInt | None = Field(
-        None, description="number of optimiser steps after which the reference becomes the current policy"
+        None,
+        description="copy the policy into the reference model every N optimiser steps; None = it stays the initial model",
     )
     max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
@@ -256,8 +326,8 @@ class GrpoStage(PolicyStage):
         a_rollout = self.steps_a_rollout
         if self.steps is not None and self.steps % a_rollout:
             raise ValueError(
-                f"steps {self.steps} is not a multiple of mini_batches x num_iterations = {a_rollout}: a rollout is that many "
-                "optimiser steps"
+                f"steps {self.steps} is not a multiple of mini_batches x num_iterations = {a_rollout}, the number of "
+                "optimiser steps for each rollout"
             )
         if self.reference_every is not None and self.reference_every % a_rollout:
             raise ValueError(
@@ -265,12 +335,13 @@ class GrpoStage(PolicyStage):
             )
         if self.reference_every is not None and self.lora is not None:
             raise ValueError(
-                "reference_every needs a reference of its own; with lora it is the model without its adapter"
+                "reference_every: not possible with lora, where the reference is the model without its adapter; remove one "
+                "of the two keys"
             )
         if self.sampling.temperature != 1.0 or self.sampling.top_p != 1.0:
             raise ValueError(
-                "sampling: temperature and top_p must be 1: the engine's log-probabilities are of that distribution, and "
-                "another one would make every importance ratio wrong"
+                "sampling: temperature and top_p must be 1: the engine returns log-probabilities of the unchanged "
+                "distribution, so sampling from another one would make every importance ratio wrong"
             )
         return self
 
@@ -284,47 +355,52 @@ class GrpoStage(PolicyStage):
 class OnPolicyStage(PolicyStage):
     """On-policy distillation: the student samples completions and learns the teacher's distribution at every token.
 
-    The teacher's whole distribution is computed in the trainer, or (scoring: engine) its likeliest entries and
-    tail come from an engine of its own. `offline_share` is the share of stored traces from `data` in every step.
+    The teacher runs in the trainer, with its whole vocabulary, or in an engine of its own (scoring: engine), with its
+    most likely tokens and the mass of the rest. `offline_share` is the share of stored traces from `data` in every step.
     """
 
     kind: Literal["on_policy"]
-    teacher: str | dict[str, float] = Field(description="teacher model; several as {name: share} of a mixture")
-    loss: PlugConfig = Field(PlugConfig(fn="reverse_kl"), description="divergence and its options")
+    teacher: str | dict[str, float] = Field(description="teacher model, or several as {name: share} of a mixture")
+    loss: PlugConfig = Field(PlugConfig(fn="reverse_kl"), description="loss function (fn) and its options")
     temperature: float = Field(
-        1.0, gt=0, description="softmax temperature of both distributions; needs scoring: trainer"
+        1.0,
+        gt=0,
+        description="softmax temperature of teacher and student in the loss; other than 1 only with scoring: trainer",
     )
     scoring: Literal["trainer", "engine"] = Field(
         "trainer",
-        description="where the teacher scores: in the trainer (whole vocabulary), or in an engine of its own (top_logprobs entries and the tail)",
+        description="where the teacher runs: in the trainer (whole vocabulary), or in an engine of its own (top_logprobs tokens and the mass of the rest)",
     )
     top_logprobs: PositiveInt = Field(
-        64, description="with scoring: engine, the number of the teacher's entries a position"
+        64,
+        description="with scoring: engine, the maximum number of tokens per position that the teacher's engine returns",
     )
     mass: float = Field(
         0.98,
         gt=0,
         le=1,
-        description="with scoring: engine, the probability mass after which a position keeps no more entries",
+        description="with scoring: engine, use no more of these tokens once they have this probability in total",
     )
-    data: str | None = Field(None, description="stored traces to mix with on-policy ones")
+    data: str | None = Field(
+        None, description="stored traces to mix with the student's own completions; needs offline_share"
+    )
     offline_share: float = Field(
-        0.0, ge=0, lt=1, description="share of traces in a step that come from `data`; the others are on-policy"
+        0.0, ge=0, lt=1, description="share of traces in a step that come from `data`; the student writes the others"
     )
-    group_size: int = Field(4, ge=1, description="number of completions a problem")
+    group_size: int = Field(4, ge=1, description="number of completions for each problem")
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> OnPolicyStage:
         if (self.data is None) != (self.offline_share == 0):
-            raise ValueError("data and offline_share go together: say where the offline traces are, and their share")
+            raise ValueError("data and offline_share need each other: set both, or neither")
         if self.scoring == "engine":
             if not isinstance(self.teacher, str):
-                raise ValueError("scoring: engine takes one teacher; several are mixed by scoring: trainer")
+                raise ValueError("scoring: engine supports one teacher; use scoring: trainer to mix several")
             if self.temperature != 1.0:
                 raise ValueError(
-                    "temperature: only 1 with scoring: engine: what an engine's top_k entries leave out is known by its "
-                    "mass at temperature 1 alone. scoring: trainer takes any"
+                    "temperature: must be 1 with scoring: engine: the mass of the tokens that the engine does not return is "
+                    "known only at temperature 1. Use scoring: trainer for another temperature"
                 )
         if self.loss.fn == "policy_gradient" and (self.sampling.temperature != 1.0 or self.sampling.top_p != 1.0):
             raise ValueError("sampling: temperature and top_p must be 1 for loss policy_gradient")

@@ -10,19 +10,37 @@ import pydantic
 from pydantic import Field
 
 from distill.plug import nearest
-from distill.recipe.fields import Config, ModelConfig, Name, Seeds, StageConfig, StageName, TaskConfig
+from distill.recipe.fields import (
+    Config,
+    DistributedConfig,
+    ModelConfig,
+    Name,
+    Seeds,
+    StageConfig,
+    StageName,
+    TaskConfig,
+)
 from distill.recipe.stages import KINDS
 from distill.records import UserError
 
 
 class Recipe(Config):
-    name: Name = Field(description="the run's name: its folder is runs/<name>")
-    description: str = Field("", description="a sentence for the report")
-    seed: int = Field(17, ge=0, description="seed of every draw")
-    seeds: Seeds | None = Field(None, description="a copy of every trained stage for each of them")
-    models: dict[Name, ModelConfig] = Field({}, description="models by name: a source, or a section")
-    tasks: dict[Name, TaskConfig] = Field({}, description="tasks by name")
-    stages: dict[StageName, pydantic.SerializeAsAny[StageConfig]] = Field(min_length=1, description="stages by name")
+    name: Name = Field(description="name of the run; its folder is runs/<name>")
+    description: str = Field("", description="one sentence about the run, shown in the report")
+    seed: int = Field(17, ge=0, description="random seed of every stage that has none of its own")
+    seeds: Seeds | None = Field(
+        None, description="training seeds: every stage but a comparison is run once for each seed"
+    )
+    distributed: DistributedConfig | None = Field(
+        None, description="processes, nodes and sharding of every stage that trains and has no `distributed` of its own"
+    )
+    models: dict[Name, ModelConfig] = Field(
+        {}, description="models by name, each a source or a section with source, revision, ..."
+    )
+    tasks: dict[Name, TaskConfig] = Field({}, description="tasks by name, each fn and its options")
+    stages: dict[StageName, pydantic.SerializeAsAny[StageConfig]] = Field(
+        min_length=1, description="stages by name, each a kind and its fields"
+    )
 
     @pydantic.field_validator("models", mode="before")
     @classmethod
@@ -47,13 +65,13 @@ def check_references(recipe: Recipe, where: str) -> None:
                 if value not in recipe.tasks and not _looks_like_path(value):
                     raise UserError(
                         f"{here}: there is no task {value!r}.{nearest(value, recipe.tasks)} "
-                        "A file is written as a path."
+                        "To name a file, write a path with a slash, such as ./problems.jsonl."
                     )
             elif each.sort == "data":
                 if value not in recipe.stages and not _looks_like_path(value):
                     raise UserError(
                         f"{here}: there is no stage {value!r}.{nearest(value, recipe.stages)} "
-                        "A file or folder is written as a path."
+                        "To name a file or folder, write a path with a slash, such as ./traces."
                     )
                 _check_kind(recipe, here, value, lambda stage: stage.writes == "traces")
             elif each.sort == "budget":
@@ -72,7 +90,7 @@ def _check_kind(recipe: Recipe, here: str, value: str, fits: Callable[[type[Stag
     stage = recipe.stages.get(value)
     if stage is not None and not fits(type(stage)):
         kinds = " or ".join(name for name, kind in KINDS.items() if fits(kind))
-        raise UserError(f"{here}: {value!r} is a stage of kind {stage.kind}; a {kinds} stage is needed here.")
+        raise UserError(f"{here}: {value!r} is a stage of kind {stage.kind}, but this key needs a {kinds} stage.")
 
 
 def _looks_like_path(value: str) -> bool:
@@ -86,7 +104,7 @@ def order(recipe: Recipe, where: str = "recipe") -> list[str]:
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
             cycle = " -> ".join((*path[path.index(name) :], name))
-            raise UserError(f"{where}: stages: {cycle} goes round in a circle.")
+            raise UserError(f"{where}: stages: {cycle} is a cycle; a stage cannot depend on its own output.")
         if name not in done:
             for each in recipe.stages[name].inputs():
                 if each.name in recipe.stages:

@@ -35,7 +35,7 @@ def machine_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
     for (purpose, dtype, why), names in stages.items():
         alone = sum(each[0] == purpose for each in stages) == 1
         what = {"training": "training", "engine": "engines"}[purpose]
-        uses.setdefault((dtype, why), []).append(what if alone else f"{what} ({_some(names)})")
+        uses.setdefault((dtype, why), []).append(what if alone else f"{what} ({_short_list(names)})")
     return [first, *(f"  {' and '.join(u)}: {dtype}; {why}" for (dtype, why), u in uses.items())]
 
 
@@ -47,7 +47,7 @@ def too_large(rows: Sequence[Row], machine: Machine) -> list[str]:
             continue
         trains = any(part.purpose == "training" for part in row.parts)
         held = "weights, fp32 masters and moments" if trains else "weights"
-        ways = "lora (the masters and moments are then the adapter's), " if trains else ""
+        ways = "lora (then only the adapter has masters and moments), " if trains else ""
         found.append(
             f"stages.{row.name}: its {held} alone take {row.least / GIB:.3g} GiB, and this machine has "
             f"{machine.memory / GIB:.3g} GiB. What helps: {ways}a smaller model, or a machine with more memory."
@@ -66,22 +66,22 @@ def memory_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
     found: dict[str, list[Row]] = {}
     for row in rows:
         if row.least <= machine.memory < row.amounts["memory"]:
-            found.setdefault(_memory_knobs(row), []).append(row)
+            found.setdefault(_memory_settings(row), []).append(row)
     return [
-        f"warning: {_some([row.name for row in each])}: estimated to need up to "
+        f"warning: {_short_list([row.name for row in each])}: estimated to need up to "
         f"{max(row.amounts['memory'] for row in each) / GIB:.3g} GiB at the peak, and this machine has "
-        f"{machine.memory / GIB:.3g} GiB. Lower {knobs}."
-        for knobs, each in found.items()
+        f"{machine.memory / GIB:.3g} GiB. Lower {settings}."
+        for settings, each in found.items()
     ]
 
 
-def _memory_knobs(row: Row) -> str:
-    knobs = []
+def _memory_settings(row: Row) -> str:
+    settings = []
     if any(part.purpose == "training" for part in row.parts):
-        knobs.append("micro_tokens, or set gradient_checkpointing: true or lora")
+        settings.append("micro_tokens, or set gradient_checkpointing: true or lora")
     if any(part.purpose == "engine" for part in row.parts):
-        knobs.append("engine.kv_cache_gib and engine.batch_size")
-    return "; ".join(knobs)
+        settings.append("engine.kv_cache_gib and engine.batch_size")
+    return "; ".join(settings)
 
 
 def short_lines(rows: Sequence[Row]) -> list[str]:
@@ -90,7 +90,7 @@ def short_lines(rows: Sequence[Row]) -> list[str]:
     if seconds <= LONG:
         return []
     return [
-        f"this will take about {duration(seconds)} on this machine, most of it in {_most(rows)}; `distill check` says what "
+        f"this will take about {duration(seconds)} on this machine, most of it in {_longest_shares(rows)}; `distill check` says what "
         "would change that"
     ]
 
@@ -101,15 +101,15 @@ def long_lines(recipe: Recipe, rows: Sequence[Row], machine: Machine) -> list[st
     if seconds <= LONG:
         return []
     lines = [
-        f"warning: this takes about {duration(seconds)} on this machine, most of it in {_most(rows)}. What would change that:"
+        f"warning: this takes about {duration(seconds)} on this machine, most of it in {_longest_shares(rows)}. What would change that:"
     ]
     parts = [(row, part) for row in rows for part in row.parts]
     slow = {row.name: part for row, part in parts if part.slower > 0}
     gained = sum(part.slower for _, part in parts)
     if gained > WORTH * seconds:
-        lines.append(f"  dtype: auto in {_some(list(slow))}: about {duration(gained)} less")
+        lines.append(f"  dtype: auto in {_short_list(list(slow))}: about {duration(gained)} less")
     lines += _without_vllm(parts, machine, seconds)
-    lines += [line for each in _longest(rows).items() if (line := _fewer(recipe, *each))]
+    lines += [line for each in _longest(rows).items() if (line := _halving_line(recipe, *each))]
     if machine.device == "cpu":
         lines.append("  a GPU: the recipe runs there as it is, and `distill check` there says how long it takes")
     return lines
@@ -124,7 +124,7 @@ def _without_vllm(parts: Sequence[tuple[Row, Part]], machine: Machine, seconds: 
     gained = sum(found.values())
     if gained <= WORTH * seconds:
         return []
-    return [f"  the engine vllm in {_some(list(found))} instead of transformers: about {duration(gained)} less"]
+    return [f"  the engine vllm in {_short_list(list(found))} instead of transformers: about {duration(gained)} less"]
 
 
 def _stages(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -142,7 +142,7 @@ def _longest(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return dict([first, *(each for each in others if _seconds(each[1]) > 0.1 * whole)])
 
 
-def _fewer(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
+def _halving_line(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
     """Return how to halve a stage's work with its own keys, and the time saved; "" if it has no such key."""
     config = recipe.stages[rows[0].name.partition(".")[0]]
     start = sum(row.start for row in rows)
@@ -150,7 +150,7 @@ def _fewer(recipe: Recipe, stage: str, rows: Sequence[Row]) -> str:
     return f"  {what}: about {duration((_seconds(rows) - start) / 2)} less" if what else ""
 
 
-def _most(rows: Sequence[Row]) -> str:
+def _longest_shares(rows: Sequence[Row]) -> str:
     whole = _seconds(rows)
     return ", ".join(f"{name} ({_seconds(e) / whole:.0%})" for name, e in _longest(rows).items())
 
@@ -159,7 +159,7 @@ def _seconds(rows: Sequence[Row]) -> float:
     return sum(row.amounts["seconds"] for row in rows)
 
 
-def _some(names: Sequence[str]) -> str:
+def _short_list(names: Sequence[str]) -> str:
     distinct = list(dict.fromkeys(base_name(name) for name in names))
     more = f" and {len(distinct) - 4} more" if len(distinct) > 4 else ""
     return ", ".join(distinct[:4]) + more

@@ -1,6 +1,6 @@
-"""Checks of a stage before anything runs, one public function per kind: `kind(stage, config, recipe)`.
+"""Checks of a stage before the run starts, one public function per stage kind: `kind(name, config, recipe)`.
 
-Each raises UserError for a loss, objective, reward or filter that does not exist or does not take the options given.
+Each raises UserError for a loss, objective, reward or filter that does not exist or does not accept its options.
 """
 
 from __future__ import annotations

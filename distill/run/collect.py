@@ -145,7 +145,7 @@ def _arms(recipe: Recipe, run: Path, states: dict[str, run_folder.State]) -> dic
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """An arm: the stage that evaluates it, the evaluation of each training seed, and their models."""
+    """An arm: the stage that evaluates it, the evaluation node of each training seed, and their models."""
 
     arm: str
     stage: str

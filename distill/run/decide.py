@@ -1,12 +1,12 @@
 """Decide what to do with a node whose inputs are finished: skip it, run it, resume it, add to it, or do it again.
 
-A finished stage with the same config and inputs is skipped. Otherwise, by what changed:
-    an identity field     refused, naming the keys; `--redo STAGE` does it again
-    a growth field        the stage goes on and adds the difference
-    an execution field    no matter: a finished stage stays, an unfinished one goes on with the new value
-    an input's content    the stage is done again; its former output is kept in RUN/.old. A kind that names the input
-                          in `adds_to` adds the difference
-An unfinished stage goes on where it was interrupted.
+A finished stage with the same config and inputs is skipped. An unfinished stage resumes where it was interrupted. If
+something changed, the decision depends on what it is:
+    an identity field     an error that names the keys; `--redo STAGE` does the stage again
+    a growth field        the stage continues and adds the difference
+    an execution field    no effect on a finished stage; an unfinished one continues with the new value
+    an input's content    the stage is done again and its former output is moved to RUN/.old; if the kind names the
+                          input in `adds_to`, the stage adds the difference instead
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Decision:
 
 
 def input_fingerprint(recipe: Recipe, run: Path, reference: str) -> str:
-    """Content fingerprint of what a node reads: a stage's output, a model, a task, a file, a hub dataset's commit."""
+    """Fingerprint of an input's content: of a stage's output, model, task or file, or a hub dataset's commit."""
     if reference in recipe.stages or ("." in reference and reference.split(".")[0] in recipe.stages):
         standing = run_folder.read(run / reference)
         return standing.fingerprint if standing and standing.status == "done" else ""
@@ -70,7 +70,7 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
     redo: names of nodes or stages; a stage's name without a seed means all its copies.
     """
     standing = run_folder.read(run / node.name)
-    if standing is None or (standing.status != "done" and not _made_anything(run / node.name)):
+    if standing is None or (standing.status != "done" and not _has_output(run / node.name)):
         return Decision("run")
     if {node.name, *node.stages} & {*redo}:
         return Decision("redo", "as asked")
@@ -79,11 +79,11 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
         raise UserError(
             f"stage {node.stage!r} was made with other settings:\n  "
             + "\n  ".join(identity)
-            + f"\nThese decide the result. Take the change back, give the run another name, or do the stage and what "
-            f"rests on it again with --redo {node.stage}."
+            + f"\nThese keys decide the result. Undo the change, give the run another name, or do this stage and all "
+            f"stages that depend on it again with --redo {node.stage}."
         )
     inputs = input_fingerprints(node, recipe, run)
-    # An input that cannot be checked from here (a hub without a network) does not count as changed.
+    # An input that cannot be checked now (on the hub, without a network) counts as unchanged.
     if moved := [k for k in inputs if inputs[k] not in (standing.inputs.get(k), hub.UNVERIFIED)]:
         named = {key: " or ".join(each.name for each in node.inputs if each.field == key) for key in moved}
         why = ", ".join(f"{key} ({named[key]}) changed" for key in moved)
@@ -96,14 +96,14 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
     return Decision("resume", "it was interrupted" if standing.attempts else "")
 
 
-def _made_anything(folder: Path) -> bool:
+def _has_output(folder: Path) -> bool:
     """Whether an unfinished stage left output to resume from."""
     kept = ("model", "checkpoints/step-*", "traces/*.parquet", "traces/selection.json")
     return any(True for pattern in kept for _ in folder.glob(pattern))
 
 
 def _changed(node: Node, standing: run_folder.State) -> list[tuple[str, str]]:
-    """(role, what changed) for every field that differs from what the stage was made with."""
+    """(role, description) of every field whose value differs from the one that the stage was made with."""
     if standing.kind != node.kind:
         return [("identity", f"kind: {standing.kind} -> {node.kind}")]
     before, now = standing.config, node.config.model_dump(mode="json")
@@ -117,7 +117,7 @@ def _changed(node: Node, standing: run_folder.State) -> list[tuple[str, str]]:
 def _as_decided(
     before: dict[str, Any], now: dict[str, Any], key: list[str], value: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both configs with the decided value in place of "auto": a resumed stage keeps it, also on another machine."""
+    """Both configs with the decided value in place of "auto": a resumed stage keeps it even on another machine."""
     first, *rest = key
     if rest:
         inner = _as_decided(before.get(first) or {}, now.get(first) or {}, rest, value)

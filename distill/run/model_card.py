@@ -14,7 +14,7 @@ import yaml
 from distill import run_folder
 from distill.models import hub
 from distill.recipe import Recipe
-from distill.recipe.lineage import NO_PARENTS, origin, rests_on
+from distill.recipe.lineage import NOT_UPSTREAM, origin, upstream_stages
 from distill.records import UserError
 from distill.reports.model_card_markdown import FILE, Ancestor, Card, write_card
 from distill.reports.report_blocks import VIEWS
@@ -41,7 +41,7 @@ def write_all(resolved: Recipe, run: Path, report: RunReport) -> list[Path]:
 
 def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Card:
     """Collect the facts about a stage's model from the run's folders."""
-    above = set(rests_on(resolved, name))
+    above = set(upstream_stages(resolved, name))
     lineage = [_ancestor(resolved, run, one) for one in resolved.stages if one in above]
     base = _base(resolved, name)
     scores = {
@@ -82,7 +82,7 @@ def _base(resolved: Recipe, name: str) -> str | None:
     if name in resolved.stages:
         return None
     source = resolved.models[name].source if name in resolved.models else name
-    # A folder of this machine means nothing elsewhere, but for its name.
+    # The path of a local folder is of no use on another machine, so only its name is shown.
     return Path(source).expanduser().name if Path(source).expanduser().is_dir() else source
 
 
@@ -92,7 +92,7 @@ def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
     return Ancestor(
         name=name,
         kind=config.kind,
-        made_from={each.field: each.name for each in config.inputs() if each.sort not in NO_PARENTS},
+        made_from={each.field: each.name for each in config.inputs() if each.sort not in NOT_UPSTREAM},
         cost=standing.cost if standing else {},
         seconds=standing.seconds if standing else 0.0,
         facts=[
@@ -103,6 +103,7 @@ def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
 
 
 def _facts(traces: Path) -> Iterator[tuple[str, str]]:
+    """Key facts about a folder of traces; nothing if there is none."""
     if not traces.is_dir():
         return
     try:
@@ -124,27 +125,27 @@ def _facts(traces: Path) -> Iterator[tuple[str, str]]:
 
 
 def push(reference: Path, repo: str, *, private: bool = True) -> str:
-    """Upload a checkpoint and its card to the model `repo` (owner/name), created if missing; return its address.
+    """Upload a model and its card to the hub repository `repo` (owner/name), created if missing; return its address.
 
-    reference: a checkpoint's folder, or a stage's folder with one. Raises UserError if there is no checkpoint, or the hub
-    cannot be reached or refuses.
+    reference: the model's folder, or the folder of its stage. Raises UserError if there is no model, or if the hub cannot
+    be reached or refuses the upload.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    folder = checkpoint(reference)
+    folder = model_folder(reference)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"push: {repo!r} is not the name of a model: write owner/name.")
+        raise UserError(f"push: {repo!r} is not a valid repository name: write owner/name.")
     if not (folder / FILE).is_file():
         raise UserError(
-            f"push: {folder} has no {FILE}. `distill run` writes one with every checkpoint; write one by hand for a model "
-            "from elsewhere."
+            f"push: {folder} has no {FILE}. `distill run` writes one for every model; for a model from elsewhere, write "
+            "the file yourself."
         )
     endpoint = huggingface_hub.constants.ENDPOINT
     if not hub.reachable():
         raise UserError(
-            f"push: the hub ({endpoint}) cannot be reached, so nothing was uploaded. {folder} is complete: from a machine "
-            f"with a network, `hf upload {repo} {folder}`."
+            f"push: the hub ({endpoint}) cannot be reached, so nothing was uploaded. {folder} is complete: copy it to a "
+            f"machine with a network and run `hf upload {repo} {folder}` there."
         )
     try:
         api = huggingface_hub.HfApi()
@@ -153,14 +154,14 @@ def push(reference: Path, repo: str, *, private: bool = True) -> str:
     except (LocalTokenNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"push: the hub ({endpoint}) refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) as "
-            "somebody who may write there; run again, and only what is missing is uploaded."
+            f"push: the hub ({endpoint}) refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) with an "
+            "account that may write there, then run again; only missing files are uploaded."
         ) from None
     return str(address)
 
 
-def checkpoint(reference: Path) -> Path:
-    """Return the folder with config.json and weights for a path: itself, or a stage's `model`."""
+def model_folder(reference: Path) -> Path:
+    """Return the folder with config.json and weights: the path, or its folder `model`. Raises UserError if neither is."""
     for base in (reference, Path("runs") / reference):
         for folder in (base, base / "model"):
             if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
@@ -171,4 +172,4 @@ def checkpoint(reference: Path) -> Path:
             stages = run_folder.recipe(run).stages
             names = [f"{run}/{n}" for n in stages if (run / n / "model" / "config.json").is_file()]
             made = f" Its models are: {', '.join(names)}." if names else ""
-    raise UserError(f"push: {reference} is not a checkpoint (config.json and safetensors).{made}")
+    raise UserError(f"push: {reference} is not a model (a folder with config.json and safetensors).{made}")

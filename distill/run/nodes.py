@@ -1,5 +1,4 @@
-"""The nodes of a run: one for each stage and for each stage that one expands into; and which of them a command
-means."""
+"""The nodes of a run: one for each stage, and one for each stage that a stage expands into. Selection of nodes."""
 
 from __future__ import annotations
 
@@ -27,11 +26,11 @@ class Node:
 
     @property
     def stages(self) -> set[str]:
-        """Names that select this node: its stage's, and without a training seed."""
+        """Names that select this node: the name of its stage, with and without the training seed."""
         return {self.stage, base_name(self.stage)}
 
     def stages_read(self, recipe: Recipe) -> list[str]:
-        """The stages of the recipe that it reads."""
+        """The stages of the recipe that this node reads."""
         return [each.name for each in self.inputs if each.name in recipe.stages]
 
 
@@ -54,10 +53,10 @@ def select(
     only: str | None = None,
     start: str | None = None,
 ) -> list[Node]:
-    """The nodes to do: all, those of some kinds, one stage, or a stage and what comes after it.
+    """The nodes to run: all, those of some kinds, those of the stage `only`, or those from the stage `start` on.
 
-    A kind means its stages with all that they expand into, and what other stages expand into of this kind. Raises
-    UserError for a stage or a kind that the recipe does not have.
+    A kind selects its stages with all nodes that they expand into, and nodes of this kind that other stages expand
+    into. Raises UserError for a stage or kind that the recipe does not have.
     """
     every = nodes(recipe)
     known = {name for node in every for name in node.stages}
@@ -79,11 +78,11 @@ def _check_kinds(wanted: Iterable[str], there: set[str]) -> None:
     for kind in wanted:
         kind_class(kind)
         if kind not in there:
-            raise UserError(f"no stage of this recipe is of kind {kind!r}. There are: {', '.join(sorted(there))}.")
+            raise UserError(f"no stage of this recipe is of kind {kind!r}. Its kinds are: {', '.join(sorted(there))}.")
 
 
 def require_inputs(recipe: Recipe, run: Path, wanted: Iterable[Node]) -> None:
-    """Raise UserError when a wanted node reads a stage that is neither wanted nor done."""
+    """Raise UserError if a wanted node reads a stage that is neither wanted nor done."""
     wanted = list(wanted)
     doing = {node.name for node in wanted}
     for node in wanted:
@@ -92,5 +91,5 @@ def require_inputs(recipe: Recipe, run: Path, wanted: Iterable[Node]) -> None:
                 standing = run_folder.read(run / reference)
                 if reference.split(".")[0] in recipe.stages and (standing is None or standing.status != "done"):
                     raise UserError(
-                        f"stage {node.name!r} needs {reference!r}, which is not done yet. Run that one first, or the whole recipe."
+                        f"stage {node.name!r} needs {reference!r}, which is not done yet. Run that stage first, or the whole recipe."
                     )

@@ -1,6 +1,6 @@
-"""Run a recipe: its nodes in order, each in a process of its own; finished ones are skipped.
+"""Run a recipe: its nodes in order, each in a process of its own. Finished nodes are skipped.
 
-`run.nodes` lists the nodes, `run.decide` decides what to do with each.
+`run.nodes` lists the nodes; `run.decide` decides what to do with each.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Runner:
     redo: tuple[str, ...] = ()
 
     def do(self, wanted: Iterable[Node]) -> None:
-        """Run the wanted nodes in order. Raises UserError at the first that fails; finished ones stay."""
+        """Run the wanted nodes in order. Raises UserError or StageError at the first failure; finished nodes stay."""
         self.run.mkdir(parents=True, exist_ok=True)
         refusal = (
             f"{self.run} is in use by another `distill run` ({{holder}}); wait for it, or give this run another name."
@@ -102,9 +102,9 @@ class Runner:
             plan.check_plugs(self.recipe)
 
     def _prepare(self, node: Node, number: int, num: int, predictions: Mapping[str, dict[str, float]]) -> str | None:
-        """Write the stage.json that a node starts from; returns the reason to run it, or None where it is finished.
+        """Write the stage.json that a node starts from. Return the reason to run the node, or None if it is finished.
 
-        number: its place among the `num` wanted nodes.
+        number: the node's position among the `num` wanted nodes, from 1.
         """
         with working(f"checking what {node.name} reads"):
             decision = decide(node, self.recipe, self.run, self.redo)
@@ -113,7 +113,7 @@ class Runner:
             print(f"[{number}/{num}] {node.name}: done already")
             return None
         if decision.action == "redo":
-            self._put_away(node.name)
+            self._move_to_old(node.name)
         inputs = input_fingerprints(node, self.recipe, self.run)
         standing = run_folder.read(folder)
         if standing is not None:
@@ -128,13 +128,13 @@ class Runner:
         run_folder.write(folder, standing)
         return f" ({decision.action}: {decision.why})" if decision.why else ""
 
-    def _put_away(self, name: str) -> None:
+    def _move_to_old(self, name: str) -> None:
         """Move a stage's former output to RUN/.old before it is done again."""
-        attic = self.run / ".old"
-        attic.mkdir(exist_ok=True)
-        number = 1 + len(list(attic.glob(f"{name}-*")))
-        shutil.move(self.run / name, attic / f"{name}-{number}")
-        print(f"    the former {name} is kept in {attic / f'{name}-{number}'}")
+        old = self.run / ".old"
+        old.mkdir(exist_ok=True)
+        number = 1 + len(list(old.glob(f"{name}-*")))
+        shutil.move(self.run / name, old / f"{name}-{number}")
+        print(f"    the former {name} is kept in {old / f'{name}-{number}'}")
 
     def _spawn(self, nodes: list[Node]) -> None:
         names = [node.name for node in nodes]
@@ -164,8 +164,8 @@ class Runner:
             raise UserError(message)
         if status == -signal.SIGKILL:
             message = (
-                "it was killed, most often because memory ran out: lower micro_tokens (train) or engine.batch_size and "
-                "engine.kv_cache_gib (generate, eval). Running again continues."
+                "The process was killed, most likely because memory ran out: lower micro_tokens (train) or engine.batch_size "
+                "and engine.kv_cache_gib (generate, eval), then run the same command; the stage resumes."
             )
         raise StageError(
             f"stage {node.name!r} failed with status {status}. {message}\nThe last lines of {log}:\n{_tail(log)}"
@@ -176,7 +176,7 @@ class Runner:
         return f"in {node.name}{', which keeps ' if found else ''}{found}"
 
     def _fail(self, nodes: list[Node]) -> Node:
-        """Mark the unfinished nodes of a process as failed; returns the one that was running."""
+        """Mark the unfinished nodes of a process as failed and return the one that was running."""
         unfinished = []
         for node in nodes:
             standing = run_folder.read(self.run / node.name)
@@ -188,8 +188,8 @@ class Runner:
         return unfinished[0] if unfinished else nodes[-1]
 
     def _environment(self, node: Node) -> dict[str, str]:
-        # Threads that spin at the end of a parallel region are a few percent faster on an idle machine, and many times
-        # slower as soon as another process runs on one of its cores.
+        # OpenMP threads that spin at the end of a parallel region are a few percent faster on an idle machine, but many
+        # times slower as soon as another process uses one of the cores.
         mine = {"TOKENIZERS_PARALLELISM": "false", "OMP_WAIT_POLICY": "PASSIVE"}
         mine = {key: value for key, value in mine.items() if key not in os.environ}
         engine = getattr(node.config, "engine", None)
@@ -201,12 +201,12 @@ class Runner:
 
 
 def _process(node: Node) -> tuple[str, str]:
-    """A key: adjacent nodes with the same one share a process, as the evaluations of a comparison do."""
+    """The key of a node's process: adjacent nodes with the same key (evaluations of one comparison) share a process."""
     return node.kind, node.stage if node.config.shares_process else node.name
 
 
 def _announce(doing: Mapping[int, tuple[Node, str]], num: int) -> None:
-    """Print one line for the nodes of a process, by their numbers."""
+    """Print one line about the nodes of a process. doing: (node, reason) by number."""
     first, last = min(doing), max(doing)
     place = f"{first}" if first == last else f"{first}-{last}"
     names = ", ".join(f"{node.name}{why if len(doing) > 1 else ''}" for node, why in doing.values())
@@ -216,7 +216,7 @@ def _announce(doing: Mapping[int, tuple[Node, str]], num: int) -> None:
 
 
 class StageError(Exception):
-    """A stage failed for a reason other than a user error: a bug, or the machine."""
+    """A stage failed because of a bug or the machine, not because of a user error."""
 
 
 def _tail(log: Path, lines: int = 15) -> str:

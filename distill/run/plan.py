@@ -1,7 +1,7 @@
-"""The predicted cost of a recipe, stage by stage: tokens, bytes, FLOPs, memory and seconds. Loads no model.
+"""The predicted cost of a recipe, stage by stage: tokens, bytes, FLOPs, memory and seconds. No model is loaded.
 
-Lengths are estimated from a few of the task's problems and from the texts that the models learn from; the rest are
-counts and `compute.estimate`. What cannot be looked up (a hub model without a network) is reported as unverified.
+Lengths are estimated from a few problems of the task and from the texts that the models learn from; costs follow from
+counts by `compute.estimate`. A size that cannot be looked up (a hub model without a network) is reported as unverified.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distill.run.predictions.row import Row, make_amounts
 
 
 def widths(recipe: Recipe) -> list[Width]:
-    """The width of every model of the recipe, estimated from its parameter count where it cannot be looked up."""
+    """The width of every model of the recipe; estimated from the number of parameters if it cannot be looked up."""
     shapes = [model_shape(model)[0] for model in recipe.models.values()]
     return [(shape.hidden, shape.intermediate) for shape in shapes]
 
@@ -30,9 +30,9 @@ def measured(recipe: Recipe) -> Machine:
 
 
 def predict(recipe: Recipe, machine: Machine | None = None) -> list[Row]:
-    """The predictions for all stages, inputs first. machine: None measures this one.
+    """The predictions for all stages, inputs first. machine: None = measure this machine.
 
-    Raises UserError for mistakes that show without running anything.
+    Raises UserError for mistakes that are found without running the recipe.
     """
     machine = machine or measured(recipe)
     known = Known(recipe)
@@ -50,7 +50,7 @@ def predict(recipe: Recipe, machine: Machine | None = None) -> list[Row]:
 
 
 def check_plugs(recipe: Recipe) -> None:
-    """Check every stage, and that every engine named exists. Raises UserError."""
+    """Check every stage, and that every named engine exists. Raises UserError."""
     for name, config in recipe.stages.items():
         config.check(name, recipe)
         if isinstance(engine := getattr(config, "engine", None), EngineConfig):

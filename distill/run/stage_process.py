@@ -1,10 +1,10 @@
-"""`python -m distill.run.stage_process RUN STAGE [STAGE ...]`: the process of one stage, or of all evaluations of a
-comparison.
+"""The process of one stage, or of all evaluations of a comparison:
+`python -m distill.run.stage_process RUN STAGE [STAGE ...]`.
 
-Reads RUN/resolved.yaml, runs the stage, writes its stage.json. Evaluations in one process share its engine, which is
-given each model's weights. The first stage that fails ends the process. What libraries print goes to the stage's
-log.txt; the terminal shows the live line. Exit status: 0 done, 2 a user error (its text in error.txt), 1 a bug, 130 or
-143 interrupted by SIGINT or SIGTERM. Slow imports come after the first line is shown.
+The process reads RUN/resolved.yaml, runs the stage and writes its stage.json. Evaluations in one process share an
+engine, which loads each model's weights in turn. The first stage that fails ends the process. Output of libraries goes
+to the stage's log.txt; the terminal shows the live line. Exit status: 0 done, 2 a user error (its text in error.txt),
+1 a bug, 130 or 143 interrupted by SIGINT or SIGTERM. Slow imports come after the first line is shown.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def main(run: Path, *names: str) -> int:
+    """Run the stages in order; return the exit status."""
     _die_with_parent()
     interrupt.receive()
     terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
@@ -45,7 +46,10 @@ def main(run: Path, *names: str) -> int:
 
 
 def _guarded(run: Path, name: str, screen: Screen, engines: list[SharedEngine], *, last: bool) -> int:
-    """Run one stage; its exit status, with the reason in error.txt. engines: the process's engine, once it exists."""
+    """Run one stage and return its exit status; the reason of a failure is in error.txt.
+
+    engines: empty, or the shared engine of this process.
+    """
     error_file = run / name / "error.txt"
     error_file.unlink(missing_ok=True)
     try:
@@ -111,9 +115,10 @@ def _run(run: Path, name: str, screen: Screen, engines: list[SharedEngine], last
 
 
 def _load(config: recipe.StageConfig) -> Any:
-    """Import the function that does a stage, with the libraries that this kind needs.
+    """Import the function that runs a stage, and the libraries that it needs.
 
-    Garbage collection is off meanwhile and never looks at these modules again: they stay until the process ends.
+    Garbage collection is off during the import and ignores these modules afterwards, because they stay until the
+    process ends.
     """
     gc.disable()
     try:
@@ -138,7 +143,7 @@ def _cpu_seconds() -> float:
 
 
 def _peak_memory() -> int:
-    """Peak memory of this process in bytes: of the GPU where one is used, else main memory."""
+    """Peak memory of this process in bytes: GPU memory if there is a GPU, else main memory."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
@@ -168,7 +173,7 @@ def _memory_hint(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return (
             "\nOut of memory. Lower micro_tokens or set gradient_checkpointing: true (train), lower engine.batch_size or "
-            "engine.kv_cache_gib (generate, eval); then run again, it continues."
+            "engine.kv_cache_gib (generate, eval); then run the same command, and the stage resumes."
         )
     return ""
 

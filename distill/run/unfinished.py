@@ -8,9 +8,9 @@ from typing import Any
 
 
 def kept(folder: Path, config: Any) -> str:
-    """For example "the checkpoint of step 10 of 24" or "320 of 640 traces"; empty where there is nothing.
+    """What a stage can resume from, such as "the checkpoint of step 10 of 24" or "320 of 640 traces"; "" if nothing.
 
-    folder: the stage's. config: its section of the recipe, for the total where it has one.
+    folder: the stage's folder. config: its config, for the total number.
     """
     steps = sorted(folder.glob("checkpoints/step-*/state.json"))
     if steps:

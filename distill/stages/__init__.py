@@ -1,4 +1,6 @@
-"""Stage kinds, one module each with `run(config, context) -> Result`; and what they share. Rooms meet only here.
+"""The stage kinds, one module each with `run(config, context) -> Result`, and modules that they share.
+
+The packages tasks, engines, traces, training, reports and inspector do not import each other; the stages connect them.
 
 prune.py generate.py score.py filter.py train.py grpo.py on_policy.py eval.py compare.py    the kinds
 context.py         the context a stage runs in, and its result

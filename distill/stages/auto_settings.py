@@ -53,7 +53,7 @@ def _dtype(key: str, wish: str, purpose: Literal["training", "engine"], model: s
     width = machine.width_of(models.config_of(context.model_dir(model)))
     choice = machine.choose(context.machine(width), width, wish, purpose)
     decided: run_folder.Decided = {"value": choice.dtype, "why": choice.why}
-    if not _said_before(key, decided, context):
+    if not _said_by_another_stage(key, decided, context):
         context.say(f"{key} {choice.dtype}: {choice.why}")
     keep(key, decided, context)
     return choice.dtype
@@ -77,7 +77,7 @@ def keep(key: str, decided: run_folder.Decided, context: Context) -> None:
     run_folder.write(context.folder, standing)
 
 
-def _said_before(key: str, decided: run_folder.Decided, context: Context) -> bool:
+def _said_by_another_stage(key: str, decided: run_folder.Decided, context: Context) -> bool:
     """Return whether another stage of the run printed the same decision and reason: once a run is enough."""
     others = [file.parent for file in context.run.glob(f"*/{run_folder.FILE}")]
     states = [run_folder.read(folder) for folder in others if folder != context.folder]

@@ -32,9 +32,8 @@ def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
 
 
 def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Budget | None:
-    """The FLOPs that the stage may spend; None where its length is given in steps. Raises UserError where none are
-    left."""
-    # Reports and checks read costs here too, and load nothing that trains.
+    """The FLOPs that the stage may spend; None if it has no budget. Raises UserError if no FLOPs are left."""
+    # Imported here because reports and checks use this module too and must not load torch.
     from distill.training.loop import Budget
 
     if config.budget is None:
@@ -50,9 +49,9 @@ def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) 
     flops = allowed - spent(context.name)
     if flops <= 0:
         raise UserError(
-            f"stages.{context.name}.budget: {allowed:.3g} FLOPs in all, by {other!r}, and what this stage goes on from "
-            f"took {spent(context.name):.3g} already; nothing is left to spend."
+            f"stages.{context.name}.budget: {other!r} allows {allowed:.3g} FLOPs in total, but the training of this stage's "
+            f"starting model already used {spent(context.name):.3g}; nothing is left to spend. Raise budget.times."
         )
     shape = ModelShape.from_config(models.config_of(context.model_dir(config.model)))
-    context.say(f"budget: {flops:.3g} FLOPs, by what {other} took")
+    context.say(f"budget: {flops:.3g} FLOPs, measured by {other}")
     return Budget(flops, lambda counts: training_cost(config, shape, counts).flops)

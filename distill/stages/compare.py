@@ -1,4 +1,4 @@
-"""compare: several models on the same held-out problems, paired. The evaluations are stages of their own."""
+"""compare: paired comparison of several models on the same held-out problems. Each evaluation is a stage of its own."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 from distill.recipe import CompareStage, Recipe, base_name
-from distill.recipe.lineage import line, role_of, roles_of
+from distill.recipe.lineage import role_of, roles_of, training_line
 from distill.records import Cost, stable_hash
 from distill.reports.arms import ArmResults, examples, score_seeds
 from distill.reports.comparison import check_same_start, compare_trained
 from distill.reports.run_report import comparison_row
 from distill.stages.context import Context, Result
-from distill.stages.eval import checkpoints, read_results
+from distill.stages.eval import read_results, snapshot_rows
 from distill.stages.snapshots import snapshots_of
 
 
@@ -56,7 +56,7 @@ def _snapshot_rows(config: CompareStage, run: Path, arm: str, folders: dict[int,
     kept = [snapshots_of(run / model) for _, model in config.evaluations()[arm].values()]
     if not config.snapshot_problems:
         return []
-    return [dict(row) for row in checkpoints(list(folders.values()), kept)]
+    return [dict(row) for row in snapshot_rows(list(folders.values()), kept)]
 
 
 def check_start(config: CompareStage, recipe: Recipe) -> None:
@@ -68,5 +68,5 @@ def check_start(config: CompareStage, recipe: Recipe) -> None:
     for arm, runs in config.evaluations().items():
         for _, model in runs.values():
             if role_of(recipe, model) == "student":
-                starts[arm] = base_name(line(recipe, model)[-1])
+                starts[arm] = base_name(training_line(recipe, model)[-1])
     check_same_start(starts)

@@ -18,10 +18,10 @@ from distill.stages.shared_engine import SharedEngine
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a stage returns.
+    """The result of a stage.
 
-    cost: of the stage; teacher_cost: of the teachers' forward passes. metrics: for the report. fingerprint: of the
-    output's content; later stages are done again when it changes.
+    cost: of the stage. teacher_cost: of the teachers' forward passes. metrics: for the report. fingerprint: of the
+    output's content; when it changes, the stages that read this output are done again.
     """
 
     cost: Cost
@@ -32,10 +32,10 @@ class Result:
 
 @dataclass(slots=True)
 class Context:
-    """One stage of one run.
+    """The context of one stage of a run: the recipe, its folders, the terminal and the engine.
 
-    folder: the stage's own, kept between attempts. engine: the process's, shared with the stages that run after this
-    one in it.
+    folder: the stage's folder, kept between attempts. engine: the engine of this process, shared with the stages that
+    run in it later.
     """
 
     recipe: Recipe
@@ -55,6 +55,7 @@ class Context:
         return self.recipe.seed if own is None else own
 
     def live(self, total: int, unit: str, done: int = 0) -> Live:
+        """A live progress line on the terminal."""
         return self.screen.live(total, unit, done)
 
     def phase(self, text: str) -> None:
@@ -77,8 +78,11 @@ class Context:
         return models.resolve(self.recipe.models[reference], self.phase)
 
     def trusts(self, reference: str) -> bool:
-        """Return whether the recipe allows a model's own code to run (trust_remote_code)."""
-        return reference in self.recipe.models and self.recipe.models[reference].trust_remote_code
+        """Return whether the recipe allows a model's own code to run (trust_remote_code); a stage's model: that of its input."""
+        if reference in self.recipe.models:
+            return self.recipe.models[reference].trust_remote_code
+        stage = self.recipe.stages.get(reference)
+        return stage is not None and any(self.trusts(name) for name in stage.reads("model"))
 
     def data_path(self, reference: str) -> Path:
         """Return the path of a stage's traces, or of a file or folder."""
@@ -94,11 +98,8 @@ class Context:
         return machine.in_stage(self.run, width, models.cache_home() / "machine")
 
     def task(self, reference: str) -> Task:
+        """A task of the recipe."""
         return make_task(reference, self.recipe.tasks[reference])
-
-
-COPY_SHARE = 0.4
-"""The share of the memory that a reloaded copy of a model may take."""
 
 
 def find_data(reference: str) -> Path | None:
@@ -119,19 +120,15 @@ def make_task(name: str, config: TaskConfig) -> Task:
     return task
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str, *, trust_remote_code: bool = False) -> str:
-    """Write folder/model atomically and prove it by loading it; return the weights' fingerprint. Casts the model in place."""
-    with whole_folder(folder / "model") as building:
+def save_model(model: Any, tokenizer: Any, context: Context, dtype: str, *, trust_remote_code: bool = False) -> str:
+    """Write the stage's model atomically and prove it by loading it; return the weights' fingerprint. Casts the model in place."""
+    folder = context.folder / "model"
+    with whole_folder(folder) as building:
         models.save(models.cast(model, dtype), tokenizer, building)
-        if fits_memory(model):
-            models.prove_saved(model, building, trust_remote_code)
-    return models.weights_fingerprint(folder / "model")
-
-
-def fits_memory(model: Any) -> bool:
-    """Return whether a second copy of a model fits the memory easily."""
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return bool(size <= COPY_SHARE * machine.memory_bytes())
+        context.phase("comparing the saved model with the one in memory")
+        if note := models.prove_saved(model, building, trust_remote_code):
+            context.say(note)
+    return models.weights_fingerprint(folder)
 
 
 def fingerprint_of(path: Path) -> str:

@@ -41,7 +41,7 @@ def run(config: EvalStage, context: Context) -> Result:
         cost += sample_traces(fewer, context, beside, "held_out", snapshot)[1]
     same = context.task(config.task).same_answer
     metrics = score(read_results(folder), config.pass_at, same, seed=context.recipe.seed)
-    metrics["snapshots"] = checkpoints([context.folder], [snapshots])
+    metrics["snapshots"] = snapshot_rows([context.folder], [snapshots])
     metrics["prompts_too_long"] = counts.prompts_too_long
     accuracy = metrics["accuracy"]
     context.say(
@@ -52,7 +52,7 @@ def run(config: EvalStage, context: Context) -> Result:
     return Result(cost, metrics, stable_hash(content_fingerprint(folder), *made))
 
 
-def checkpoints(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[StageSnapshotRow]:
+def snapshot_rows(evaluations: Sequence[Path], snapshots: Sequence[Sequence[Snapshot]]) -> list[StageSnapshotRow]:
     """Return the accuracy of each snapshot, of one training seed or over several seeds with equally many snapshots.
 
     evaluations: the folder of each seed's eval stage; snapshots: those of its training stage.

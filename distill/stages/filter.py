@@ -51,8 +51,8 @@ def held_out(against: str, context: Context) -> HeldOut:
         num = max((each for each in drawn if each is not None), default=None)
         if num is None:
             raise UserError(
-                f"{where}: the task {against!r} writes problems without end, and no eval or compare stage says which of "
-                "them are evaluated on. Add that stage, or name a JSONL file of the problems."
+                f"{where}: the task {against!r} has an unlimited number of problems, and no eval or compare stage says how "
+                "many of them are evaluated. Add such a stage, or name a JSONL file of the problems."
             )
     problems = task.problems("held_out", num, context.recipe.seed)
     return HeldOut((p.question for p in problems), normalise, prose=num is None)

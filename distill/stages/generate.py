@@ -1,4 +1,4 @@
-"""generate: a teacher's traces of a task's train problems, with its distribution at every position."""
+"""generate: sample a model's completions of a task's train problems, with its distribution at every position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""grpo: a model learns from rewards on its own completions."""
+"""grpo: train a model by reinforcement learning with rewards on its own completions."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from distill.stages.inputs.student import load_student, save_student
 from distill.stages.policy_metrics import LOGGED_GROUPS, CompletionLog, PolicyProgress, policy_metrics
 from distill.stages.policy_sampling import open_policy_sampler
 from distill.stages.snapshots import keep_snapshots
+from distill.stages.sync_proof import prove_sync
 from distill.training import loop
 from distill.training.rl.reward_rollout import RewardRollouts, Rollout
 
@@ -35,6 +36,7 @@ def run(config: GrpoStage, context: Context) -> Result:
     with open_policy_sampler(config, context, tokenizer) as (sampler, pool):
         model = load_student(config, context)
         plan = prove_forward(model, config.model, len(tokenizer), context, sampler.engine.max_model_len)
+        prove_sync(sampler.engine, model, len(tokenizer), context)
         log = CompletionLog(context, config)
         rollouts = RewardRollouts(
             sampler=sampler,

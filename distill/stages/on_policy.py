@@ -1,4 +1,4 @@
-"""on_policy: a student learns from a teacher's distribution on the student's own completions."""
+"""on_policy: train a student on the teacher's distributions over the student's own completions."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from distill.stages.inputs.train_examples import open_source, reader_for
 from distill.stages.policy_metrics import LOGGED_GROUPS, CompletionLog, PolicyProgress, policy_metrics
 from distill.stages.policy_sampling import open_policy_sampler
 from distill.stages.snapshots import keep_snapshots
+from distill.stages.sync_proof import prove_sync
 from distill.training import loop
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example
@@ -44,6 +45,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
     ):
         model = load_student(config, context)
         plan = prove_forward(model, config.model, len(tokenizer), context, sampler.engine.max_model_len)
+        prove_sync(sampler.engine, model, len(tokenizer), context)
         log = CompletionLog(context, config)
         rollouts = TeacherRollouts(
             sampler=sampler,

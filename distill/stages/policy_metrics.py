@@ -17,7 +17,7 @@ from distill.training import loop
 LOGGED_GROUPS = 3
 """The number of groups of a rollout whose completions are logged."""
 MISMATCH_ALARM = 0.01
-"""The KL between engine and trainer, nats a token, above which a warning is printed."""
+"""The KL between engine and trainer, in nats per token, above which a warning is printed."""
 
 
 class CompletionLog:
@@ -60,7 +60,7 @@ class PolicyProgress:
             self.warned = True
             self.context.say(
                 f"warning: at step {step} the engine's and the trainer's probabilities for the same weights differ by "
-                f"{metrics['kl_engine']:.3f} nats a token (KL; expected below {MISMATCH_ALARM}); metrics.jsonl has "
+                f"{metrics['kl_engine']:.3f} nats per token (KL; expected below {MISMATCH_ALARM}); metrics.jsonl has "
                 "kl_engine for every step"
             )
 

@@ -98,13 +98,13 @@ class PromptPool:
         try:
             problems = list(task.problems("train", num, context.seed))
         except UserError as error:
-            hint = "" if config.problems else f" Set stages.{context.name}.problems to go over fewer again."
+            hint = "" if config.problems else f" Set stages.{context.name}.problems to use fewer and repeat them."
             raise UserError(f"{error}{hint}") from None
         fitting, too_long = fitting_prompts(problems, tokenizer, task.template, limit, context.say)
         if len(fitting) < min(a_rollout, num):
             raise UserError(
-                f"stages.{context.name}: only {len(fitting)} of {num} prompts fit the context of {limit} tokens; a "
-                f"rollout takes {a_rollout}."
+                f"stages.{context.name}: only {len(fitting)} of {num} prompts fit the context of {limit} tokens, but a "
+                f"rollout needs {a_rollout}."
             )
         seed = draw_seed(context.seed, context.name, "prompts")
         return PromptPool(fitting, a_rollout, seed, too_long)

@@ -1,4 +1,4 @@
-"""prune: a model with fewer layers, a real checkpoint that transformers and vLLM load."""
+"""prune: write a model with fewer layers, in a folder that transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ def run(config: PruneStage, context: Context) -> Result:
     before = models.num_layers(model)
     kept = models.prune_layers(model, config.layers)
     context.phase("saving the model")
-    fingerprint = save_model(
-        model, models.load_tokenizer(folder, trust_remote_code=trust), context.folder, SAVED, trust_remote_code=trust
-    )
+    tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
+    fingerprint = save_model(model, tokenizer, context, SAVED, trust_remote_code=trust)
     params = sum(p.numel() for p in model.parameters())
     context.say(f"kept {len(kept)} of {before} layers: {params / 1e6:.0f}M parameters")
     return Result(Cost(), {"layers_kept": kept, "params": params}, fingerprint)

@@ -36,7 +36,7 @@ JUDGE_THREADS = 4
 MAX_WAITING = 64
 """The largest number of completions waiting for a verdict before the engine waits too: programs may be slow."""
 CONTEXT_STEP = 64
-"""Context lengths are rounded up to this, so that a slightly longer prompt does not change the engine."""
+"""Context lengths are rounded up to a multiple of this, so that a slightly longer prompt needs no new engine."""
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -77,7 +77,7 @@ def fitting_prompts(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompletionRequest:
-    """One completion to be sampled. request_id: unique among the requests of one call. seed: of its draws."""
+    """A request for one completion. request_id: unique within one call. seed: random seed of the completion."""
 
     request_id: str
     prompt: Prompt

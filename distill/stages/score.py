@@ -38,15 +38,15 @@ def run(config: ScoreStage, context: Context) -> Result:
     context.phase("reading the traces")
     inputs = open_score_inputs(config, context, tokenizer)
     context.say(
-        f"the text is by {inputs.text_from}; "
-        + ("its ids as they were sampled" if inputs.same_ids else "rendered in the model's own tokens")
+        f"the text is from {inputs.text_from}; "
+        + ("its token ids are used as stored" if inputs.same_ids else "it is tokenised with this model's tokenizer")
     )
     limit = min(context_limit(config.engine, model_dir), config.max_tokens or 1 << 60)
     left_out = DroppedRows()
     wanted = _survey(inputs, limit, left_out)
     _say_left_out(context, left_out)
     if not wanted:
-        raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to score.")
+        raise UserError(f"stages.{context.name}.data: {config.data!r} has no trace that can be scored.")
     metadata = _metadata(config, inputs, model_dir, tokenizer)
     carry_over(context, folder, metadata, {i: (row.sample, row.gold) for i, row in wanted.items()})
     _fill(config, context, inputs, metadata, wanted)
@@ -111,13 +111,13 @@ def carry_over(
     if keep_N.all() and former.metadata.source == metadata.source and same:
         return
     if not keep_N.all():
-        context.say(f"{int((~keep_N).sum())} traces of an earlier attempt are not asked for any more")
+        context.say(f"{int((~keep_N).sum())} traces of an earlier attempt are no longer wanted")
     with TraceWriter(carrying, metadata) as writer:
         for block in former.where(keep_N).blocks():
             writer.add(block)
-    attic = context.run / ".old"
-    attic.mkdir(exist_ok=True)
-    folder.rename(attic / f"{context.name}-traces-{time.time_ns()}")
+    old = context.run / ".old"
+    old.mkdir(exist_ok=True)
+    folder.rename(old / f"{context.name}-traces-{time.time_ns()}")
     carrying.rename(folder)
 
 
@@ -198,7 +198,7 @@ def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
 
 
 def _mean_nll(folder: Path) -> float:
-    """Return the text's mean negative log-likelihood, nats a token."""
+    """Return the mean negative log-likelihood of the completion tokens, in nats per token."""
     total, num = 0.0, 0
     for block in open_traces(folder).blocks(256, ["completion_ids", "logprob"]):
         total -= float(block.logprob.values.sum(dtype=np.float64))

@@ -61,7 +61,7 @@ class SharedEngine:
             except ValueError as error:
                 if snapshot is not None:
                     raise
-                print(f"started anew, since the engine cannot take new weights: {error}", flush=True)
+                print(f"the engine is restarted, because it cannot load new weights: {error}", flush=True)
                 self._start(config, model_dir, max_model_len, max_top_k)
             self.holds = wanted
         return self.engine

@@ -68,7 +68,7 @@ def rewarded(
                     yield RewardedCompletion(one, scores.total[n], named, bool(scores.failed))
 
 
-def of_problems_with_others(
+def completions_of_incomplete_problems(
     folder: Path, requests: Sequence[CompletionRequest], missing: Sequence[CompletionRequest], grader: Grader
 ) -> list[GradedCompletion]:
     """Judge again the completions in `folder` of problems that lack other completions.

@@ -44,7 +44,13 @@ from distill.stages.sampling import (
     sample_completions,
 )
 from distill.stages.snapshots import Snapshot
-from distill.stages.trace_rewards import RewardedCompletion, by_verdict, in_blocks, of_problems_with_others, rewarded
+from distill.stages.trace_rewards import (
+    RewardedCompletion,
+    by_verdict,
+    completions_of_incomplete_problems,
+    in_blocks,
+    rewarded,
+)
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter
@@ -89,7 +95,7 @@ def sample_traces(
     weights = models.weights_fingerprint(model_dir) if snapshot is None else snapshot.fingerprint
     metadata = _metadata(config, model_dir, weights, tokenizer, task)
     limit = context_limit(config.engine, model_dir)
-    # Which problems are held out for an evaluation does not depend on a training seed.
+    # All training seeds are evaluated on the same held-out problems.
     seed = context.recipe.seed if split == "held_out" else context.seed
     problems = task.problems(split, config.problems, seed)
     prompts, too_long = fitting_prompts(problems, tokenizer, task.template, limit, context.say)
@@ -159,7 +165,7 @@ class _TraceSampler:
             yield from by_verdict(self._graded(engine))
             return
         rewards = combined_reward(config, f"stages.{context.name}")
-        stored = of_problems_with_others(folder, self.requests, self.missing, self.grader)
+        stored = completions_of_incomplete_problems(folder, self.requests, self.missing, self.grader)
         seed = draw_seed(context.seed, context.name, "reward")
 
         def group_of(graded: Sequence[GradedCompletion]) -> Group:

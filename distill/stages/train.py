@@ -1,4 +1,4 @@
-"""train: a model learns from stored traces, or from a file of worked conversations."""
+"""train: train a model on stored traces, or on a file of conversations."""
 
 from __future__ import annotations
 

@@ -3,13 +3,13 @@
 A problem's payload holds its tests, in one of three forms:
 
     {"tests": [{"stdin": "3\\n", "stdout": "4\\n"}, ...]}
-        the program is run with each input. Passed: exit status 0 and the same lines, spaces at their ends and
-        empty lines at the end aside.
+        The program runs with each input. A test passes if the exit status is 0 and the lines are equal; spaces at the
+        ends of lines and empty lines at the end are ignored.
     {"entry_point": "f", "tests": [{"args": [3], "kwargs": {}, "expected": 4}, ...]}
-        the function is called (`Solution.f`: of a fresh instance). Passed: equal as Python has it, a tuple as the
-        list that JSON makes of it, floats to a relative 1e-9. `kwargs` may be left out.
+        The function is called (`Solution.f`: on a new instance). A test passes if the results are equal in Python; a
+        tuple equals a list, and floats are compared with relative tolerance 1e-9. `kwargs` is optional.
     {"entry_point": "f", "prompt": "def f(x): ...", "check": "def check(candidate): ..."}
-        HumanEval's: tests written as code, run in a trusted process of ours (`checking`).
+        HumanEval's form: tests written as code, which run in a trusted process (`code_checks`).
 
 Expected results stay in this process; the program sees inputs only (`sandbox`). Any fault of the program scores 0; only a
 failure of the sandbox itself gives no verdict.
@@ -93,8 +93,8 @@ def code_verdicts(answers: Sequence[str], payload: Payload, isolation: Isolation
 def code_verdict(answer: str, payload: Payload, isolation: Isolation, limits: Limits | None = None) -> Verdict:
     """Run an answer's program against the payload's tests. The score is the share of tests passed.
 
-    None if the sandbox failed. A process runs the same program on the same tests only once, so a reward reuses the result
-    of the task's own judge.
+    Score and verdict are None if the sandbox failed. Results are cached in the process, so that a reward does not run a
+    program again that the task's judge has run.
     """
     limits = limits or Limits()
     if "check" in payload:
@@ -150,7 +150,7 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
             reasons += ["timeout"] * (len(tests) - len(reasons))
             break
         with Session(isolation, program, entry_point=entry_point, limits=limits, budget_s=left_s) as session:
-            reasons += _until_it_ends(session, tests[len(reasons) :], judge)
+            reasons += _run_tests(session, tests[len(reasons) :], judge)
             left_s = session.left_s
     passed = reasons.count(None)
     failed = [(n, text) for n, text in enumerate(reasons, 1) if text is not None]
@@ -158,7 +158,7 @@ def _tested(program: str, payload: Payload, isolation: Isolation, limits: Limits
     return Verdict(passed == len(tests), passed / len(tests), program, reason)
 
 
-def _until_it_ends(
+def _run_tests(
     session: Session, tests: Sequence[Test], judge: Callable[[Session, Test], str | None]
 ) -> list[str | None]:
     """Return why each test failed (None: passed), up to the test that ended the session.
@@ -171,7 +171,7 @@ def _until_it_ends(
             reasons.append(judge(session, test))
         except RaisedError as error:
             if not session.loaded:
-                return [str(error)] * len(tests)  # it will not load for the others either
+                return [str(error)] * len(tests)  # the program does not load, so no test can run
             reasons.append(str(error))
         except FaultError as fault:
             return [*reasons, str(fault)]

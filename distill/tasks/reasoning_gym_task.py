@@ -112,7 +112,7 @@ class GeneratedTask:
                     num_idle, last_new = 0, time.monotonic()
                     if len(found) == num:
                         break
-            # A space of n has a last unseen problem left after 5 n draws less than once in a hundred.
+            # In a space of n problems, the last unseen one is still missing after 5 n draws with probability below 1%.
             if (
                 num_idle >= max(MIN_IDLE_DRAWS, 5 * len(seen))
                 or num_failed >= max(MAX_FAILED_DRAWS, num_drawn // 2)
@@ -175,8 +175,8 @@ class GeneratedTask:
             return Verdict(False, 0.0, answer, "answer too long")
         base, index = problem.payload["seed"], problem.payload["index"]
         try:
-            if self.dataset in HASH_SEEDED or evaluates(self.dataset):
-                if evaluates(self.dataset) and not harmless(answer):
+            if self.dataset in HASH_SEEDED or scorer_evaluates(self.dataset):
+                if scorer_evaluates(self.dataset) and not is_arithmetic(answer):
                     return Verdict(False, 0.0, answer, "not an expression")
                 reply = worker_pool.ask("score", self.dataset, self.options, base, index, answer, limit_s=SCORE_LIMIT_S)
             else:
@@ -197,7 +197,7 @@ class GeneratedTask:
 def library() -> Any:
     """reasoning_gym's table of generators: name -> (class, its config)."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # a dependency of it compares with `is "..."`
+        warnings.simplefilter("ignore", SyntaxWarning)  # a dependency of reasoning_gym compares with `is "..."`
         import reasoning_gym.factory
 
     return reasoning_gym.factory.DATASETS
@@ -237,13 +237,13 @@ def _scored(dataset: str, options: str, seed: int, index: int) -> tuple[Any, Any
 
 
 @functools.cache
-def evaluates(dataset: str) -> bool:
+def scorer_evaluates(dataset: str) -> bool:
     """Return whether a generator's scorer may run the answer as code."""
     source = inspect.getsource(sys.modules[library()[dataset][0].__module__])
     return dataset == "composite" or re.search(r"\b(?:eval|parse_expr)\(", source) is not None
 
 
-def harmless(answer: str) -> bool:
+def is_arithmetic(answer: str) -> bool:
     """Return whether evaluating an answer as Python can only do arithmetic (or fail)."""
     text = answer.strip().replace("!", "")
     try:
@@ -268,6 +268,6 @@ def _check_options(dataset: str, options: Mapping[str, Any], where: str) -> None
     fields = [field.name for field in dataclasses.fields(known[dataset][1]) if field.name not in _WALKER_OPTIONS]
     for key in options:
         if key in _WALKER_OPTIONS:
-            raise UserError(f"{where}.options.{key}: is set by the stage that draws the problems; leave it out.")
+            raise UserError(f"{where}.options.{key}: is set by the stage that uses the problems; remove this key.")
         if key not in fields:
             raise UserError(f"{where}.options.{key}: unknown option.{nearest(key, fields)}")

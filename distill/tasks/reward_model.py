@@ -1,4 +1,4 @@
-"""A trained reward model: loaded once a process, prompt and completion in, one logit out.
+"""A trained reward model: computes one logit from prompt and completion. Each model is loaded once per process.
 
 It reads the problem's conversation and the completion with its own tokenizer and chat template, never the policy's ids, and
 without the task template's instructions: it judges the reply to the question. Generative judges are not supported.
@@ -20,7 +20,7 @@ _loading = threading.Lock()
 
 
 def load(path: str, dtype: Dtype = "auto") -> RewardModel:
-    """Load the reward model of a folder or hub id once a process, on the GPU if there is one."""
+    """Load the reward model of a folder or hub id once per process, on the GPU if there is one."""
     with _loading:
         return _load(path, dtype)
 
@@ -40,8 +40,8 @@ def _classifier(folder: Path, dtype: Dtype, path: str) -> Any:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if config.num_labels != 1:
         raise UserError(
-            f"reward model {path!r} has num_labels = {config.num_labels}: a Bradley-Terry reward model is a sequence "
-            "classifier with one label (one logit). Take one that was trained so."
+            f"reward model {path!r} has num_labels = {config.num_labels}, but a Bradley-Terry reward model is a sequence "
+            "classifier with one label (one logit). Use a model that was trained that way."
         )
     model, loading = AutoModelForSequenceClassification.from_pretrained(
         folder,
@@ -52,8 +52,7 @@ def _classifier(folder: Path, dtype: Dtype, path: str) -> Any:
     )
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
-            f"reward model {path!r} holds no weights for {', '.join(missing[:3])}: they would be random. "
-            "It is no trained reward model."
+            f"reward model {path!r} has no weights for {', '.join(missing[:3])}, so it is not a trained reward model."
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -83,7 +82,7 @@ class RewardModel:
         """Return a logit (or its sigmoid) for each text as the reply to `messages`; None if both are too long together."""
         ids = [self._encode(messages, text) for text in texts]
         fits = [n for n, row in enumerate(ids) if not self._max_tokens or len(row) <= self._max_tokens]
-        # Neighbours in length go together, so little is padding.
+        # Texts of similar length share a batch, so that there is little padding.
         fits.sort(key=lambda n: len(ids[n]))
         size = batch_size if self._pads else 1
         scores: list[float | None] = [None] * len(texts)

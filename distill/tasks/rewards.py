@@ -1,4 +1,4 @@
-"""Rewards: each public function here is a reward, `name(group, *, options) -> one score a completion`.
+"""Rewards: each public function here is a reward, `name(group, *, options) -> one score per completion`.
 
 Rewards are pure: a group's scores do not depend on other groups. None means that a completion could not be judged, which
 excludes it from the baseline; it is not the same as 0. A bad completion gets 0, also if it is empty, unfinished or its
@@ -62,16 +62,16 @@ def language(group: Group, *, target: str = "en") -> list[float | None]:
 
 
 def length(group: Group, *, cache: pydantic.PositiveInt) -> list[float | None]:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0]; lengths in tokens.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), in [-1, 0]; lengths are in tokens.
 
-    0 up to max_tokens - cache, then linearly down to -1 at max_tokens; -1 for a completion that was cut there.
-    Raises UserError for a cache larger than the limit.
+    0 up to max_tokens - cache tokens, then linearly down to -1 at max_tokens; -1 for a completion that was cut off.
+    Raises UserError if cache is larger than max_tokens.
     """
     soft = group.max_tokens - cache
     if soft < 0:
         raise UserError(
-            f"length: cache is {cache} tokens, but completions may have {group.max_tokens} in all. "
-            "Take a smaller cache, a fifth of max_tokens say."
+            f"length: cache is {cache} tokens, but completions have at most {group.max_tokens} (max_tokens). "
+            "Use a smaller cache, for example a fifth of max_tokens."
         )
     return [
         min(0.0, max(-1.0, (soft - num) / cache)) if finished else -1.0
@@ -87,10 +87,10 @@ def model(
     batch_size: pydantic.PositiveInt = 8,
     dtype: Dtype = "auto",
 ) -> list[float | None]:
-    """The logit r(prompt, completion) of a reward model trained with the Bradley-Terry loss
-    -log sigmoid(r_chosen - r_rejected) (InstructGPT, arXiv 2203.02155, eq. 1).
+    """The logit r(prompt, completion) of a trained reward model (Bradley-Terry loss, InstructGPT).
 
-    path: of a sequence classifier with one label: a folder or a hub id. sigmoid: use 1 / (1 + exp(-r)) in (0, 1), because r
+    The model was trained with the loss -log sigmoid(r_chosen - r_rejected) (arXiv 2203.02155, eq. 1).
+    path: folder or hub id of a sequence classifier with one label. sigmoid: use 1 / (1 + exp(-r)) in (0, 1), because r
     has no fixed scale and a few extreme logits would dominate the other rewards. batch_size, dtype:
     of its forward passes. None if prompt and completion together are longer than the model's context.
     Raises UserError for a model that cannot be reached or is not a reward model.
@@ -125,7 +125,7 @@ def code(
     if "tests" not in payload and "check" not in payload:
         raise UserError(
             f"code: task {group.problem.task!r} has problems without tests (the first is {group.problem.problem_id}). "
-            f"Take this reward for tasks whose answers are programs, humaneval say."
+            f"Use this reward only for tasks whose answers are programs, such as humaneval."
         )
     limits = sandbox.Limits(test_s=test_timeout_s, problem_s=timeout_s, memory_mb=memory_mb)
     answers = [

@@ -1,4 +1,4 @@
-"""The JSON schema that editors read: it is the code's, takes every shipped recipe, and refuses what the code refuses."""
+"""The JSON schema for editors: it matches the code, accepts every shipped recipe, and refuses what the code refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHIPPED = sorted(RECIPES.glob("*.yaml"))
 
 
 def as_an_editor_reads(text):
-    """YAML 1.2, as editors have it: 1e-4 is a number."""
+    """Load YAML as editors do (YAML 1.2), where 1e-4 is a number."""
 
     def number(value):
         if isinstance(value, dict):
@@ -34,7 +34,7 @@ def as_an_editor_reads(text):
 
 
 def test_the_committed_schema_is_the_codes():
-    """After a change of a field: distill schema recipes/recipe.schema.json"""
+    """If this fails after a change of a field, run: distill schema recipes/recipe.schema.json"""
     assert (RECIPES / schema.FILE).read_text(encoding="utf-8") == schema.as_text()
 
 

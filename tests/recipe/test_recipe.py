@@ -1,4 +1,4 @@
-"""Recipes: what is refused, and whether the message says what to do."""
+"""Recipes: which mistakes are refused, and whether the message says how to fix them."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def test_a_good_recipe_and_its_overrides(tmp_path):
         ("stages.kl.model=bose", "Did you mean 'base'"),
         ("stages.kl.model=traces", "stage of kind generate"),
         ("stages.kl.data=trces", "Did you mean 'traces'"),
-        ("stages.kl.model=kl", "kl -> kl goes round"),
-        ("stages.traces.model=kl", "goes round in a circle"),
+        ("stages.kl.model=kl", "kl -> kl is a cycle"),
+        ("stages.traces.model=kl", "is a cycle"),
         ("stages.traces.task=sum", "Did you mean 'sums'"),
-        ("stages.kl.steps=4", "say one of epochs, steps and budget"),
-        ("stages.test.pass_at=[8]", "at least as many samples"),
+        ("stages.kl.steps=4", "set exactly one of epochs, steps and budget"),
+        ("stages.test.pass_at=[8]", "needs samples: 8 or more"),
         ("nmae=x", "Did you mean 'name'"),
         ("name=../up", "name:"),
         ("stages.kl.lora={rnk: 8}", "Did you mean 'rank'"),
@@ -146,6 +146,6 @@ def test_the_stages_of_a_kind_are_selected_and_a_kind_that_is_not_there_is_named
     with pytest.raises(UserError, match=r"there is no stage kind 'trian'\. Did you mean 'train'"):
         names("trian")
     with pytest.raises(
-        UserError, match=r"no stage of this recipe is of kind 'prune'\. There are: compare, eval, generate"
+        UserError, match=r"no stage of this recipe is of kind 'prune'\. Its kinds are: compare, eval, generate"
     ):
         names("prune")

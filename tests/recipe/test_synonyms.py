@@ -1,4 +1,4 @@
-"""Names of other frameworks, typed by habit, are answered with ours."""
+"""An unknown key that is another framework's name gets an error with the right key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUMS = {"fn": "reasoning_gym", "dataset": "chain_sum"}
 
 
 def options():
-    """Every option of every plug that can hold one."""
+    """Every option of every plug, with the section that has it."""
     return {
         name
         for home in PLUGS
@@ -36,7 +36,7 @@ def options():
 
 
 def said(kind, where, typed, overrides=()):
-    """The message for a key typed in a stage of a kind, at a place in it."""
+    """The error message for an unknown key at a place in a stage of a kind."""
     stage = {"kind": kind, **BASE[kind]}
     node = stage
     for key in filter(None, where.split(".")):

@@ -1,4 +1,4 @@
-"""What `check` says of a machine: by hand-made machines, with nothing loaded."""
+"""The advice of `distill check`, for made-up machines; no model is loaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def rates(speed: float) -> Rates:
 
 
 def machine(float32: float = 2e11, bfloat16: float = 4e9, memory: float = 24 * 2**30) -> Machine:
-    """One with slow bfloat16, unless said otherwise."""
+    """A machine; its bfloat16 is slow by default."""
     speeds = {"float32": rates(float32), "bfloat16": rates(bfloat16)}
     return Machine("", "cpu", "two cores", 2, memory, 5e10, {"576x1536": speeds})
 
@@ -99,7 +99,7 @@ def test_a_long_recipe_is_told_which_stages_and_what_would_change_it():
     assert advice.duration(row(rows, "cold").parts[0].slower) in dtype
     (fewer,) = [line for line in lines if "of rl" in line]
     assert "half the steps (400), prompts or group_size (8)" in fewer
-    # The saving is true: half the steps, predicted anew.
+    # The predicted saving equals that of a new prediction with half the steps.
     half = make(
         cold={"steps": 40, "dtype": "bfloat16"},
         rl={"steps": 200, "engine": {"fn": "transformers"}},
@@ -121,11 +121,11 @@ def test_evaluations_of_one_comparison_start_one_engine():
     first, second = (row(plan.predict(both, machine()), f"verdict.{arm}") for arm in "ab")
     start = estimate.PROCESS_START + estimate.engine_start("vllm")
     assert (first.start, second.start) == (start, 0.0)
-    # A model that is built otherwise needs an engine of its own, in the same process.
+    # A model of another architecture needs another engine, in the same process.
     compare["arms"] = {"a": "base", "b": "short"}
     other = row(plan.predict(recipe.validate(tree, "test"), machine()), "verdict.b")
     assert other.start == estimate.REOPENED * estimate.engine_start("vllm")
-    # Half the problems save half of what the evaluations take beyond their start.
+    # Half the problems save half of the evaluations' time without their start.
     rows = [first, second]
     work = sum(each.amounts["seconds"] for each in rows) - start
     assert work > advice.LONG

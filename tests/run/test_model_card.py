@@ -1,4 +1,4 @@
-"""Model cards from a run's folders, read back by the hub's own library, and the way to the hub up to the network."""
+"""Model cards of a run, read by the hub's library, and the upload to the hub without the network call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distill import recipe, run_folder
 from distill.records import UserError
 from distill.reports.run_report import RunReport
 from distill.run import model_card
-from distill.run.model_card import checkpoint, push, write, write_all
+from distill.run.model_card import model_folder, push, write, write_all
 
 HOSTILE = "<script>alert(1)</script> | **bold** \x1b[31m `tick`"
 
@@ -44,7 +44,7 @@ def resolved(base: str) -> recipe.Recipe:
 
 @pytest.fixture
 def run(tmp_path: Path, tiny_dir: Path) -> Path:
-    """A run's folder with the models of three stages."""
+    """The folder of a run with the models of three stages."""
     folder = tmp_path / "carded"
     for name, kind in (("teacher", "train"), ("student", "prune"), ("kl", "train")):
         standing = run_folder.State(kind=kind, config={}, inputs={}, status="done", seconds=61.0)
@@ -112,14 +112,14 @@ def test_a_card_holds_no_markup_and_no_path_of_the_machine(run: Path, tiny_dir: 
 
 
 def test_push_finds_checkpoints_and_names_them(run: Path, tmp_path: Path) -> None:
-    assert checkpoint(run / "kl") == run / "kl" / "model"
-    assert checkpoint(run / "kl" / "model") == run / "kl" / "model"
-    with pytest.raises(UserError, match="is not a checkpoint"):
-        checkpoint(tmp_path / "nothing")
+    assert model_folder(run / "kl") == run / "kl" / "model"
+    assert model_folder(run / "kl" / "model") == run / "kl" / "model"
+    with pytest.raises(UserError, match="is not a model"):
+        model_folder(tmp_path / "nothing")
     with pytest.raises(UserError, match=r"has no README\.md"):
         push(run / "kl", "me/model")
     write(resolved("x/y"), run, "kl")
-    with pytest.raises(UserError, match="is not the name of a model"):
+    with pytest.raises(UserError, match="is not a valid repository name"):
         push(run / "kl", "model")
 
 
@@ -136,7 +136,7 @@ def test_a_hub_that_is_not_there_is_named_in_seconds(run: Path, monkeypatch: pyt
 
 
 def test_push_hands_the_folder_to_the_hub_library(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the network is real."""
+    """Everything except the network call is real."""
     import huggingface_hub
 
     calls: list[tuple[str, Any, dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""A stage kind of one's own, in a module beside the recipe: run, resumed, refused, redone, read by other stages."""
+"""A user's stage kind in a module beside the recipe: it runs, resumes, is refused, is redone and is read by other stages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sample(StageConfig):
 
 
 class Copy(StageConfig):
-    """A model as it is."""
+    """Copies a model without a change."""
 
     writes = "model"
     model: str
@@ -133,7 +133,10 @@ def test_check_says_that_its_cost_is_not_known(project):
         ("stages.few.corpus=trcs", "stages.few.corpus: there is no stage 'trcs'. Did you mean 'traces'?"),
         ("stages.few.longst=3", "Did you mean 'longest'?"),
         ("stages.few.longest=many", "stages.few.longest"),
-        ("stages.kl.data=copy", "'copy' is a stage of kind ownkinds:Copy; a generate or score or filter stage"),
+        (
+            "stages.kl.data=copy",
+            "'copy' is a stage of kind ownkinds:Copy, but this key needs a generate or score or filter stage",
+        ),
         ("stages.kl.model=few", "'few' is a stage of kind ownkinds:Sample"),
         ("stages.few.kind=trian", "there is no stage kind 'trian'. Did you mean 'train'?"),
     ],
@@ -146,7 +149,7 @@ def test_mistakes_are_one_message(project, override, message):
 
 
 def test_it_is_copied_for_each_seed_with_what_it_reads(project):
-    """Its fields that name stages have names of its own, and are renamed all the same."""
+    """Fields of any name that refer to stages get the names of the copies."""
     loaded = recipe.load(project.recipe, ["stages.traces.seeds=[1,2]"])
     copies = {name: config.corpus for name, config in loaded.stages.items() if name.startswith("few")}
     assert copies == {"few@1": "traces@1", "few@2": "traces@2"}

@@ -1,4 +1,4 @@
-"""A stage kind of one's own that is interrupted, grows, says what it costs, and returns what it should not."""
+"""A user's stage kind that is interrupted, grows, predicts its cost, and returns a wrong result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from project import SUMS, Project
 
 MODULE = '''
-"""A kind that counts to `steps`, a file a step beside its model, and fails once half-way."""
+"""A kind that counts to `steps`, writes one file per step beside its model, and fails once half-way."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""A filter, a template, an engine, a reward and an objective of one's own, in one module beside the recipe, through the command line."""
+"""A user's filter, template, engine, reward and objective in one module beside the recipe, through the command line."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def engine(model_dir, config, **limits):
 
 
 def even(group, *, odd: float = 0.0):
-    """1 for completions of an even number of tokens."""
+    """1 for completions with an even number of tokens."""
     return [1.0 if n % 2 == 0 else odd for n in group.num_tokens]
 
 
 def plain(*, beta: float = 0.0):
-    """GRPO without a clip."""
+    """GRPO without clipping."""
     return objectives.grpo(eps_low=1e9, eps_high=1e9, beta=beta, mask_truncated=False)
 '''
 

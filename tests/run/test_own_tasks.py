@@ -1,4 +1,4 @@
-"""A task of one's own whose problems have no end, in a module beside the recipe: written from, filtered by, evaluated on, scored."""
+"""A user's task with unlimited problems in a module beside the recipe: used to generate, filter, evaluate and score."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from project import REFERENCE, Project
 
 MODULE = '''
-"""Doubling numbers, without end."""
+"""A task with an unlimited number of problems: double a number."""
 
 import itertools
 
@@ -72,7 +72,7 @@ def test_a_task_of_ones_own_without_end(tiny_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(project.rows("traces")) == 5
     assert {row["correct"] for row in project.rows("traces")} <= {True, False}
-    # It judges its own problems only: of rows from elsewhere it says nothing.
+    # The task judges only its own problems; rows from elsewhere get no verdict.
     assert {row["correct"] for row in project.rows("scored")} == {None}
     assert project.state("verdict")["metrics"]["accuracy"]["n"] == 4
     assert project.state("clean")["metrics"]["rows"] == 5

@@ -1,4 +1,4 @@
-"""The whole road on a tiny model through the real command line: run, skip, refuse, grow, kill, resume."""
+"""A whole run on a tiny model through the real command line: run, skip, refuse, grow, kill, resume."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def finished(tiny_dir, tmp_path_factory) -> Project:
 
 @pytest.fixture
 def copy(finished, tmp_path) -> Project:
-    """A finished run to change."""
+    """A finished run for tests that change it."""
     shutil.copytree(finished.folder, tmp_path / "copy")
     return Project(tmp_path / "copy", finished.tree)
 
@@ -104,7 +104,7 @@ def test_the_report_holds_every_arm_with_its_interval_and_cost(finished):
     for name in ("traces", "kl", "verdict.kl"):
         assert measured[name]["predicted"]["tokens"] > 0
         assert measured[name]["cost"]["flops"] > 0
-        # A process with torch in it, and less than the machine has.
+        # More than an empty process with torch, and less than the machine's memory.
         assert 1e8 < measured[name]["metrics"]["peak_memory"] < memory_bytes()
 
 
@@ -212,7 +212,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(finished, tmp_path):
     process = subprocess.Popen(
         project.command("run", "road.yaml", "stages.traces.problems=300", "stages.traces.shard_rows=8"),
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        # Whoever runs the tests in the background hands down an ignored SIGINT.
+        # If the tests run in the background, child processes inherit an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     while not any(folder.glob("*.parquet")):
@@ -257,7 +257,7 @@ def test_dry_run_and_check_load_nothing_heavy_and_write_nothing(finished, tmp_pa
 
 
 def test_a_stage_that_failed_before_it_made_anything_takes_any_change(tmp_path):
-    """A wrong path or option, mended, needs no --redo."""
+    """After a wrong path or option is corrected, no --redo is needed."""
     tree = {
         "name": "x",
         "models": {"base": "some/model"},

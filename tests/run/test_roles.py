@@ -1,4 +1,4 @@
-"""Who is teacher, start and student of a comparison; arms that do not start together are refused; curves as logged."""
+"""Roles in a comparison (teacher, start, student); arms with different starts are refused; curves as logged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from project import SUMS
 from rich.console import Console
 
 from distill import recipe, run_folder
-from distill.recipe.lineage import line, role_of, roles_of
+from distill.recipe.lineage import role_of, roles_of, training_line
 from distill.records import UserError
 from distill.reports import pages, terminal
 from distill.run.collect import MAX_POINTS, collect_run, read_curves
@@ -74,14 +74,14 @@ def test_a_trained_model_that_the_other_students_go_on_from_is_their_start() -> 
     assert roles_of(made, ["warm", "a", "b", "teacher"]) == {
         "warm": "start", "a": "student", "b": "student", "teacher": "teacher",
     }  # fmt: skip
-    assert roles_of(made, ["warm", "a", "kl"])["warm"] == "student"  # kl does not go on from it
+    assert roles_of(made, ["warm", "a", "kl"])["warm"] == "student"  # kl is not trained from it
     assert roles_of(made, ["warm"])["warm"] == "student"
 
 
 def test_roles_of_the_ten_arms() -> None:
     made = resolved(ARMS)
     assert {name: role_of(made, name) for name in (*ARMS, "base")} == {
-        "student": "start",  # it wrote traces, but for its own line only
+        "student": "start",  # it wrote traces, but only for its own training line
         "teacher": "teacher",
         "sft_own": "student",
         "kl": "student",
@@ -93,8 +93,8 @@ def test_roles_of_the_ten_arms() -> None:
 
 def test_a_line_ends_at_the_start() -> None:
     made = resolved(ARMS)
-    assert line(made, "kl_rl") == ["kl_rl", "kl", "student"]
-    assert line(made, "teacher") == ["teacher", "cold", "base"]
+    assert training_line(made, "kl_rl") == ["kl_rl", "kl", "student"]
+    assert training_line(made, "teacher") == ["teacher", "cold", "base"]
 
 
 def test_a_model_that_scores_its_own_traces_is_not_its_own_teacher() -> None:
@@ -102,7 +102,7 @@ def test_a_model_that_scores_its_own_traces_is_not_its_own_teacher() -> None:
     polish = {"kind": "train", "model": "student", "data": "scored", "steps": 2}
     made = resolved(ARMS, scored=scored, polish=polish)
     assert role_of(made, "student") == "start"
-    # Another model that scores them is a teacher by the model that learns from it, not by the scoring alone.
+    # Another model that scores them is a teacher only if a model learns from its scores.
     assert role_of(resolved(ARMS, scored={**scored, "model": "teacher"}, polish=polish), "teacher") == "teacher"
 
 
@@ -152,7 +152,7 @@ def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
 
 
 def test_a_run_half_way_and_a_teacher_shared_by_its_students(tmp_path: Path) -> None:
-    """kl and kl_rl learned from the teacher: each carries half of what training it cost."""
+    """kl and kl_rl learned from the teacher: each bears half of the cost of the teacher's training."""
     made = resolved({name: name for name in ("student", "teacher", "kl", "rl", "kl_rl")})
     run = tmp_path / "roles"
     flops = {"cold": 1e12, "teacher": 9e12, "traces": 3e12, "kl": 2e12, "rl": 7e12, "kl_rl": 4e12}

@@ -1,4 +1,4 @@
-"""The times of killed attempts in stage.json."""
+"""stage.json counts the time of killed attempts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_killed_attempt_counts_up_to_the_last_file_it_wrote(tmp_path):
     run_folder.add_killed_time(tmp_path, killed)
     assert killed.seconds == pytest.approx(47.0)
     run_folder.add_killed_time(tmp_path, killed)
-    assert killed.seconds == pytest.approx(47.0)  # once
+    assert killed.seconds == pytest.approx(47.0)  # the killed attempt is counted once
 
 
 def test_an_ended_attempt_adds_nothing(tmp_path):

@@ -1,4 +1,4 @@
-"""dtype: auto through the real command line: settled by the machine's rates, said, recorded, and kept wherever a stage goes on."""
+"""dtype: auto through the real command line: chosen by the machine's rates, printed, recorded, and kept on resume."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distill.traces.schema import metadata_of
 
 
 def pretend(run: Path, faster: str) -> None:
-    """Let the run's environment.json say that one dtype multiplies ten times faster than the other here."""
+    """Write into the run's environment.json that one dtype is ten times faster than the other."""
     rates = {dtype: Rates(*[1e11 if dtype == faster else 1e10] * 4) for dtype in ("float32", "bfloat16")}
     here = Machine(machine.key(), "cpu", "made up", 2, 2**35, 1e10, {"32x64": rates})
     run.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The filter stage's part in decontamination: which questions a name in the recipe stands for."""
+"""Decontamination in the filter stage: the questions that `against` refers to."""
 
 from __future__ import annotations
 

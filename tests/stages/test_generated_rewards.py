@@ -1,4 +1,4 @@
-"""Rewards on generated traces: rewards of one's own through the real command line; whole groups, resuming, failures."""
+"""Rewards on generated traces: a user's rewards through the real command line; whole groups, resuming, failures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def letters(group):
     return [float(len(text)) for text in group.texts]
 
 def rank(group):
-    """Place among the problem's completions by length: 0 for the shortest."""
+    """Rank among the problem's completions by length: 0 for the shortest."""
     order = sorted(range(len(group)), key=lambda n: (len(group.texts[n]), n))
     return [float(order.index(n)) for n in range(len(group))]
 
@@ -103,7 +103,9 @@ def test_a_trace_carries_the_named_rewards_and_their_weighted_sum(finished):
             found = named(row)
             assert list(found) == ["letters", "random", "rank"]
             assert found["letters"] == lengths[n]
-            assert found["rank"] == order.index(n)  # of the whole group, whatever shard the others are in
+            assert found["rank"] == order.index(
+                n
+            )  # rank in the whole group, even if other completions are in another shard
             assert row["reward"] == pytest.approx(0.5 * found["letters"] - 2 * found["rank"])
             assert row["correct"] is False
     assert {named(row)["random"] for row in rows} == {0.0, 1.0}
@@ -138,7 +140,7 @@ def test_other_rewards_are_another_stage(finished):
 
 @pytest.mark.parametrize("num", [1, 6, 13])
 def test_resumed_equals_uninterrupted_also_inside_a_group(finished, tmp_path, num, monkeypatch):
-    """The first rows alone are there, one problem's group in parts: rewards see it whole all the same."""
+    """Only the first rows exist and one group is incomplete; rewards still see the whole group."""
     monkeypatch.syspath_prepend(str(finished.folder))
     ctx = Context(recipe=recipe.validate(finished.tree), run=tmp_path, name="traces", screen=Screen(io.StringIO()))
     whole = open_traces(finished.run_dir / "traces" / "traces")
@@ -198,7 +200,7 @@ def test_a_reward_that_never_works_stops_the_stage_by_name(tiny_dir, tmp_path, r
         ({"fn": "acuracy"}, "stages.traces.rewards.0: there is no 'acuracy'.*'accuracy'"),
         ({"fn": "accuracy", "partal": True}, "rewards.0.partal: unknown key"),
         ({"fn": "nomodule:nothing"}, "cannot import 'nomodule:nothing'"),
-        ({"fn": "accuracy", "weight": 0}, "rewards: there is none that counts"),
+        ({"fn": "accuracy", "weight": 0}, "rewards: no reward has a weight other than 0"),
     ],
 )
 def test_mistakes_are_one_message_before_anything_loads(tiny_dir, named, message):

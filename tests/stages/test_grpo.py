@@ -1,4 +1,4 @@
-"""grpo through the real command line on the tiny model: what it leaves behind, kills and resumes, and what it refuses."""
+"""grpo through the real command line on the tiny model: its output, kills and resumes, and refused settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distill.run.plan import check_plugs
 
 REWARDS = '''
 def even(group):
-    """An even number of letters: something a random model does half of the time."""
+    """1 for an even number of letters, which a random model reaches half of the time."""
     return [float(len(text) % 2 == 0) for text in group.texts]
 
 def broken(group):
@@ -98,7 +98,7 @@ def test_metrics_samples_cost_and_report(finished):
     for m in metrics:
         assert wanted <= m.keys()
         assert m["reward"] == pytest.approx(m["reward/even"] + 0.5 * m["reward/think_format"])
-        assert m["entropy"] > 5  # of a random model, in nats of log(49152) = 10.8
+        assert m["entropy"] > 5  # in nats, for a random model; the maximum is log(49152) = 10.8
     samples = lines(finished, "completions.jsonl")
     assert {s["step"] for s in samples} == {1, 3, 5}
     for s in samples:
@@ -120,7 +120,7 @@ def test_check_says_what_it_will_cost_without_loading_a_model(finished):
 
 
 def test_killed_and_resumed_equals_uninterrupted(finished, tiny_dir, tmp_path):
-    """Killed -9 while completions are sampled, and once more between the two updates of a rollout."""
+    """Killed (SIGKILL) while completions are sampled, and again between the two updates of a rollout."""
     cut = project(tmp_path / "cut", tiny_dir)
     folder = cut.run_dir / "rl"
     cut.kill_when(lambda: (folder / "checkpoints" / "step-00000002").is_dir(), "--only", "rl")
@@ -155,7 +155,7 @@ def test_more_steps_go_on_from_the_last(finished, tiny_dir, tmp_path):
         ({"steps": 5}, "steps 5 is not a multiple of mini_batches x num_iterations = 2"),
         ({"sampling": {"temperature": 0.7}}, "temperature and top_p must be 1"),
         ({"sampling": {"top_p": 0.9}}, "temperature and top_p must be 1"),
-        ({"problems": 3}, "problems 3 is less than one rollout takes"),
+        ({"problems": 3}, "problems is 3, but one rollout needs"),
         ({"objective": {"fn": "gpro"}}, "stages.rl.objective: there is no 'gpro'.*'gspo'"),
         ({"objective": {"fn": "grpo", "epsilon": 0.1}}, "stages.rl.objective.epsilon: unknown key"),
         ({"objective": {"fn": "grpo", "beta": -1}}, "stages.rl.objective.beta"),
@@ -201,7 +201,7 @@ def test_a_reward_that_never_works_stops_the_stage_by_name(tiny_dir, tmp_path, r
 
 
 def test_completions_that_a_reward_failed_on_are_counted(tiny_dir, tmp_path):
-    """In the stage's cost, which the report's column `failed` shows; over attempts too."""
+    """Failures are in the stage's cost (column `failed` of the report), over all attempts."""
     made = project(
         tmp_path / "at_times",
         tiny_dir,
@@ -222,7 +222,7 @@ def test_completions_that_a_reward_failed_on_are_counted(tiny_dir, tmp_path):
 
 @pytest.mark.slow
 def test_on_the_real_engine_it_samples_with_the_weights_it_trains(tiny_dir, tmp_path):
-    """A large learning rate: with old weights anywhere in the engine, the tied head included, kl_engine would jump."""
+    """With a large learning rate, kl_engine would jump if the engine kept any old weights, such as the tied head."""
     made = project(
         tmp_path / "vllm",
         tiny_dir,
@@ -237,5 +237,5 @@ def test_on_the_real_engine_it_samples_with_the_weights_it_trains(tiny_dir, tmp_
     metrics = lines(made)
     assert len(metrics) == 3
     assert max(m["kl_engine"] for m in metrics) < 1e-4
-    assert metrics[-1]["kl_ref"] > 1e-2  # the weights did move
+    assert metrics[-1]["kl_ref"] > 1e-2  # the weights changed
     assert (made.run_dir / "rl" / "model" / "model.safetensors").is_file()

@@ -122,13 +122,13 @@ def test_the_ledger_puts_the_teachers_opinion_under_inference(finished):
     [
         (
             "stages.warm.loss={fn: cross_entropy}",
-            "cross_entropy has no form with a teacher in the trainer",
+            "cross_entropy cannot be used with a teacher in the trainer",
         ),
         ("stages.beside.loss={fn: jsd, beta: 0}", "stages.beside.loss.beta"),
         ("stages.beside.teacher=nobody", "there is no model or stage 'nobody'"),
-        ("stages.teacher.temperature=2", "temperature: only 1 with stored distributions"),
-        ("stages.asked.loss={fn: sampled_kd}", "sampled_kd draws from the whole distribution"),
-        ("stages.asked.temperature=2", "only 1 with scoring: engine"),
+        ("stages.teacher.temperature=2", "temperature: must be 1 with stored distributions"),
+        ("stages.asked.loss={fn: sampled_kd}", "sampled_kd samples tokens from the whole distribution"),
+        ("stages.asked.temperature=2", "must be 1 with scoring: engine"),
     ],
 )
 def test_mistakes_are_one_message(finished, override, message):

@@ -1,4 +1,4 @@
-"""A loss of one's own, in a module beside the recipe, in every place where a loss can be named.
+"""A user's loss in a module beside the recipe, in every place where a loss can be named.
 
 Each is a copy of a loss that comes with the project, so each stage must come to the very numbers of its twin.
 """
@@ -24,17 +24,17 @@ from distill.training.loss.cross_tokenizer import losses
 
 
 def stored(student, targets, *, scale: float = 1.0):
-    """On the student's K+1 numbers."""
+    """A loss on stored targets: the student's K+1 log-probabilities."""
     return scale * sparse.forward_kl(student, targets)
 
 
 def rows(logp, logq, *, scale: float = 1.0):
-    """On two distributions over the same outcomes."""
+    """A divergence of two distributions over the same outcomes."""
     return scale * divergences.forward_kl(logp, logq)
 
 
 def pair(pair):
-    """Between models with different tokenizers."""
+    """A loss between models with different tokenizers."""
     return losses.uld(pair)
 
 
@@ -113,7 +113,7 @@ def test_as_a_divergence_it_sees_the_whole_vocabulary_of_a_teacher_in_the_traine
 
 
 def test_as_a_loss_on_entries_it_sees_the_likeliest_of_a_teacher_in_the_trainer(project):
-    """Entries and tail are a lower bound of the whole divergence."""
+    """The divergence over entries and tail is a lower bound of the whole divergence."""
     for bound, whole in zip(losses(project, "stored_with_teacher"), losses(project, "built_with_teacher"), strict=True):
         assert 0 < bound < whole
 
@@ -128,7 +128,7 @@ def test_as_a_loss_on_entries_it_sees_the_likeliest_of_a_teacher_in_the_trainer(
     ],
 )
 def test_on_the_students_own_completions(project, form, where, least):
-    """Completions depend on the stage's name, so the numbers are near the twin's, not the same; on entries, a lower bound."""
+    """Completions depend on the stage's name, so the numbers are near those of the built-in loss; on entries, a lower bound."""
     (mine,), (twin,) = losses(project, f"{form}_{where}"), losses(project, f"built_{where}")
     assert least * twin < mine < 2 * twin
 
@@ -143,8 +143,8 @@ def test_between_tokenizers_it_is_its_twin(project):
         ("stages.rows_on_stored.loss.scal=2", "Did you mean 'scale'"),
         ("stages.rows_on_stored.loss.fn=ownlosses:odd", "a loss takes (student, targets)"),
         ("stages.rows_on_stored.loss.fn=ownlosses:nothing", "cannot import 'ownlosses:nothing'"),
-        ("stages.pair_across.teacher=null", "compares with one teacher in the trainer"),
-        ("stages.stored_with_teacher.temperature=2", "at temperature 1 alone"),
+        ("stages.pair_across.teacher=null", "needs one teacher in the trainer"),
+        ("stages.stored_with_teacher.temperature=2", "only at temperature 1"),
     ],
 )
 def test_mistakes_are_one_message(project, override, message):

@@ -1,4 +1,4 @@
-"""score: another model's distributions over traces that exist, whoever wrote them."""
+"""score: a model's distributions over existing traces of any origin."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rows_of(path: Path) -> dict[str, tuple[Traces, int]]:
 
 
 def check_against_a_forward_pass(folder: Path, path: Path) -> None:
-    """Every position's numbers against transformers' own logits of the whole sequence."""
+    """The values at every position against transformers' logits of the whole sequence."""
     import torch
 
     model = models.load(folder, dtype="float32").eval()
@@ -104,11 +104,11 @@ def test_scored_traces_are_the_same_rows_with_the_other_models_numbers(tiny_dir,
         provenance.text_from(open_traces(ctx.folder / "traces"))
         == f"a (weights {models.weights_fingerprint(tiny_dir)})"
     )
-    assert "its ids as they were sampled" in ctx.screen.stream.getvalue()
+    assert "its token ids are used as stored" in ctx.screen.stream.getvalue()
 
 
 def test_the_writer_scored_again_says_what_it_said_while_it_wrote(tiny_dir, tmp_path, written):
-    """Generation and teacher-forced scoring are two paths to one number."""
+    """Generation and teacher-forced scoring give the same log-probabilities."""
     ctx = make(tmp_path, {"a": tiny_dir, "b": tiny_dir}, written)
     run_score(ctx)
     before, after = rows_of(tmp_path / "traces/traces"), rows_of(ctx.folder / "traces")
@@ -169,7 +169,7 @@ def _same(mine: dict, theirs: dict) -> None:
 
 
 def test_data_that_changed_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_path, written):
-    """Four of eight traces, then all, then three of them; nothing twice, and nothing left over."""
+    """Score four of eight traces, then all, then three: nothing is scored twice and nothing extra is kept."""
     ids = list(rows_of(written / "traces"))
     teachers = {"a": tiny_dir, "b": other_dir}
     ctx = make(tmp_path, teachers, written)
@@ -190,7 +190,7 @@ def test_data_that_changed_is_scored_where_it_is_new(tiny_dir, other_dir, tmp_pa
         assert verify(ctx.folder / "traces").ok
         want = {i: row for i, row in rows_of(whole.folder / "traces").items() if i in wanted}
         _same(want, rows_of(ctx.folder / "traces"))
-    assert "5 traces of an earlier attempt are not asked for any more" in ctx.screen.stream.getvalue()
+    assert "5 traces of an earlier attempt are no longer wanted" in ctx.screen.stream.getvalue()
     (former,) = (tmp_path / ".old").iterdir()
     assert set(rows_of(former)) == set(ids)
 
@@ -257,7 +257,7 @@ COMMITS = ("1" * 40, "2" * 40)
 
 @pytest.fixture
 def cached_dataset(tmp_path, monkeypatch):
-    """A hub dataset that was loaded before, as its library leaves it; the second call is a newer commit."""
+    """A hub dataset in the library's cache; the second call makes a newer commit."""
     import datasets.config
     from datasets.arrow_writer import ArrowWriter
 
@@ -307,7 +307,7 @@ def test_a_hub_dataset_counts_by_the_commit_that_is_read(tiny_dir, other_dir, tm
     assert action() == "grow"
     assert finish() == COMMITS[1]
     assert open_traces(ctx.folder / "traces").num_rows == 3
-    # What is not there any more cannot have changed.
+    # A file that is gone does not count as changed.
     shutil.rmtree(tmp_path / "cache")
     hub.dataset_commit.cache_clear()
     assert action() == "skip"
@@ -399,7 +399,7 @@ def test_a_file_of_conversations_is_rendered_and_scored(tiny_dir, other_dir, tok
     assert "row 3 left out: there is no reply to score" in said
     assert "row 7 left out: not JSON" in said
     assert "1 traces left out: longer than the limit" in said
-    assert "rendered in the model's own tokens" in said
+    assert "it is tokenised with this model's tokenizer" in said
     assert provenance.text_from(open_traces(ctx.folder / "traces")).startswith("r1.jsonl (")
 
 
@@ -502,7 +502,7 @@ def test_what_cannot_be_scored_is_said(tiny_dir, other_dir, tmp_path):
     teachers = {"a": tiny_dir, "b": other_dir}
     empty = tmp_path / "empty.jsonl"
     empty.write_text("{}\n")
-    with pytest.raises(UserError, match="holds nothing to score"):
+    with pytest.raises(UserError, match="has no trace that can be scored"):
         run_score(make(tmp_path, teachers, data=str(empty)))
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match="nor what `datasets` saved"):
@@ -529,7 +529,7 @@ def test_a_score_stage_is_checked_and_predicted(tiny_dir, other_dir, tmp_path):
 
 
 def test_a_long_trace_never_has_its_logits_at_once(tiny_dir):
-    """The reference engine's head sees CHUNK positions at a time, whatever the length."""
+    """The reference engine's head computes at most CHUNK positions at a time, for any length."""
     engine = TransformersEngine(tiny_dir, max_model_len=512, dtype="float32", batch_size=1, device="cpu")
     seen: list[int] = []
     engine._model.get_output_embeddings().register_forward_hook(
@@ -567,7 +567,7 @@ def test_the_real_model_through_the_command_line(smollm2_dir, tokenizer, tmp_pat
         return done.stdout
 
     said = distill("run", str(recipe_file), "--kind", "score", "--runs", str(tmp_path))
-    assert "rendered in the model's own tokens" in said
+    assert "it is tokenised with this model's tokenizer" in said
     folder = tmp_path / "real" / "scored" / "traces"
     model = models.load(smollm2_dir, dtype="float32").eval()
     (block,) = open_traces(folder).blocks()

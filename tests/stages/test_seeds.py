@@ -1,4 +1,4 @@
-"""Several training seeds, a budget in another stage's FLOPs, and models kept along the way: one run on a tiny model."""
+"""Several training seeds, a budget in another stage's FLOPs, and snapshots, in one run on a tiny model."""
 
 from __future__ import annotations
 
@@ -92,14 +92,14 @@ def test_copies_go_together_seed_by_seed(tiny_dir):
 def test_seeds_that_do_not_go_together_are_refused(tiny_dir):
     wrong = tree(str(tiny_dir))
     wrong["stages"]["rl"]["seeds"] = [1, 2, 3]
-    with pytest.raises(UserError, match=r"stages\.rl: has seeds \[1, 2, 3\], and reads 'kl'"):
+    with pytest.raises(UserError, match=r"stages\.rl: has seeds \[1, 2, 3\], but its input 'kl'"):
         recipe.validate(wrong)
     wrong = tree(str(tiny_dir)) | {"seeds": [4, 4]}
     with pytest.raises(UserError, match="distinct"):
         recipe.validate(wrong)
     wrong = tree(str(tiny_dir))
     wrong["stages"]["verdict"]["seeds"] = [1, 2]
-    with pytest.raises(UserError, match="not on the comparison"):
+    with pytest.raises(UserError, match="a compare stage takes no seeds"):
         recipe.validate(wrong)
 
 
@@ -117,7 +117,7 @@ def test_an_arm_may_name_its_seeds_one_by_one(tiny_dir):
     arms = recipe.validate(named).stages["verdict"].arms
     assert arms == {"kl": {1: "kl@1"}, "mixed": {2: "rl@2", 7: "start"}}
     named["stages"]["verdict"]["arms"]["kl"] = {3: "kl"}
-    with pytest.raises(UserError, match=r"arms\.kl: 3 is none of the seeds .* \[1, 2\]"):
+    with pytest.raises(UserError, match=r"arms\.kl: .* is not trained with seed 3; its seeds are \[1, 2\]"):
         recipe.validate(named)
 
 
@@ -130,7 +130,7 @@ def test_a_budget_needs_a_stage_that_trains(tiny_dir):
     with pytest.raises(UserError, match=r"no stage 'kk'.*kl"):
         recipe.validate(wrong)
     wrong["stages"]["rl"] |= {"steps": 3, "budget": {"flops_of": "kl"}}
-    with pytest.raises(UserError, match="either steps or budget"):
+    with pytest.raises(UserError, match="set exactly one of steps and budget"):
         recipe.validate(wrong)
 
 
@@ -143,7 +143,7 @@ def test_seeds_train_differently_and_are_evaluated_on_the_same_problems(finished
 def test_a_budget_is_spent_to_the_nearest_step(finished):
     for seed in (1, 2):
         standing = finished.state(f"rl@{seed}")
-        # The start wrote kl's traces itself, which is its own doing.
+        # The start wrote kl's traces itself, so they are the student's own cost.
         allowed = sum(finished.state(name)["cost"]["flops"] for name in (f"kl@{seed}", "traces"))
         spent, num_steps = standing["cost"]["flops"], standing["metrics"]["steps"]
         assert abs(spent - allowed) <= 0.6 * spent / num_steps
@@ -161,9 +161,9 @@ def test_a_budget_counts_from_what_both_rest_on(finished, tiny_dir):
         assert found is not None
         return found.flops
 
-    assert left("start") == finished.state("kl@2")["cost"]["flops"]  # the traces are both's
+    assert left("start") == finished.state("kl@2")["cost"]["flops"]  # both share the cost of the traces
     with pytest.raises(UserError, match="nothing is left to spend"):
-        left("kl@1", times=0.5)  # which has spent about as much as kl@2
+        left("kl@1", times=0.5)  # kl@1 has spent about as much as kl@2
 
 
 def test_points_are_the_models_of_the_way(finished):
@@ -181,7 +181,7 @@ def test_points_are_the_models_of_the_way(finished):
 
 
 def test_a_point_is_evaluated_with_its_own_weights(finished, tokenizer):
-    """The completion of the weights of step 2, greedy, by transformers itself."""
+    """The greedy completion of the weights of step 2, by transformers."""
     folder = finished.run_dir / "verdict.kl@1" / "snapshots"
     shards = {one.name: finished.rows_in(one) for one in folder.iterdir()}
     assert {name: len(rows) for name, rows in shards.items()} == {f"step-{n:08d}": 3 for n in (2, 4)}

@@ -1,4 +1,4 @@
-"""Evaluations of one comparison share a process and its engine: each with its own model's weights, and as if it were alone."""
+"""Evaluations of one comparison share a process and its engine; each gives the same results as alone."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_arms_in_one_process_write_what_they_write_alone(
     tree = compare_tree(tiny_dir, other_dir, deeper_dir, engine)
     done = Project(tmp_path, tree).run_alone()
     assert done.returncode == 0, done.stdout + done.stderr
-    # tiny and other share one engine; deeper is built otherwise, and again follows it.
+    # tiny and other share one engine; deeper has another architecture, and `again` comes after it.
     assert done.stdout.count("engine for 4 completions") == 3
     together = Project(tmp_path, tree)
     written = {}
@@ -67,7 +67,7 @@ def test_arms_in_one_process_write_what_they_write_alone(
         assert together.state(f"verdict.{arm}")["seconds"] > 0
         assert (together.run_dir / f"verdict.{arm}/log.txt").is_file()
         if engine["fn"] == "vllm" and arm != "other":
-            continue  # its engines are slow to start; other's had weights of another model before
+            continue  # its engines are slow to start; the engine of `other` had another model's weights before
         one = {**tree, "name": f"alone_{arm}"}
         one["stages"] = {
             "score": {

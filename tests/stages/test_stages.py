@@ -1,4 +1,4 @@
-"""Stages in this process, on a tiny model with the reference engine: what they leave out, refuse and say."""
+"""Stages in this process, on a tiny model with the reference engine: skipped rows, refused settings and messages."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def run_train(run: Path, base: Path, **changes):
 
 
 def test_generated_log_probs_are_the_model_s_own(tiny_dir, tmp_path):
-    """Against a plain forward pass of transformers, position by position, tail included."""
+    """Stored distributions against a plain forward pass of transformers at every position, tail included."""
     import torch
 
     result, ctx = run_generate(tmp_path, tiny_dir, mass=0.9, exact=True)

@@ -1,4 +1,4 @@
-"""What a training stage may ask of its model, and what is refused where it cannot be had."""
+"""Options of a training stage for its model, and the errors where an option is not possible."""
 
 from __future__ import annotations
 
@@ -99,5 +99,5 @@ def test_stages_that_write_for_themselves_take_no_quantised_base(tiny_dir):
         "lora": {"quantised": "nf4"},
     }  # fmt: skip
     tree = {"name": "t", "models": {"base": str(tiny_dir)}, "tasks": {"sums": {"fn": "jsonl", "path": "x"}}, "stages": {"rl": stage}}  # fmt: skip
-    with pytest.raises(UserError, match="whole weights after every step"):
+    with pytest.raises(UserError, match="after every step the engine receives the policy"):
         recipe.validate(tree)

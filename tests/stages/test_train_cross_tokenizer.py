@@ -60,7 +60,7 @@ def test_the_student_comes_nearer_to_a_teacher_with_another_tokenizer(finished):
 
 
 def test_what_the_teacher_read_is_counted_in_its_own_tokens(finished, mistral):
-    """Of `sorted`: each conversation once a step, under the teacher's template, with the end after the reply."""
+    """The teacher's cost in `sorted`: each conversation once per step, in the teacher's template, with an end token."""
     texts = [(f"[user] {n} + 1?\n[assistant] ", f"Das wären {n + 1}.") for n in range(12, 18)]
     each = [sum(len(mistral(part, add_special_tokens=False)["input_ids"]) for part in parts) + 1 for parts in texts]
     cost = finished.state("sorted")["teacher_cost"]
@@ -71,7 +71,7 @@ def test_what_the_teacher_read_is_counted_in_its_own_tokens(finished, mistral):
 def test_a_loss_that_compares_ids_is_refused_and_the_others_are_named(finished):
     done = finished.run("stages.sorted.loss={fn: forward_kl}", "--redo", "sorted", "--only", "sorted")
     assert done.returncode == 2
-    assert "stages.sorted.loss: forward_kl compares ids" in done.stderr
+    assert "stages.sorted.loss: forward_kl compares token ids" in done.stderr
     assert "aligned or uld" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -79,8 +79,8 @@ def test_a_loss_that_compares_ids_is_refused_and_the_others_are_named(finished):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.text.teacher=null", "compares with one teacher in the trainer"),
-        ("stages.text.teacher={foreign: 1, base: 1}", "compares with one teacher in the trainer"),
+        ("stages.text.teacher=null", "needs one teacher in the trainer"),
+        ("stages.text.teacher={foreign: 1, base: 1}", "needs one teacher in the trainer"),
         ("stages.own.scoring=engine", "with scoring: trainer"),
         ("stages.text.loss={fn: aligned, spanweight: 1}", "Did you mean 'span_weight'"),
         ("stages.text.loss={fn: aligned, divergence: kl}", "stages.text.loss.divergence"),

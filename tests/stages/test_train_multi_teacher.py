@@ -13,7 +13,7 @@ from distill.records import UserError
 
 @pytest.fixture(scope="module")
 def finished(tiny_dir, other_dir, tmp_path_factory):
-    """One set of eight traces scored by the student itself; one of five of them, in the other order, by another model."""
+    """Eight traces scored by the student itself, and five of them, in reverse order, scored by another model."""
     folder = tmp_path_factory.mktemp("several")
     rows = [
         {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": f"{n + 1}."}]}
@@ -57,7 +57,7 @@ def test_the_student_as_its_own_teacher_adds_nothing_and_the_other_its_share(fin
 
 
 def test_drawn_targets_cost_the_kl_and_the_teachers_entropy(finished):
-    """Cross entropy under the draws: near the whole cross entropy, and above the KL alone."""
+    """The cross entropy under sampled tokens is near the whole cross entropy, and above the KL alone."""
     first = json.loads((finished.run_dir / "drawn" / "metrics.jsonl").read_text().splitlines()[0])
     assert finished.losses("single")[0] < first["loss"] < 1.5 * first["label_nll"] + 10
     assert finished.state("drawn")["teacher_cost"]["flops"] > 0

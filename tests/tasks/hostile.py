@@ -1,4 +1,4 @@
-"""Programs that want a reward without earning it, or to do harm: a corpus for every isolation level.
+"""Hostile programs that try to get a reward without solving the problem, or to do harm; for every isolation level.
 
 `TRICKS` and `HARM`, together `CALLED`, define (or prevent) a function `solve` that a judge calls with a number; `RUN` are run with an input. What is
 expected of them is random, so that only a program that finds it somewhere can pass. `SLOW` ones only end at a limit.
@@ -12,7 +12,7 @@ import os
 assert os.getuid() >= 2**30 or os.getpid() < 100, "not isolated: not tried"
 """
 
-# Writes a frame as the child does, wherever it is told to.
+# Writes a frame as the child does, to any file descriptor.
 FRAME = r"""
 import os, sys
 def frame(nonce, *rest):
@@ -25,7 +25,7 @@ def everywhere(data):
         except OSError: pass
 """
 
-# Whatever strings of the form of an expected result (32 hex digits) can be found, by the argument they may belong to.
+# Collects strings that look like an expected result (32 hex digits), by the argument they may belong to.
 HUNT = r"""
 import re
 def hunt(text):
@@ -34,7 +34,7 @@ def hunt(text):
 """
 
 TRICKS = {
-    # -------------------------------------------------- ending as if all were well
+    # -------------------------------------------------- ending with an exit status of success
     "sys.exit": "import sys; sys.exit(0)",
     "sys.exit in the call": "import sys\ndef solve(n): sys.exit(0)",
     "os._exit": "import os; os._exit(0)",
@@ -66,7 +66,7 @@ TRICKS = {
     "an exception class": "def solve(n): return NotImplemented",
     "a lone surrogate": "def solve(n): return chr(0xd800)",
     "all values at once": "def solve(n): return {True, 1.0, None, '', b'', (), frozenset()}",
-    # -------------------------------------------------- looking for what is expected
+    # -------------------------------------------------- searching for expected results
     "own source": HUNT + "import sys\ndef solve(n):\n try: return hunt(open(sys.argv[0]).read() + open(__file__).read())\n except Exception: return hunt(open('/proc/self/cmdline').read())",
     "the file of tests": HUNT + "def solve(n): return hunt(open({secret_file!r}).read())",
     "globbing for tests": HUNT + "import glob\ndef solve(n):\n for p in glob.glob('/tmp/**/secret*', recursive=True):\n  try: return hunt(open(p).read())\n  except OSError: pass",
@@ -114,7 +114,7 @@ def solve(n):
             if found: return found[1].decode()
 """,
     "the modules of the judge": HUNT + "import sys\ndef solve(n): return hunt([repr(vars(m)) for m in list(sys.modules.values()) if m])",
-    # -------------------------------------------------- speaking for the judge
+    # -------------------------------------------------- forging replies to the judge
     "guessed nonce": FRAME + "everywhere(frame('0' * 32, 'value', True) * 9)\ndef solve(n): print('PASSED'); return True",
     "own nonce": FRAME + r"""
 def solve(n):
@@ -186,7 +186,7 @@ def solve(n): return True
     "a namespace of its own": "import ctypes\nlibc = ctypes.CDLL(None)\ndef solve(n): return libc.unshare(0x10000000)",
     "a folder that is gone": "import os\nos.rmdir(os.getcwd())\ndef solve(n): return True",
     "terminal": "import fcntl\ndef solve(n): fcntl.ioctl(open('/dev/tty'), 0x5412, b'x'); return True",
-    # -------------------------------------------------- holding things up
+    # -------------------------------------------------- using up time and resources
     "sleep": "import time\ndef solve(n): time.sleep(600)",
     "sleep while loading": "import time; time.sleep(600)",
     "deaf to signals": "import signal\nfor s in range(1, 65):\n try: signal.signal(s, signal.SIG_IGN)\n except (OSError, ValueError): pass\ndef solve(n):\n while True: pass",
@@ -231,7 +231,7 @@ SLOW_RUN = {
 
 
 def filled(source: str, **places: object) -> str:
-    """The program with its places filled in; `{{` and `}}` are braces where there are places to fill."""
+    """The program with its placeholders filled in; in a program with placeholders, `{{` and `}}` are braces."""
     for name, value in places.items():
         source = source.replace("{%s!r}" % name, repr(value)).replace("{%s}" % name, str(value))  # noqa: UP031
     return source.replace("{{", "{").replace("}}", "}")

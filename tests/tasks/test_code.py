@@ -1,4 +1,4 @@
-"""Programs judged by tests: what of an answer is run, what counts as passed, and what each failure is called."""
+"""Programs judged by tests: the code that is extracted, what counts as passed, and the reason of each failure."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Several rewards as one: sums worked out by hand, and rewards that raise, hang or return nonsense."""
+"""Combined rewards: sums computed by hand, and rewards that raise, hang or return invalid scores."""
 
 import math
 import subprocess
@@ -107,7 +107,7 @@ def test_calls_run_beside_one_another():
     meeting = threading.Barrier(3, timeout=20)
 
     def meet(group):
-        meeting.wait()  # returns once three calls are in it
+        meeting.wait()  # returns once three calls wait here
         return [1.0] * len(group)
 
     assert len(CombinedReward([("meet", 1.0, meet)], num_threads=3)(groups(6))) == 6
@@ -194,7 +194,7 @@ def test_the_first_call_may_take_its_time():
     calls = []
 
     def loads(group):
-        with loaded:  # the others wait for it, and are not held to the shorter limit for that
+        with loaded:  # other calls wait for the lock; the shorter limit does not apply to them yet
             calls.append(group)
             if len(calls) == 1:
                 time.sleep(0.8)
@@ -304,8 +304,8 @@ def test_failures_of_another_reward_are_its_own():
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ([], "none that counts"),
-        ([("a", 0.0, given(1))], "none that counts"),
+        ([], "no reward has a weight other than 0"),
+        ([("a", 0.0, given(1))], "no reward has a weight other than 0"),
         ([("a", math.nan, given(1))], r"rewards\.a: weight nan"),
         ([("a", math.inf, given(1))], r"rewards\.a: weight inf"),
     ],

@@ -1,4 +1,4 @@
-"""HumanEval: the canonical solutions pass, wrong ones do not, and nothing expected reaches a program."""
+"""HumanEval: the canonical solutions pass, wrong ones do not, and no expected result reaches a program."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def problems(task):
 
 
 def holding(problems, text):
-    """The one problem whose prompt holds a text."""
+    """The only problem whose prompt contains a text."""
     (found,) = [problem for problem in problems if text in problem.question]
     return found
 
@@ -150,7 +150,7 @@ def test_a_check_calls_by_value_and_gets_exceptions():
 
 def test_a_check_that_swallows_everything_does_not_pass_a_program_that_is_gone():
     check = "try:\n    candidate(1)\nexcept BaseException:\n    pass"
-    assert fails("def f(x): raise ValueError", check) is None  # as it would in one process
+    assert fails("def f(x): raise ValueError", check) is None  # as in a single process
     assert fails("import os\ndef f(x): os._exit(0)", check) == "ended early"
     assert fails("raise type('', (Exception,), {})", check) is not None
     assert fails("import time\ndef f(x): time.sleep(600)", check, test_s=2) == "timeout"

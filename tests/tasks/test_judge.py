@@ -1,4 +1,4 @@
-"""The judge against a labelled table, and against what would hang, crash or confuse it."""
+"""The judge against a table of labelled answers, and against inputs that could hang, crash or confuse it."""
 
 import functools
 import os
@@ -16,7 +16,7 @@ from needs import slowness
 from distill.tasks import templates
 from distill.tasks.judge import worker_pool
 from distill.tasks.judge.numbers import number
-from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, unreadable
+from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, why_unreadable
 
 TOWER = "9^{9^{9^{9^{9}}}}"
 
@@ -73,7 +73,7 @@ def test_the_table_is_one_table():
 
 
 def test_a_right_answer_has_a_gold_that_can_be_read():
-    assert [row["gold"] for row in ROWS if row["right"] and unreadable(row["gold"])] == []
+    assert [row["gold"] for row in ROWS if row["right"] and why_unreadable(row["gold"])] == []
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_right_answer_has_a_gold_that_can_be_read():
     ["", "  ", r"\boxed{}", r"\frac{1}{", "3x-", "\\sqrt{", "x" * 1001, "???", "(" * 60 + ")" * 60],
 )
 def test_golds_that_cannot_be_read(gold):
-    assert unreadable(gold)
+    assert why_unreadable(gold)
 
 
 def test_plain_answers_need_no_worker(monkeypatch):
@@ -128,11 +128,12 @@ def test_long_and_deep_answers_are_wrong_not_slow():
     ],
 )  # fmt: skip
 def test_no_repetition_holds_up_the_reading_of_an_answer(unit, gold, monkeypatch):
-    monkeypatch.setattr(worker_pool, "ask", lambda *_args: False)  # what the worker does is limited in time
+    # The worker has a time limit of its own, so only the work of this process is tested.
+    monkeypatch.setattr(worker_pool, "ask", lambda *_args: False)
     start = time.process_time()
     for text in (unit * (1000 // len(unit)), "7" + unit * (990 // len(unit)) + "7"):
         math_verdict(text, gold)
-        unreadable(text)
+        why_unreadable(text)
     assert time.process_time() - start < 1.0
 
 

@@ -1,4 +1,4 @@
-"""Files and datasets as tasks: bad rows cost themselves only, splits hold, an absent hub is said quickly."""
+"""Files and datasets as tasks: bad rows are rejected one by one, splits are kept, and a missing hub is reported quickly."""
 
 import json
 import time

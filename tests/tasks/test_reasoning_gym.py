@@ -1,4 +1,4 @@
-"""Generated problems: splits that cannot meet, sequences that only grow, errors that name the way out."""
+"""Generated problems: disjoint splits, lists that are prefixes of longer ones, errors that say what to do."""
 
 import subprocess
 import sys
@@ -61,7 +61,7 @@ def test_formatting_does_not_move_a_problem():
 
 
 def test_too_few_problems_says_how_many_there_are():
-    # One term of one digit: ten problems in all.
+    # One term of one digit: only ten problems exist.
     task = sums(min_terms=1, max_terms=1, min_digits=1, max_digits=1)
     num = sum(
         not splits.is_held_out(f"State the final answer to the following arithmetic problem: {n} =") for n in range(10)
@@ -157,7 +157,7 @@ def test_scorers_that_evaluate_run_no_code(tmp_path):
     ],
 )
 def test_what_a_scorer_may_evaluate(answer, good):
-    assert reasoning_gym_task.harmless(answer) is good
+    assert reasoning_gym_task.is_arithmetic(answer) is good
 
 
 def test_every_process_draws_the_same_problems():

@@ -1,4 +1,4 @@
-"""Rewards against values worked out by hand, and a reward model that learns to tell right from wrong."""
+"""Rewards against values computed by hand, and a reward model that learns to tell right from wrong."""
 
 import math
 import random as stdlib_random
@@ -78,7 +78,7 @@ FORMATS = [
     ("think_answer", 0, "<answer>4</answer><think>so</think>"),
     ("think_answer", 0, "<THINK>so</THINK><ANSWER>4</ANSWER>"),
     ("think_answer", 0, r"<think>so</think>\boxed{4}"),
-    # its assistant's turn opened by the prompt
+    # the prompt begins the assistant's turn
     ("prefilled", 1, "<think>so</think><answer>4</answer>"),
     ("prefilled", 0, "<think><think>so</think><answer>4</answer>"),
     ("prefilled", 0, "<think></think><answer>4</answer>"),
@@ -96,11 +96,11 @@ FORMATS = [
     ("boxed", 0, "<think>so</think><answer>4</answer>"),
     ("boxed", 0, r"<think>so</think><answer>\boxed{4}</answer>"),
     ("boxed", 0, r"The sum is \boxed{4}."),
-    # r1_zero: judged by a bare number too, but the format is the tags
+    # r1_zero: a bare number is accepted as an answer, but the format needs the tags
     ("r1_zero", 1, "<think>so</think> <answer>4</answer>"),
     ("r1_zero", 0, "<think>so</think> It is 4"),
     ("r1_zero", 0, "4"),
-    # raw: any text that holds an answer
+    # raw: any text with an answer
     ("raw", 1, "<think>so</think>It is 4"),
     ("raw", 0, "<think>so</think> \n"),
     ("raw", 0, "It is 4"),
@@ -182,7 +182,7 @@ def test_a_cache_as_large_as_the_limit_punishes_from_the_first_token():
 
 
 def test_a_cache_beyond_the_limit_is_a_mistake():
-    with pytest.raises(UserError, match=r"cache is 101 tokens.*100 in all"):
+    with pytest.raises(UserError, match=r"cache is 101 tokens.*at most 100"):
         rewards.length(group("a"), cache=101)
 
 
@@ -265,7 +265,7 @@ FILLER = "so then we have it now and this is what I found after a long while"
 
 
 def pairs(num, seed):
-    """A request for an even number, and two replies in unlike words: one has an even digit, one an odd."""
+    """A request for an even number, and two replies with different words: one with an even digit, one with an odd one."""
     draw = stdlib_random.Random(seed)
 
     def reply(digits):
@@ -281,7 +281,7 @@ def posed(question, *texts):
 
 
 def train(model, tokenizer, steps=40):
-    """Bradley-Terry on pairs, in the plainest way: one padded batch a step, no code of ours."""
+    """Bradley-Terry training on pairs with plain torch: one padded batch per step, no code of distill."""
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -383,7 +383,7 @@ def test_a_reward_model_that_is_not_there():
 
 
 def test_a_tokenizer_without_chat_template_gets_question_and_reply(tmp_path, tokenizer):
-    """A BERT: the pair goes in as its two segments would be written, and the two texts are told apart."""
+    """A BERT without a chat template gets question and reply as two segments, and scores two replies differently."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

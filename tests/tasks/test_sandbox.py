@@ -1,4 +1,4 @@
-"""The sandbox: hostile programs earn nothing and break nothing, honest ones pass, at every level there is here."""
+"""The sandbox: hostile programs get no reward and do no harm, honest ones pass, at every level of this machine."""
 
 import math
 import os
@@ -54,7 +54,7 @@ def held(request) -> Isolation:
 
 
 def ours() -> list[str]:
-    """Living processes of the sandbox, by user id or mark."""
+    """Running processes of the sandbox, by user id or mark."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -77,7 +77,7 @@ def none_left() -> bool:
 
 @pytest.fixture
 def places(tmp_path):
-    """Where hostile programs look and strike; afterwards all of it is as it was, and nothing of theirs is left."""
+    """The places that hostile programs read and attack; checks afterwards that nothing changed and no process is left."""
     expected = [secrets.token_hex(16) for _ in range(2)]
     canary = tmp_path / "canary"
     canary.mkdir()
@@ -124,7 +124,7 @@ def verdicts(programs, slow, payload, held, places):
 
 
 def unearned(found, slow):
-    """What a hostile program must not have got: any credit, and, unless it is slow, more time than it needs to fail."""
+    """The verdicts that must not occur: a hostile program got credit, or a program that is not slow ran into a timeout."""
     return {
         name: verdict
         for name, verdict in found.items()
@@ -178,7 +178,7 @@ def test_the_tricks_fool_a_judge_that_looks_at_the_exit_status(name, tmp_path):
     assert subprocess.run([sys.executable, script], check=False, timeout=60).returncode == 0
 
 
-# ------------------------------------------------------------------------------------- what holds a program
+# ------------------------------------------------------------------------------------- isolation
 
 FACTS = r"""
 import os
@@ -290,11 +290,11 @@ def test_each_program_has_a_process_of_its_own(held):
             assert [session.call(), session.call()] == [[0, 1], [1, 2]]
 
 
-# ------------------------------------------------------------------------------------------ what is said
+# ------------------------------------------------------------------------------------------ messages
 
 
 def exactly(a, b):
-    """Equal in value and in every type, signed zeros and NaNs included."""
+    """Whether two values are equal with all their types, signed zeros and NaNs included."""
     if type(a) is not type(b):
         return False
     if isinstance(a, float):
@@ -410,7 +410,7 @@ def test_time_is_limited_by_test_and_by_problem(held):
     assert time.monotonic() - started < 8 * slowness()
 
 
-# --------------------------------------------------------------------------------------- which level there is
+# --------------------------------------------------------------------------------------- choice of the level
 
 
 @pytest.fixture

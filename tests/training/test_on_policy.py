@@ -262,10 +262,10 @@ def test_resumed_equals_uninterrupted(tiny_dir, teacher_dir, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"offline_share": 0.5}, "data and offline_share go together"),
-        ({"data": "x"}, "data and offline_share go together"),
-        ({"scoring": "engine", "temperature": 2.0}, "only 1 with scoring: engine"),
-        ({"scoring": "engine", "teacher": {"a": 0.5, "b": 0.5}}, "takes one teacher"),
+        ({"offline_share": 0.5}, "data and offline_share need each other"),
+        ({"data": "x"}, "data and offline_share need each other"),
+        ({"scoring": "engine", "temperature": 2.0}, "must be 1 with scoring: engine"),
+        ({"scoring": "engine", "teacher": {"a": 0.5, "b": 0.5}}, "supports one teacher"),
         ({"loss": {"fn": "policy_gradient"}}, "needs scoring: engine"),
         (
             {"loss": {"fn": "policy_gradient"}, "scoring": "engine", "sampling": {"top_p": 0.9}},

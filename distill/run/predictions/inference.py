@@ -1,4 +1,4 @@
-"""Predictions for the kinds that do not train: generate, eval, compare, score, filter, prune."""
+"""Cost predictions for the stage kinds that do not train: generate, eval, compare, score, filter, prune."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from distill.run.known_sizes import Known, rows_of, stored
 from distill.run.predictions.row import Row, engine_memory, engine_part, make_amounts, start_seconds
 
 KEPT_BY_CORRECT = 0.7
-"""Guess at the share of traces that a `correct` filter keeps."""
+"""Assumed share of traces that a `correct` filter keeps."""
 ENTRIES = 1.2
-"""Guess at the candidates kept a position at mass .98, for a teacher that is mostly sure."""
+"""Assumed number of tokens stored per position at mass 0.98, for a teacher that is mostly certain."""
 
 
 def prune(name: str, config: PruneStage, known: Known, machine: Machine) -> list[Row]:
     shape = known.shape(config.model)
     if config.layers > shape.layers:
-        raise UserError(f"stages.{name}.layers: {config.layers} of a model that has {shape.layers}.")
+        raise UserError(f"stages.{name}.layers: cannot keep {config.layers} layers of a model that has {shape.layers}.")
     known.shapes[name] = shape.with_layers(config.layers)
     known.replies[name] = known.replies.get(config.model, 0.0)
     held = Memory(weights=2.0 * shape.params_total, process=flops.PROCESS_BYTES)
     amounts = make_amounts(seconds=estimate.predict_prune_seconds(known.shapes[name]), memory=held.total)
-    # Pruning takes main memory; `machine.memory` is the GPU's where there is one.
+    # Pruning uses main memory; `machine.memory` is GPU memory on a machine with a GPU.
     return [Row(name, "prune", amounts, least=held.least if machine.device == "cpu" else 0.0)]
 
 
 def mean_reply(config: GenerateStage | EvalStage | PolicyStage, known: Known) -> float:
-    """Expected tokens of a completion: the mean of what the model was trained on, else 0.6 of max_tokens."""
+    """Expected tokens of a completion: the mean of the completions that the model learned, else 0.6 of max_tokens."""
     learned = known.replies.get(config.model) or 0.6 * config.sampling.max_tokens
     return min(learned, config.sampling.max_tokens)
 
@@ -86,8 +86,8 @@ def eval(name: str, config: EvalStage, known: Known, machine: Machine) -> list[R
 
 
 def compare(name: str, config: CompareStage, known: Known, machine: Machine) -> list[Row]:
-    """One row a model, and one for the comparison. They share a process, and its engine where the models have one
-    shape."""
+    """One row for each model and one for the comparison. All share a process; models of the same shape share its
+    engine."""
     rows: list[Row] = []
     before: ModelShape | None = None
     for arm, child in config.children().items():

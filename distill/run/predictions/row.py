@@ -1,4 +1,4 @@
-"""The predicted cost of one node of a run, and the parts that predictions are made of."""
+"""The predicted cost of one node of a run, and helpers to predict its trainer and engines."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from distill.recipe import EngineConfig
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A trainer or an engine of a node: its dtype with the reason, and its seconds.
+    """The trainer or an engine of a node: its dtype with the reason, and its seconds.
 
-    slower: additional seconds of the recipe's dtype over dtype: auto. engine: its name. by_vllm: the seconds that vLLM
-    would take where the engine is transformers.
+    slower: seconds that the recipe's dtype takes in addition to dtype: auto. engine: the engine's name; "" for a
+    trainer. by_vllm: if the engine is transformers, the seconds that vLLM would take.
     """
 
     purpose: Literal["training", "engine"]
@@ -39,10 +39,10 @@ class Row:
     amounts: dict[str, float]
     notes: tuple[str, ...] = ()
     least: float = 0.0
-    """Bytes of weights, masters and moments alone: with less memory the stage cannot run."""
+    """Bytes of weights, fp32 masters and moments alone; the stage cannot run with less memory."""
     parts: tuple[Part, ...] = ()
     start: float = 0.0
-    """Seconds of the process's and the engine's start, which are the same however much there is to do."""
+    """Seconds to start the process and the engine, independent of the amount of work."""
 
 
 def make_amounts(
@@ -62,7 +62,10 @@ def dtype_part(
     machine: Machine,
     seconds: Callable[[Dtype], float],
 ) -> Part:
-    """A trainer's or engine's dtype as `machine.choose` has it, and its seconds beside those of dtype: auto."""
+    """The prediction for a trainer or an engine: the dtype that `machine.choose` chooses, and its seconds.
+
+    seconds: a function of the dtype.
+    """
     width = shape.hidden, shape.intermediate
     choice = machines.choose(machine, width, wish, purpose)
     best = machines.choose(machine, width, "auto", purpose)
@@ -77,7 +80,7 @@ def engine_part(
     machine: Machine,
     seconds: Callable[[Dtype, str], float],
 ) -> Part:
-    """An engine's prediction. seconds: a function of dtype and engine name."""
+    """The prediction for an engine. seconds: a function of dtype and engine name."""
     name = engine_name(config)
     part = dtype_part("engine", shape, config.dtype, machine, lambda dtype: seconds(dtype, name))
     by_vllm = seconds(part.choice.dtype, "vllm") if name == "transformers" else None
@@ -85,11 +88,12 @@ def engine_part(
 
 
 def start_seconds(*parts: Part) -> float:
+    """Seconds to start the process and the engines of `parts`."""
     return estimate.PROCESS_START + sum(estimate.engine_start(part.engine) for part in parts if part.engine)
 
 
 def engine_name(config: EngineConfig) -> str:
-    """The engine that `auto` stands for here."""
+    """The name of the engine; `auto` is resolved for this machine."""
     if config.fn != "auto":
         return config.fn
     return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
@@ -103,6 +107,7 @@ def engine_memory(
     machine: Machine,
     **more: bool,
 ) -> Memory:
+    """Memory of an engine for sequences of `length` tokens."""
     cache = config.kv_cache_gib or (1.0 if machine.device == "cpu" else None)
     return flops.generate_memory(
         shape,

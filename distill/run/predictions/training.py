@@ -1,4 +1,4 @@
-"""Predictions for the stages that train."""
+"""Cost predictions for the stage kinds that train: train, grpo, on_policy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from distill.training import prefix_sharing
 class _Training:
     """The optimiser steps of a stage: its model, FLOPs and tokens.
 
-    step_tokens: of one step. taught: the teachers' (shape, FLOPs), over tokens of the whole stage.
+    step_tokens: tokens of one step; everything else is for the whole stage. scored_flops, scored_tokens: additional
+    forward passes of the model and its reference. taught: (shape, FLOPs) of each teacher. reference: whether there is a
+    reference model.
     """
 
     config: OptimStage
@@ -77,7 +79,7 @@ class _Training:
 
 def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list[Row]:
     shape = known.shape(config.model)
-    # Sets that hold the same traces have at most as many in common as the smallest holds.
+    # Several sets are joined by trace; the result has at most as many traces as the smallest set.
     rows, prompt, reply = min(known.traces.get(data) or rows_of(data, config, known) for data in data_of(config.data))
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
     frame = known.frame(next(iter(data_of(config.data))), config.task)
@@ -122,10 +124,10 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
 
 @dataclass(frozen=True, slots=True)
 class _Policy:
-    """A stage that trains on its policy's completions: FLOPs and seconds of `sampled` completions.
+    """FLOPs and seconds of a stage that trains on its policy's completions; methods take the number of completions.
 
-    prompt_trained: prompt tokens that the trainer computes per completion. passes: times that a rollout is trained on.
-    scorings: additional forward passes over it, of the policy and its reference.
+    prompt_trained: prompt tokens that the trainer computes per completion. passes: times that each rollout is trained
+    on. scorings: additional forward passes over a rollout, of the policy and its reference.
     """
 
     config: PolicyStage
@@ -147,7 +149,7 @@ class _Policy:
         )
 
     def read_flops(self, by: ModelShape, sampled: float) -> float:
-        """One forward pass over the completions."""
+        """FLOPs of one forward pass of the model `by` over the completions."""
         tokens = sampled * (self.prompt_trained + self.reply)
         return flops.forward_flops(by, tokens, (self.prompt + self.reply + 1) / 2, sampled * self.reply)
 
@@ -157,7 +159,7 @@ class _Policy:
         return self.trained_flops(sampled) + self.scorings * self.read_flops(self.shape, sampled) + written
 
     def training(self, a_step: float, num_steps: float, teachers: Sequence[ModelShape], reference: bool) -> _Training:
-        """The optimiser steps of the stage. a_step: completions of one step."""
+        """The optimiser steps of the stage. a_step: number of completions in one step."""
         sampled, tokens = num_steps * a_step, self.prompt_trained + self.reply
         return _Training(
             self.config,
@@ -173,7 +175,7 @@ class _Policy:
         )
 
     def sampling(self, sampled: float, rollouts: float, machine: Machine) -> Part:
-        """The engine that writes the completions."""
+        """The prediction for the engine that writes the completions."""
         return engine_part(
             self.shape,
             self.config.engine,
@@ -193,7 +195,7 @@ class _Policy:
 
 
 def grpo(name: str, config: GrpoStage, known: Known, machine: Machine) -> list[Row]:
-    """Sampling and training; every group is assumed to have rewards that differ."""
+    """Sampling and training. Assumes that no group is skipped because all its rewards are equal."""
     from distill.stages.inputs.resolve import resolve_objective
 
     reference = resolve_objective(config, f"stages.{name}").reference
@@ -228,7 +230,7 @@ def _policy_row(
     teachers: Sequence[ModelShape] = (),
     in_engines: bool = False,
 ) -> Row:
-    """The prediction for a policy stage. in_engines: whether each teacher has an engine of its own."""
+    """The prediction for a stage that trains on its own completions. in_engines: whether the teachers run in engines."""
     config, shape = policy.config, policy.shape
     a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
     num_steps = config.steps or known.budget(config) / policy.own_flops(a_step)
@@ -240,10 +242,10 @@ def _policy_row(
     learning = training.part(machine)
     longest = policy.prompt + config.sampling.max_tokens
     held = engine_memory(shape, config.engine, writing.choice.dtype, longest, machine)
-    # The engine's process is the trainer's.
+    # The engine runs in the trainer's process, which is counted once.
     in_trainer = replace(held, process=max(0.0, held.process - flops.PROCESS_BYTES))
     memory = training.memory(learning.choice.dtype, machine) + in_trainer
-    if in_engines:  # their key-value caches; their weights are counted already
+    if in_engines:  # the teachers' key-value caches; their weights are counted in `training.memory`
         memory += Memory(cache=len(teachers) * held.cache)
     known.shapes[name], known.replies[name] = shape, policy.reply
     amounts = make_amounts(
@@ -257,13 +259,13 @@ def _policy_row(
 
 
 def _snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:
-    """The number of snapshots that the stage keeps, its final model not counted."""
+    """The number of snapshots that the stage saves, without the final model."""
     return int((num_steps - 1) // config.snapshot_every) if config.snapshot_every else 0
 
 
 def _prompt_trained(prompt: float, reply: float, frame: float, group: int = 1) -> float:
-    """Prompt tokens computed per trace: a prompt once per group, and its first `frame` tokens, shared by all prompts,
-    hardly ever (`training.packing`)."""
+    """Prompt tokens that the trainer computes per trace. Each prompt is computed once per group; its first `frame`
+    tokens, which all prompts share, are so rare that they are neglected (`training.packing`)."""
     if prompt + reply > prefix_sharing.MAX_TOKENS:
         return prompt
     return max(prompt - frame, 1.0) / group + (group > 1)

@@ -16,16 +16,17 @@ from distill.training.forward import ForwardPlan, LayoutName, NotProvenError, ba
 from distill.training.packing import Example, pack
 
 SHARED, LENGTHS = 24, ((40, 9), (44, 17), (5, 30), (70, 12))
-"""Of the documents: the prompt tokens that the first two share, and each one's tokens of prompt and completion."""
+"""The test documents: number of prompt tokens that the first two share, and (prompt, completion) tokens of each."""
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}
 HALF_TOLERANCE = 0.2
-"""Nats, for a model that is too large for a float32 copy."""
+"""Tolerance in nats for a model in half precision that is too large for a float32 copy."""
 COPY_SHARE = 0.25
 """The share of the memory that a float32 copy may take."""
 
 
 def prove_forward(model: Any, name: str, vocab_size: int, context: Context, max_tokens: int) -> ForwardPlan:
-    """Return the plan by which the trainer computes a model: proven on a few documents, and said where it is not packed.
+    """Return the plan by which the trainer computes a model, after testing it on a few documents. Prints a line if
+    traces are not packed.
 
     vocab_size: of the model's tokenizer. max_tokens: of the longest trace. Raises UserError if the trainer cannot compute the
     model's own log-probabilities.

@@ -94,6 +94,7 @@ def _tokens_of(reader: TraceReader) -> dict[str, int]:
 
 
 def _tops_of(reader: TraceReader, rows: Mapping[str, int], wanted: Sequence[str]) -> dict[str, TopK]:
+    """The distributions of the wanted traces, by trace_id."""
     keep: Array = np.zeros(len(rows), bool)
     keep[[rows[trace_id] for trace_id in wanted]] = True
     return {

@@ -43,7 +43,7 @@ CROSS_TOKENIZER = "distill.training.loss.cross_tokenizer.losses"
 
 
 TEACHER_ENTRIES = 64
-"""The number of entries a position that a loss for stored distributions gets from a teacher in the trainer."""
+"""The number of tokens per position that a custom loss for stored distributions gets from a teacher in the trainer."""
 
 
 def is_cross_tokenizer(config: TrainStage | OnPolicyStage) -> bool:
@@ -69,8 +69,8 @@ def _form(fn: str, where: str) -> Form:
     if len(names) == 2:
         return "targets" if names[0] == "student" else "rows"
     raise UserError(
-        f"{where}.fn: {fn!r} takes {names}; a loss takes (student, targets), a divergence (logp, logq), a comparison of "
-        "models with different tokenizers (pair); options are keyword-only."
+        f"{where}.fn: {fn!r} takes {names}; a loss takes (student, targets), a divergence takes (logp, logq), and a loss "
+        "between models with different tokenizers takes (pair). Options must be keyword-only."
     )
 
 
@@ -105,7 +105,7 @@ def _is_scored_by_engine(config: TrainStage | OnPolicyStage) -> bool:
 def _cross_tokenizer(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool) -> Objective:
     if not in_trainer or len(teachers_of(config.teacher)) != 1 or config.temperature != 1.0:
         raise UserError(
-            f"{here}: {config.loss.fn} compares with one teacher in the trainer, at temperature 1: name it in `teacher`"
+            f"{here}: {config.loss.fn} needs one teacher in the trainer, at temperature 1: name it in `teacher`"
             f"{' with scoring: trainer' if _is_scored_by_engine(config) else ''}."
         )
     return CrossTokenizerObjective(plug.bind(config.loss.fn, config.loss.options, CROSS_TOKENIZER, here))
@@ -114,8 +114,8 @@ def _cross_tokenizer(config: TrainStage | OnPolicyStage, here: str, in_trainer: 
 def _sampled(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool, seed: int) -> Objective:
     if not in_trainer or config.temperature != 1.0:
         raise UserError(
-            f"{here}: sampled_kd draws from the whole distribution of a teacher in the trainer, at temperature 1; "
-            "stored entries are the likeliest, not draws. Name a teacher, or use forward_kl."
+            f"{here}: sampled_kd samples tokens from the whole distribution of a teacher in the trainer, at temperature 1; "
+            "stored distributions have only the most likely tokens. Name a teacher, or use forward_kl."
         )
     options = plug.all_options("sampled_kd", config.loss.options, LOSSES, here)
     loss = functools.partial(sparse.sampled_kd, **options)
@@ -133,11 +133,11 @@ def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> 
         return DenseObjective(plug.bind(fn, options, DIVERGENCES, here), config.temperature, kl, ce)
     if ":" not in fn:
         known = ", ".join(sorted([*plug.names(DIVERGENCES), *plug.names(CROSS_TOKENIZER), "ce_kl", "sampled_kd"]))
-        raise UserError(f"{here}: {fn} has no form with a teacher in the trainer; there are: {known}.")
+        raise UserError(f"{here}: {fn} cannot be used with a teacher in the trainer; the losses that can are: {known}.")
     if config.temperature != 1.0:
         raise UserError(
-            f"{here}: {fn} gets the teacher's {TEACHER_ENTRIES} likeliest ids and its tail, at temperature 1 alone; write it "
-            "as a divergence (logp, logq) to have it over the whole vocabulary at any temperature."
+            f"{here}: {fn} gets the teacher's {TEACHER_ENTRIES} most likely tokens and the mass of the rest, which is possible "
+            "only at temperature 1; write it as a divergence (logp, logq) to use the whole vocabulary at any temperature."
         )
     return TeacherTopObjective(plug.bind(fn, options, LOSSES, here), distribution_metrics, entries=TEACHER_ENTRIES)
 
@@ -172,9 +172,9 @@ def teacher_dir(name: str, config: TrainStage | OnPolicyStage, context: Context,
     same = models.tokenizer_fingerprint(theirs) == models.tokenizer_fingerprint(tokenizer)
     if not same and not is_cross_tokenizer(config):
         raise UserError(
-            f"stages.{context.name}.loss: {config.loss.fn} compares ids, and the teacher {name!r} has another tokenizer "
-            f"({len(theirs)} tokens) than the student ({len(tokenizer)} tokens). Use one of the losses that compare by text, "
-            f"{' or '.join(sorted(plug.names(CROSS_TOKENIZER)))}, or a teacher that shares the student's tokenizer."
+            f"stages.{context.name}.loss: {config.loss.fn} compares token ids, but the teacher {name!r} has another tokenizer "
+            f"({len(theirs)} tokens) than the student ({len(tokenizer)} tokens). Use a loss for different tokenizers, "
+            f"{' or '.join(sorted(plug.names(CROSS_TOKENIZER)))}, or a teacher with the student's tokenizer."
         )
     return folder
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill import models
 from distill.compute.flops import ModelShape
+from distill.files import free_space
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
 from distill.records import UserError, draw_seed
 from distill.stages.context import Context, save_model
@@ -31,8 +32,7 @@ def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
     if config.liger:
         _use_liger(model, where)
     models.without_dropout(model)
-    if changed := models.mend_generation_config(model):
-        context.say(changed)
+    _prepare_to_save(model, config, context)
     if config.lora is None:
         return model
     if (
@@ -48,7 +48,10 @@ def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
 
     # The adapter's start and its dropout: the same for the same recipe.
     torch.manual_seed(draw_seed(context.seed, context.name, "adapter"))
-    return models.add_lora(model, config.lora)
+    adapted = models.add_lora(model, config.lora)
+    if config.lora.quantised is None:
+        models.rehearse_merge(adapted)
+    return adapted
 
 
 def save_student(
@@ -56,13 +59,32 @@ def save_student(
 ) -> tuple[str, ModelShape]:
     """Save the trained model with its adapter merged; return the weights' fingerprint and the model's shape."""
     context.phase("saving the model")
+    trust = context.trusts(config.model)
     if config.lora is not None:
         if config.lora.quantised is not None:
             model = _on_whole_base(model, config, context)
+        trained_T = models.label_logps(model)
         model = model.merge_and_unload()
-    trust = context.trusts(config.model)
-    fingerprint = save_model(model, tokenizer, context.folder, config.saved_in, trust_remote_code=trust)
+        models.check_merged(model, trained_T)
+    fingerprint = save_model(model, tokenizer, context, config.saved_in, trust_remote_code=trust)
     return fingerprint, ModelShape.from_config(models.config_of(context.folder / "model"))
+
+
+def _prepare_to_save(model: Any, config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> None:
+    """Find now what would make the save fail after training, and mend what can be. Raises UserError."""
+    if changed := models.mend_generation_config(model):
+        context.say(changed)
+    trust = context.trusts(config.model)
+    tokenizer = models.load_tokenizer(context.model_dir(config.model), trust_remote_code=trust)
+    if config.lora is None or config.lora.quantised is None:
+        models.rehearse_save(model, tokenizer, config.model)
+    ModelShape.from_config(model.config.to_dict())
+    size = sum(p.numel() for p in model.parameters()) * (4 if config.saved_in == "float32" else 2)
+    if size > (free := free_space(context.folder)):
+        raise UserError(
+            f"{context.folder}: {free / 1e9:.1f} GB are free, and the trained model takes {size / 1e9:.1f} GB. Make room, or name "
+            "another folder with --runs."
+        )
 
 
 def live_steps(context: Context, length: Length | Budget) -> Live:

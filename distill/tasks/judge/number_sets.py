@@ -19,18 +19,21 @@ ALL: Bounds = ("(", r"-\infty", r"\infty", ")")
 
 
 def is_relation(text: str) -> bool:
-    """Whether a cleaned text holds an inequality."""
+    """Whether a cleaned text contains an inequality."""
     return _RELATION.search(text) is not None
 
 
 def is_region(text: str) -> bool:
-    r"""Whether a cleaned text is an inequality, a union or all numbers. `|A \cup B| = 5` is not, and no plain interval."""
+    r"""Whether a cleaned text is an inequality, a union or the set of all numbers.
+
+    `|A \cup B| = 5` is not a region, and a plain interval does not count as one here.
+    """
     *_, last = structure.sides(text)
     return is_relation(last) or re.search(r"\\cup(?![a-zA-Z])|\\mathbb ?\{R\}", last) is not None
 
 
 def names(text: str) -> set[str]:
-    """The letters or functions that inequalities are about."""
+    """The names (letters, functions) that the inequalities constrain."""
     parts = re.split(r"<|>|\\(?:le|ge|ne|in|cup)(?![a-zA-Z])|,| or | and ", text)
     return {part.replace(" ", "") for part in parts if structure.is_name(part.strip()) and "|" not in part}
 
@@ -118,7 +121,7 @@ def _written(bounds: Bounds) -> str:
 
 
 def as_interval(text: str) -> Bounds | None:
-    r"""The interval that an inequality of one name describes, `2 < x` or `1 \le x < 3` say; None for any other text."""
+    r"""The interval that an inequality of one name describes, such as `2 < x` or `1 \le x < 3`; None for other texts."""
     parts = [part.strip() for part in _RELATION.split(text)]
     signs = _RELATION.findall(text)
     if not 1 <= len(signs) <= 2 or r"\ne" in signs or not all(parts):

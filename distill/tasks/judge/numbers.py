@@ -1,8 +1,8 @@
 """Plain numbers, read exactly as fractions, with their units.
 
-Most answers are compared here without a symbolic library. Units are part of a number (`units`).
-A comma groups thousands only where it cannot make a list: `1,000` and `12,345` are numbers, `100,200`
-(equal groups, each a number by itself) is a list of two unless a currency or a unit says otherwise.
+Most answers are compared here without a symbolic library. Units are part of a number (`units`). A comma groups
+thousands only if the text cannot be a list: `1,000` and `12,345` are numbers; `100,200` (equal groups, each a number) is
+a list of two numbers unless it has a currency or a unit.
 """
 
 from __future__ import annotations
@@ -105,9 +105,9 @@ def same_number(answer: Number, gold: Number) -> bool:
     if not units.same(answer.unit, gold.unit):
         return False
     if answer.value == gold.value:
-        # 14/2 for 7 restates the question.
+        # 14/2 is not accepted for 7: the division is not carried out.
         return not (answer.kind == "fraction" and gold.value.denominator == 1)
-    # A fraction without an end, rounded or cut at six places or more, is that fraction.
+    # A decimal with six or more digits equals a fraction that it rounds or truncates.
     for rounded, exact in ((answer, gold), (gold, answer)):
         if rounded.kind == "decimal" and exact.kind == "fraction" and _significant(rounded) >= 6:
             off, unit = abs(exact.value) - abs(rounded.value), Fraction(1, 10**rounded.decimals)
@@ -143,7 +143,7 @@ def _decimal(match: re.Match[str], unit: str) -> Number | None:
 
 
 def _repeating(match: re.Match[str], unit: str) -> Number:
-    """`0.1\\overline{6}`, `0.1(6)`, `0.1\\dot{6}`, or `0.1666...`, in which the digits that repeat fill three places or more."""
+    """A repeating decimal: `0.1\\overline{6}`, `0.1(6)`, `0.1\\dot{6}`, or `0.1666...` with at least three repeated digits."""
     sign, whole, fixed, *cycles = match.groups()
     cycle = re.sub(r"\D", "", next(filter(None, cycles)))
     value = Fraction(int(whole + fixed + cycle) - int(whole + fixed))

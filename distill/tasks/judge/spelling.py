@@ -81,7 +81,7 @@ _LOOSE_SPACE = re.compile(r"(?<![\w\\]) | (?!\w)")
 
 
 def clean(text: str) -> str:
-    """The answer in one plain LaTeX spelling: no wrappers, no typographic variants, no closing full stop."""
+    """The answer in plain LaTeX, without wrappers, typographic variants and a final full stop."""
     if not text.isascii():
         text = _without_typography(text)
     text = _unwrap(text)
@@ -107,7 +107,7 @@ def same_text(one: str, other: str) -> bool:
 
 
 def balanced(text: str) -> bool:
-    """Whether the unescaped braces match."""
+    """Whether the unescaped braces of a text match."""
     depth = 0
     for char in re.sub(r"\\.", "", text):
         depth += {"{": 1, "}": -1}.get(char, 0)
@@ -117,7 +117,7 @@ def balanced(text: str) -> bool:
 
 
 def depth(text: str) -> int:
-    """How deep brackets of any kind are nested."""
+    """The nesting depth of brackets of any kind."""
     deepest = level = 0
     for char in text:
         if char in "([{":
@@ -135,7 +135,7 @@ def _without_typography(text: str) -> str:
     for symbol, spelled in _SYMBOLS.items():
         text = text.replace(symbol, spelled)
     text = unicodedata.normalize("NFKC", text)
-    # 或 and 和 join two answers where they stand beside something that is no Chinese word.
+    # 或 ("or") and 和 ("and") join two answers if one of their neighbours is not a Chinese word.
     text = re.sub(rf"(?<![{_CJK}])\s*或者?\s*|\s*或者?\s*(?![{_CJK}])", " or ", text)
     text = re.sub(rf"(?<=[^{_CJK}\s])\s*(?:和|与|以及|及)\s*(?=[^{_CJK}\s])", " and ", text)
     return re.sub(r"√\s*(\d+|[A-Za-z]|\(([^()]*)\))", _spell_root, text).replace("√", r"\sqrt ")
@@ -186,7 +186,7 @@ def _plain_latex(text: str) -> str:
 
 
 def _argument(text: str, at: int) -> tuple[str, int]:
-    """The argument of a LaTeX command that begins at `at`, without its braces, and where it ends."""
+    """The argument of a LaTeX command that begins at `at`, without its braces, and its end position."""
     while at < len(text) and text[at] == " ":
         at += 1
     if at >= len(text):
@@ -212,7 +212,7 @@ _BRACED = re.compile(r"\\(frac|sqrt|binom)(?![a-zA-Z])\s*(\[[^\[\]]*\])?")
 
 
 def _braced(text: str, depth: int = 0) -> str:
-    r"""`\frac12`, `\frac{1}2`, `\frac\pi2`, `\sqrt2`, `\sqrt(2)` with braces around every argument."""
+    r"""The text with braces around every argument of `\frac12`, `\frac{1}2`, `\frac\pi2`, `\sqrt2`, `\sqrt(2)`."""
     out, at = [], 0
     for found in _BRACED.finditer(text):
         if found.start() < at:
@@ -235,7 +235,7 @@ def _braced(text: str, depth: int = 0) -> str:
 
 
 def _matrices(text: str) -> str:
-    r"""Arrays in brackets and every kind of matrix as `pmatrix`, without a `\\` before the end; determinants stay."""
+    r"""The text with arrays in brackets and all matrices as `pmatrix`, without a final `\\`; determinants are kept."""
     text = re.sub(r"\\(begin|end)\{(?:[bB]|small|p|)matrix\*?\}", r"\\\1{pmatrix}", text)
     text = re.sub(
         r"(?:\[|\(|\\\{)?\s*\\begin\{array\}\s*(?:\{[^{}]*\})?(.*?)\\end\{array\}\s*(?:\]|\)|\\\})?",

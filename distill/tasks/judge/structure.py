@@ -17,7 +17,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A collection as written. kind: its brackets ("()", "[)", ...), "set", "list" (no brackets) or "matrix RxC"."""
+    """A collection. kind: its brackets ("()", "[)", ...), "set", "list" (no brackets) or "matrix RxC"."""
 
     kind: str
     items: tuple[str, ...]
@@ -27,7 +27,7 @@ _MATRIX = re.compile(r"\\begin\{pmatrix\}((?:(?!\\begin).)*)\\end\{pmatrix\}", r
 
 
 def shape(text: str) -> Shape | None:
-    """The collection that a cleaned text is, or None for a single thing."""
+    """Parse a cleaned text as a collection; None if it is a single item."""
     if match := _MATRIX.fullmatch(text):
         return _matrix(match[1])
     if match := re.fullmatch(r"\\\{(.*)\\\}", text) or re.fullmatch(r"\{(.*)\}", text):
@@ -54,7 +54,7 @@ def _matrix(body: str) -> Shape | None:
 
 
 def _both_signs(items: list[str]) -> tuple[str, ...]:
-    """`a \\pm b` as two items."""
+    """The items, with each `a \\pm b` as two items."""
     found: list[str] = []
     for item in items:
         signs = ("+", "-") if item.count(r"\pm") == 1 else ("",)
@@ -63,7 +63,7 @@ def _both_signs(items: list[str]) -> tuple[str, ...]:
 
 
 def split(text: str) -> list[str]:
-    """Parts at the semicolons outside all brackets, else at the commas; commas that group thousands stay."""
+    """Split at the semicolons outside all brackets, else at the commas; commas that group thousands are kept."""
     if ";" in text and len(parts := _split_at(text, re.compile(";"))) > 1:
         return parts
     spaced = re.search(r"\d,\d{3}(?!\d)", text) and re.search(r",\s", text)
@@ -87,7 +87,7 @@ def _split_at(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def is_one_group(text: str) -> bool:
-    """Whether the bracket that opens the text closes at its very end."""
+    """Whether the bracket that opens the text closes at the end of the text."""
     depth = 0
     brackets = [(m.start(), m[0]) for m in re.finditer(r"[()\[\]{}]", text)]
     for position, char in brackets:
@@ -129,12 +129,12 @@ def sides(text: str) -> list[str]:
 
 
 def is_name(text: str) -> bool:
-    r"""Whether the left side of an equation only names its right side: `x`, `f(2)`, `|AB|`, `S_{ABC}`, `Speed`; not `2x+y`."""
+    r"""Whether the left side of an equation is only a name: `x`, `f(2)`, `|AB|`, `S_{ABC}`, `Speed`; not `2x+y`."""
     return _NAME.fullmatch(text) is not None and text not in _CONSTANTS and not _DENIALS.search(text)
 
 
 def is_letter(text: str) -> bool:
-    r"""Whether a text is a name and no expression either: `y`, `CD`; not `\ln x`."""
+    r"""Whether a text is a name and not also an expression: `y`, `CD`; not `\ln x`."""
     return is_name(text) and not re.match(r"\\(?:sin|cos|tan|cot|log|ln)(?![a-zA-Z])", text)
 
 
@@ -156,7 +156,7 @@ def _skeleton(text: str) -> str:
 
 
 def named_values(shape: Shape) -> dict[str, str] | None:
-    """`y = 12, x = 2` as its values by name, in the order written; None unless every item has a name of its own."""
+    """The values by name of a text like `y = 12, x = 2`, in its order; None unless every item has a different name."""
     pairs = [sides(item) for item in shape.items]
     if any(len(pair) != 2 or not is_name(pair[0]) for pair in pairs):
         return None
@@ -212,7 +212,7 @@ _ANOTHER_CHOICE = re.compile(r"(?<![A-Za-z\\])\(?[A-J](?![A-Za-z])(?! [a-z])")
 
 
 def choice(text: str) -> tuple[str, str] | None:
-    """A lettered choice and the text behind it: `B`, `(B)`, `B. 12`; None for anything else, or for two of them."""
+    """The letter of a choice and the text after it: `B`, `(B)`, `B. 12`; None for anything else, or for two choices."""
     if bare := _BARE_CHOICE.fullmatch(text):
         return (bare[1] or bare[2]).upper(), ""
     found = _CHOICE.fullmatch(text)
@@ -224,7 +224,7 @@ def choice(text: str) -> tuple[str, str] | None:
 
 
 def choices(text: str) -> str | None:
-    """Several letters, `AC` or `A, C` or `A and C`, as `AC`; None for anything else."""
+    """The letters of several choices: `AC`, `A, C` and `A and C` all give `AC`; None for anything else."""
     letters = re.sub(r"[,;\s()]|and", "", text)
     sorted_ = re.fullmatch("[A-J]{2,6}", letters) and "".join(sorted(set(letters))) == letters
     return letters if sorted_ and not re.search(r"\bor\b", text) else None

@@ -32,7 +32,7 @@ _SIZES = [
     "0.31", "1.7", "0.73", "-0.43", "2.9", "-2.3", "5.3", "11.9", "0.17", "-7.1", "29.3", "3.7", "317.3", "-411.7",
 ]  # fmt: skip
 _FAR = ["-2000003.1", "3000017.3", "-50021.9", "70001.7"]
-"""Tried too where a case decides, as of |x - 1000|."""
+"""Additional points for functions with cases, such as |x - 1000|."""
 _CASES = (sympy.Abs, sympy.Max, sympy.Min, sympy.floor, sympy.ceiling, sympy.Mod)
 _NUM_WHOLE = 8
 _MIN_POINTS = 3
@@ -61,7 +61,7 @@ def _exact(expr: Any) -> Any:
 
 
 def _rebuilt(expr: Any) -> Any:
-    """Floats as fractions and the letter i as the imaginary unit, nothing evaluated."""
+    """The expression with floats as fractions and the letter i as the imaginary unit, without evaluation."""
     if isinstance(expr, Float):
         return Rational(str(expr))
     if isinstance(expr, Symbol):
@@ -89,13 +89,13 @@ def equal(answer: str, gold: str, strict: bool) -> bool:
     one, other = parse(answer), parse(gold)
     if one is None or other is None:
         return False
-    if strict and (num_undone(one) > num_undone(other) or not _names(one) <= _names(other)):
+    if strict and (num_unevaluated(one) > num_unevaluated(other) or not _names(one) <= _names(other)):
         return False
     return _same(one, other) or (strict and _rounded(answer, other))
 
 
 def _rounded(answer: str, gold: Any) -> bool:
-    """Whether a decimal with six places or more is a constant, rounded or cut there."""
+    """Whether a decimal with six or more digits is a constant, rounded or truncated."""
     decimal = re.fullmatch(r"-?(\d+)\.(\d{6,})", answer)
     if decimal is None or not isinstance(gold, sympy.Expr) or gold.free_symbols or gold.is_Rational:
         return False
@@ -144,7 +144,7 @@ def _same_constant(one: Any, other: Any) -> bool:
 
 
 def _value(expr: Any, digits: int) -> Any:
-    """The real and imaginary part of a constant, or None where it has no finite value."""
+    """The real and imaginary part of a constant; None if it has no finite value."""
     value = expr.evalf(digits)
     if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo):
         return None
@@ -153,14 +153,14 @@ def _value(expr: Any, digits: int) -> Any:
 
 
 def _close(one: Any, other: Any, digits: int) -> bool | None:
-    """Whether two values agree in so many significant digits; None where one has no value, or both may be zero."""
+    """Whether two values agree to `digits` significant digits; None if one has no value, or both may be zero."""
     if one is None or other is None:
         return None
     size = max(abs(part) for value in (one, other) for part in value)
     if size == 0:
         return True
     off = max(abs(a - b) for a, b in zip(one, other, strict=True))
-    if size < Rational(1, 10**digits):  # perhaps zero, computed with an error
+    if size < Rational(1, 10**digits):  # possibly zero with a numerical error
         return None if off != 0 else True
     return bool(off <= size / 10**digits)
 
@@ -177,7 +177,7 @@ def _points(*exprs: Any) -> Iterator[tuple[Any, ...]]:
     for turn in range(len(sizes) + _NUM_WHOLE):
         values = {}
         for number, name in enumerate(names):
-            if sums or turn >= len(sizes):  # whole numbers too: (-1)^n
+            if sums or turn >= len(sizes):  # whole numbers too, for expressions like (-1)^n
                 values[name] = Integer(2 + (turn + 3 * number) % 9)
             else:
                 values[name] = Rational(draws[name][turn])
@@ -273,7 +273,7 @@ def _proportional(one: Any, other: Any) -> bool:
 
 
 def _same_solutions(one: Any, other: Any) -> bool:
-    """Whether two equations have the same solutions for a letter, or two inequalities of one letter the same set."""
+    """Whether two equations have the same solutions for a letter, or two inequalities of one letter the same solutions."""
     if one.free_symbols != other.free_symbols or not one.free_symbols:
         return False
     if isinstance(one, Eq) != isinstance(other, Eq):
@@ -286,7 +286,7 @@ def _same_solutions(one: Any, other: Any) -> bool:
 
 
 def same_region(relation: str, region: str) -> bool:
-    r"""Whether an inequality of one letter that is no plain interval (`|x| < 3`) describes a set of numbers."""
+    r"""Whether an inequality of one letter, such as `|x| < 3`, describes the given set of numbers."""
     found, wanted = parse(relation), parse(region)
     if found is None or not _is_relation(found) or not isinstance(wanted, sympy.Set) or len(found.free_symbols) != 1:
         return False
@@ -296,15 +296,15 @@ def same_region(relation: str, region: str) -> bool:
 # ------------------------------------------------------------------------------------------------ restatement
 
 
-def num_undone(expr: Any) -> int:
+def num_unevaluated(expr: Any) -> int:
     """Count operations between plain numbers that are not computed; fractions, signs and powers of ten do not count."""
     if isinstance(expr, MatrixBase):
-        return sum(num_undone(item) for item in expr.flat())
+        return sum(num_unevaluated(item) for item in expr.flat())
     if not getattr(expr, "args", ()) or _is_power_of_ten(expr):
         return 0
     if isinstance(expr, Mul):
-        return _num_undone_factors(expr)
-    inner = sum(num_undone(arg) for arg in expr.args)
+        return _num_unevaluated_factors(expr)
+    inner = sum(num_unevaluated(arg) for arg in expr.args)
     if isinstance(expr, Add):
         numbers = [arg for arg in expr.args if arg.is_number and _is_rational(arg)]
         return inner + (len(numbers) > 1 or Integer(0) in numbers)
@@ -317,10 +317,10 @@ def num_undone(expr: Any) -> int:
     return inner + (inner == 0 and expr.is_number is True and _is_rational(expr))
 
 
-def _num_undone_factors(expr: Any) -> int:
+def _num_unevaluated_factors(expr: Any) -> int:
     """Count, in a product, numbers beyond the first above or below the line, and divisions without remainder."""
     factors = list(_factors(expr))
-    inner = sum(num_undone(factor) for factor in factors)
+    inner = sum(num_unevaluated(factor) for factor in factors)
     numbers = [factor for factor in factors if factor.is_number and _is_rational(factor)]
     below = [factor for factor in numbers if isinstance(factor, Pow) and not _is_power_of_ten(factor)]
     above = [factor for factor in numbers if not isinstance(factor, Pow) and factor != -1]

@@ -21,7 +21,7 @@ _BEHIND_EXPRESSION = re.compile(
 )
 _HAN = "\u3400-\u9fff"
 _HAN_UNIT = re.compile(rf"(?<=[\d}})%]) ?\(?([{_HAN}][{_HAN}/]*)\)?$")
-# Words after a number that make another number, a choice or a claim of it, not a unit.
+# Words after a number that are not units: they change the number, or make a choice or a claim.
 _NOT_UNITS = (
     "or half hundred thousand million billion trillion dozen score tenth tenths hundredths thirds quarters halves times "
     "plus minus modulo factorial squared cubed pi sqrt not if than less least most sin cos tan log ln exp inf infinity nan "
@@ -69,7 +69,7 @@ def split_number(text: str) -> tuple[str, str]:
 
 
 def split_expression(text: str) -> tuple[str, str]:
-    r"""An expression and the measure or noun behind it (`25\pi cm^2`, `3x+2 dollars`), as `split_number`."""
+    r"""As `split_number`, for an expression with a measure or noun after it (`25\pi cm^2`, `3x+2 dollars`)."""
     spelled = _spelled(text)
     match = _BEHIND_EXPRESSION.fullmatch(spelled)
     if match is None or not re.search(r"[\d\\]", match[1]) or re.search(r"(?<![\\A-Za-z])[A-Za-z]{4}", match[1]):
@@ -109,7 +109,10 @@ def _split_han(text: str, han: re.Match[str]) -> tuple[str, str]:
 
 
 def _is_unit(unit: str, attached: bool) -> bool:
-    """Whether the first word is a measure or looks like a noun; `ab` in `2ab` and `xyz` in `2 xyz` are letters multiplied."""
+    """Whether the first word is a measure or looks like a noun. `ab` in `2ab` and `xyz` in `2 xyz` are products of letters.
+
+    attached: whether there is no space between the number and the unit.
+    """
     first = re.match(r"[A-Za-zµΩ]+|%", unit)
     if first is None:
         return False
@@ -122,7 +125,7 @@ def _is_unit(unit: str, attached: bool) -> bool:
 
 
 def _name(unit: str) -> str:
-    """The canonical spelling, empty where the words are no unit."""
+    """The canonical spelling of a unit; "" if the words are not a unit."""
     words = re.findall(r"[A-Za-z%µΩ]+", re.sub(r"\b(?:mph)\b", "mi/h", unit))
     lower = {word.lower() for word in words}
     factors = [word for word in words if re.fullmatch(rf"(?!{_LETTER}|[aAIcf])[A-Za-z]", word)]

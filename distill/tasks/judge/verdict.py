@@ -53,7 +53,7 @@ def exact_verdict(answer: str, gold: str) -> Verdict:
     return _verdict(" ".join(answer.split()) == " ".join(gold.split()), answer)
 
 
-def unreadable(gold: str) -> str | None:
+def why_unreadable(gold: str) -> str | None:
     """Return why a gold answer cannot be compared with anything; None if it can."""
     if len(gold) > MAX_ANSWER_CHARS:
         return "the gold answer is too long"
@@ -125,7 +125,7 @@ def _equal(answer: str, gold: str) -> bool:
 
 
 def _equal_approximately(answer: str, gold: str) -> bool:
-    r"""`\frac13 \approx 0.333` is 1/3; `x \approx 11` names 11."""
+    r"""Whether texts with `\approx` are equal: `\frac13 \approx 0.333` means 1/3, `x \approx 11` means 11."""
     if r"\approx" in gold:
         exact = gold.partition(r"\approx")[0].strip()
         return bool(exact) and not structure.is_name(exact) and _equal(answer, exact)
@@ -136,7 +136,7 @@ def _equal_approximately(answer: str, gold: str) -> bool:
 
 
 def _equal_choices(answer: str, gold: str, gold_choice: tuple[str, str]) -> bool:
-    """The same letter; or the text behind it. `5 = B` and `x = B` are the letter too."""
+    """Whether the answer is the letter of the gold choice, or its text; `5 = B` and `x = B` mean the letter B."""
     letter, text = gold_choice
     if (answer_choice := structure.choice(answer)) is not None:
         return answer_choice[0] == letter
@@ -149,7 +149,7 @@ def _equal_choices(answer: str, gold: str, gold_choice: tuple[str, str]) -> bool
 
 
 def _equal_regions(answer: str, gold: str) -> bool:
-    """Inequalities, intervals and unions. `(1, 3)` may be a point, which `1 < x < 3` is not."""
+    """Whether inequalities, intervals or unions are equal. `(1, 3)` may be a point, but `1 < x < 3` is not one."""
     about = [number_sets.names(text) for text in (answer, gold) if number_sets.is_relation(text)]
     if len(about) == 2 and all(len(names) == 1 for names in about) and about[0] != about[1]:
         return False
@@ -183,7 +183,7 @@ def _equal_shapes(
         if shape.kind == "set" and len(shape.items) == 1 and r"\emptyset" not in shape.items:
             pair = (shape.items[0], gold) if answer_shape else (answer, shape.items[0])
             return _equal(*pair)
-        # x = (1, 2), x \in [0, 1]: the collection is on the right of a name.
+        # x = (1, 2), x \in [0, 1]: the collection is the right side, after a name.
         name, *rest = structure.sides(other)
         if len(rest) == 1 and structure.is_name(name):
             return _equal(answer, rest[0]) if answer_shape else _equal(rest[0], gold)
@@ -201,7 +201,7 @@ def _equal_shapes(
 
 
 def _equal_named_tuple(answer: structure.Shape, gold: structure.Shape) -> bool:
-    """`y = 12, x = 2` is (2, 12) by the alphabet; `p = 5, q = 2` as gold is (5, 2) by its own order."""
+    """Whether named values equal a tuple. An answer `y = 12, x = 2` is (2, 12), by alphabet; a gold answer keeps its order."""
     named = structure.named_values(answer if answer.kind == "list" else gold)
     if named is None:
         return False
@@ -287,7 +287,7 @@ def _equal_expressions(answer: str, gold: str) -> bool:
 
 
 def _equal_angles(answer: str, gold: str) -> bool:
-    r"""`30^\circ` and `\frac{\pi}{6}`."""
+    r"""Whether two angles are equal, one in degrees and one with pi: `30^\circ` and `\frac{\pi}{6}`."""
     one, other = numbers.number(answer), numbers.number(gold)
     if one is not None and one.unit == "degree" and r"\pi" in gold:
         return _symbolic(
@@ -300,12 +300,12 @@ def _equal_angles(answer: str, gold: str) -> bool:
 
 def _symbolic(answer: str, gold: str, strict: bool = True) -> bool:
     if strict and not _letters(answer) <= _letters(gold):
-        return False  # what the strict comparison finds too, after it has parsed both
+        return False  # the strict comparison would find this too, but only after parsing both
     return _in_worker(answer, gold, strict)
 
 
 def _letters(text: str) -> set[str]:
-    """The letters outside of commands, but for those that have a meaning of their own."""
+    """The letters outside commands, without e, i and d, which have a fixed meaning."""
     return set(re.sub(r"\\[A-Za-z]+|[^A-Za-z]", "", text)) - set("eid")
 
 
@@ -314,5 +314,5 @@ _PROSE = re.compile(r"(?<![A-Za-z\\])(?:or|and|not)(?![A-Za-z])")
 
 def _in_worker(*request: str | bool) -> bool:
     if any(isinstance(text, str) and _PROSE.search(text) for text in request):
-        return False  # the parser would take the letters of these words for factors
+        return False  # the parser would read these words as products of letters
     return bool(worker_pool.ask("math", *request))

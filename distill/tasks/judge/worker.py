@@ -1,8 +1,8 @@
-"""A worker process that may be killed: symbolic comparison of two expressions (`symbolic`), and two other jobs.
+"""A worker process for jobs that may never end, such as the symbolic comparison of two expressions.
 
-`python -m distill.tasks.judge.worker math LIMIT` answers JSON lines: `[answer, gold, strict]` -> are they equal,
-`[gold]` -> can it be parsed. The job `score` runs generators and their scorers (`reasoning_gym_task`), the job `check` runs
-tests that are written as code (`code_checks`).
+`python -m distill.tasks.judge.worker JOB LIMIT` answers requests, one JSON line each. The job `math` compares or parses
+expressions (`symbolic`), `score` runs generators and their scorers (`reasoning_gym_task`), `check` runs tests that are
+written as code (`code_checks`).
 
 `worker_pool` kills the process after a time limit: towers of powers and deep parentheses keep sympy busy forever. It ends
 by itself if its parent does, or if the parent has not killed it soon after the limit.
@@ -23,7 +23,11 @@ MEMORY_BYTES = 4 * 2**30
 
 
 def reply_math(request: list[Any]) -> bool:
-    """`[gold]`: can it be parsed? `[answer, gold, strict]`: are they equal? `[relation, region]`: the same numbers?"""
+    """Answer a `math` request.
+
+    `[gold]`: whether it can be parsed. `[answer, gold, strict]`: whether they are equal. `[relation, region]`: whether
+    they describe the same set of numbers.
+    """
     from distill.tasks.judge import symbolic
 
     try:
@@ -37,8 +41,10 @@ def reply_math(request: list[Any]) -> bool:
 
 
 def reply_score(request: list[Any]) -> Any:
-    """`[dataset, options, seed, index]`: question and answer of a generator's item; with an answer behind
-    these: its score. A text says why there is none.
+    """Answer a `score` request.
+
+    `[dataset, options, seed, index]`: question and answer of a generator's item. `[..., answer]`: the score of an
+    answer to it. Returns a text with the reason if this fails.
     """
     from distill.tasks import reasoning_gym_task
 
@@ -68,6 +74,7 @@ def _replier(job: str) -> Callable[[list[Any]], Any]:
 
 
 def main() -> None:
+    """Answer requests from standard input until it ends."""
     job, limit_s = sys.argv[1], float(sys.argv[2])
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     with open(os.devnull, "w") as nowhere:

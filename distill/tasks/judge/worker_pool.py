@@ -35,7 +35,7 @@ START_LIMIT_S = 120.0
 
 
 class StuckError(Exception):
-    """No verdict. The message is the reason: `timeout`, or that the worker ended."""
+    """There is no reply. The message is the reason: `timeout`, or that the worker ended."""
 
 
 class _Worker:
@@ -147,13 +147,13 @@ def ask(job: Job, *request: object, limit_s: float | None = None) -> Any:
 
 def _in_forked_child() -> None:
     global _lock
-    _pools.clear()  # the parent's pipes are the parent's
+    _pools.clear()  # the pipes belong to the parent process
     _lock = threading.Lock()
 
 
 @atexit.register
 def close() -> None:
-    """End all workers; they start again when they are needed."""
+    """End all workers; new ones start when they are needed."""
     for pool in list(_pools.values()):
         pool.close()
 

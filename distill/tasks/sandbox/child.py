@@ -3,7 +3,7 @@
 Self-contained, and never imported by the package. It takes frames on its standard input (a length in four
 bytes, then marshal: they come from the trusted side) and writes frames to its standard output (a length, then
 JSON, which the other side does not trust). It confines itself, reports that it is ready, and runs one untrusted
-program: with a standard input, one process a test, or by calling its function repeatedly. No frame it receives holds an
+program: with a standard input, in one process per test, or by calling its function repeatedly. No frame it receives has an
 expected result, so a program that takes it over can only answer the calls it gets.
 """
 
@@ -57,7 +57,7 @@ def confine(uid: int, limits: dict[str, int], denied: bytes | None) -> None:
 
 
 def control(option: int, first: int, second: int = 0) -> None:
-    """prctl(2)."""
+    """Call prctl(2)."""
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
@@ -81,7 +81,7 @@ def read_frame(fd: int) -> Any:
 
 
 def write_frame(fd: int, nonce: str, kind: str, *values: str) -> None:
-    """values: JSON texts."""
+    """Write a frame. values: JSON texts."""
     body = f"[{','.join([quote(nonce), quote(kind), *values])}]".encode()
     frame = memoryview(len(body).to_bytes(4, "big") + body)
     while frame:
@@ -89,7 +89,7 @@ def write_frame(fd: int, nonce: str, kind: str, *values: str) -> None:
 
 
 def encode(value: Any) -> str:
-    """A value of built-in types as JSON text, with tags where JSON has no such type; TypeError for others."""
+    """JSON text of a value of built-in types, with tags for types that JSON lacks. Raises TypeError for other types."""
     kind = type(value)
     if value is None:
         return "null"
@@ -116,7 +116,7 @@ def encode(value: Any) -> str:
 
 
 def load(source: str, entry_point: str) -> Any:
-    """The function of a program, or `Class.method` of a fresh instance."""
+    """The function of a program, or `Class.method` on a new instance."""
     module = type(sys)("program")
     sys.modules["program"] = module
     exec(compile(source, "program.py", "exec"), module.__dict__)
@@ -127,7 +127,7 @@ def load(source: str, entry_point: str) -> Any:
 
 
 def answer_calls(requests: int, replies: int, source: str, entry_point: str, nonce: str) -> None:
-    """Load the program, then answer one call a frame: (nonce, args, kwargs), passed by value."""
+    """Load the program, then answer one call per frame: (nonce, args, kwargs), passed by value."""
     try:
         function = load(source, entry_point)
         write_frame(replies, nonce, "loaded")
@@ -165,7 +165,7 @@ def scratch() -> int:
 
 
 def answer_runs(requests: int, replies: int, max_output: int) -> None:
-    """Run the program once a frame: (nonce, stdin). Returns in the process that was forked to become the program."""
+    """Run the program once per frame: (nonce, stdin). Returns only in the forked process, which then runs the program."""
     while True:
         nonce, text = read_frame(requests)
         stdin, stdout = scratch(), scratch()
@@ -193,7 +193,7 @@ def answer_runs(requests: int, replies: int, max_output: int) -> None:
 
 
 def main() -> str:
-    """Serve the program; return its source in the process that is to become it."""
+    """Serve requests for the program; returns its source only in a process that is to run it."""
     requests, replies = os.dup(0), os.dup(1)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -205,7 +205,7 @@ def main() -> str:
         control(PR_SET_PDEATHSIG, SIGKILL)
     import builtins
 
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as `site` would have
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # as the module `site` does, which is not loaded
     sys.path[:] = [path for path in sys.path if path]
     write_frame(replies, hello["nonce"], "ready")
     if hello["entry_point"] is not None:

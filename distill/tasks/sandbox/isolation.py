@@ -38,11 +38,11 @@ Level = Literal[1, 2, 3]
 CHILD = Path(__file__).with_name("child.py").read_text(encoding="utf-8")
 SCRATCH_BYTES = 64 * 2**20
 FIRST_UID = 2**30
-"""Above every user's; no entry of the user database, no files."""
+"""First user id for programs: larger than the ids of real users, and no file belongs to it."""
 
 INSTALL = (
-    "Install bubblewrap (`apt-get install bubblewrap`, `dnf install bubblewrap`), give `sandbox_command`, a command "
-    "that starts a Python in a container, or say `unsafe: true` to run generated code with resource limits only"
+    "Install bubblewrap (`apt-get install bubblewrap`, `dnf install bubblewrap`), set `sandbox_command` to a command "
+    "that starts a Python in a container, or set `unsafe: true` to run generated code with resource limits only"
 )
 _FLAGS = ("-s", "-S", "-B", "-X", "utf8", "-c", CHILD)
 _SYSTEM_DIRS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
@@ -51,7 +51,7 @@ _counter = itertools.count()
 
 @dataclass(frozen=True)
 class Isolation:
-    """A level and the command that starts the child at it. own_uid: each program runs as a user of its own."""
+    """A level and the command that starts the child process. own_uid: each program runs under a user id of its own."""
 
     level: Level
     argv: tuple[str, ...]
@@ -60,7 +60,7 @@ class Isolation:
 
     @contextlib.contextmanager
     def command(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
-        """The command that starts the child, and the files it must inherit; until the end of the context."""
+        """The command that starts the child, and the file descriptors that it inherits; valid within the context."""
         refused = syscalls.denied(namespaces=True) if self.level == 2 else b""
         if not refused:
             yield self.argv, ()
@@ -105,7 +105,7 @@ class UnavailableError(Exception):
 
 
 def by_command(command: str) -> Isolation:
-    """Level 1. The command's last word is a Python (3.8 or newer) that reads its standard input."""
+    """Level 1. The command's last word is a Python (3.8 or newer) that reads its standard input. Raises UserError."""
     words = shlex.split(command)
     if not words or shutil.which(words[0]) is None:
         raise UserError(f"sandbox_command: {command!r}: there is no such program.")
@@ -114,7 +114,7 @@ def by_command(command: str) -> Isolation:
 
 @functools.cache
 def bubblewrap() -> Isolation:
-    """Level 2, tried once. UnavailableError where bubblewrap is not installed or may not make namespaces."""
+    """Level 2; tested once per process. Raises UnavailableError if bubblewrap is missing or cannot create namespaces."""
     program = shutil.which("bwrap")
     if program is None:
         raise UnavailableError("bubblewrap (bwrap) is not installed")
@@ -131,18 +131,18 @@ def bubblewrap() -> Isolation:
     if tried.stdout.strip() != "works":
         said = (tried.stderr.strip().splitlines() or [f"exit status {tried.returncode}"])[0]
         raise UnavailableError(
-            f"bubblewrap is installed but does not work here ({said}): in a container it needs the right to "
-            f"make namespaces"
+            f"bubblewrap is installed but does not work here ({said}): in a container it needs permission to "
+            f"create namespaces"
         )
     return made
 
 
 @functools.cache
 def limits_only() -> Isolation:
-    """Level 3. UserError where there is no Linux to set the limits."""
+    """Level 3. Raises UserError if this is not Linux, where the limits cannot be set."""
     if sys.platform != "linux":
         raise UserError(
-            "generated code runs on Linux only. Elsewhere give `sandbox_command`, a command that starts a Python in a container."
+            "generated code runs only on Linux. On this system, set `sandbox_command` to a command that starts a Python in a container."
         )
     own_uid = os.geteuid() == 0 and _may_change_uid()
     python = _interpreter(_open_to_all if own_uid else lambda path: True)
@@ -157,7 +157,7 @@ def _may_change_uid() -> bool:
 
 
 def _interpreter(usable: object) -> str:
-    """This interpreter outside its virtual environment, or the system's where that is not `usable`."""
+    """This interpreter outside its virtual environment; the system's interpreter if that one is not `usable`."""
     assert callable(usable)
     own = os.path.realpath(sys.executable)
     if usable(own):
@@ -199,7 +199,7 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
                 "0755",
                 "--dir",
                 str(parent),
-            )  # else closed to others, as a home is
+            )  # without this, another user could not enter the folder
         yield from ("--ro-bind", base, base)
     for folder in sorted(_package_dirs()):
         if os.path.isdir(folder):
@@ -208,7 +208,7 @@ def _bwrap_options(version: str, root: bool) -> Iterator[str]:
                 folder,
                 "--remount-ro",
                 folder,
-            )  # a benchmark's answers may lie there
+            )  # hide installed packages, which may contain a benchmark's answers
     yield from ("--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (0, 8):
         yield from ("--perms", "1777", "--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp")

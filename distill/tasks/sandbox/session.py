@@ -1,4 +1,4 @@
-"""Sessions: one untrusted program each, from its start to its guaranteed end.
+"""Sessions: one untrusted program each, from its start until all its processes have ended.
 
 A `Session` is a new process (a new sandbox at level 2) for one program, never used for another. As many run
 at a time as there are cores; further ones wait. Open, use and close it in one thread: bubblewrap kills
@@ -39,7 +39,7 @@ class SandboxError(Exception):
 
 
 class RaisedError(Exception):
-    """What a program's function raised: the exception's class by name, and its message."""
+    """The program's function raised an exception: the name of its class, and its message."""
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(f"{name}: {message}" if message else name)
@@ -48,9 +48,11 @@ class RaisedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """test_s: wall seconds for one test (the first includes loading the program). problem_s: for all of a problem's.
+    """Resource limits of a program.
 
-    memory_mb: address space of each process. num_processes: threads included.
+    test_s: wall-clock seconds for one test (the first one includes loading the program). problem_s: wall-clock seconds
+    for all tests of a problem. memory_mb: address space of each process. num_processes: maximum number of processes,
+    threads included.
     """
 
     test_s: float = 5.0
@@ -159,7 +161,7 @@ class Session:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
-                    env=None if isolation.level == 1 else environment,  # docker needs its user's
+                    env=None if isolation.level == 1 else environment,  # docker needs the user's environment
                     cwd=self._home,
                     pass_fds=files,
                     start_new_session=True,

@@ -29,7 +29,7 @@ _WITHOUT_NAMESPACES = {
 }  # fmt: skip
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _NEW_NAMESPACE = 0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
-_X32 = 0x40000000  # the other numbering of the same calls on x86-64
+_X32 = 0x40000000  # call numbers from here on are the x32 variants of the same calls on x86-64
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
