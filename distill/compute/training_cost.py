@@ -57,8 +57,8 @@ def teachers_cost(teachers: Sequence[Teacher], counts: WorkCounts) -> Cost:
     """
     tokens, head, squared = counts.tokens, counts.head_tokens, counts.squared_lengths
     if any(teacher.shared is not None for teacher in teachers):
-        tokens, head = counts.taught_tokens, counts.taught_head_tokens
-        squared = counts.taught_squared_lengths
+        tokens, head = counts.teacher_tokens, counts.teacher_head_tokens
+        squared = counts.teacher_squared_lengths
     flops = sum(
         forward_flops(
             ModelShape.from_config(teacher.model.config.to_dict()),

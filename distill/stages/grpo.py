@@ -44,7 +44,7 @@ def run(config: GrpoStage, context: Context) -> Result:
             objective=objective,
             rewards=rewards,
             seed=draw_seed(context.seed, context.name, "rollouts"),
-            watch=lambda step, rollout: log(step, lambda: _logged(rollout)),
+            on_rollout=lambda step, rollout: log(step, lambda: _logged(rollout)),
         )
         length = budget_of(config, context) or loop.Length(config.steps or 0)
         progress = PolicyProgress(context, length, ("reward", "length"))

@@ -22,7 +22,7 @@ from distill.stages.policy_sampling import open_policy_sampler
 from distill.stages.snapshots import keep_snapshots
 from distill.stages.sync_proof import prove_sync
 from distill.training import loop
-from distill.training.loss.cross_tokenizer.alignment import Reader
+from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example
 from distill.training.rl.teacher_rollout import TeacherRollouts
 
@@ -52,8 +52,8 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             config=config,
             teacher=engine,
             offline=OfflineExamples(config, context, tokenizer, read) if config.data else None,
-            read=read,
-            watch=lambda step, groups: log(step, lambda: _logged(groups)),
+            retokenizer=read,
+            on_rollout=lambda step, groups: log(step, lambda: _logged(groups)),
         )
         length = budget_of(config, context) or loop.Length(config.steps or 0)
         progress = PolicyProgress(context, length, ("loss", "kl_teacher", "correct", "length"))
@@ -78,7 +78,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
     if engine is not None:
         (name,) = teachers_of(config.teacher)
         taught = ModelShape.from_config(models.config_of(context.model_dir(name)))
-        tokens, head = counts.taught_tokens, counts.taught_head_tokens
+        tokens, head = counts.teacher_tokens, counts.teacher_head_tokens
         mean = tokens / max(counts.completions, 1)
         flops = forward_flops(taught, tokens, (mean + 1) / 2, head)
         teaching = Cost(tokens_scored=tokens, flops=flops)
@@ -106,7 +106,7 @@ def _teacher_engine(
 class OfflineExamples:
     """Stored traces of `data` for each step, epoch by epoch in the source's order; deterministic for a step."""
 
-    def __init__(self, config: OnPolicyStage, context: Context, tokenizer: Any, read: Reader | None) -> None:
+    def __init__(self, config: OnPolicyStage, context: Context, tokenizer: Any, read: Retokenizer | None) -> None:
         teacher = config.teacher if config.scoring == "trainer" else None
         stored = TrainStage(
             kind="train",

@@ -1,20 +1,20 @@
-"""Traces on disk: Parquet shards that hold text, ids and the teacher's distribution at every position.
+"""Traces on disk: Parquet shards with text, ids and the teacher's distribution at every position.
 
-    schema.py     the columns, and what a file says about itself (Metadata)
-    distribution.py    a position's distribution made small, and back
-    codec.py      Traces <-> Arrow tables <-> Parquet bytes
-    folder.py     what lies in a folder: manifests, the writer's lock, files that appear whole or not at all
-    writer.py     TraceWriter: shards written in the background, exactly once, whatever kills it
-    reader.py     open_traces: streaming and shuffled reading of a folder, a selection or one shard
-    filters.py    the filters a recipe may name (this module is their registry)
-    contamination.py   an evaluation set as the decontaminate filter sees it
-    selection.py  runs filters over a folder and writes which rows they keep, never the rows themselves
-    verify.py     is everything there and whole; drop what is not
-    stats.py      what a folder holds, in numbers
-    export.py     the text as SFT JSONL or a `datasets` folder; several folders merged into one
-    notes.py      what stands beside a manifest: who wrote the text, what an audit found
-    card.py       the data card
-    push.py       a folder of traces as a data set on the hub
+    schema.py          the columns of a shard and its metadata
+    quantisation.py    distributions as integer steps, and back
+    codec.py           Traces <-> Arrow tables <-> Parquet bytes
+    folder.py          the files in a folder: shards, manifests, the writer's lock
+    writer.py          TraceWriter: writes shards in the background; after a kill it adds exactly the missing traces
+    reader.py          open_traces: streamed and shuffled reading of a folder, a selection or one shard
+    filters.py         the filters that a recipe may name (this module is their registry)
+    contamination.py   an evaluation set for the filter `decontaminate`
+    selection.py       runs filters over a folder and writes the numbers of the rows they keep
+    verify.py          checks a folder and repairs it
+    summary.py         statistics of a folder
+    export.py          the text as SFT JSONL or a `datasets` folder; merging folders
+    provenance.py      the origin of the text, and the certificate of an audit
+    data_card.py       the data card
+    push.py            upload to the hub as a data set
 
-Modules are imported by name; nothing is re-exported here, so that naming a filter costs no more than it must.
+Import the modules by name. Nothing is re-exported here, so that naming a filter imports nothing else.
 """

@@ -42,7 +42,8 @@ _SPLIT = (
 def to_table(traces: Traces, metadata: Metadata) -> pa.Table:
     """Convert a block to an Arrow table with its metadata.
 
-    Raises ValueError if columns contradict each other, an id is outside the vocabulary or a log-probability is invalid."""
+    Raises ValueError if columns contradict each other, an id is outside the vocabulary or a log-probability is invalid.
+    """
     check(traces, metadata)
     num = len(traces)
     columns: dict[str, Any] = {
@@ -264,7 +265,7 @@ def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
     value_E = flat("top_logprobs" if metadata.exact else "top_steps")
     adds_up = int(count_T.sum(dtype=np.int64)) == len(ids_E) == len(value_E)
     if not adds_up or len(count_T) != len(tail_T) or (len(count_T) and count_T.min() < 1):
-        raise UserError("top_count does not add up to top_ids: damaged, or written by something else.")
+        raise UserError("top_count does not add up to top_ids: the file is damaged or was written by another program.")
     if not metadata.exact:
         value_E = quantisation.dequantise(count_T, value_E, tail_T)
     return TopK(count_T, ids_E, value_E, tail_T)

@@ -67,11 +67,11 @@ def _lineage(reader: TraceReader) -> list[tuple[str, str]]:
     rows = [
         ("text written by", _code(writer)),
         ("distributions of", f"{_code(meta.model)}, weights {_code(meta.weights)}"),
-        ("how", "scored, teacher-forced, on that text" if scored else "kept while it was sampled"),
+        ("how", "that text scored by teacher forcing" if scored else "recorded during sampling"),
         ("tokenizer", f"{_code(meta.tokenizer)}, {meta.vocab_size:,} tokens"),
         ("chat template", _code(meta.chat_template) if meta.chat_template else "none"),
         ("task", f"{_code(meta.task)} ({_code(meta.task_fingerprint)}), template {_code(meta.template)}"),
-        ("sampling", "as far as it is known: " + sampling if scored else sampling),
+        ("sampling", "as far as known: " + sampling if scored else sampling),
         ("log-probabilities", f"{meta.logprob_mode}, temperature {meta.logprob_temperature:g}: before top-p"),
         ("support", f"at most {meta.top_k} entries a position, until they hold {meta.mass:g} of the mass"
          if meta.top_k else "none"),
@@ -97,7 +97,7 @@ def _filters(path: Path) -> list[str]:
         return []
     tree = folder.read_json(path / SELECTION_FILE)
     rows = [(_code(f["fn"]) + _options(f["options"]), f"{f['dropped']:,}", _plain(f["why"])) for f in tree["filters"]]
-    text = f"{tree['kept']:,} of {tree['rows']:,} traces were kept, those that every filter keeps:\n\n"
+    text = f"{tree['kept']:,} of {tree['rows']:,} traces were kept, the ones that every filter keeps:\n\n"
     return ["## What was left out\n\n" + text + _table(rows, ("filter", "dropped", "why"))]
 
 
@@ -112,7 +112,7 @@ def _integrity(reader: TraceReader) -> str:
         "`distill traces verify .` compares them.\n\n"
     )
     if found is None:
-        return text + "No audit was made: nobody has scored positions again with the weights named above.\n"
+        return text + "No audit was made: no positions were scored again with the weights named above.\n"
     text += (
         f"Audit of {found['date']}: {found['positions']:,} random positions of {found['traces']:,} traces were scored again "
         f"with these weights ({found['engine']}, {found['dtype']}). Differences in nats:\n\n"

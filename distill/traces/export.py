@@ -46,11 +46,11 @@ def export_dataset(source: str | Path, out: str | Path, style: Style = "chat") -
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: holds something already; name a new folder.")
+        raise UserError(f"{out}: exists already and is not an empty folder; name a new one.")
     folder.make_folder(out.parent)
     reader = open_traces(source)
     if not reader.num_rows:
-        raise UserError(f"{source}: holds no trace, of which `datasets` makes no folder.")
+        raise UserError(f"{source}: holds no traces, so there is nothing to export.")
     text = datasets.Value("string")
     said = (
         {"messages": datasets.List({"role": text, "content": text})}
@@ -92,7 +92,7 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> int:
     """
     readers = [open_traces(source) for source in sources]
     if not readers:
-        raise UserError(f"{out}: nothing to merge.")
+        raise UserError(f"{out}: no folder of traces to merge was given.")
     if (Path(out) / SELECTION_FILE).exists():
         raise UserError(f"{out}: is a selection of other traces; name another folder.")
     metadata = readers[0].metadata

@@ -101,9 +101,9 @@ def refuse_differences(folder: Path, there: Metadata, new: Metadata, what: str) 
     differences = there.differences(new)
     if differences:
         raise UserError(
-            f"{folder}: holds traces of another kind than {what} has (there != here):\n  "
+            f"{folder}: its traces and {what} differ (folder != new):\n  "
             + "\n  ".join(differences)
-            + "\nUse another folder, or remove this one to generate it anew."
+            + "\nUse another folder, or remove this one to generate its traces again."
         )
 
 
@@ -112,7 +112,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made a folder: {error.strerror}.") from None
+        raise UserError(f"{folder}: cannot create this folder: {error.strerror}.") from None
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ def push(path: Path, repo: str, *, licence: str, private: bool = False) -> str:
     if not hub.reachable():
         raise UserError(
             f"push: the hub ({huggingface_hub.constants.ENDPOINT}) cannot be reached, so nothing was uploaded. With "
-            "--folder OUT the data set is built on this machine, to be uploaded from one with a network "
+            "--folder OUT the data set is built on this machine; upload it from a machine with a network "
             "(`hf upload --repo-type dataset OWNER/NAME OUT`)."
         )
     path = Path(path)
@@ -55,8 +55,8 @@ def push(path: Path, repo: str, *, licence: str, private: bool = False) -> str:
         except (LocalTokenNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"push: the hub refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) as somebody who "
-                "may write there; run again, and only what is missing is uploaded."
+                f"push: the hub refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) with an account that "
+                "may write there, then run again; only missing files are uploaded."
             ) from None
     return str(address)
 
@@ -65,12 +65,12 @@ def build(path: Path, out: Path, *, name: str, licence: str) -> Path:
     """Build the folder to upload: traces with their card. Raises UserError if `out` exists."""
     path, out = Path(path), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: holds something already; name a new folder.")
+        raise UserError(f"{out}: exists already and is not an empty folder; name a new one.")
     if not path.is_dir():
         raise UserError(f"{path}: push a folder of traces, or a selection.")
     report = verify(path)
     if not report.ok:
-        raise UserError(f"{path}: is not whole, so it is not published:\n{report}")
+        raise UserError(f"{path}: has faults, so it is not published:\n{report}")
     text = card(path, name=name, licence=licence)
     out.mkdir(parents=True, exist_ok=True)
     if (path / SELECTION_FILE).is_file():

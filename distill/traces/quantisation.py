@@ -84,7 +84,8 @@ def check(top: TopK, top_k: int) -> None:
     """Check a distribution before it is stored.
 
     Raises ValueError if a position has no entry or more than top_k, entries are not in descending order, or entries and
-    tail do not add up to 1."""
+    tail do not add up to 1.
+    """
     if not len(top):
         return
     if not 1 <= top.count_T.min() <= top.count_T.max() <= top_k:

@@ -41,7 +41,9 @@ BUFFER_ENTRIES = 32 << 20
 UNREADABLE = (OSError, ValueError, pa.ArrowException)
 """The exceptions that Arrow raises for a damaged file (ValueError: invalid text in the footer)."""
 
-_HEAL = "`distill traces verify --repair` on the folder drops what is bad, and generating again adds just that."
+_REPAIR_HINT = (
+    "`distill traces verify --repair` on the folder drops the bad shards; generating again adds the missing traces."
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +116,7 @@ class TraceReader:
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}")
         before = 0
-        for shards in self._deal(seed, buffer_rows):
+        for shards in self._shuffle_buffers(seed, buffer_rows):
             num = sum(self._num_rows(shard) for shard in shards)
             mine = slice((rank - before) % world, num, world)
             before += num
@@ -183,7 +185,7 @@ class TraceReader:
     def _num_rows(self, shard: folder.Shard) -> int:
         return shard.rows if self.selected is None else len(self.selected.get(shard.file, ()))
 
-    def _deal(self, seed: int, buffer_rows: int) -> Iterator[list[folder.Shard]]:
+    def _shuffle_buffers(self, seed: int, buffer_rows: int) -> Iterator[list[folder.Shard]]:
         """Yield groups of shards that fill a buffer, in random order."""
         group: list[folder.Shard] = []
         num_rows, num_entries = 0, 0.0
@@ -216,7 +218,7 @@ def open_traces(path: str | Path) -> TraceReader:
     manifests = folder.read_manifests(path) if path.is_dir() else []
     if not manifests:
         if path.is_dir() and folder.shard_files(path):
-            raise UserError(f"{path}: there are shards, but no manifest says what they are. {_HEAL}")
+            raise UserError(f"{path}: there are shards, but no manifest that lists them. {_REPAIR_HINT}")
         raise UserError(f"{path}: no traces here (a folder with a manifest, a selection, or a .parquet shard).")
     shards = tuple(shard for manifest in manifests for shard in manifest.shards)
     fingerprint = stable_hash(*(shard.sha256 for shard in shards))
@@ -282,7 +284,7 @@ def decode_file(data: Any, where: str) -> tuple[pa.Table, Metadata]:
 
 
 def damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path}: damaged: {' '.join(why.split())}. {_HEAL}")
+    return UserError(f"{path}: damaged: {' '.join(why.split())}. {_REPAIR_HINT}")
 
 
 def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names: list[str]) -> Iterator[pa.Table]:
@@ -293,7 +295,7 @@ def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names:
             file = pq.ParquetFile(source, page_checksum_verification=True)
             own = metadata_of(file.schema_arrow, str(path))
             if differences := own.differences(metadata):
-                raise damaged(path, f"not the metadata of its manifest ({differences[0]})")
+                raise damaged(path, f"its metadata differs from the manifest ({differences[0]})")
             for batch in file.iter_batches(batch_size=rows, columns=names):
                 yield pa.Table.from_batches([batch])
         except UNREADABLE as error:
@@ -303,11 +305,11 @@ def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names:
 def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
     """Compare a file's size and SHA-256 with the manifest's and return it, in memory if all of it is needed."""
     if not path.exists():
-        raise UserError(f"{path}: is listed in the manifest, but missing. {_HEAL}")
+        raise UserError(f"{path}: is listed in the manifest, but missing. {_REPAIR_HINT}")
     found = path.stat()
     if found.st_size != shard.bytes:
         size = found.st_size
-        raise damaged(path, f"{size:,} bytes instead of {shard.bytes:,}" if size else "it is empty")
+        raise damaged(path, f"{size:,} bytes instead of {shard.bytes:,}" if size else "empty file")
     data = path.read_bytes() if whole else None
     digest = (
         folder.sha256(data)
@@ -315,7 +317,7 @@ def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
         else _file_digest(path, found.st_ino, found.st_mtime_ns, found.st_ctime_ns)
     )
     if digest != shard.sha256:
-        raise damaged(path, "its SHA-256 is not the manifest's (bits have changed)")
+        raise damaged(path, "its SHA-256 differs from the manifest's (the file has changed)")
     return pa.OSFile(str(path)) if data is None else pa.BufferReader(data)
 
 

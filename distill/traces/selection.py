@@ -39,16 +39,19 @@ from distill.traces.reader import (
 )
 from distill.traces.schema import LIGHT_COLUMNS
 
-HOME = "distill.traces.filters"
+FILTERS_MODULE = "distill.traces.filters"
 DROPPED_FILE = "dropped.parquet"
 NUM_SHOWN = 3
 """Trace ids listed for each filter; dropped.parquet has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
-    """One filter's result. dropped: the number of traces it dropped; alone: of those, the number that no other filter
-    dropped; first: the first few of their ids."""
+class FilterResult:
+    """One filter's result.
+
+    dropped: the number of traces it dropped; alone: of those, the number that no other filter dropped; first: the first
+    few of the dropped ids.
+    """
 
     fn: str
     options: dict[str, Any]
@@ -60,18 +63,20 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
+    """The result of `select`: numbers of traces and problems, in total and kept, and each filter's result."""
+
     rows: int
     kept: int
     problems: int
     problems_kept: int
-    filters: tuple[Dropped, ...]
+    filters: tuple[FilterResult, ...]
 
     def __str__(self) -> str:
         lines = [f"kept {self.kept:,} of {self.rows:,} traces, of {self.problems_kept:,} of {self.problems:,} problems"]
         for f in self.filters:
             named = f" ({', '.join(f.first)}{', …' if f.dropped > len(f.first) else ''})"
             lines.append(
-                f"  {f.fn}: dropped {f.dropped:,} ({f.alone:,} that only it dropped): {f.why}{named if f.first else ''}"
+                f"  {f.fn}: dropped {f.dropped:,} ({f.alone:,} dropped by no other filter): {f.why}{named if f.first else ''}"
             )
         return "\n".join(lines)
 
@@ -92,19 +97,19 @@ def select(
     functions = [_bind(f, held_out) for f in keep]
     reader = open_traces(source)
     if out.resolve() in (reader.base.resolve(), source.resolve()):
-        raise UserError(f"{out}: a selection is written beside the traces, not into their folder.")
+        raise UserError(f"{out}: a selection cannot be written into the folder of its traces; name another folder.")
     num_problems = num_problems_kept = 0
     alone = np.zeros(len(keep), np.int64)
     kept: list[tuple[int, int, str]] = []
-    refused: list[tuple[str, str, Array]] = []
-    for group in _groups(reader):
-        refused_FN = ~_flags(functions, keep, group)
-        alone += (refused_FN & (refused_FN.sum(0) == 1)).sum(1)
+    dropped: list[tuple[str, str, Array]] = []
+    for group in _traces_by_problem(reader):
+        dropped_FN = ~_flags(functions, keep, group)
+        alone += (dropped_FN & (dropped_FN.sum(0) == 1)).sum(1)
         num_problems += 1
-        num_problems_kept += not refused_FN.any(0).all()
-        for row, refused_F in zip(group, refused_FN.T, strict=True):
-            if refused_F.any():
-                refused.append((row.trace_id, row.block.problem_id[row.n], refused_F))
+        num_problems_kept += not dropped_FN.any(0).all()
+        for row, dropped_F in zip(group, dropped_FN.T, strict=True):
+            if dropped_F.any():
+                dropped.append((row.trace_id, row.block.problem_id[row.n], dropped_F))
             else:
                 kept.append((row.shard, row.number, row.trace_id))
     result = Selection(
@@ -113,21 +118,21 @@ def select(
         problems=num_problems,
         problems_kept=num_problems_kept,
         filters=tuple(
-            _account(f, function, int(alone[i]), [row[0] for row in refused if row[2][i]])
+            _filter_result(f, function, int(alone[i]), [row[0] for row in dropped if row[2][i]])
             for i, (f, function) in enumerate(zip(keep, functions, strict=True))
         ),
     )
     if not kept:
-        raise UserError(f"{source}: no trace is left, so there is nothing to select:\n{result}")
+        raise UserError(f"{source}: the filters drop every trace, so there is nothing to select:\n{result}")
     files = [shard.file for shard in reader.shards]
-    _write(out, source, reader.fingerprint, files, sorted(kept), refused, result)
+    _write(out, source, reader.fingerprint, files, sorted(kept), dropped, result)
     return result
 
 
 def _bind(config: PlugConfig, held_out: Callable[[str], HeldOut] | None) -> Any:
     """Bind a filter to its options and, if it takes one, to the evaluation set."""
     where = f"keep.{config.fn}"
-    function = plug.bind(config.fn, config.options, HOME, where)
+    function = plug.bind(config.fn, config.options, FILTERS_MODULE, where)
     if "held_out" not in inspect.signature(function).parameters:
         return function
     if held_out is None or not isinstance(config.options.get("against"), str):
@@ -135,12 +140,14 @@ def _bind(config: PlugConfig, held_out: Callable[[str], HeldOut] | None) -> Any:
     return functools.partial(function, held_out=held_out(config.options["against"]))
 
 
-def _account(config: PlugConfig, function: Any, alone: int, refused: list[str]) -> Dropped:
-    return Dropped(config.fn, config.options, _why(function), len(refused), alone, tuple(refused[:NUM_SHOWN]))
+def _filter_result(config: PlugConfig, function: Any, alone: int, dropped: list[str]) -> FilterResult:
+    return FilterResult(
+        config.fn, config.options, _drop_reason(function), len(dropped), alone, tuple(dropped[:NUM_SHOWN])
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Row:
+class _TraceRow:
     """One trace: row `number` of a shard and row n of the block that was read."""
 
     shard: int
@@ -153,26 +160,26 @@ class _Row:
         return self.block.trace_id[self.n]
 
 
-def _groups(reader: TraceReader) -> Iterator[list[_Row]]:
+def _traces_by_problem(reader: TraceReader) -> Iterator[list[_TraceRow]]:
     """Yield each problem's traces by sample, as soon as the last of them was read."""
     missing = Counter(
         problem for table in reader.tables(4096, ["problem_id"]) for problem in table.column("problem_id").to_pylist()
     )
-    pending: dict[str, list[_Row]] = defaultdict(list)
+    pending: dict[str, list[_TraceRow]] = defaultdict(list)
     for index, shard in enumerate(reader.shards):
         for numbers, table in reader.shard_tables(shard, 256, LIGHT_COLUMNS):
             block = codec.from_table(table, reader.metadata)
             for n, problem in enumerate(block.problem_id):
-                pending[problem].append(_Row(index, int(numbers[n]), block, n))
+                pending[problem].append(_TraceRow(index, int(numbers[n]), block, n))
                 missing[problem] -= 1
                 if not missing[problem]:
                     rows = pending.pop(problem)
                     yield sorted(rows, key=lambda r: (int(r.block.sample[r.n]), r.shard, r.number))
 
 
-def _flags(functions: Sequence[Any], keep: Sequence[PlugConfig], rows: list[_Row]) -> Array:
+def _flags(functions: Sequence[Any], keep: Sequence[PlugConfig], rows: list[_TraceRow]) -> Array:
     """Return the flags [F, N] of every filter on one problem's traces."""
-    group = _gather(rows)
+    group = _as_traces(rows)
     flags_FN = np.empty((len(functions), len(rows)), bool)
     for i, (function, config) in enumerate(zip(functions, keep, strict=True)):
         flags = np.asarray(function(group))
@@ -185,7 +192,7 @@ def _flags(functions: Sequence[Any], keep: Sequence[PlugConfig], rows: list[_Row
     return flags_FN
 
 
-def _gather(rows: list[_Row]) -> Traces:
+def _as_traces(rows: list[_TraceRow]) -> Traces:
     def pick(name: str) -> list[Any]:
         return [getattr(row.block, name)[row.n] for row in rows]
 
@@ -213,7 +220,7 @@ def _gather(rows: list[_Row]) -> Traces:
     )
 
 
-def _why(function: Any) -> str:
+def _drop_reason(function: Any) -> str:
     """Return the reason for a filter's drops from its docstring: the line `Dropped:`, else the negation of its first line."""
     lines = [line.strip() for line in (getattr(function, "func", function).__doc__ or "").strip().splitlines()]
     for line in lines:
@@ -228,13 +235,13 @@ def _write(
     fingerprint: str,
     files: list[str],
     kept: list[tuple[int, int, str]],
-    refused: list[tuple[str, str, Array]],
+    dropped: list[tuple[str, str, Array]],
     result: Selection,
 ) -> None:
     """Write the rows, then `selection.json`; an old one is removed first, so that an unfinished selection is not opened."""
     folder.make_folder(out)
     (out / SELECTION_FILE).unlink(missing_ok=True)
-    table = pa.table(
+    kept_table = pa.table(
         {
             "trace_id": pa.array([trace_id for _, _, trace_id in kept]),
             "shard": pa.array([files[shard] for shard, _, _ in kept]),
@@ -242,18 +249,18 @@ def _write(
         }
     )
     names = [f.fn for f in result.filters]
-    dropped = pa.table(
+    dropped_table = pa.table(
         {
-            "trace_id": pa.array([trace_id for trace_id, _, _ in refused], pa.string()),
-            "problem_id": pa.array([problem_id for _, problem_id, _ in refused], pa.string()),
+            "trace_id": pa.array([trace_id for trace_id, _, _ in dropped], pa.string()),
+            "problem_id": pa.array([problem_id for _, problem_id, _ in dropped], pa.string()),
             "by": pa.array(
-                [[names[i] for i in np.flatnonzero(flags)] for _, _, flags in refused],
+                [[names[i] for i in np.flatnonzero(flags)] for _, _, flags in dropped],
                 pa.list_(pa.string()),
             ),
         }
     )
-    write_atomic(out / DROPPED_FILE, _parquet(dropped))
-    data = _parquet(table)
+    write_atomic(out / DROPPED_FILE, _parquet(dropped_table))
+    data = _parquet(kept_table)
     write_atomic(out / KEEP_FILE, data)
     folder.write_json(
         out / SELECTION_FILE,

@@ -54,7 +54,7 @@ class Report:
         lines = [f"  fault: {finding}" for finding in self.findings]
         lines += [f"  note: {finding}" for finding in self.notes]
         if not self.ok:
-            lines.append("`--repair` drops what is bad; generating again adds just that.")
+            lines.append("`--repair` drops the bad shards; generating again adds the missing traces.")
         return "\n".join([head, *lines])
 
 
@@ -66,7 +66,7 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
     A selection is compared with its source, and the source verified. Raises UserError only if there is nothing
     to verify, or a selection no longer matches its source.
     """
-    path = _base(Path(path))
+    path = _shard_folder(Path(path))
     findings: list[Finding] = []
     names = folder.shard_files(path) if path.is_dir() else {}
     manifest_paths = sorted(path.glob("manifest-*.json")) if path.is_dir() else []
@@ -87,9 +87,9 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
         ]
         for shard in manifest.shards:
             faults, ids = check_shard(path / shard.file, shard, manifest.metadata)
-            twice = [trace_id for trace_id in ids if trace_id in seen]
-            if twice:
-                faults.append(f"{len(twice)} traces are also in {seen[twice[0]]}: {twice[:3]}")
+            repeated = [trace_id for trace_id in ids if trace_id in seen]
+            if repeated:
+                faults.append(f"{len(repeated)} traces are also in {seen[repeated[0]]}: {repeated[:3]}")
             seen |= dict.fromkeys(ids, shard.file)
             findings += [Finding(shard.file, what) for what in faults]
             rows, positions = rows + shard.rows, positions + shard.positions
@@ -100,11 +100,11 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
     unlisted = [name for name in names if name not in listed]
     there = {manifest_path.name for manifest_path in manifest_paths}
     findings += [
-        Finding(manifest, "missing: nothing says what its writer's shards are")
+        Finding(manifest, "missing: its writer's shards are in no manifest")
         for manifest in sorted({folder.manifest_name(_writer_of(name)) for name in names} - there)
     ]
     notes = [Finding(name, "not in a manifest (a writer was killed)") for name in unlisted]
-    notes += [Finding(p.name, "a half-written file") for p in sorted(path.glob(".*.tmp"))]
+    notes += [Finding(p.name, "an incomplete temporary file") for p in sorted(path.glob(".*.tmp"))]
     return Report(path, len(listed), rows, positions, tuple(findings), tuple(notes))
 
 
@@ -113,7 +113,7 @@ def repair(path: str | Path) -> Report:
 
     Raises UserError if a writer has the folder open.
     """
-    path = _base(Path(path))
+    path = _shard_folder(Path(path))
     report = verify(path)
     bad = {finding.file for finding in report.findings}
     known = {_writer_of(manifest.name) for manifest in path.glob("manifest-*.json")}
@@ -132,7 +132,7 @@ def repair(path: str | Path) -> Report:
     return report
 
 
-def _base(path: Path) -> Path:
+def _shard_folder(path: Path) -> Path:
     """The folder of the shards."""
     return reader.open_traces(path).base if (path / reader.SELECTION_FILE).exists() else path
 
@@ -171,7 +171,7 @@ def check_shard(path: Path, shard: folder.Shard, metadata: Metadata) -> tuple[li
     if len(data) != shard.bytes:
         return [f"truncated: {len(data):,} bytes of {shard.bytes:,}" if data else "empty"], []
     if folder.sha256(data) != shard.sha256:
-        return ["bits have changed: its SHA-256 is not the manifest's"], []
+        return ["changed: its SHA-256 differs from the manifest's"], []
     try:
         table, own = reader.decode_file(data, str(path))
         table.validate(full=True)
@@ -179,10 +179,10 @@ def check_shard(path: Path, shard: folder.Shard, metadata: Metadata) -> tuple[li
         return [str(error)], []
     faults = [f"metadata: {difference}" for difference in own.differences(metadata)]
     if writer.describe(shard.file, data, table) != shard:
-        faults.append("its rows, positions or entries are not as many as the manifest says")
+        faults.append("its numbers of rows, positions or entries differ from the manifest")
     ids = table.column("trace_id").to_pylist()
     if len(set(ids)) != len(ids):
-        faults.append(f"{len(ids) - len(set(ids))} trace ids are there twice")
+        faults.append(f"{len(ids) - len(set(ids))} trace ids occur twice")
     return faults + check_table(table, metadata), ids
 
 
@@ -192,7 +192,7 @@ def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
     def lengths(name: str) -> Array:
         return np.asarray(pc.list_value_length(table.column(name)).fill_null(0).to_numpy())
 
-    faults = [f"{name} is null in some rows" for name in _nulls(table)]
+    faults = [f"{name} is null in some rows" for name in _columns_with_nulls(table)]
     for name, other in (
         ("prompt_ids", "prompt_tokens"),
         ("completion_ids", "completion_tokens"),
@@ -219,12 +219,12 @@ def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
         codec.check(traces, metadata)
     except (UserError, ValueError) as error:
         return [str(error)]
-    if traces.top is not None and (twice := _num_twice(traces.top)):
-        return [f"{twice} positions have an id twice among their entries"]
+    if traces.top is not None and (repeated := _num_repeated(traces.top)):
+        return [f"{repeated} positions have an id twice among their entries"]
     return []
 
 
-def _nulls(table: pa.Table) -> list[str]:
+def _columns_with_nulls(table: pa.Table) -> list[str]:
     """Return the columns with a null that the writer never writes, also within a turn's text or a reward's name."""
     columns = {name: table.column(name) for name in _NEVER_NULL}
     for name, field in (("messages", "role"), ("messages", "content"), ("rewards", "name")):
@@ -233,7 +233,7 @@ def _nulls(table: pa.Table) -> list[str]:
     return [name for name, column in columns.items() if column.null_count]
 
 
-def _num_twice(top: TopK) -> int:
+def _num_repeated(top: TopK) -> int:
     """Count the positions where an id has more than one entry."""
     position_E = np.repeat(np.arange(len(top), dtype=np.int64), top.count_T)
     key_E = np.sort(position_E << 32 | top.ids_E)

@@ -64,7 +64,7 @@ class TraceWriter:
         self._ids: set[str] = set()
         self._queue: deque[tuple[Traces, Array]] = deque()
         self._held = np.zeros(2, np.int64)
-        self._pending = _Pending(shard_rows)
+        self._pending = _PendingRows(shard_rows)
         self._first_row_at = 0.0
         self._closing = False
         self._error: BaseException | None = None
@@ -115,7 +115,7 @@ class TraceWriter:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Write the waiting rows and release the folder. Raises errors of the background thread."""
+        """Write the waiting rows and release the folder. Raises the background thread's error, if there is one."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -219,9 +219,9 @@ class TraceWriter:
         listed = {shard.file for shard in self._shards}
         for name in folder.shard_files(self.folder, self.writer):
             if name not in listed:
-                self._take_up(self.folder / name)
+                self._adopt_shard(self.folder / name)
 
-    def _take_up(self, path: Path) -> None:
+    def _adopt_shard(self, path: Path) -> None:
         """Add to the manifest a shard that was written just before a kill, if it is complete and of the same kind."""
         try:
             data = path.read_bytes()
@@ -236,7 +236,7 @@ class TraceWriter:
         self._list(describe(path.name, data, table))
 
 
-class _Pending:
+class _PendingRows:
     """Rows waiting to become shards. Shard boundaries depend on the rows alone, not on the blocks they arrived in."""
 
     def __init__(self, shard_rows: int) -> None:

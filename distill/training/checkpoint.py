@@ -1,4 +1,4 @@
-"""Training checkpoints: written whole or not at all, and enough for a resumed run to equal an uninterrupted one.
+"""Training checkpoints: written atomically; a run resumed from one equals an uninterrupted run bitwise.
 
 A checkpoint is a folder `step-00000050` with `state.safetensors` (master weights and moments) and `state.json`
 (step, random state, totals so far). It is built under a temporary name, synced to disk and renamed.

@@ -25,12 +25,12 @@ from distill.records import UserError
 from distill.training import checkpoint, malloc
 from distill.training.batch import Batch
 from distill.training.forward import ForwardPlan
-from distill.training.loss.metrics import mean_sums
+from distill.training.loss.metrics import weighted_sums
 from distill.training.loss.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.policy import Policy, StudentModule, Teacher
 
-FIRST_GUESS = 50
+ASSUMED_STEPS = 50
 """The number of steps assumed for a FLOP budget until the first step shows the cost of one."""
 
 
@@ -39,7 +39,7 @@ class WorkCounts:
     """Counts of a stage's work, from which its FLOPs follow.
 
     tokens through the body and head_tokens through the head, forward and backward, with the sum over traces of
-    length squared; scored_*: the same, forward only; taught_*: through a teacher's engine or a teacher with another
+    length squared; scored_*: the same, forward only; teacher_*: through a teacher's engine or a teacher with another
     tokenizer; prompt_tokens and generated_tokens of completions sampled.
     """
 
@@ -49,9 +49,9 @@ class WorkCounts:
     scored_tokens: int = 0
     scored_head_tokens: int = 0
     scored_squared_lengths: int = 0
-    taught_tokens: int = 0
-    taught_head_tokens: int = 0
-    taught_squared_lengths: int = 0
+    teacher_tokens: int = 0
+    teacher_head_tokens: int = 0
+    teacher_squared_lengths: int = 0
     completions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -91,7 +91,7 @@ class Length:
     num_steps: int
 
     def steps(self, counts: WorkCounts) -> int:
-        """How many there will be, as it looks by now."""
+        """Return the number of steps."""
         return self.num_steps
 
     def reached(self, counts: WorkCounts) -> bool:
@@ -106,9 +106,9 @@ class Budget:
     count: Callable[[WorkCounts], float]
 
     def steps(self, counts: WorkCounts) -> int:
-        """How many there will be, as it looks by now."""
+        """Estimate the total number of steps from the work done so far."""
         if not counts.steps:
-            return FIRST_GUESS
+            return ASSUMED_STEPS
         return max(counts.steps, round(self.flops / self.count(counts) * counts.steps))
 
     def reached(self, counts: WorkCounts) -> bool:
@@ -133,10 +133,11 @@ def train(
     show: Callable[[int, int, dict[str, float]], None] | None = None,
     keep: Callable[[int, WorkCounts, Policy], None] | None = None,
 ) -> WorkCounts:
-    """Train in place to the end of `length`, from the newest checkpoint in `folder` when there is one.
+    """Train in place to the end of `length`, from the newest checkpoint in `folder` if there is one.
 
-    plan: how the model is computed; None = as a Llama-like model. Metrics go to folder/metrics.jsonl, checkpoints to folder/checkpoints. show(step, expected number of steps, metrics)
-    and keep are called after every step. Raises UserError after config.max_bad_steps consecutive steps whose loss or
+    plan: how the model is computed; None = as a Llama-like model. Metrics go to folder/metrics.jsonl, checkpoints to
+    folder/checkpoints. show(step, expected number of steps, metrics) and keep(step, counts, policy), which may save a
+    snapshot, are called after every step. Raises UserError after config.max_bad_steps consecutive steps whose loss or
     gradient is not finite.
     """
     accelerator = _accelerator(config, folder, name)
@@ -256,18 +257,18 @@ def _accumulate(
         counts.head_tokens += len(rows)
         counts.squared_lengths += batch.squared_lengths
         if batch.cross_tokenizer is not None:
-            counts.taught_tokens += len(batch.cross_tokenizer.batch.ids_T)
-            counts.taught_head_tokens += len(batch.cross_tokenizer.rows)
-            counts.taught_squared_lengths += batch.cross_tokenizer.batch.squared_lengths
+            counts.teacher_tokens += len(batch.cross_tokenizer.batch.ids_T)
+            counts.teacher_head_tokens += len(batch.cross_tokenizer.rows)
+            counts.teacher_squared_lengths += batch.cross_tokenizer.batch.squared_lengths
         out = student_module(batch.to_torch(accelerator.device), rows.to(accelerator.device))
         # Data parallelism averages gradients over processes; the denominator already counts all of them.
         accelerator.backward(out.loss * accelerator.num_processes)
         optimizer.accumulate()
         loss += out.loss.detach().float()
-        for key, sum_2 in mean_sums(out.watched, out.weight_T).items():
+        for key, sum_2 in weighted_sums(out.measures, out.weight_T).items():
             sums[key] = sums.get(key, 0.0) + sum_2
     if not micro_batches:
-        optimizer.no_gradient()
+        optimizer.set_zero_gradient()
     totals = accelerator.reduce(torch.cat([loss[None], *sums.values()]), reduction="sum")
     loss_sum, *rest = totals.tolist()
     pairs = zip(sums, rest[::2], rest[1::2], strict=True)

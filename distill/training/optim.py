@@ -46,13 +46,13 @@ class MasterAdamW:
                 master.grad += parameter.grad
             parameter.grad = None
 
-    def no_gradient(self) -> None:
+    def set_zero_gradient(self) -> None:
         """Set every gradient to zero, for a step without tokens to learn from."""
         for master in self.masters:
             master.grad = torch.zeros_like(master)
 
     def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a global norm of at most max_norm; returns the norm before, fp32."""
+        """Scale the gradients to a global norm of at most max_norm; return the norm before, fp32."""
         return nn.utils.clip_grad_norm_([m for m in self.masters if m.grad is not None], max_norm)
 
     @torch.no_grad()
@@ -70,7 +70,7 @@ class MasterAdamW:
             tensor.grad = None
 
     def state(self) -> dict[str, Tensor]:
-        """Masters and moments by name: everything a resumed run needs to be bitwise the same."""
+        """Return masters and moments by name: all that a resumed run needs to be bitwise the same."""
         tensors = {}
         for name, master in zip(self.names, self.masters, strict=True):
             tensors[f"master/{name}"] = master.detach()
@@ -80,7 +80,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`; also sets the model's own parameters. Everything goes to where the parameters are."""
+        """Restore what `state` returned, on the parameters' devices; also sets the model's own parameters."""
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
             master.copy_(tensors[f"master/{name}"])
             parameter.copy_(master)

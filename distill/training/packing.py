@@ -16,7 +16,6 @@ P + j and is predicted at row P + j - 1, which gets its label, its weight and th
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,19 +24,11 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from distill.records import Array, TopK, Traces
-from distill.training import prefix_sharing
 from distill.training.batch import Batch, CrossTokenizerBatch
-from distill.training.loss.cross_tokenizer.alignment import Alignment, Reading
+from distill.training.loss.cross_tokenizer.alignment import Alignment, RetokenizedTrace
 from distill.training.loss.multi_teacher import TeacherMixture
-
-LEAST_SAVED = 16
-"""The least number of tokens that sharing a prefix must save: about the cost of attention to one more doc."""
-
-
-ATTENTION = 1 / (12 * 1024)
-"""Compute of attention for a token and another one that it sees twice over, in tokens: of a Llama-like model 1,024 wide."""
-PIECES = 8
-"""Parts of an even share of a step's work: examples of one prompt that take more are divided over processes."""
+from distill.training.prefix_sharing import ExampleGroup, ExampleWithPrefix, SharedPrefix, group_by_prefix, num_tokens
+from distill.training.rank_split import ATTENTION, split
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +37,7 @@ class Example:
 
     top: distributions of one teacher or several, C rows each, or None. advantage (rollouts): one number, or one a
     completion token. engine_logp (rollouts): the engine's log-probability of each completion token, float32 [C].
-    reading: the trace re-tokenised for a teacher with another tokenizer.
+    retokenized: the trace re-tokenised for a teacher with another tokenizer.
     """
 
     trace_id: str
@@ -55,7 +46,7 @@ class Example:
     top: TopK | TeacherMixture | None = None
     advantage: float | Array | None = None
     engine_logp: Array | None = None
-    reading: Reading | None = None
+    retokenized: RetokenizedTrace | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -118,203 +109,67 @@ def pack(
     With several processes each gets its share of the work (`split`), and all get equally many micro-batches: a process
     with fewer gets empty ones (weight 0), so that ranks stay in step. complete: adds to this process's examples what was
     not read for planning.
-    An example longer than micro_tokens has a micro-batch of its own. For examples with a reading (all or none) the spans
+    An example longer than micro_tokens has a micro-batch of its own. For re-tokenised examples (all or none) the spans
     of text between common cuts take the place of tokens.
     """
     if denominator is None:
         counts = [len(e.completion_ids) for e in examples]
         denominator = float(sum(counts) if normalise == "token" else np.count_nonzero(counts))
-    spans = [e.reading.alignment.num_spans for e in examples if e.reading is not None]
+    spans = [e.retokenized.alignment.num_spans for e in examples if e.retokenized is not None]
     num_spans = float(sum(spans) if normalise == "token" else np.count_nonzero(spans))
     shares = split(examples, world, attention) if world > 1 else [list(examples)]
-    num_batches = max((len(_bins(_units(share, micro_tokens), micro_tokens)) for share in shares), default=0)
+    num_batches = max((len(_bins(group_by_prefix(share, micro_tokens), micro_tokens)) for share in shares), default=0)
     mine = complete(shares[rank])
-    bins = _bins(_units(mine, micro_tokens), micro_tokens)
+    bins = _bins(group_by_prefix(mine, micro_tokens), micro_tokens)
     if len(bins) < num_batches:
         (filler,) = complete([min(examples, key=len)])
         bins += [[] for _ in range(num_batches - len(bins))]
     batches = []
     for chosen in bins:
-        unit = chosen or [Placed(filler)]
-        batch = _batch(unit, normalise, max(denominator, 1.0), masked=not chosen)
+        group = chosen or [ExampleWithPrefix(filler)]
+        batch = _batch(group, normalise, max(denominator, 1.0), masked=not chosen)
         if spans:
-            together = [placed.example for placed in unit]
+            together = [placed.example for placed in group]
             cross_tokenizer = _cross_tokenizer(together, normalise, max(num_spans, 1.0), masked=not chosen)
             batch = replace(batch, cross_tokenizer=cross_tokenizer)
         batches.append(batch)
     return batches
 
 
-def split(examples: Sequence[Example], world: int, attention: float = ATTENTION) -> list[list[Example]]:
-    """Split one step's examples into `world` shares of about the same compute, each in the examples' order.
-
-    Compute is counted after prompts are shared, attention included. Examples of one prompt stay together while they take
-    less than a PIECES-th of an even share; the pieces go, the largest first, to the process with the least so far. The
-    result depends on the arguments only, so every process finds the same.
-    """
-    pieces: list[tuple[float, list[Placed]]] = []
-    placed = _share(examples)
-    runs = [
-        list(run) for _, run in itertools.groupby(placed, key=lambda p: id(p.prefix if p.prefix is not None else p))
-    ]
-    limit = sum(_work(run, attention) for run in runs) / (world * PIECES)
-    for run in runs:
-        piece: list[Placed] = []
-        for each in run:
-            if piece and _work([*piece, each], attention) > limit:
-                pieces.append((_work(piece, attention), piece))
-                piece = []
-            piece.append(each)
-        pieces.append((_work(piece, attention), piece))
-    place = {id(example): n for n, example in enumerate(examples)}
-    loads = [(0.0, rank) for rank in range(world)]
-    shares: list[list[Example]] = [[] for _ in range(world)]
-    for work, piece in sorted(pieces, key=lambda p: p[0], reverse=True):
-        load, rank = heapq.heappop(loads)
-        shares[rank] += [each.example for each in piece]
-        heapq.heappush(loads, (load + work, rank))
-    return [sorted(share, key=lambda example: place[id(example)]) for share in shares]
-
-
-def _work(piece: Sequence[Placed], attention: float) -> float:
-    """Return the compute of examples that share one prefix, in tokens; the prefix is counted once."""
-    parts = [(len(each.example) - each.done, each.done) for each in piece]
-    if (prefix := piece[0].prefix) is not None:
-        parts.append((len(prefix.ids), prefix.stop - len(prefix.ids)))
-    return sum(own + attention * (own**2 + 2 * own * before) for own, before in parts)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Prefix:
-    """A prompt prefix that several examples share: its ids, which continue those of `before`; computed once.
-
-    stop: the number of prompt tokens from the first one to the end of ids.
-    """
-
-    ids: Array
-    before: Prefix | None
-    stop: int
-
-    def chain(self) -> Iterator[Prefix]:
-        """This prefix and those before it, the last first."""
-        prefix: Prefix | None = self
-        while prefix is not None:
-            yield prefix
-            prefix = prefix.before
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Placed:
-    """An example and the shared prefix that it continues."""
-
-    example: Example
-    prefix: Prefix | None = None
-
-    @property
-    def done(self) -> int:
-        """The number of its prompt tokens that the prefix covers."""
-        return self.prefix.stop if self.prefix is not None else 0
-
-    def chain(self) -> Iterator[Prefix]:
-        return iter(()) if self.prefix is None else self.prefix.chain()
-
-
-Unit = list[Placed]
-"""Examples that are computed together because they share a prefix, or one alone."""
-
-
-def _units(examples: Sequence[Example], micro_tokens: int) -> list[Unit]:
-    """Group examples that share a prefix, as many as fit a micro-batch; every other example is a group of one."""
-    units: list[Unit] = []
-    held: set[Prefix] = set()
-    size = 0
-    for placed in _share(examples):
-        added = [prefix for prefix in placed.chain() if prefix not in held]
-        more = len(placed.example) - placed.done + sum(len(prefix.ids) for prefix in added)
-        if not held.isdisjoint(placed.chain()) and size + more <= micro_tokens:
-            units[-1].append(placed)
-            size, held = size + more, held.union(added)
-        else:
-            units.append([placed])
-            size, held = len(placed.example), set(placed.chain())
-    return [unit if len(unit) > 1 else [Placed(unit[0].example)] for unit in units]
-
-
-def _share(examples: Sequence[Example]) -> list[Placed]:
-    """Sort the examples by prompt, so that those with a common prefix are neighbours, and give each its shared prefix.
-
-    The prefixes form a tree: the prefix of all examples, then longer prefixes of parts of them. A level is made where it
-    saves LEAST_SAVED tokens. The last prompt token is never shared: it predicts the first token of its own example's
-    completion.
-    """
-    short = [e for e in examples if len(e) <= prefix_sharing.MAX_TOKENS and len(e.prompt_ids)]
-    short.sort(key=lambda e: e.prompt_ids.astype(">u4").tobytes())
-    common = [_num_common(a.prompt_ids, b.prompt_ids) for a, b in itertools.pairwise(short)]
-    prefixes: list[Prefix | None] = [None] * len(short)
-    runs = [(0, len(short))] if short else []
-    while runs:
-        first, end = runs.pop()
-        if end - first < 2:
-            continue
-        shared, before = min(common[first : end - 1]), prefixes[first]
-        done = before.stop if before is not None else 0
-        if (shared - done) * (end - first - 1) >= LEAST_SAVED:
-            prefix = Prefix(short[first].prompt_ids[done:shared], before, shared)
-            prefixes[first:end] = [prefix] * (end - first)
-        cuts = [n + 1 for n in range(first, end - 1) if common[n] == shared]
-        runs += itertools.pairwise([first, *cuts, end])
-    placed = [Placed(e, prefix) for e, prefix in zip(short, prefixes, strict=True)]
-    return placed + [Placed(e) for e in examples if len(e) > prefix_sharing.MAX_TOKENS or not len(e.prompt_ids)]
-
-
-def _num_common(a: Array, b: Array) -> int:
-    """Return the number of leading tokens that two prompts have in common, without the last token of either."""
-    length = min(len(a), len(b)) - 1
-    differs = np.flatnonzero(a[:length] != b[:length])
-    return int(differs[0]) if len(differs) else length
-
-
-def _size(unit: Unit) -> int:
-    """Return the number of tokens computed for a group, each shared prefix once."""
-    prefixes = {prefix for placed in unit for prefix in placed.chain()}
-    own = sum(len(placed.example) - placed.done for placed in unit)
-    return own + sum(len(prefix.ids) for prefix in prefixes)
-
-
-def _bins(units: Sequence[Unit], micro_tokens: int) -> list[Unit]:
+def _bins(groups: Sequence[ExampleGroup], micro_tokens: int) -> list[ExampleGroup]:
     """Put groups into micro-batches, first-fit decreasing; ties keep their order, so the result is deterministic."""
-    bins: list[Unit] = []
+    bins: list[ExampleGroup] = []
     room: list[int] = []
-    for unit in sorted(units, key=_size, reverse=True):
-        size = _size(unit)
+    for group in sorted(groups, key=num_tokens, reverse=True):
+        size = num_tokens(group)
         fitting = next((i for i, left in enumerate(room) if left >= size), None)
         if fitting is None:
             bins.append([])
             room.append(micro_tokens)
             fitting = len(bins) - 1
-        bins[fitting] += unit
+        bins[fitting] += group
         room[fitting] -= size
     return bins
 
 
-def _batch(unit: Unit, normalise: str, denominator: float, *, masked: bool) -> Batch:
+def _batch(group: ExampleGroup, normalise: str, denominator: float, *, masked: bool) -> Batch:
     """Build one micro-batch: a doc for each example, then one for each shared prefix."""
-    prefixes = list(dict.fromkeys(prefix for placed in unit for prefix in placed.chain()))
-    index: dict[Prefix | None, int] = {p: n for n, p in enumerate(prefixes, len(unit))}
+    prefixes = list(dict.fromkeys(prefix for placed in group for prefix in placed.prefixes()))
+    index: dict[SharedPrefix | None, int] = {p: n for n, p in enumerate(prefixes, len(group))}
     index[None] = -1
-    docs = [np.concatenate([p.example.prompt_ids, p.example.completion_ids])[p.done :] for p in unit]
-    starts = [placed.done for placed in unit]
+    docs = [np.concatenate([p.example.prompt_ids, p.example.completion_ids])[p.prefix_length :] for p in group]
+    starts = [placed.prefix_length for placed in group]
     docs += [prefix.ids for prefix in prefixes]
-    starts += [prefix.stop - len(prefix.ids) for prefix in prefixes]
-    parent = [index[p.prefix] for p in unit] + [index[p.before] for p in prefixes]
+    starts += [prefix.end - len(prefix.ids) for prefix in prefixes]
+    parent = [index[p.prefix] for p in group] + [index[p.parent] for p in prefixes]
     lengths = [len(ids) for ids in docs]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     total = int(offsets[-1])
     ids_T = np.concatenate([np.empty(0, np.int64), *docs]).astype(np.int64)
     label_T = np.zeros(total, np.int64)
     weight_T, place_T = np.zeros(total, np.float32), np.zeros(total, np.int64)
-    examples, rows_of = [placed.example for placed in unit], []
-    for placed, start, stop in zip(unit, offsets, offsets[1:], strict=False):
+    examples, rows_of = [placed.example for placed in group], []
+    for placed, start, stop in zip(group, offsets, offsets[1:], strict=False):
         example, num = placed.example, len(placed.example.completion_ids)
         if num and not len(example.prompt_ids):
             raise ValueError(
@@ -337,37 +192,37 @@ def _batch(unit: Unit, normalise: str, denominator: float, *, masked: bool) -> B
         weight_T=weight_T,
         denominator=denominator,
         trace_ids=tuple(e.trace_id for e in examples),
-        **_taught(examples, rows_of, total),
-        **_rolled_out(examples, rows_of, total),
+        **_teacher_fields(examples, rows_of, total),
+        **_rollout_fields(examples, rows_of, total),
     )
 
 
-def _taught(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
+def _teacher_fields(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
     """Return the teacher's streams if every example has them. rows_of: the rows that predict each example's completion."""
     tops = [e.top for e in examples if e.top is not None]
     if len(tops) < len(examples):
         return {}
     width = max((top.width for top in tops), default=0)
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "teacher_ids_TK": np.full((total, width), -1, np.int64),
         "teacher_logp_TK": np.full((total, width), -np.inf, np.float32),
         "teacher_tail_T": np.full(total, -np.inf, np.float32),
     }
-    blends = [top for top in tops if isinstance(top, TeacherMixture)]
-    if blends:
-        num = blends[0].each_tail_CM.shape[1]
-        found["each_logp_TMK"] = np.full((total, num, width), -np.inf, np.float32)
-        found["each_tail_TM"] = np.full((total, num), -np.inf, np.float32)
+    mixtures = [top for top in tops if isinstance(top, TeacherMixture)]
+    if mixtures:
+        num = mixtures[0].each_tail_CM.shape[1]
+        fields["each_logp_TMK"] = np.full((total, num, width), -np.inf, np.float32)
+        fields["each_tail_TM"] = np.full((total, num), -np.inf, np.float32)
     for top, rows in zip(tops, rows_of, strict=True):
-        found["teacher_ids_TK"][rows], found["teacher_logp_TK"][rows] = top.dense(width)
-        found["teacher_tail_T"][rows] = top.tail_T
+        fields["teacher_ids_TK"][rows], fields["teacher_logp_TK"][rows] = top.dense(width)
+        fields["teacher_tail_T"][rows] = top.tail_T
         if isinstance(top, TeacherMixture):
-            found["each_logp_TMK"][rows] = top.each(width)
-            found["each_tail_TM"][rows] = top.each_tail_CM
-    return found
+            fields["each_logp_TMK"][rows] = top.each(width)
+            fields["each_tail_TM"][rows] = top.each_tail_CM
+    return fields
 
 
-def _rolled_out(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
+def _rollout_fields(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
     """Return a rollout's streams if every example has them."""
     if any(e.advantage is None for e in examples):
         return {}
@@ -380,14 +235,15 @@ def _rolled_out(examples: Sequence[Example], rows_of: Sequence[slice], total: in
 def _cross_tokenizer(
     examples: Sequence[Example], normalise: str, denominator: float, *, masked: bool
 ) -> CrossTokenizerBatch:
-    """Pack the readings of a batch's examples one after another, in the same order."""
-    readings = [e.reading for e in examples if e.reading is not None]
-    theirs = [
-        Placed(Example(e.trace_id, r.prompt_ids, r.completion_ids)) for e, r in zip(examples, readings, strict=True)
+    """Pack the re-tokenised examples of a batch one after another, in the same order."""
+    retokenized = [e.retokenized for e in examples if e.retokenized is not None]
+    teacher_examples = [
+        ExampleWithPrefix(Example(e.trace_id, r.prompt_ids, r.completion_ids))
+        for e, r in zip(examples, retokenized, strict=True)
     ]
-    batch = _batch(theirs, normalise, denominator, masked=masked)
-    found = Alignment.concat([] if masked else [r.alignment for r in readings])
-    counts = [r.alignment.num_spans for r in readings if not masked]
+    batch = _batch(teacher_examples, normalise, denominator, masked=masked)
+    found = Alignment.concat([] if masked else [r.alignment for r in retokenized])
+    counts = [r.alignment.num_spans for r in retokenized if not masked]
     each = [1.0 if normalise == "token" else 1.0 / max(count, 1) for count in counts]
     split_G = found.is_split()
     student_piece_M, teacher_piece_N = (

@@ -26,7 +26,7 @@ from distill.training.loss.head import Student, Targets, head_loss
 from distill.training.loss.kernels.chunks import gathered
 from distill.training.loss.objective import Objective, Output
 
-REFERENCE = "reference/"
+REFERENCE_PREFIX = "reference/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,9 @@ class StudentModule(nn.Module):
         self.plan.apply(model)
         self.teachers = tuple(teachers)
         plans = [
-            with_vocab(t.plan or ForwardPlan.of(t.model, vocab_size), min(t.vocab_size or vocab_size, _rows(t.model)))
+            with_vocab(
+                t.plan or ForwardPlan.of(t.model, vocab_size), min(t.vocab_size or vocab_size, _head_rows(t.model))
+            )
             for t in teachers
         ]
         self.teacher_plans = tuple(plans)
@@ -102,9 +104,9 @@ class StudentModule(nn.Module):
         return label_logp(self.model, self.plan, batch, rows)
 
     @torch.no_grad()
-    def labels_of(self, hidden_TD: Tensor, targets: Targets) -> Tensor:
+    def label_logp_from_hidden(self, hidden_TD: Tensor, targets: Targets) -> Tensor:
         """Return the labels' log-probabilities from hidden states, without a gradient, nats [T]."""
-        return _labels_of(self.model, self.plan, hidden_TD, targets)
+        return _label_logp_from_hidden(self.model, self.plan, hidden_TD, targets)
 
 
 def output_head(model: Any) -> tuple[Tensor, Tensor | None]:
@@ -116,10 +118,12 @@ def output_head(model: Any) -> tuple[Tensor, Tensor | None]:
 @torch.no_grad()
 def label_logp(model: Any, plan: ForwardPlan, batch: Batch, rows: Tensor) -> Tensor:
     """Return the label's log-probability under a model at the given rows of a packed batch, nats [rows]."""
-    return _labels_of(model, plan, plan.hidden(model, batch, rows), Targets(batch.label_T[rows], batch.weight_T[rows]))
+    return _label_logp_from_hidden(
+        model, plan, plan.hidden(model, batch, rows), Targets(batch.label_T[rows], batch.weight_T[rows])
+    )
 
 
-def _labels_of(model: Any, plan: ForwardPlan, hidden_TD: Tensor, targets: Targets) -> Tensor:
+def _label_logp_from_hidden(model: Any, plan: ForwardPlan, hidden_TD: Tensor, targets: Targets) -> Tensor:
     weight_VD, bias_V = output_head(model)
     return head_loss(
         hidden_TD.detach(),
@@ -136,7 +140,7 @@ def _logits(model: Any, plan: ForwardPlan, hidden_TD: Tensor, share: float) -> L
     return Logits(hidden_TD, gathered(weight_VD), plan.form, bias_V, share)
 
 
-def _rows(model: Any) -> int:
+def _head_rows(model: Any) -> int:
     return int(base_model(model).get_output_embeddings().weight.shape[0])
 
 
@@ -150,7 +154,7 @@ class Policy:
         self, model: Any, student_module: Any, device: torch.device, objective: Objective, vocab_size: int
     ) -> None:
         self._model, self._student_module, self._device = model, student_module, device
-        self._refreshed = False
+        self._reference_synced = False
         self._reference: StudentModule | None = None
         if objective.reference and not is_adapted(model):
             frozen = copy.deepcopy(model).eval().requires_grad_(False)
@@ -172,26 +176,26 @@ class Policy:
         """Yield (name in the checkpoint, tensor) of all weights, with adapters merged in."""
         return models.exported_weights(self._model)
 
-    def refresh_reference(self) -> None:
+    def sync_reference(self) -> None:
         """Copy the current weights into the reference."""
         assert self._reference is not None, "the recipe allows this with a reference of its own only"
-        self._refreshed = True
+        self._reference_synced = True
         with torch.no_grad():
             for mine, theirs in zip(self._reference.model.parameters(), self._model.parameters(), strict=True):
                 mine.copy_(theirs)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors of a reference that was refreshed, which a checkpoint must hold."""
-        if not self._refreshed or self._reference is None:
+        """Return the tensors of a reference that was synced, which a checkpoint must hold."""
+        if not self._reference_synced or self._reference is None:
             return {}
         named = self._reference.model.named_parameters()
-        return {f"{REFERENCE}{name}": p.detach() for name, p in named}
+        return {f"{REFERENCE_PREFIX}{name}": p.detach() for name, p in named}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        stored = {k[len(REFERENCE) :]: v for k, v in tensors.items() if k.startswith(REFERENCE)}
+        """Restore what `state` returned."""
+        stored = {k[len(REFERENCE_PREFIX) :]: v for k, v in tensors.items() if k.startswith(REFERENCE_PREFIX)}
         if stored and self._reference is not None:
-            self._refreshed = True
+            self._reference_synced = True
             with torch.no_grad():
                 for name, parameter in self._reference.model.named_parameters():
                     parameter.copy_(stored[name])
@@ -199,7 +203,7 @@ class Policy:
     def _score(self, student_module: StudentModule, batch: Batch) -> Array:
         index = batch.weight_T.nonzero()[0]
         rows = torch.from_numpy(index).to(self._device)
-        with _evaluating(student_module):
+        with _eval_mode(student_module):
             found = student_module.label_logp(batch.to_torch(self._device), rows)
         logp_T = np.zeros(len(batch.ids_T), np.float32)
         logp_T[index] = found.float().cpu().numpy()
@@ -207,7 +211,7 @@ class Policy:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def _eval_mode(module: nn.Module) -> Iterator[None]:
     """Turn dropout off inside the context."""
     before = module.training
     module.eval()

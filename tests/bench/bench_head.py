@@ -86,7 +86,7 @@ def contestant(name: str, tokens: int, size: int, vocab: int) -> tuple[Callable[
         teacher_w = torch.randn(vocab, size, generator=generator) * 0.05
         beta = 0.5 if name.endswith("jsd") else 0.0
         divergence = divergences.jsd if name.endswith("jsd") else divergences.forward_kl
-        measure = metrics.watch_rows if name.endswith("watched") else None
+        measure = metrics.full_vocabulary_metrics if name.endswith("watched") else None
         if name.startswith("Liger"):
             from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
@@ -119,7 +119,7 @@ def contestant(name: str, tokens: int, size: int, vocab: int) -> tuple[Callable[
     return {
         "ours, cross entropy": lambda: head_loss(hidden, weight, sparse.cross_entropy, targets).loss,
         "ours, forward KL": lambda: head_loss(hidden, weight, sparse.forward_kl, targets).loss,
-        "ours, forward KL, watched": lambda: head_loss(hidden, weight, sparse.forward_kl, targets, measure=metrics.watch).loss,
+        "ours, forward KL, watched": lambda: head_loss(hidden, weight, sparse.forward_kl, targets, measure=metrics.distribution_metrics).loss,
         "ours, jsd": lambda: head_loss(hidden, weight, sparse.jsd, targets).loss,
         "dense, cross entropy": lambda: torch.nn.functional.cross_entropy(hidden @ weight.T, targets.label_T),
         "dense, forward KL": lambda: dense_kl(hidden, weight, targets),

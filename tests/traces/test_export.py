@@ -1,4 +1,4 @@
-"""The text for other trainers, and a folder of traces as a data set of the hub, up to the upload itself."""
+"""Export of the text for other trainers, and of a folder of traces as a hub data set, without the upload itself."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def test_the_datasets_folder_holds_what_the_jsonl_holds(stored, tmp_path):
         "gold": "3",
     }
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
-    with pytest.raises(UserError, match="holds something already"):
+    with pytest.raises(UserError, match="exists already and is not an empty folder"):
         export_dataset(stored, tmp_path / "traces-chat")
 
 
-def test_the_command_line_tells_the_two_by_the_name(stored, tmp_path):
+def test_the_command_line_chooses_the_format_by_the_name(stored, tmp_path):
     for out in ("a.jsonl", "folder"):
         result = CliRunner().invoke(app, ["traces", "export", str(stored), str(tmp_path / out)])
         assert result.exit_code == 0, result.output
@@ -86,7 +86,7 @@ def front_matter(text: str) -> dict:
     return yaml.safe_load(match[1])
 
 
-def test_the_card_says_who_how_much_and_how_whole(stored):
+def test_the_card_gives_origin_size_and_integrity(stored):
     text = card(stored, name="me/sums", licence="cc-by-4.0")
     front = front_matter(text)
     assert front["license"] == "cc-by-4.0"
@@ -96,7 +96,7 @@ def test_the_card_says_who_how_much_and_how_whole(stored):
     tokens = int(open_traces(stored).lengths().completion.sum())
     for said in ("40 traces of 20 problems", "| distributions of | `teacher`, weights `w0` |", "`t0`, 49,152 tokens",
                  "temperature 1.0, top_p 1.0, max_tokens 256", "at most 16 entries", f"| completion tokens | {tokens:,} |",
-                 "No audit was made", "kept while it was sampled"):  # fmt: skip
+                 "No audit was made", "recorded during sampling"):  # fmt: skip
         assert said in text, said
     provenance.write_certificate(stored, {**CERTIFICATE, "fingerprint": open_traces(stored).fingerprint})
     text = card(stored, name="me/sums <script>|", licence="cc-by-4.0")
@@ -109,7 +109,7 @@ def test_the_card_says_who_how_much_and_how_whole(stored):
 def test_the_card_says_who_wrote_text_that_was_only_scored(tmp_path):
     source = "somebody (weights `x|y`)\n# Not a heading"
     text = card(samples.write(tmp_path / "scored", 4, source=source), name="x")
-    assert "scored, teacher-forced, on that text" in text
+    assert "that text scored by teacher forcing" in text
     assert "\n# Not" not in text
 
 
@@ -143,7 +143,7 @@ def snippet(text: str, language: str) -> str:
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_the_cards_examples_decode_the_shards(tmp_path, monkeypatch, exact):
-    """What a reader of the card runs, in the downloaded folder, against the numbers that went in."""
+    """The card's code, run in the downloaded folder, compared with the stored numbers."""
     import duckdb
 
     folder = tmp_path / "traces"
@@ -186,7 +186,7 @@ def test_what_is_uploaded_is_a_folder_of_traces(stored, tmp_path):
     assert samples.row_digests(built) == samples.row_digests(stored)
     assert provenance.certificate(open_traces(built)) is not None
     assert front_matter((built / "README.md").read_text())["license"] == "mit"
-    with pytest.raises(UserError, match="holds something already"):
+    with pytest.raises(UserError, match="exists already and is not an empty folder"):
         push.build(stored, built, name="me/sums", licence="mit")
 
 
@@ -203,11 +203,11 @@ def test_damaged_traces_are_not_published(stored, tmp_path):
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(UserError, match="not whole, so it is not published"):
+    with pytest.raises(UserError, match="has faults, so it is not published"):
         push.build(stored, tmp_path / "out", name="me/sums", licence="mit")
 
 
-def test_a_hub_that_is_not_there_is_said_in_seconds(stored):
+def test_an_unreachable_hub_is_an_error_within_seconds(stored):
     """conftest sets HF_HUB_OFFLINE."""
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     command = ["traces", "push", str(stored), "me/sums", "--license", "mit"]
@@ -220,8 +220,8 @@ def test_a_hub_that_is_not_there_is_said_in_seconds(stored):
         push.push(stored, "sums", licence="mit")
 
 
-def test_push_hands_the_built_folder_to_the_hub_library(stored, monkeypatch):
-    """Only the two calls that would leave the machine are replaced."""
+def test_push_passes_the_built_folder_to_the_hub_library(stored, monkeypatch):
+    """Only the two calls that use the network are replaced."""
     import huggingface_hub
 
     calls: list = []

@@ -1,4 +1,4 @@
-"""The bytes that `check` predicts against what the writer leaves on the disk."""
+"""The bytes that `check` predicts, compared with the files that the writer makes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ WORDS = [f"{a}{b}" for a in ["time", "force", "water", "light", "number", "even"
 
 
 def one(token: int) -> TopK:
-    """What is kept of a position that is as good as certain."""
+    """Return the stored distribution of a nearly certain position."""
     return TopK.from_dense(np.array([[token]]), np.array([[-1e-4]], np.float32))
 
 
 def sums(num: int, rng: np.random.Generator, captured: bool) -> Traces:
-    """A taught model's answers: one formula, digits apart from each other, nine positions of ten certain."""
+    """Answers of a trained model: one formula, each digit its own token, nine of ten positions certain."""
     terms = rng.integers(10, 100, (num, 2))
     texts = [f"<think>{a} + {b} = {a + b}</think><answer>{a + b}</answer>" for a, b in terms]
     ids = [np.array([ord(c) for c in text], np.int32) for text in texts]
@@ -31,7 +31,7 @@ def sums(num: int, rng: np.random.Generator, captured: bool) -> Traces:
 
 
 def prose(num: int, rng: np.random.Generator, captured: bool) -> Traces:
-    """An untaught model's: words by Zipf's law, no position certain."""
+    """Answers of an untrained model: words by Zipf's law, no position certain."""
     picks = [rng.zipf(1.2, rng.integers(20, 120)) % 5000 for _ in range(num)]
     texts = [" ".join(f"{WORDS[n % len(WORDS)]}{n // 7:x}" for n in row) for row in picks]
     ids = [(row * 7919 % 49152).astype(np.int32) for row in picks]
@@ -64,7 +64,7 @@ def rows(questions, texts, ids, logprobs, top) -> Traces:
 @pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("num", [4, 150])
 @pytest.mark.parametrize("kind", [sums, prose])
-def test_bytes_are_predicted_within_twice(tmp_path, kind, num, captured):
+def test_bytes_are_predicted_within_a_factor_of_two(tmp_path, kind, num, captured):
     traces = kind(num, np.random.default_rng(0), captured)
     with TraceWriter(tmp_path, metadata(top_k=16 * captured), shard_rows=64) as writer:
         writer.add(traces)

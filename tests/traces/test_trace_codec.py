@@ -1,4 +1,4 @@
-"""Traces through Parquet and back, with our code and with nobody's."""
+"""Traces through Parquet and back, with our code and with other Parquet readers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def round_trip(traces, metadata):
 
 
 @pytest.mark.parametrize("top", [True, False])
-def test_what_comes_back_is_what_went_in(top):
+def test_a_round_trip_changes_nothing(top):
     block = samples.traces(range(40), top=top)
     back = round_trip(block, samples.metadata(top_k=16 if top else 0))
     for name in ("trace_id", "problem_id", "messages", "completion", "answer", "gold", "reward", "rewards",
@@ -65,7 +65,7 @@ def test_no_rows_no_tokens_and_ids_near_the_end_of_a_vast_vocabulary():
 
 
 def raw_distribution(num: int, rng: np.random.Generator) -> TopK:
-    """As an engine hands it over: peaked and flat, cut by mass and by number, some certain, some without a tail."""
+    """Return a distribution as an engine gives it: peaked and flat, cut by mass and by number, some certain, some without a tail."""
     logits = rng.gumbel(size=(num, 400)) * rng.gamma(2.0, 2.0, size=(num, 1))
     logits[rng.random(num) < 0.1, 0] += 60
     logp = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
@@ -127,7 +127,7 @@ def test_rounding_stays_within_the_stated_error_and_happens_once(seed):
 
 
 def test_a_confident_position_loses_nothing():
-    # One entry at 1 - 1e-9, one 16.5 and one 30 nats down: the first comes back from what the others leave.
+    # One entry at 1 - 1e-9, one 16.5 and one 30 nats down: the first is decoded as 1 minus the others.
     logp = np.array([np.log1p(-1e-7), -16.5, -30.0], np.float32)
     top = TopK(np.array([3]), np.arange(3), logp, np.array([np.log(3e-8)], np.float32))
     steps_E, tail_T = quantisation.quantise(top)
@@ -252,7 +252,7 @@ def test_another_schema_version_is_refused_naming_both():
         decode_file(data, "shard")
 
 
-def test_a_parquet_file_of_another_sort_is_refused(tmp_path):
+def test_another_parquet_file_is_refused(tmp_path):
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UserError, match="not a trace shard"):
         open_traces(tmp_path / "a.parquet")

@@ -1,4 +1,4 @@
-"""Filters on groups made by hand; selections that are read like folders and copy nothing."""
+"""Filters on hand-made groups; selections, which are read like folders and copy nothing."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_best_of_n_by_a_named_reward():
         filters.best_of_n(named, reward="formt")
 
 
-def test_near_duplicates_are_told_by_their_common_words():
+def test_near_duplicates_are_recognised_by_their_common_words():
     """Ten words, k of them changed: 2 (10 - k) / 20 of the words are common, in order."""
     base = "one two three four five six seven eight nine ten"
     texts = [
@@ -90,7 +90,7 @@ def test_near_duplicates_are_told_by_their_common_words():
     assert flags(filters.near_duplicates(group(completion=["", "", "a", "b", "c", "a b"]))) == ("+-++++")
 
 
-def test_the_near_of_a_dropped_text_is_measured_against_what_was_kept():
+def test_near_duplicates_are_compared_with_kept_texts_only():
     """b is near a and dropped; c is near b but not near a, so it stays."""
     a = [f"w{n}" for n in range(20)]
     b = [*a[:18], "x", "y"]
@@ -320,7 +320,7 @@ def test_a_selection_reads_as_the_rows_that_every_filter_keeps(stored, tmp_path)
     assert lengths.sum() == stats(tmp_path / "clean").completion_tokens
 
 
-def test_filters_see_a_problems_whole_group_however_its_rows_lie(stored, tmp_path):
+def test_filters_see_a_problems_whole_group_wherever_its_rows_are_stored(stored, tmp_path):
     select(stored, tmp_path / "best", keep("best_of_n", n=1))
     kept = open_traces(tmp_path / "best")
     problems = [p for block in kept.blocks() for p in block.problem_id]
@@ -377,7 +377,7 @@ def nonsense(group: Traces) -> list[int]:
         (keep("length", min_tokens=-1), "keep.length.min_tokens"),
         (keep("best_of_n", n=0), "keep.best_of_n.n"),
         (keep("pass_rate", low=20), "keep.pass_rate.low"),
-        (keep("length", min_tokens=10**6), "no trace is left"),
+        (keep("length", min_tokens=10**6), "the filters drop every trace"),
         (keep("test_trace_filters:nonsense"), "4 booleans for 4 traces"),
         (keep("decontaminate", against="sums"), "keep.decontaminate.against: is required"),
     ],
@@ -388,8 +388,8 @@ def test_mistakes_are_named_and_nothing_is_written(stored, tmp_path, filters, sa
     assert not (tmp_path / "clean").exists()
 
 
-def test_a_selection_never_lies_in_its_sources_folder(stored):
-    with pytest.raises(UserError, match="beside"):
+def test_a_selection_is_refused_in_its_sources_folder(stored):
+    with pytest.raises(UserError, match="cannot be written into the folder of its traces"):
         select(stored, stored, keep("correct"))
 
 

@@ -1,4 +1,4 @@
-"""Golden shards of every frozen schema: read for ever, by our code and by the examples of data/README.md alone."""
+"""Golden shards of every frozen schema: which every later version must read, with our code and with the examples of data/README.md alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distill.traces.verify import verify
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "data" / "golden"
 
-# Of the committed files: whoever changes a byte of them changes what version 1 means.
+# Digests of the committed files. Changing a byte of them would change the meaning of version 1.
 SHA256 = {
     "v1/manifest-0.json": "8f97df8cb84e9e9a37b5d5c6956739f76fa590f0bc73c44a3a965cefca1a25c8",
     "v1/shard-0-00000.parquet": "553e3e020827fba81cd4ee44975354c5e751191ce45d6187a72def2267d53307",
@@ -139,7 +139,7 @@ def test_the_duckdb_example_decodes_what_the_reader_does(monkeypatch):
 
 
 def test_the_datasets_library_reads_them_too(tmp_path):
-    """Whoever loads a folder of traces from the hub does it so."""
+    """This is how users load a folder of traces from the hub."""
     import datasets
 
     files = [str(path) for path in sorted((GOLDEN / "v1").glob("*.parquet"))]

@@ -1,4 +1,4 @@
-"""Reading: every row once, in an order that can be resumed; what is damaged is named, never decoded."""
+"""Reading: every row once, in an order that can be resumed; damaged files are named and never decoded."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_single_shard_reads_alone(stored, tmp_path):
     assert open_traces(alone).fingerprint == reader.fingerprint
 
 
-def test_a_single_shard_is_held_against_the_manifest_beside_it(tmp_path):
+def test_a_single_shard_is_compared_with_the_manifest_beside_it(tmp_path):
     path = samples.write(tmp_path / "traces", 16) / "shard-0-00000.parquet"
     good, draw = path.read_bytes(), random.Random(1)
     for _ in range(100):
@@ -213,7 +213,7 @@ def test_a_thousand_flipped_bits_are_all_caught_naming_the_file_and_none_is_deco
 
 
 @pytest.mark.parametrize("columns", [LIGHT, ["trace_id", "completion_ids", "logprob"]])
-def test_flipped_bits_are_caught_where_they_are_not_read_too(tmp_path, columns):
+def test_flipped_bits_are_also_caught_in_columns_that_are_not_read(tmp_path, columns):
     path = samples.write(tmp_path / "traces", 16)
     shard = path / "shard-0-00000.parquet"
     good, draw = shard.read_bytes(), random.Random(8)
@@ -239,7 +239,7 @@ def test_without_a_manifest_page_checksums_catch_what_they_cover(tmp_path):
 
 
 def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
-    """Put there by hand: under the manifest's name of ours, and with a manifest of its own."""
+    """The shard is put there by hand: under a name in our manifest, and with its own manifest."""
     path = samples.write(tmp_path / "traces", 32)
     with TraceWriter(tmp_path / "other", samples.metadata(tokenizer="t1"), writer="b") as writer:
         writer.add(samples.traces(range(40, 56)))
@@ -288,7 +288,7 @@ def test_verify_catches_every_flipped_bit_in_shards_and_manifest(tmp_path):
             bad[draw.randrange(len(bad))] ^= 1 << draw.randrange(8)
             (path / name).write_bytes(bad)
             report = verify(path)
-            # White space in the manifest, the one thing a flip may change without changing what it says.
+            # White space in the manifest, where a flip may leave the content unchanged.
             same = name.endswith("json") and _parses_the_same(good, bad)
             assert same or (not report.ok and name in {f.file for f in report.findings})
         (path / name).write_bytes(good)
@@ -342,7 +342,7 @@ def test_a_missing_manifest_is_a_fault_and_written_anew(tmp_path):
     path = samples.write(tmp_path / "traces", 48)
     before = content_fingerprint(path)
     (path / "manifest-0.json").unlink()
-    with pytest.raises(UserError, match=r"no manifest says what they are.*--repair"):
+    with pytest.raises(UserError, match=r"no manifest that lists them.*--repair"):
         open_traces(path)
     assert [finding.file for finding in repair(path).findings] == ["manifest-0.json"]
     assert verify(path).ok
@@ -353,7 +353,7 @@ def test_a_missing_manifest_is_a_fault_and_written_anew(tmp_path):
     assert content_fingerprint(path) == before
 
 
-def test_what_is_in_the_way_is_said(tmp_path):
+def test_paths_that_cannot_be_opened_are_named(tmp_path):
     path = samples.write(tmp_path / "traces", 3)
     (tmp_path / "file").write_text("")
     for use in (
@@ -369,11 +369,11 @@ def test_what_is_in_the_way_is_said(tmp_path):
         export.merge([path], tmp_path / "clean")
     (path / "shard-0-00000.parquet").unlink()
     repair(path)
-    with pytest.raises(UserError, match="holds no trace"):
+    with pytest.raises(UserError, match="holds no traces"):
         export.export_dataset(path, tmp_path / "rows")
 
 
-def test_nothing_there_is_said(tmp_path):
+def test_missing_traces_are_an_error(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError, match="no traces here"):
             open_traces(path)

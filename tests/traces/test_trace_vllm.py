@@ -1,4 +1,4 @@
-"""Killed while vLLM writes: the stage, run again, adds just what is missing and says what it would have said."""
+"""Killed while vLLM writes: the stage, run again, adds exactly the missing traces and reports the same metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exactly once: resumed is uninterrupted, whatever kills the writer and wherever."""
+"""Every trace is written exactly once: a resumed folder equals an uninterrupted one after any kill."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ def test_killed_while_a_model_writes_the_traces_are_those_of_an_uninterrupted_ru
     assert verify(tmp_path / "killed").ok
 
 
-def test_leftovers_of_a_killed_writer_are_put_in_order(tmp_path):
+def test_leftovers_of_a_killed_writer_are_cleaned_up(tmp_path):
     samples.write(tmp_path, 40)
     manifest = folder.read_manifest(tmp_path / "manifest-0.json")
     folder.Manifest("0", manifest.metadata, manifest.shards[:1]).write(tmp_path)
@@ -318,7 +318,7 @@ def test_leftovers_of_a_killed_writer_are_put_in_order(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A real full disk where this process may mount one."""
+    """A real full disk if this process may mount one."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], capture_output=True)
     if mounted.returncode == 0:
         yield tmp_path
@@ -384,7 +384,7 @@ def test_after_a_full_disk_there_is_room_again_and_just_the_missing_rows_are_add
     assert samples.row_digests(small_disk) == samples.expected_digests(range(320), tokens=100)
 
 
-def test_what_goes_wrong_in_the_background_comes_to_light(tmp_path, monkeypatch):
+def test_errors_in_the_background_are_raised(tmp_path, monkeypatch):
     def broken(path, data):
         raise OSError(5, "Input/output error")
 
@@ -484,7 +484,7 @@ def test_several_processes_fill_one_folder_and_the_same_name_twice_is_refused(tm
     assert len(list(tmp_path.glob("manifest-*.json"))) == 3
 
 
-def test_a_folder_in_the_way_of_a_file_is_said(tmp_path):
+def test_a_folder_that_blocks_a_file_is_named(tmp_path):
     (tmp_path / "manifest-0.json").mkdir()
     with pytest.raises(UserError, match=r"manifest-0\.json: a folder has this name"):
         write_atomic(tmp_path / "manifest-0.json", b"{}")

@@ -1,4 +1,4 @@
-"""Traces to test with: deterministic from their number, ragged, with the odd cases among them."""
+"""Test traces: determined by their number, ragged, with edge cases."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def distribution(num: int, rng: np.random.Generator, top_k: int = 16) -> TopK:
 
 
 def settled(top: TopK) -> TopK:
-    """What comes back of a distribution that was stored in steps."""
+    """Return a distribution as it is decoded after it was stored in steps."""
     steps_E, tail_T = coding.quantise(top)
     return TopK(top.count_T, top.ids_E, coding.dequantise(top.count_T, steps_E, tail_T), tail_T)
 
@@ -71,7 +71,7 @@ def traces(numbers: Iterable[int], *, tokens: int = 24, samples: int = 2, top: b
 
 
 def write(path: Path, num: int, *, shard_rows: int = 16, block: int = 5, source: str = "", **options) -> Path:
-    """A folder of traces 0..num, added in blocks that do not fit the shards."""
+    """Write a folder of traces 0..num in blocks that do not match the shards."""
     with TraceWriter(path, metadata(source=source), shard_rows=shard_rows) as writer:
         for start in range(0, num, block):
             writer.add(traces(range(start, min(start + block, num)), **options))
@@ -79,7 +79,7 @@ def write(path: Path, num: int, *, shard_rows: int = 16, block: int = 5, source:
 
 
 def row_digests(path: Path) -> dict[str, str]:
-    """A digest of everything that each trace holds, by its id; fails where an id is there twice."""
+    """Return a digest of each trace's content by its id; fails if an id occurs twice."""
     digests: dict[str, str] = {}
     for block in open_traces(path).blocks(rows=7):
         for n, trace_id in enumerate(block.trace_id):

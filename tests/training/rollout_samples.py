@@ -12,7 +12,7 @@ MAX_TOKENS = 9
 
 
 class Numbers:
-    """Log-probabilities by (problem, sample): what each model would say of the sampled tokens."""
+    """Log-probabilities of the sampled tokens under each model, by (problem, sample)."""
 
     def __init__(self, rewards, *, seed=0, spread=0.4, truncated=(), empty=()):
         """rewards: a list a group, None where it could not be judged. truncated: (group, sample) cut at the limit."""
@@ -65,7 +65,7 @@ class Numbers:
 
 
 class StubPolicy:
-    """Stands where the model would: gives the hand-made log-probabilities of the batches it is asked about."""
+    """A stand-in for Policy that returns hand-made log-probabilities of a batch."""
 
     def __init__(self, numbers):
         self.numbers = numbers
@@ -95,7 +95,7 @@ def by_row(batch, table):
 
 
 def rollouts(objective, config):
-    """A source without an engine: only its conventions are asked for."""
+    """Return a source without an engine; only its conventions are used."""
     return RewardRollouts(sampler=None, rewards=None, config=config, objective=objective, seed=1)
 
 

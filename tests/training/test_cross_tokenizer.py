@@ -18,14 +18,14 @@ from distill.records import Template
 from distill.training.loss import divergences
 from distill.training.loss.cross_tokenizer.alignment import (
     END,
-    Reader,
-    Reading,
+    RetokenizedTrace,
+    Retokenizer,
     VocabularyMap,
     align,
     token_bytes,
 )
 from distill.training.loss.cross_tokenizer.losses import Pair, aligned, uld
-from distill.training.loss.cross_tokenizer.vocabulary_divergences import by_text, sorted_gap
+from distill.training.loss.cross_tokenizer.vocabulary_divergences import shared_token_divergence, sorted_distance
 from distill.training.loss.dense import Logits, compare_rows
 from distill.training.loss.head import HeadForm, Targets
 from distill.training.packing import Example, pack
@@ -35,7 +35,7 @@ TEXT = "Zoë adds 12345 and 678: the naïve sum is 13023 — première réponse.
 
 @pytest.fixture(scope="module")
 def small():
-    """A byte-level BPE of 420 tokens, cut otherwise than SmolLM2's."""
+    """A byte-level BPE of 420 tokens, with other token boundaries than SmolLM2's."""
     made = Tokenizer(BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -54,12 +54,12 @@ def small():
 
 
 def ids_of(tokenizer, text):
-    """Ids of a text with the end after it."""
+    """Return the ids of a text, followed by the end-of-text id."""
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
 
 
 def pieces(tokenizer, text):
-    """The same, and their bytes."""
+    """Return the ids of a text with its end, and their bytes."""
     ids = ids_of(tokenizer, text)
     table = token_bytes(tokenizer)
     return ids, [table[i] for i in ids]
@@ -149,9 +149,9 @@ def numpy_gap(p, q):
 
 
 @pytest.mark.parametrize(("V", "U"), [(7, 7), (31, 12), (3, 47)])
-def test_the_sorted_gap_equals_numpy(V, U):
+def test_the_sorted_distance_equals_numpy(V, U):
     p, q = rows_of(V, U)
-    got = sorted_gap(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)))
+    got = sorted_distance(torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)))
     np.testing.assert_allclose(got.numpy(), [numpy_gap(a, b) for a, b in zip(p, q, strict=True)], atol=1e-12)
 
 
@@ -166,9 +166,9 @@ def numpy_aligned(p, q, sorted_weight):
 
 
 @pytest.mark.parametrize("sorted_weight", [0.0, 0.5])
-def test_comparison_by_text_equals_numpy(sorted_weight):
+def test_shared_token_divergence_equals_numpy(sorted_weight):
     p, q = rows_of(6, 5)
-    got = by_text(
+    got = shared_token_divergence(
         torch.from_numpy(np.log(p)), torch.from_numpy(np.log(q)), toy_map(), divergences.forward_kl,
         sorted_weight=sorted_weight,
     )  # fmt: skip
@@ -188,19 +188,21 @@ def models(T_s, T_t, V, U, seed=1):
     )
 
 
-def pair_of(student, teacher, found, labels_s, labels_t, weight_G, shared):
-    """What the trainer makes of one trace, with weights of the test's own."""
-    reading = Reading(np.array([0]), np.array(labels_t), found)
-    (batch,) = pack([Example("t", np.array([0]), np.array(labels_s), reading=reading)], micro_tokens=99)
+def pair_of(student, teacher, alignment, labels_s, labels_t, weight_G, shared):
+    """Return the Pair that the trainer builds from one trace, with weights chosen by the test."""
+    found = RetokenizedTrace(np.array([0]), np.array(labels_t), alignment)
+    (batch,) = pack([Example("t", np.array([0]), np.array(labels_s), retokenized=found)], micro_tokens=99)
     spans = dataclasses.replace(batch.cross_tokenizer.to_torch(), weight_G=weight_G, denominator=1.0)
     assert spans.batch.label_T[spans.rows].tolist() == list(labels_t)
     return Pair(student, teacher, torch.tensor(labels_s), torch.tensor(labels_t), spans, shared)
 
 
-def test_the_sorted_gap_through_the_chunks_equals_the_dense_graph():
+def test_the_sorted_distance_through_the_chunks_equals_the_dense_graph():
     student, teacher = models(9, 9, 31, 17)
     weight_T = torch.linspace(0.1, 1, 9, dtype=torch.float64)
-    out = compare_rows(student, [teacher], sorted_gap, Targets(torch.zeros(9, dtype=torch.long), weight_T), chunk=4)
+    out = compare_rows(
+        student, [teacher], sorted_distance, Targets(torch.zeros(9, dtype=torch.long), weight_T), chunk=4
+    )
     q = (student.hidden_TD @ student.weight_VD.T).softmax(1)
     p = (teacher.hidden_TD @ teacher.weight_VD.T).softmax(1)
     p = torch.nn.functional.pad(p, (0, 14)).sort(1).values
@@ -235,7 +237,7 @@ def whole_aligned_loss(student, teacher, labels_s, labels_t, groups, weight_G, *
 
 @pytest.mark.parametrize("span_weight", [0.0, 0.7])
 def test_aligned_spans_through_the_chunks_equal_the_dense_graph(span_weight):
-    """One text, "abcac" and its end, which the teacher cuts at "bc" in one piece and the student in two."""
+    """One text, "abcac" and its end, where "bc" is one token of the teacher and two of the student."""
     student_parts = [b"a", b"b", b"c", b"a", b"c", END]
     teacher_parts = [b"a", b"bc", b"a", b"c", END]
     labels_s, labels_t = [0, 1, 2, 0, 2, 5], [2, 3, 2, 1, 0]
@@ -295,56 +297,56 @@ def test_real_vocabularies_and_text_lower_the_loss_by_its_own_gradient(tokenizer
     assert slope == pytest.approx((grad_h.square().sum() + grad_w.square().sum()).item(), rel=1e-3)
 
 
-# ----------------------------------------------------------------------------------------- reading and packing
+# ----------------------------------------------------------------------------------------- re-tokenising and packing
 
 
 PLAIN = Template(name="plain", system=None, plain="Q: {question}\nA: ", extract=str, chat=False)
 QUESTION = [{"role": "user", "content": "how much?"}]
 
 
-def test_a_teacher_reads_what_the_student_sampled_whichever_way_it_was_cut(tokenizer, small, mistral):
-    """Ids that no encoder would give: the text is theirs, and its end only where the student ended."""
+def test_sampled_ids_are_retokenized_for_any_tokenization(tokenizer, small, mistral):
+    """Also for ids that no encoder produces: the text is equal, and it has an end only if the student's has."""
     single = [tokenizer.convert_tokens_to_ids(c) for c in "3+4=7"]
     for other in (small, mistral):
-        read = Reader(tokenizer, other, PLAIN)
+        read = Retokenizer(tokenizer, other, PLAIN)
         for ids in ([*single, tokenizer.eos_token_id], single, ids_of(tokenizer, TEXT)):
-            reading = read(QUESTION, np.array(ids))
+            found = read(QUESTION, np.array(ids))
             ended = ids[-1] == tokenizer.eos_token_id
-            assert (reading.completion_ids[-1] == other.eos_token_id) == ended
-            assert other.decode(reading.completion_ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)  # fmt: skip
-            assert other.decode(reading.prompt_ids) == "Q: how much?\nA: "
-            assert len(reading.alignment.student_span_T) == len(ids)
-            assert (reading.alignment.student_span_T >= 0).all()
-            assert (reading.alignment.teacher_span_T >= 0).all()
+            assert (found.completion_ids[-1] == other.eos_token_id) == ended
+            assert other.decode(found.completion_ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)  # fmt: skip
+            assert other.decode(found.prompt_ids) == "Q: how much?\nA: "
+            assert len(found.alignment.student_span_T) == len(ids)
+            assert (found.alignment.student_span_T >= 0).all()
+            assert (found.alignment.teacher_span_T >= 0).all()
 
 
-def test_a_student_with_sentencepiece_is_read_without_the_space_it_never_meant(tokenizer, mistral):
+def test_the_leading_space_of_sentencepiece_is_not_part_of_the_text(tokenizer, mistral):
     ids = [
         *mistral("3 + 4 = 7 wie schön", add_special_tokens=False)["input_ids"],
         mistral.eos_token_id,
     ]
     assert token_bytes(mistral)[ids[0]][:1] == b" "
-    reading = Reader(mistral, tokenizer, PLAIN)(QUESTION, np.array(ids))
-    assert tokenizer.decode(reading.completion_ids, skip_special_tokens=True) == "3 + 4 = 7 wie schön"
+    found = Retokenizer(mistral, tokenizer, PLAIN)(QUESTION, np.array(ids))
+    assert tokenizer.decode(found.completion_ids, skip_special_tokens=True) == "3 + 4 = 7 wie schön"
 
 
-def test_a_completion_cut_inside_a_character_is_not_read(tokenizer, small):
+def test_a_completion_cut_inside_a_character_is_not_retokenized(tokenizer, small):
     ids = ids_of(tokenizer, TEXT)
     cut = next(ids[:n] for n in range(1, len(ids)) if "\ufffd" in tokenizer.decode(ids[:n]))
-    assert Reader(tokenizer, small, PLAIN)(QUESTION, np.array(cut)) is None
+    assert Retokenizer(tokenizer, small, PLAIN)(QUESTION, np.array(cut)) is None
 
 
 @pytest.mark.parametrize("normalise", ["token", "sequence"])
-def test_readings_are_packed_with_their_batch_whatever_the_split(tokenizer, small, normalise):
+def test_retokenized_traces_are_packed_with_their_batch_whatever_the_split(tokenizer, small, normalise):
     """Every span of every trace once, between the same texts, with the same weight, however the step is split."""
     texts = ["3+4=7", "naïve sum", "12345 and 678", "a", "première réponse"]
-    read = Reader(tokenizer, small, PLAIN)
+    read = Retokenizer(tokenizer, small, PLAIN)
     texts_s, texts_t = token_bytes(tokenizer), token_bytes(small)
     prompt = tokenizer("Q: ", add_special_tokens=False)["input_ids"]
     examples = []
     for n, text in enumerate(texts):
         ids = np.array(ids_of(tokenizer, text))
-        examples.append(Example(str(n), np.array(prompt), ids, reading=read(QUESTION, ids)))
+        examples.append(Example(str(n), np.array(prompt), ids, retokenized=read(QUESTION, ids)))
     found = []
     for micro_tokens in (8, 25, 999):
         spans = {}

@@ -1,4 +1,4 @@
-"""Whole-vocabulary divergences with a live teacher, against dense log-softmax and autograd, against TRL, and against stored targets."""
+"""Whole-vocabulary divergences with a teacher in the trainer, against dense log-softmax and autograd, against TRL, and against stored targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of the head, in a process of their own with Triton's interpreter."""
+"""The Triton kernels of the head, in a separate process with Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ POINTERS = {"e_ptr": "*bf16", "ids_ptr": "*i64"}
 
 
 def compiled(kernel, capability: int, constants: dict[str, object], tmp_path) -> str:
-    """What ptxas says of a kernel's registers and spills."""
+    """Return ptxas's report on a kernel's registers and spills."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 

@@ -13,7 +13,7 @@ from trl.experimental.sdpo.loss_utils import add_tail_bucket, compute_divergence
 from distill import plug
 from distill.records import NO_TAIL, UserError
 from distill.training.loss import divergences, sparse
-from distill.training.loss.dense import Logits, draw
+from distill.training.loss.dense import Logits, sample_ids
 from distill.training.loss.head import HeadForm, Targets, head_loss
 
 HOME = "distill.training.loss.sparse"
@@ -325,14 +325,14 @@ def test_weights_go_to_their_final_values_in_a_straight_line(progress, ce, kl):
     )
 
 
-def test_draws_give_the_gradient_of_the_whole_kl_in_expectation():
+def test_sampled_ids_give_the_gradient_of_the_whole_kl_in_expectation():
     """20000 positions of the same teacher and student, five draws each: the mean gradient is q - p, to five sigma."""
     rng = np.random.default_rng(0)
     V, n, trials = 12, 5, 20_000
     p, logits = softmax(rng.normal(size=(1, V)) * 2)[0], rng.normal(size=(1, V))
     eye = torch.eye(V, dtype=torch.float64)
     teacher = Logits(torch.from_numpy(np.log(p)).expand(trials, V), eye, HeadForm(V))
-    ids, log_count = draw([teacher], n, torch.Generator().manual_seed(0))
+    ids, log_count = sample_ids([teacher], n, torch.Generator().manual_seed(0))
     assert (log_count.exp().sum(1).round(decimals=6) == n).all()
     assert ((ids < 0) == (log_count == -torch.inf)).all()
     assert all(len(set(row)) == len(row) for row in (r[r >= 0].tolist() for r in ids[:100]))
@@ -355,9 +355,9 @@ def test_draws_are_from_the_mixture_and_the_same_for_the_same_seed():
     """Two teachers that are each sure of one id: three draws of four are the first's."""
     eye = torch.eye(5, dtype=torch.float64)
     sure = [Logits(40 * eye[[i]].expand(4000, 5), eye, HeadForm(5), share=share) for i, share in ((1, 3.0), (4, 1.0))]
-    ids, log_count = draw(sure, 8, torch.Generator().manual_seed(1))
-    again, _ = draw(sure, 8, torch.Generator().manual_seed(1))
-    other, _ = draw(sure, 8, torch.Generator().manual_seed(2))
+    ids, log_count = sample_ids(sure, 8, torch.Generator().manual_seed(1))
+    again, _ = sample_ids(sure, 8, torch.Generator().manual_seed(1))
+    other, _ = sample_ids(sure, 8, torch.Generator().manual_seed(2))
     assert torch.equal(ids, again)
     assert not torch.equal(ids, other)
     share = torch.where(ids == 1, log_count.exp(), 0.0).sum() / 32000

@@ -1,4 +1,4 @@
-"""Freed memory stays in the process: taking it again costs no page faults."""
+"""Freed memory stays in the process: allocating it again costs no page faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ print(faults(20))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's mallopt")
-def test_freed_memory_is_taken_again_without_page_faults():
+def test_freed_memory_is_allocated_again_without_page_faults():
     def faults(mode):
         command = [sys.executable, "-c", SCRIPT, mode]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

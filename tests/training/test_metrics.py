@@ -1,4 +1,4 @@
-"""What one watches, against NumPy over dense probabilities; and its means over the tokens that each number speaks of."""
+"""Token metrics against NumPy over dense probabilities, and their means over the tokens where they apply."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from head_problems import problem, replace, softmax
 from distill import plug
 from distill.training.loss.dense import Logits, dense_loss
 from distill.training.loss.head import HeadForm, head_loss
-from distill.training.loss.metrics import mean_sums, watch, watch_rows
+from distill.training.loss.metrics import distribution_metrics, full_vocabulary_metrics, weighted_sums
 
-PLACES = ["kl/0-15", "kl/16-63", "kl/64-255", "kl/256-"]
+POSITION_RANGES = ["kl/0-15", "kl/16-63", "kl/64-255", "kl/256-"]
 
 
 def entropy(p):
@@ -23,7 +23,7 @@ def test_stored_distributions_against_numpy():
     hidden, weight, targets = problem(T=7, V=31, K=4)
     targets = replace(targets, place_T=torch.tensor([0, 15, 16, 63, 64, 255, 5000]))
     loss = plug.bind("jsd", {}, "distill.training.loss.sparse")
-    seen = head_loss(hidden, weight, loss, targets, chunk=3, measure=watch).measures
+    seen = head_loss(hidden, weight, loss, targets, chunk=3, measure=distribution_metrics).measures
     q_TV = softmax((hidden @ weight.T).detach().numpy())
     for t in range(7):
         ids = targets.teacher_ids_TK[t].numpy()
@@ -35,7 +35,7 @@ def test_stored_distributions_against_numpy():
         assert seen["tail"][t].item() == pytest.approx(P[-1])
         assert seen["student_tail"][t].item() == pytest.approx(Q[-1])
         assert seen["agreement"][t].item() == (q_TV[t].argmax() == ids[0])
-        found = [seen[name][t].item() for name in PLACES]
+        found = [seen[name][t].item() for name in POSITION_RANGES]
         expected = [-np.inf] * 4
         expected[[0, 0, 1, 1, 2, 2, 3][t]] = kl
         assert found == pytest.approx(expected)
@@ -53,7 +53,7 @@ def test_a_teacher_in_the_trainer_against_numpy():
     taught = Logits(noisy(hidden), noisy(weight), HeadForm(4))
     divergence = plug.bind("reverse_kl", {}, "distill.training.loss.divergences")
     seen = dense_loss(
-        Logits(hidden, weight, HeadForm(4)), [taught], divergence, targets, chunk=4, measure=watch_rows
+        Logits(hidden, weight, HeadForm(4)), [taught], divergence, targets, chunk=4, measure=full_vocabulary_metrics
     ).measures  # fmt: skip
     q = softmax((hidden @ weight.T).detach().numpy())
     p = softmax((taught.hidden_TD @ taught.weight_VD.T).numpy())
@@ -64,9 +64,9 @@ def test_a_teacher_in_the_trainer_against_numpy():
     assert 0 < seen["agreement"].sum() < 9
 
 
-def test_means_are_over_the_tokens_that_a_number_speaks_of():
+def test_means_exclude_tokens_where_a_metric_does_not_apply():
     weight_T = torch.tensor([1.0, 2.0, 1.0, 0.0])
-    found = mean_sums(
+    found = weighted_sums(
         {
             "some": torch.tensor([-torch.inf, 3.0, 6.0, -torch.inf]),
             "none": torch.full((4,), -torch.inf),

@@ -10,7 +10,7 @@ from head_problems import softmax
 from distill import plug
 from distill.records import TopK
 from distill.training.loss.head import Targets, head_loss
-from distill.training.loss.metrics import watch
+from distill.training.loss.metrics import distribution_metrics
 from distill.training.loss.multi_teacher import TeacherMixture, over_teachers
 from distill.training.packing import Example, pack
 
@@ -19,7 +19,7 @@ SHARES = (0.5, 0.3, 0.2)
 
 
 def kept(seed, top_k, mass):
-    """A random teacher [C, V], and what is stored of it."""
+    """Return a random teacher [C, V] and its stored entries."""
     p = softmax(np.random.default_rng(seed).normal(size=(C, V)) * 3)
     order = np.argsort(-p, axis=1)
     logp = np.log(np.take_along_axis(p, order, 1))
@@ -114,14 +114,14 @@ def test_one_teacher_is_the_plain_loss_and_the_student_itself_is_left_alone():
     targets = Targets.of(batch.to_torch(), torch.arange(C))
     z = torch.from_numpy(np.log(p)).float().requires_grad_()
     loss = plug.bind("forward_kl", {}, "distill.training.loss.sparse")
-    out = head_loss(z, torch.eye(V), over_teachers(loss, (0.25, 0.75)), targets, measure=watch)
+    out = head_loss(z, torch.eye(V), over_teachers(loss, (0.25, 0.75)), targets, measure=distribution_metrics)
     out.loss.backward()
     assert out.loss_T.abs().max() < 1e-5
     assert z.grad.abs().max() < 1e-6
     assert out.measures["agreement"].tolist() == [1.0] * C
 
 
-def test_the_mixture_counts_what_nobody_else_kept_as_known():
+def test_the_mixture_at_ids_that_only_one_teacher_kept():
     """Two teachers over {0} and {1}: the mixture has half of each at its id, and half of both tails outside."""
     one = TopK(np.array([1]), np.array([0]), np.log([0.6]).astype(np.float32), np.log([0.4]))
     two = TopK(np.array([1]), np.array([1]), np.log([0.9]).astype(np.float32), np.log([0.1]))

@@ -1,4 +1,4 @@
-"""On-policy distillation on the tiny model: who scores, what is learned, what is mixed in, resume."""
+"""On-policy distillation on the tiny model: scoring by trainer and engine, learning, stored traces, resuming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill.tasks.templates import raw
 from distill.training import loop
 from distill.training.loss import divergences, sparse
 from distill.training.loss.head import Student, Targets
-from distill.training.loss.metrics import watch
+from distill.training.loss.metrics import distribution_metrics
 from distill.training.loss.objective import DenseObjective, StoredObjective
 from distill.training.packing import Example
 from distill.training.policy import Teacher
@@ -28,7 +28,7 @@ from distill.training.rl.teacher_rollout import TeacherRollouts
 
 @pytest.fixture(scope="module")
 def teacher_dir(tiny_dir, tmp_path_factory):
-    """The tiny model, moved: its next tokens are other ones."""
+    """The tiny model with changed weights, so that its next tokens differ."""
     model = models.load(tiny_dir, dtype="float32")
     torch.manual_seed(5)
     with torch.no_grad():
@@ -142,16 +142,16 @@ def test_teacher_in_the_trainer_lowers_the_reverse_kl(tiny_dir, teacher_dir, eng
 
 def test_teacher_as_an_engine_lowers_it_too(tiny_dir, engine, teacher_engine, tmp_path):
     config = stage(scoring="engine")
-    objective = StoredObjective(sparse.reverse_kl, watch)
+    objective = StoredObjective(sparse.reverse_kl, distribution_metrics)
     run(tiny_dir, tmp_path, source(engine, config, teacher_engine), objective)
     course = [m["kl_teacher"] for m in metrics(tmp_path)]
     assert np.mean(course[-3:]) < 0.7 * course[0]
     assert {"agreement", "tail", "student_tail", "teacher_nll"} <= metrics(tmp_path)[0].keys()
 
 
-def test_as_a_policy_gradient_one_number_a_token_is_enough(tiny_dir, engine, teacher_engine, tmp_path):
+def test_a_policy_gradient_needs_one_teacher_log_prob_a_token(tiny_dir, engine, teacher_engine, tmp_path):
     config = stage(scoring="engine", loss={"fn": "policy_gradient"}, steps=40, group_size=16, lr=3e-3)
-    objective = StoredObjective(sparse.policy_gradient, watch)
+    objective = StoredObjective(sparse.policy_gradient, distribution_metrics)
     run(tiny_dir, tmp_path, source(engine, config, teacher_engine), objective)
     course = [m["kl_teacher"] for m in metrics(tmp_path)]
     assert np.mean(course[-5:]) < 0.9 * np.mean(course[:3])
@@ -183,7 +183,7 @@ def test_both_ways_of_scoring_agree_where_every_entry_is_kept(tiny_dir, teacher_
         tiny_dir,
         tmp_path / "a",
         source(engine, whole, teacher_engine),
-        StoredObjective(sparse.reverse_kl, watch),
+        StoredObjective(sparse.reverse_kl, distribution_metrics),
     )
     teacher = Teacher(models.load(teacher_dir, dtype="float32"))
     run(
@@ -198,7 +198,7 @@ def test_both_ways_of_scoring_agree_where_every_entry_is_kept(tiny_dir, teacher_
     assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
-def test_a_teacher_that_is_the_student_has_nothing_to_say(tiny_dir, engine, tmp_path):
+def test_a_teacher_equal_to_the_student_gives_no_gradient(tiny_dir, engine, tmp_path):
     teacher = Teacher(models.load(tiny_dir, dtype="float32"))
     run(
         tiny_dir,
@@ -211,7 +211,7 @@ def test_a_teacher_that_is_the_student_has_nothing_to_say(tiny_dir, engine, tmp_
     assert metrics(tmp_path)[0]["grad_norm"] < 1e-4
 
 
-def test_mix_takes_its_share_from_elsewhere(tiny_dir, teacher_dir, engine, tmp_path):
+def test_the_offline_share_is_taken_from_stored_traces(tiny_dir, teacher_dir, engine, tmp_path):
     asked = []
 
     def offline(step, num):

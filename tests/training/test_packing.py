@@ -178,7 +178,7 @@ def test_a_tree_of_shared_prompts_by_hand():
     assert batch.label_T[batch.weight_T > 0].tolist() == [20, 2, 21, 2, 22, 2, 23, 24, 2]
     seen = [(3, 28), (3, 28), (3, 8), (5, 8), (20, 8), (8, 0)]
     assert batch.squared_lengths == sum(own**2 + 2 * own * before for own, before in seen)
-    # A prefix that would save fewer than LEAST_SAVED tokens is not shared.
+    # A prefix that would save fewer than MIN_TOKENS_SAVED tokens is not shared.
     (plain,) = pack([c, d], micro_tokens=100)
     assert (plain.parent == -1).all()
 

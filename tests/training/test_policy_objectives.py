@@ -127,7 +127,7 @@ def stage(**changes):
 
 
 def student(logp_T):
-    """A Student of whom only the label's log-probability is asked."""
+    """Return a Student with only the label's log-probability."""
     rest = {f.name: None for f in fields(Student)}
     return Student(**{**rest, "label_T": logp_T})
 
@@ -257,7 +257,7 @@ def test_mini_batches_hold_every_problem_once_and_divide_by_their_own_counts():
     assert [b.denominator for part in parts for b in part] == [8.0] * sum(map(len, parts))
 
 
-def test_clipping_is_seen_where_it_happens():
+def test_clip_fraction_marks_the_clipped_tokens():
     """rho = 1.5 and 0.5 with eps = .2: clipped for A = +1 above, for A = -1 below, and nowhere else."""
     logp = torch.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()
     targets = Targets(
@@ -271,7 +271,7 @@ def test_clipping_is_seen_where_it_happens():
     assert loss.tolist() == pytest.approx([-1.2, 1.5, -0.5, 0.8])
     (grad,) = torch.autograd.grad(loss.sum(), logp)
     assert grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0])
-    assert objective.watch(student(logp.detach()), targets)["clip_fraction"].tolist() == [
+    assert objective.measure(student(logp.detach()), targets)["clip_fraction"].tolist() == [
         1,
         0,
         0,
@@ -310,5 +310,5 @@ def test_the_engine_weight_is_truncated_and_carries_no_gradient():
     assert loss.tolist() == pytest.approx([-math.exp(0.1), -2.0])
     (grad,) = torch.autograd.grad(loss.sum(), logp)
     assert grad.tolist() == pytest.approx([-math.exp(0.1), -2.0])
-    watched = objective.watch(student(logp.detach()), targets)["kl_engine"]
-    assert watched.tolist() == pytest.approx([math.exp(0.1) - 1.1, math.exp(2.0) - 3.0])
+    found = objective.measure(student(logp.detach()), targets)["kl_engine"]
+    assert found.tolist() == pytest.approx([math.exp(0.1) - 1.1, math.exp(2.0) - 3.0])

@@ -1,4 +1,4 @@
-"""Rollouts from a real engine (the reference, the tiny model) through the loop: what is asked, learned, resumed."""
+"""Rollouts from a real engine (the reference, the tiny model) through the loop: requests, learning, resuming."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def problems(num=6):
 
 @pytest.fixture(scope="module")
 def good(tiny_dir):
-    """Which ids are to be written: those whose embedding starts with a positive number, half of them."""
+    """Return the rewarded ids: the half whose embedding starts with a positive number."""
     return models.load(tiny_dir, dtype="float32").get_input_embeddings().weight[:, 0].gt(0).numpy()
 
 
@@ -49,7 +49,7 @@ def share(good):
 
 
 class Spy:
-    """The engine itself, and a list of what it was asked."""
+    """An engine that records its requests."""
 
     def __init__(self, engine):
         self.engine, self.requests, self.versions = engine, [], []
@@ -115,7 +115,7 @@ def source(engine, config, objective, reward, seed=1, **changes):
 
 
 def run(tiny_dir, folder, rollouts, *, lora=None, stop_before=None):
-    """Train as the stage does; stop_before: leave as a kill would, before that step is made."""
+    """Train as the stage does. stop_before: stop before that step, as a kill would."""
     config = rollouts.config
     model = models.load(tiny_dir, dtype=config.dtype)
     if lora is not None:
@@ -174,14 +174,14 @@ def test_reward_rises_and_random_rewards_do_not_raise_it(tiny_dir, engine, tmp_p
 
     true_scores = []
 
-    def watched(groups):
+    def recorded(groups):
         true_scores.append(np.mean([share(g) for g in groups]))
         return [Scores([float(r) for r in chance(g)], {}) for g in groups]
 
     run(
         tiny_dir,
         tmp_path / "chance",
-        source(engine, config, objective, share, seed=seed, rewards=watched),
+        source(engine, config, objective, share, seed=seed, rewards=recorded),
     )
     assert np.mean(true_scores[-3:]) < 0.7
 
@@ -190,17 +190,17 @@ def test_reward_rises_and_random_rewards_do_not_raise_it(tiny_dir, engine, tmp_p
 
 
 def test_passes_reuse_the_rollout_and_its_old_log_probs(tiny_dir, engine, tmp_path, share):
-    """Two passes: one rollout, and at the second the ratio is no longer 1 but against the weights that wrote it."""
+    """Two passes: one rollout, and at the second the ratio is no longer 1 but against the weights that sampled it."""
     spy = Spy(engine)
     config = stage(steps=4, num_iterations=2, lr=1e-2)
     seen = []
     objective = objectives.grpo(beta=0.0, mask_truncated=False)
 
-    def watch(student, targets):
+    def measure(student, targets):
         seen.append((student.label_T - targets.old_logp_T).abs().max().item())
         return {}
 
-    run(tiny_dir, tmp_path, source(spy, config, replace(objective, watch=watch), share))
+    run(tiny_dir, tmp_path, source(spy, config, replace(objective, measure=measure), share))
     assert len(spy.requests) == 2
     assert spy.versions == [0, 2]
     assert seen[0] < 1e-5
@@ -209,7 +209,7 @@ def test_passes_reuse_the_rollout_and_its_old_log_probs(tiny_dir, engine, tmp_pa
     assert seen[3] > 1e-3
 
 
-def test_the_engine_writes_with_the_weights_of_the_moment(tiny_dir, engine, tmp_path, share):
+def test_the_engine_samples_with_the_current_weights(tiny_dir, engine, tmp_path, share):
     config = stage(steps=6, lr=1e-2)
     run(tiny_dir, tmp_path, source(engine, config, objectives.grpo(mask_truncated=False), share))
     assert max(m["kl_engine"] for m in metrics(tmp_path)) < 1e-8
@@ -218,7 +218,7 @@ def test_the_engine_writes_with_the_weights_of_the_moment(tiny_dir, engine, tmp_
 def test_a_stale_engine_is_refused(tiny_dir, engine, tmp_path, share):
     class Stale(Spy):
         def sync(self, weights, version):
-            self.engine.sync(weights, 0)  # forgets to say that they are new
+            self.engine.sync(weights, 0)  # an old version number
 
     with pytest.raises(RuntimeError, match="version 0; the policy is at 1"):
         run(tiny_dir, tmp_path, source(Stale(engine), stage(), objectives.grpo(beta=0.0), share))
@@ -236,7 +236,7 @@ def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(tiny_dir, e
         stage(steps=1),
         objectives.dapo(resample=3),
         dull,
-        watch=lambda step, rollout: kept.append(rollout),
+        on_rollout=lambda step, rollout: kept.append(rollout),
     )
     run(tiny_dir, tmp_path, rollouts)
     (rollout,) = kept
@@ -286,7 +286,7 @@ def test_unjudged_completions_are_counted_and_carry_no_advantage(tiny_dir, engin
         stage(steps=1),
         objectives.grpo(mask_truncated=False),
         half,
-        watch=lambda step, rollout: kept.append(rollout),
+        on_rollout=lambda step, rollout: kept.append(rollout),
     )
     run(tiny_dir, tmp_path, rollouts)
     assert metrics(tmp_path)[0]["unjudged"] == 0.5
@@ -299,7 +299,7 @@ def test_unjudged_completions_are_counted_and_carry_no_advantage(tiny_dir, engin
 
 @pytest.mark.parametrize("stop_before", [2, 4, 6])
 def test_resumed_equals_uninterrupted_wherever_it_was_killed(tiny_dir, tmp_path, share, stop_before):
-    """Two mini-batches and two passes a rollout, the reference refreshed: killed before, inside and after rollouts."""
+    """Two mini-batches and two passes a rollout, the reference synced: killed before, inside and after rollouts."""
     config = stage(
         steps=8,
         prompts=2,
@@ -361,7 +361,7 @@ def test_exported_weights_are_the_merged_ones(tiny_dir):
 
 @pytest.mark.parametrize("ends", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}])
 def test_one_end_of_a_tied_model_cannot_be_trained_alone_beside_an_engine(ends, tiny_dir, tmp_path):
-    """The engine keeps both ends as one matrix, so the policy that learns would not be the one that writes."""
+    """The engine keeps both ends as one matrix, so the trained policy would differ from the one that samples."""
     stage = {"kind": "grpo", "model": "base", "task": "sums", "rewards": [{"fn": "accuracy"}], "steps": 1, "dtype": "float32",
              "sampling": {"max_tokens": 4}, "lora": {"rank": 4, **ends}}  # fmt: skip
     tree = {"name": "t", "models": {"base": str(tiny_dir)}, "tasks": {"sums": SUMS}, "stages": {"rl": stage}}

@@ -12,11 +12,11 @@ from distill.records import UserError
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.head import LossFn
-from distill.training.loss.metrics import watch
+from distill.training.loss.metrics import distribution_metrics
 from distill.training.loss.multi_teacher import over_teachers
 from distill.training.loss.objective import (
-    FULL,
-    NONE,
+    WEIGHT_ONE,
+    WEIGHT_ZERO,
     CrossTokenizerObjective,
     DenseObjective,
     Objective,
@@ -95,7 +95,7 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) 
     if isinstance(config, TrainStage) and isinstance(config.data, dict):
         total = sum(config.data.values())
         loss = over_teachers(loss, [share / total for share in config.data.values()])
-    return StoredObjective(loss, watch)
+    return StoredObjective(loss, distribution_metrics)
 
 
 def _is_scored_by_engine(config: TrainStage | OnPolicyStage) -> bool:
@@ -124,7 +124,7 @@ def _sampled(config: TrainStage | OnPolicyStage, here: str, in_trainer: bool, se
 
 def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> Objective:
     """Return the loss's divergence over the whole vocabulary, or a user's loss on the teacher's entries."""
-    fn, options, kl, ce = config.loss.fn, config.loss.options, FULL, NONE
+    fn, options, kl, ce = config.loss.fn, config.loss.options, WEIGHT_ONE, WEIGHT_ZERO
     if fn == "ce_kl":
         given = plug.all_options(fn, options, LOSSES, here)
         kl, ce = (LinearWeight(given[name], given[f"final_{name}"]) for name in ("kl_weight", "ce_weight"))
@@ -139,7 +139,7 @@ def _with_teacher(config: TrainStage | OnPolicyStage, here: str, form: Form) -> 
             f"{here}: {fn} gets the teacher's {TEACHER_ENTRIES} most likely tokens and the mass of the rest, which is possible "
             "only at temperature 1; write it as a divergence (logp, logq) to use the whole vocabulary at any temperature."
         )
-    return TeacherTopObjective(plug.bind(fn, options, LOSSES, here), watch, entries=TEACHER_ENTRIES)
+    return TeacherTopObjective(plug.bind(fn, options, LOSSES, here), distribution_metrics, entries=TEACHER_ENTRIES)
 
 
 def load_teachers(

@@ -23,12 +23,12 @@ from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer
 from distill.stages.inputs.score_inputs import AS_IT_IS, is_traces, template_of
 from distill.traces.reader import TraceReader, open_traces
 from distill.training.loss import sparse
-from distill.training.loss.cross_tokenizer.alignment import Reader as Reading
+from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example, Source, examples_of
 
 
-def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Reading | None = None) -> Source:
-    """The stage's examples; read: makes the readings of a teacher with another tokenizer.
+def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Retokenizer | None = None) -> Source:
+    """The stage's examples; read: re-tokenises for a teacher with another tokenizer.
 
     Raises UserError where there is nothing to learn from, or the loss and the data do not go together.
     """
@@ -45,7 +45,7 @@ def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Read
     return source
 
 
-def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Reading | None:
+def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Retokenizer | None:
     """How a teacher with another tokenizer reads the stage's traces; None where the loss compares ids."""
     if not is_cross_tokenizer(config):
         return None
@@ -53,7 +53,7 @@ def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: 
     theirs = models.load_tokenizer(context.model_dir(name), trust_remote_code=context.trusts(name))
     template = AS_IT_IS if config.task is None else context.task(config.task).template
     models.check_template(theirs, template, f"stages.{context.name}.teacher")
-    return Reading(tokenizer, theirs, template)
+    return Retokenizer(tokenizer, theirs, template)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def _shard_source(
     context: Context,
     tokenizer: Any,
     seed: int,
-    read: Reading | None,
+    read: Retokenizer | None,
 ) -> Source:
     with_top = _wants_teacher(config)
     if with_top:
@@ -188,7 +188,7 @@ def _text_source(
     tokenizer: Any,
     reader: TraceReader,
     seed: int,
-    read: Reading | None,
+    read: Retokenizer | None,
     rendered: bool,
 ) -> Source:
     """Traces by their text. rendered: in the student's own ids, where another tokenizer wrote them."""
@@ -207,7 +207,7 @@ def _text_source(
                 said = {"role": "assistant", "content": block.completion[n]}
                 finished = block.finish_reason[n] != "length"
                 reply = models.render_reply(tokenizer, template, messages, said, finished=finished)
-            example = _with_reading(Example(trace_id, prompt, reply), messages, read)
+            example = _retokenized(Example(trace_id, prompt, reply), messages, read)
             if example is None:
                 unread += 1
             else:
@@ -216,12 +216,12 @@ def _text_source(
     return ListSource(kept, seed, reader.fingerprint)
 
 
-def _with_reading(example: Example, messages: Any, read: Reading | None) -> Example | None:
-    """The example with its reading where one is asked for; None where there is none to be had."""
+def _retokenized(example: Example, messages: Any, read: Retokenizer | None) -> Example | None:
+    """Return the example re-tokenised for the teacher if `read` is given; None if that fails."""
     if read is None:
         return example
-    reading = read(messages, example.completion_ids)
-    return None if reading is None else replace(example, reading=reading)
+    retokenized = read(messages, example.completion_ids)
+    return None if retokenized is None else replace(example, retokenized=retokenized)
 
 
 def _template(config: TrainStage, context: Context) -> Template:
@@ -233,7 +233,7 @@ def _template(config: TrainStage, context: Context) -> Template:
 
 
 def _conversation_source(
-    config: TrainStage, data: str, context: Context, tokenizer: Any, seed: int, read: Reading | None
+    config: TrainStage, data: str, context: Context, tokenizer: Any, seed: int, read: Retokenizer | None
 ) -> Source:
     """Render the conversations of a data set, an example for each of the assistant's turns that is learned."""
     where = f"stages.{context.name}.data"
@@ -263,7 +263,7 @@ def _conversation_source(
             example = Example(f"{table.name.partition(' ')[0]}:{given.number}{place}", prompt, ids)
             if len(example) > config.max_tokens:
                 longer += 1
-            elif (known := _with_reading(example, messages, read)) is None:
+            elif (known := _retokenized(example, messages, read)) is None:
                 unread += 1
             else:
                 examples.append(known)

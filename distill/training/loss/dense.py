@@ -105,7 +105,7 @@ def compare_rows(
     bias_V = None if student.bias_V is None else gathered(student.bias_V)
     wide = wide_dtype(student.hidden_TD)
     calls = _DensePass(
-        _Source(weight_VD, bias_V, student.form, wide),
+        _LogitsBuffer(weight_VD, bias_V, student.form, wide),
         _Mixture(teachers, wide, temperature),
         compare,
         targets,
@@ -128,23 +128,23 @@ def compare_rows(
         student.form.vocab_size,
         chunk,
     )
-    rows = {name: torch.cat(parts) for name, parts in calls.seen.items()}
+    rows = {name: torch.cat(parts) for name, parts in calls.measures.items()}
     return HeadOutput(loss, loss_T, label_T, rows)
 
 
-class _Source:
+class _LogitsBuffer:
     """The raw products hidden W^T of a chunk, in memory of its own, and their conversion to logits."""
 
     def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm, wide: torch.dtype) -> None:
         self.weight_VD = weight_VD.detach()[: form.vocab_size]
         self.bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
         self.form, self.wide = form, wide
-        self.held: Tensor | None = None
+        self.buffer: Tensor | None = None
 
     def product(self, hidden_CD: Tensor) -> Tensor:
-        if self.held is None or len(self.held) < len(hidden_CD):
-            self.held = self.weight_VD.new_empty(len(hidden_CD), len(self.weight_VD), dtype=self.wide)
-        x_CV = self.held[: len(hidden_CD)]
+        if self.buffer is None or len(self.buffer) < len(hidden_CD):
+            self.buffer = self.weight_VD.new_empty(len(hidden_CD), len(self.weight_VD), dtype=self.wide)
+        x_CV = self.buffer[: len(hidden_CD)]
         return wide_product(hidden_CD, self.weight_VD.t(), x_CV)
 
     def logits(self, x_RV: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _DensePass:
-    student: _Source
+    student: _LogitsBuffer
     teachers: _Mixture
     compare: Divergence
     targets: Targets
@@ -164,7 +164,7 @@ class _DensePass:
     kl_weight: float
     ce_weight: float
     measure: RowMeasure | None
-    seen: dict[str, list[Tensor]] = field(default_factory=dict)
+    measures: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def chunk(self, hidden_CD: Tensor, rows: slice, grads: bool) -> Chunk:
         x_CV = self.student.product(hidden_CD)
@@ -186,16 +186,16 @@ class _DensePass:
             loss_C[block], label_logp_C[block] = loss_R.detach(), label_R.detach()
             if self.measure is not None:
                 for name, value_R in self.measure(logp_CV[block], logq_RV.detach()).items():
-                    self.seen.setdefault(name, []).append(value_R)
+                    self.measures.setdefault(name, []).append(value_R)
         return Chunk(loss_C, label_logp_C, x_CV.to(hidden_CD.dtype) if grads else None)
 
     def close(self) -> None:
-        self.student.held = None
+        self.student.buffer = None
         self.teachers.close()
 
 
 @torch.no_grad()
-def draw(teachers: Sequence[Logits], num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def sample_ids(teachers: Sequence[Logits], num: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw `num` ids a row from the teachers' mixture over the whole vocabulary, with repetition.
 
     Returns (the distinct ids drawn [T, num], -1 = none; the log of each id's count [T, num], -inf there).
@@ -213,9 +213,9 @@ def draw(teachers: Sequence[Logits], num: int, generator: torch.Generator) -> tu
     sorted_TN = torch.cat(parts).sort(1).values
     first_TN = torch.ones_like(sorted_TN, dtype=torch.bool)
     first_TN[:, 1:] = sorted_TN[:, 1:] != sorted_TN[:, :-1]
-    place_TN = first_TN.cumsum(1) - 1
-    count_TN = torch.zeros_like(sorted_TN).scatter_add(1, place_TN, torch.ones_like(sorted_TN))
-    ids_TN = torch.full_like(sorted_TN, -1).scatter(1, place_TN, sorted_TN)
+    index_TN = first_TN.cumsum(1) - 1
+    count_TN = torch.zeros_like(sorted_TN).scatter_add(1, index_TN, torch.ones_like(sorted_TN))
+    ids_TN = torch.full_like(sorted_TN, -1).scatter(1, index_TN, sorted_TN)
     return ids_TN, count_TN.to(wide).log()
 
 
@@ -252,7 +252,7 @@ class _Mixture:
             (
                 t.hidden_TD.detach(),
                 math.log(t.share / total),
-                _Source(gathered(t.weight_VD), t.bias_V, t.form, wide),
+                _LogitsBuffer(gathered(t.weight_VD), t.bias_V, t.form, wide),
             )
             for t in teachers
         ]
@@ -274,7 +274,7 @@ class _Mixture:
 
     def close(self) -> None:
         for _, _, source in self.parts:
-            source.held = None
+            source.buffer = None
 
 
 def blocks(x_CV: Tensor) -> Iterator[slice]:

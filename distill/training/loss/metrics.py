@@ -17,17 +17,19 @@ from distill.training.loss import divergences
 from distill.training.loss.head import OUTSIDE, Student, Targets
 from distill.training.loss.stored_targets import outcomes
 
-PLACES = (0, 16, 64, 256)
+POSITION_STARTS = (0, 16, 64, 256)
 """Boundaries of the ranges of a completion for which KL is logged: tokens 0-15, 16-63, 64-255, and from 256 on."""
 
 
-def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
-    """label_nll: -log q(label), nats. With a teacher's distribution also:
+def distribution_metrics(student: Student, targets: Targets) -> dict[str, Tensor]:
+    """Compute the metrics a token of a student against stored (or top) teacher distributions, [T] each.
+
+    label_nll: -log q(label), nats. With a teacher's distribution also:
 
     teacher_nll: -log p(label) if the label is among the kept ids, else -log of the tail's mass, nats. agreement:
     1 if the student's most probable token is the teacher's. tail: the teacher's mass outside the kept ids; student_tail:
     the student's mass outside the same ids. kl: KL(p || q) over the kept ids and the tail, nats, for every loss, also by
-    range of the completion (`by_place`). entropy_gap: the teacher's entropy over the same outcomes minus the student's, nats.
+    range of the completion (`by_position`). entropy_gap: the teacher's entropy over the same outcomes minus the student's, nats.
     """
     found = {"label_nll": -student.label_T}
     ids_TK, logp_TK, tail_T = (
@@ -50,14 +52,14 @@ def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
         "student_tail": student.tail_T.exp(),
         "kl": kl_T,
         "entropy_gap": _entropy(logp_TN) - _entropy(logq_TN),
-        **by_place("kl", kl_T, targets.place_T),
+        **by_position("kl", kl_T, targets.place_T),
     }
 
 
-def watch_rows(logp_RV: Tensor, logq_RV: Tensor) -> dict[str, Tensor]:
-    """kl, agreement and entropy_gap as in `watch`, from whole rows with a teacher in the trainer, [R].
+def full_vocabulary_metrics(logp_RV: Tensor, logq_RV: Tensor) -> dict[str, Tensor]:
+    """Compute kl, agreement and entropy_gap as in `distribution_metrics`, from rows over the whole vocabulary, [R].
 
-    Both are log-softmaxes of finite logits.
+    logp_RV (teacher) and logq_RV (student) are log-softmaxes of finite logits.
     """
     p_RV = logp_RV.exp()
     own_R = torch.linalg.vecdot(p_RV, logp_RV)
@@ -68,22 +70,22 @@ def watch_rows(logp_RV: Tensor, logq_RV: Tensor) -> dict[str, Tensor]:
     }
 
 
-def by_place(name: str, value_T: Tensor, place_T: Tensor | None) -> dict[str, Tensor]:
+def by_position(name: str, value_T: Tensor, place_T: Tensor | None) -> dict[str, Tensor]:
     """Split a metric by range of the completion: `kl/0-15`, `kl/16-63`, `kl/64-255`, `kl/256-`."""
     if place_T is None:
         return {}
     found = {}
-    for start, stop in itertools.pairwise((*PLACES, math.inf)):
+    for start, stop in itertools.pairwise((*POSITION_STARTS, math.inf)):
         here_T = (place_T >= start) & (place_T < stop)
         last = "" if stop == math.inf else int(stop) - 1
         found[f"{name}/{start}-{last}"] = torch.where(here_T, value_T, -torch.inf)
     return found
 
 
-def mean_sums(watched: Mapping[str, Tensor], weight_T: Tensor) -> dict[str, Tensor]:
+def weighted_sums(measures: Mapping[str, Tensor], weight_T: Tensor) -> dict[str, Tensor]:
     """Return each metric's weighted sum and the total weight of the tokens where it is applicable, [2] each."""
     found = {}
-    for name, value_T in watched.items():
+    for name, value_T in measures.items():
         known_T = value_T != -torch.inf  # NaN counts as applicable, so that it shows in the mean
         weighted_T = torch.where(known_T, value_T * weight_T, 0.0)
         found[name] = torch.stack([weighted_T.sum(), (known_T * weight_T).sum()]).float()

@@ -47,17 +47,17 @@ class TeacherMixture:
         sorted_CE = np.take_along_axis(ids_CE, order_CE, 1)
         first_CE = sorted_CE >= 0
         first_CE[:, 1:] &= sorted_CE[:, 1:] != sorted_CE[:, :-1]
-        place_CE = np.empty_like(order_CE)  # each teacher's entries as indices into the union
-        np.put_along_axis(place_CE, order_CE, first_CE.cumsum(1) - 1, 1)
+        index_CE = np.empty_like(order_CE)  # each teacher's entries as indices into the union
+        np.put_along_axis(index_CE, order_CE, first_CE.cumsum(1) - 1, 1)
         num, width = len(ids_CE), int(first_CE.sum(1).max(initial=0))
         union_CK = np.full((num, width), -1, np.int64)
         each_CMK = np.full((num, len(tops), width), -np.inf, np.float32)
         start = 0
         for m, (ids_CN, logp_CN) in enumerate(dense):
             rows, columns = np.nonzero(ids_CN >= 0)
-            places = place_CE[rows, start + columns]
-            union_CK[rows, places] = ids_CN[rows, columns]
-            each_CMK[rows, m, places] = logp_CN[rows, columns]
+            indices = index_CE[rows, start + columns]
+            union_CK[rows, indices] = ids_CN[rows, columns]
+            each_CMK[rows, m, indices] = logp_CN[rows, columns]
             start += ids_CN.shape[1]
         each_tail_CM = np.stack([top.tail_T for top in tops], axis=1).astype(np.float32)
         share_M = np.asarray(shares, np.float64)
@@ -100,13 +100,13 @@ def over_teachers(loss: LossFn, shares: Sequence[float]) -> LossFn:
         for m, share in enumerate(shares):
             logp_TK = targets.each_logp_TMK[:, m]
             own = replace(targets, teacher_logp_TK=logp_TK, teacher_tail_T=targets.each_tail_TM[:, m])
-            total = total + share * loss(_seen_by(student, targets, logp_TK), own)
+            total = total + share * loss(_student_for_teacher(student, targets, logp_TK), own)
         return total
 
     return combined
 
 
-def _seen_by(student: Student, targets: Targets, logp_TK: Tensor) -> Student:
+def _student_for_teacher(student: Student, targets: Targets, logp_TK: Tensor) -> Student:
     """Return the student as one teacher's ids see it: ids that this teacher did not keep are part of the tail."""
     assert targets.teacher_logp_TK is not None
     others_TK = (targets.teacher_logp_TK > -torch.inf) & (logp_TK == -torch.inf)

@@ -22,9 +22,9 @@ from torch import Tensor
 from distill.records import draw_seed
 from distill.training.batch import Batch
 from distill.training.loss.cross_tokenizer.losses import Pair
-from distill.training.loss.dense import Divergence, dense_loss, draw, top_entries
+from distill.training.loss.dense import Divergence, dense_loss, sample_ids, top_entries
 from distill.training.loss.head import HeadOutput, LossFn, Measure, Student, Targets, head_loss
-from distill.training.loss.metrics import by_place, watch_rows
+from distill.training.loss.metrics import by_position, full_vocabulary_metrics
 from distill.training.loss.weight_schedule import LinearWeight
 
 if TYPE_CHECKING:
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 Couple = Callable[[Tensor, Targets, Tensor], Tensor]
 """(log-probs of the labels [T], targets, trace index [T]) -> a value of the whole trace at each of its tokens, [T]."""
-FULL, NONE = LinearWeight(1.0), LinearWeight(0.0)
+WEIGHT_ONE, WEIGHT_ZERO = LinearWeight(1.0), LinearWeight(0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The result of an objective. loss: the weighted sum, differentiable. watched (metrics) and weight_T: [T], detached."""
+    """The result of an objective. loss: the weighted sum, differentiable. measures (metrics) and weight_T: [T], detached."""
 
     loss: Tensor
-    watched: Mapping[str, Tensor]
+    measures: Mapping[str, Tensor]
     weight_T: Tensor
 
 
@@ -62,30 +62,30 @@ def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class StoredObjective:
-    """A loss on the batch's own streams. loss: unreduced, [T]. watch: metrics a token, averaged with the loss's weights.
+    """A loss on the batch's own streams. loss: unreduced, [T]. measure: metrics a token, averaged with the loss's weights.
 
     couple: a first pass over whole traces, for losses that couple a trace's tokens; it fills Targets.coupled_T.
     """
 
     loss: LossFn
-    watch: Measure = label_nll
+    measure: Measure = label_nll
     couple: Couple | None = None
     reference: bool = False
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
         hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
-        targets = self.complete(module, batch, rows, targets)
+        targets = self.with_teacher(module, batch, rows, targets)
         if self.couple is not None and targets.old_logp_T is not None:
             trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
-            coupled_T = self.couple(module.labels_of(hidden_TD, targets), targets, trace_T)
+            coupled_T = self.couple(module.label_logp_from_hidden(hidden_TD, targets), targets, trace_T)
             targets = replace(targets, coupled_T=coupled_T)
         weight_VD, bias_V = module.output_head()
         out = head_loss(
-            hidden_TD, weight_VD, self.loss, targets, form=module.plan.form, bias_V=bias_V, measure=self.watch
+            hidden_TD, weight_VD, self.loss, targets, form=module.plan.form, bias_V=bias_V, measure=self.measure
         )
         return Output(out.loss, out.measures, targets.weight_T)
 
-    def complete(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
+    def with_teacher(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
         """Add to the targets what the batch does not hold."""
         return targets
 
@@ -96,7 +96,7 @@ class TeacherTopObjective(StoredObjective):
 
     entries: int = 64
 
-    def complete(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
+    def with_teacher(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
         ids_TK, logp_TK, tail_T = top_entries(module.teacher_logits(batch, rows), self.entries)
         return replace(targets, teacher_ids_TK=ids_TK, teacher_logp_TK=logp_TK, teacher_tail_T=tail_T)
 
@@ -108,10 +108,10 @@ class SampledTeacherObjective(StoredObjective):
     draws: int = 64
     seed: int = 0
 
-    def complete(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
+    def with_teacher(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
         seed = draw_seed(self.seed, batch.progress, *batch.trace_ids)
         generator = torch.Generator(rows.device).manual_seed(seed)
-        ids_TK, log_count_TK = draw(module.teacher_logits(batch, rows), self.draws, generator)
+        ids_TK, log_count_TK = sample_ids(module.teacher_logits(batch, rows), self.draws, generator)
         nothing_T = torch.full_like(log_count_TK[:, 0], -torch.inf)
         return replace(targets, teacher_ids_TK=ids_TK, teacher_logp_TK=log_count_TK, teacher_tail_T=nothing_T)
 
@@ -122,8 +122,8 @@ class DenseObjective:
 
     divergence: Divergence
     temperature: float = 1.0
-    kl: LinearWeight = FULL
-    ce: LinearWeight = NONE
+    kl: LinearWeight = WEIGHT_ONE
+    ce: LinearWeight = WEIGHT_ZERO
 
     @property
     def reference(self) -> bool:
@@ -139,12 +139,12 @@ class DenseObjective:
             temperature=self.temperature,
             kl_weight=self.kl.at(batch.progress),
             ce_weight=self.ce.at(batch.progress),
-            measure=watch_rows,
+            measure=full_vocabulary_metrics,
         )
-        watched = {"label_nll": -out.label_logp_T, "divergence": out.loss_T, **out.measures}
-        if "kl" in watched:  # not where there is no token at all
-            watched |= by_place("kl", watched["kl"], targets.place_T)
-        return Output(out.loss, watched, targets.weight_T)
+        measures = {"label_nll": -out.label_logp_T, "divergence": out.loss_T, **out.measures}
+        if "kl" in measures:  # not where there is no token at all
+            measures |= by_position("kl", measures["kl"], targets.place_T)
+        return Output(out.loss, measures, targets.weight_T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +175,9 @@ class CrossTokenizerObjective:
         assert targets.place_T is not None, "every packed batch has it"
         place_G = targets.place_T[spans.student_start_G]
         loss_G = out.loss_T.detach()
-        watched = {
+        measures = {
             "label_nll": -out.label_logp_T,
             "divergence": loss_G,
-            **by_place("divergence", loss_G, place_G),
+            **by_position("divergence", loss_G, place_G),
         }
-        return Output(out.loss, watched, pair.weights)
+        return Output(out.loss, measures, pair.weights)

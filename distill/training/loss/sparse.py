@@ -96,7 +96,7 @@ def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -
     """Cross entropy under ids drawn from the teacher, nats [T]: sum over the drawn ids of count / draws * (-log q).
 
     Needs a teacher in the trainer, from whose whole distribution `draws` ids are drawn at each token, with repetition
-    (`dense.draw`): teacher_ids_TK holds the distinct ids drawn, teacher_logp_TK the log of their counts. Its gradient equals
+    (`dense.sample_ids`): teacher_ids_TK holds the distinct ids drawn, teacher_logp_TK the log of their counts. Its gradient equals
     that of the KL over the whole vocabulary in expectation for any number of draws, plus sampling noise (random sampling KD,
     arXiv 2503.16870).
     """

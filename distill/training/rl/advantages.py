@@ -70,7 +70,7 @@ def policy_kl(logp_T: Tensor, targets: Targets, kl: Kl) -> Tensor:
     k3 = e^d - d - 1: unbiased, never negative; its gradient is not the KL's. k2 = d^2 / 2: biased, and its gradient
     is the KL's. k3_ratio = rho k3 (DeepSeek-V3.2, arXiv 2512.02556): unbiased off policy too, gradient included.
     """
-    d_T = stream(targets.ref_logp_T) - logp_T
+    d_T = required(targets.ref_logp_T) - logp_T
     if kl == "k2":
         return 0.5 * d_T.square()
     k3_T = torch.expm1(d_T) - d_T
@@ -82,7 +82,7 @@ def old_logp(logp_T: Tensor, targets: Targets) -> Tensor:
     return logp_T.detach() if targets.old_logp_T is None else targets.old_logp_T
 
 
-def stream(values: Tensor | None) -> Tensor:
-    """Return a stream that every rollout has."""
+def required(values: Tensor | None) -> Tensor:
+    """Return a stream that every rollout has; fail if it is missing."""
     assert values is not None, "a rollout's batches carry this stream"
     return values

@@ -13,10 +13,10 @@ Before the first update after a rollout there is no old_logp_T: rho is then 1, w
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from distill.training.loss.head import Student, Targets
@@ -26,19 +26,18 @@ from distill.training.rl.advantages import (
     PolicyObjective,
     old_logp,
     policy_kl,
+    required,
     sequence_log_ratio,
-    stream,
 )
 
-Share = Annotated[float, Field(ge=0)]
 # ---------------------------------------------------------------------------------------------- objectives
 
 
 def grpo(
     *,
-    eps_low: Share = 0.2,
-    eps_high: Share | None = None,
-    beta: Share = 0.001,
+    eps_low: NonNegativeFloat = 0.2,
+    eps_high: NonNegativeFloat | None = None,
+    beta: NonNegativeFloat = 0.001,
     kl: Kl = "k3",
     importance_cap: PositiveFloat | None = 2.0,
     mask_truncated: bool = True,
@@ -48,14 +47,16 @@ def grpo(
     loss = -w min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A) + beta kl; a mean over each completion's tokens,
     then over completions; A divided by the group's standard deviation. eps_high: None = eps_low.
     """
-    return _clipped(eps_low, eps_high, beta, kl, importance_cap, mask_truncated, scale=True, normalise="sequence")
+    return _clipped_objective(
+        eps_low, eps_high, beta, kl, importance_cap, mask_truncated, scale=True, normalise="sequence"
+    )
 
 
 def dapo(
     *,
-    eps_low: Share = 0.2,
-    eps_high: Share = 0.28,
-    beta: Share = 0.0,
+    eps_low: NonNegativeFloat = 0.2,
+    eps_high: NonNegativeFloat = 0.28,
+    beta: NonNegativeFloat = 0.0,
     kl: Kl = "k3",
     importance_cap: PositiveFloat | None = 2.0,
     mask_truncated: bool = False,
@@ -66,7 +67,7 @@ def dapo(
     Groups whose rewards are all equal are replaced by new ones; at most `resample` times the wanted problems are sampled,
     then such groups (A = 0) fill what is missing. DAPO's soft overlong punishment is the reward `length`.
     """
-    return _clipped(
+    return _clipped_objective(
         eps_low,
         eps_high,
         beta,
@@ -81,24 +82,28 @@ def dapo(
 
 def dr_grpo(
     *,
-    eps_low: Share = 0.2,
-    eps_high: Share | None = None,
-    beta: Share = 0.0,
+    eps_low: NonNegativeFloat = 0.2,
+    eps_high: NonNegativeFloat | None = None,
+    beta: NonNegativeFloat = 0.0,
     kl: Kl = "k3",
     importance_cap: PositiveFloat | None = 2.0,
     mask_truncated: bool = False,
 ) -> PolicyObjective:
-    """Dr. GRPO (arXiv 2503.20783): no division by the standard deviation; the sum over tokens is divided by
-    completions x max_tokens whatever their lengths, so that long wrong answers are not favoured.
+    """Dr. GRPO (arXiv 2503.20783): GRPO without division by the standard deviation.
+
+    The sum over tokens is divided by completions x max_tokens whatever their lengths, so that long wrong answers are not
+    favoured.
     """
-    return _clipped(eps_low, eps_high, beta, kl, importance_cap, mask_truncated, scale=False, normalise="fixed")
+    return _clipped_objective(
+        eps_low, eps_high, beta, kl, importance_cap, mask_truncated, scale=False, normalise="fixed"
+    )
 
 
 def gspo(
     *,
-    eps_low: Share = 3e-4,
-    eps_high: Share = 4e-4,
-    beta: Share = 0.0,
+    eps_low: NonNegativeFloat = 3e-4,
+    eps_high: NonNegativeFloat = 4e-4,
+    beta: NonNegativeFloat = 0.0,
     kl: Kl = "k3",
     importance_cap: PositiveFloat | None = 2.0,
     mask_truncated: bool = True,
@@ -108,7 +113,7 @@ def gspo(
     Every token carries its completion's ratio and a gradient of its own log-probability (the paper's GSPO-token
     form, whose value and gradient equal the sequence form's when A is one number a completion).
     """
-    return _clipped(
+    return _clipped_objective(
         eps_low,
         eps_high,
         beta,
@@ -124,7 +129,7 @@ def gspo(
 def cispo(
     *,
     ratio_max: PositiveFloat = 5.0,
-    beta: Share = 0.0,
+    beta: NonNegativeFloat = 0.0,
     kl: Kl = "k3",
     importance_cap: PositiveFloat | None = 2.0,
     mask_truncated: bool = True,
@@ -135,20 +140,20 @@ def cispo(
     """
 
     def loss(student: Student, targets: Targets) -> Tensor:
-        logp_T, advantage_T = student.label_T, stream(targets.advantage_T)
+        logp_T, advantage_T = student.label_T, required(targets.advantage_T)
         ratio_T = (logp_T - old_logp(logp_T, targets)).exp().detach().clamp(max=ratio_max)
         policy_T = -ratio_T * advantage_T * logp_T
-        return _total(policy_T, logp_T, targets, beta, kl, importance_cap)
+        return _with_correction_and_kl(policy_T, logp_T, targets, beta, kl, importance_cap)
 
-    def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
+    def measure(student: Student, targets: Targets) -> dict[str, Tensor]:
         logp_T = student.label_T
         clipped_T = (logp_T - old_logp(logp_T, targets)).exp() > ratio_max
-        return {"clip_fraction": clipped_T.to(logp_T.dtype), **_distances(logp_T, targets)}
+        return {"clip_fraction": clipped_T.to(logp_T.dtype), **_kl_metrics(logp_T, targets)}
 
-    return PolicyObjective(loss, watch, reference=beta > 0, normalise="token", mask_truncated=mask_truncated)
+    return PolicyObjective(loss, measure, reference=beta > 0, normalise="token", mask_truncated=mask_truncated)
 
 
-def _clipped(
+def _clipped_objective(
     eps_low: float,
     eps_high: float | None,
     beta: float,
@@ -165,20 +170,20 @@ def _clipped(
     low, high = 1.0 - eps_low, 1.0 + (eps_low if eps_high is None else eps_high)
 
     def loss(student: Student, targets: Targets) -> Tensor:
-        logp_T, advantage_T = student.label_T, stream(targets.advantage_T)
+        logp_T, advantage_T = student.label_T, required(targets.advantage_T)
         ratio_T = _log_ratio(logp_T, targets).exp()
         policy_T = -torch.minimum(ratio_T * advantage_T, ratio_T.clamp(low, high) * advantage_T)
-        return _total(policy_T, logp_T, targets, beta, kl, importance_cap)
+        return _with_correction_and_kl(policy_T, logp_T, targets, beta, kl, importance_cap)
 
-    def watch(student: Student, targets: Targets) -> dict[str, Tensor]:
+    def measure(student: Student, targets: Targets) -> dict[str, Tensor]:
         logp_T = student.label_T
-        ratio_T, advantage_T = _log_ratio(logp_T, targets).exp(), stream(targets.advantage_T)
+        ratio_T, advantage_T = _log_ratio(logp_T, targets).exp(), required(targets.advantage_T)
         clipped_T = ((ratio_T < low) & (advantage_T < 0)) | ((ratio_T > high) & (advantage_T > 0))
-        return {"clip_fraction": clipped_T.to(logp_T.dtype), **_distances(logp_T, targets)}
+        return {"clip_fraction": clipped_T.to(logp_T.dtype), **_kl_metrics(logp_T, targets)}
 
     return PolicyObjective(
         loss,
-        watch,
+        measure,
         couple,
         reference=beta > 0,
         scale=scale,
@@ -191,7 +196,7 @@ def _clipped(
 # --------------------------------------------------------------------------------------------------- parts
 
 
-def _total(
+def _with_correction_and_kl(
     policy_T: Tensor,
     logp_T: Tensor,
     targets: Targets,
@@ -211,7 +216,7 @@ def _log_ratio(logp_T: Tensor, targets: Targets) -> Tensor:
     return targets.coupled_T + (logp_T - logp_T.detach())
 
 
-def _distances(logp_T: Tensor, targets: Targets) -> dict[str, Tensor]:
+def _kl_metrics(logp_T: Tensor, targets: Targets) -> dict[str, Tensor]:
     """Metrics: kl_ref, to the reference; kl_engine, engine against trainer with the same weights. Both are k3 estimates."""
     found = {}
     if targets.ref_logp_T is not None:

@@ -55,7 +55,7 @@ class Rollout:
 class RewardRollouts:
     """A source of steps (see loop.Source).
 
-    rewards: returns one `Scores` a group. watch(step, rollout): called for each rollout before training on it.
+    rewards: returns one `Scores` a group. on_rollout(step, rollout): called for each rollout before training on it.
     """
 
     sampler: GroupSampler
@@ -63,7 +63,7 @@ class RewardRollouts:
     objective: PolicyObjective
     rewards: Callable[[Sequence[Group]], list[Scores]]
     seed: int
-    watch: Callable[[int, Rollout], None] | None = None
+    on_rollout: Callable[[int, Rollout], None] | None = None
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
         """Yield optimiser steps from `start` on, without end; `start` is the first step of a rollout."""
@@ -71,13 +71,13 @@ class RewardRollouts:
         a_rollout = config.steps_a_rollout
         for first in itertools.count(start, a_rollout):
             if config.reference_every and first and first % config.reference_every == 0:
-                policy.refresh_reference()
+                policy.sync_reference()
             began = time.perf_counter()
             self.sampler.engine.sync(policy.weights(), version=first)
             sync_seconds = time.perf_counter() - began
             rollout = self.sample(first // a_rollout, version=first)
-            if self.watch is not None:
-                self.watch(first + 1, rollout)
+            if self.on_rollout is not None:
+                self.on_rollout(first + 1, rollout)
             metrics = _metrics(rollout) | {"sync_seconds": sync_seconds}
             began = time.perf_counter()
             mini_batches = self.mini_batches(rollout, first // a_rollout, policy)

@@ -18,7 +18,7 @@ import numpy as np
 from distill.recipe import OnPolicyStage
 from distill.records import Array, Completion, Engine, GradedGroup, GroupSampler, Request
 from distill.training.loop import Step, WorkCounts
-from distill.training.loss.cross_tokenizer.alignment import Reader
+from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
 from distill.training.rl.completion_metrics import completion_metrics, count_completions
@@ -28,17 +28,17 @@ from distill.training.rl.completion_metrics import completion_metrics, count_com
 class TeacherRollouts:
     """A source of steps (see loop.Source), one rollout each.
 
-    teacher: the engine that scores the completions (None: the loss does, in the trainer). read: re-tokenises for a teacher
-    with another tokenizer; completions that it cannot read are left out. offline(step, num): stored traces, deterministic.
-    watch(step, groups): called for each rollout before training on it.
+    teacher: the engine that scores the completions (None: the loss does, in the trainer). retokenizer: for a
+    teacher with another tokenizer; completions that it cannot re-tokenise are left out. offline(step, num):
+    stored traces, deterministic. on_rollout(step, groups): called for each rollout before training on it.
     """
 
     sampler: GroupSampler
     config: OnPolicyStage
     teacher: Engine | None = None
-    read: Reader | None = None
+    retokenizer: Retokenizer | None = None
     offline: Callable[[int, int], list[Example]] | None = None
-    watch: Callable[[int, list[GradedGroup]], None] | None = None
+    on_rollout: Callable[[int, list[GradedGroup]], None] | None = None
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
         """Yield optimiser steps from `start` on, without end."""
@@ -55,8 +55,8 @@ class TeacherRollouts:
                 "generate_seconds": time.perf_counter() - began,
                 "sync_seconds": sync_seconds,
             }
-            if self.watch is not None:
-                self.watch(step + 1, groups)
+            if self.on_rollout is not None:
+                self.on_rollout(step + 1, groups)
             began = time.perf_counter()
             scored = self._score(groups, counts)
             if scored is not None:
@@ -78,8 +78,8 @@ class TeacherRollouts:
         top_k = 0 if self.config.loss.fn == "policy_gradient" else self.config.top_logprobs
         scored = iter(self.teacher.score(requests, top_k=top_k))
         found = [[next(scored) for _ in group.completions] for group in groups]
-        counts.taught_tokens += sum(len(r.prompt_ids) + len(_completion_ids(r)) for r in requests)
-        counts.taught_head_tokens += sum(len(_completion_ids(r)) for r in requests)
+        counts.teacher_tokens += sum(len(r.prompt_ids) + len(_completion_ids(r)) for r in requests)
+        counts.teacher_head_tokens += sum(len(_completion_ids(r)) for r in requests)
         return found
 
     def _examples(
@@ -89,14 +89,14 @@ class TeacherRollouts:
             for i, own in enumerate(group.completions):
                 name = f"rollout-{step}/{group.prompt.problem.problem_id}/{i}"
                 if scored is None:
-                    reading = None
-                    if self.read is not None:
-                        reading = self.read(group.prompt.problem.messages, own.ids_T)
-                    if reading is not None or self.read is None:
-                        yield Example(name, group.prompt.ids, own.ids_T, reading=reading)
+                    retokenized = None
+                    if self.retokenizer is not None:
+                        retokenized = self.retokenizer(group.prompt.problem.messages, own.ids_T)
+                    if retokenized is not None or self.retokenizer is None:
+                        yield Example(name, group.prompt.ids, own.ids_T, retokenized=retokenized)
                     continue
-                said = scored[n][i]
-                top = said.top
+                scored_completion = scored[n][i]
+                top = scored_completion.top
                 if top is not None:
                     top = top.truncate(top_k=self.config.top_logprobs, mass=self.config.mass)
                     yield Example(name, group.prompt.ids, own.ids_T, top)
@@ -105,7 +105,7 @@ class TeacherRollouts:
                         name,
                         group.prompt.ids,
                         own.ids_T,
-                        advantage=said.logprob_T - own.logprob_T,
+                        advantage=scored_completion.logprob_T - own.logprob_T,
                         engine_logp=own.logprob_T,
                     )
 
@@ -118,8 +118,8 @@ def _completion_ids(request: Request) -> Array:
 def _reverse_kl(groups: Sequence[GradedGroup], scored: Sequence[Sequence[Completion]]) -> float:
     """Mean over the sampled tokens of log q - log p, an estimate of the reverse KL, nats a token."""
     gaps = [
-        own.logprob_T - said.logprob_T
-        for group, answers in zip(groups, scored, strict=True)
-        for own, said in zip(group.completions, answers, strict=True)
+        own.logprob_T - teacher.logprob_T
+        for group, completions in zip(groups, scored, strict=True)
+        for own, teacher in zip(group.completions, completions, strict=True)
     ]
     return float(np.concatenate(gaps).mean(dtype=np.float64))

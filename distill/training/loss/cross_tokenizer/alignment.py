@@ -85,8 +85,8 @@ class VocabularyMap:
     @staticmethod
     def of(student: Sequence[bytes], teacher: Sequence[bytes]) -> VocabularyMap:
         """Map two vocabularies from the bytes of every id. Of several ids with the same bytes the lowest counts."""
-        by_bytes = _lowest(teacher)
-        pairs = [(s, by_bytes[text]) for text, s in _lowest(student).items() if text in by_bytes]
+        by_bytes = _lowest_id(teacher)
+        pairs = [(s, by_bytes[text]) for text, s in _lowest_id(student).items() if text in by_bytes]
         shared_s, shared_t = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2).T
         return VocabularyMap(
             shared_s,
@@ -96,7 +96,7 @@ class VocabularyMap:
         )
 
 
-def _lowest(texts: Sequence[bytes]) -> dict[bytes, int]:
+def _lowest_id(texts: Sequence[bytes]) -> dict[bytes, int]:
     return {text: index for index, text in reversed(list(enumerate(texts))) if text}
 
 
@@ -165,7 +165,7 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> Alignment:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reading:
+class RetokenizedTrace:
     """One trace re-tokenised for a teacher: prompt and completion in its ids, and the alignment of the completions."""
 
     prompt_ids: Array
@@ -173,31 +173,33 @@ class Reading:
     alignment: Alignment
 
 
-class Reader:
+class Retokenizer:
     """Re-tokenises a student's traces for a teacher, with the teacher's own chat template."""
 
     def __init__(self, student: Any, teacher: Any, template: Template) -> None:
         self._student, self._teacher, self._template = student, teacher, template
         self._student_bytes, self._teacher_bytes = token_bytes(student), token_bytes(teacher)
 
-    def __call__(self, messages: Sequence[Message], completion_ids: Array) -> Reading | None:
-        """Return the reading of a prompt's messages and a completion in the student's ids.
+    def __call__(self, messages: Sequence[Message], completion_ids: Array) -> RetokenizedTrace | None:
+        """Re-tokenise a prompt, given as messages, and a completion, given in the student's ids.
 
         None if the two sides' tokens do not spell the same text: a completion cut inside a character, or a tokenizer that
         changes the text.
         """
         ids = [int(i) for i in completion_ids]
         text = models.decode(self._student, completion_ids)
-        mine = _spelling(self._student_bytes, ids, text)
-        theirs = models.render_completion(self._teacher, text, finished=mine is not None and mine[-1:] == [END])
-        spelled = _spelling(self._teacher_bytes, [int(i) for i in theirs], text)
-        if mine is None or spelled is None:
+        student_bytes = _bytes_by_token(self._student_bytes, ids, text)
+        teacher_ids = models.render_completion(
+            self._teacher, text, finished=student_bytes is not None and student_bytes[-1:] == [END]
+        )
+        teacher_bytes = _bytes_by_token(self._teacher_bytes, [int(i) for i in teacher_ids], text)
+        if student_bytes is None or teacher_bytes is None:
             return None
         prompt = models.render_prompt(self._teacher, self._template, messages)
-        return Reading(prompt, theirs, align(mine, spelled))
+        return RetokenizedTrace(prompt, teacher_ids, align(student_bytes, teacher_bytes))
 
 
-def _spelling(table: Sequence[bytes], ids: Sequence[int], text: str) -> list[bytes] | None:
+def _bytes_by_token(table: Sequence[bytes], ids: Sequence[int], text: str) -> list[bytes] | None:
     """Return the bytes of each token if together they spell the text, with or without its end; else None.
 
     The leading space that sentencepiece-like tokenizers add is no part of the text.

@@ -26,15 +26,15 @@ from torch import Tensor
 from distill.training.batch import CrossTokenizerBatch
 from distill.training.loss import divergences
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
-from distill.training.loss.cross_tokenizer.vocabulary_divergences import by_text, sorted_gap
+from distill.training.loss.cross_tokenizer.vocabulary_divergences import shared_token_divergence, sorted_distance
 from distill.training.loss.dense import Divergence, Logits, compare_rows
 from distill.training.loss.head import HeadOutput, Targets, head_loss
 from distill.training.loss.sparse import cross_entropy
 
 Weight = Annotated[float, Field(ge=0)]
-Named = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "tvd"]
 
-LEAST = 1e-7
+MIN_NEGATIVE_LOGP = 1e-7
 """A span's probability is at most 1 minus this, so that log(1 - P) is finite."""
 
 
@@ -61,17 +61,17 @@ class Pair:
 
 def uld(pair: Pair) -> HeadOutput:
     """Sum over the spans of weight * (sum |p_(i) - q_(i)| over the ranks i at the span's start, in [0, 2])."""
-    return _at_starts(pair, sorted_gap)
+    return _at_starts(pair, sorted_distance)
 
 
 def aligned(
     pair: Pair,
     *,
-    divergence: Named = "forward_kl",
+    divergence: DivergenceName = "forward_kl",
     sorted_weight: Weight = 1.0,
     span_weight: Weight = 1.0,
 ) -> HeadOutput:
-    """Sum over the spans of weight * (`by_text` at the span's start + span_weight * the span's own divergence).
+    """Sum over the spans of weight * (`shared_token_divergence` at the span's start + span_weight * the span's own divergence).
 
     The span's own divergence is KL of (P, 1 - P) to (Q, 1 - Q), with P and Q the products of the label probabilities in the
     span: the models' probabilities that the text continues with these tokens. It is omitted where both sides have one token,
@@ -79,7 +79,7 @@ def aligned(
     a weight of each token's log-probability.
     """
     compare: Divergence = functools.partial(
-        by_text,
+        shared_token_divergence,
         shared=pair.shared,
         divergence=getattr(divergences, divergence),
         sorted_weight=sorted_weight,
@@ -89,15 +89,15 @@ def aligned(
     if not span_weight or not len(spans.student_piece_M):
         return first
     with torch.no_grad():
-        student = _labels(pair.student, spans.student_piece_M, pair.student_label_T)
-        teacher = _labels(pair.teacher, spans.teacher_piece_N, pair.teacher_label_T)
+        student = _label_losses(pair.student, spans.student_piece_M, pair.student_label_T)
+        teacher = _label_losses(pair.teacher, spans.teacher_piece_N, pair.teacher_label_T)
         empty_G = student.label_logp_T.new_zeros(len(weight_G))
         log_q_G = empty_G.index_add(0, spans.student_span_M, student.label_logp_T)
         log_p_G = empty_G.index_add(0, spans.teacher_span_N, teacher.label_logp_T)
-    value_G, slope_G = _yes_or_no(log_p_G, log_q_G)
+    value_G, slope_G = _binary_kl(log_p_G, log_q_G)
     value_G = torch.where(spans.split_G, span_weight * value_G, 0.0)
     weight_M = -(span_weight * slope_G * weight_G)[spans.student_span_M]
-    later = _labels(pair.student, spans.student_piece_M, pair.student_label_T, weight_M).loss
+    later = _label_losses(pair.student, spans.student_piece_M, pair.student_label_T, weight_M).loss
     loss = first.loss + (later - later.detach()) + (value_G * weight_G).sum()
     return HeadOutput(loss, first.loss_T + value_G, first.label_logp_T)
 
@@ -113,9 +113,9 @@ def _at_starts(pair: Pair, compare: Divergence) -> HeadOutput:
     )
 
 
-def _yes_or_no(log_p_G: Tensor, log_q_G: Tensor) -> tuple[Tensor, Tensor]:
+def _binary_kl(log_p_G: Tensor, log_q_G: Tensor) -> tuple[Tensor, Tensor]:
     """Return KL((P, 1 - P) || (Q, 1 - Q)) and its derivative by log Q."""
-    log_p_G, log_q_G = log_p_G.clamp(max=-LEAST), log_q_G.clamp(max=-LEAST)
+    log_p_G, log_q_G = log_p_G.clamp(max=-MIN_NEGATIVE_LOGP), log_q_G.clamp(max=-MIN_NEGATIVE_LOGP)
     not_p_G, not_q_G = (-torch.expm1(log_p_G)).log(), (-torch.expm1(log_q_G)).log()
     value_G = log_p_G.exp() * (log_p_G - log_q_G) + not_p_G.exp() * (not_p_G - not_q_G)
     return value_G, -log_p_G.exp() + (not_p_G - not_q_G + log_q_G).exp()
@@ -125,7 +125,7 @@ def _rows(model: Logits, rows: Tensor) -> Logits:
     return Logits(model.hidden_TD.index_select(0, rows), model.weight_VD, model.form, model.bias_V)
 
 
-def _labels(model: Logits, rows: Tensor, label_T: Tensor, weight_M: Tensor | None = None) -> HeadOutput:
+def _label_losses(model: Logits, rows: Tensor, label_T: Tensor, weight_M: Tensor | None = None) -> HeadOutput:
     """Compute the cross entropy of the labels at some rows; without weights, only their log-probabilities are of use."""
     part = _rows(model, rows)
     if weight_M is None:

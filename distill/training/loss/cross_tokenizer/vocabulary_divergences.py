@@ -14,12 +14,12 @@ from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.dense import Divergence
 
 
-def sorted_gap(logp_RU: Tensor, logq_RV: Tensor) -> Tensor:
-    """sum |p_(i) - q_(i)| over the ranks i, the shorter side padded with zeros; [R], in [0, 2]."""
-    return _sorted_gap(logp_RU.exp(), logq_RV.exp())
+def sorted_distance(logp_RU: Tensor, logq_RV: Tensor) -> Tensor:
+    """L1 distance of the sorted probabilities: sum |p_(i) - q_(i)| over ranks i, the shorter side zero-padded; [R], in [0, 2]."""
+    return _sorted_distance(logp_RU.exp(), logq_RV.exp())
 
 
-def by_text(
+def shared_token_divergence(
     logp_RU: Tensor,
     logq_RV: Tensor,
     shared: VocabularyMap,
@@ -27,7 +27,7 @@ def by_text(
     *,
     sorted_weight: float = 1.0,
 ) -> Tensor:
-    """Divergence over the shared tokens and "any other" + sorted_weight * sorted gap among the others; [R].
+    """Divergence over the shared tokens and "any other" + sorted_weight * `sorted_distance` of the other tokens; [R].
 
     divergence: one of `divergences`, options bound.
     """
@@ -39,7 +39,7 @@ def by_text(
     )
     if not sorted_weight:
         return loss_R
-    return loss_R + sorted_weight * _sorted_gap(p_other.exp(), q_other.exp())
+    return loss_R + sorted_weight * _sorted_distance(p_other.exp(), q_other.exp())
 
 
 def _columns(logp_RN: Tensor, ids: Array) -> Tensor:
@@ -48,7 +48,7 @@ def _columns(logp_RN: Tensor, ids: Array) -> Tensor:
     return logp_RN.gather(1, index.expand(len(logp_RN), -1))
 
 
-def _sorted_gap(p_RN: Tensor, q_RM: Tensor) -> Tensor:
+def _sorted_distance(p_RN: Tensor, q_RM: Tensor) -> Tensor:
     p_RN, q_RM = p_RN.sort(1, descending=True).values, q_RM.sort(1, descending=True).values
     both = min(p_RN.shape[1], q_RM.shape[1])
     return (p_RN[:, :both] - q_RM[:, :both]).abs().sum(1) + p_RN[:, both:].sum(1) + q_RM[:, both:].sum(1)
