@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import psutil
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TERMINATE = signal.SIGTERM
 GRACE = 0.5
 """Seconds between SIGINT and SIGKILL: time for a process to clean up."""
 
@@ -86,6 +88,29 @@ def receive() -> None:
     for number in SIGNALS:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+@contextmanager
+def noted() -> Iterator[Callable[[], bool]]:
+    """In this context the first SIGTERM is only noted, and the function returned says so; the second raises Interrupted.
+
+    Without effect outside the main thread.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def handler(number: int, _: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise Interrupted(number)
+
+    before = signal.signal(TERMINATE, handler)
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(TERMINATE, before)
 
 
 def end(process: subprocess.Popen[Any]) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from distill.compute.flops import ModelShape, forward_flops, generate_flops, train_flops
+from distill.compute.flops import ModelShape, attention_flops, forward_flops, generate_flops, train_flops
 from distill.recipe import OptimStage
 from distill.records import Cost
 
 if TYPE_CHECKING:
-    from distill.training.loop import WorkCounts
     from distill.training.policy import Teacher
+    from distill.training.step import WorkCounts
 
 
 def training_cost(config: OptimStage, shape: ModelShape, counts: WorkCounts) -> Cost:
@@ -43,6 +43,12 @@ def training_cost(config: OptimStage, shape: ModelShape, counts: WorkCounts) -> 
         judge_seconds=counts.judge_seconds,
         samples_failed=counts.samples_failed,
     )
+
+
+def attention_share(shape: ModelShape) -> float:
+    """Return half the compute of a token's attention to one position, in tokens of the rest of the model (`rank_split`)."""
+    rest = forward_flops(shape, 1, 0)
+    return attention_flops(shape, 1, 0.5) / rest
 
 
 def _mean_context(squared_lengths: int, tokens: int) -> float:

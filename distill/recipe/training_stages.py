@@ -81,6 +81,10 @@ class OptimStage(StageConfig):
         gt=0,
         description="also write a checkpoint when the newest one is this many minutes old; None = by steps only",
     )
+    async_checkpoints: bool | None = execution(
+        None,
+        description="copy a checkpoint to main memory and write it while training goes on; None = on a GPU",
+    )
     metric_for_best_model: str | None = execution(
         None,
         description="metric of metrics.jsonl by which the best checkpoint is kept besides the newest, compared as its mean since "

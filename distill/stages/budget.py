@@ -19,7 +19,7 @@ from distill.records import Cost, UserError
 from distill.stages.context import Context
 
 if TYPE_CHECKING:
-    from distill.training.loop import Budget
+    from distill.training.step import Budget
 
 
 def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
@@ -34,7 +34,7 @@ def stage_costs(recipe: Recipe, run: Path) -> dict[str, StageCost]:
 def budget_of(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Budget | None:
     """The FLOPs that the stage may spend; None if it has no budget. Raises UserError if no FLOPs are left."""
     # Imported here because reports and checks use this module too and must not load torch.
-    from distill.training.loop import Budget
+    from distill.training.step import Budget
 
     if config.budget is None:
         return None

@@ -23,6 +23,7 @@ from distill.stages.snapshots import keep_snapshots
 from distill.stages.sync_proof import prove_sync
 from distill.training import loop
 from distill.training.rl.reward_rollout import RewardRollouts, Rollout
+from distill.training.step import Length
 
 WATCHED = ("reward", "length", "clipped_ratio", "frac_reward_zero_std", "entropy", "kl_ref", "kl_engine")
 
@@ -46,7 +47,7 @@ def run(config: GrpoStage, context: Context) -> Result:
             seed=draw_seed(context.seed, context.name, "rollouts"),
             on_rollout=lambda step, rollout: log(step, lambda: _logged(rollout)),
         )
-        length = budget_of(config, context) or loop.Length(config.steps or 0)
+        length = budget_of(config, context) or Length(config.steps or 0)
         progress = PolicyProgress(context, length, ("reward", "length"))
         counts = loop.train(
             model,
@@ -60,6 +61,7 @@ def run(config: GrpoStage, context: Context) -> Result:
             name=context.name,
             show=progress,
             keep=keep_snapshots(config, context),
+            say=context.say,
         )
         progress.close()
     fingerprint, shape = save_student(model, tokenizer, config, context)

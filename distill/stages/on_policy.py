@@ -25,6 +25,7 @@ from distill.training import loop
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example
 from distill.training.rl.teacher_rollout import TeacherRollouts
+from distill.training.step import Length
 
 MAX_PROMPT = 4096
 """Tokens of a prompt that a teacher is expected to read, where the recipe sets no max_model_len."""
@@ -55,7 +56,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             retokenizer=read,
             on_rollout=lambda step, groups: log(step, lambda: _logged(groups)),
         )
-        length = budget_of(config, context) or loop.Length(config.steps or 0)
+        length = budget_of(config, context) or Length(config.steps or 0)
         progress = PolicyProgress(context, length, ("loss", "kl_teacher", "correct", "length"))
         counts = loop.train(
             model,
@@ -70,6 +71,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             name=context.name,
             show=progress,
             keep=keep_snapshots(config, context),
+            say=context.say,
         )
         progress.close()
     fingerprint, shape = save_student(model, tokenizer, config, context)

@@ -13,6 +13,7 @@ from distill.recipe import PolicyStage
 from distill.stages.context import Context
 from distill.stages.inputs.student import live_steps
 from distill.training import loop
+from distill.training.step import Budget, Length, WorkCounts
 
 LOGGED_GROUPS = 3
 """The number of groups of a rollout whose completions are logged."""
@@ -47,7 +48,7 @@ class CompletionLog:
 class PolicyProgress:
     """The live line, and one warning if the engine's and the trainer's probabilities disagree."""
 
-    def __init__(self, context: Context, length: loop.Length | loop.Budget, shown: Sequence[str]) -> None:
+    def __init__(self, context: Context, length: Length | Budget, shown: Sequence[str]) -> None:
         self.context, self.shown = context, shown
         self.live = live_steps(context, length)
         self.warned = False
@@ -69,7 +70,7 @@ class PolicyProgress:
 
 
 def policy_metrics(
-    context: Context, counts: loop.WorkCounts, prompts_too_long: int, watched: Sequence[str]
+    context: Context, counts: WorkCounts, prompts_too_long: int, watched: Sequence[str]
 ) -> dict[str, Any]:
     """Return the stage's counts, and each watched metric at the start and at the end of training."""
     return {

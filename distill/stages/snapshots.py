@@ -23,8 +23,8 @@ from distill.records import Cost
 from distill.stages.context import Context
 
 if TYPE_CHECKING:
-    from distill.training.loop import WorkCounts
     from distill.training.policy import Policy
+    from distill.training.step import WorkCounts
 
 FOLDER = "snapshots"
 WEIGHTS = "model.safetensors"

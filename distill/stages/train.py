@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distill import models
-from distill.compute.training_cost import teachers_cost, training_cost
+from distill import models, world
+from distill.compute.flops import ModelShape
+from distill.compute.training_cost import attention_share, teachers_cost, training_cost
 from distill.recipe import TrainStage
 from distill.records import draw_seed
 from distill.stages.budget import budget_of
@@ -19,9 +20,9 @@ from distill.stages.inputs.student import live_steps, load_student, save_student
 from distill.stages.inputs.train_examples import open_source, reader_for
 from distill.stages.snapshots import keep_snapshots
 from distill.training import loop
-from distill.training.loop import Step
-from distill.training.packing import Source, pack, steps, steps_per_epoch
+from distill.training.packing import Source, packed_steps, steps_per_epoch
 from distill.training.policy import Policy
+from distill.training.step import Length, Step, WorkCounts
 
 
 def run(config: TrainStage, context: Context) -> Result:
@@ -37,14 +38,26 @@ def run(config: TrainStage, context: Context) -> Result:
     context.phase("reading the traces")
     source = open_source(config, context, tokenizer, reader_for(config, context, tokenizer))
     an_epoch = steps_per_epoch(source.num_examples, config.batch_traces)
-    length = budget_of(config, context) or loop.Length(config.steps or (config.epochs or 1) * an_epoch)
+    length = budget_of(config, context) or Length(config.steps or (config.epochs or 1) * an_epoch)
 
     model = load_student(config, context)
     plan = prove_forward(model, config.model, len(tokenizer), context, config.max_tokens)
 
+    attention = attention_share(ModelShape.from_config(models.config_of(folder)))
+
     def source_steps(start: int, _: Policy) -> Iterator[Step]:
-        for examples in steps(source, batch_traces=config.batch_traces, start=start):
-            yield Step(pack(examples, micro_tokens=config.micro_tokens, normalise=config.normalise))
+        every = packed_steps(
+            source,
+            batch_traces=config.batch_traces,
+            micro_tokens=config.micro_tokens,
+            normalise=config.normalise,
+            start=start,
+            rank=world.rank(),
+            world=world.size(),
+            attention=attention,
+        )
+        for batches in every:
+            yield Step(batches)
 
     live = live_steps(context, length)
 
@@ -66,6 +79,7 @@ def run(config: TrainStage, context: Context) -> Result:
         name=context.name,
         show=show,
         keep=keep_snapshots(config, context),
+        say=context.say,
     )
     live.close()
     fingerprint, shape = save_student(model, tokenizer, config, context)
@@ -77,7 +91,7 @@ def run(config: TrainStage, context: Context) -> Result:
     )
 
 
-def _metrics(folder: Path, counts: loop.WorkCounts, source: Source) -> dict[str, Any]:
+def _metrics(folder: Path, counts: WorkCounts, source: Source) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "steps": counts.steps,

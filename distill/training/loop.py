@@ -2,7 +2,10 @@
 
 In: a model, a source of steps, a loss. Out: the trained weights (in place), one line of metrics a step,
 checkpoints that resume bitwise, and counts of the work done. The loss is a sum over tokens divided once by
-the step's denominator, so results do not depend on how a step is split into micro-batches.
+the step's denominator, so results do not depend on how a step is split into micro-batches or over processes.
+
+With several processes (`world`) each computes its own micro-batches of a step. Once a step the gradients are summed
+(`parallel`), and the processes exchange their sums of the loss, metrics and counts, so all take the same decisions.
 """
 
 from __future__ import annotations
@@ -10,112 +13,60 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
+from distill import interrupt, world
 from distill.recipe import OptimStage
 from distill.records import UserError
-from distill.training import checkpoint, malloc
-from distill.training.batch import Batch
+from distill.training import checkpoint, malloc, parallel
+from distill.training.best_checkpoint import BestCheckpoint
 from distill.training.forward import ForwardPlan
 from distill.training.loss.metrics import weighted_sums
 from distill.training.loss.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.policy import Policy, StudentModule, Teacher
-
-ASSUMED_STEPS = 50
-"""The number of steps assumed for a FLOP budget until the first step shows the cost of one."""
+from distill.training.step import Budget, Length, Source, Step, WorkCounts
+from distill.training.tracking import Trackers
 
 
 @dataclass(slots=True)
-class WorkCounts:
-    """Counts of a stage's work, from which its FLOPs follow.
+class StepSums:
+    """What one process adds to a step's loss, metrics (sum and weight by name) and counts.
 
-    tokens through the body and head_tokens through the head, forward and backward, with the sum over traces of
-    length squared; scored_*: the same, forward only; teacher_*: through a teacher's engine or a teacher with another
-    tokenizer; prompt_tokens and generated_tokens of completions sampled.
+    tokens: computed. stop: whether this process was asked to stop. old: whether a checkpoint is due by the clock.
+    written: whether an asynchronous checkpoint has been written. trace_ids: of the step.
     """
 
-    tokens: int = 0
-    head_tokens: int = 0
-    squared_lengths: int = 0
-    scored_tokens: int = 0
-    scored_head_tokens: int = 0
-    scored_squared_lengths: int = 0
-    teacher_tokens: int = 0
-    teacher_head_tokens: int = 0
-    teacher_squared_lengths: int = 0
-    completions: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    samples_failed: int = 0
-    judge_seconds: float = 0.0
-    steps: int = 0
-    bad_steps: int = 0
-    seconds: float = 0.0
-
-    def add(self, other: WorkCounts) -> None:
-        for f in fields(WorkCounts):
-            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One optimiser step's work.
-
-    batches: micro-batches, numpy; without any, the step's gradient is zero. metrics: logged beside the loss. counts: the
-    work of making the step. resumable: whether training can resume after this step.
-    """
-
-    batches: list[Batch]
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    loss: float = 0.0
+    metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
     counts: WorkCounts = field(default_factory=WorkCounts)
-    resumable: bool = True
+    tokens: int = 0
+    stop: bool = False
+    old: bool = False
+    written: bool = True
+    trace_ids: tuple[str, ...] = ()
 
-
-Source = Callable[[int, Policy], Iterator[Step]]
-"""(first step, the model in training) -> the steps from there on; a lazy iterator: each step sees the updated weights."""
-
-
-@dataclass(frozen=True, slots=True)
-class Length:
-    """Train for a number of optimiser steps."""
-
-    num_steps: int
-
-    def steps(self, counts: WorkCounts) -> int:
-        """Return the number of steps."""
-        return self.num_steps
-
-    def reached(self, counts: WorkCounts) -> bool:
-        return counts.steps >= self.num_steps
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Train until a number of FLOPs is spent, as `count` computes them; the step nearest to it is the last."""
-
-    flops: float
-    count: Callable[[WorkCounts], float]
-
-    def steps(self, counts: WorkCounts) -> int:
-        """Estimate the total number of steps from the work done so far."""
-        if not counts.steps:
-            return ASSUMED_STEPS
-        return max(counts.steps, round(self.flops / self.count(counts) * counts.steps))
-
-    def reached(self, counts: WorkCounts) -> bool:
-        if not counts.steps:
-            return False
-        spent = self.count(counts)
-        return spent + spent / counts.steps / 2 >= self.flops
+    @staticmethod
+    def total(parts: Sequence[StepSums]) -> StepSums:
+        """Add up all processes; the main one's clock counts."""
+        whole = StepSums(old=parts[0].old)
+        for part in parts:
+            whole.loss += part.loss
+            whole.counts.add(part.counts)
+            whole.tokens += part.tokens
+            whole.stop = whole.stop or part.stop
+            whole.written = whole.written and part.written
+            whole.trace_ids += part.trace_ids
+            for name, (value, weight) in part.metrics.items():
+                before = whole.metrics.get(name, (0.0, 0.0))
+                whole.metrics[name] = before[0] + value, before[1] + weight
+        return whole
 
 
 def train(
@@ -132,158 +83,234 @@ def train(
     name: str = "train",
     show: Callable[[int, int, dict[str, float]], None] | None = None,
     keep: Callable[[int, WorkCounts, Policy], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> WorkCounts:
-    """Train in place to the end of `length`, from the newest checkpoint in `folder` if there is one.
+    """Train in place to the end of `length`, from the newest whole checkpoint in `folder` when there is one.
 
     plan: how the model is computed; None = as a Llama-like model. Metrics go to folder/metrics.jsonl, checkpoints to
-    folder/checkpoints. show(step, expected number of steps, metrics) and keep(step, counts, policy), which may save a
-    snapshot, are called after every step. Raises UserError after config.max_bad_steps consecutive steps whose loss or
-    gradient is not finite.
+    folder/checkpoints. show(step, expected number of steps, metrics), on the main process, and keep, on all, are called
+    after every step. Raises UserError after config.max_bad_steps consecutive steps whose loss or gradient is not finite,
+    and Interrupted after a SIGTERM, once the step is done and a checkpoint written.
     """
-    accelerator = _accelerator(config, folder, name)
-    if accelerator.device.type == "cpu":
+    device = world.device()
+    if device.type == "cpu":
         malloc.keep_freed()
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
-    for teacher in teachers:
-        teacher.model.eval().requires_grad_(False).to(accelerator.device)
-    student_module = accelerator.prepare_model(
-        StudentModule(model, objective, vocab_size, teachers, plan).to(accelerator.device)
-    )
-    policy = Policy(model, student_module, accelerator.device, objective, vocab_size)
+    dtype = next(model.parameters()).dtype
+    module = StudentModule(model, objective, vocab_size, teachers, plan)
+    reference = Policy.reference_of(module)
+    for teacher in module.teachers:
+        parallel.shard(teacher, teacher.model, config.parallel, device, next(teacher.model.parameters()).dtype)
+    if reference is not None:
+        parallel.shard(reference, reference.model, config.parallel, device, dtype)
+    parallel.shard(module, model, config.parallel, device, dtype)
     optimizer = MasterAdamW(
         model.named_parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
-    counts, start = _resume(folder, optimizer, policy)
-    drop_lines_after(folder / "metrics.jsonl", start)
-    bad_in_a_row, due = 0, False
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-        began = time.perf_counter()
-        steps = iter(()) if length.reached(counts) else source(start, policy)
-        for done, step in enumerate(steps, start + 1):
-            num_steps = length.steps(counts)
-            counts.add(step.counts)
-            progress = min(1.0, (done - 1) / max(num_steps - 1, 1))
-            batches = [replace(batch, progress=progress) for batch in step.batches]
-            metrics = _accumulate(accelerator, student_module, optimizer, batches, counts)
-            norm = float(optimizer.clip(config.max_grad_norm))
-            lr = learning_rate(
-                done - 1,
-                lr=config.lr,
-                num_steps=num_steps,
-                warmup_ratio=config.warmup_ratio,
-                min_lr_ratio=config.min_lr_ratio,
-            )
-            if math.isfinite(norm) and math.isfinite(metrics["loss"]):
-                optimizer.step(lr)
-                bad_in_a_row = 0
-            else:
-                optimizer.zero_grad()
-                bad_in_a_row += 1
-                counts.bad_steps += 1
-                _dump_bad_step(folder, done, step.batches, bad_in_a_row, config.max_bad_steps)
-            seconds, began = time.perf_counter() - began, time.perf_counter()
-            counts.seconds += seconds
-            tokens = sum(len(batch.ids_T) for batch in step.batches)
-            metrics |= {
-                "grad_norm": norm,
-                "lr": lr,
-                "tokens": tokens,
-                "seconds": seconds,
-                "tokens_per_second": tokens * accelerator.num_processes / seconds,
-                **step.metrics,
-            }
-            counts.steps = done
-            last = step.resumable and length.reached(counts)
-            if accelerator.is_main_process and (done % config.log_every == 0 or last):
+    policy = Policy(module, reference, device)
+    with Trackers(config, folder, name) as trackers, interrupt.noted() as asked_to_stop:
+        loop = _Loop(
+            config, length, folder, device, module, optimizer, policy, trackers, asked_to_stop, show, keep, say
+        )
+        loop.resume()
+        try:
+            loop.run(source)
+        except BaseException:
+            if loop.pending is not None:
+                loop.pending.abandon()
+            raise
+    return loop.counts
+
+
+@dataclass(slots=True)
+class _Loop:
+    config: OptimStage
+    length: Length | Budget
+    folder: Path
+    device: torch.device
+    module: Any
+    optimizer: MasterAdamW
+    policy: Policy
+    trackers: Trackers
+    asked_to_stop: Callable[[], bool]
+    show: Callable[[int, int, dict[str, float]], None] | None
+    keep: Callable[[int, WorkCounts, Policy], None] | None
+    say: Callable[[str], None]
+    counts: WorkCounts = field(default_factory=WorkCounts)
+    best: BestCheckpoint = field(default_factory=BestCheckpoint)
+    bad_in_a_row: int = 0
+    due: bool = False
+    stopping: bool = False
+    saved_at: float = field(default_factory=time.monotonic)
+    pending: checkpoint.Pending | None = None
+
+    # ------------------------------------------------------------------------------------------- start and end
+
+    def resume(self) -> None:
+        """Continue from the newest whole checkpoint, and drop the log lines of steps that will be repeated."""
+        self.best = BestCheckpoint.of(self.config)
+        tensors = {**self.optimizer.state(create=True), **self.policy.state(every=True)}
+        facts = checkpoint.resume(self.folder / "checkpoints", tensors, self.say)
+        self.optimizer.loaded(facts["tensors"] if facts else [])
+        if facts is not None:
+            self.policy.loaded(facts["tensors"])
+            self.counts = WorkCounts(**facts["counts"])
+            self.best.load(facts.get("best"))
+        if world.is_main():
+            drop_lines_after(self.folder / "metrics.jsonl", self.counts.steps)
+        world.wait()
+
+    def run(self, source: Source) -> None:
+        """Make all steps from the current one to the end."""
+        if not self.length.reached(self.counts):
+            with self._log() as lines:
+                began = time.perf_counter()
+                for step in source(self.counts.steps, self.policy):
+                    last = self._step(step, began, lines)
+                    began = time.perf_counter()
+                    if self.stopping and step.resumable:
+                        self._finish_checkpoint()
+                        raise interrupt.Interrupted(interrupt.TERMINATE)
+                    if last:
+                        break
+        self._finish_checkpoint()
+        if self.config.load_best_model_at_end and self.best.step not in (None, self.counts.steps):
+            self.say(f"the model of step {self.best.step} is saved: the best {self.config.metric_for_best_model}")
+            path = self.folder / "checkpoints" / f"step-{self.best.step:08d}"
+            self.optimizer.loaded(checkpoint.read(path, self.optimizer.state(create=True)))
+
+    def _log(self) -> Any:
+        """Open metrics.jsonl on the main process, and nothing on the others."""
+        path = self.folder / "metrics.jsonl" if world.is_main() else Path("/dev/null")
+        return path.open("a", encoding="utf-8")
+
+    # ------------------------------------------------------------------------------------------------- a step
+
+    def _step(self, step: Step, began: float, lines: Any) -> bool:
+        """Make one optimiser step; log it, and write a checkpoint if one is due. Return whether it was the last."""
+        config, done = self.config, self.counts.steps + 1
+        num_steps = self.length.steps(self.counts)
+        progress = min(1.0, (done - 1) / max(num_steps - 1, 1))
+        sums = self._accumulate([replace(batch, progress=progress) for batch in step.batches])
+        parallel.sum_gradients(self.module, self.optimizer)
+        sums.counts.add(step.counts)
+        sums.stop, sums.old = self.asked_to_stop(), self._old()
+        sums.written = self.pending is None or self.pending.ready()
+        whole = StepSums.total(world.gather(sums))
+        self.counts.add(whole.counts)
+        norm = self.optimizer.clip(config.max_grad_norm)
+        lr = learning_rate(
+            done - 1,
+            lr=config.lr,
+            num_steps=num_steps,
+            warmup_ratio=config.warmup_ratio,
+            min_lr_ratio=config.min_lr_ratio,
+        )
+        self._update(norm, whole, lr, done)
+        seconds = time.perf_counter() - began
+        self.counts.seconds += seconds
+        metrics: dict[str, float] = {
+            "loss": whole.loss,
+            **{name: value / weight for name, (value, weight) in whole.metrics.items() if weight},
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": whole.tokens,
+            "seconds": seconds,
+            "tokens_per_second": whole.tokens / seconds,
+            **step.metrics,
+        }
+        self.counts.steps = done
+        last = step.resumable and self.length.reached(self.counts)
+        if world.is_main():
+            if done % config.log_every == 0 or last:
                 lines.write(json.dumps({"step": done, **metrics}) + "\n")
                 lines.flush()
-                accelerator.log(metrics, step=done)
-            if accelerator.is_main_process and show is not None:
-                show(done, num_steps, metrics)
-            due = due or done % config.checkpoint_every == 0 or last
-            if accelerator.is_main_process and due and step.resumable:
-                tensors = {**optimizer.state(), **policy.state()}
-                checkpoint.save(
-                    folder / "checkpoints",
-                    done,
-                    tensors,
-                    asdict(counts),
-                    # Once the model is saved, only the last checkpoint is of use: to continue training.
-                    keep=1 if last else config.keep_checkpoints,
-                )
-                due = False
-            if accelerator.is_main_process and keep is not None:
-                keep(done, counts, policy)
-            if last:
-                break
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    return counts
+                self.trackers.log(metrics, done)
+            if self.show is not None:
+                self.show(done, num_steps, metrics)
+        self.best.add(metrics)
+        if self.pending is not None and whole.written:
+            self._finish_checkpoint()
+        self.stopping = self.stopping or whole.stop
+        self.due = self.due or done % config.checkpoint_every == 0 or whole.old or last or self.stopping
+        if self.due and step.resumable:
+            self._save(done, last)
+        if self.keep is not None:
+            self.keep(done, self.counts, self.policy)
+        return last
 
+    def _update(self, norm: float, whole: StepSums, lr: float, done: int) -> None:
+        """Update the weights, unless the loss or the gradient is not finite. Raises UserError after too many such steps."""
+        if math.isfinite(norm) and math.isfinite(whole.loss):
+            self.optimizer.step(lr)
+            self.bad_in_a_row = 0
+            return
+        self.optimizer.zero_grad()
+        self.bad_in_a_row += 1
+        self.counts.bad_steps += 1
+        path = self.folder / "bad_steps.jsonl"
+        if world.is_main():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": done, "trace_ids": whole.trace_ids}) + "\n")
+        if self.bad_in_a_row >= self.config.max_bad_steps:
+            raise UserError(
+                f"training stopped: {self.bad_in_a_row} steps in a row had a loss or gradient that is not finite. Lower lr, "
+                f"or look at the traces named in {path}. Running again continues from the last checkpoint."
+            )
 
-def _accelerator(config: OptimStage, folder: Path, name: str) -> Accelerator:
-    """Return an accelerator with the configured trackers running; a tracker that is not installed is an error."""
-    installed = {str(tracker) for tracker in get_available_trackers()}
-    if missing := [tracker for tracker in config.trackers if tracker not in installed]:
-        raise UserError(
-            f"trackers: {', '.join(missing)} cannot be used here: unknown, or its package is not installed."
+    def _accumulate(self, micro_batches: list[Any]) -> StepSums:
+        """Accumulate the gradients of this process's micro-batches of a step; return what it adds to the step's sums."""
+        loss = torch.zeros((), device=self.device)
+        sums: dict[str, Tensor] = {}
+        report = StepSums(trace_ids=tuple(t for batch in micro_batches for t in batch.trace_ids))
+        factor = parallel.loss_factor(self.module)
+        for number, batch in enumerate(micro_batches, 1):
+            rows = torch.from_numpy(batch.weight_T.nonzero()[0])
+            report.counts.add_batch(batch, len(rows))
+            report.tokens += len(batch.ids_T) if len(rows) else 0
+            parallel.before_backward(self.module, last=number == len(micro_batches))
+            out = self.module(batch.to_torch(self.device), rows.to(self.device))
+            (out.loss * factor if factor > 1 else out.loss).backward()
+            self.optimizer.accumulate()
+            loss += out.loss.detach().float()
+            for name, sum_2 in weighted_sums(out.measures, out.weight_T).items():
+                sums[name] = sums.get(name, 0.0) + sum_2
+        if not micro_batches:
+            self.optimizer.set_zero_gradient()
+        report.loss, *values = torch.cat([loss[None], *sums.values()]).tolist()
+        report.metrics = dict(zip(sums, zip(values[::2], values[1::2], strict=True), strict=True))
+        return report
+
+    # -------------------------------------------------------------------------------------------- checkpoints
+
+    def _old(self) -> bool:
+        minutes = self.config.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def _save(self, done: int, last: bool) -> None:
+        """Write a checkpoint, or begin to write one in a thread."""
+        self._finish_checkpoint()
+        wish = self.config.async_checkpoints
+        facts = {"counts": asdict(self.counts), "best": self.best.decide(done)}
+        self.pending = checkpoint.save(
+            self.folder / "checkpoints",
+            done,
+            {**self.optimizer.state(), **self.policy.state()},
+            facts,
+            # Once the model is saved, only the last checkpoint is of use: to continue training.
+            keep=1 if last else self.config.keep_checkpoints,
+            asynchronous=self.device.type == "cuda" if wish is None else wish,
         )
-    accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=str(folder))
-    if config.trackers:
-        accelerator.init_trackers(name, config=_flat(config.model_dump(exclude={"trackers"})))
-    return accelerator
+        if self.pending.written is None:
+            self._finish_checkpoint()
+        self.saved_at, self.due = time.monotonic(), False
 
-
-def _flat(config: dict[str, Any]) -> dict[str, str | float | int | bool]:
-    """Return a config as a flat mapping of plain values, which is all that trackers take."""
-    return {k: v if isinstance(v, str | float | int | bool) else json.dumps(v) for k, v in config.items()}
-
-
-def _accumulate(
-    accelerator: Accelerator,
-    student_module: Any,
-    optimizer: MasterAdamW,
-    micro_batches: list[Batch],
-    counts: WorkCounts,
-) -> dict[str, float]:
-    """Accumulate the gradients of one step's micro-batches; return its loss and mean metrics over all processes."""
-    loss = torch.zeros((), device=accelerator.device)
-    sums: dict[str, Tensor] = {}
-    for batch in micro_batches:
-        rows = torch.from_numpy(batch.weight_T.nonzero()[0])
-        counts.tokens += len(batch.ids_T)
-        counts.head_tokens += len(rows)
-        counts.squared_lengths += batch.squared_lengths
-        if batch.cross_tokenizer is not None:
-            counts.teacher_tokens += len(batch.cross_tokenizer.batch.ids_T)
-            counts.teacher_head_tokens += len(batch.cross_tokenizer.rows)
-            counts.teacher_squared_lengths += batch.cross_tokenizer.batch.squared_lengths
-        out = student_module(batch.to_torch(accelerator.device), rows.to(accelerator.device))
-        # Data parallelism averages gradients over processes; the denominator already counts all of them.
-        accelerator.backward(out.loss * accelerator.num_processes)
-        optimizer.accumulate()
-        loss += out.loss.detach().float()
-        for key, sum_2 in weighted_sums(out.measures, out.weight_T).items():
-            sums[key] = sums.get(key, 0.0) + sum_2
-    if not micro_batches:
-        optimizer.set_zero_gradient()
-    totals = accelerator.reduce(torch.cat([loss[None], *sums.values()]), reduction="sum")
-    loss_sum, *rest = totals.tolist()
-    pairs = zip(sums, rest[::2], rest[1::2], strict=True)
-    return {"loss": loss_sum, **{key: total / weight for key, total, weight in pairs if weight}}
-
-
-def _resume(folder: Path, optimizer: MasterAdamW, policy: Policy) -> tuple[WorkCounts, int]:
-    found = checkpoint.newest(folder / "checkpoints")
-    if found is None:
-        return WorkCounts(), 0
-    tensors, progress = checkpoint.load(found)
-    optimizer.load(tensors)
-    policy.load(tensors)
-    start = int(progress.pop("step"))
-    return WorkCounts(**{**progress, "steps": start}), start
+    def _finish_checkpoint(self) -> None:
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.finish()
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -298,14 +325,3 @@ def drop_lines_after(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             break
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def _dump_bad_step(folder: Path, step: int, micro_batches: list[Batch], in_a_row: int, limit: int) -> None:
-    with (folder / "bad_steps.jsonl").open("a", encoding="utf-8") as file:
-        ids = [trace_id for batch in micro_batches for trace_id in batch.trace_ids]
-        file.write(json.dumps({"step": step, "trace_ids": ids}) + "\n")
-    if in_a_row >= limit:
-        raise UserError(
-            f"training stopped: {in_a_row} steps in a row had a loss or gradient that is not finite. Lower lr, or look "
-            f"at the traces named in {folder / 'bad_steps.jsonl'}. Running again continues from the last checkpoint."
-        )

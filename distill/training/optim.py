@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from distill.records import UserError
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 class MasterAdamW:
@@ -51,9 +56,10 @@ class MasterAdamW:
         for master in self.masters:
             master.grad = torch.zeros_like(master)
 
-    def clip(self, max_norm: float) -> Tensor:
-        """Scale the gradients to a global norm of at most max_norm; return the norm before, fp32."""
-        return nn.utils.clip_grad_norm_([m for m in self.masters if m.grad is not None], max_norm)
+    def clip(self, max_norm: float) -> float:
+        """Scale the gradients to a global norm of at most max_norm; return the norm before. Shards count as the whole."""
+        norm: Any = nn.utils.clip_grad_norm_([m for m in self.masters if m.grad is not None], max_norm)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -69,8 +75,17 @@ class MasterAdamW:
         for tensor in (*self.parameters, *self.masters):
             tensor.grad = None
 
-    def state(self) -> dict[str, Tensor]:
-        """Return masters and moments by name: all that a resumed run needs to be bitwise the same."""
+    def state(self, *, create: bool = False) -> dict[str, Tensor]:
+        """Return masters and moments by name: all that a resumed run needs to be bitwise the same.
+
+        create: make the moments that do not exist yet, zero, on their masters' device, for a checkpoint to be read into.
+        """
+        if create:
+            for master in self.masters:
+                if not self.adamw.state.get(master):
+                    step = torch.zeros((), dtype=torch.float32, device=master.device)
+                    moments = (step, torch.zeros_like(master), torch.zeros_like(master))
+                    self.adamw.state[master] = dict(zip(MOMENTS, moments, strict=True))
         tensors = {}
         for name, master in zip(self.names, self.masters, strict=True):
             tensors[f"master/{name}"] = master.detach()
@@ -79,15 +94,22 @@ class MasterAdamW:
         return tensors
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` returned, on the parameters' devices; also sets the model's own parameters."""
+    def loaded(self, names: Iterable[str]) -> None:
+        """Take up the tensors of `state` that were read in place: copy masters to parameters, drop moments not read.
+
+        Raises UserError if masters are missing: the checkpoint is of other weights.
+        """
+        found = set(names)
+        if missing := [name for name in self.names if found and f"master/{name}" not in found]:
+            raise UserError(
+                f"the checkpoint has no {missing[0]} ({len(missing)} of {len(self.names)} trained weights are missing): it is "
+                "of another model or adapter. Do the stage again with --redo."
+            )
         for name, parameter, master in zip(self.names, self.parameters, self.masters, strict=True):
-            master.copy_(tensors[f"master/{name}"])
-            parameter.copy_(master)
-            stored = {k: tensors.get(f"{k}/{name}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            moments = {k: moment.to(master.device) for k, moment in stored.items() if moment is not None}
-            if moments:
-                self.adamw.state[master] = moments
+            if found and parameter is not master:
+                parameter.copy_(master)
+            if f"exp_avg/{name}" not in found:
+                self.adamw.state.pop(master, None)
 
 
 def learning_rate(step: int, *, lr: float, num_steps: int, warmup_ratio: float, min_lr_ratio: float) -> float:

@@ -30,6 +30,9 @@ from distill.training.loss.multi_teacher import TeacherMixture
 from distill.training.prefix_sharing import ExampleGroup, ExampleWithPrefix, SharedPrefix, group_by_prefix, num_tokens
 from distill.training.rank_split import ATTENTION, split
 
+WINDOW = 2048
+"""Traces whose work is divided over processes at a time."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
@@ -91,6 +94,44 @@ def steps_per_epoch(num_examples: int, batch_traces: int) -> int:
     return -(-num_examples // batch_traces)
 
 
+def packed_steps(
+    source: Source,
+    *,
+    batch_traces: int,
+    micro_tokens: int,
+    normalise: Literal["token", "sequence"] = "token",
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    attention: float = ATTENTION,
+) -> Iterator[list[Batch]]:
+    """Yield one process's micro-batches of optimiser steps start, start + 1, … without end.
+
+    With several processes the work of about WINDOW traces is divided ahead, so that a process reads its own ones at once.
+    """
+    every = steps(source, batch_traces=batch_traces, start=start)
+    ahead = max(1, WINDOW // batch_traces) if world > 1 else 1
+    while window := list(itertools.islice(every, ahead)):
+        mine = [e for examples in window for e in split(examples, world, attention)[rank]] if world > 1 else []
+        read = {example.trace_id: example for example in source.complete(mine)}
+
+        def complete(examples: list[Example], read: dict[str, Example] = read) -> list[Example]:
+            if all(example.trace_id in read for example in examples):
+                return [read[example.trace_id] for example in examples]
+            return source.complete(examples)
+
+        for examples in window:
+            yield pack(
+                examples,
+                micro_tokens=micro_tokens,
+                normalise=normalise,
+                rank=rank,
+                world=world,
+                attention=attention,
+                complete=complete,
+            )
+
+
 def pack(
     examples: Sequence[Example],
     *,
@@ -121,12 +162,13 @@ def pack(
     num_batches = max((len(_bins(group_by_prefix(share, micro_tokens), micro_tokens)) for share in shares), default=0)
     mine = complete(shares[rank])
     bins = _bins(group_by_prefix(mine, micro_tokens), micro_tokens)
+    filler: list[Example] = []
     if len(bins) < num_batches:
-        (filler,) = complete([min(examples, key=len)])
+        filler = [min(mine, key=len)] if mine else complete([min(examples, key=len)])
         bins += [[] for _ in range(num_batches - len(bins))]
     batches = []
     for chosen in bins:
-        group = chosen or [ExampleWithPrefix(filler)]
+        group = chosen or [ExampleWithPrefix(each) for each in filler]
         batch = _batch(group, normalise, max(denominator, 1.0), masked=not chosen)
         if spans:
             together = [placed.example for placed in group]

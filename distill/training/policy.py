@@ -1,14 +1,15 @@
 """The model in training: `StudentModule` for the loop, `Policy` for sources of rollouts.
 
-`StudentModule` is the model with an objective's loss on its output head, one module that accelerate can wrap. `Policy`
-computes log-probabilities of batches under the current weights and the reference, and gives the weights to an engine.
+`StudentModule` is the model with an objective's loss on its output head, one module that `parallel.shard` can shard; so is
+`TeacherModule`. `Policy` computes log-probabilities of batches under the current weights and the reference, and gives the
+weights to an engine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from distill import models
 from distill.records import Array
+from distill.training import parallel
 from distill.training.batch import Batch
 from distill.training.forward import ForwardPlan, base_model, is_adapted, with_vocab
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
@@ -44,8 +46,30 @@ class Teacher:
     plan: ForwardPlan | None = None
 
 
+class TeacherModule(nn.Module):
+    """A frozen teacher with its plan; its forward pass gives the inputs of its logits."""
+
+    def __init__(self, teacher: Teacher, student_vocab_size: int) -> None:
+        super().__init__()
+        self.model = teacher.model
+        self.share, self.shared = teacher.share, teacher.shared
+        plan = teacher.plan or ForwardPlan.of(teacher.model, student_vocab_size)
+        self.plan = with_vocab(plan, min(teacher.vocab_size or student_vocab_size, _head_rows(teacher.model)))
+        self.plan.apply(teacher.model)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, rows: Tensor) -> Logits:
+        """rows: indices of the tokens that have a weight."""
+        return _logits(self.model, self.plan, self.plan.hidden(self.model, batch, rows), self.share)
+
+    @torch.no_grad()
+    def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Return the label's log-probability at each of the rows, nats [rows]."""
+        return label_logp(self.model, self.plan, batch, rows)
+
+
 class StudentModule(nn.Module):
-    """A causal language model with the loss on its head. Teachers are kept outside: they are not trained or wrapped.
+    """A causal language model with the loss on its head. Teachers are kept outside: they are not trained or sharded with it.
 
     plan: how the model is computed; None = as a Llama-like model.
     """
@@ -61,18 +85,10 @@ class StudentModule(nn.Module):
         super().__init__()
         self.model = model
         self.objective = objective
+        self.vocab_size = vocab_size
         self.plan = plan or ForwardPlan.of(model, vocab_size)
         self.plan.apply(model)
-        self.teachers = tuple(teachers)
-        plans = [
-            with_vocab(
-                t.plan or ForwardPlan.of(t.model, vocab_size), min(t.vocab_size or vocab_size, _head_rows(t.model))
-            )
-            for t in teachers
-        ]
-        self.teacher_plans = tuple(plans)
-        for teacher, its_plan in zip(teachers, plans, strict=True):
-            its_plan.apply(teacher.model)
+        self.teachers = tuple(TeacherModule(teacher, vocab_size) for teacher in teachers)
 
     def forward(self, batch: Batch, rows: Tensor) -> Output:
         """rows: indices of the tokens that have a weight; only they reach the head."""
@@ -90,13 +106,9 @@ class StudentModule(nn.Module):
         """Return the inputs of the student's logits."""
         return _logits(self.model, self.plan, hidden_TD, 1.0)
 
-    @torch.no_grad()
     def teacher_logits(self, batch: Batch, rows: Tensor) -> list[Logits]:
         """Return the inputs of every teacher's logits over the same tokens."""
-        return [
-            _logits(t.model, plan, plan.hidden(t.model, batch, rows), t.share)
-            for t, plan in zip(self.teachers, self.teacher_plans, strict=True)
-        ]
+        return [teacher(batch, rows) for teacher in self.teachers]
 
     @torch.no_grad()
     def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
@@ -150,61 +162,63 @@ class Policy:
     The reference is a copy of the model as it was at the start; under LoRA it is the model without its adapter.
     """
 
-    def __init__(
-        self, model: Any, student_module: Any, device: torch.device, objective: Objective, vocab_size: int
-    ) -> None:
-        self._model, self._student_module, self._device = model, student_module, device
+    def __init__(self, module: StudentModule, reference: StudentModule | None, device: torch.device) -> None:
+        self._module, self._reference, self._device = module, reference, device
         self._reference_synced = False
-        self._reference: StudentModule | None = None
-        if objective.reference and not is_adapted(model):
-            frozen = copy.deepcopy(model).eval().requires_grad_(False)
-            plan = _unwrapped(student_module).plan
-            self._reference = StudentModule(frozen, objective, vocab_size, plan=plan).to(device)
+
+    @staticmethod
+    def reference_of(module: StudentModule) -> StudentModule | None:
+        """Copy the model as the reference, before it is sharded. None if the loss needs none or the model has an adapter."""
+        if not module.objective.reference or is_adapted(module.model):
+            return None
+        frozen = copy.deepcopy(module.model).eval().requires_grad_(False)
+        return StudentModule(frozen, module.objective, module.vocab_size, plan=module.plan)
 
     def logp(self, batch: Batch) -> Array:
         """Return the labels' log-probabilities under the current weights, float32 [T]; 0 where weight_T is 0."""
-        return self._score(_unwrapped(self._student_module), batch)
+        return self._score(self._module, batch)
 
     def reference_logp(self, batch: Batch) -> Array:
         """Return the labels' log-probabilities under the reference, float32 [T]; 0 where weight_T is 0."""
         if self._reference is not None:
             return self._score(self._reference, batch)
-        with self._model.disable_adapter():
-            return self._score(_unwrapped(self._student_module), batch)
+        with self._module.model.disable_adapter():
+            return self._score(self._module, batch)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name in the checkpoint, tensor) of all weights, with adapters merged in."""
-        return models.exported_weights(self._model)
+        """Yield (name in the checkpoint, tensor) of all weights, with adapters merged in; shards are gathered one by one."""
+        parallel.at_rest(self._module)
+        return models.exported_weights(self._module.model)
 
     def sync_reference(self) -> None:
         """Copy the current weights into the reference."""
         assert self._reference is not None, "the recipe allows this with a reference of its own only"
         self._reference_synced = True
         with torch.no_grad():
-            for mine, theirs in zip(self._reference.model.parameters(), self._model.parameters(), strict=True):
-                mine.copy_(theirs)
+            parallel.at_rest(self._module)
+            parallel.at_rest(self._reference)
+            theirs = self._module.model.parameters()
+            for mine, current in zip(self._reference.model.parameters(), theirs, strict=True):
+                mine.copy_(current)
 
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors of a reference that was synced, which a checkpoint must hold."""
-        if not self._reference_synced or self._reference is None:
+    def state(self, *, every: bool = False) -> dict[str, Tensor]:
+        """Return the tensors of a reference that was synced, which a checkpoint must hold; `every`: of any reference."""
+        if self._reference is None or not (self._reference_synced or every):
             return {}
+        parallel.at_rest(self._reference)
         named = self._reference.model.named_parameters()
         return {f"{REFERENCE_PREFIX}{name}": p.detach() for name, p in named}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` returned."""
-        stored = {k[len(REFERENCE_PREFIX) :]: v for k, v in tensors.items() if k.startswith(REFERENCE_PREFIX)}
-        if stored and self._reference is not None:
-            self._reference_synced = True
-            with torch.no_grad():
-                for name, parameter in self._reference.model.named_parameters():
-                    parameter.copy_(stored[name])
+    def loaded(self, names: Iterable[str]) -> None:
+        """Take up the tensors of `state` that were read in place: a reference among them has been synced."""
+        self._reference_synced = any(name.startswith(REFERENCE_PREFIX) for name in names)
 
     def _score(self, student_module: StudentModule, batch: Batch) -> Array:
         index = batch.weight_T.nonzero()[0]
         rows = torch.from_numpy(index).to(self._device)
         with _eval_mode(student_module):
             found = student_module.label_logp(batch.to_torch(self._device), rows)
+        parallel.at_rest(student_module)
         logp_T = np.zeros(len(batch.ids_T), np.float32)
         logp_T[index] = found.float().cpu().numpy()
         return logp_T
@@ -223,8 +237,3 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
 
 def _label_only(student: Student, targets: Targets) -> Tensor:
     return -student.label_T
-
-
-def _unwrapped(student_module: Any) -> StudentModule:
-    inner: StudentModule = getattr(student_module, "module", student_module)
-    return inner

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from distill.training.packing import Example
 
 ATTENTION = 1 / (12 * 1024)
-"""Compute of a token's attention to two others, in tokens of the rest of the model: of a Llama-like model 1,024 wide."""
+"""Half the compute of a token's attention to one position, in tokens of the rest of a Llama-like model 1,024 wide."""
 PIECES = 8
 """Parts of an even share of a step's work: examples of one prompt that take more are divided over processes."""
 

@@ -15,11 +15,12 @@ from distill import models
 from distill.recipe import TrainStage
 from distill.records import TopK
 from distill.training import loop
-from distill.training.loop import Length, Step, train
+from distill.training.loop import train
 from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import forward_kl
 from distill.training.optim import MasterAdamW
 from distill.training.packing import Example, pack
+from distill.training.step import Length, Step
 
 
 def example(n: int) -> Example:

@@ -13,11 +13,12 @@ from torch.optim import AdamW
 from distill import models
 from distill.recipe import TrainStage
 from distill.records import UserError
-from distill.training.loop import Length, Step, train
+from distill.training.loop import train
 from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import cross_entropy
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.packing import Example, pack, steps
+from distill.training.step import Length, Step
 
 
 class Copying:
@@ -132,7 +133,10 @@ def test_a_resumed_optimizer_is_where_its_parameters_are():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", lambda groups, fused, **options: AdamW(groups, **options))
         resumed = MasterAdamW([("w", there)], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
-    resumed.load(saved.state())
+    assert {n: (t.shape, t.dtype) for n, t in resumed.state(create=True).items()} == {
+        n: (t.shape, t.dtype) for n, t in saved.state().items()
+    }
+    resumed.loaded(saved.state())
     (master,) = resumed.masters
     moments = resumed.adamw.state[master]
     assert set(moments) == {"step", "exp_avg", "exp_avg_sq"}
@@ -146,7 +150,7 @@ def test_accumulation_adds_in_fp32():
         parameter.grad = torch.full_like(parameter, value)
         optimizer.accumulate()
     assert optimizer.masters[0].grad.tolist() == [258.0] * 3
-    assert optimizer.clip(1e9).item() == pytest.approx(258 * math.sqrt(3))
+    assert optimizer.clip(1e9) == pytest.approx(258 * math.sqrt(3))
 
 
 def test_schedule_by_hand():
@@ -186,11 +190,15 @@ def test_an_interrupted_save_is_never_resumed_from(tiny_dir, tmp_path):
     from distill.training import checkpoint
 
     run(tiny_dir, tmp_path / "x", stop_after=5)
-    found = checkpoint.newest(tmp_path / "x" / "checkpoints")
+    *_, found = checkpoint.every(tmp_path / "x" / "checkpoints")
     assert found.name == "step-00000003"
     (found.parent / ".building-00000004").mkdir()
+    assert checkpoint.every(found.parent) == [found]
     (found.parent / "step-00000009").mkdir()
-    assert checkpoint.newest(found.parent) == found
+    said = []
+    assert checkpoint.resume(found.parent, {}, said.append)["step"] == 3
+    assert "step-00000009 is damaged" in said[0]
+    assert (found.parent / "damaged-step-00000009").is_dir()
 
 
 def test_lora_trains_only_the_adapter(tiny_dir, tmp_path):

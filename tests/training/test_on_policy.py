@@ -24,6 +24,7 @@ from distill.training.loss.objective import DenseObjective, StoredObjective
 from distill.training.packing import Example
 from distill.training.policy import Teacher
 from distill.training.rl.teacher_rollout import TeacherRollouts
+from distill.training.step import Length
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def run(tiny_dir, folder, on_policy, objective, teachers=(), stop_before=None):
             steps,
             objective,
             config,
-            length=loop.Length(config.steps),
+            length=Length(config.steps),
             vocab_size=49152,
             folder=folder,
             teachers=teachers,

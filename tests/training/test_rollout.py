@@ -24,6 +24,7 @@ from distill.tasks.templates import raw
 from distill.training import loop
 from distill.training.rl import policy_objectives as objectives
 from distill.training.rl.reward_rollout import RewardRollouts
+from distill.training.step import Length
 
 
 def problems(num=6):
@@ -135,7 +136,7 @@ def run(tiny_dir, folder, rollouts, *, lora=None, stop_before=None):
             steps,
             rollouts.objective,
             config,
-            length=loop.Length(config.steps),
+            length=Length(config.steps),
             vocab_size=49152,
             folder=folder,
         )
@@ -366,6 +367,7 @@ def test_one_end_of_a_tied_model_cannot_be_trained_alone_beside_an_engine(ends, 
              "sampling": {"max_tokens": 4}, "lora": {"rank": 4, **ends}}  # fmt: skip
     tree = {"name": "t", "models": {"base": str(tiny_dir)}, "tasks": {"sums": SUMS}, "stages": {"rl": stage}}
     context = Context(recipe=recipe.validate(tree), run=tmp_path, name="rl", screen=Screen(io.StringIO()))
+    context.folder.mkdir()
     with pytest.raises(
         UserError, match=r"stages\.rl\.lora: .*(lm_head|embed_tokens).* is one matrix with the other end"
     ):

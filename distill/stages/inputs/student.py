@@ -14,7 +14,7 @@ from distill.stages.context import Context, save_model
 
 if TYPE_CHECKING:
     from distill.progress import Live
-    from distill.training.loop import Budget, Length
+    from distill.training.step import Budget, Length
 
 
 def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Any:
@@ -90,7 +90,7 @@ def _prepare_to_save(model: Any, config: TrainStage | GrpoStage | OnPolicyStage,
 def live_steps(context: Context, length: Length | Budget) -> Live:
     """Start the live line of a stage's optimiser steps, from the step of its newest checkpoint."""
     from distill.training import checkpoint
-    from distill.training.loop import WorkCounts
+    from distill.training.step import WorkCounts
 
     done = checkpoint.newest_step(context.folder / "checkpoints")
     return context.live(max(length.steps(WorkCounts()), done), "steps", done)

@@ -6,13 +6,14 @@ that has others, is kept in memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from distill import models, plug
+from distill import models, plug, world
 from distill.conversations import Reader
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
 from distill.records import Array, Template, UserError, draw_seed
@@ -25,6 +26,9 @@ from distill.traces.reader import TraceReader, open_traces
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example, Source, examples_of
+
+IDS = ["trace_id", "prompt_ids", "completion_ids"]
+TOP = ["top_count", "top_ids", "top_logprobs", "tail_logprob"]
 
 
 def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Retokenizer | None = None) -> Source:
@@ -56,9 +60,13 @@ def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: 
     return Retokenizer(tokenizer, theirs, template)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ShardSource:
-    """Traces streamed from shards in a shuffled order; only the columns that the loss needs are read."""
+    """Traces streamed from shards in a shuffled order; only the columns that the loss needs are read.
+
+    Where several processes train, `epoch` reads ids alone, from which the work is divided; `complete` then reads the
+    distributions of a process's own traces.
+    """
 
     reader: TraceReader
     seed: int
@@ -73,11 +81,28 @@ class ShardSource:
         return self.reader.fingerprint
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
-        columns = ["trace_id", "prompt_ids", "completion_ids"]
-        if self.with_top:
-            columns += ["top_count", "top_ids", "top_logprobs", "tail_logprob"]
+        with_top = self.with_top and world.size() == 1
+        columns = [*IDS, *TOP] if with_top else IDS
         for block in self.reader.shuffled(draw_seed(self.seed, index), skip=skip, columns=columns):
-            yield from examples_of(block, with_top=self.with_top)
+            yield from examples_of(block, with_top=with_top)
+
+    def complete(self, examples: list[Example]) -> list[Example]:
+        if not self.with_top or all(example.top is not None for example in examples):
+            return examples
+        keep = np.zeros(self.num_examples, bool)
+        keep[[self._rows[example.trace_id] for example in examples]] = True
+        found = {
+            example.trace_id: example
+            for block in self.reader.where(keep).blocks(256, [*IDS, *TOP])
+            for example in examples_of(block)
+        }
+        return [found[example.trace_id] for example in examples]
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        """The place of each trace in the order of the shards."""
+        ids = (trace_id for block in self.reader.blocks(4096, ["trace_id"]) for trace_id in block.trace_id)
+        return {trace_id: n for n, trace_id in enumerate(ids)}
 
 
 def _shard_source(
@@ -180,6 +205,9 @@ class ListSource:
     def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
         order = np.random.default_rng(draw_seed(self.seed, index)).permutation(len(self.examples))
         return (self.examples[n] for n in order[skip:])
+
+    def complete(self, examples: list[Example]) -> list[Example]:
+        return examples
 
 
 def _text_source(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from distill.records import GradedGroup
-from distill.training.loop import WorkCounts
+from distill.training.step import WorkCounts
 
 
 def completion_metrics(groups: Sequence[GradedGroup]) -> dict[str, float]:

@@ -19,11 +19,11 @@ import numpy as np
 from distill.recipe import GrpoStage
 from distill.records import Array, GradedGroup, Group, GroupSampler, Scores, draw_seed
 from distill.training.batch import Batch
-from distill.training.loop import Step, WorkCounts
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
 from distill.training.rl.advantages import PolicyObjective, advantages
 from distill.training.rl.completion_metrics import completion_metrics, count_completions
+from distill.training.step import Step, WorkCounts
 
 
 @dataclass(slots=True, eq=False)

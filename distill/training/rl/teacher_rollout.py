@@ -17,11 +17,11 @@ import numpy as np
 
 from distill.recipe import OnPolicyStage
 from distill.records import Array, Completion, Engine, GradedGroup, GroupSampler, Request
-from distill.training.loop import Step, WorkCounts
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
 from distill.training.rl.completion_metrics import completion_metrics, count_completions
+from distill.training.step import Step, WorkCounts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
