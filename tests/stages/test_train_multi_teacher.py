@@ -96,7 +96,7 @@ def test_sets_that_have_nothing_in_common_are_refused(finished):
     [
         ("stages.both.data={own: 1, itts: 1}", "Did you mean 'its'"),
         ("stages.both.data={own: 1, its: 0}", "greater than 0"),
-        ("stages.both.teacher=other", "which a teacher in the trainer takes the place of"),
+        ("stages.both.teacher=other", "which are not used with `teacher`"),
     ],
 )
 def test_mistakes_are_one_message(finished, override, message):
