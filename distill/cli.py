@@ -183,7 +183,7 @@ def check(
 
     resolved = recipes.load(recipe, overrides or [])
     if show_text:
-        check_output.print_previews(resolved)
+        check_output.print_previews(resolved, runs / resolved.name)
         return
     check_output.print_plan(resolved, runs / resolved.name, ())
 

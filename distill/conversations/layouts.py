@@ -337,7 +337,9 @@ def _calls(calls: Any) -> list[Any]:
                 function["arguments"] = json.loads(function["arguments"])
             except json.JSONDecodeError:
                 raise ValueError("a tool call's arguments are not JSON") from None
-        made.append({"type": "function", "function": {k: v for k, v in function.items() if v is not None}})
+        named = {"id": call["id"]} if call.get("id") else {}
+        told = {k: v for k, v in function.items() if v is not None and k not in ("id", "type")}
+        made.append({"type": "function", **named, "function": told})
     return made
 
 
@@ -356,7 +358,7 @@ def _joined(content: str) -> str:
     plain = canonical(content)
     if plain == content:
         return content
-    return re.sub(r"<think>\s*(.*?)\s*</think>\s*", lambda m: f"<think>{m[1]}</think>", plain, flags=re.DOTALL).strip()
+    return re.sub(r"\A\s*<think>\s*(.*?)\s*</think>\s*", r"<think>\1</think>", plain, flags=re.DOTALL).strip()
 
 
 def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> Any:

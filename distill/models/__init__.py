@@ -25,17 +25,17 @@ from distill.models.locate import OFFLINE_WAYS, PACKAGE, package_file, resolve
 from distill.models.lora import add_lora, effective_weight, exported_weights, ties_ends, touched_ends
 from distill.models.prune import kept_layers, num_layers, prune_layers
 from distill.models.rendering import (
-    REASONING_KEYS,
     chat_template_of,
     check_template,
+    conversation_text,
     decode,
     opened_thinking,
     prompt_text,
     render_completion,
     render_prompt,
-    render_reply,
     turn_end,
 )
+from distill.models.replies import REASONING_KEYS, render_reply
 from distill.models.saving import (
     cast,
     check_merged,
@@ -71,6 +71,7 @@ __all__ = [
     "check_template",
     "check_vocabulary",
     "config_of",
+    "conversation_text",
     "copy_weights",
     "decode",
     "effective_weight",

@@ -1,17 +1,22 @@
 """A tokenizer's chat template: what it reads, how it opens and ends the assistant's turn, and conversations as text.
 
 Families differ: no system role, a date, a switch for thinking, `<think>` opened by the prompt, thinking re-spaced or dropped
-from earlier turns, several named templates. `ChatTemplate` finds these out by rendering small conversations.
+from earlier turns, several named templates, arguments of tool calls as an object or as text. `ChatTemplate` finds these out
+by rendering small conversations.
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from distill.models import tool_calls
+from distill.models.probe import PROBE
 from distill.reasoning import MARKERS
 from distill.records import Message, UserError
 
@@ -30,8 +35,8 @@ GIVEN = frozenset(
 """Variables of a template that the renderer sets; all others are options."""
 NAMED = "chat_template"
 """The option that chooses one of several named templates."""
-PROBE = ("Qwa17", "Zpo38", "Vex59", "Jub26")
-"""Words that stand for a question, a thought, an answer and a system message."""
+WITH_TOOLS = "tool_use"
+"""The named template that renders conversations with tools, where a tokenizer has one (as in transformers)."""
 
 _pinned: datetime.datetime | None = None
 
@@ -52,12 +57,15 @@ def _strftime_now(form: str) -> str:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer under some options. Raises UserError for options that it does not read."""
+    """The chat template of a tokenizer under some options, and for conversations with or without tools.
 
-    def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
+    Raises UserError for options that it does not read, and for conversations that it refuses.
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any], *, tools: bool = False) -> None:
         self._tokenizer = tokenizer
         self.options = {k: v for k, v in options.items() if k != NAMED}
-        self.source = _source(tokenizer.chat_template, options.get(NAMED))
+        self.name, self.source = _source(tokenizer.chat_template, options.get(NAMED), tools)
         for name in self.options:
             if name not in self.variables:
                 known = sorted(self.variables - GIVEN - {"tools", "documents"})
@@ -74,7 +82,16 @@ class ChatTemplate:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         environment = ImmutableSandboxedEnvironment(extensions=[_generation_tag(), loopcontrols])
-        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(self.source)))
+        try:
+            return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(self.source)))
+        except jinja2.TemplateError as error:
+            raise UserError(f"{self.described} is not valid jinja: {error}") from None
+
+    @property
+    def described(self) -> str:
+        """The words that name the template in a message."""
+        named = f" called {self.name!r}" if self.name else ""
+        return f"the chat template{named} of {_model(self._tokenizer)}"
 
     @property
     def has_date(self) -> bool:
@@ -82,28 +99,67 @@ class ChatTemplate:
         return "strftime_now" in self.variables
 
     def text(self, messages: Sequence[Message], *, prompt: bool, tools: Any = None) -> str:
-        """Render a conversation; prompt: with the header of the assistant's turn. Raises jinja2's TemplateError."""
+        """Render a conversation; prompt: with the header of the assistant's turn. Raises UserError if it is refused."""
         conversation = [dict(message) for message in messages]
+        if any(message.get("tool_calls") for message in conversation):
+            conversation = [self.call_form.applied(message) for message in conversation]
         return self._text(_in_parts(conversation) if self._takes_parts else conversation, prompt, tools)
+
+    def _attempt(self, messages: Sequence[Message]) -> str:
+        """Render a prompt; empty if the template refuses it."""
+        try:
+            return self.text(messages, prompt=True)
+        except UserError:
+            return ""
 
     @cached_property
     def _takes_parts(self) -> bool:
         """Whether the template reads content as a list of parts only, as those of models that also see images."""
         question: list[dict[str, Any]] = [{"role": "user", "content": PROBE[0]}]
-        if PROBE[0] in self._text(question, True, None):
-            return False
-        return PROBE[0] in self._text(_in_parts(question), True, None)
+        found = []
+        for form in (question, _in_parts(question)):
+            try:
+                found.append(PROBE[0] in self._text(form, True, None))
+            except UserError:
+                found.append(False)
+        return found == [False, True]
+
+    @cached_property
+    def call_form(self) -> tool_calls.Form:
+        """How the template reads tool calls: the first form of which it renders the function's name and its arguments."""
+        for form in tool_calls.FORMS:
+            probe = [form.applied(message) for message in tool_calls.PROBE_CALL]
+            try:
+                text = self._text(_in_parts(probe) if self._takes_parts else probe, True, None)
+            except UserError:
+                continue
+            if tool_calls.is_rendered(text):
+                return form
+        return tool_calls.FORMS[0]
+
+    def check_calls(self, messages: Sequence[Message], tools: Any) -> None:
+        """Raise UserError if the template leaves out a tool call of the conversation, its name or its arguments."""
+        marked, words = tool_calls.marked(messages)
+        if words:
+            text = self.text(marked, prompt=False, tools=tools)
+            if not all(word in text for word in words):
+                raise UserError("the model's chat template does not render the tool calls of the assistant.")
 
     def _text(self, conversation: list[dict[str, Any]], prompt: bool, tools: Any) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            conversation,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            chat_template=self.source,
-            tools=tools,
-            strftime_now=_strftime_now,
-            **self.options,
-        )
+        import jinja2
+
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                conversation,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                chat_template=self.source,
+                tools=tools,
+                strftime_now=_strftime_now,
+                **self.options,
+            )
+        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{self.described} refuses the conversation: {' '.join(str(error).split())}") from None
         return text
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
@@ -127,17 +183,10 @@ class ChatTemplate:
 
     @cached_property
     def _roles(self) -> dict[str, bool]:
-        import jinja2
-
         question, _, _, system = PROBE
         found = {}
         for role in ("system", "developer"):
-            try:
-                text = self.text(
-                    [{"role": role, "content": system}, {"role": "user", "content": question}], prompt=True
-                )
-            except (jinja2.TemplateError, KeyError, TypeError):
-                text = ""
+            text = self._attempt([{"role": role, "content": system}, {"role": "user", "content": question}])
             found[role] = system in text and question in text
         return found
 
@@ -146,35 +195,77 @@ class ChatTemplate:
         """The text of a prompt after the user's question: the end of the turn and the assistant's header."""
         return self.text([{"role": "user", "content": PROBE[0]}], prompt=True).rpartition(PROBE[0])[2]
 
-    @cached_property
+    @property
     def opened(self) -> str:
         """The thinking marker that a prompt ends with, with the white space behind it; empty if it opens none."""
-        for opening, _ in MARKERS:
-            found = re.search(re.escape(opening) + r"\s*$", self.prompt_end)
-            if found:
-                return found[0]
-        return ""
-
-    @cached_property
-    def closes_thinking(self) -> bool:
-        """Whether a prompt ends with thinking that it has opened and closed: thinking is switched off."""
-        return any(re.search(rf"{re.escape(o)}\s*{re.escape(c)}\s*$", self.prompt_end) for o, c in MARKERS)
+        return opened_by(self.prompt_end)
 
     @cached_property
     def turn_end(self) -> str:
-        """The text that ends the assistant's turn, up to the token that stops generation."""
-        question, _, answer, _ = PROBE
+        """The text that ends the assistant's turn, up to the token that stops generation.
+
+        Where a conversation goes on, the same token stands before the next turn; what a template writes only after a whole
+        conversation (the EOS of Phi) ends no turn.
+        """
+        question, second, answer, _ = PROBE
         asked: list[Message] = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        rest = self.text(asked, prompt=False).rpartition(answer)[2]
-        specials = sorted((t.content for t in self._tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+        last = self.text(asked, prompt=False).rpartition(answer)[2]
+        tokens = {token.content for token in self._tokenizer.added_tokens_decoder.values()}
         eos = self._tokenizer.eos_token or ""
-        run = re.match(rf"(?:\s*(?:{'|'.join(map(re.escape, specials))}))+", rest) if specials else None
-        if run is None:
-            return eos
-        if eos and eos in run[0]:
-            return run[0][: run[0].index(eos) + len(eos)]
-        first = re.match(rf"\s*(?:{'|'.join(map(re.escape, specials))})", rest)
-        return first[0] if first else eos
+        pattern = "|".join(map(re.escape, sorted(filter(None, {*tokens, eos}), key=len, reverse=True)))
+        between, header = self._between(question, answer, second)
+        at_end, within = (re.findall(rf"\s*(?:{pattern})", _run(pattern, text)) for text in (last, between))
+        pairs = itertools.takewhile(lambda pair: pair[0].strip() == pair[1].strip(), zip(at_end, within, strict=False))
+        shared = [token for token, _ in pairs]
+        for run in (shared, at_end):
+            if eos and any(token.strip() == eos.strip() for token in run):
+                ends = next(n for n, token in enumerate(run) if token.strip() == eos.strip())
+                return "".join(run[: ends + 1])
+            if run is shared and run:
+                return "".join(run)
+        before_header = re.match(rf"\s*(?:{pattern})", between.removesuffix(header)) if pattern else None
+        return at_end[0] if at_end else before_header[0] if before_header else eos
+
+    def _between(self, question: str, answer: str, second: str) -> tuple[str, str]:
+        """Return the text between an answer and the next user's turn, and the end of it that is that turn's header."""
+        turns = [("user", question), ("assistant", answer), ("user", second)]
+        text = self._attempt([{"role": role, "content": content} for role, content in turns])
+        start, asked, rest = text.partition(question)
+        between, found, _ = rest.rpartition(answer)[2].partition(second)
+        if not (asked and found):
+            return "", ""
+        return between, os.path.commonprefix([between[::-1], start[::-1]])[::-1]
+
+
+def opened_by(prompt: str) -> str:
+    """Return the thinking marker that a prompt's text ends with, with the white space behind it."""
+    found = (re.search(re.escape(opening) + r"\s*\Z", prompt) for opening, _ in MARKERS)
+    return next((match[0] for match in found if match), "")
+
+
+def is_thinking_closed(prompt: str) -> bool:
+    """Return whether a prompt's text ends with thinking that it opens and closes: thinking is switched off."""
+    return any(re.search(rf"{re.escape(o)}\s*{re.escape(c)}\s*\Z", prompt) for o, c in MARKERS)
+
+
+def template_names(chat_template: Any) -> list[str | None]:
+    """Return the names of a tokenizer's chat templates; [None] for a single one, [] for none."""
+    if not chat_template:
+        return []
+    return [None] if isinstance(chat_template, str) else list(_named(chat_template))
+
+
+def _run(pattern: str, text: str) -> str:
+    """Return the added tokens that a text begins with, and the white space between them."""
+    found = re.match(rf"(?:\s*(?:{pattern}))+", text) if pattern else None
+    return found[0] if found else ""
+
+
+def _model(tokenizer: Any) -> str:
+    """Return a model's name on the hub if its folder tells, or the folder."""
+    path = str(tokenizer.name_or_path or "the model")
+    cached = re.search(r"models--(.+?)--([^/\\]+)", path)
+    return f"{cached[1]}/{cached[2]}" if cached else path
 
 
 def _in_parts(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -200,19 +291,23 @@ def _generation_tag() -> Any:
     return GenerationTag
 
 
-def _source(chat_template: Any, name: Any) -> str:
-    """Return one template's text, chosen by name if the tokenizer has several."""
+def _named(chat_template: Any) -> dict[str, str]:
+    if isinstance(chat_template, Mapping):
+        return dict(chat_template)
+    return {each["name"]: each["template"] for each in chat_template}
+
+
+def _source(chat_template: Any, name: Any, tools: bool) -> tuple[str, str]:
+    """Return (name, text) of one template, chosen by name if the tokenizer has several; a single one has the name ""."""
     if isinstance(chat_template, str):
         if name not in (None, "default"):
             raise UserError(f"template_options.{NAMED}: the tokenizer has one template only, and none called {name!r}.")
-        return chat_template
-    named = (
-        dict(chat_template) if isinstance(chat_template, Mapping) else {t["name"]: t["template"] for t in chat_template}
-    )
-    chosen = "default" if name is None else name
+        return "", chat_template
+    named = _named(chat_template)
+    chosen = name if name is not None else WITH_TOOLS if tools and WITH_TOOLS in named else "default"
     if chosen not in named:
         raise UserError(
             f"template_options.{NAMED}: the tokenizer has several chat templates and none called {chosen!r}; "
             f"choose one of {', '.join(sorted(named))}."
         )
-    return str(named[chosen])
+    return str(chosen), str(named[chosen])

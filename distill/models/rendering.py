@@ -1,4 +1,7 @@
-"""Render messages to token ids with the task's template and the tokenizer's chat template; the only place that does."""
+"""Render prompts to token ids with the task's template and the tokenizer's chat template, and decode completions.
+
+Only this module and `replies` turn messages into ids.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,38 @@ from typing import Any
 
 import numpy as np
 
-from distill.models.chat_template import PROBE, ChatTemplate
+from distill.models.chat_template import ChatTemplate, opened_by, template_names
+from distill.models.probe import PROBE
+from distill.models.tool_calls import TURN_ENDS
 from distill.reasoning import MARKERS, split_reasoning
 from distill.records import Array, Message, Template, UserError
 
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which data sets and templates keep an assistant's reasoning beside its content."""
 TOOL_KEYS = ("tool_calls",)
 MARKS = frozenset({mark for pair in MARKERS for mark in pair} | {"<|start|>assistant<|channel|>final<|message|>"})
 ENDS_OF_REASONING = frozenset(mark for pair in MARKERS for mark in pair) - {"<|end|>"}
 """Marks that may be a completion's last token and belong to its text."""
 
 _templates: weakref.WeakKeyDictionary[Any, dict[str, ChatTemplate]] = weakref.WeakKeyDictionary()
+_turn_ends: weakref.WeakKeyDictionary[Any, tuple[str, dict[int, str]]] = weakref.WeakKeyDictionary()
 
 
-def chat_template_of(tokenizer: Any, template: Template) -> ChatTemplate | None:
+def chat_template_of(tokenizer: Any, template: Template, tools: Any = None) -> ChatTemplate | None:
     """Return the tokenizer's chat template under the task template's options; None for prompts of plain text."""
     if not (template.chat and tokenizer.chat_template):
         if template.options:
             raise UserError(
-                f"template_options: {', '.join(template.options)} cannot be used: the prompts are plain text, without a chat template."
+                f"template_options: {', '.join(template.options)} cannot be used: the prompts are plain text, without a "
+                "chat template."
             )
         return None
+    return _kept(tokenizer, template.options, bool(tools))
+
+
+def _kept(tokenizer: Any, options: Mapping[str, Any], tools: bool = False) -> ChatTemplate:
     kept = _templates.setdefault(tokenizer, {})
-    key = json.dumps([template.options, str(tokenizer.chat_template)], sort_keys=True, default=str)
+    key = json.dumps([options, str(tokenizer.chat_template), tools], sort_keys=True, default=str)
     if key not in kept:
-        kept[key] = ChatTemplate(tokenizer, template.options)
+        kept[key] = ChatTemplate(tokenizer, options, tools=tools)
     return kept[key]
 
 
@@ -46,42 +55,66 @@ def render_prompt(tokenizer: Any, template: Template, messages: Sequence[Message
     around the last question, with the special tokens that the tokenizer itself puts in front of a text. Raises UserError for
     what the chat template cannot hold.
     """
-    return _encode(tokenizer, prompt_text(tokenizer, template, messages, tools), _leading(tokenizer, template))
+    text, leading = prompt_text(tokenizer, template, messages, tools), _leading(tokenizer, template)
+    bos = tokenizer.bos_token
+    if bos and len(leading) and leading[-1] == tokenizer.bos_token_id and text.startswith(bos):
+        leading = leading[:-1]  # the text begins with its own BOS
+    return encode(tokenizer, text, leading)
 
 
 def prompt_text(tokenizer: Any, template: Template, messages: Sequence[Message], tools: Any = None) -> str:
     """Return the text of `render_prompt`, without the special tokens that a tokenizer puts in front of plain text."""
-    chat = chat_template_of(tokenizer, template)
+    chat = chat_template_of(tokenizer, template, tools)
     if chat is None:
         if tools or any(message.get(key) for message in messages for key in TOOL_KEYS):
             raise UserError("tools need a chat template, and the prompts are plain text.")
         return _plain(template, messages) + template.prefill
+    text = _rendered(chat, conversation_of(chat, template, messages), tools)
+    return text + rest_of_prefill(template, opened_by(text))
+
+
+def conversation_text(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """Return a whole conversation as the tokenizer's chat template writes it. Raises UserError if it is refused."""
+    return _kept(tokenizer, {}).text(messages, prompt=False)
+
+
+def rest_of_prefill(template: Template, opened: str) -> str:
+    """Return the template's prefill without the thinking marker that the chat template has opened already."""
+    prefill = template.prefill.lstrip()
+    if opened and prefill.startswith(opened.strip()):
+        return prefill.removeprefix(opened.strip()).lstrip()
+    return template.prefill
+
+
+def conversation_of(chat: ChatTemplate, template: Template, messages: Sequence[Message]) -> list[Message]:
+    """Return messages with the task template's system message, in the roles that the chat template has."""
     conversation = list(messages)
     if template.system is not None and conversation[0]["role"] not in ("system", "developer"):
         conversation.insert(0, {"role": "system", "content": template.system})
-    text = _rendered(chat, chat.with_system(conversation), prompt=True, tools=tools)
-    return (
-        text
-        if template.prefill.strip() and chat.opened.strip() == template.prefill.strip()
-        else text + template.prefill
-    )
+    return chat.with_system(conversation)
 
 
-def _rendered(chat: ChatTemplate, messages: Sequence[Message], *, prompt: bool, tools: Any) -> str:
-    """Render a conversation. Raises UserError for one that the template refuses or of which it ignores a part."""
-    import jinja2
+def _rendered(chat: ChatTemplate, messages: Sequence[Message], tools: Any) -> str:
+    """Render a prompt. Raises UserError for a conversation that the template refuses or of which it ignores a part.
 
+    Reasoning of earlier turns may be left out, as many templates do, and the text beside a tool call.
+    """
     if tools and "tools" not in chat.variables:
         raise UserError("the model's chat template does not read tools.")
-    try:
-        text = chat.text(messages, prompt=prompt, tools=tools)
-    except (jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the model's chat template refuses the conversation: {error}") from None
+    text = chat.text(messages, prompt=True, tools=tools)
+    chat.check_calls(messages, tools)
     for message in messages:
         content = message.get("content")
-        if message["role"] != "assistant" and isinstance(content, str) and content.strip() not in text:
+        if message["role"] == "assistant" and isinstance(content, str):
+            content = None if message.get("tool_calls") else split_reasoning(content)[1]
+        if isinstance(content, str) and not any(form in text for form in _forms(content.strip())):
             raise UserError(f"the model's chat template leaves out a message of role {message['role']!r}.")
     return text
+
+
+def _forms(content: str) -> tuple[str, ...]:
+    """Return a text as a template may write it: as it is, or as JSON (tool results in Llama 3 and GPT-OSS)."""
+    return content, json.dumps(content, ensure_ascii=False)[1:-1], json.dumps(content)[1:-1]
 
 
 def _plain(template: Template, messages: Sequence[Message]) -> str:
@@ -90,123 +123,22 @@ def _plain(template: Template, messages: Sequence[Message]) -> str:
     return "".join(f"{part}\n\n" for part in parts) + template.plain.replace("{question}", last["content"])
 
 
-def render_reply(
-    tokenizer: Any,
-    template: Template,
-    messages: Sequence[Message],
-    reply: Mapping[str, Any],
-    tools: Any = None,
-    finished: bool = True,
-) -> Array:
-    """Return the ids [T] of an assistant's message that continues `render_prompt(tokenizer, template, messages)`.
-
-    Reasoning may stand beside the content (REASONING_KEYS) or in it. If the chat template's own rendering of the whole
-    conversation continues the prompt and holds all of the reply, the ids are those; else reasoning is written between
-    `<think>` and `</think>`, without the `<think>` that the prompt has opened already. The token that ends the turn is
-    included unless the reply was cut (finished False). Raises UserError for a reply that cannot be rendered, such as tool calls in plain text.
-    """
-    chat = chat_template_of(tokenizer, template)
-    beside = next((reply[key] for key in REASONING_KEYS if reply.get(key)), None)
-    content = reply.get("content") or ""
-    if chat is None:
-        if any(reply.get(key) for key in TOOL_KEYS):
-            raise UserError("tool calls need a chat template, and the prompts are plain text.")
-        text = content if beside is None else f"<think>{beside}</think>{content}"
-        return render_completion(tokenizer, text, finished)
-    inside, answer = (None, content) if beside is not None else split_reasoning(content)
-    reasoning = beside if beside is not None else inside
-    if reasoning is not None and reasoning.strip() and chat.closes_thinking:
-        raise UserError("the prompt switches thinking off, and the reply has reasoning.")
-    prompt = prompt_text(tokenizer, template, messages, tools)
-    whole = _own_form(chat, template, messages, reply, reasoning, answer, tools, prompt) if finished else None
-    if whole is None:
-        if any(reply.get(key) for key in TOOL_KEYS):
-            raise UserError("the model's chat template does not render the tool calls of the assistant.")
-        begun = opened_thinking(tokenizer, template)
-        begun = begun if any(begun.lstrip().startswith(opening) for opening, _ in MARKERS) else ""
-        whole = (
-            _our_form(begun, content, reasoning, answer, beside=beside is not None, finished=finished) + chat.turn_end
-        )
-    return _encode(tokenizer, whole if finished else whole.removesuffix(chat.turn_end))
-
-
-def _own_form(
-    chat: ChatTemplate,
-    template: Template,
-    messages: Sequence[Message],
-    reply: Mapping[str, Any],
-    reasoning: str | None,
-    answer: str,
-    tools: Any,
-    prompt: str,
-) -> str | None:
-    """Return the rest of the template's own rendering after the prompt; None if it does not hold the whole reply."""
-    import jinja2
-
-    conversation = list(messages)
-    if template.system is not None and conversation[0]["role"] not in ("system", "developer"):
-        conversation.insert(0, {"role": "system", "content": template.system})
-    beside = {**reply, "role": "assistant", "content": answer}
-    if reasoning is not None:
-        beside |= dict.fromkeys(REASONING_KEYS, reasoning.strip())
-    inline = {**reply, "role": "assistant", "content": reply.get("content") or ""}
-    for message in (beside, inline):
-        try:
-            text = chat.text([*chat.with_system(conversation), message], prompt=False, tools=tools)
-        except (jinja2.TemplateError, KeyError, TypeError, ValueError):
-            continue
-        if not text.startswith(prompt):
-            continue
-        rest = text[len(prompt) :]
-        needed = [part.strip() for part in (reasoning, answer) if part and part.strip()]
-        calls = [str(call.get("function", call).get("name")) for call in reply.get("tool_calls") or []]
-        if all(rest.count(part) >= 1 for part in [*needed, *calls]) and _one_thought(chat.opened + rest, reasoning):
-            after = max((rest.rfind(part) + len(part) for part in needed), default=0)
-            end = rest.find(chat.turn_end, after) if chat.turn_end else -1
-            return rest[: end + len(chat.turn_end)] if end >= 0 else rest + chat.turn_end
-    return None
-
-
-def _one_thought(text: str, reasoning: str | None) -> bool:
-    """Return whether a reply's text opens and closes its reasoning once, or never if it has none."""
-    for opening, closing in MARKERS:
-        if opening in text:
-            closed = text.count(opening) == 1 and text.count(closing) == 1
-            return closed or (reasoning is None and text.count(closing) <= 1)
-    return reasoning is None
-
-
-def _our_form(begun: str, content: str, reasoning: str | None, answer: str, *, beside: bool, finished: bool) -> str:
-    """Write a reply with its reasoning between `<think>` and `</think>`, or the marks that the prompt has begun with.
-
-    Text that holds its reasoning is kept word for word, without the mark that the prompt has opened.
-    """
-    opening, closing = next(((o, c) for o, c in MARKERS if begun.startswith(o)), MARKERS[0])
-    if beside and reasoning is not None:
-        body = f"{reasoning.strip()}\n{closing}\n\n{answer.lstrip()}"
-        return body if begun.endswith("\n") else f"\n{body}" if begun else f"{opening}\n{body}"
-    if not begun:
-        return content
-    if reasoning is None and finished and not content.lstrip().startswith(opening):
-        return f"\n{closing}\n\n{content}"
-    return content.lstrip().removeprefix(opening).lstrip("\n") if content.lstrip().startswith(opening) else content
-
-
 def render_completion(tokenizer: Any, completion: str, finished: bool = True) -> Array:
     """Return the ids [T] of a completion of a plain-text prompt, with the final EOS unless it was cut.
 
     For text from files only; what an engine sampled keeps its ids.
     """
-    ids = _encode(tokenizer, completion)
+    ids = encode(tokenizer, completion)
     if tokenizer.eos_token_id is None or not finished:
         return ids
     return np.append(ids, np.int32(tokenizer.eos_token_id))
 
 
 def opened_thinking(tokenizer: Any, template: Template) -> str:
-    """Return the text that a prompt has begun the completion with: the template's prefill, or the thinking it opens."""
+    """Return the text that a prompt has begun the completion with: the thinking it opens and the template's prefill."""
     chat = chat_template_of(tokenizer, template)
-    return template.prefill or ("" if chat is None else chat.opened)
+    opened = "" if chat is None else chat.opened
+    return opened + rest_of_prefill(template, opened)
 
 
 def turn_end(tokenizer: Any, template: Template) -> str:
@@ -215,16 +147,61 @@ def turn_end(tokenizer: Any, template: Template) -> str:
     return (tokenizer.eos_token or "") if chat is None else chat.turn_end
 
 
+def turn_end_ids(tokenizer: Any, template: Template | None = None) -> frozenset[int]:
+    """Return the ids of the tokens that end an assistant's turn, one that calls a tool included.
+
+    Without a template: in any of the tokenizer's chat templates that renders an assistant's turn.
+    """
+    if template is not None:
+        found = [chat_template_of(tokenizer, template), chat_template_of(tokenizer, template, tools=True)]
+        chats = [chat for chat in found if chat is not None]
+    else:
+        names = template_names(tokenizer.chat_template)
+        chats = [_kept(tokenizer, {} if name is None else {"chat_template": name}) for name in names]
+    ids: set[int] = set()
+    refusals = []
+    for chat in chats:
+        try:
+            ends = [chat.turn_end, *(end for end in TURN_ENDS if end in chat.source)]
+        except UserError as error:
+            refusals.append(error)
+            continue
+        known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        for end in ends:
+            if end == ends[0] or end in known:
+                ids |= set(tokenizer(end, add_special_tokens=False)["input_ids"][-1:])
+    if refusals and not ids:
+        raise refusals[0]
+    return frozenset(ids)
+
+
 def decode(tokenizer: Any, ids_T: Array) -> str:
-    """Return the text of a completion without special tokens, but with those that mark reasoning and what follows it."""
+    """Return the text of a completion without special tokens, but with those that mark reasoning and what follows it.
+
+    The token that ends the turn is left out even where the tokenizer does not call it special.
+    """
     ids = np.asarray(ids_T)
     special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= {i: token for i, token in _turn_end_tokens(tokenizer).items() if i not in special}
     while len(ids) and special.get(int(ids[-1]), "<think>") not in ENDS_OF_REASONING and int(ids[-1]) in special:
         ids = ids[:-1]
     hidden = [i for i, content in special.items() if not any(content in mark for mark in MARKS)]
     kept = ids[~np.isin(ids, hidden)] if hidden else ids
     text: str = tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text
+
+
+def _turn_end_tokens(tokenizer: Any) -> dict[int, str]:
+    """Return the added tokens that end a turn in the tokenizer's chat templates; none if those render no such turn."""
+    key = str(tokenizer.chat_template)
+    if _turn_ends.get(tokenizer, ("", {}))[0] != key:
+        try:
+            ids = turn_end_ids(tokenizer)
+        except UserError:
+            ids = frozenset()
+        added = tokenizer.added_tokens_decoder
+        _turn_ends[tokenizer] = key, {i: added[i].content for i in ids if i in added}
+    return _turn_ends[tokenizer][1]
 
 
 def check_template(tokenizer: Any, template: Template, where: str) -> None:
@@ -245,6 +222,7 @@ def _leading(tokenizer: Any, template: Template) -> Array:
     return np.asarray(called[: starts[0]] if starts else [], dtype=np.int32)
 
 
-def _encode(tokenizer: Any, text: str, leading: Array | None = None) -> Array:
+def encode(tokenizer: Any, text: str, leading: Array | None = None) -> Array:
+    """Return the ids [T] of a text in which special tokens are written out, after the ids `leading`."""
     ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
     return ids if leading is None or not len(leading) else np.concatenate([leading, ids])

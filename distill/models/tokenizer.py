@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.models.chat_template import ChatTemplate
-from distill.records import UserError, stable_hash
+from distill.models.rendering import turn_end_ids
+from distill.records import Template, UserError, stable_hash
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
@@ -47,12 +47,14 @@ def check_same_tokenizer(written_by: str, vocab_size: int, tokenizer: Any, where
         )
 
 
-def stop_ids(folder: str | Path, tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids that end a completion: the generation config's, the chat template's and the tokenizer's EOS."""
+def stop_ids(folder: str | Path, tokenizer: Any, template: Template | None = None) -> tuple[int, ...]:
+    """Return the ids that end a completion: the generation config's, the chat template's and the tokenizer's EOS.
+
+    template: with its options, which may choose one of several chat templates; without, the ends of all of them. Raises
+    UserError if a chat template refuses an assistant's turn.
+    """
     path = Path(folder) / "generation_config.json"
     stored = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
     ids = stored if isinstance(stored, list) else [stored]
-    turn = []
-    if isinstance(tokenizer.chat_template, str):
-        turn = tokenizer(ChatTemplate(tokenizer, {}).turn_end, add_special_tokens=False)["input_ids"][-1:]
+    turn = turn_end_ids(tokenizer, template)
     return tuple(sorted({int(i) for i in (*ids, *turn, tokenizer.eos_token_id) if i is not None}))

@@ -99,11 +99,8 @@ class RewardModel:
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
             return list(tokenizer(messages[-1]["content"], text)["input_ids"])
-        conversation = [
-            *(dict(message) for message in messages),
-            {"role": "assistant", "content": text},
-        ]
-        rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+        conversation = [*messages, {"role": "assistant", "content": text}]
+        rendered = models.conversation_text(tokenizer, conversation)
         return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def _forward(self, ids: list[list[int]], sigmoid: bool) -> list[float]:

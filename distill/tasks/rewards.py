@@ -12,7 +12,7 @@ import re
 import pydantic
 
 from distill.language import language_share
-from distill.reasoning import reasoning_of
+from distill.reasoning import reasoning_of, without_prefill
 from distill.recipe import Dtype
 from distill.records import Group, Template, UserError, draw_seed
 from distill.tasks.templates import last_box
@@ -55,7 +55,7 @@ def language(group: Group, *, target: str = "en") -> list[float | None]:
     """
     scores: list[float | None] = []
     for text in group.texts:
-        reasoning = reasoning_of(text.removeprefix(group.template.prefill))
+        reasoning = reasoning_of(without_prefill(text, group.template.prefill))
         share = language_share(reasoning, target)
         scores.append(float(bool(reasoning.strip())) if share is None else share)
     return scores

@@ -9,20 +9,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from distill import progress
+from distill import progress, run_folder
 from distill.printable import printable
 from distill.recipe import Recipe
 from distill.reports.wording import duration, scaled
 from distill.run import advice, decide, nodes, plan
 
 
-def print_previews(resolved: Recipe) -> None:
-    """Print the first prompts and supervised tokens of a recipe's stages."""
+def print_previews(resolved: Recipe, folder: Path) -> None:
+    """Print the first prompts and supervised tokens of a recipe's stages. folder: the run's, which keeps its date."""
     from distill.tools.preview import Preview, previews
 
     with progress.working("rendering the first examples"):
         plan.check_plugs(resolved)
-        found = list(previews(resolved))
+        found = list(previews(resolved, run_folder.environment(folder).get("date")))
     console = Console(highlight=False, soft_wrap=True)
     for preview in found:
         if not isinstance(preview, Preview):

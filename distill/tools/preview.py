@@ -9,7 +9,7 @@ from typing import Any
 
 from distill import models
 from distill.conversations import Reader
-from distill.recipe import Recipe, StageConfig, TrainStage
+from distill.recipe import Recipe, ScoreStage, StageConfig, TrainStage
 from distill.recipe.lineage import origin
 from distill.records import Array, Task, Template, UserError
 from distill.stages.context import find_data, make_task
@@ -18,6 +18,8 @@ from distill.stages.inputs.score_inputs import is_traces, template_of
 
 EXAMPLES = 2
 """Examples shown a stage."""
+REFUSED = 5
+"""Rows that cannot be rendered, after which no more are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,13 @@ class Preview:
     facts: tuple[str, ...]
 
 
-def previews(recipe: Recipe) -> Iterator[Preview | str]:
-    """Yield the previews of all stages that render text; for others, a line that says why there is none."""
+def previews(recipe: Recipe, date: str | None = None) -> Iterator[Preview | str]:
+    """Yield the previews of all stages that render text; for others, a line that says why there is none.
+
+    date: the one that templates print (YYYY-MM-DD), which a run that has begun keeps; without it, today's.
+    """
+    if date is not None:
+        models.pin_date(date)
     for name, stage in recipe.stages.items():
         model = next(iter(stage.reads("model")), None)
         if model is None or stage.kind in ("prune", "filter"):
@@ -55,33 +62,36 @@ def _of_stage(name: str, stage: StageConfig, model: str, recipe: Recipe) -> Iter
     task = make_task(reference, recipe.tasks[reference]) if reference is not None else None
     data = next(iter(stage.reads("data")), None)
     reads_rows = data is not None and data not in recipe.stages and not is_traces(find_data(data))
-    if reads_rows and isinstance(stage, TrainStage):
+    if reads_rows and isinstance(stage, TrainStage | ScoreStage):
         yield from _rows(name, stage, str(data), tokenizer, task, folder)
-    elif task is not None and data is None:
+    elif task is not None and (data is None or stage.kind in ("on_policy", "grpo")):
         split: Any = "held_out" if stage.kind in ("eval", "compare") else "train"
         for problem in list(task.problems(split, EXAMPLES, recipe.seed))[:1]:
             prompt = models.render_prompt(tokenizer, task.template, problem.messages)
             yield _preview(f"{name}: first prompt", tokenizer, prompt, None, task.template, folder)
     else:
-        yield f"{name}: learns from stored traces, whose ids are used as they are"
+        yield f"{name}: no preview: it reads stored traces, with the prompts that they were generated with"
 
 
 def _rows(
-    name: str, stage: TrainStage, data: str, tokenizer: Any, task: Task | None, folder: Path
+    name: str, stage: TrainStage | ScoreStage, data: str, tokenizer: Any, task: Task | None, folder: Path
 ) -> Iterator[Preview | str]:
     template, left_out = template_of(stage, task), DroppedRows()
     table = open_rows(data, stage, f"stages.{name}.data")
-    shown = 0
+    shown, refused = 0, set()
     reader = Reader(stage.fields, stage.keep_wrong)
     for given in conversations(table, reader, left_out):
-        for messages, reply in given.replies(stage.turns):
-            if shown == EXAMPLES:
+        for messages, reply in given.replies(stage.turns if isinstance(stage, TrainStage) else "last"):
+            if shown == EXAMPLES or len(refused) == REFUSED:
                 return
             try:
                 prompt = models.render_prompt(tokenizer, template, messages, given.tools)
                 ids = models.render_reply(tokenizer, template, messages, reply, given.tools)
             except UserError as error:
-                yield f"{name}: row {given.number} is left out: {error}"
+                line = f"{name}: row {given.number} is left out: {error}"
+                if line not in refused:
+                    yield line
+                refused.add(line)
                 continue
             shown += 1
             title = f"{name}: row {given.number} of {data} ({reader.layout})"
@@ -100,10 +110,12 @@ def _preview(
         facts = [f"{len(prompt)} tokens of prompt, {len(reply)} supervised"]
     if begun := models.opened_thinking(tokenizer, template):
         facts.append(f"the prompt begins the completion with {begun!r}")
-    stops = models.stop_ids(folder, tokenizer)
-    facts.append(
-        "generation stops at " + (", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in stops) or "nothing")
-    )
+    stops = models.stop_ids(folder, tokenizer, template)
+    named = ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} ({i})" for i in stops)
+    facts.append(f"generation stops at {named}" if named else "no token stops generation")
+    chat = models.chat_template_of(tokenizer, template)
+    if chat is not None and chat.has_date:
+        facts.append(f"the chat template prints the date {models.pinned_date()}; a run keeps the date of its first start")
     bos = tokenizer.bos_token_id
     if bos is not None:
         first = len(prompt) > 0 and int(prompt[0]) == bos

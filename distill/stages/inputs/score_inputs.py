@@ -64,11 +64,12 @@ class ScoreInputs:
 def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> ScoreInputs:
     """What a score stage's `data` names. Raises UserError where there is nothing of the kind."""
     task = context.task(config.task) if config.task is not None else None
-    template = task.template if task is not None else AS_IT_IS
+    template = template_of(config, task)
     where = f"stages.{context.name}"
     if config.data in context.recipe.stages or is_traces(find_data(config.data)):
         reader = open_traces(context.data_path(config.data))
         if models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer:
+            check_unused_options(config, config.data)
             return ScoreInputs(
                 lambda _: reader.blocks(BLOCK_ROWS, LIGHT_COLUMNS),
                 provenance.text_from(reader),
@@ -89,7 +90,6 @@ def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> S
 
         return ScoreInputs(rendered, provenance.text_from(reader), reader.metadata, False, template.name)
 
-    template = template_of(config, task)
     models.check_template(tokenizer, template, where)
     table = open_rows(config.data, config, f"{where}.data")
 
@@ -101,13 +101,23 @@ def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> S
     return ScoreInputs(texts, table.name, None, False, template.name)
 
 
-def template_of(config: RowsConfig, task: Task | None) -> Template:
-    """Return the task's template, or the chat template alone with the stage's options."""
+def template_of(config: RowsConfig | None, task: Task | None) -> Template:
+    """Return the task's template, or the chat template alone with the stage's options. config: None has no options."""
+    options = {} if config is None else config.template_options
     if task is None:
-        return dataclasses.replace(AS_IT_IS, options=config.template_options) if config.template_options else AS_IT_IS
-    if config.template_options:
+        return dataclasses.replace(AS_IT_IS, options=options) if options else AS_IT_IS
+    if options:
         raise UserError("template_options: belongs to the task here: tasks.NAME.template_options.")
     return task.template
+
+
+def check_unused_options(config: RowsConfig, data: str) -> None:
+    """Raise UserError for template options where the ids of traces are used as they are."""
+    if config.template_options:
+        raise UserError(
+            f"template_options: {data!r} holds traces, whose prompts are used as they were generated. Set them for the task "
+            "of the stage that generates: tasks.NAME.template_options."
+        )
 
 
 def is_traces(path: Path | None) -> bool:

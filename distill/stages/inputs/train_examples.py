@@ -21,7 +21,7 @@ from distill.stages.context import Context, find_data
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, nothing_found, open_rows
 from distill.stages.inputs.multi_teacher import join
 from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer
-from distill.stages.inputs.score_inputs import AS_IT_IS, is_traces, template_of
+from distill.stages.inputs.score_inputs import check_unused_options, is_traces, template_of
 from distill.traces.reader import TraceReader, open_traces
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
@@ -55,7 +55,8 @@ def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: 
         return None
     (name,) = teachers_of(config.teacher)
     theirs = models.load_tokenizer(context.model_dir(name), trust_remote_code=context.trusts(name))
-    template = AS_IT_IS if config.task is None else context.task(config.task).template
+    task = None if config.task is None else context.task(config.task)
+    template = template_of(config if isinstance(config, TrainStage) else None, task)
     models.check_template(theirs, template, f"stages.{context.name}.teacher")
     return Retokenizer(tokenizer, theirs, template)
 
@@ -121,6 +122,7 @@ def _shard_source(
     same = models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer
     reader = _usable(reader, config, context)
     if same and read is None:
+        check_unused_options(config, data)
         return ShardSource(reader, seed, with_top)
     return _text_source(config, context, tokenizer, reader, seed, read, rendered=not same)
 
@@ -223,7 +225,7 @@ def _text_source(
     if rendered:
         context.say("the traces' tokenizer is another one: learning from their text, in the student's own tokens")
     template = _template(config, context)
-    kept, unread = [], 0
+    left_out, kept, unread = DroppedRows(), [], 0
     columns = ["trace_id", "messages", "completion", "prompt_ids", "completion_ids", "finish_reason"]
     for block in reader.blocks(256, columns):
         for n, trace_id in enumerate(block.trace_id):
@@ -231,15 +233,21 @@ def _text_source(
             prompt: Array = block.prompt_ids[n]
             reply: Array = block.completion_ids[n]
             if rendered:
-                prompt = models.render_prompt(tokenizer, template, messages)
                 said = {"role": "assistant", "content": block.completion[n]}
                 finished = block.finish_reason[n] != "length"
-                reply = models.render_reply(tokenizer, template, messages, said, finished=finished)
+                try:
+                    prompt = models.render_prompt(tokenizer, template, messages)
+                    reply = models.render_reply(tokenizer, template, messages, said, finished=finished)
+                except UserError as error:
+                    left_out.reject(n, f"{trace_id}: {error}")
+                    continue
             example = _retokenized(Example(trace_id, prompt, reply), messages, read)
             if example is None:
                 unread += 1
             else:
                 kept.append(example)
+    for line in left_out.lines():
+        context.say(line)
     _say_dropped(context, unread=unread)
     return ListSource(kept, seed, reader.fingerprint)
 
@@ -286,6 +294,9 @@ def _conversation_source(
                 ids = models.render_reply(tokenizer, template, messages, reply, given.tools)
             except UserError as error:
                 left_out.reject(given.number, str(error))
+                continue
+            if read is not None and given.tools:
+                left_out.reject(given.number, "it has tools, which a teacher with another tokenizer is not told of")
                 continue
             place = "".join(f".{n}" for n in (given.part, turn) if n)
             example = Example(f"{table.name.partition(' ')[0]}:{given.number}{place}", prompt, ids)

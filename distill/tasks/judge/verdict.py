@@ -14,6 +14,7 @@ import functools
 import re
 from collections.abc import Callable
 
+from distill.reasoning import begins_with
 from distill.records import Template, Verdict
 from distill.tasks.judge import number_sets, numbers, spelling, structure, units, worker_pool
 
@@ -28,7 +29,7 @@ def judge(template: Template, completion: str, finished: bool, score: Scorer) ->
     """Return a completion's verdict: wrong if it is unfinished or has no answer, otherwise its answer is scored."""
     if not finished:
         return Verdict(False, 0.0, None, "unfinished")
-    if template.prefill and not completion.startswith(template.prefill):
+    if template.prefill and not begins_with(completion, template.prefill):
         completion = template.prefill + completion
     answer = template.extract(completion)
     if answer is None:
