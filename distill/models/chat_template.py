@@ -33,6 +33,8 @@ GIVEN = frozenset(
     }
 )
 """Variables of a template that the renderer sets; all others are options."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which data sets and templates keep an assistant's reasoning beside its content."""
 NAMED = "chat_template"
 """The option that chooses one of several named templates."""
 WITH_TOOLS = "tool_use"
@@ -194,6 +196,39 @@ class ChatTemplate:
     def prompt_end(self) -> str:
         """The text of a prompt after the user's question: the end of the turn and the assistant's header."""
         return self.text([{"role": "user", "content": PROBE[0]}], prompt=True).rpartition(PROBE[0])[2]
+
+    @cached_property
+    def thinking_form(self) -> tuple[str, str] | None:
+        """The texts before an assistant's reasoning, behind the prompt, and between it and the answer.
+
+        Of a template that drops reasoning, with the markers it knows; None if those are `<think>` and `</think>`, or none.
+        """
+        _, thought, answer, _ = PROBE
+        before, found, rest = self._reply(**dict.fromkeys(REASONING_KEYS, thought)).partition(thought)
+        between, answered, _ = rest.partition(answer)
+        if found and answered:
+            return before, between
+        marks = next((pair for pair in MARKERS if pair[0] in self.source), MARKERS[0])
+        if self.opened or self.answer_header or marks == MARKERS[0]:
+            return None
+        return f"{marks[0]}\n", f"\n{marks[1]}"
+
+    @cached_property
+    def answer_header(self) -> str:
+        """The text between a prompt and an answer without reasoning, such as a channel; empty if it is thinking alone."""
+        before, found, _ = self._reply().partition(PROBE[2])
+        marks = "|".join(re.escape(mark) for pair in MARKERS for mark in pair)
+        return before if found and re.sub(rf"{marks}|\s", "", before) else ""
+
+    def _reply(self, **beside: str) -> str:
+        """Return what the template writes behind a prompt for an answer; empty if it does not continue the prompt."""
+        asked: Message = {"role": "user", "content": PROBE[0]}
+        prompt = self.text([asked], prompt=True)
+        try:
+            whole = self.text([asked, {"role": "assistant", "content": PROBE[2], **beside}], prompt=False)
+        except UserError:
+            return ""
+        return whole[len(prompt) :] if whole.startswith(prompt) else ""
 
     @property
     def opened(self) -> str:

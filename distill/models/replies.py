@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from distill.models.chat_template import ChatTemplate, is_thinking_closed, opened_by
+from distill.models.chat_template import REASONING_KEYS, ChatTemplate, is_thinking_closed, opened_by
 from distill.models.rendering import (
     TOOL_KEYS,
     chat_template_of,
@@ -19,9 +20,6 @@ from distill.models.rendering import (
 from distill.models.tool_calls import TURN_ENDS
 from distill.reasoning import MARKERS, split_reasoning
 from distill.records import Array, Message, Template, UserError
-
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which data sets and templates keep an assistant's reasoning beside its content."""
 
 
 def render_reply(
@@ -54,15 +52,40 @@ def render_reply(
     if reasoning is not None and reasoning.strip() and is_thinking_closed(prompt):
         raise UserError("the prompt switches thinking off, and the reply has reasoning.")
     conversation = conversation_of(chat, template, messages)
-    whole = _own_form(chat, conversation, reply, reasoning, answer, tools, prompt) if finished else None
-    if whole is not None:
-        return encode(tokenizer, whole)
+    given = _Given(reply, reasoning, answer, tools, prompt)
+    opened, written = _begun(template, prompt)
+    own = _own_form(chat, conversation, given)
+    is_answered = bool(answer.strip()) and (reasoning is not None or not opened) and "<think>" not in answer
+    if own is not None and (finished or is_answered):
+        rest, after = own
+        return encode(tokenizer, _ended(rest, after, chat.turn_end, calls=calls) if finished else rest[:after])
     if calls:
         raise UserError(
-            "the model's chat template does not render the tool calls of the assistant as the rest of its prompt."
+            "the model's chat template cannot render this turn of tool calls: it leaves out the text or the reasoning beside "
+            "them, or does not continue the prompt."
         )
-    body = _our_form(_begun(template, prompt), content, reasoning, answer, beside=beside is not None, finished=finished)
+    if opened == chat.opened and not template.prefill:
+        form = chat.thinking_form
+        if form is not None and reasoning is not None and reasoning.strip():
+            body = form[0] + reasoning.strip() + form[1] + answer.strip()
+            return encode(tokenizer, body + chat.turn_end if finished else body)
+        if chat.answer_header and reasoning is None and is_answered:
+            content = chat.answer_header + content
+    if chat.answer_header and reasoning is not None:
+        raise UserError("the model's chat template has no place for the reasoning of the reply.")
+    body = _our_form((opened, written), content, reasoning, answer, beside=beside is not None, finished=finished)
     return encode(tokenizer, body + chat.turn_end if finished else body)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """A reply, its reasoning and answer, the conversation's tools, and the text of the prompt."""
+
+    reply: Mapping[str, Any]
+    reasoning: str | None
+    answer: str
+    tools: Any
+    prompt: str
 
 
 def _begun(template: Template, prompt: str) -> tuple[str, str]:
@@ -78,50 +101,59 @@ def _begun(template: Template, prompt: str) -> tuple[str, str]:
     return inside + written[: len(written) - len(written.lstrip())], written.lstrip()
 
 
-def _own_form(
-    chat: ChatTemplate,
-    conversation: list[Message],
-    reply: Mapping[str, Any],
-    reasoning: str | None,
-    answer: str,
-    tools: Any,
-    prompt: str,
-) -> str | None:
-    """Return the rest of the template's own rendering after the prompt; None if it does not hold the whole reply.
+def _own_form(chat: ChatTemplate, conversation: list[Message], given: _Given) -> tuple[str, int] | None:
+    """Return (the rest of the template's own rendering behind the prompt, where the reply ends in it).
 
-    Raises UserError if it leaves out a tool call.
+    None if it does not hold the whole reply. Raises UserError if the template refuses the reply or leaves out its calls.
     """
-    beside = {**reply, "role": "assistant", "content": answer}
+    reasoning, answer, calls = given.reasoning, given.answer, bool(given.reply.get("tool_calls"))
+    beside = {**given.reply, "role": "assistant", "content": answer}
+    inline = {**given.reply, "role": "assistant", "content": given.reply.get("content") or ""}
+    tried = [(beside, ""), (inline, "")]
     if reasoning is not None:
         beside |= dict.fromkeys(REASONING_KEYS, reasoning.strip())
-    inline = {**reply, "role": "assistant", "content": reply.get("content") or ""}
+        if calls:
+            spelled = f"<think>\n{reasoning.strip()}\n</think>\n\n{answer}".rstrip()
+            tried.append(({**inline, "content": spelled}, "<think>"))
     refusals = []
-    for message in (beside, inline):
+    for message, beginning in tried:
         try:
-            text = chat.text([*conversation, message], prompt=False, tools=tools)
-            chat.check_calls([*conversation, message], tools)
+            text = chat.text([*conversation, message], prompt=False, tools=given.tools)
+            chat.check_calls([*conversation, message], given.tools)
         except UserError as error:
             refusals.append(error)
             continue
-        if not text.startswith(prompt):
+        rest = _behind(given.prompt, text, calls=calls)
+        if rest is None or not rest.lstrip().startswith(beginning):
             continue
-        rest = text[len(prompt) :]
         needed = [part.strip() for part in (reasoning, answer) if part and part.strip()]
-        if all(part in rest for part in needed) and _one_thought(opened_by(prompt) + rest, reasoning):
-            after = max((rest.rfind(part) + len(part) for part in needed), default=0)
-            return _ended(rest, after, chat.turn_end, calls=bool(reply.get("tool_calls")))
-    if len(refusals) == 2:
+        if all(part in rest for part in needed) and _one_thought(opened_by(given.prompt) + rest, reasoning):
+            return rest, max((rest.rfind(part) + len(part) for part in needed), default=0)
+    if len(refusals) == len(tried):
         raise refusals[0]
     return None
 
 
+def _behind(prompt: str, text: str, *, calls: bool) -> str | None:
+    """Return what a conversation's text holds behind the prompt; None if it does not continue it.
+
+    A turn of tool calls without reasoning may close the thinking at once that the prompt opens with a line of its own.
+    """
+    if text.startswith(prompt):
+        return text[len(prompt) :]
+    opened = opened_by(prompt)
+    start = prompt[: len(prompt) - len(opened)] + opened.strip()
+    closed = calls and any(opened.strip() == o and text.startswith(start + c) for o, c in MARKERS)
+    return text[len(start) :] if closed else None
+
+
 def _ended(rest: str, after: int, turn_end: str, *, calls: bool) -> str:
     """Return a turn's text up to the token that ends it, which stands behind the place `after`, or is added."""
-    end = rest.find(turn_end, after) if turn_end else -1
-    if end >= 0:
-        return rest[: end + len(turn_end)]
     called = re.search(rf"(?:{'|'.join(map(re.escape, TURN_ENDS))})\s*\Z", rest) if calls else None
-    return rest.rstrip() if called else rest + turn_end
+    if called:
+        return rest.rstrip()
+    end = rest.find(turn_end, after) if turn_end else -1
+    return rest[: end + len(turn_end)] if end >= 0 else rest + turn_end
 
 
 def _one_thought(text: str, reasoning: str | None) -> bool:

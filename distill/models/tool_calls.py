@@ -14,8 +14,8 @@ from typing import Any
 from distill.models.probe import PROBE
 from distill.records import Message, UserError
 
-TURN_ENDS = ("<|call|>", "<|eom_id|>")
-"""Tokens that end a turn of tool calls, where the family ends other turns with another one (GPT-OSS, Llama 3.1)."""
+TURN_ENDS = ("<|call|>", "<|eom_id|>", "<|tool_response>")
+"""Tokens that end a turn of tool calls, where the family ends other turns with another one: GPT-OSS, Llama 3.1, Gemma 4."""
 PROBE_CALL: tuple[dict[str, Any], ...] = (
     {"role": "user", "content": PROBE[0]},
     {

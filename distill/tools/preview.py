@@ -115,7 +115,9 @@ def _preview(
     facts.append(f"generation stops at {named}" if named else "no token stops generation")
     chat = models.chat_template_of(tokenizer, template)
     if chat is not None and chat.has_date:
-        facts.append(f"the chat template prints the date {models.pinned_date()}; a run keeps the date of its first start")
+        facts.append(
+            f"the chat template prints the date {models.pinned_date()}; a run keeps the date of its first start"
+        )
     bos = tokenizer.bos_token_id
     if bos is not None:
         first = len(prompt) > 0 and int(prompt[0]) == bos
