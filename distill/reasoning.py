@@ -23,6 +23,8 @@ MARKERS = (
 )
 """The pairs that open and close reasoning, by family: DeepSeek and Qwen; Claude-like data; Gemini-like data; generic data;
 Seed-OSS; OpenThoughts and Sky-T1; Command-A; generic; Magistral; Kimi; GPT-OSS; Gemma 4."""
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which data sets and templates keep an assistant's reasoning beside its content."""
 SOLUTION = (
     r"(?:<\|(?:begin|end)_of_solution\|>|<\|(?:START|END)_RESPONSE\|>|<\|START_TEXT\|>|<\|END_TEXT\|>"
     r"|<\|start\|>assistant<\|channel\|>final<\|message\|>|<\|channel\|>final<\|message\|>)+"

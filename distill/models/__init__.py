@@ -35,7 +35,7 @@ from distill.models.rendering import (
     render_prompt,
     turn_end,
 )
-from distill.models.replies import REASONING_KEYS, render_reply
+from distill.models.replies import render_reply
 from distill.models.saving import (
     cast,
     check_merged,
@@ -58,7 +58,6 @@ from distill.models.tokenizer import (
 __all__ = [
     "OFFLINE_WAYS",
     "PACKAGE",
-    "REASONING_KEYS",
     "ModelShape",
     "add_lora",
     "auto_dtype",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import os.path
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,7 +16,8 @@ from typing import Any
 
 from distill.models import tool_calls
 from distill.models.probe import PROBE
-from distill.reasoning import MARKERS
+from distill.models.template_source import NAMED, source_of, variables_of
+from distill.reasoning import MARKERS, REASONING_KEYS
 from distill.records import Message, UserError
 
 GIVEN = frozenset(
@@ -33,13 +33,6 @@ GIVEN = frozenset(
     }
 )
 """Variables of a template that the renderer sets; all others are options."""
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which data sets and templates keep an assistant's reasoning beside its content."""
-NAMED = "chat_template"
-"""The option that chooses one of several named templates."""
-WITH_TOOLS = "tool_use"
-"""The named template that renders conversations with tools, where a tokenizer has one (as in transformers)."""
-
 _pinned: datetime.datetime | None = None
 
 
@@ -67,7 +60,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, options: Mapping[str, Any], *, tools: bool = False) -> None:
         self._tokenizer = tokenizer
         self.options = {k: v for k, v in options.items() if k != NAMED}
-        self.name, self.source = _source(tokenizer.chat_template, options.get(NAMED), tools)
+        self.name, self.source = source_of(tokenizer.chat_template, options.get(NAMED), tools)
         for name in self.options:
             if name not in self.variables:
                 known = sorted(self.variables - GIVEN - {"tools", "documents"})
@@ -79,13 +72,10 @@ class ChatTemplate:
     @cached_property
     def variables(self) -> frozenset[str]:
         """The names that the template reads and does not set itself."""
-        import jinja2.meta
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        import jinja2
 
-        environment = ImmutableSandboxedEnvironment(extensions=[_generation_tag(), loopcontrols])
         try:
-            return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(self.source)))
+            return variables_of(self.source)
         except jinja2.TemplateError as error:
             raise UserError(f"{self.described} is not valid jinja: {error}") from None
 
@@ -269,7 +259,10 @@ class ChatTemplate:
         between, found, _ = rest.rpartition(answer)[2].partition(second)
         if not (asked and found):
             return "", ""
-        return between, os.path.commonprefix([between[::-1], start[::-1]])[::-1]
+        same = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(reversed(between), reversed(start), strict=False)
+        )
+        return between, between[len(between) - len(list(same)) :]
 
 
 def opened_by(prompt: str) -> str:
@@ -281,13 +274,6 @@ def opened_by(prompt: str) -> str:
 def is_thinking_closed(prompt: str) -> bool:
     """Return whether a prompt's text ends with thinking that it opens and closes: thinking is switched off."""
     return any(re.search(rf"{re.escape(o)}\s*{re.escape(c)}\s*\Z", prompt) for o, c in MARKERS)
-
-
-def template_names(chat_template: Any) -> list[str | None]:
-    """Return the names of a tokenizer's chat templates; [None] for a single one, [] for none."""
-    if not chat_template:
-        return []
-    return [None] if isinstance(chat_template, str) else list(_named(chat_template))
 
 
 def _run(pattern: str, text: str) -> str:
@@ -308,41 +294,3 @@ def _in_parts(conversation: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
         for m in conversation
     ]
-
-
-def _generation_tag() -> Any:
-    """Return transformers' extension for {% generation %} blocks, which some templates have for trainers."""
-    import jinja2.nodes
-    from jinja2.ext import Extension
-
-    class GenerationTag(Extension):
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    return GenerationTag
-
-
-def _named(chat_template: Any) -> dict[str, str]:
-    if isinstance(chat_template, Mapping):
-        return dict(chat_template)
-    return {each["name"]: each["template"] for each in chat_template}
-
-
-def _source(chat_template: Any, name: Any, tools: bool) -> tuple[str, str]:
-    """Return (name, text) of one template, chosen by name if the tokenizer has several; a single one has the name ""."""
-    if isinstance(chat_template, str):
-        if name not in (None, "default"):
-            raise UserError(f"template_options.{NAMED}: the tokenizer has one template only, and none called {name!r}.")
-        return "", chat_template
-    named = _named(chat_template)
-    chosen = name if name is not None else WITH_TOOLS if tools and WITH_TOOLS in named else "default"
-    if chosen not in named:
-        raise UserError(
-            f"template_options.{NAMED}: the tokenizer has several chat templates and none called {chosen!r}; "
-            f"choose one of {', '.join(sorted(named))}."
-        )
-    return str(chosen), str(named[chosen])

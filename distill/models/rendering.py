@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from distill.models.chat_template import ChatTemplate, opened_by, template_names
+from distill.models.chat_template import ChatTemplate, opened_by
 from distill.models.probe import PROBE
+from distill.models.template_source import template_names
 from distill.models.tool_calls import TURN_ENDS
 from distill.reasoning import MARKERS, split_reasoning
 from distill.records import Array, Message, Template, UserError

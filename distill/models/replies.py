@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill.models.chat_template import REASONING_KEYS, ChatTemplate, is_thinking_closed, opened_by
+from distill.models.chat_template import ChatTemplate, is_thinking_closed, opened_by
 from distill.models.rendering import (
     TOOL_KEYS,
     chat_template_of,
@@ -18,7 +18,7 @@ from distill.models.rendering import (
     rest_of_prefill,
 )
 from distill.models.tool_calls import TURN_ENDS
-from distill.reasoning import MARKERS, split_reasoning
+from distill.reasoning import MARKERS, REASONING_KEYS, split_reasoning
 from distill.records import Array, Message, Template, UserError
 
 

@@ -60,7 +60,8 @@ def is_rendered(text: str) -> bool:
 
 def marked(messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
     """Return the messages with other names and arguments in their tool calls, and the words that stand there."""
-    found, words = [], []
+    found: list[Message] = []
+    words: list[str] = []
     for message in messages:
         calls = []
         for call in message.get("tool_calls") or []:

@@ -78,7 +78,7 @@ def _rows(
 ) -> Iterator[Preview | str]:
     template, left_out = template_of(stage, task), DroppedRows()
     table = open_rows(data, stage, f"stages.{name}.data")
-    shown, refused = 0, set()
+    shown, refused = 0, set[str]()
     reader = Reader(stage.fields, stage.keep_wrong)
     for given in conversations(table, reader, left_out):
         for messages, reply in given.replies(stage.turns if isinstance(stage, TrainStage) else "last"):
