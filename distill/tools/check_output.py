@@ -35,7 +35,9 @@ def print_previews(resolved: Recipe, folder: Path) -> None:
         console.print()
         for fact in preview.facts:
             console.print(Text(f"  {fact}", style="dim"))
-    console.print(Text("\nSupervised tokens are green, or between ⟦ and ⟧ where there is no colour.", style="dim"))
+    console.print(
+        Text("\nSupervised or scored tokens are green, or between ⟦ and ⟧ where there is no colour.", style="dim")
+    )
 
 
 def print_plan(resolved: Recipe, folder: Path, redo: tuple[str, ...]) -> None:

@@ -1,20 +1,21 @@
-"""`distill check --show`: the first prompts and supervised tokens of a recipe's stages, as the models will read them."""
+"""`distill check --show`: the first prompts and supervised or scored tokens of a recipe's stages, as the models will read them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill import models
-from distill.conversations import Reader
+from distill.conversations import Conversation, Reader
 from distill.recipe import Recipe, ScoreStage, StageConfig, TrainStage
 from distill.recipe.lineage import origin
-from distill.records import Array, Task, Template, UserError
+from distill.records import Array, Message, Messages, Task, Template, UserError
 from distill.stages.context import find_data, make_task
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, open_rows
-from distill.stages.inputs.score_inputs import is_traces, template_of
+from distill.stages.inputs.score_inputs import conversation_to_score, is_traces, question_of, template_of
 
 EXAMPLES = 2
 """Examples shown a stage."""
@@ -24,7 +25,7 @@ REFUSED = 5
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """One example of a stage. parts: texts with special tokens shown, and whether their tokens are supervised.
+    """One example of a stage. parts: texts with special tokens shown, and whether their tokens are supervised or scored.
 
     facts: lines about it, such as the stop tokens.
     """
@@ -82,12 +83,16 @@ def _rows(
     reader = Reader(stage.fields, stage.keep_wrong)
     for given in conversations(table, reader, left_out):
         for messages, reply in given.replies(stage.turns if isinstance(stage, TrainStage) else "last"):
-            if shown == EXAMPLES or len(refused) == REFUSED:
+            if shown == EXAMPLES:
                 return
+            if len(refused) == REFUSED:
+                yield f"{name}: no further rows are tried"
+                return
+            if task is not None and task.holds_out(question_of(messages)):
+                continue
             try:
-                prompt = models.render_prompt(tokenizer, template, messages, given.tools)
-                ids = models.render_reply(tokenizer, template, messages, reply, given.tools)
-            except UserError as error:
+                prompt, ids = _rendered(stage, given, messages, reply, tokenizer, template)
+            except (UserError, ValueError) as error:
                 line = f"{name}: row {given.number} is left out: {error}"
                 if line not in refused:
                     yield line
@@ -95,19 +100,36 @@ def _rows(
                 continue
             shown += 1
             title = f"{name}: row {given.number} of {data} ({reader.layout})"
-            yield _preview(title, tokenizer, prompt, ids, template, folder)
+            learned = "supervised" if isinstance(stage, TrainStage) else "scored"
+            yield _preview(title, tokenizer, prompt, ids, template, folder, learned)
     if not shown:
         yield f"{name}: {data} gives nothing to learn. {' '.join(left_out.lines())}"
 
 
+def _rendered(
+    stage: TrainStage | ScoreStage,
+    given: Conversation,
+    messages: Messages,
+    reply: Message,
+    tokenizer: Any,
+    template: Template,
+) -> tuple[Array, Array]:
+    """Return the ids of a prompt and its reply as the stage renders them. Raises ValueError for what it leaves out."""
+    if isinstance(stage, ScoreStage):
+        whole = conversation_to_score(given, Counter())
+        messages, reply = whole.messages, {"role": "assistant", "content": whole.reply}
+    prompt = models.render_prompt(tokenizer, template, messages, given.tools)
+    return prompt, models.render_reply(tokenizer, template, messages, reply, given.tools)
+
+
 def _preview(
-    title: str, tokenizer: Any, prompt: Array, reply: Array | None, template: Template, folder: Path
+    title: str, tokenizer: Any, prompt: Array, reply: Array | None, template: Template, folder: Path, learned: str = ""
 ) -> Preview:
     parts = [(_shown(tokenizer, prompt), False)]
     facts = [f"{len(prompt)} tokens of prompt"]
     if reply is not None:
         parts.append((_shown(tokenizer, reply), True))
-        facts = [f"{len(prompt)} tokens of prompt, {len(reply)} supervised"]
+        facts = [f"{len(prompt)} tokens of prompt, {len(reply)} {learned}"]
     if begun := models.opened_thinking(tokenizer, template):
         facts.append(f"the prompt begins the completion with {begun!r}")
     stops = models.stop_ids(folder, tokenizer, template)

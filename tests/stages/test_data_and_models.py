@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,75 @@ def test_a_preview_shows_what_is_supervised(tiny_dir: Path, tmp_path: Path) -> N
     assert isinstance(traces, Preview)
     assert "Reply as <think>" in traces.parts[0][0]
     assert isinstance(kl, str)
+
+
+def test_a_preview_shows_rows_to_score_the_prompts_of_on_policy_and_the_run_s_date(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distill.models import chat_template
+
+    monkeypatch.setattr(chat_template, "_pinned", None)
+    tokenizer = models.load_tokenizer(tiny_dir)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    base = tmp_path / "dated"
+    shutil.copytree(tiny_dir, base)
+    tokenizer.save_pretrained(base)
+    data = _rows(tmp_path / "chat.jsonl", [{"question": "What is 3+4?", "response": "7"}])
+    bad = _rows(
+        tmp_path / "bad.jsonl", [{"messages": [*ASK, {"role": "assistant", "content": "7"}], "tools": [{}]}] * 9
+    )
+    exam = _rows(
+        tmp_path / "exam.jsonl", [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(30)]
+    )
+    sft = {"kind": "train", "model": "base", "loss": {"fn": "cross_entropy"}, "steps": 1}
+    tree = {
+        "name": "t", "models": {"base": str(base)}, "tasks": {"exam": {"fn": "jsonl", "path": str(exam)}},
+        "stages": {
+            "scored": {"kind": "score", "model": "base", "data": str(data)},
+            "own": {"kind": "on_policy", "model": "base", "teacher": "base", "task": "exam", "steps": 1, "prompts": 2,
+                    "data": "scored", "offline_share": 0.5},
+            "bad": {**sft, "data": str(bad)},
+        },
+    }  # fmt: skip
+    scored, own, *lines = previews(recipe.validate(tree), "2024-02-29")
+    assert isinstance(scored, Preview)
+    assert isinstance(own, Preview)
+    assert scored.parts[1] == ("7<|im_end|>", True)
+    assert own.title == "own: first prompt"
+    for preview in (scored, own):
+        assert preview.parts[0][0].startswith("29 Feb 2024\n")
+        assert any("prints the date 2024-02-29" in fact for fact in preview.facts)
+    refused = "is left out: the model's chat template does not read tools."
+    assert lines[:5] == [f"bad: row {n} {refused}" for n in range(1, 6)]
+    assert len(lines) == 6
+
+
+def test_the_teacher_s_prompts_get_the_stage_s_template_options(tiny_dir: Path, tmp_path: Path) -> None:
+    from distill.stages.inputs.train_examples import reader_for
+
+    tokenizer = models.load_tokenizer(tiny_dir)
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}OFF{% endif %}"
+    base = tmp_path / "switch"
+    shutil.copytree(tiny_dir, base)
+    tokenizer.save_pretrained(base)
+    data = _rows(tmp_path / "chat.jsonl", [{"messages": [*ASK, {"role": "assistant", "content": "7"}]}])
+    stage = {"kind": "train", "model": "base", "teacher": "base", "data": str(data), "loss": {"fn": "uld"}, "steps": 1}
+    stages = {"student": {**stage, "template_options": {"enable_thinking": False}}}
+    context = _context(tmp_path / "run", base, "student", stages)
+    read = reader_for(context.recipe.stages["student"], context, tokenizer)  # type: ignore[arg-type]
+    assert read is not None
+    retokenized = read(ASK, models.render_completion(tokenizer, "7"))
+    assert retokenized is not None
+    assert tokenizer.decode(retokenized.prompt_ids).endswith("OFF")
+
+
+def test_template_options_for_traces_are_refused(tiny_dir: Path, tmp_path: Path) -> None:
+    data = _rows(tmp_path / "chat.jsonl", [{"messages": [*ASK, {"role": "assistant", "content": "7"}]}])
+    scored = {"kind": "score", "model": "base", "data": str(data), "engine": ENGINE}
+    again = {"kind": "score", "model": "base", "data": "scored", "template_options": {"enable_thinking": False}}
+    stages = {"scored": scored, "again": again}
+    context = _context(tmp_path / "run", tiny_dir, "scored", stages)
+    score.run(context.recipe.stages["scored"], context)
+    context = _context(tmp_path / "run", tiny_dir, "again", stages)
+    with pytest.raises(UserError, match="whose prompts are used as they were generated"):
+        score.run(context.recipe.stages["again"], context)

@@ -131,10 +131,10 @@ def _blocks(given: Iterator[Conversation], task: Task | None, left_out: DroppedR
     """Yield conversations as blocks without ids; a conversation that was there before is left out."""
     seen: set[str] = set()
     samples: Counter[str] = Counter()
-    block: list[_Conversation] = []
+    block: list[ScoredConversation] = []
     for one in given:
         try:
-            conversation = _conversation(one, samples)
+            conversation = conversation_to_score(one, samples)
         except ValueError as error:
             left_out.reject(one.number, str(error))
             continue
@@ -155,7 +155,9 @@ def _blocks(given: Iterator[Conversation], task: Task | None, left_out: DroppedR
 
 
 @dataclass(frozen=True, slots=True)
-class _Conversation:
+class ScoredConversation:
+    """A conversation whose last reply is scored. sample: its number among the replies to the same messages."""
+
     trace_id: str
     problem_id: str
     sample: int
@@ -165,7 +167,8 @@ class _Conversation:
     gold: str | None
 
 
-def _conversation(given: Conversation, samples: Mapping[str, int]) -> _Conversation:
+def conversation_to_score(given: Conversation, samples: Mapping[str, int]) -> ScoredConversation:
+    """Return a conversation as a trace holds it. Raises ValueError for one that it cannot hold."""
     if given.reply is None:
         raise ValueError("there is no reply to score: end messages with the assistant")
     if given.tools or any(message.get("tool_calls") or message["role"] == "tool" for message in given.messages):
@@ -173,15 +176,20 @@ def _conversation(given: Conversation, samples: Mapping[str, int]) -> _Conversat
     messages = tuple({"role": m["role"], "content": _whole(m)} for m in given.prompt)
     reply, answer = _whole(given.reply), given.answer
     problem_id = stable_hash("conversation", json.dumps([dict(m) for m in messages]))
-    return _Conversation(
+    return ScoredConversation(
         trace_id=stable_hash(problem_id, reply),
         problem_id=problem_id,
         sample=samples[problem_id],
         messages=messages,
-        question=next(m["content"] for m in reversed(messages) if m["role"] == "user"),
+        question=question_of(messages),
         reply=reply,
         gold=None if answer is None or isinstance(answer, bool) else _gold(answer),
     )
+
+
+def question_of(messages: Messages) -> str:
+    """Return the last question of a conversation."""
+    return str(next(message["content"] for message in reversed(messages) if message["role"] == "user"))
 
 
 def _whole(message: Message) -> str:
@@ -196,7 +204,7 @@ def _gold(answer: Any) -> str:
     return gold_text(answer)
 
 
-def _traces(block: Sequence[_Conversation], task: Task | None) -> Traces:
+def _traces(block: Sequence[ScoredConversation], task: Task | None) -> Traces:
     verdicts = [_verdict(task, each) for each in block]
     empty = Ragged(np.empty(0, np.int32), np.zeros(len(block) + 1, np.int64))
     return Traces(
@@ -218,7 +226,7 @@ def _traces(block: Sequence[_Conversation], task: Task | None) -> Traces:
     )
 
 
-def _verdict(task: Task | None, conversation: _Conversation) -> Verdict:
+def _verdict(task: Task | None, conversation: ScoredConversation) -> Verdict:
     """By the task's judge, where the row says the answer; a generator's scorer needs more than that."""
     if task is None or conversation.gold is None or task.is_endless:
         return NO_VERDICT

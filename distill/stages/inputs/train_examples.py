@@ -21,7 +21,7 @@ from distill.stages.context import Context, find_data
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, nothing_found, open_rows
 from distill.stages.inputs.multi_teacher import join
 from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer
-from distill.stages.inputs.score_inputs import check_unused_options, is_traces, template_of
+from distill.stages.inputs.score_inputs import check_unused_options, is_traces, question_of, template_of
 from distill.traces.reader import TraceReader, open_traces
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
@@ -285,8 +285,7 @@ def _conversation_source(
                 given.number, "there is no reply to learn: give it a completion, or end messages with the assistant"
             )
         for turn, (messages, reply) in enumerate(replies):
-            question = next(m["content"] for m in reversed(messages) if m["role"] == "user")
-            if task is not None and task.holds_out(question):
+            if task is not None and task.holds_out(question_of(messages)):
                 left_out.add("one of the task's held-out problems, which would spoil every evaluation")
                 continue
             try:
