@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 from project import REFERENCE, SUMS, Project
 from safetensors.torch import load_file
@@ -99,16 +104,26 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **changes}
 
 
-def stage_process(project: Project, *names: str, processes: int | None = None) -> subprocess.CompletedProcess[str]:
-    """Run stages in one process, or under torchrun on several."""
-    begin(project, *names)
+def command(project: Project, *names: str, processes: int | None = None) -> list[str]:
+    """Return the command that runs stages in one process, or under torchrun on several."""
     module = ["-m", "distill.run.stage_process", str(project.run_dir), *names]
-    command = [sys.executable, *module]
-    if processes is not None:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, "-m", *launcher, *module]
+    if processes is None:
+        return [sys.executable, *module]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, "-m", *launcher, *module]
+
+
+def stage_process(project: Project, *names: str, processes: int | None = None) -> subprocess.CompletedProcess[str]:
+    """Run stages to their ends in one process, or under torchrun on several."""
+    begin(project, *names)
     done = subprocess.run(
-        command, cwd=project.folder, env=environment(), capture_output=True, text=True, timeout=600, check=False
+        command(project, *names, processes=processes),
+        cwd=project.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr + failures(project)
     return done
@@ -138,3 +153,32 @@ def gaps(one: Project, other: Project, stage: str) -> tuple[float, float]:
     assert mine.keys() == theirs.keys()
     loss = float((losses(one, stage) - losses(other, stage)).abs().max())
     return loss, max(float((mine[n].double() - theirs[n].double()).abs().max()) for n in mine)
+
+
+def checkpoints(project: Project, stage: str) -> list[Path]:
+    return sorted((project.run_dir / stage / "checkpoints").glob("step-*"))
+
+
+def copy_run(source: Project, target: Project) -> None:
+    """Copy the traces and everything unfinished of a run."""
+    shutil.copytree(source.run_dir, target.run_dir, ignore=lambda _, names: [n for n in names if n.startswith(".")])
+    for model in target.run_dir.glob("*/model"):
+        shutil.rmtree(model.parent)
+
+
+def wait_for(ready: Callable[[], Any], process: subprocess.Popen[Any], seconds: float = 300) -> None:
+    """Wait until ready() is true while a process runs."""
+    until = time.monotonic() + seconds
+    while not ready():
+        assert process.poll() is None, f"ended with {process.returncode}"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def kill_all(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL a process and all that it has started."""
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for each in everyone:
+        each.kill()
+    process.wait()
+    psutil.wait_procs(everyone, timeout=10)

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+
 import pytest
-from processes import REWARDS, base_tree, gaps, policy, stage_process, training
+from processes import (
+    REWARDS,
+    base_tree,
+    begin,
+    checkpoints,
+    command,
+    copy_run,
+    environment,
+    gaps,
+    kill_all,
+    policy,
+    stage_process,
+    training,
+    wait_for,
+)
 from project import Project
 
 from distill import models
@@ -59,3 +76,24 @@ def test_two_processes_give_the_numbers_of_one(runs, name, strategy):
     loss, weight = gaps(runs[""], runs[strategy], name)
     assert loss <= 1e-5
     assert weight <= 1e-5
+
+
+def test_it_resumes_on_another_number_of_processes(runs, tmp_path):
+    """A stage of two sharded processes, killed after a checkpoint, goes on with one, two and four."""
+    whole = runs["fsdp2"]
+    killed = Project(tmp_path / "killed", whole.tree)
+    copy_run(whole, killed)
+    begin(killed, "kl_full")
+    process = subprocess.Popen(command(killed, "kl_full", processes=2), cwd=killed.folder, env=environment())
+    wait_for(lambda: checkpoints(killed, "kl_full"), process)
+    kill_all(process)
+    for processes in (None, 2, 4):
+        resumed = Project(tmp_path / f"on_{processes}", whole.tree)
+        copy_run(killed, resumed)
+        stage_process(resumed, "kl_full", processes=processes)
+        first = json.loads((resumed.run_dir / "kl_full/metrics.jsonl").read_text().splitlines()[0])
+        assert first == json.loads((killed.run_dir / "kl_full/metrics.jsonl").read_text().splitlines()[0])
+        loss, weight = gaps(whole, resumed, "kl_full")
+        assert (loss, weight) <= (1e-5, 1e-5)
+        if processes == 2:
+            assert (loss, weight) == (0, 0)
