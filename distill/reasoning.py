@@ -20,14 +20,17 @@ MARKERS = (
     ("◁think▷", "◁/think▷"),
     ("<|channel|>analysis<|message|>", "<|end|>"),
     ("<|channel>thought", "<channel|>"),
+    (" to=self<|message|>", "<|eom|>"),
 )
 """The pairs that open and close reasoning, by family: DeepSeek and Qwen; Claude-like data; Gemini-like data; generic data;
-Seed-OSS; OpenThoughts and Sky-T1; Command-A; generic; Magistral; Kimi; GPT-OSS; Gemma 4."""
+Seed-OSS; OpenThoughts and Sky-T1; Command-A; generic; Magistral; Kimi; GPT-OSS; Gemma 4; Muse."""
+SHARED = ("<|end|>", "<|eom|>")
+"""Closing markers that other families write elsewhere: they close reasoning only where the opening one stands."""
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys under which data sets and templates keep an assistant's reasoning beside its content."""
 SOLUTION = (
     r"(?:<\|(?:begin|end)_of_solution\|>|<\|(?:START|END)_RESPONSE\|>|<\|START_TEXT\|>|<\|END_TEXT\|>"
-    r"|<\|start\|>assistant<\|channel\|>final<\|message\|>|<\|channel\|>final<\|message\|>)+"
+    r"|(?:<\|start\|>assistant)?(?:<\|channel\|>final| to=user)<\|message\|>)+"
 )
 """Markers around the answer, which follow reasoning in some families and say nothing of their own."""
 _AROUND_ANSWER = re.compile(rf"\A(\s*){SOLUTION}|{SOLUTION}(\s*)\Z")
@@ -53,7 +56,7 @@ def canonical(text: str) -> str:
                 if again is None:
                     return made + _AROUND_ANSWER.sub(r"\1\2", rest)
                 rest = rest[again.end() :]
-    closings = [(text.find(c), o, c) for o, c in MARKERS if c in text and c != "<|end|>"]
+    closings = [(text.find(c), o, c) for o, c in MARKERS if c in text and c not in SHARED]
     place, opening, closing = min(closings, default=(0, "", ""))
     if not closings or opening in text[:place]:
         return _AROUND_ANSWER.sub(r"\1\2", text)

@@ -16,12 +16,12 @@ from distill.models.chat_template import ChatTemplate, opened_by
 from distill.models.probe import PROBE
 from distill.models.template_source import template_names
 from distill.models.tool_calls import TURN_ENDS
-from distill.reasoning import MARKERS, split_reasoning
+from distill.reasoning import MARKERS, SHARED, split_reasoning
 from distill.records import Array, Message, Template, UserError
 
 TOOL_KEYS = ("tool_calls",)
 MARKS = frozenset({mark for pair in MARKERS for mark in pair} | {"<|start|>assistant<|channel|>final<|message|>"})
-ENDS_OF_REASONING = frozenset(mark for pair in MARKERS for mark in pair) - {"<|end|>"}
+ENDS_OF_REASONING = frozenset(mark for pair in MARKERS for mark in pair) - set(SHARED)
 """Marks that may be a completion's last token and belong to its text."""
 
 _templates: weakref.WeakKeyDictionary[Any, dict[str, ChatTemplate]] = weakref.WeakKeyDictionary()
