@@ -18,7 +18,7 @@ from distill.models.rendering import (
     rest_of_prefill,
 )
 from distill.models.tool_calls import TURN_ENDS
-from distill.reasoning import MARKERS, REASONING_KEYS, split_reasoning
+from distill.reasoning import MARKERS, REASONING_KEYS, canonical, split_reasoning
 from distill.records import Array, Message, Template, UserError
 
 
@@ -33,9 +33,10 @@ def render_reply(
     """Return the ids [T] of an assistant's message that continues `render_prompt(tokenizer, template, messages)`.
 
     Reasoning may stand beside the content (REASONING_KEYS) or in it. If the chat template's own rendering of the whole
-    conversation continues the prompt and holds all of the reply, the ids are those; else reasoning is written between
-    `<think>` and `</think>`, without the `<think>` that the prompt has opened already. The token that ends the turn is
-    included unless the reply was cut (finished False). Raises UserError for a reply that cannot be rendered, such as tool calls in plain text.
+    conversation continues the prompt and holds all of the reply, the ids are those; else reasoning is written between the
+    marks that the template knows, or `<think>` and `</think>`, without the one that the prompt has opened already. The token
+    that ends the turn is included unless the reply was cut (finished False). Raises UserError for a reply that cannot be
+    rendered, such as tool calls in plain text.
     """
     chat = chat_template_of(tokenizer, template, tools)
     beside = next((reply[key] for key in REASONING_KEYS if reply.get(key)), None)
@@ -54,9 +55,10 @@ def render_reply(
     conversation = conversation_of(chat, template, messages)
     given = _Given(reply, reasoning, answer, tools, prompt)
     opened, written = _begun(template, prompt)
-    own = _own_form(chat, conversation, given)
-    is_answered = bool(answer.strip()) and (reasoning is not None or not opened) and "<think>" not in answer
-    if own is not None and (finished or is_answered):
+    thinks = reasoning is None and (bool(opened) or canonical(content).lstrip().startswith("<think>"))
+    is_answered = bool(answer.strip()) and not thinks
+    own = _own_form(chat, conversation, given) if finished or is_answered else None
+    if own is not None:
         rest, after = own
         return encode(tokenizer, _ended(rest, after, chat.turn_end, calls=calls) if finished else rest[:after])
     if calls:

@@ -328,6 +328,22 @@ def test_reasoning_after_a_tool_s_result_is_in_the_family_s_marks(
     assert _reply(tokenizer, {"content": "It is 7.", "reasoning_content": "so"}, *turns, tools=[TOOL]) == expected
 
 
+@pytest.mark.parametrize(
+    ("family", "text", "expected"),
+    [
+        ("gptoss", "<|channel|>analysis<|message|>three and", "<|channel|>analysis<|message|>three and"),
+        ("gptoss", "It is", "<|channel|>final<|message|>It is"),
+        ("qwen3", "<think>\nthree and", "<think>\nthree and"),
+        ("qwen3_5_think", "three and", "three and"),
+        ("qwen3_5_think", "three\n</think>\n\nIt is", "three\n</think>\n\nIt is"),
+    ],
+)
+def test_a_cut_reply_ends_where_it_was_cut(family: str, text: str, expected: str, smollm2_dir: Path) -> None:
+    tokenizer = _family(smollm2_dir, family)
+    ids = models.render_reply(tokenizer, PLAIN, ASK, {"content": text}, finished=False)
+    assert tokenizer.decode(ids) == expected
+
+
 # ------------------------------------------------------------------------------------------------ BOS
 
 
