@@ -10,7 +10,7 @@ are used by processes that never load a model.
 
 from distill.files import cache_home, file_hash
 from distill.models.chat_template import pin_date, pinned_date
-from distill.models.checkpoint_folder import TOKENIZER_FILES, check_folder, check_vocabulary
+from distill.models.checkpoint_folder import check_folder, check_vocabulary, has_tokenizer
 from distill.models.loading import (
     auto_dtype,
     config_of,
@@ -60,7 +60,6 @@ __all__ = [
     "OFFLINE_WAYS",
     "PACKAGE",
     "REASONING_KEYS",
-    "TOKENIZER_FILES",
     "ModelShape",
     "add_lora",
     "auto_dtype",
@@ -79,6 +78,7 @@ __all__ = [
     "effective_weight",
     "exported_weights",
     "file_hash",
+    "has_tokenizer",
     "kept_layers",
     "label_logps",
     "learned_positions",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,10 @@ WEIGHTS = "model.safetensors"
 CONVERT = "load it with transformers and save it with save_pretrained, which writes safetensors"
 LFS = b"version https://git-lfs"
 ADAPTER = "adapter_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+READ_ENDS = (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken")
+"""The ends of the names of files that are read from a model's folder."""
+VOCABULARY = re.compile(r"(tokenizer\.|vocab|spiece|sentencepiece|tekken|merges|bpe|.*\.(model|tiktoken|spm)$)")
+"""The names of files that hold a tokenizer's vocabulary; tokenizer_config.json alone is no tokenizer."""
 OTHER_FORMATS = {
     ".gguf": "a GGUF file is read only as package://<installed package>/<file>.gguf; name the model in transformers format",
     ".h5": "TensorFlow's weights are not read; name a copy with safetensors",
@@ -95,9 +99,9 @@ def _pointer(path: Path) -> str:
 
 def _check_pointers(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS):
-            if path.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja", ".tiktoken"):
-                raise UserError(_pointer(path))
+        small = path.suffix in READ_ENDS and path.is_file() and path.stat().st_size < 1024
+        if small and path.read_bytes().startswith(LFS):
+            raise UserError(_pointer(path))
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -134,6 +138,11 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
             "copy the model again."
         )
     return files
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds a file with a tokenizer's vocabulary."""
+    return any(VOCABULARY.match(path.name) for path in folder.iterdir())
 
 
 def weight_headers(folder: Path) -> dict[str, list[int]]:

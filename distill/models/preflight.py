@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.models.checkpoint_folder import TOKENIZER_FILES, check_folder, check_loaded, read_config, weight_headers
+from distill.models.checkpoint_folder import check_folder, check_loaded, has_tokenizer, read_config, weight_headers
 from distill.models.loading import model_class
 from distill.models.shape import text_part
 from distill.models.tokenizer import load_tokenizer, stop_ids
@@ -17,8 +17,8 @@ from distill.records import UserError
 LAYER = re.compile(r"(?P<layers>.*?\.(?:layers|h|blocks))\.(?P<number>\d+)\.(?P<rest>.+)")
 
 
-def check_model(folder: Path, *, trust_remote_code: bool = False) -> None:
-    """Check a local model folder. Raises UserError with the way out.
+def check_model(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Check a local model folder; return its tokenizer. Raises UserError with the way out.
 
     The names and shapes in the files' headers go through transformers' own loading, onto no device: its conversions and
     ties count. Quantised weights and a model's own code are checked when they are loaded.
@@ -30,6 +30,7 @@ def check_model(folder: Path, *, trust_remote_code: bool = False) -> None:
     if not trust_remote_code and not quantised_as(config):
         _check_weights(folder)
     _check_ids(folder, config, tokenizer)
+    return tokenizer
 
 
 def quantised_as(config: Mapping[str, Any]) -> str:
@@ -42,7 +43,8 @@ def check_code(folder: Path, config: Mapping[str, Any], trust_remote_code: bool)
     """Refuse a model that needs its own Python code where the recipe does not allow it, and an unknown type of model."""
     if trust_remote_code:
         return
-    from transformers import CONFIG_MAPPING
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise UserError(
@@ -50,23 +52,30 @@ def check_code(folder: Path, config: Mapping[str, Any], trust_remote_code: bool)
             "read the code, then set trust_remote_code: true at the model."
         )
     model_class(folder)
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json: transformers cannot read it ({_in_a_line(error)}).") from None
 
 
 def check_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model folder. Raises UserError if it is missing or damaged."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES) and not trust_remote_code:
+    if not has_tokenizer(folder) and not trust_remote_code:
         raise UserError(
-            f"{folder}: holds no tokenizer ({', '.join(TOKENIZER_FILES[:3])}): copy the tokenizer's files from the model that "
+            f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy the tokenizer's files from the model that "
             "these weights come from."
         )
     try:
         return load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # `tokenizers` raises plain Exception for a damaged file.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
-            f"{folder}: the tokenizer cannot be loaded ({reason}): copy its files again from the model that these weights come "
+            f"{folder}: the tokenizer cannot be loaded ({_in_a_line(error)}): copy its files again from the model that these weights come "
             "from."
         ) from None
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def _check_weights(folder: Path) -> None:
@@ -76,11 +85,7 @@ def _check_weights(folder: Path) -> None:
     from transformers.utils import logging
 
     headers = weight_headers(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{folder}/config.json: transformers cannot read it ({reason}).") from None
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     kind = model_class(folder)._model_mapping[type(config)]
     kind = kind[0] if isinstance(kind, tuple) else kind
     weights = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in headers.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from distill import models
 from distill.recipe import ModelConfig, OnPolicyStage, OptimStage, PruneStage, Recipe
@@ -14,7 +15,12 @@ def check_models(recipe: Recipe) -> None:
     for name, model in recipe.models.items():
         folder = local_folder(model)
         if folder is not None:
-            models.check_model(folder, trust_remote_code=model.trust_remote_code)
+            tokenizer = models.check_model(folder, trust_remote_code=model.trust_remote_code)
+            config = models.config_of(folder)
+            rows = models.text_part(config).get("vocab_size")
+            trained = any(isinstance(s, OptimStage) and name in s.reads("model") for s in recipe.stages.values())
+            if trained and isinstance(rows, int):
+                models.check_vocabulary(config, rows, rows, len(tokenizer), name)
             _check_quantised(name, folder, recipe)
 
 
@@ -42,42 +48,45 @@ def _is_complete(folder: Path) -> bool:
         models.check_folder(folder)
     except UserError:
         return False
-    return any((folder / name).is_file() for name in models.TOKENIZER_FILES)
+    return models.has_tokenizer(folder)
 
 
 def _check_quantised(name: str, folder: Path, recipe: Recipe) -> None:
     """Refuse a quantised checkpoint where all its weights are trained, and in the trainer without the library that reads it."""
-    config = models.config_of(folder)
-    method = models.quantised_as(config)
+    method = models.quantised_as(models.config_of(folder))
     if not method:
         return
     for stage, each in recipe.stages.items():
         where = f"stages.{stage}"
         if isinstance(each, PruneStage) and each.model == name:
-            raise UserError(f"{where}.model: {name} has quantised weights ({method}): prune the model that it was made from.")
+            raise UserError(
+                f"{where}.model: {name} has quantised weights ({method}): prune the model that it was made from."
+            )
         if not isinstance(each, OptimStage):
             continue
-        if each.model == name and each.lora is None:
+        is_student = name in each.reads("model")
+        if is_student and each.lora is None:
             raise UserError(
                 f"{where}.model: {name} has quantised weights ({method}), which cannot be trained: name the model that it was "
                 "made from, or train an adapter (lora)."
             )
         in_engine = isinstance(each, OnPolicyStage) and each.scoring == "engine"
-        if each.model == name or (name in each.reads("teacher") and not in_engine):
-            if reason := _unreadable(config.get("quantization_config") or models.text_part(config)["quantization_config"]):
-                raise UserError(
-                    f"{where}: the trainer cannot read the quantised weights of {name} ({method}: {reason}): install what is "
-                    "missing, or name the model that it was made from."
-                )
+        in_trainer = is_student or (name in each.reads("teacher") and not in_engine)
+        if in_trainer and (reason := _unreadable(models.config_of(folder))):
+            raise UserError(
+                f"{where}: the trainer cannot read the quantised weights of {name} ({method}: {reason}): install what is "
+                "missing, or name the model that it was made from."
+            )
 
 
-def _unreadable(stored: dict[str, object]) -> str:
-    """Return why transformers cannot read weights that are quantised in this way on this machine; "" if it can."""
+def _unreadable(config: dict[str, Any]) -> str:
+    """Return why transformers cannot read a quantised model's weights on this machine; "" if it can."""
     from transformers.quantizers import AutoHfQuantizer
 
+    stored = config.get("quantization_config") or models.text_part(config)["quantization_config"]
     try:
         quantizer = AutoHfQuantizer.from_config(stored, pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
     except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        return " ".join(str(error).split())[:160] or type(error).__name__
     return ""

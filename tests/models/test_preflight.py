@@ -126,7 +126,9 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_model_folder_that_cannot_be_used_is_refused_in_one_sentence(tiny_dir: Path, tmp_path: Path, case: str) -> None:
+def test_a_model_folder_that_cannot_be_used_is_refused_in_one_sentence(
+    tiny_dir: Path, tmp_path: Path, case: str
+) -> None:
     folder = shutil.copytree(tiny_dir, tmp_path / "m")
     change, message = CASES[case]
     change(folder)
@@ -135,13 +137,14 @@ def test_a_model_folder_that_cannot_be_used_is_refused_in_one_sentence(tiny_dir:
     said = str(caught.value)
     assert re.search(message, said), said
     assert len(said.splitlines()) == 1
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) as before_a_run:
         check_plugs(trained(folder))
+    assert str(before_a_run.value) == said
 
 
 def trained(folder: Path, **stage: Any) -> recipe.Recipe:
-    fields = {"kind": "train", "model": "m", "data": "x.jsonl", "loss": {"fn": "cross_entropy"}, "epochs": 1, **stage}
-    return recipe.validate({"name": "r", "models": {"m": str(folder)}, "stages": {"s": fields}})
+    fields = {"kind": "train", "model": "m", "data": "./x.jsonl", "loss": {"fn": "cross_entropy"}, "epochs": 1, **stage}
+    return recipe.validate({"name": "r", "models": {"m": str(folder), "t": str(folder)}, "stages": {"s": fields}})
 
 
 def test_good_folders_are_let_through(tiny_dir: Path, tmp_path: Path) -> None:
@@ -156,6 +159,8 @@ def test_good_folders_are_let_through(tiny_dir: Path, tmp_path: Path) -> None:
     tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
     tokenizer.save_pretrained(folder)
     models.check_model(folder)
+    with pytest.raises(UserError, match=r"m: the tokenizer has 49153 tokens .*resize_token_embeddings\(49153\)"):
+        check_plugs(trained(folder))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes"])
@@ -163,9 +168,19 @@ def test_quantised_weights_run_in_an_engine_and_are_not_trained(tiny_dir: Path, 
     folder = shutil.copytree(tiny_dir, tmp_path / "m")
     edit_config(folder, quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True, "group_size": 8})
     models.check_model(folder)
-    with pytest.raises(UserError, match=rf"stages.s.model: m has quantised weights \({method}\), which cannot be trained"):
+    with pytest.raises(
+        UserError, match=rf"stages.s.model: m has quantised weights \({method}\), which cannot be trained"
+    ):
         check_plugs(trained(folder))
     pruned = {"kind": "prune", "model": "m", "layers": 2}
+    taught = {"model": "t", "teacher": "m", "loss": {"fn": "forward_kl"}, "dtype": "float32"}
+    in_trainer = trained(folder, **taught)
+    shutil.copytree(tiny_dir, tmp_path / "t")
+    in_trainer.models["t"] = recipe.ModelConfig(source=str(tmp_path / "t"))
+    with pytest.raises(
+        UserError, match=rf"s: the trainer cannot read the quantised weights of m \({method}: .*install"
+    ):
+        check_plugs(in_trainer)
     with pytest.raises(UserError, match="prune the model that it was made from"):
         check_plugs(recipe.validate({"name": "r", "models": {"m": str(folder)}, "stages": {"s": pruned}}))
 
