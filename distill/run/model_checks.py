@@ -85,7 +85,7 @@ def _unreadable(config: dict[str, Any]) -> str:
 
     stored = config.get("quantization_config") or models.text_part(config)["quantization_config"]
     try:
-        quantizer = AutoHfQuantizer.from_config(stored, pre_quantized=True)
+        quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
     except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
         return " ".join(str(error).split())[:160] or type(error).__name__

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,8 @@ def test_good_folders_are_let_through(tiny_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "bitsandbytes"])
 def test_quantised_weights_run_in_an_engine_and_are_not_trained(tiny_dir: Path, tmp_path: Path, method: str) -> None:
     folder = shutil.copytree(tiny_dir, tmp_path / "m")
-    edit_config(folder, quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": True, "group_size": 8})
+    stored = {"bitsandbytes": {"load_in_4bit": True}, "gptq": {"bits": 4, "group_size": 8}}.get(method, {})
+    edit_config(folder, quantization_config={"quant_method": method, **stored})
     models.check_model(folder)
     with pytest.raises(
         UserError, match=rf"stages.s.model: m has quantised weights \({method}\), which cannot be trained"
@@ -177,10 +179,9 @@ def test_quantised_weights_run_in_an_engine_and_are_not_trained(tiny_dir: Path, 
     in_trainer = trained(folder, **taught)
     shutil.copytree(tiny_dir, tmp_path / "t")
     in_trainer.models["t"] = recipe.ModelConfig(source=str(tmp_path / "t"))
-    with pytest.raises(
-        UserError, match=rf"s: the trainer cannot read the quantised weights of m \({method}: .*install"
-    ):
-        check_plugs(in_trainer)
+    if method == "gptq" and find_spec("optimum") is None:
+        with pytest.raises(UserError, match=r"s: the trainer cannot read the quantised weights of m \(gptq: .*optimum"):
+            check_plugs(in_trainer)
     with pytest.raises(UserError, match="prune the model that it was made from"):
         check_plugs(recipe.validate({"name": "r", "models": {"m": str(folder)}, "stages": {"s": pruned}}))
 
