@@ -10,7 +10,7 @@ are used by processes that never load a model.
 
 from distill.files import cache_home, file_hash
 from distill.models.chat_template import pin_date, pinned_date
-from distill.models.checkpoint_folder import check_folder, check_vocabulary
+from distill.models.checkpoint_folder import check_folder, check_vocabulary, has_tokenizer
 from distill.models.loading import (
     auto_dtype,
     config_of,
@@ -23,6 +23,7 @@ from distill.models.loading import (
 )
 from distill.models.locate import OFFLINE_WAYS, PACKAGE, package_file, resolve
 from distill.models.lora import add_lora, effective_weight, exported_weights, ties_ends, touched_ends
+from distill.models.preflight import check_model, quantised_as
 from distill.models.prune import kept_layers, num_layers, prune_layers
 from distill.models.rendering import (
     chat_template_of,
@@ -66,6 +67,7 @@ __all__ = [
     "chat_template_of",
     "check_folder",
     "check_merged",
+    "check_model",
     "check_same_tokenizer",
     "check_template",
     "check_vocabulary",
@@ -76,6 +78,7 @@ __all__ = [
     "effective_weight",
     "exported_weights",
     "file_hash",
+    "has_tokenizer",
     "kept_layers",
     "label_logps",
     "learned_positions",
@@ -91,6 +94,7 @@ __all__ = [
     "prompt_text",
     "prove_saved",
     "prune_layers",
+    "quantised_as",
     "rehearse_merge",
     "rehearse_save",
     "render_completion",

@@ -36,10 +36,6 @@ def resolve(model: ModelConfig, say: Callable[[str], None] | None = None) -> Pat
         return _dequantised(model.source, say)
     folder = Path(model.source).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model folder {model.source!r} holds no config.json. Name a folder in transformers format."
-            )
         check_folder(folder)
         return folder
     if model.source.startswith((".", "/", "~")) or model.source.count("/") > 1:
@@ -61,6 +57,7 @@ def _from_hub(model: ModelConfig) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"model {model.source!r} cannot be reached on the hub ({reason}). {OFFLINE_WAYS}") from None
+    check_folder(Path(folder))
     return Path(folder)
 
 

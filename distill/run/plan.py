@@ -15,6 +15,7 @@ from distill.machine import Machine, Width
 from distill.models import cache_home
 from distill.recipe import EngineConfig, Recipe, order
 from distill.run.known_sizes import Known, model_shape
+from distill.run.model_checks import check_models
 from distill.run.predictions.row import Row, make_amounts
 
 
@@ -50,8 +51,9 @@ def predict(recipe: Recipe, machine: Machine | None = None) -> list[Row]:
 
 
 def check_plugs(recipe: Recipe) -> None:
-    """Check every stage, and that every named engine exists. Raises UserError."""
+    """Check every model and stage, and that every named engine exists. Raises UserError."""
     for name, config in recipe.stages.items():
         config.check(name, recipe)
         if isinstance(engine := getattr(config, "engine", None), EngineConfig):
             plug.find(engine.fn, "distill.engines.factories", f"stages.{name}.engine.fn")
+    check_models(recipe)

@@ -207,7 +207,7 @@ def test_incomplete_and_cut_checkpoints_are_refused_before_they_load(sharded: Pa
         models.check_folder(cut)
     pickled = tmp_path / "pickled"
     pickled.mkdir()
-    (pickled / "config.json").write_text("{}")
+    (pickled / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match="holds a config and no weights"):
         models.check_folder(pickled)
     (pickled / "pytorch_model.bin").write_bytes(b"x")

@@ -1,0 +1,92 @@
+"""Checks of a recipe's models before the run: each one that is on this machine loads whole, and suits the stages that name it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distill import models
+from distill.recipe import ModelConfig, OnPolicyStage, OptimStage, PruneStage, Recipe
+from distill.records import UserError
+
+
+def check_models(recipe: Recipe) -> None:
+    """Check every model of a recipe that is a folder or lies in the hub's cache. Raises UserError."""
+    for name, model in recipe.models.items():
+        folder = local_folder(model)
+        if folder is not None:
+            tokenizer = models.check_model(folder, trust_remote_code=model.trust_remote_code)
+            config = models.config_of(folder)
+            rows = models.text_part(config).get("vocab_size")
+            trained = any(isinstance(s, OptimStage) and name in s.reads("model") for s in recipe.stages.values())
+            if trained and isinstance(rows, int):
+                models.check_vocabulary(config, rows, rows, len(tokenizer), name)
+            _check_quantised(name, folder, recipe)
+
+
+def local_folder(model: ModelConfig) -> Path | None:
+    """Return a model's folder if its weights are on this machine; None for a GGUF file and for what is on the hub alone."""
+    if model.source.startswith(models.PACKAGE):
+        return None
+    folder = Path(model.source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
+    except HFValidationError:
+        raise UserError(f"model {model.source!r} is neither a folder nor a valid hub id (owner/name).") from None
+    # A download that was cut goes on when the model is needed.
+    complete = isinstance(found, str) and _is_complete(Path(found).parent)
+    return Path(found).parent if complete and isinstance(found, str) else None
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        models.check_folder(folder)
+    except UserError:
+        return False
+    return models.has_tokenizer(folder)
+
+
+def _check_quantised(name: str, folder: Path, recipe: Recipe) -> None:
+    """Refuse a quantised checkpoint where all its weights are trained, and in the trainer without the library that reads it."""
+    method = models.quantised_as(models.config_of(folder))
+    if not method:
+        return
+    for stage, each in recipe.stages.items():
+        where = f"stages.{stage}"
+        if isinstance(each, PruneStage) and each.model == name:
+            raise UserError(
+                f"{where}.model: {name} has quantised weights ({method}): prune the model that it was made from."
+            )
+        if not isinstance(each, OptimStage):
+            continue
+        is_student = name in each.reads("model")
+        if is_student and each.lora is None:
+            raise UserError(
+                f"{where}.model: {name} has quantised weights ({method}), which cannot be trained: name the model that it was "
+                "made from, or train an adapter (lora)."
+            )
+        in_engine = isinstance(each, OnPolicyStage) and each.scoring == "engine"
+        in_trainer = is_student or (name in each.reads("teacher") and not in_engine)
+        if in_trainer and (reason := _unreadable(models.config_of(folder))):
+            raise UserError(
+                f"{where}: the trainer cannot read the quantised weights of {name} ({method}: {reason}): install what is "
+                "missing, or name the model that it was made from."
+            )
+
+
+def _unreadable(config: dict[str, Any]) -> str:
+    """Return why transformers cannot read a quantised model's weights on this machine; "" if it can."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    stored = config.get("quantization_config") or models.text_part(config)["quantization_config"]
+    try:
+        quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        return " ".join(str(error).split())[:160] or type(error).__name__
+    return ""
