@@ -25,7 +25,7 @@ def causal_context(lengths: Sequence[int]) -> float:
 def attention_flops(shape: ModelShape, tokens: float, mean_context: float) -> float:
     """FLOPs of attention scores and weighted values: per layer, two products of heads x head_dim a token and attended
     position."""
-    return 4.0 * shape.layers * shape.heads * shape.head_dim * tokens * mean_context
+    return 4.0 * shape.layers * shape.heads * shape.head_dim * tokens * shape.attended(mean_context)
 
 
 def forward_flops(shape: ModelShape, tokens: float, mean_context: float, head_tokens: float | None = None) -> float:
