@@ -8,12 +8,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from distill.compute import estimate, flops
-from distill.compute.flops import Memory, ModelShape
+from distill.compute.flops import ModelShape
+from distill.compute.memory import ENGINE_BYTES, Memory, lora_params, saved_params, train_memory
 from distill.machine import Dtype, Machine
 from distill.recipe import GrpoStage, OnPolicyStage, OptimStage, PolicyStage, TrainStage, data_of, teachers_of
 from distill.run.known_sizes import Known, rows_of
 from distill.run.predictions.inference import mean_reply
-from distill.run.predictions.row import Part, Row, dtype_part, engine_memory, engine_part, make_amounts, start_seconds
+from distill.run.predictions.row import (
+    Part,
+    Row,
+    dtype_part,
+    engine_memory,
+    engine_part,
+    make_amounts,
+    sequence_cache,
+    start_seconds,
+)
 from distill.training import prefix_sharing
 
 
@@ -21,9 +31,9 @@ from distill.training import prefix_sharing
 class _Training:
     """The optimiser steps of a stage: its model, FLOPs and tokens.
 
-    step_tokens: tokens of one step; everything else is for the whole stage. scored_flops, scored_tokens: additional
-    forward passes of the model and its reference. taught: (shape, FLOPs) of each teacher. reference: whether there is a
-    reference model.
+    step_tokens: tokens of one step, over all processes; everything else is for the whole stage. scored_flops, scored_tokens:
+    additional forward passes of the model and its reference. taught: (shape, FLOPs) of each teacher in the trainer.
+    reference: whether there is a reference model. length: mean tokens of a trace.
     """
 
     config: OptimStage
@@ -36,45 +46,66 @@ class _Training:
     scored_tokens: float = 0.0
     taught: tuple[tuple[ModelShape, float], ...] = ()
     reference: bool = False
+    length: float = 0.0
+    teachers_in_engines: bool = False
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes of one process in a step."""
+        return math.ceil(self.step_tokens / self.config.parallel.world_size / self.config.micro_tokens)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of the largest of these passes."""
+        return math.ceil(min(self.config.micro_tokens, self.step_tokens / self.config.parallel.world_size))
 
     def part(self, machine: Machine) -> Part:
         return dtype_part("training", self.shape, self.config.dtype, machine, partial(self._seconds, machine))
 
     def _seconds(self, machine: Machine, dtype: Dtype) -> float:
         config = self.config
-        lora = None if config.lora is None else flops.lora_params(self.shape, config.lora.rank)
+        # Processes on a CPU share its cores.
+        share = 1 / config.parallel.world_size if machine.device == "cuda" else 1.0
+        lora = None if config.lora is None else adapter_params(self.shape, config)
         own = estimate.predict_train_seconds(
             self.shape,
-            self.flops,
-            self.tokens,
+            self.flops * share,
+            self.tokens * share,
             round(self.steps),
             machine,
             dtype,
-            micro_batches=math.ceil(self.step_tokens / config.micro_tokens),
+            micro_batches=self.micro_batches,
             trained=lora,
             checkpoints=math.ceil(self.steps / config.checkpoint_every),
         )
+        own += estimate.exchange_seconds(
+            self.shape, lora, round(self.steps), self.micro_batches, machine, dtype, config.parallel
+        )
         read = [(self.shape, self.scored_flops, self.scored_tokens)]
         read += [(shape, taught, self.tokens) for shape, taught in self.taught]
-        return own + sum(
+        return own + share * sum(
             estimate.forward_seconds(shape, taught, tokens, machine, dtype) for shape, taught, tokens in read
         )
 
     def memory(self, dtype: Dtype, machine: Machine) -> Memory:
-        lora = self.config.lora
-        frozen = sum(shape.params_total for shape, _ in self.taught)
-        if self.reference and lora is None:
-            frozen += self.shape.params_total
-        return flops.train_memory(
+        return train_memory(
             self.shape,
-            int(min(self.config.micro_tokens, self.step_tokens)),
+            self.micro_tokens,
             dtype=dtype,
-            lora_rank=None if lora is None else lora.rank,
-            quantised=None if lora is None else lora.quantised,
-            frozen_params=frozen,
+            lora=self.config.lora,
+            reference=self.reference,
+            teachers=[] if self.teachers_in_engines else [shape for shape, _ in self.taught],
             checkpointing=self.config.gradient_checkpointing,
+            micro_batches=self.micro_batches,
+            length=self.length,
+            parallel=self.config.parallel,
             on_cpu=machine.device == "cpu",
         )
+
+
+def adapter_params(shape: ModelShape, config: OptimStage) -> float:
+    """Trained parameters of a stage's adapter; 0 without one."""
+    return lora_params(shape, config.lora) + saved_params(shape, config.lora) if config.lora is not None else 0.0
 
 
 def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list[Row]:
@@ -92,6 +123,7 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
             (prompt + reply + 1) / 2,
             traces * reply,
             lora=config.lora is not None,
+            adapters=adapter_params(shape, config),
             checkpointing=config.gradient_checkpointing,
         )
 
@@ -110,7 +142,10 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
         (each, flops.forward_flops(each, tokens, (prompt + reply + 1) / 2, head_tokens)) for each in teachers
     )
     known.shapes[name], known.replies[name] = shape, reply
-    training = _Training(config, shape, total, tokens, num_steps, a_step * (prompt_trained + reply), taught=taught)
+    step_tokens = a_step * (prompt_trained + reply)
+    training = _Training(
+        config, shape, total, tokens, num_steps, step_tokens, taught=taught, length=prompt_trained + reply
+    )
     part = training.part(machine)
     memory = training.memory(part.choice.dtype, machine)
     amounts = make_amounts(
@@ -119,7 +154,17 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
         memory=memory.total,
         seconds=part.seconds,
     )
-    return [Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=start_seconds(part))]
+    row = Row(
+        name,
+        config.kind,
+        amounts,
+        least=memory.least,
+        parts=(part,),
+        start=start_seconds(part),
+        memory=memory,
+        processes=config.parallel.world_size,
+    )
+    return [row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +190,7 @@ class _Policy:
             (self.prompt + self.reply + 1) / 2,
             self.passes * sampled * self.reply,
             lora=self.config.lora is not None,
+            adapters=adapter_params(self.shape, self.config),
             checkpointing=self.config.gradient_checkpointing,
         )
 
@@ -172,10 +218,12 @@ class _Policy:
             self.scorings * sampled * tokens,
             tuple((each, self.read_flops(each, sampled)) for each in teachers),
             reference,
+            tokens,
         )
 
     def sampling(self, sampled: float, rollouts: float, machine: Machine) -> Part:
-        """The prediction for the engine that writes the completions."""
+        """The prediction for the engines that write the completions, one for each process on a GPU of its own."""
+        engines = self.config.parallel.world_size if machine.device == "cuda" else 1
         return engine_part(
             self.shape,
             self.config.engine,
@@ -183,7 +231,7 @@ class _Policy:
             lambda dtype, engine: estimate.predict_rollouts_seconds(
                 self.shape,
                 rollouts,
-                sampled / rollouts,
+                sampled / rollouts / engines,
                 self.prompt,
                 self.reply,
                 machine,
@@ -231,7 +279,7 @@ def _policy_row(
     in_engines: bool = False,
 ) -> Row:
     """The prediction for a stage that trains on its own completions. in_engines: whether the teachers run in engines."""
-    config, shape = policy.config, policy.shape
+    config, shape, processes = policy.config, policy.shape, policy.config.parallel.world_size
     a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
     num_steps = config.steps or known.budget(config) / policy.own_flops(a_step)
     sampled = num_steps * a_step
@@ -240,13 +288,17 @@ def _policy_row(
     training = policy.training(a_step, num_steps, teachers, reference)
     writing = policy.sampling(sampled, num_steps / config.steps_a_rollout, machine)
     learning = training.part(machine)
-    longest = policy.prompt + config.sampling.max_tokens
-    held = engine_memory(shape, config.engine, writing.choice.dtype, longest, machine)
-    # The engine runs in the trainer's process, which is counted once.
-    in_trainer = replace(held, process=max(0.0, held.process - flops.PROCESS_BYTES))
-    memory = training.memory(learning.choice.dtype, machine) + in_trainer
-    if in_engines:  # the teachers' key-value caches; their weights are counted in `training.memory`
-        memory += Memory(cache=len(teachers) * held.cache)
+    longest, dtype = policy.prompt + config.sampling.max_tokens, writing.choice.dtype
+    # Every process has an engine for its share of a rollout.
+    at_once = sampled / num_steps * config.steps_a_rollout / processes
+    held = [engine_memory(shape, config.engine, dtype, longest, machine, at_once)]
+    if in_engines:
+        held += [engine_memory(each, config.engine, dtype, longest, machine, at_once, scored=True) for each in teachers]
+        training = replace(training, teachers_in_engines=True)
+    memory = training.memory(learning.choice.dtype, machine)
+    # The engines run in the trainer's process, which is counted once.
+    memory += Memory(engine=sum(each.engine for each in held), cache=sum(each.cache for each in held))
+    memory += Memory(process=ENGINE_BYTES.get(writing.engine, 0.0))
     known.shapes[name], known.replies[name] = shape, policy.reply
     amounts = make_amounts(
         tokens=sampled * (policy.prompt + policy.reply) + training.tokens,
@@ -255,7 +307,17 @@ def _policy_row(
         seconds=learning.seconds + writing.seconds,
     )
     parts = (learning, writing)
-    return Row(name, config.kind, amounts, least=memory.least, parts=parts, start=start_seconds(*parts))
+    return Row(
+        name,
+        config.kind,
+        amounts,
+        least=memory.least,
+        parts=parts,
+        start=start_seconds(*parts),
+        memory=memory,
+        processes=processes,
+        sequence_cache=sequence_cache(shape, config.engine, dtype, longest, machine),
+    )
 
 
 def _snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:
