@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import resources
 
-from distill.machine import Machine, Rates, Width, name_of
+from distill.machine import Dtype, Machine, Rates, Width, name_of
 from distill.plug import nearest
 from distill.records import UserError
 
@@ -40,7 +40,7 @@ class Cards:
 
     def machine(self, widths: Iterable[Width]) -> Machine:
         """One of the GPUs as a `Machine`, with rates at the widths of some models."""
-        by_dtype = {"bfloat16": self.bfloat16, "float32": self.float32}
+        by_dtype: dict[Dtype, float] = {"bfloat16": self.bfloat16, "float32": self.float32}
         rates = {dtype: Rates(*[PRODUCTS * tflops * 1e12] * 4) for dtype, tflops in by_dtype.items()}
         return Machine(
             key="",
@@ -49,7 +49,7 @@ class Cards:
             cores=0,
             memory=self.memory,
             bandwidth=COPYING * self.bandwidth * 1e12,
-            rates={name_of(width): dict(rates) for width in widths},  # type: ignore[arg-type]
+            rates={name_of(width): dict(rates) for width in widths},
             card=self.key,
             link=self.link * 1e9,
         )

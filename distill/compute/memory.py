@@ -198,7 +198,9 @@ def _share(parallel: DistributedConfig) -> float:
 
 
 def _trains_head(lora: LoraConfig | None) -> bool:
-    return lora is None or any(_is_target(each or [], "lm_head") for each in (lora.target_modules, lora.modules_to_save))
+    return lora is None or any(
+        _is_target(each or [], "lm_head") for each in (lora.target_modules, lora.modules_to_save)
+    )
 
 
 def _activation_bytes(

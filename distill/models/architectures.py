@@ -29,10 +29,10 @@ def entries() -> list[dict[str, Any]]:
 
 
 @functools.cache
-def table() -> dict[str, dict[str, Any]]:
-    """Return the known configs by name, in lower case."""
+def table() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Return (name, config) of the known models by name in lower case."""
     return {
-        name.lower(): {key: value for key, value in entry.items() if key not in ("names", "params")}
+        name.lower(): (name, {key: value for key, value in entry.items() if key not in ("names", "params")})
         for entry in entries()
         for name in entry["names"]
     }
@@ -46,7 +46,7 @@ def known_config(source: str) -> tuple[str, Mapping[str, Any]] | None:
         if rest == name or (rest and rest[0] not in "-_"):
             continue
         words = [word for word in re.split("[-_]", rest) if word]
-        return (entry, table()[entry]) if all(SAME_SIZE.fullmatch(word) for word in words) else None
+        return table()[entry] if all(SAME_SIZE.fullmatch(word) for word in words) else None
     return None
 
 

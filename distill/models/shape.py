@@ -150,7 +150,6 @@ class ModelShape:
         idle = max(self.stored - self.intermediate, 0) * (3 if self.gated else 2) * self.hidden * self.layers
         return self.params_matmul + idle + norms + (0 if self.tied else self.params_head)
 
-
     @property
     def is_mixture(self) -> bool:
         """Whether a token passes a part of the MLP only."""

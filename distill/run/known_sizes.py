@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,11 @@ class Known:
     spent: dict[str, float] = field(default_factory=dict)
     snapshots: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def copy(self) -> Known:
+        """A copy that can be filled in further on its own."""
+        held = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "recipe"}
+        return Known(self.recipe, **{name: value.copy() for name, value in held.items()})
 
     def assume(self, name: str, config: StageConfig) -> None:
         """Fill in the output of a stage that has no prediction: the size of its input, or an assumed size."""
