@@ -104,12 +104,14 @@ def predict_train_seconds(
     micro_batches: int = 1,
     trained: float | None = None,
     checkpoints: int = 1,
+    share: float = 1.0,
 ) -> float:
     """Seconds of a train stage: process start, forward and backward passes, optimiser steps, checkpoints.
 
     flops: as `train_flops` counts them. tokens: trained on in total. Both are those of one process. micro_batches: forward
     and backward passes per step.
-    trained: number of parameters with a gradient (None: all; for LoRA, the adapters').
+    trained: number of parameters with a gradient (None: all; for LoRA, the adapters'). checkpoints: those that training waits
+    for. share: of the optimiser's state, what one process holds.
     """
     lora = trained is not None
     trained = float(shape.params_total) if trained is None else trained
@@ -119,8 +121,8 @@ def predict_train_seconds(
     if machine.device == "cuda":
         elements = max(elements, steps * micro_batches * shape.layers * LAUNCH_SECONDS - products)
     moved = OPTIMISER_BYTES + ACCUMULATE_BYTES * micro_batches
-    optimiser = steps * moved * trained / (machine.bandwidth * STREAMING)
-    written = checkpoints * STATE_BYTES * trained + 2.0 * shape.params_total
+    optimiser = steps * moved * trained * share / (machine.bandwidth * STREAMING)
+    written = checkpoints * STATE_BYTES * trained * share + 2.0 * shape.params_total
     return PROCESS_START + products + elements + optimiser + written / FILE_RATE
 
 

@@ -9,10 +9,10 @@ counts, so gradients that fit in the memory that activations free add nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from distill.compute.adapters import is_target, lora_params, saved_params
 from distill.compute.flops import BYTES
 from distill.models.shape import ModelShape
 from distill.recipe import DistributedConfig, LoraConfig
@@ -47,7 +47,7 @@ class Memory:
     """Bytes of one process's memory by use, at the peak.
 
     masters and moments: of the optimiser, fp32. head: a chunk of logits and the head's gradient. teachers: in the trainer.
-    engine: its weights and rows of logits; cache: its keys and values. gathered: whole layers of a sharded model.
+    engine: its weights; logits: its rows of logits, and a copy of its head; cache: its keys and values. gathered: whole layers of a sharded model.
     offloaded: held in main memory instead; not part of the total.
     """
 
@@ -60,6 +60,7 @@ class Memory:
     reference: float = 0.0
     teachers: float = 0.0
     engine: float = 0.0
+    logits: float = 0.0
     cache: float = 0.0
     gathered: float = 0.0
     process: float = 0.0
@@ -80,57 +81,6 @@ class Memory:
 
     def __add__(self, other: Memory) -> Memory:
         return Memory(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
-
-# ----------------------------------------------------------------------------------------------- adapters
-
-
-def linear_layers(shape: ModelShape) -> dict[str, int]:
-    """Return the inputs and outputs, added, of a layer's linear modules that an adapter can be put on.
-
-    Experts are no linear modules in transformers; fused modules (qkv_proj, gate_up_proj) are those of Phi-3.
-    """
-    query, value = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    attention = {"q_proj": query, "k_proj": value, "v_proj": value, "o_proj": query}
-    sizes = {f"self_attn.{name}": shape.hidden + width for name, width in attention.items()}
-    if not shape.is_mixture:
-        names = ("gate_proj", "up_proj", "down_proj") if shape.gated else ("fc1", "fc2")
-        sizes |= {f"mlp.{name}": shape.hidden + shape.intermediate for name in names}
-    return sizes
-
-
-def fused_layers(shape: ModelShape) -> dict[str, int]:
-    """Return the modules that some models have instead of several of `linear_layers`."""
-    width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    sizes = {"self_attn.qkv_proj": shape.hidden + width, "self_attn.query_key_value": shape.hidden + width}
-    return sizes | {"mlp.gate_up_proj": shape.hidden + 2 * shape.intermediate}
-
-
-def lora_params(shape: ModelShape, lora: LoraConfig) -> float:
-    """Trained parameters of the adapters: rank x (inputs + outputs) of each target module (Hu et al. 2021, section 4.1).
-
-    Targets whose names are unknown here count as all linear modules.
-    """
-    named = linear_layers(shape)
-    chosen = [size for name, size in (named | fused_layers(shape)).items() if _is_target(lora.target_modules, name)]
-    ends = [shape.hidden + shape.vocab for name in ("embed_tokens", "lm_head") if _is_target(lora.target_modules, name)]
-    if lora.target_modules == "all-linear" or not (chosen or ends):
-        chosen = list(named.values())
-    return float(lora.rank * (shape.layers * sum(chosen) + sum(ends)))
-
-
-def saved_params(shape: ModelShape, lora: LoraConfig) -> float:
-    """Trained parameters of the embedding and the head if they are in `modules_to_save`."""
-    ends = [name for name in ("embed_tokens", "lm_head") if _is_target(lora.modules_to_save or [], name)]
-    return float(len(ends) * shape.params_head)
-
-
-def _is_target(targets: str | list[str], module: str) -> bool:
-    """Return whether PEFT's rules choose a module: a pattern of the whole name, or a list of last parts."""
-    if isinstance(targets, str):
-        whole = f"model.layers.0.{module}" if "." in module else module
-        return re.fullmatch(targets, whole) is not None or re.fullmatch(targets, f"model.{whole}") is not None
-    return any(module == each or module.endswith(f".{each.rpartition('.')[2]}") for each in targets)
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -198,9 +148,7 @@ def _share(parallel: DistributedConfig) -> float:
 
 
 def _trains_head(lora: LoraConfig | None) -> bool:
-    return lora is None or any(
-        _is_target(each or [], "lm_head") for each in (lora.target_modules, lora.modules_to_save)
-    )
+    return lora is None or any(is_target(each or [], "lm_head") for each in (lora.target_modules, lora.modules_to_save))
 
 
 def _activation_bytes(
@@ -295,7 +243,8 @@ def engine_memory(
     # A bfloat16 engine on a CPU keeps its head in float32 too.
     head = 4.0 * shape.params_head if size == 2 and on_cpu else 0.0
     return Memory(
-        engine=float(size * shape.params_total) + head + 4.0 * LOGIT_COPIES * shape.vocab * rows,
+        engine=float(size * shape.params_total),
+        logits=head + 4.0 * LOGIT_COPIES * shape.vocab * rows,
         cache=cache,
         process=(PROCESS_BYTES if on_cpu else CONTEXT_BYTES) + ENGINE_BYTES.get(engine, 0.0),
     )

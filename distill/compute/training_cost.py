@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from distill.compute.adapters import lora_params
 from distill.compute.flops import ModelShape, attention_flops, forward_flops, generate_flops, train_flops
-from distill.compute.memory import lora_params
 from distill.recipe import OptimStage
 from distill.records import Cost
 

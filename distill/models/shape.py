@@ -16,6 +16,8 @@ WINDOW_PATTERN = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4, "gpt
 """Model types of which every n-th layer attends to all positions and the others to a window."""
 HEAD_NORMS = {"qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2", "olmo3"}
 """Model types that normalise queries and keys."""
+FUSED = {"phi3"}
+"""Model types whose q, k, v are one matrix, and gate and up another."""
 FOUR_NORMS = {"gemma2", "gemma3", "gemma3_text"}
 """Model types with a norm before and after attention and MLP."""
 
@@ -31,7 +33,8 @@ class ModelShape:
     for a mixture of experts; 0 = the same. window: positions that `windowed` of the layers attend to; the others attend to
     all. attention: matmul parameters of a layer's attention, and cached: values that it caches for a token, both 0 = by the
     number of heads. norms: of the hidden state, in a layer. head_norms: whether queries and keys are normalised. softcap:
-    whether attention scores are capped.
+    whether attention scores are capped. experts: their number, 0 without any. fused: whether one matrix gives queries, keys
+    and values, and one gate and up.
     """
 
     layers: int
@@ -51,6 +54,8 @@ class ModelShape:
     norms: int = 2
     head_norms: bool = False
     softcap: bool = False
+    experts: int = 0
+    fused: bool = False
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> ModelShape:
@@ -102,6 +107,8 @@ class ModelShape:
             norms=4 if kind in FOUR_NORMS else 2,
             head_norms=kind in HEAD_NORMS,
             softcap=config.get("attn_logit_softcapping") is not None,
+            experts=_num_experts(config),
+            fused=kind in FUSED,
         )
 
     @staticmethod
@@ -217,13 +224,18 @@ def _listed(config: Mapping[str, Any]) -> int:
     return next((len(each) for each in lists if each), 0)
 
 
+def _num_experts(config: Mapping[str, Any]) -> int:
+    """Return the number of experts to choose from; 0 for a dense model."""
+    return next((int(config[k]) for k in EXPERTS if isinstance(config.get(k), int) and config[k] > 1), 0)
+
+
 def _mlp_widths(config: Mapping[str, Any], hidden: int, layers: int) -> tuple[int, int]:
     """Return the MLP's width that a token passes and the one that is stored, means over layers."""
     dense = next(
         (config[k] for k in ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff") if config.get(k)), 0
     )
     dense = int(sum(dense) / len(dense)) if isinstance(dense, list) else int(dense or 4 * hidden)
-    experts = next((int(config[k]) for k in EXPERTS if isinstance(config.get(k), int) and config[k] > 1), 0)
+    experts = _num_experts(config)
     if not experts:
         return dense, dense
     width = config.get("moe_intermediate_size") or config.get("expert_intermediate_size") or dense

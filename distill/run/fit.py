@@ -26,6 +26,7 @@ USABLE = 0.95
 """Share of a GPU's memory that a stage may take; the rest is lost between the allocator's blocks."""
 ENGINE_SHARE = 0.92
 """Share of a GPU's memory that vLLM takes if its cache has no size (its gpu_memory_utilization)."""
+CACHE_STEP = 0.1 * GIB
 LEAST_MICRO_TOKENS = 512
 MOST_NODES = 16
 LORA_RANK = 16
@@ -97,9 +98,11 @@ def _need(row: Row, cards: Cards, policy: bool) -> tuple[float, float]:
     """
     rest, cache = row.memory.total - row.memory.cache, row.memory.cache
     if row.sequence_cache:
-        left = _usable(row, cards, policy) - rest
-        left = math.floor(left / GIB) * GIB if policy else left
-        cache = max(min(cache, left), row.sequence_cache)
+        left, least = _usable(row, cards, policy) - rest, row.sequence_cache
+        if policy:  # in the steps in which a recipe writes it
+            cache, least = (math.ceil(size / CACHE_STEP) * CACHE_STEP for size in (cache, least))
+            left = math.floor(left / CACHE_STEP) * CACHE_STEP
+        cache = max(min(cache, left), least)
     return rest + cache, cache
 
 
@@ -181,7 +184,7 @@ def _tried(stage: plan.Planned, row: Row, chosen: Sequence[Change], cards: Cards
 
 
 def _cache_setting(cache: float) -> dict[str, Any]:
-    return {"kv_cache_gib": max(1.0, math.floor(cache / GIB))}
+    return {"kv_cache_gib": round(cache / GIB, 1)}
 
 
 def _cache_words(cache: float) -> str:

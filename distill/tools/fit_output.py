@@ -20,7 +20,7 @@ COLUMNS = {
     "head": ("head",),
     "reference": ("reference",),
     "teachers": ("teachers",),
-    "engine": ("engine",),
+    "engine": ("engine", "logits"),
     "cache": ("cache",),
     "gathered": ("gathered",),
     "other": ("process",),

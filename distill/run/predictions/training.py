@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from distill.compute import estimate, flops
+from distill.compute.adapters import lora_params, saved_params
 from distill.compute.flops import ModelShape
-from distill.compute.memory import ENGINE_BYTES, Memory, lora_params, saved_params, train_memory
+from distill.compute.memory import ENGINE_BYTES, Memory, train_memory
 from distill.machine import Dtype, Machine
 from distill.recipe import GrpoStage, OnPolicyStage, OptimStage, PolicyStage, TrainStage, data_of, teachers_of
 from distill.run.known_sizes import Known, rows_of
@@ -67,6 +68,8 @@ class _Training:
         # Processes on a CPU share its cores.
         share = 1 / config.parallel.world_size if machine.device == "cuda" else 1.0
         lora = None if config.lora is None else adapter_params(self.shape, config)
+        wish = config.async_checkpoints
+        in_background = machine.device == "cuda" if wish is None else wish
         own = estimate.predict_train_seconds(
             self.shape,
             self.flops * share,
@@ -76,7 +79,8 @@ class _Training:
             dtype,
             micro_batches=self.micro_batches,
             trained=lora,
-            checkpoints=math.ceil(self.steps / config.checkpoint_every),
+            checkpoints=1 if in_background else math.ceil(self.steps / config.checkpoint_every),
+            share=1 / config.parallel.world_size if config.parallel.strategy == "fsdp2" else 1.0,
         )
         own += estimate.exchange_seconds(
             self.shape, lora, round(self.steps), self.micro_batches, machine, dtype, config.parallel
@@ -297,7 +301,8 @@ def _policy_row(
         training = replace(training, teachers_in_engines=True)
     memory = training.memory(learning.choice.dtype, machine)
     # The engines run in the trainer's process, which is counted once.
-    memory += Memory(engine=sum(each.engine for each in held), cache=sum(each.cache for each in held))
+    for each in held:
+        memory += replace(each, process=0.0)
     memory += Memory(process=ENGINE_BYTES.get(writing.engine, 0.0))
     known.shapes[name], known.replies[name] = shape, policy.reply
     amounts = make_amounts(
