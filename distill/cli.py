@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -476,9 +477,24 @@ def push(
         typer.echo(pushed)
 
 
+def _refuse_under_launcher() -> None:
+    """Raise UserError in a process of torchrun, on the main one; the others exit a moment later, so that its message is seen."""
+    rank = os.environ.get("RANK")
+    if rank is None or os.environ.get("WORLD_SIZE") == "1":
+        return
+    if rank != "0":
+        time.sleep(3)
+        sys.exit(2)
+    raise UserError(
+        "RANK is set: start distill once, without torchrun. It starts a stage's processes itself, as many as its `distributed` "
+        "says, e.g. stages.NAME.distributed=8."
+    )
+
+
 def main() -> None:
     """Run the `distill` command. A UserError prints one message and exits with status 2, a failed stage with 1."""
     try:
+        _refuse_under_launcher()
         app()
     except UserError as error:
         typer.echo(f"error: {error}", err=True)

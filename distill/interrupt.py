@@ -92,7 +92,7 @@ def receive() -> None:
 
 @contextmanager
 def noted() -> Iterator[Callable[[], bool]]:
-    """In this context the first SIGTERM is only noted, and the function returned says so; the second raises Interrupted.
+    """In this context SIGTERM is only noted, and the function returned says so; schedulers may send it several times.
 
     Without effect outside the main thread.
     """
@@ -103,14 +103,21 @@ def noted() -> Iterator[Callable[[], bool]]:
 
     def handler(number: int, _: FrameType | None) -> None:
         received.append(number)
-        if len(received) > 1:
-            raise Interrupted(number)
 
     before = signal.signal(TERMINATE, handler)
     try:
         yield lambda: bool(received)
     finally:
         signal.signal(TERMINATE, before)
+
+
+def end_after_checkpoint(process: subprocess.Popen[Any]) -> None:
+    """Pass SIGTERM on to a training stage and wait until it has ended; `end` it at the next signal."""
+    try:
+        process.send_signal(TERMINATE)
+        process.wait()
+    except KeyboardInterrupt:
+        end(process)
 
 
 def end(process: subprocess.Popen[Any]) -> None:

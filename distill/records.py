@@ -353,7 +353,7 @@ class GroupSampler(Protocol):
     def engine(self) -> Engine: ...
 
     def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
-        """Sample `num` groups of a rollout; the same arguments and weights give the same groups.
+        """Sample this process's share of `num` groups of a rollout; the same arguments and weights give the same groups.
 
         version: version of the weights that must write them. attempt: 0, 1, ... when groups of a rollout are resampled.
         """

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""The variables by which torch's launcher tells a process who it is."""
+
 TIMEOUT = datetime.timedelta(hours=12)
 """Of one exchange: a process may wait for another's rollout, or for a large model to be saved."""
 MEET = datetime.timedelta(minutes=10)
@@ -116,6 +119,18 @@ def gather(mine: T) -> list[T]:
     found: list[Any] = [None] * size()
     dist.all_gather_object(found, mine)
     return found
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """Return this process's share of a list: every size-th item from its rank on."""
+    return list(items[rank() :: size()])
+
+
+def joined(mine: Sequence[T]) -> list[T]:
+    """Return all items in their order, from every process's `share`; every process must call."""
+    parts = gather(list(mine))
+    every = sum(map(len, parts))
+    return [parts[n % len(parts)][n // len(parts)] for n in range(every)]
 
 
 def broadcast(mine: T) -> T:

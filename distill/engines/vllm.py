@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distill import models
+from distill import models, world
 from distill.engines import completions
 from distill.recipe import EngineConfig
 from distill.records import Array, Completion, Request, Sampling, UserError
@@ -94,6 +94,8 @@ class VllmEngine:
                 "max_num_batched_tokens": max(length, PREFILL_TOKENS, config.batch_size),
             }
         cache_gib = config.kv_cache_gib or (CPU_CACHE_GIB if self._on_cpu else None)
+        if world.size() > 1:  # an engine beside each process of a stage, in the process group that is there
+            options["distributed_executor_backend"] = "external_launcher"
         if cache_gib is not None:
             options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
         try:
@@ -249,7 +251,10 @@ class VllmEngine:
         """Stop the engine and free its memory."""
         self._engine.engine_core.shutdown()
         del self._engine, self._llm
-        cleanup_dist_env_and_memory()
+        if world.size() > 1:
+            vllm_patches.leave_group()
+        else:
+            cleanup_dist_env_and_memory()
 
     def _entries(self, top_k: int) -> int:
         if top_k > self._max_top_k and self._max_top_k < self.vocab_size:

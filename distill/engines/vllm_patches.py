@@ -7,6 +7,7 @@ for vLLM 0.32, which the package pins.
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
 import random
@@ -240,3 +241,15 @@ def own_process_state() -> Iterator[None]:
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         torch.set_num_threads = set_threads
+
+
+def leave_group() -> None:
+    """Free what an engine has made on a process group that is not its own, and leave that group as it is."""
+    from vllm.distributed import destroy_model_parallel, parallel_state
+
+    destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
+    parallel_state._NODE_COUNT = None
+    gc.collect()

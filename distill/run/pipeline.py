@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill import interrupt, machine, run_folder
+from distill import interrupt, machine, run_folder, world
 from distill.files import locked
 from distill.machine import Machine
 from distill.models import cache_home
 from distill.progress import working
-from distill.recipe import EngineConfig, Recipe
+from distill.recipe import EngineConfig, OptimStage, Recipe
 from distill.records import UserError
+from distill.run import launch
 from distill.run.decide import decide, input_fingerprints
 from distill.run.nodes import Node, nodes
 from distill.run.unfinished import kept
@@ -137,26 +139,31 @@ class Runner:
         print(f"    the former {name} is kept in {old / f'{name}-{number}'}")
 
     def _spawn(self, nodes: list[Node]) -> None:
-        names = [node.name for node in nodes]
-        command = [sys.executable, "-m", "distill.run.stage_process", str(self.run), *names]
+        command = self._command(nodes)
         env = {**os.environ, **self._environment(nodes[0])}
+        for key in world.ENVIRONMENT:
+            env.pop(key, None)
         process = None
         try:
             with interrupt.held_back():
                 process = subprocess.Popen(command, env=env)
             status = process.wait()
         except KeyboardInterrupt as stopped:
-            if process is not None:
-                interrupt.end(process)
-            node = self._fail(nodes)
             number = getattr(stopped, "number", signal.SIGINT)
+            if process is not None:
+                if number == interrupt.TERMINATE and isinstance(nodes[0].config, OptimStage):
+                    print("SIGTERM: ending after a checkpoint; another signal ends it at once", flush=True)
+                    interrupt.end_after_checkpoint(process)
+                else:
+                    interrupt.end(process)
+            node = self._fail(nodes)
             raise interrupt.Interrupted(number, self._kept(node)) from None
         if status == 0:
             return
         node = self._fail(nodes)
         message_file = self.run / node.name / "error.txt"
         message = message_file.read_text(encoding="utf-8") if message_file.is_file() else ""
-        log = self.run / node.name / "log.txt"
+        log = launch.failed_log(self.run / node.name)
         for number in interrupt.SIGNALS:
             if status in (128 + number, -number):
                 raise interrupt.Interrupted(number, self._kept(node))
@@ -170,6 +177,23 @@ class Runner:
         raise StageError(
             f"stage {node.name!r} failed with status {status}. {message}\nThe last lines of {log}:\n{_tail(log)}"
         )
+
+    def _command(self, nodes: list[Node]) -> list[str]:
+        """Return the command of the nodes' process: itself, or what starts its processes on this node or on all."""
+        first = nodes[0]
+        if not isinstance(first.config, OptimStage) or not first.config.parallel.launched:
+            names = [node.name for node in nodes]
+            return [sys.executable, "-m", "distill.run.stage_process", str(self.run), *names]
+        parallel = first.config.parallel
+        here = launch.command(self.run, first.name)
+        if parallel.launcher is not None:
+            return [*shlex.split(parallel.launcher), *here]
+        if parallel.nodes > 1:
+            print(
+                f"    on each of the other {parallel.nodes - 1} nodes, in the same folder: {shlex.join(here)}",
+                flush=True,
+            )
+        return here
 
     def _kept(self, node: Node) -> str:
         found = kept(self.run / node.name, node.config)

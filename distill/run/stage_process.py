@@ -5,6 +5,9 @@ The process reads RUN/resolved.yaml, runs the stage and writes its stage.json. E
 engine, which loads each model's weights in turn. The first stage that fails ends the process. Output of libraries goes
 to the stage's log.txt; the terminal shows the live line. Exit status: 0 done, 2 a user error (its text in error.txt),
 1 a bug, 130 or 143 interrupted by SIGINT or SIGTERM. Slow imports come after the first line is shown.
+
+Started by torch's launcher (`launch`, or torchrun) it is one process of several. Only the main one shows a live line and
+writes the stage's files; the others write log-<rank>.txt and error-<rank>.txt.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import __version__, interrupt
+from distill import __version__, interrupt, world
 from distill.errors import UserError
 from distill.progress import Screen, clock
+from distill.run import launch
 
 if TYPE_CHECKING:
     from distill import recipe
@@ -32,13 +36,14 @@ if TYPE_CHECKING:
 
 def main(run: Path, *names: str) -> int:
     """Run the stages in order; return the exit status."""
-    _die_with_parent()
+    die_with_parent()
     interrupt.receive()
-    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
+    shown = os.dup(1) if world.is_main() else os.open(os.devnull, os.O_WRONLY)
+    terminal = os.fdopen(shown, "w", encoding="utf-8", errors="replace", buffering=1)
     engines: list[SharedEngine] = []
     for name in names:
         (run / name).mkdir(parents=True, exist_ok=True)
-        _redirect_output(run / name / "log.txt")
+        _redirect_output(run / name / launch.log_name(world.rank()))
         status = _guarded(run, name, Screen(terminal, label=name), engines, last=name == names[-1])
         if status:
             return status
@@ -50,20 +55,34 @@ def _guarded(run: Path, name: str, screen: Screen, engines: list[SharedEngine], 
 
     engines: empty, or the shared engine of this process.
     """
-    error_file = run / name / "error.txt"
+    error_file = run / name / (launch.error_name(world.rank()) if world.launched() else "error.txt")
     error_file.unlink(missing_ok=True)
+    watcher = None
     try:
         with screen.ticking():
             if not engines:
                 screen.phase("loading the libraries")
+            if world.launched():
+                from distill.run.watcher import Watcher
+
+                world.join()
+                watcher = Watcher()
             _run(run, name, screen, engines, last)
+            if watcher is not None:
+                watcher.end()
+                if last:
+                    world.leave()
     except UserError as error:
         error_file.write_text(str(error), encoding="utf-8")
         return 2
     except interrupt.Interrupted as stopped:
+        if watcher is not None:
+            watcher.stop()
         return stopped.status
     except BaseException as error:
         traceback.print_exc()
+        if watcher is not None and watcher.lost():
+            return launch.PEER_LOST
         hint = _memory_hint(error)
         error_file.write_text(f"{type(error).__name__}: {error}{hint}", encoding="utf-8")
         return 1
@@ -81,20 +100,29 @@ def _run(run: Path, name: str, screen: Screen, engines: list[SharedEngine], last
     models.pin_date(run_folder.environment(run)["date"])
     config = stage_config(resolved, name)
     standing = run_folder.read(run / name)
-    assert standing is not None, "the pipeline writes stage.json before it starts a stage"
+    if standing is None:
+        raise UserError(
+            f"{run / name}: `distill run` has not begun this stage. Begin it there; its processes join from here."
+        )
     if not engines:
         engines.append(SharedEngine())
     (engine,) = engines
     context = Context(recipe=resolved, run=run, name=name, screen=screen, engine=engine)
     began, cpu_before = time.monotonic(), _cpu_seconds()
     standing.began = time.time()
-    run_folder.write(run / name, standing)
-    config = auto_settings.settle(config, context)
+    if world.is_main():
+        run_folder.write(run / name, standing)
+        config = auto_settings.settle(config, context)
+    config = world.broadcast(config)
     result = _load(config)(config, context)
     if not isinstance(result, Result):
         raise UserError(f"stages.{name}: {config.kind} returned {result!r:.80}, not a distill.stages.context.Result.")
     if last:
         engine.close()
+    memory = world.gather(_peak_memory())
+    cpu_seconds = sum(world.gather(_cpu_seconds() - cpu_before))
+    if not world.is_main():
+        return
     standing.decided = (run_folder.read(run / name) or standing).decided
     standing.seconds += time.monotonic() - began
     standing.status = "done"
@@ -103,11 +131,13 @@ def _run(run: Path, name: str, screen: Screen, engines: list[SharedEngine], last
         replace(
             result.cost,
             wall_seconds=standing.seconds,
-            cpu_seconds=standing.cost.get("cpu_seconds", 0.0) + _cpu_seconds() - cpu_before,
+            cpu_seconds=standing.cost.get("cpu_seconds", 0.0) + cpu_seconds,
         )
     )
     standing.teacher_cost = asdict(result.teacher_cost)
-    standing.metrics = {**result.metrics, "peak_memory": _peak_memory()}
+    standing.metrics = {**result.metrics, "peak_memory": max(memory)}
+    if len(memory) > 1:
+        standing.metrics |= {"processes": len(memory), "peak_memory_of_processes": memory}
     standing.version = __version__
     run_folder.write(run / name, standing)
     model_card.write(resolved, run, name)
@@ -160,7 +190,7 @@ def _redirect_output(log: Path) -> None:
     os.close(descriptor)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """On Linux: end this process when its `distill run` is killed."""
     if sys.platform == "linux":
         parent = os.getppid()

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from distill import models
-from distill.compute.training_cost import training_cost
+from distill import models, world
+from distill.compute.flops import ModelShape
+from distill.compute.training_cost import attention_share, training_cost
 from distill.recipe import GrpoStage
 from distill.records import draw_seed
 from distill.stages.budget import budget_of
@@ -46,6 +47,7 @@ def run(config: GrpoStage, context: Context) -> Result:
             rewards=rewards,
             seed=draw_seed(context.seed, context.name, "rollouts"),
             on_rollout=lambda step, rollout: log(step, lambda: _logged(rollout)),
+            attention=attention_share(ModelShape.from_config(models.config_of(folder))),
         )
         length = budget_of(config, context) or Length(config.steps or 0)
         progress = PolicyProgress(context, length, ("reward", "length"))
@@ -66,7 +68,8 @@ def run(config: GrpoStage, context: Context) -> Result:
         progress.close()
     fingerprint, shape = save_student(model, tokenizer, config, context)
     metrics = policy_metrics(context, counts, pool.too_long, WATCHED)
-    metrics["rewards_failed"] = rewards.failures
+    failed = world.gather(rewards.failures)
+    metrics["rewards_failed"] = {name: sum(each.get(name, 0) for each in failed) for name in rewards.failures}
     return Result(training_cost(config, shape, counts), metrics, fingerprint)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from distill import engines, models
 from distill.compute.flops import ModelShape, forward_flops
-from distill.compute.training_cost import teachers_cost, training_cost
+from distill.compute.training_cost import attention_share, teachers_cost, training_cost
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
 from distill.records import Cost, Engine, GradedGroup, draw_seed
 from distill.stages.budget import budget_of
@@ -55,6 +55,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             offline=OfflineExamples(config, context, tokenizer, read) if config.data else None,
             retokenizer=read,
             on_rollout=lambda step, groups: log(step, lambda: _logged(groups)),
+            attention=attention_share(ModelShape.from_config(models.config_of(folder))),
         )
         length = budget_of(config, context) or Length(config.steps or 0)
         progress = PolicyProgress(context, length, ("loss", "kl_teacher", "correct", "length"))
@@ -139,7 +140,7 @@ class OfflineExamples:
                 continue
             taken.append(example)
             self.place += 1
-        return taken
+        return self.source.complete(taken)
 
 
 def _logged(groups: Sequence[GradedGroup]) -> list[Mapping[str, Any]]:

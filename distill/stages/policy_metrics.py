@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from distill import world
 from distill.recipe import PolicyStage
 from distill.stages.context import Context
 from distill.stages.inputs.student import live_steps
@@ -31,10 +32,10 @@ class CompletionLog:
 
     def __call__(self, step: int, rows: Callable[[], list[Mapping[str, Any]]]) -> None:
         """Log the rollout that starts at this step, if it is due. rows: makes the rows to log; called only if due."""
-        if self.fresh:
+        if self.fresh and world.is_main():
             loop.drop_lines_after(self.path, step - 1)
             self.fresh = False
-        if (step - 1) % self.every:
+        if (step - 1) % self.every or not world.is_main():
             return
         made = rows()
         if step == 1 and made:
@@ -72,7 +73,9 @@ class PolicyProgress:
 def policy_metrics(
     context: Context, counts: WorkCounts, prompts_too_long: int, watched: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the stage's counts, and each watched metric at the start and at the end of training."""
+    """Return the stage's counts, and each watched metric at the start and at the end of training; on the main process."""
+    if not world.is_main():
+        return {}
     return {
         "steps": counts.steps,
         "completions": counts.completions,

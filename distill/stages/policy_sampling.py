@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distill import engines, models
+from distill import engines, models, world
 from distill.recipe import PolicyStage
 from distill.records import Completion, Engine, GradedGroup, Prompt, Sampling, Task, UserError, draw_seed
 from distill.stages.context import Context
@@ -31,7 +31,8 @@ UNKNOWN_ROLLOUTS = 64
 class PolicySampler:
     """A `GroupSampler` on an engine; completions are judged while the engine generates.
 
-    prompts(rollout, attempt, num): the prompts to use. Draws depend only on (seed, rollout, attempt, problem, sample).
+    prompts(rollout, attempt, num): the prompts to use, of which a process samples its share. Draws depend only on (seed,
+    rollout, attempt, problem, sample).
     """
 
     engine: Engine
@@ -43,7 +44,7 @@ class PolicySampler:
 
     def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
         """See `GroupSampler`. Raises RuntimeError if the engine answers with weights of another version."""
-        prompts = self.prompts(rollout, attempt, num)
+        prompts = world.share(self.prompts(rollout, attempt, num))
         requests = [
             CompletionRequest(
                 f"{n}/{sample}",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from distill import models, run_folder
+from distill import models, run_folder, world
 from distill.compute.flops import ModelShape
 from distill.compute.training_cost import training_cost
 from distill.files import whole_folder
@@ -69,7 +69,12 @@ def keep_snapshots(
     def keep(step: int, counts: WorkCounts, policy: Policy) -> None:
         if step % every:
             return
-        weights = {n: w.to("cpu", saved_in).contiguous() for n, w in policy.weights()}
+        weights = {}
+        for name, tensor in policy.weights():  # every process takes part in gathering shards
+            if world.is_main():
+                weights[name] = tensor.to("cpu", saved_in).contiguous()
+        if not world.is_main():
+            return
         facts = {"step": step, "cost": asdict(training_cost(config, shape, counts))}
         with whole_folder(context.folder / FOLDER / f"step-{step:08d}") as building:
             save_file(weights, building / WEIGHTS)

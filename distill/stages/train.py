@@ -92,6 +92,8 @@ def run(config: TrainStage, context: Context) -> Result:
 
 
 def _metrics(folder: Path, counts: WorkCounts, source: Source) -> dict[str, Any]:
+    if not world.is_main():
+        return {}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "steps": counts.steps,

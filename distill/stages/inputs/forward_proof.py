@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill import machine, models
+from distill import machine, models, world
 from distill.records import UserError
 from distill.stages.auto_settings import keep
 from distill.stages.context import Context
@@ -26,11 +26,17 @@ COPY_SHARE = 0.25
 
 def prove_forward(model: Any, name: str, vocab_size: int, context: Context, max_tokens: int) -> ForwardPlan:
     """Return the plan by which the trainer computes a model, after testing it on a few documents. Prints a line if
-    traces are not packed.
+    traces are not packed. The main process tests, and all take its plan.
 
     vocab_size: of the model's tokenizer. max_tokens: of the longest trace. Raises UserError if the trainer cannot compute the
     model's own log-probabilities.
     """
+    return world.broadcast(
+        _proved(model, name, vocab_size, context, max_tokens) if world.is_main() else ForwardPlan.of(model, vocab_size)
+    )
+
+
+def _proved(model: Any, name: str, vocab_size: int, context: Context, max_tokens: int) -> ForwardPlan:
     context.phase(f"checking {name} against its own forward pass")
     base = base_model(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()

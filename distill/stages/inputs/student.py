@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from distill import models
+from distill import models, world
 from distill.compute.flops import ModelShape
 from distill.files import free_space
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
 from distill.records import UserError, draw_seed
 from distill.stages.context import Context, save_model
+from distill.training import parallel
 
 if TYPE_CHECKING:
     from distill.progress import Live
@@ -46,10 +47,12 @@ def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
         )
     import torch
 
-    # The adapter's start and its dropout: the same for the same recipe.
+    # The adapter's start and its dropout: the same for the same recipe. Every process drops other values.
     torch.manual_seed(draw_seed(context.seed, context.name, "adapter"))
     adapted = models.add_lora(model, config.lora)
-    if config.lora.quantised is None:
+    if world.rank():
+        torch.manual_seed(draw_seed(context.seed, context.name, "dropout", world.rank()))
+    if config.lora.quantised is None and world.is_main():
         models.rehearse_merge(adapted)
     return adapted
 
@@ -57,17 +60,45 @@ def load_student(config: TrainStage | GrpoStage | OnPolicyStage, context: Contex
 def save_student(
     model: Any, tokenizer: Any, config: TrainStage | GrpoStage | OnPolicyStage, context: Context
 ) -> tuple[str, ModelShape]:
-    """Save the trained model with its adapter merged; return the weights' fingerprint and the model's shape."""
+    """Save the trained model with its adapter merged; return the weights' fingerprint and the model's shape.
+
+    The main process saves; the others send it their shards and wait.
+    """
     context.phase("saving the model")
     trust = context.trusts(config.model)
-    if config.lora is not None:
-        if config.lora.quantised is not None:
-            model = _on_whole_base(model, config, context)
-        trained_T = models.label_logps(model)
-        model = model.merge_and_unload()
-        models.check_merged(model, trained_T)
-    fingerprint = save_model(model, tokenizer, context, config.saved_in, trust_remote_code=trust)
+    if parallel.has_shards(model):
+        model = _gathered(model, config, context)
+    fingerprint = ""
+    if world.is_main():
+        if config.lora is not None:
+            if config.lora.quantised is not None:
+                model = _on_whole_base(model, config, context)
+            trained_T = models.label_logps(model)
+            model = model.merge_and_unload()
+            models.check_merged(model, trained_T)
+        fingerprint = save_model(model, tokenizer, context, config.saved_in, trust_remote_code=trust)
+    fingerprint = world.broadcast(fingerprint)
     return fingerprint, ModelShape.from_config(models.config_of(context.folder / "model"))
+
+
+def _gathered(model: Any, config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> Any:
+    """Gather a sharded model, a weight at a time, into a whole one in its dtype on the main process; None on the others."""
+    import torch
+
+    whole = None
+    if world.is_main():
+        folder, trust = context.model_dir(config.model), context.trusts(config.model)
+        whole = models.load(folder, dtype=config.dtype, trust_remote_code=trust)
+        models.mend_generation_config(whole)
+        if config.lora is not None:
+            whole = models.add_lora(whole, config.lora)
+    into = dict(whole.named_parameters()) if whole is not None else {}
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            gathered = parallel.whole(tensor)
+            if whole is not None:
+                into[name].copy_(gathered)
+    return whole
 
 
 def _prepare_to_save(model: Any, config: TrainStage | GrpoStage | OnPolicyStage, context: Context) -> None:
@@ -76,7 +107,7 @@ def _prepare_to_save(model: Any, config: TrainStage | GrpoStage | OnPolicyStage,
         context.say(changed)
     trust = context.trusts(config.model)
     tokenizer = models.load_tokenizer(context.model_dir(config.model), trust_remote_code=trust)
-    if config.lora is None or config.lora.quantised is None:
+    if world.is_main() and (config.lora is None or config.lora.quantised is None):
         models.rehearse_save(model, tokenizer, config.model)
     ModelShape.from_config(model.config.to_dict())
     size = sum(p.numel() for p in model.parameters()) * (4 if config.saved_in == "float32" else 2)

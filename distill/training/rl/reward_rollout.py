@@ -1,5 +1,8 @@
 """Rollouts with rewards: the policy's completions and their advantages, as the loop's steps.
 
+Every process samples and judges its share of a rollout's prompts; then all have all groups, and each trains on its share of
+the work.
+
 In: a sampler and rewards (`records` has their protocols). Out: `Step`s with `advantage_T`, `engine_logp_T` and, if the loss
 needs them, `old_logp_T` and `ref_logp_T`. A rollout is prompts x mini_batches problems with group_size completions each; it
 gives mini_batches x num_iterations steps. With one step a rollout the policy that learns is the one that sampled, so old
@@ -16,11 +19,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from distill import world
 from distill.recipe import GrpoStage
 from distill.records import Array, GradedGroup, Group, GroupSampler, Scores, draw_seed
 from distill.training.batch import Batch
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
+from distill.training.rank_split import ATTENTION
 from distill.training.rl.advantages import PolicyObjective, advantages
 from distill.training.rl.completion_metrics import completion_metrics, count_completions
 from distill.training.step import Step, WorkCounts
@@ -56,6 +61,7 @@ class RewardRollouts:
     """A source of steps (see loop.Source).
 
     rewards: returns one `Scores` a group. on_rollout(step, rollout): called for each rollout before training on it.
+    attention: see `rank_split`.
     """
 
     sampler: GroupSampler
@@ -64,6 +70,7 @@ class RewardRollouts:
     rewards: Callable[[Sequence[Group]], list[Scores]]
     seed: int
     on_rollout: Callable[[int, Rollout], None] | None = None
+    attention: float = ATTENTION
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
         """Yield optimiser steps from `start` on, without end; `start` is the first step of a rollout."""
@@ -109,7 +116,7 @@ class RewardRollouts:
 
     def _groups(self, index: int, attempt: int, num: int, version: int, rollout: Rollout) -> list[ScoredGroup]:
         began = time.perf_counter()
-        graded = self.sampler.groups(index, num, version=version, attempt=attempt)
+        graded = self.sampler.groups(index, num, version=version, attempt=attempt)  # of this process's prompts
         count_completions(rollout.counts, graded)
         rollout.generate_seconds += time.perf_counter() - began
         began = time.perf_counter()
@@ -119,6 +126,7 @@ class RewardRollouts:
         rollout.reward_seconds += seconds
         rollout.counts.judge_seconds += seconds
         rollout.counts.samples_failed += sum(len(one.scores.total) for one in scored if one.scores.failed)
+        scored = world.joined(scored)
         rollout.num_groups += len(scored)
         rollout.num_zero_std += sum(not one.advantage.any() for one in scored)
         return scored
@@ -152,6 +160,9 @@ class RewardRollouts:
                 micro_tokens=config.micro_tokens,
                 normalise="sequence" if self.objective.normalise == "sequence" else "token",
                 denominator=self._denominator(chosen),
+                rank=world.rank(),
+                world=world.size(),
+                attention=self.attention,
             )
             for n, batch in enumerate(batches):
                 if several:
@@ -195,6 +206,8 @@ class RewardRollouts:
 
 
 def _count_scored(counts: WorkCounts, batch: Batch) -> None:
+    if not batch.weight_T.any():  # it only keeps the processes in step
+        return
     counts.scored_tokens += len(batch.ids_T)
     counts.scored_head_tokens += int(np.count_nonzero(batch.weight_T))
     counts.scored_squared_lengths += batch.squared_lengths

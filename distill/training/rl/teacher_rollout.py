@@ -11,15 +11,17 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from distill import world
 from distill.recipe import OnPolicyStage
 from distill.records import Array, Completion, Engine, GradedGroup, GroupSampler, Request
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
+from distill.training.rank_split import ATTENTION
 from distill.training.rl.completion_metrics import completion_metrics, count_completions
 from distill.training.step import Step, WorkCounts
 
@@ -30,7 +32,8 @@ class TeacherRollouts:
 
     teacher: the engine that scores the completions (None: the loss does, in the trainer). retokenizer: for a
     teacher with another tokenizer; completions that it cannot re-tokenise are left out. offline(step, num):
-    stored traces, deterministic. on_rollout(step, groups): called for each rollout before training on it.
+    stored traces, deterministic. on_rollout(step, groups): called for each rollout before training on it. attention: see
+    `rank_split`. Every process samples and scores its share of the prompts.
     """
 
     sampler: GroupSampler
@@ -39,6 +42,7 @@ class TeacherRollouts:
     retokenizer: Retokenizer | None = None
     offline: Callable[[int, int], list[Example]] | None = None
     on_rollout: Callable[[int, list[GradedGroup]], None] | None = None
+    attention: float = ATTENTION
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
         """Yield optimiser steps from `start` on, without end."""
@@ -51,21 +55,28 @@ class TeacherRollouts:
             num_offline = round(self.config.prompts * self.config.offline_share)
             groups = self.sampler.groups(step, self.config.prompts - num_offline, version=step)
             count_completions(counts, groups)
-            metrics = completion_metrics(groups) | {
-                "generate_seconds": time.perf_counter() - began,
-                "sync_seconds": sync_seconds,
-            }
+            generated = time.perf_counter() - began
+            every = world.joined(groups)
+            metrics = completion_metrics(every) | {"generate_seconds": generated, "sync_seconds": sync_seconds}
             if self.on_rollout is not None:
-                self.on_rollout(step + 1, groups)
+                self.on_rollout(step + 1, every)
             began = time.perf_counter()
             scored = self._score(groups, counts)
             if scored is not None:
-                metrics["kl_teacher"] = _reverse_kl(groups, scored)
                 metrics["score_seconds"] = time.perf_counter() - began
-            examples = list(self._examples(step, groups, scored))
+                metrics["kl_teacher"] = _reverse_kl(every, world.joined(scored))
+            of_groups = world.joined(self._examples(step, groups, scored))
+            examples = [example for group in of_groups for example in group]
             if self.offline is not None and num_offline:
                 examples += self.offline(step, num_offline * self.config.group_size)
-            yield Step(pack(examples, micro_tokens=self.config.micro_tokens), metrics, counts)
+            batches = pack(
+                examples,
+                micro_tokens=self.config.micro_tokens,
+                rank=world.rank(),
+                world=world.size(),
+                attention=self.attention,
+            )
+            yield Step(batches, metrics, counts)
 
     def _score(self, groups: Sequence[GradedGroup], counts: WorkCounts) -> list[list[Completion]] | None:
         if self.teacher is None:
@@ -84,30 +95,31 @@ class TeacherRollouts:
 
     def _examples(
         self, step: int, groups: Sequence[GradedGroup], scored: list[list[Completion]] | None
-    ) -> Iterator[Example]:
-        for n, group in enumerate(groups):
-            for i, own in enumerate(group.completions):
-                name = f"rollout-{step}/{group.prompt.problem.problem_id}/{i}"
-                if scored is None:
-                    retokenized = None
-                    if self.retokenizer is not None:
-                        retokenized = self.retokenizer(group.prompt.problem.messages, own.ids_T)
-                    if retokenized is not None or self.retokenizer is None:
-                        yield Example(name, group.prompt.ids, own.ids_T, retokenized=retokenized)
-                    continue
-                scored_completion = scored[n][i]
-                top = scored_completion.top
-                if top is not None:
-                    top = top.truncate(top_k=self.config.top_logprobs, mass=self.config.mass)
-                    yield Example(name, group.prompt.ids, own.ids_T, top)
-                else:
-                    yield Example(
-                        name,
-                        group.prompt.ids,
-                        own.ids_T,
-                        advantage=scored_completion.logprob_T - own.logprob_T,
-                        engine_logp=own.logprob_T,
-                    )
+    ) -> list[list[Example]]:
+        """Return the examples of each group."""
+        return [
+            [
+                example
+                for i, own in enumerate(group.completions)
+                if (example := self._example(step, group, i, own, scored[n][i] if scored is not None else None))
+                is not None
+            ]
+            for n, group in enumerate(groups)
+        ]
+
+    def _example(
+        self, step: int, group: GradedGroup, index: int, own: Completion, scored: Completion | None
+    ) -> Example | None:
+        """Return a completion as an example; None if it cannot be re-tokenised for the teacher."""
+        example = Example(f"rollout-{step}/{group.prompt.problem.problem_id}/{index}", group.prompt.ids, own.ids_T)
+        if scored is None:
+            if self.retokenizer is None:
+                return example
+            retokenized = self.retokenizer(group.prompt.problem.messages, own.ids_T)
+            return None if retokenized is None else replace(example, retokenized=retokenized)
+        if scored.top is not None:
+            return replace(example, top=scored.top.truncate(top_k=self.config.top_logprobs, mass=self.config.mass))
+        return replace(example, advantage=scored.logprob_T - own.logprob_T, engine_logp=own.logprob_T)
 
 
 def _completion_ids(request: Request) -> Array:

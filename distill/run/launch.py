@@ -1,0 +1,159 @@
+"""Start the processes of a training stage on this node with torch's launcher: `python -m distill.run.launch RUN STAGE`.
+
+`distill run` starts it for a stage whose `distributed` asks for several processes; on further nodes a launcher command
+(srun, ...) or a person does. It ends when all processes have ended, or at once when one fails: the others notice within a
+second (`Watcher`) and end too. The reason is in STAGE/error.txt, the number of the process in STAGE/failed_rank, and torch's
+own messages in STAGE/launcher.txt. Exit status: that of `stage_process`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill import interrupt
+from distill.recipe import DistributedConfig
+
+PEER_LOST = 75
+"""Exit status of a process that ended because another one did."""
+PATIENCE = 7 * 24 * 3600
+"""Seconds that processes may take to end after a SIGTERM: a rollout may be under way."""
+MEET = 3600
+"""Seconds until the launchers of all nodes must have met."""
+ELSEWHERE = 3.0
+"""Seconds to wait for the reason of a failure on another node."""
+
+
+def command(run: Path, stage: str) -> list[str]:
+    """Return the command that starts a stage's processes on one node."""
+    return [sys.executable, "-m", "distill.run.launch", str(run), stage]
+
+
+def log_name(rank: int) -> str:
+    """Return the name of a process's log in the stage's folder."""
+    return f"log-{rank}.txt" if rank else "log.txt"
+
+
+def error_name(rank: int) -> str:
+    """Return the name of the file with the reason why a process failed."""
+    return f"error-{rank}.txt"
+
+
+def failed_log(folder: Path) -> Path:
+    """Return the log of the process that failed first; of the main one if that is unknown."""
+    try:
+        return folder / log_name(int((folder / "failed_rank").read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return folder / log_name(0)
+
+
+def main(run: Path, stage: str) -> int:
+    """Start the processes of this node and wait for them; return the exit status."""
+    from distill import run_folder
+    from distill.run.stage_process import die_with_parent, stage_config
+
+    die_with_parent()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupt.SIGNALS)
+    folder = run / stage
+    config: Any = stage_config(run_folder.recipe(run), stage)
+    standing = run_folder.read(folder)
+    parallel: DistributedConfig = config.parallel
+    attempt = standing.attempts if standing is not None else 1
+    for old in (*folder.glob("error-*.txt"), folder / "error.txt", folder / "failed_rank"):
+        old.unlink(missing_ok=True)
+    name = "launcher.txt" if parallel.nodes == 1 else f"launcher-{socket.gethostname()}.txt"
+    with (folder / name).open("ab", buffering=0) as messages:
+        os.dup2(messages.fileno(), 2)
+    threads = max(1, (os.cpu_count() or 1) // parallel.processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    failures, status = _launch(parallel, f"{run.resolve().name}-{stage}-{attempt}", [str(run), stage])
+    if not failures:
+        return status
+    return _explain(failures, folder, parallel.world_size)
+
+
+def _launch(parallel: DistributedConfig, run_id: str, args: list[str]) -> tuple[dict[int, int], int]:
+    """Run the stage's processes; return the exit status of each that failed, by rank, and the status of all others."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    alone = parallel.nodes == 1
+    config = LaunchConfig(
+        min_nodes=parallel.nodes,
+        max_nodes=parallel.nodes,
+        nproc_per_node=parallel.processes,
+        run_id=run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint=parallel.rendezvous or "localhost:0",
+        rdzv_configs={"timeout": MEET},
+        max_restarts=0,
+        local_addr="localhost" if alone else _own_address(str(parallel.rendezvous)),
+        shutdown_timeout=PATIENCE,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "distill.run.stage_process", *args)
+    except SignalException as stopped:
+        return {}, 128 + int(stopped.sigval)
+    except ChildFailedError as error:
+        return {rank: failure.exitcode for rank, failure in error.failures.items()}, 1
+    return {}, 0
+
+
+def _own_address(rendezvous: str) -> str:
+    """Return this node's address on the way to the rendezvous, at which other nodes reach it."""
+    host, _, port = rendezvous.rpartition(":")
+    host = host.strip("[]")
+    family = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0][0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _explain(failures: Mapping[int, int], folder: Path, size: int) -> int:
+    """Find the process that failed first, write why, and return the exit status."""
+    rank, status = min(failures.items(), key=lambda item: _order(item, folder))
+    if status == PEER_LOST:
+        until = time.monotonic() + ELSEWHERE
+        while time.monotonic() < until and not (folder / "failed_rank").exists():
+            time.sleep(0.1)
+        if (folder / "failed_rank").exists():  # the launcher of another node has written it
+            return 1
+        reason = "a process on another node was lost; that node's launcher-*.txt says more"
+    elif status < 0:
+        name = signal.Signals(-status).name
+        why = " (most likely because memory ran out)" if status == -signal.SIGKILL else ""
+        reason = f"process {rank} of {size} was ended by {name}{why}; its log is {folder / log_name(rank)}"
+    else:
+        with contextlib.suppress(OSError):
+            reason = (folder / error_name(rank)).read_text(encoding="utf-8")
+            (folder / "failed_rank").write_text(str(rank), encoding="utf-8")
+            (folder / "error.txt").write_text(reason, encoding="utf-8")
+            return 2 if status == 2 else status
+        reason = f"process {rank} of {size} ended with status {status}; its log is {folder / log_name(rank)}"
+    (folder / "failed_rank").write_text(str(rank), encoding="utf-8")
+    (folder / "error.txt").write_text(reason, encoding="utf-8")
+    return 1
+
+
+def _order(item: tuple[int, int], folder: Path) -> tuple[int, float, int]:
+    """Order failures by how likely each is the first one: killed, refused, failed, ended because another one did."""
+    rank, status = item
+    if status == PEER_LOST:
+        return 3, 0.0, rank
+    if status < 0:
+        return 0, 0.0, rank
+    path = folder / error_name(rank)
+    when = path.stat().st_mtime if path.exists() else time.time()
+    return (1 if status == 2 else 2), when, rank
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
