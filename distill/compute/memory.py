@@ -47,7 +47,7 @@ class Memory:
     """Bytes of one process's memory by use, at the peak.
 
     masters and moments: of the optimiser, fp32. head: a chunk of logits and the head's gradient. teachers: in the trainer.
-    engine: its weights; logits: its rows of logits, and a copy of its head; cache: its keys and values. gathered: whole layers of a sharded model.
+    engine: its weights; logits: its rows of logits, and a copy of its head; cache: its keys and values. rewards: reward models. gathered: whole layers of a sharded model.
     offloaded: held in main memory instead; not part of the total.
     """
 
@@ -61,6 +61,7 @@ class Memory:
     teachers: float = 0.0
     engine: float = 0.0
     logits: float = 0.0
+    rewards: float = 0.0
     cache: float = 0.0
     gathered: float = 0.0
     process: float = 0.0
@@ -73,7 +74,7 @@ class Memory:
     @property
     def least(self) -> float:
         """A lower bound: what is held from the first step to the last."""
-        return self.weights + self.masters + self.moments + self.reference + self.teachers + self.engine
+        return self.weights + self.masters + self.moments + self.reference + self.teachers + self.engine + self.rewards
 
     def parts(self) -> dict[str, float]:
         """Bytes by use, without what is offloaded."""

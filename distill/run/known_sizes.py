@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from distill.compute.flops import ModelShape
 from distill.conversations import Reader
 from distill.models import PACKAGE, architectures, check_folder, config_of, gguf, package_file
 from distill.plug import nearest
-from distill.recipe import ModelConfig, PolicyStage, Recipe, RowsConfig, StageConfig, TrainStage
+from distill.recipe import ModelConfig, PolicyStage, Recipe, RewardConfig, RowsConfig, StageConfig, TrainStage
 from distill.records import Task, UserError
 from distill.stages.context import find_data, make_task
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, is_hub_id, nothing_found, open_rows
@@ -178,6 +178,12 @@ def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
         f"unverified: {model.source!r} is neither in the local cache nor a known model; of its {model.params:.3g} parameters a "
         f"typical shape without grouped heads is assumed, so its key-value cache may be several times smaller; {ways}"
     )
+
+
+def reward_bytes(rewards: Sequence[RewardConfig]) -> float:
+    """Bytes of the weights of the reward models among some rewards; a model that is not known has an assumed size."""
+    paths = [str(one.options.get("path")) for one in rewards if one.fn == "reward_model"]
+    return sum(2.0 * model_shape(ModelConfig(source=path))[0].params_total for path in paths)
 
 
 def has_known_sizes(model: ModelConfig) -> bool:

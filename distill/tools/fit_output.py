@@ -20,6 +20,7 @@ COLUMNS = {
     "head": ("head",),
     "reference": ("reference",),
     "teachers": ("teachers",),
+    "rewards": ("rewards",),
     "engine": ("engine", "logits"),
     "cache": ("cache",),
     "gathered": ("gathered",),

@@ -118,6 +118,13 @@ def test_an_engine_beside_the_trainer_needs_a_size_and_fits_with_it():
     assert referred.row.memory.reference == parts.weights
 
 
+def test_a_reward_model_is_counted():
+    judged = [{"fn": "accuracy"}, {"fn": "reward_model", "path": "Qwen/Qwen2.5-0.5B"}]
+    more, less = (verdict(rl(rewards=each), "h100").row.memory for each in (judged, judged[:1]))
+    assert more.rewards == pytest.approx(2 * 494e6, rel=1e-3)
+    assert more.total - less.total == more.rewards
+
+
 def test_an_adapter_is_counted_as_one_in_memory_and_flops():
     whole, lora = (verdict(make(**more), "h100").row for more in ({}, {"lora": {"rank": 16}}))
     narrow = verdict(make(lora={"rank": 16, "target_modules": ["q_proj", "v_proj"]}), "h100").row

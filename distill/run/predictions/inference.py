@@ -10,7 +10,7 @@ from distill.compute.memory import PROCESS_BYTES, Memory
 from distill.machine import Machine
 from distill.recipe import CompareStage, EvalStage, FilterStage, GenerateStage, PolicyStage, PruneStage, ScoreStage
 from distill.records import UserError
-from distill.run.known_sizes import Known, rows_of, stored
+from distill.run.known_sizes import Known, reward_bytes, rows_of, stored
 from distill.run.predictions.row import (
     Row,
     engine_memory,
@@ -75,6 +75,8 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
     )
     longest = prompt + config.sampling.max_tokens
     memory = engine_memory(shape, config.engine, part.choice.dtype, longest, machine, sequences)
+    if isinstance(config, GenerateStage):
+        memory += Memory(rewards=reward_bytes(config.rewards))
     amounts = make_amounts(
         tokens=sequences * (prompt + reply),
         bytes=sum(

@@ -13,7 +13,7 @@ from distill.compute.flops import ModelShape
 from distill.compute.memory import ENGINE_BYTES, Memory, train_memory
 from distill.machine import Dtype, Machine
 from distill.recipe import GrpoStage, OnPolicyStage, OptimStage, PolicyStage, TrainStage, data_of, teachers_of
-from distill.run.known_sizes import Known, rows_of
+from distill.run.known_sizes import Known, reward_bytes, rows_of
 from distill.run.predictions.inference import mean_reply
 from distill.run.predictions.row import (
     Part,
@@ -253,7 +253,8 @@ def grpo(name: str, config: GrpoStage, known: Known, machine: Machine) -> list[R
     reference = resolve_objective(config, f"stages.{name}").reference
     scorings = (config.steps_a_rollout > 1) + reference
     policy = _policy(config, known, config.num_iterations, scorings)
-    return [_policy_row(name, policy, known, machine, reference=reference)]
+    rewards = reward_bytes(config.rewards)
+    return [_policy_row(name, policy, known, machine, reference=reference, rewards=rewards)]
 
 
 def on_policy(name: str, config: OnPolicyStage, known: Known, machine: Machine) -> list[Row]:
@@ -281,8 +282,12 @@ def _policy_row(
     reference: bool = False,
     teachers: Sequence[ModelShape] = (),
     in_engines: bool = False,
+    rewards: float = 0.0,
 ) -> Row:
-    """The prediction for a stage that trains on its own completions. in_engines: whether the teachers run in engines."""
+    """The prediction for a stage that trains on its own completions.
+
+    in_engines: whether the teachers run in engines. rewards: bytes of reward models.
+    """
     config, shape, processes = policy.config, policy.shape, policy.config.parallel.world_size
     a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
     num_steps = config.steps or known.budget(config) / policy.own_flops(a_step)
@@ -303,7 +308,7 @@ def _policy_row(
     # The engines run in the trainer's process, which is counted once.
     for each in held:
         memory += replace(each, process=0.0)
-    memory += Memory(process=ENGINE_BYTES.get(writing.engine, 0.0))
+    memory += Memory(process=ENGINE_BYTES.get(writing.engine, 0.0), rewards=rewards)
     known.shapes[name], known.replies[name] = shape, policy.reply
     amounts = make_amounts(
         tokens=sampled * (policy.prompt + policy.reply) + training.tokens,
