@@ -22,8 +22,11 @@ PROCESS_BYTES = 0.6e9
 """On a CPU: python, torch and transformers, before any weight."""
 PROOF_BYTES = 0.65e9
 """On a CPU: memory that the checks before training leave free in the process's heap, in pieces too small for a step."""
-HEAP = 1.2
-"""On a CPU: the heap's size over the activations and head chunks in it; blocks of changing sizes leave gaps."""
+HEAP, LORA_HEAP = 1.3, 1.6
+"""On a CPU: the heap's size over the activations and head chunks in it; blocks of changing sizes, more of them with adapters,
+leave gaps. Fitted to SmolLM2-135M (tests/bench/RESULTS.md)."""
+RECOMPUTED = 3
+"""On a CPU: layers' worth of activations, gradients and gaps while a checkpointed layer is recomputed."""
 CONTEXT_BYTES = 1.0e9
 """On a GPU: the CUDA context, loaded kernels and the workspaces of cuBLAS and NCCL."""
 ENGINE_BYTES = {"vllm": 0.7e9}
@@ -119,7 +122,7 @@ def train_memory(
         trained = lora_params(shape, lora) + narrow
     if size == 4 or sharded:
         narrow = 0.0  # parameters in fewer bytes than their masters
-    heap = HEAP if on_cpu else 1.0
+    heap = 1.0 if not on_cpu else HEAP if lora is None else LORA_HEAP
     activations = micro_tokens * _activation_bytes(shape, size, lora is not None, checkpointing, length, on_cpu) * heap
     head = _head_bytes(shape, micro_tokens, size, _trains_head(lora), len(teachers), on_cpu) * heap
     sums = 4 * trained if micro_batches > 1 else 0.0
@@ -177,7 +180,8 @@ def _activation_bytes(
         layer += (4 + (0 if lora else size)) * (query + value)
     if on_cpu or shape.softcap:
         layer += (size if not shape.softcap else 4 + 2 * size) * shape.heads * length
-    return size * hidden * shape.layers + layer if checkpointing else float(layer * shape.layers)
+    held = RECOMPUTED if on_cpu else 1
+    return size * hidden * shape.layers + held * layer if checkpointing else float(layer * shape.layers)
 
 
 def _head_bytes(shape: ModelShape, tokens: int, size: int, trained: bool, teachers: int, on_cpu: bool) -> float:
