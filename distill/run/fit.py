@@ -20,12 +20,10 @@ from distill.records import UserError
 from distill.run import plan
 from distill.run.advice import short_list
 from distill.run.known_sizes import has_known_sizes
-from distill.run.predictions.row import Row
+from distill.run.predictions.row import ENGINE_SHARE, Row
 
 USABLE = 0.95
 """Share of a GPU's memory that a stage may take; the rest is lost between the allocator's blocks."""
-ENGINE_SHARE = 0.92
-"""Share of a GPU's memory that vLLM takes if its cache has no size (its gpu_memory_utilization)."""
 CACHE_STEP = 0.1 * GIB
 LEAST_MICRO_TOKENS = 512
 MOST_NODES = 16

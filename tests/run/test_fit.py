@@ -118,6 +118,11 @@ def test_an_engine_beside_the_trainer_needs_a_size_and_fits_with_it():
     assert referred.row.memory.reference == parts.weights
 
 
+def test_a_small_cache_decodes_fewer_at_a_time():
+    small, large = (verdict(rl(prompts=64, engine={"batch_size": 512, "kv_cache_gib": n}), "h100") for n in (0.2, 30))
+    assert small.row.amounts["seconds"] > large.row.amounts["seconds"]
+
+
 def test_a_reward_model_is_counted():
     judged = [{"fn": "accuracy"}, {"fn": "reward_model", "path": "Qwen/Qwen2.5-0.5B"}]
     more, less = (verdict(rl(rewards=each), "h100").row.memory for each in (judged, judged[:1]))

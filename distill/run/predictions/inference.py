@@ -13,6 +13,7 @@ from distill.records import UserError
 from distill.run.known_sizes import Known, reward_bytes, rows_of, stored
 from distill.run.predictions.row import (
     Row,
+    decoded_at_once,
     engine_memory,
     engine_part,
     make_amounts,
@@ -68,7 +69,7 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
             sequences * prompt,
             sequences * reply,
             machine,
-            batch_size=config.engine.batch_size,
+            batch_size=decoded_at_once(shape, config.engine, prompt + reply, machine),
             dtype=dtype,
             engine=engine,
         ),

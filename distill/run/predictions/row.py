@@ -15,6 +15,9 @@ from distill.compute.memory import Memory
 from distill.machine import Choice, Dtype, Machine
 from distill.recipe import EngineConfig
 
+ENGINE_SHARE = 0.92
+"""Share of a GPU's memory that vLLM takes if its cache has no size (its gpu_memory_utilization)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -135,3 +138,13 @@ def sequence_cache(shape: ModelShape, config: EngineConfig, dtype: Dtype, length
     """Bytes of one sequence's cache if vLLM chooses the size of its cache; else 0 (`Row.sequence_cache`)."""
     free = machine.device == "cuda" and config.kv_cache_gib is None and engine_name(config, machine) == "vllm"
     return memory.cache_bytes(shape, dtype, length) if free else 0.0
+
+
+def decoded_at_once(shape: ModelShape, config: EngineConfig, tokens: float, machine: Machine) -> int:
+    """Completions of `tokens` tokens that an engine decodes at the same time: at most batch_size, and as many as its cache
+    holds."""
+    if engine_name(config, machine) != "vllm":
+        return config.batch_size
+    cache_gib = config.kv_cache_gib or (1.0 if machine.device == "cpu" else None)
+    room = ENGINE_SHARE * machine.memory - 2.0 * shape.params_total if cache_gib is None else cache_gib * 2**30
+    return max(1, min(config.batch_size, int(room / memory.cache_bytes(shape, "bfloat16", tokens))))

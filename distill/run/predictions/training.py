@@ -18,6 +18,7 @@ from distill.run.predictions.inference import mean_reply
 from distill.run.predictions.row import (
     Part,
     Row,
+    decoded_at_once,
     dtype_part,
     engine_memory,
     engine_part,
@@ -239,7 +240,7 @@ class _Policy:
                 self.prompt,
                 self.reply,
                 machine,
-                batch_size=self.config.engine.batch_size,
+                batch_size=decoded_at_once(self.shape, self.config.engine, self.prompt + self.reply, machine),
                 dtype=dtype,
                 engine=engine,
             ),
