@@ -13,7 +13,7 @@ from distill.compute import estimate, memory
 from distill.compute.flops import ModelShape
 from distill.compute.memory import Memory
 from distill.machine import Choice, Dtype, Machine
-from distill.recipe import EngineConfig
+from distill.recipe import DistributedConfig, EngineConfig
 
 ENGINE_SHARE = 0.92
 """Share of a GPU's memory that vLLM takes if its cache has no size (its gpu_memory_utilization)."""
@@ -148,3 +148,8 @@ def decoded_at_once(shape: ModelShape, config: EngineConfig, tokens: float, mach
     cache_gib = config.kv_cache_gib or (1.0 if machine.device == "cpu" else None)
     room = ENGINE_SHARE * machine.memory - 2.0 * shape.params_total if cache_gib is None else cache_gib * 2**30
     return max(1, min(config.batch_size, int(room / memory.cache_bytes(shape, "bfloat16", tokens))))
+
+
+def on_machine(bytes_each: float, parallel: DistributedConfig, machine: Machine) -> float:
+    """Bytes that a stage's processes take of the machine's memory: all together on a CPU, each of a GPU of its own."""
+    return bytes_each * (parallel.processes if machine.device == "cpu" else 1)
