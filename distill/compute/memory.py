@@ -35,6 +35,8 @@ SCORE_ROWS = {"vllm": 1024}
 """Positions whose logits an engine holds at once in scoring."""
 QUANTISED_BYTES = {"nf4": 0.5625, "int8": 1.0}
 """Bytes of a layer's weight under an adapter."""
+PREFILL_TOKENS = 16384
+"""On a GPU: tokens of prompts that vLLM computes at once (its max_num_batched_tokens on a large GPU)."""
 LOGIT_COPIES = 3
 """fp32 rows as long as the vocabulary that an engine holds for a sequence: logits, probabilities, scratch."""
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 5 << 29}
@@ -50,8 +52,9 @@ class Memory:
     """Bytes of one process's memory by use, at the peak.
 
     masters and moments: of the optimiser, fp32. head: a chunk of logits and the head's gradient. teachers: in the trainer.
-    engine: its weights; logits: its rows of logits, and a copy of its head; cache: its keys and values. rewards: reward models. gathered: whole layers of a sharded model.
-    offloaded: held in main memory instead; not part of the total.
+    engine: its weights; logits: its rows of logits, a copy of its head and a batch of prompts; cache: its keys and values.
+    rewards: reward models. gathered: whole layers of a sharded model. offloaded: held in main memory instead; not part of
+    the total.
     """
 
     weights: float = 0.0
@@ -247,9 +250,12 @@ def engine_memory(
     rows = SCORE_ROWS.get(engine, 256) if scored else sequences
     # A bfloat16 engine on a CPU keeps its head in float32 too.
     head = 4.0 * shape.params_head if size == 2 and on_cpu else 0.0
+    # A layer's input, gate, up and their product for a batch of prompts.
+    batched = 0 if on_cpu or engine != "vllm" else PREFILL_TOKENS
+    prompts = float(size * batched * (shape.hidden + 3 * shape.intermediate))
     return Memory(
         engine=float(size * shape.params_total),
-        logits=head + 4.0 * LOGIT_COPIES * shape.vocab * rows,
+        logits=head + 4.0 * LOGIT_COPIES * shape.vocab * rows + prompts,
         cache=cache,
         process=(PROCESS_BYTES if on_cpu else CONTEXT_BYTES) + ENGINE_BYTES.get(engine, 0.0),
     )
