@@ -177,12 +177,25 @@ def check(
     show_text: Annotated[
         bool, typer.Option("--show", help="Show the first prompts and supervised tokens instead of the costs.")
     ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:COUNT]",
+            help="Predict memory by parts and time on GPUs that are not here, such as h100:8 (h100, h200, b200, a100, a100-40, "
+            "l40s, 4090, a10, l4, mi300x, ...), and say what would make a stage fit.",
+        ),
+    ] = None,
 ) -> None:
-    """Check a recipe and predict its time, memory and disk space."""
+    """Check a recipe and predict its time, memory and disk space, on this machine or on named GPUs."""
     from distill import recipe as recipes
     from distill.tools import check_output
 
     resolved = recipes.load(recipe, overrides or [])
+    if gpu is not None:
+        from distill.tools import fit_output
+
+        fit_output.print_fit(resolved, gpu)
+        return
     if show_text:
         check_output.print_previews(resolved, runs / resolved.name)
         return

@@ -74,7 +74,8 @@ class Machine:
     """A measured machine.
 
     key: the machine and settings that the measurement is valid for (`key`). device: cpu or cuda. memory: bytes, of the GPU
-    if there is one. bandwidth: of memory, bytes/s. rates: by width ("576x1536") and dtype.
+    if there is one. bandwidth: of memory, bytes/s. rates: by width ("576x1536") and dtype. card: the name of a GPU that was
+    looked up and not measured ("" otherwise). link: bytes/s from one GPU to another, 0 = unknown.
     """
 
     key: str
@@ -84,6 +85,8 @@ class Machine:
     memory: float
     bandwidth: float
     rates: dict[str, dict[Dtype, Rates]] = field(default_factory=dict)
+    card: str = ""
+    link: float = 0.0
 
     @staticmethod
     def from_json(tree: Mapping[str, Any]) -> Machine:

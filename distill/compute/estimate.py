@@ -6,8 +6,9 @@ and bytes.
 An estimate is the sum of matrix products at the measured rate of their dtype, a term per token for elementwise work, a term
 per parameter for the optimiser and files, and a term per step for Python. The constants are fitted to SmolLM2-135M on two
 cores, in bfloat16 and float32; tests/bench/bench_predictions.py measures them again. Estimates aim to be right within a
-factor of two; every report prints them beside the measured values. Elementwise work on a GPU is counted as memory traffic;
-its constant has not been measured.
+factor of two; every report prints them beside the measured values. On a GPU elementwise work is counted as memory traffic,
+and a pass takes at least as long as the host needs to start its kernels; these two constants are fitted to training steps
+of a 135M and a 1.5B model on one H100 (tests/bench/RESULTS.md). Exchanges between GPUs are not measured.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 
 from distill.compute.flops import BYTES, ModelShape, generate_flops
 from distill.machine import Dtype, Machine, Rates
+from distill.recipe import DistributedConfig
 
 PROCESS_START = 5.0
 """Seconds for a stage's process to import torch and transformers and to load a small model."""
@@ -55,8 +57,10 @@ TOKEN_SECONDS = 2e-9
 """Seconds per generated token and vocabulary entry: softmax and sampling."""
 SYNC_BYTES = 4
 """Bytes moved per parameter when a policy's weights are copied into its engine."""
-GPU_ELEMENT_BYTES = 60.0
-"""On a GPU: bytes of memory traffic per token, layer and unit of width in training. Not measured."""
+GPU_ELEMENT_BYTES = 80.0
+"""On a GPU: bytes of memory traffic per token, layer and unit of width in training."""
+LAUNCH_SECONDS = 3.5e-3
+"""On a GPU: the least seconds of a layer's forward and backward pass, however few its tokens."""
 VERIFY_SECONDS = 0.002
 """Seconds of a rule-based verdict on one completion."""
 SHARD_BYTES = 8000
@@ -100,21 +104,51 @@ def predict_train_seconds(
     micro_batches: int = 1,
     trained: float | None = None,
     checkpoints: int = 1,
+    share: float = 1.0,
 ) -> float:
     """Seconds of a train stage: process start, forward and backward passes, optimiser steps, checkpoints.
 
-    flops: as `train_flops` counts them. tokens: trained on in total. micro_batches: forward and backward passes per step.
-    trained: number of parameters with a gradient (None: all; for LoRA, the adapters').
+    flops: as `train_flops` counts them. tokens: trained on in total. Both are those of one process. micro_batches: forward
+    and backward passes per step.
+    trained: number of parameters with a gradient (None: all; for LoRA, the adapters'). checkpoints: those that training waits
+    for. share: of the optimiser's state, what one process holds.
     """
     lora = trained is not None
     trained = float(shape.params_total) if trained is None else trained
     products = flops / (rates(shape, machine, dtype).training * TRAIN_EFFICIENCY)
     each = TRAIN_ELEMENTS * (LORA_ELEMENTS if lora else 1.0)
     elements = _elements_seconds(shape, tokens, machine, each)
+    if machine.device == "cuda":
+        elements = max(elements, steps * micro_batches * shape.layers * LAUNCH_SECONDS - products)
     moved = OPTIMISER_BYTES + ACCUMULATE_BYTES * micro_batches
-    optimiser = steps * moved * trained / (machine.bandwidth * STREAMING)
-    written = checkpoints * STATE_BYTES * trained + 2.0 * shape.params_total
+    optimiser = steps * moved * trained * share / (machine.bandwidth * STREAMING)
+    written = checkpoints * STATE_BYTES * trained * share + 2.0 * shape.params_total
     return PROCESS_START + products + elements + optimiser + written / FILE_RATE
+
+
+def exchange_seconds(
+    shape: ModelShape,
+    trained: float | None,
+    steps: int,
+    micro_batches: int,
+    machine: Machine,
+    dtype: Dtype,
+    parallel: DistributedConfig,
+) -> float:
+    """Seconds that processes wait for each other's weights and gradients; 0 where the link is not known.
+
+    ddp sends the fp32 gradients twice a step (reduce-scatter and all-gather). fsdp2 gathers the weights for both passes of
+    every micro-batch, half of it hidden behind the computation, and reduces fp32 gradients once a step.
+    """
+    size = parallel.world_size
+    if size == 1 or not machine.link:
+        return 0.0
+    part = (size - 1) / size
+    gradients = 4.0 * (shape.params_total if trained is None else trained)
+    if parallel.strategy == "ddp":
+        return steps * 2 * part * gradients / machine.link
+    gathered = 2 * micro_batches * BYTES[dtype] * shape.params_total / 2
+    return steps * part * (gathered + gradients) / machine.link
 
 
 def predict_generate_seconds(
@@ -173,7 +207,9 @@ def sampling_seconds(
     prefill_flops = 2.0 * shape.params_body * prompt_tokens
     width = min(batch_size, sequences)
     decode_steps = math.ceil(new_tokens / width)
-    weights = shape.params_total * BYTES[dtype]
+    # A step reads all weights once, and the keys and values of every sequence.
+    context = (prompt_tokens + new_tokens / 2) / sequences
+    weights = BYTES[dtype] * (shape.params_total + width * shape.cached_values(context))
     arithmetic = (decode_flops - prefill_flops) / (rate.decode * DECODE_EFFICIENCY)
     decode = max(arithmetic, decode_steps * weights / machine.bandwidth)
     prefill = prefill_flops / (rate.forward * PREFILL_EFFICIENCY)

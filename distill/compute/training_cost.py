@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from distill.compute.adapters import lora_params
 from distill.compute.flops import ModelShape, attention_flops, forward_flops, generate_flops, train_flops
 from distill.recipe import OptimStage
 from distill.records import Cost
@@ -25,6 +26,7 @@ def training_cost(config: OptimStage, shape: ModelShape, counts: WorkCounts) -> 
         _mean_context(counts.squared_lengths, counts.tokens),
         counts.head_tokens,
         lora=config.lora is not None,
+        adapters=0.0 if config.lora is None else lora_params(shape, config.lora),
         checkpointing=config.gradient_checkpointing,
     )
     scored = forward_flops(

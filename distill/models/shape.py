@@ -10,6 +10,16 @@ from distill.records import UserError
 
 PLAIN_MLP = {"gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "phi", "starcoder2"}
 """Model types whose MLP is two matrices; all others are taken as gated, with three."""
+TIED = {"gemma", "gemma2", "gemma3", "gemma3_text", "cohere", "cohere2"}
+"""Model types whose output head is the embedding unless the config says otherwise."""
+WINDOW_PATTERN = {"gemma2": 2, "gemma3_text": 6, "gemma3": 6, "cohere2": 4, "gpt_oss": 2}
+"""Model types of which every n-th layer attends to all positions and the others to a window."""
+HEAD_NORMS = {"qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2", "olmo3"}
+"""Model types that normalise queries and keys."""
+FUSED = {"phi3"}
+"""Model types whose q, k, v are one matrix, and gate and up another."""
+FOUR_NORMS = {"gemma2", "gemma3", "gemma3_text"}
+"""Model types with a norm before and after attention and MLP."""
 
 
 # ------------------------------------------------------------------------------------------------- shapes
@@ -20,7 +30,11 @@ class ModelShape:
     """The sizes of a decoder that determine its FLOPs and memory.
 
     intermediate: the MLP's width that a token passes, the mean over layers. stored: the width that is stored, which is more
-    for a mixture of experts; 0 = the same.
+    for a mixture of experts; 0 = the same. window: positions that `windowed` of the layers attend to; the others attend to
+    all. attention: matmul parameters of a layer's attention, and cached: values that it caches for a token, both 0 = by the
+    number of heads. norms: of the hidden state, in a layer. head_norms: whether queries and keys are normalised. softcap:
+    whether attention scores are capped. experts: their number, 0 without any. fused: whether one matrix gives queries, keys
+    and values, and one gate and up.
     """
 
     layers: int
@@ -33,6 +47,15 @@ class ModelShape:
     tied: bool
     gated: bool = True
     stored: int = 0
+    window: int = 0
+    windowed: int = 0
+    attention: int = 0
+    cached: int = 0
+    norms: int = 2
+    head_norms: bool = False
+    softcap: bool = False
+    experts: int = 0
+    fused: bool = False
 
     @staticmethod
     def from_config(config: Mapping[str, Any]) -> ModelShape:
@@ -58,19 +81,34 @@ class ModelShape:
             raise UserError(f"config.json: {missing[0]} is missing; the model's cost cannot be counted.")
         heads = size("num_attention_heads", "n_head", "n_heads", "num_heads")
         active, stored = _mlp_widths(config, hidden, layers)
-        plain = config.get("model_type") in PLAIN_MLP
+        kind = config.get("model_type")
+        plain = kind in PLAIN_MLP
+        window, windowed = _windows(config, layers)
+        head_dim = size("head_dim") or (hidden // heads if heads else 0)
+        attention, cached = 0, 0
+        if latent := size("kv_lora_rank"):
+            attention, cached, head_dim = _latent_attention(config, hidden, heads, latent)
         return ModelShape(
             layers=layers,
             hidden=hidden,
             intermediate=active,
             heads=heads,
             kv_heads=size("num_key_value_heads", "num_kv_heads", "n_head_kv") or heads,
-            head_dim=size("head_dim") or (hidden // heads if heads else 0),
+            head_dim=head_dim,
             vocab=vocab,
             # transformers leaves the key out of config.json where it has its default.
-            tied=bool(config.get("tie_word_embeddings", plain or config.get("model_type") == "gemma")),
+            tied=bool(config.get("tie_word_embeddings", plain or kind in TIED)),
             gated=not plain,
             stored=stored,
+            window=window,
+            windowed=windowed,
+            attention=attention,
+            cached=cached,
+            norms=4 if kind in FOUR_NORMS else 2,
+            head_norms=kind in HEAD_NORMS,
+            softcap=config.get("attn_logit_softcapping") is not None,
+            experts=_num_experts(config),
+            fused=kind in FUSED,
         )
 
     @staticmethod
@@ -91,13 +129,13 @@ class ModelShape:
 
     def with_layers(self, layers: int) -> ModelShape:
         """The same model pruned to `layers`."""
-        return replace(self, layers=layers)
+        return replace(self, layers=layers, windowed=round(self.windowed * layers / self.layers))
 
     @property
     def params_layer(self) -> int:
         """Matmul parameters of one layer: q and o, k and v, the MLP."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return attention + (3 if self.gated else 2) * self.hidden * self.intermediate
+        by_heads = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return (self.attention or by_heads) + (3 if self.gated else 2) * self.hidden * self.intermediate
 
     @property
     def params_body(self) -> int:
@@ -115,9 +153,25 @@ class ModelShape:
     @property
     def params_total(self) -> int:
         """All that is stored: an untied model's embedding, every expert, and the norms' scales too."""
-        norms = (2 * self.layers + 1) * self.hidden
+        norms = (self.norms * self.layers + 1) * self.hidden
         idle = max(self.stored - self.intermediate, 0) * (3 if self.gated else 2) * self.hidden * self.layers
         return self.params_matmul + idle + norms + (0 if self.tied else self.params_head)
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether a token passes a part of the MLP only."""
+        return self.stored > self.intermediate
+
+    def cached_values(self, length: float) -> float:
+        """Keys and values that all layers cache for a sequence of `length` tokens; grouped heads count once, and layers with
+        a window keep the window only."""
+        each = self.cached or 2 * self.kv_heads * self.head_dim
+        return each * ((self.layers - self.windowed) * length + self.windowed * min(length, self.window))
+
+    def attended(self, context: float) -> float:
+        """Positions that a token attends to, the mean over layers, where full attention has `context`."""
+        share = self.windowed / self.layers
+        return (1 - share) * context + share * min(context, self.window)
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
@@ -140,10 +194,39 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def _windows(config: Mapping[str, Any], layers: int) -> tuple[int, int]:
+    """Return the window of sliding attention and the number of layers that have it; (0, 0) without one."""
+    window = config.get("sliding_window")
+    if not isinstance(window, int) or config.get("use_sliding_window") is False:
+        return 0, 0
+    if kinds := config.get("layer_types"):
+        return window, sum(kind == "sliding_attention" for kind in kinds)
+    pattern = config.get("sliding_window_pattern") or WINDOW_PATTERN.get(config.get("model_type", ""))
+    return window, layers - layers // pattern if isinstance(pattern, int) else layers
+
+
+def _latent_attention(config: Mapping[str, Any], hidden: int, heads: int, latent: int) -> tuple[int, int, int]:
+    """Return (matmul parameters, cached values of a token, head size in the products) of DeepSeek's latent attention.
+
+    Queries and keys have a part with and one without a position; keys and values come from a latent vector, which is cached
+    with the key's part that has a position (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+    """
+    placed, plain, value = (int(config.get(f"{k}_head_dim") or 0) for k in ("qk_rope", "qk_nope", "v"))
+    query = int(config.get("q_lora_rank") or 0)
+    by_query = query * (hidden + heads * (placed + plain)) if query else hidden * heads * (placed + plain)
+    by_latent = hidden * (latent + placed) + latent * heads * (plain + value)
+    return by_query + by_latent + heads * value * hidden, latent + placed, (placed + plain + value) // 2
+
+
 def _listed(config: Mapping[str, Any]) -> int:
     """Return the number of layers from a list with an entry a layer; 0 without one."""
     lists = (config.get(key) for key in ("layer_types", "layers_block_type", "hybrid_override_pattern"))
     return next((len(each) for each in lists if each), 0)
+
+
+def _num_experts(config: Mapping[str, Any]) -> int:
+    """Return the number of experts to choose from; 0 for a dense model."""
+    return next((int(config[k]) for k in EXPERTS if isinstance(config.get(k), int) and config[k] > 1), 0)
 
 
 def _mlp_widths(config: Mapping[str, Any], hidden: int, layers: int) -> tuple[int, int]:
@@ -152,7 +235,7 @@ def _mlp_widths(config: Mapping[str, Any], hidden: int, layers: int) -> tuple[in
         (config[k] for k in ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "d_ff") if config.get(k)), 0
     )
     dense = int(sum(dense) / len(dense)) if isinstance(dense, list) else int(dense or 4 * hidden)
-    experts = next((int(config[k]) for k in EXPERTS if isinstance(config.get(k), int) and config[k] > 1), 0)
+    experts = _num_experts(config)
     if not experts:
         return dense, dense
     width = config.get("moe_intermediate_size") or config.get("expert_intermediate_size") or dense

@@ -106,6 +106,11 @@ class ModelConfig(Config):
     params: float | None = Field(
         None, description="number of parameters, for cost estimates when the model cannot be looked up"
     )
+    config: str | dict[str, Any] | None = Field(
+        None,
+        description="the model's sizes, for cost estimates when it is not on this machine: the path of its config.json, its keys "
+        "and values, or the name of a known model such as Qwen2.5-7B; None = by the hub id, if that is known",
+    )
     trust_remote_code: bool = Field(False, description="allow Python code that comes with the model to run")
 
 

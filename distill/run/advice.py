@@ -35,7 +35,7 @@ def machine_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
     for (purpose, dtype, why), names in stages.items():
         alone = sum(each[0] == purpose for each in stages) == 1
         what = {"training": "training", "engine": "engines"}[purpose]
-        uses.setdefault((dtype, why), []).append(what if alone else f"{what} ({_short_list(names)})")
+        uses.setdefault((dtype, why), []).append(what if alone else f"{what} ({short_list(names)})")
     return [first, *(f"  {' and '.join(u)}: {dtype}; {why}" for (dtype, why), u in uses.items())]
 
 
@@ -68,7 +68,7 @@ def memory_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
         if row.least <= machine.memory < row.amounts["memory"]:
             found.setdefault(_memory_settings(row), []).append(row)
     return [
-        f"warning: {_short_list([row.name for row in each])}: estimated to need up to "
+        f"warning: {short_list([row.name for row in each])}: estimated to need up to "
         f"{max(row.amounts['memory'] for row in each) / GIB:.3g} GiB at the peak, and this machine has "
         f"{machine.memory / GIB:.3g} GiB. Lower {settings}."
         for settings, each in found.items()
@@ -107,7 +107,7 @@ def long_lines(recipe: Recipe, rows: Sequence[Row], machine: Machine) -> list[st
     slow = {row.name: part for row, part in parts if part.slower > 0}
     gained = sum(part.slower for _, part in parts)
     if gained > WORTH * seconds:
-        lines.append(f"  dtype: auto in {_short_list(list(slow))}: about {duration(gained)} less")
+        lines.append(f"  dtype: auto in {short_list(list(slow))}: about {duration(gained)} less")
     lines += _without_vllm(parts, machine, seconds)
     lines += [line for each in _longest(rows).items() if (line := _halving_line(recipe, *each))]
     if machine.device == "cpu":
@@ -124,7 +124,7 @@ def _without_vllm(parts: Sequence[tuple[Row, Part]], machine: Machine, seconds: 
     gained = sum(found.values())
     if gained <= WORTH * seconds:
         return []
-    return [f"  the engine vllm in {_short_list(list(found))} instead of transformers: about {duration(gained)} less"]
+    return [f"  the engine vllm in {short_list(list(found))} instead of transformers: about {duration(gained)} less"]
 
 
 def _stages(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -159,7 +159,8 @@ def _seconds(rows: Sequence[Row]) -> float:
     return sum(row.amounts["seconds"] for row in rows)
 
 
-def _short_list(names: Sequence[str]) -> str:
+def short_list(names: Sequence[str]) -> str:
+    """Return distinct names without training seeds, at most four, and the number of the others."""
     distinct = list(dict.fromkeys(base_name(name) for name in names))
     more = f" and {len(distinct) - 4} more" if len(distinct) > 4 else ""
     return ", ".join(distinct[:4]) + more

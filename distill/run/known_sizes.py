@@ -8,14 +8,16 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from distill.compute.flops import ModelShape
 from distill.conversations import Reader
-from distill.models import PACKAGE, check_folder, config_of, gguf, package_file
-from distill.recipe import ModelConfig, PolicyStage, Recipe, RowsConfig, StageConfig, TrainStage
+from distill.models import PACKAGE, architectures, check_folder, config_of, gguf, package_file
+from distill.plug import nearest
+from distill.recipe import ModelConfig, PolicyStage, Recipe, RewardConfig, RowsConfig, StageConfig, TrainStage
 from distill.records import Task, UserError
 from distill.stages.context import find_data, make_task
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, is_hub_id, nothing_found, open_rows
@@ -47,6 +49,11 @@ class Known:
     spent: dict[str, float] = field(default_factory=dict)
     snapshots: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def copy(self) -> Known:
+        """A copy that can be filled in further on its own."""
+        held = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "recipe"}
+        return Known(self.recipe, **{name: value.copy() for name, value in held.items()})
 
     def assume(self, name: str, config: StageConfig) -> None:
         """Fill in the output of a stage that has no prediction: the size of its input, or an assumed size."""
@@ -158,22 +165,69 @@ def count_tokens(text: str) -> float:
 
 
 def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
-    """The sizes of a model, and a note if they are assumed ("" otherwise)."""
+    """The sizes of a model, and a note if they were not read from the model itself ("" otherwise)."""
+    shape, note = _exact_shape(model)
+    if shape is not None:
+        return shape, note
+    ways = "set `config` to the path of its config.json, to its keys and values, or to the name of a known model such as Qwen2.5-7B"
+    if model.params is None:
+        return ModelShape.from_params(1e9), (
+            f"unverified: {model.source!r} is neither in the local cache nor a known model, so one billion parameters are assumed; {ways}"
+        )
+    return ModelShape.from_params(model.params), (
+        f"unverified: {model.source!r} is neither in the local cache nor a known model; of its {model.params:.3g} parameters a "
+        f"typical shape without grouped heads is assumed, so its key-value cache may be several times smaller; {ways}"
+    )
+
+
+def reward_bytes(rewards: Sequence[RewardConfig]) -> float:
+    """Bytes of the weights of the reward models among some rewards; a model that is not known has an assumed size."""
+    paths = [str(one.options.get("path")) for one in rewards if one.fn == "reward_model"]
+    return sum(2.0 * model_shape(ModelConfig(source=path))[0].params_total for path in paths)
+
+
+def has_known_sizes(model: ModelConfig) -> bool:
+    """Whether a model's sizes can be looked up, here or in the table of known models, or are at least counted."""
+    return model.params is not None or _exact_shape(model)[0] is not None
+
+
+def _exact_shape(model: ModelConfig) -> tuple[ModelShape | None, str]:
+    """The sizes from the model, the recipe's `config`, the cache, or the table of known models; None if there are none."""
     if model.source.startswith(PACKAGE):
         return _gguf_shape(package_file(model.source)[1]), ""
     folder = Path(model.source).expanduser()
     if folder.is_dir():
         check_folder(folder)
         return ModelShape.from_config(config_of(folder)), ""
+    if model.config is not None:
+        return ModelShape.from_config(_given_config(model.config)), "sizes as the recipe's `config` says"
     cached = _cached_config(model)
     if cached is not None:
         return ModelShape.from_config(cached), ""
-    if model.params is None:
-        return ModelShape.from_params(1e9), (
-            f"unverified: {model.source!r} is not in the local cache, so one billion parameters are assumed; set `params` "
-            "for a better estimate"
-        )
-    return ModelShape.from_params(model.params), f"unverified: {model.source!r} is not in the local cache"
+    if (known := architectures.known_config(model.source)) is not None:
+        return ModelShape.from_config(known[1]), f"sizes of {known[0]}, from the table of known models"
+    return None, ""
+
+
+def _given_config(config: str | dict[str, Any]) -> Mapping[str, Any]:
+    """The recipe's `config` of a model as a mapping. Raises UserError if it names nothing."""
+    if not isinstance(config, str):
+        return config
+    path = Path(config).expanduser()
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError):
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"models: config {config!r} is not a config.json.")
+        return found
+    if (known := architectures.known_config(config)) is not None:
+        return known[1]
+    raise UserError(
+        f"models: config {config!r} is neither a file nor a known model.{nearest(config, architectures.names())}"
+    )
 
 
 def _cached_config(model: ModelConfig) -> dict[str, Any] | None:

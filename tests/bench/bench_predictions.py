@@ -62,7 +62,11 @@ def stages(steps: int, problems: int) -> dict[str, dict[str, Any]]:
     return {
         "cold": {**cold, "steps": steps},
         "cold_large": {**cold, "steps": 2, "batch_traces": 64},
+        "narrow": {**cold, "steps": 2, "batch_traces": 64, "micro_tokens": 512},
+        "wide": {**cold, "steps": 2, "batch_traces": 128, "micro_tokens": 4096},
+        "thin": {**cold, "steps": 2, "batch_traces": 128, "micro_tokens": 4096, "gradient_checkpointing": True},
         "lora": {**cold, "steps": steps, "lora": {"rank": 8}},
+        "lora_wide": {**cold, "steps": 2, "batch_traces": 128, "micro_tokens": 4096, "lora": {"rank": 64}},
         "traces": {
             **{"kind": "generate", "model": "cold", "task": "sums", "problems": problems},
             **{"sampling": SHORT, "engine": many},
@@ -78,6 +82,10 @@ def stages(steps: int, problems: int) -> dict[str, dict[str, Any]]:
             **{"kind": "grpo", "model": "cold", "task": "sums", "rewards": [{"fn": "accuracy"}]},
             **{"objective": {"fn": "grpo", "beta": 0.01}, "steps": max(2, steps // 2)},
             **{"prompts": 4, "group_size": 8, "sampling": {"max_tokens": 48}},
+        },
+        "own": {
+            **{"kind": "on_policy", "model": "cold", "teacher": "base", "task": "sums", "steps": 2},
+            **{"loss": {"fn": "reverse_kl"}, "prompts": 8, "sampling": {"max_tokens": 48}},
         },
         "plain": {
             **{"kind": "eval", "model": "cold", "task": "sums", "problems": problems // 4},
@@ -109,15 +117,15 @@ def one_stage(run: str, name: str) -> int:
         if kind in ("train", "grpo", "on_policy"):
             from distill.training import checkpoint, loop, optim
 
-            _clock(parts, "passes", loop, "_accumulate")
+            _clock(parts, "passes", loop._Loop, "_accumulate")
             _clock(parts, "optimiser", optim.MasterAdamW, "step")
             _clock(parts, "optimiser", optim.MasterAdamW, "clip")
             _clock(parts, "files", checkpoint, "save")
             _clock(parts, "files", module, "save_student")
         if kind in ("generate", "eval"):
-            from distill.stages import sampling
+            from distill.stages import trace_sampling
 
-            _clock(parts, "sampling", sampling, "_run")
+            _clock(parts, "sampling", trace_sampling, "sample_completions")
         return function
 
     stages_main._load = load_and_clock

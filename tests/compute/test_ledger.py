@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 
 from distill.compute import estimate, flops
+from distill.compute.adapters import lora_params
 from distill.compute.flops import ModelShape
 from distill.compute.ledger import StageCost, arm_cost
+from distill.compute.memory import engine_memory, train_memory
 from distill.machine import DTYPES, Dtype, Machine, Rates
-from distill.recipe import Input
+from distill.recipe import Input, LoraConfig
 from distill.records import Cost, UserError
 
 SMOLLM2 = {
@@ -132,38 +134,43 @@ def test_generation_is_two_n_a_token() -> None:
 
 def test_bytes_a_parameter_in_training() -> None:
     p = 134_515_008
-    # 2 weight + 4 master + 8 moments + 4 fp32 and 2 bf16 gradient; a float32 weight is its own master.
-    narrow, wide = (flops.train_memory(shape(), 2048, dtype=d) for d in ("bfloat16", "float32"))
-    held = ("weights", "masters", "moments", "gradients")
-    assert [getattr(narrow, each) / p for each in held] == [2, 4, 8, 6]
-    assert [getattr(wide, each) / p for each in held] == [4, 0, 8, 4]
+    # 2 weight + 4 master + 8 moments; a float32 weight is its own master.
+    narrow, wide = (train_memory(shape(), 2048, dtype=d) for d in ("bfloat16", "float32"))
+    held = ("weights", "masters", "moments")
+    assert [getattr(narrow, each) / p for each in held] == [2, 4, 8]
+    assert [getattr(wide, each) / p for each in held] == [4, 0, 8]
     assert (narrow.least, wide.least) == (14 * p, 12 * p)
-    assert narrow.total > 20 * p + flops.PROCESS_BYTES
-    thin = flops.train_memory(shape(), 2048, checkpointing=True)
+    assert narrow.gradients == 4 * p
+    thin = train_memory(shape(), 2048, checkpointing=True)
     assert thin.activations < narrow.activations / 5
-    taught = flops.train_memory(shape(), 2048, frozen_params=1e9)
-    assert taught.total - narrow.total == 2e9
+    taught = train_memory(shape(), 2048, teachers=[shape()])
+    assert taught.teachers == 2 * p
 
 
 def test_adapters_alone_have_moments() -> None:
     # Rank 8: q and o 8 x 2 x 576 each, k and v 8 x (576 + 192), three of the MLP 8 x (576 + 1536).
     adapter = 30 * 8 * (2 * 2 * 576 + 2 * (576 + 192) + 3 * (576 + 1536))
-    assert flops.lora_params(shape(), 8) == adapter
-    memory = flops.train_memory(shape(), 2048, lora_rank=8)
-    assert (memory.masters, memory.moments, memory.gradients) == (0, 8 * adapter, 4 * adapter)
-    assert memory.weights == 2 * 134_515_008 + 4 * adapter
-    packed = flops.train_memory(shape(), 2048, lora_rank=8, quantised="int8")
-    assert memory.weights - packed.weights == 30 * 3_538_944
+    assert lora_params(shape(), LoraConfig(rank=8)) == adapter
+    held = train_memory(shape(), 2048, lora=LoraConfig(rank=8))
+    assert (held.masters, held.moments, held.gradients) == (0, 8 * adapter, 4 * adapter)
+    assert held.weights == 2 * 134_515_008 + 4 * adapter
+    packed = train_memory(shape(), 2048, lora=LoraConfig(rank=8, quantised="int8"))
+    assert held.weights - packed.weights == 30 * 3_538_944
+
+
+def test_the_adapters_products_are_six_a_parameter() -> None:
+    alone, both = (flops.train_flops(shape(), 100, 0, lora=True, adapters=n) for n in (0, 1e6))
+    assert both - alone == 6e8
 
 
 def test_the_key_value_cache_holds_each_head_of_a_group_once() -> None:
     # 30 layers x (k, v) x 3 heads x 64 x 2 bytes = 23,040 a token.
-    plain = flops.generate_memory(shape(), 64, 128, engine="transformers")
+    plain = engine_memory(shape(), 64, 128, engine="transformers")
     assert plain.cache == 23_040 * 64 * 128
     # vLLM allocates the configured cache, whatever the requests need.
-    assert flops.generate_memory(shape(), 64, 128, engine="vllm").cache == 2**30
-    scoring = flops.generate_memory(shape(), 64, 128, scored=True)
-    assert scoring.head > flops.generate_memory(shape(), 64, 128).head
+    assert engine_memory(shape(), 64, 128, engine="vllm").cache == 2**30
+    scoring = engine_memory(shape(), 64, 128, scored=True)
+    assert scoring.logits > engine_memory(shape(), 64, 128).logits
 
 
 # --------------------------------------------------------------------------------------------- lineage

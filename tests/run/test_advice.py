@@ -167,6 +167,12 @@ def test_an_adapter_fits_where_its_model_in_training_does_not():
     assert row(plan.predict(wanted, small), "cold").least < small.memory
 
 
+def test_processes_on_a_cpu_share_its_memory():
+    alone, both = (row(plan.predict(make(cold={"distributed": n}), machine()), "cold") for n in (1, 2))
+    assert both.least == 2 * alone.least
+    assert both.amounts["memory"] > 1.5 * alone.amounts["memory"]
+
+
 def test_a_reference_and_an_engine_add_their_weights():
     here = machine()
     without = row(plan.predict(make(), here), "rl")

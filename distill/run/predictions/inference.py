@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from distill.compute import estimate, flops
-from distill.compute.flops import Memory, ModelShape
+from distill.compute.flops import ModelShape
+from distill.compute.memory import PROCESS_BYTES, Memory
 from distill.machine import Machine
 from distill.recipe import CompareStage, EvalStage, FilterStage, GenerateStage, PolicyStage, PruneStage, ScoreStage
 from distill.records import UserError
-from distill.run.known_sizes import Known, rows_of, stored
-from distill.run.predictions.row import Row, engine_memory, engine_part, make_amounts, start_seconds
+from distill.run.known_sizes import Known, reward_bytes, rows_of, stored
+from distill.run.predictions.row import (
+    Row,
+    decoded_at_once,
+    engine_memory,
+    engine_part,
+    make_amounts,
+    sequence_cache,
+    start_seconds,
+)
 
 KEPT_BY_CORRECT = 0.7
 """Assumed share of traces that a `correct` filter keeps."""
@@ -24,10 +33,12 @@ def prune(name: str, config: PruneStage, known: Known, machine: Machine) -> list
         raise UserError(f"stages.{name}.layers: cannot keep {config.layers} layers of a model that has {shape.layers}.")
     known.shapes[name] = shape.with_layers(config.layers)
     known.replies[name] = known.replies.get(config.model, 0.0)
-    held = Memory(weights=2.0 * shape.params_total, process=flops.PROCESS_BYTES)
+    held = Memory(weights=2.0 * shape.params_total, process=PROCESS_BYTES)
     amounts = make_amounts(seconds=estimate.predict_prune_seconds(known.shapes[name]), memory=held.total)
     # Pruning uses main memory; `machine.memory` is GPU memory on a machine with a GPU.
-    return [Row(name, "prune", amounts, least=held.least if machine.device == "cpu" else 0.0)]
+    if machine.device != "cpu":
+        return [Row(name, "prune", amounts)]
+    return [Row(name, "prune", amounts, least=held.least, memory=held)]
 
 
 def mean_reply(config: GenerateStage | EvalStage | PolicyStage, known: Known) -> float:
@@ -58,12 +69,15 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
             sequences * prompt,
             sequences * reply,
             machine,
-            batch_size=config.engine.batch_size,
+            batch_size=decoded_at_once(shape, config.engine, prompt + reply, machine),
             dtype=dtype,
             engine=engine,
         ),
     )
-    memory = engine_memory(shape, config.engine, part.choice.dtype, prompt + config.sampling.max_tokens, machine)
+    longest = prompt + config.sampling.max_tokens
+    memory = engine_memory(shape, config.engine, part.choice.dtype, longest, machine, sequences)
+    if isinstance(config, GenerateStage):
+        memory += Memory(rewards=reward_bytes(config.rewards))
     amounts = make_amounts(
         tokens=sequences * (prompt + reply),
         bytes=sum(
@@ -74,7 +88,16 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
         memory=memory.total,
         seconds=part.seconds,
     )
-    return Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=start_seconds(part))
+    return Row(
+        name,
+        config.kind,
+        amounts,
+        least=memory.least,
+        parts=(part,),
+        start=start_seconds(part),
+        memory=memory,
+        sequence_cache=sequence_cache(shape, config.engine, part.choice.dtype, longest, machine),
+    )
 
 
 def generate(name: str, config: GenerateStage, known: Known, machine: Machine) -> list[Row]:
@@ -122,7 +145,7 @@ def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list
             shape, total, tokens, rows * reply, machine, dtype, engine
         ),
     )
-    memory = engine_memory(shape, config.engine, part.choice.dtype, prompt + reply, machine, scored=True)
+    memory = engine_memory(shape, config.engine, part.choice.dtype, prompt + reply, machine, rows, scored=True)
     amounts = make_amounts(
         tokens=tokens,
         bytes=estimate.predict_trace_bytes(int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows),
@@ -130,7 +153,17 @@ def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list
         memory=memory.total,
         seconds=part.seconds,
     )
-    return [Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=start_seconds(part))]
+    row = Row(
+        name,
+        config.kind,
+        amounts,
+        least=memory.least,
+        parts=(part,),
+        start=start_seconds(part),
+        memory=memory,
+        sequence_cache=sequence_cache(shape, config.engine, part.choice.dtype, prompt + reply, machine),
+    )
+    return [row]
 
 
 def filter(name: str, config: FilterStage, known: Known, machine: Machine) -> list[Row]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from distill import machine as machines
-from distill.compute import estimate, flops
-from distill.compute.flops import Memory, ModelShape
+from distill.compute import estimate, memory
+from distill.compute.flops import ModelShape
+from distill.compute.memory import Memory
 from distill.machine import Choice, Dtype, Machine
-from distill.recipe import EngineConfig
+from distill.recipe import DistributedConfig, EngineConfig
+
+ENGINE_SHARE = 0.92
+"""Share of a GPU's memory that vLLM takes if its cache has no size (its gpu_memory_utilization)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,12 @@ class Row:
     parts: tuple[Part, ...] = ()
     start: float = 0.0
     """Seconds to start the process and the engine, independent of the amount of work."""
+    memory: Memory = field(default_factory=Memory)
+    """Bytes by use, of one process."""
+    processes: int = 1
+    sequence_cache: float = 0.0
+    """Bytes of the key-value cache of one sequence at its full length, for an engine whose cache has no size in the recipe and
+    takes what the GPU has; else 0."""
 
 
 def make_amounts(
@@ -81,7 +92,7 @@ def engine_part(
     seconds: Callable[[Dtype, str], float],
 ) -> Part:
     """The prediction for an engine. seconds: a function of dtype and engine name."""
-    name = engine_name(config)
+    name = engine_name(config, machine)
     part = dtype_part("engine", shape, config.dtype, machine, lambda dtype: seconds(dtype, name))
     by_vllm = seconds(part.choice.dtype, "vllm") if name == "transformers" else None
     return replace(part, engine=name, by_vllm=by_vllm)
@@ -92,11 +103,11 @@ def start_seconds(*parts: Part) -> float:
     return estimate.PROCESS_START + sum(estimate.engine_start(part.engine) for part in parts if part.engine)
 
 
-def engine_name(config: EngineConfig) -> str:
-    """The name of the engine; `auto` is resolved for this machine."""
+def engine_name(config: EngineConfig, machine: Machine) -> str:
+    """The name of the engine; `auto` is resolved for this machine, and is vLLM on a named one."""
     if config.fn != "auto":
         return config.fn
-    return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+    return "vllm" if machine.card or importlib.util.find_spec("vllm") is not None else "transformers"
 
 
 def engine_memory(
@@ -105,17 +116,40 @@ def engine_memory(
     dtype: Dtype,
     length: float,
     machine: Machine,
+    sequences: float | None = None,
     **more: bool,
 ) -> Memory:
-    """Memory of an engine for sequences of `length` tokens."""
+    """Memory of an engine for sequences of `length` tokens; sequences: how many there are (None: as many as it takes)."""
     cache = config.kv_cache_gib or (1.0 if machine.device == "cpu" else None)
-    return flops.generate_memory(
+    at_once = config.batch_size if sequences is None else min(config.batch_size, math.ceil(sequences))
+    return memory.engine_memory(
         shape,
-        config.batch_size,
+        at_once,
         int(length),
         dtype=dtype,
-        engine=engine_name(config),
+        engine=engine_name(config, machine),
         cache_gib=cache,
         on_cpu=machine.device == "cpu",
         **more,
     )
+
+
+def sequence_cache(shape: ModelShape, config: EngineConfig, dtype: Dtype, length: float, machine: Machine) -> float:
+    """Bytes of one sequence's cache if vLLM chooses the size of its cache; else 0 (`Row.sequence_cache`)."""
+    free = machine.device == "cuda" and config.kv_cache_gib is None and engine_name(config, machine) == "vllm"
+    return memory.cache_bytes(shape, dtype, length) if free else 0.0
+
+
+def decoded_at_once(shape: ModelShape, config: EngineConfig, tokens: float, machine: Machine) -> int:
+    """Completions of `tokens` tokens that an engine decodes at the same time: at most batch_size, and as many as its cache
+    holds."""
+    if engine_name(config, machine) != "vllm":
+        return config.batch_size
+    cache_gib = config.kv_cache_gib or (1.0 if machine.device == "cpu" else None)
+    room = ENGINE_SHARE * machine.memory - 2.0 * shape.params_total if cache_gib is None else cache_gib * 2**30
+    return max(1, min(config.batch_size, int(room / memory.cache_bytes(shape, "bfloat16", tokens))))
+
+
+def on_machine(bytes_each: float, parallel: DistributedConfig, machine: Machine) -> float:
+    """Bytes that a stage's processes take of the machine's memory: all together on a CPU, each of a GPU of its own."""
+    return bytes_each * (parallel.processes if machine.device == "cpu" else 1)

@@ -1,29 +1,36 @@
-"""Cost predictions for the stage kinds that train: train, grpo, on_policy."""
+"""Cost prediction of a train stage, and the parts that it shares with stages that train on their own completions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from distill.compute import estimate, flops
-from distill.compute.flops import Memory, ModelShape
+from distill.compute.adapters import lora_params, saved_params
+from distill.compute.flops import ModelShape
+from distill.compute.memory import Memory, train_memory
 from distill.machine import Dtype, Machine
-from distill.recipe import GrpoStage, OnPolicyStage, OptimStage, PolicyStage, TrainStage, data_of, teachers_of
+from distill.recipe import OptimStage, PolicyStage, TrainStage, data_of, teachers_of
 from distill.run.known_sizes import Known, rows_of
-from distill.run.predictions.inference import mean_reply
-from distill.run.predictions.row import Part, Row, dtype_part, engine_memory, engine_part, make_amounts, start_seconds
+from distill.run.predictions.row import (
+    Part,
+    Row,
+    dtype_part,
+    make_amounts,
+    on_machine,
+    start_seconds,
+)
 from distill.training import prefix_sharing
 
 
 @dataclass(frozen=True, slots=True)
-class _Training:
+class Training:
     """The optimiser steps of a stage: its model, FLOPs and tokens.
 
-    step_tokens: tokens of one step; everything else is for the whole stage. scored_flops, scored_tokens: additional
-    forward passes of the model and its reference. taught: (shape, FLOPs) of each teacher. reference: whether there is a
-    reference model.
+    step_tokens: tokens of one step, over all processes; everything else is for the whole stage. scored_flops, scored_tokens:
+    additional forward passes of the model and its reference. taught: (shape, FLOPs) of each teacher in the trainer.
+    reference: whether there is a reference model. length: mean tokens of a trace.
     """
 
     config: OptimStage
@@ -36,45 +43,69 @@ class _Training:
     scored_tokens: float = 0.0
     taught: tuple[tuple[ModelShape, float], ...] = ()
     reference: bool = False
+    length: float = 0.0
+    teachers_in_engines: bool = False
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes of one process in a step."""
+        return math.ceil(self.step_tokens / self.config.parallel.world_size / self.config.micro_tokens)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of the largest of these passes."""
+        return math.ceil(min(self.config.micro_tokens, self.step_tokens / self.config.parallel.world_size))
 
     def part(self, machine: Machine) -> Part:
         return dtype_part("training", self.shape, self.config.dtype, machine, partial(self._seconds, machine))
 
     def _seconds(self, machine: Machine, dtype: Dtype) -> float:
         config = self.config
-        lora = None if config.lora is None else flops.lora_params(self.shape, config.lora.rank)
+        # Processes on a CPU share its cores.
+        share = 1 / config.parallel.world_size if machine.device == "cuda" else 1.0
+        lora = None if config.lora is None else adapter_params(self.shape, config)
+        wish = config.async_checkpoints
+        in_background = machine.device == "cuda" if wish is None else wish
         own = estimate.predict_train_seconds(
             self.shape,
-            self.flops,
-            self.tokens,
+            self.flops * share,
+            self.tokens * share,
             round(self.steps),
             machine,
             dtype,
-            micro_batches=math.ceil(self.step_tokens / config.micro_tokens),
+            micro_batches=self.micro_batches,
             trained=lora,
-            checkpoints=math.ceil(self.steps / config.checkpoint_every),
+            checkpoints=1 if in_background else math.ceil(self.steps / config.checkpoint_every),
+            share=1 / config.parallel.world_size if config.parallel.strategy == "fsdp2" else 1.0,
+        )
+        own += estimate.exchange_seconds(
+            self.shape, lora, round(self.steps), self.micro_batches, machine, dtype, config.parallel
         )
         read = [(self.shape, self.scored_flops, self.scored_tokens)]
         read += [(shape, taught, self.tokens) for shape, taught in self.taught]
-        return own + sum(
+        return own + share * sum(
             estimate.forward_seconds(shape, taught, tokens, machine, dtype) for shape, taught, tokens in read
         )
 
     def memory(self, dtype: Dtype, machine: Machine) -> Memory:
-        lora = self.config.lora
-        frozen = sum(shape.params_total for shape, _ in self.taught)
-        if self.reference and lora is None:
-            frozen += self.shape.params_total
-        return flops.train_memory(
+        return train_memory(
             self.shape,
-            int(min(self.config.micro_tokens, self.step_tokens)),
+            self.micro_tokens,
             dtype=dtype,
-            lora_rank=None if lora is None else lora.rank,
-            quantised=None if lora is None else lora.quantised,
-            frozen_params=frozen,
+            lora=self.config.lora,
+            reference=self.reference,
+            teachers=[] if self.teachers_in_engines else [shape for shape, _ in self.taught],
             checkpointing=self.config.gradient_checkpointing,
+            micro_batches=self.micro_batches,
+            length=self.length,
+            parallel=self.config.parallel,
             on_cpu=machine.device == "cpu",
         )
+
+
+def adapter_params(shape: ModelShape, config: OptimStage) -> float:
+    """Trained parameters of a stage's adapter; 0 without one."""
+    return lora_params(shape, config.lora) + saved_params(shape, config.lora) if config.lora is not None else 0.0
 
 
 def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list[Row]:
@@ -83,7 +114,7 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     rows, prompt, reply = min(known.traces.get(data) or rows_of(data, config, known) for data in data_of(config.data))
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
     frame = known.frame(next(iter(data_of(config.data))), config.task)
-    prompt_trained = _prompt_trained(prompt, reply, frame)
+    prompt_trained = prompt_trained_tokens(prompt, reply, frame)
 
     def own_flops(traces: float) -> float:
         return flops.train_flops(
@@ -92,6 +123,7 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
             (prompt + reply + 1) / 2,
             traces * reply,
             lora=config.lora is not None,
+            adapters=adapter_params(shape, config),
             checkpointing=config.gradient_checkpointing,
         )
 
@@ -104,166 +136,43 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     tokens, head_tokens = seen * (prompt_trained + reply), seen * reply
     total = own_flops(seen)
     known.spent[name] = known.spent.get(config.model, 0.0) + total
-    known.snapshots[name] = _snapshots(config, num_steps)
+    known.snapshots[name] = num_snapshots(config, num_steps)
     teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
     taught = tuple(
         (each, flops.forward_flops(each, tokens, (prompt + reply + 1) / 2, head_tokens)) for each in teachers
     )
     known.shapes[name], known.replies[name] = shape, reply
-    training = _Training(config, shape, total, tokens, num_steps, a_step * (prompt_trained + reply), taught=taught)
+    step_tokens = a_step * (prompt_trained + reply)
+    training = Training(
+        config, shape, total, tokens, num_steps, step_tokens, taught=taught, length=prompt_trained + reply
+    )
     part = training.part(machine)
     memory = training.memory(part.choice.dtype, machine)
     amounts = make_amounts(
         tokens=tokens,
         flops=total + sum(each for _, each in taught),
-        memory=memory.total,
+        memory=on_machine(memory.total, config.parallel, machine),
         seconds=part.seconds,
     )
-    return [Row(name, config.kind, amounts, least=memory.least, parts=(part,), start=start_seconds(part))]
-
-
-@dataclass(frozen=True, slots=True)
-class _Policy:
-    """FLOPs and seconds of a stage that trains on its policy's completions; methods take the number of completions.
-
-    prompt_trained: prompt tokens that the trainer computes per completion. passes: times that each rollout is trained
-    on. scorings: additional forward passes over a rollout, of the policy and its reference.
-    """
-
-    config: PolicyStage
-    shape: ModelShape
-    prompt: float
-    reply: float
-    prompt_trained: float
-    passes: int
-    scorings: int
-
-    def trained_flops(self, sampled: float) -> float:
-        return flops.train_flops(
-            self.shape,
-            self.passes * sampled * (self.prompt_trained + self.reply),
-            (self.prompt + self.reply + 1) / 2,
-            self.passes * sampled * self.reply,
-            lora=self.config.lora is not None,
-            checkpointing=self.config.gradient_checkpointing,
-        )
-
-    def read_flops(self, by: ModelShape, sampled: float) -> float:
-        """FLOPs of one forward pass of the model `by` over the completions."""
-        tokens = sampled * (self.prompt_trained + self.reply)
-        return flops.forward_flops(by, tokens, (self.prompt + self.reply + 1) / 2, sampled * self.reply)
-
-    def own_flops(self, sampled: float) -> float:
-        """The student's FLOPs: training, scoring and sampling."""
-        written = flops.generate_flops(self.shape, sampled * self.prompt, sampled * self.reply, sampled)
-        return self.trained_flops(sampled) + self.scorings * self.read_flops(self.shape, sampled) + written
-
-    def training(self, a_step: float, num_steps: float, teachers: Sequence[ModelShape], reference: bool) -> _Training:
-        """The optimiser steps of the stage. a_step: number of completions in one step."""
-        sampled, tokens = num_steps * a_step, self.prompt_trained + self.reply
-        return _Training(
-            self.config,
-            self.shape,
-            self.trained_flops(sampled),
-            self.passes * sampled * tokens,
-            num_steps,
-            self.passes * a_step * tokens,
-            self.scorings * self.read_flops(self.shape, sampled),
-            self.scorings * sampled * tokens,
-            tuple((each, self.read_flops(each, sampled)) for each in teachers),
-            reference,
-        )
-
-    def sampling(self, sampled: float, rollouts: float, machine: Machine) -> Part:
-        """The prediction for the engine that writes the completions."""
-        return engine_part(
-            self.shape,
-            self.config.engine,
-            machine,
-            lambda dtype, engine: estimate.predict_rollouts_seconds(
-                self.shape,
-                rollouts,
-                sampled / rollouts,
-                self.prompt,
-                self.reply,
-                machine,
-                batch_size=self.config.engine.batch_size,
-                dtype=dtype,
-                engine=engine,
-            ),
-        )
-
-
-def grpo(name: str, config: GrpoStage, known: Known, machine: Machine) -> list[Row]:
-    """Sampling and training. Assumes that no group is skipped because all its rewards are equal."""
-    from distill.stages.inputs.resolve import resolve_objective
-
-    reference = resolve_objective(config, f"stages.{name}").reference
-    scorings = (config.steps_a_rollout > 1) + reference
-    policy = _policy(config, known, config.num_iterations, scorings)
-    return [_policy_row(name, policy, known, machine, reference=reference)]
-
-
-def on_policy(name: str, config: OnPolicyStage, known: Known, machine: Machine) -> list[Row]:
-    """Sampling, the teachers' forward passes and training."""
-    teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
-    in_engines = config.scoring == "engine"
-    policy = _policy(config, known, passes=1, scorings=0)
-    return [_policy_row(name, policy, known, machine, teachers=teachers, in_engines=in_engines)]
-
-
-def _policy(config: PolicyStage, known: Known, passes: int, scorings: int) -> _Policy:
-    shape, (_, prompt) = known.shape(config.model), known.task(config.task)
-    reply = mean_reply(config, known)
-    frame = known.frame("", config.task)
-    prompt_trained = _prompt_trained(prompt, reply, frame, config.group_size)
-    return _Policy(config, shape, prompt, reply, prompt_trained, passes, scorings)
-
-
-def _policy_row(
-    name: str,
-    policy: _Policy,
-    known: Known,
-    machine: Machine,
-    *,
-    reference: bool = False,
-    teachers: Sequence[ModelShape] = (),
-    in_engines: bool = False,
-) -> Row:
-    """The prediction for a stage that trains on its own completions. in_engines: whether the teachers run in engines."""
-    config, shape = policy.config, policy.shape
-    a_step = config.prompts_a_rollout * config.group_size / config.steps_a_rollout
-    num_steps = config.steps or known.budget(config) / policy.own_flops(a_step)
-    sampled = num_steps * a_step
-    known.spent[name] = known.spent.get(config.model, 0.0) + policy.own_flops(sampled)
-    known.snapshots[name] = _snapshots(config, num_steps)
-    training = policy.training(a_step, num_steps, teachers, reference)
-    writing = policy.sampling(sampled, num_steps / config.steps_a_rollout, machine)
-    learning = training.part(machine)
-    longest = policy.prompt + config.sampling.max_tokens
-    held = engine_memory(shape, config.engine, writing.choice.dtype, longest, machine)
-    # The engine runs in the trainer's process, which is counted once.
-    in_trainer = replace(held, process=max(0.0, held.process - flops.PROCESS_BYTES))
-    memory = training.memory(learning.choice.dtype, machine) + in_trainer
-    if in_engines:  # the teachers' key-value caches; their weights are counted in `training.memory`
-        memory += Memory(cache=len(teachers) * held.cache)
-    known.shapes[name], known.replies[name] = shape, policy.reply
-    amounts = make_amounts(
-        tokens=sampled * (policy.prompt + policy.reply) + training.tokens,
-        flops=policy.own_flops(sampled) + sum(each for _, each in training.taught),
-        memory=memory.total,
-        seconds=learning.seconds + writing.seconds,
+    row = Row(
+        name,
+        config.kind,
+        amounts,
+        least=on_machine(memory.least, config.parallel, machine),
+        parts=(part,),
+        start=start_seconds(part),
+        memory=memory,
+        processes=config.parallel.world_size,
     )
-    parts = (learning, writing)
-    return Row(name, config.kind, amounts, least=memory.least, parts=parts, start=start_seconds(*parts))
+    return [row]
 
 
-def _snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:
+def num_snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:
     """The number of snapshots that the stage saves, without the final model."""
     return int((num_steps - 1) // config.snapshot_every) if config.snapshot_every else 0
 
 
-def _prompt_trained(prompt: float, reply: float, frame: float, group: int = 1) -> float:
+def prompt_trained_tokens(prompt: float, reply: float, frame: float, group: int = 1) -> float:
     """Prompt tokens that the trainer computes per trace. Each prompt is computed once per group; its first `frame`
     tokens, which all prompts share, are so rare that they are neglected (`training.packing`)."""
     if prompt + reply > prefix_sharing.MAX_TOKENS:

@@ -1,0 +1,187 @@
+"""Recipes on named GPUs: parts, verdicts, and remedies that hold when they are applied. No model is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from distill import cli, recipe
+from distill.compute import cards
+from distill.records import UserError
+from distill.run import fit
+from distill.tools.listing import RECIPES
+
+GPU_RECIPES = sorted(path for path in RECIPES.glob("*.yaml") if path.stem.endswith("_qwen"))
+SUMS = {"fn": "reasoning_gym", "dataset": "basic_arithmetic", "template": "think_answer"}
+
+
+def make(model: Any = "Qwen/Qwen2.5-7B", **fields: Any) -> recipe.Recipe:
+    """One train stage on worked sums."""
+    stage = {
+        **{"kind": "train", "model": "base", "task": "sums", "data": "data/cold_start/sums.jsonl"},
+        **{"loss": {"fn": "cross_entropy"}, "steps": 10, "batch_traces": 2048, "micro_tokens": 4096},
+    }
+    tree = {"name": "fit", "models": {"base": model}, "tasks": {"sums": SUMS}, "stages": {"sft": stage | fields}}
+    return recipe.validate(tree, "test")
+
+
+def rl(**fields: Any) -> recipe.Recipe:
+    stage = {"kind": "grpo", "model": "base", "task": "sums", "rewards": [{"fn": "accuracy"}], "steps": 4}
+    stage |= {"objective": {"fn": "grpo", "beta": 0}}
+    tree = {
+        "name": "fit",
+        "models": {"base": "Qwen/Qwen2.5-1.5B"},
+        "tasks": {"sums": SUMS},
+        "stages": {"rl": stage | fields},
+    }
+    return recipe.validate(tree, "test")
+
+
+def verdict(resolved: recipe.Recipe, gpu: str) -> fit.Verdict:
+    (found,) = fit.verdicts(resolved, cards.parse(gpu))
+    return found
+
+
+def test_a_7b_in_full_takes_what_the_count_of_its_bytes_says():
+    """2 weight, 4 master, 8 moments, 4 and 2 gradient: 20 bytes of each of 7.6B parameters."""
+    found = verdict(make(), "h100:8")
+    held = found.row.memory
+    state = held.weights + held.masters + held.moments + held.gradients + held.activations + held.head
+    assert state >= 20 * 7.6156e9 * 0.999
+    assert not found.fits
+    (line,) = fit.lines([found])
+    assert line.startswith("sft: does not fit: ")
+    assert "80 GiB there" in line
+    assert "lora (" in line
+    assert "fsdp2 over 8 (" in line
+
+
+def test_every_named_remedy_fits_when_it_is_applied():
+    asked = [
+        (make(), "h100:8"),
+        (make("Qwen/Qwen2.5-72B"), "h100:8"),
+        (make(lora={"rank": 8}, micro_tokens=65536), "4090"),
+        (rl(), "a100-40"),
+        (rl(model="base", micro_tokens=16384), "l40s:4"),
+    ]
+    for resolved, gpu in asked:
+        found, card = verdict(resolved, gpu), cards.parse(gpu)
+        assert not found.fits
+        assert found.remedies, gpu
+        for remedy in found.remedies:
+            tree = resolved.model_dump(mode="json", exclude_unset=True)
+            (name,) = tree["stages"]
+            for key, value in remedy.changes.items():
+                held = tree["stages"][name].get(key)
+                tree["stages"][name][key] = (
+                    {**held, **value} if isinstance(held, dict) and isinstance(value, dict) else value
+                )
+            most = remedy.changes.get("distributed", {}).get("processes", card.count)
+            after = verdict(recipe.validate(tree, "test"), f"{card.key}:{max(most, card.count)}")
+            assert after.fits, remedy.words
+            assert after.need == pytest.approx(remedy.need, rel=1e-6), remedy.words
+
+
+def test_what_no_change_can_help_says_so():
+    found = verdict(make("meta-llama/Llama-3.1-405B", lora={"rank": 8, "quantised": "nf4"}), "l4")
+    assert not found.remedies
+    assert "a smaller model or a GPU with more memory would" in fit.lines([found])[0]
+
+
+def test_a_stage_is_costed_as_it_is_written():
+    alone = verdict(make(steps=1000), "h100:8")
+    assert alone.row.processes == 1
+    sharded = verdict(make(steps=1000, distributed={"processes": 8, "strategy": "fsdp2"}), "h100:8")
+    assert sharded.row.processes == 8
+    assert sharded.row.memory.moments == alone.row.memory.moments / 8
+    assert sharded.row.amounts["seconds"] < alone.row.amounts["seconds"] / 3
+    copied = verdict(make(distributed={"processes": 8}), "h100:8")
+    assert copied.row.memory.moments == alone.row.memory.moments
+    few = verdict(make(distributed={"processes": 8}), "h100:4")
+    assert few.problem == "distributed.processes is 8, and there are 4 GPUs"
+
+
+def test_an_engine_beside_the_trainer_needs_a_size_and_fits_with_it():
+    found = verdict(rl(), "h100")
+    assert "vLLM takes 92% of the GPU" in found.problem
+    (remedy,) = found.remedies
+    sized = verdict(rl(engine=remedy.changes["engine"]), "h100")
+    assert sized.fits
+    parts = sized.row.memory
+    assert parts.cache == pytest.approx(remedy.changes["engine"]["kv_cache_gib"] * cards.GIB)
+    assert parts.engine == parts.weights
+    assert parts.reference == 0
+    referred = verdict(rl(objective={"fn": "grpo", "beta": 0.01}, engine=remedy.changes["engine"]), "h100")
+    assert referred.row.memory.reference == parts.weights
+
+
+def test_a_small_cache_decodes_fewer_at_a_time():
+    small, large = (verdict(rl(prompts=64, engine={"batch_size": 512, "kv_cache_gib": n}), "h100") for n in (0.2, 30))
+    assert small.row.amounts["seconds"] > large.row.amounts["seconds"]
+
+
+def test_a_reward_model_is_counted():
+    judged = [{"fn": "accuracy"}, {"fn": "reward_model", "path": "Qwen/Qwen2.5-0.5B"}]
+    more, less = (verdict(rl(rewards=each), "h100").row.memory for each in (judged, judged[:1]))
+    assert more.rewards == pytest.approx(2 * 494e6, rel=1e-3)
+    assert more.total - less.total == more.rewards
+
+
+def test_an_adapter_is_counted_as_one_in_memory_and_flops():
+    whole, lora = (verdict(make(**more), "h100").row for more in ({}, {"lora": {"rank": 16}}))
+    narrow = verdict(make(lora={"rank": 16, "target_modules": ["q_proj", "v_proj"]}), "h100").row
+    assert lora.memory.moments == pytest.approx(8 * 40.37e6, rel=1e-3)  # peft's count for Qwen2.5-7B at rank 16
+    assert narrow.memory.moments == pytest.approx(8 * 5.05e6, rel=1e-2)
+    assert narrow.amounts["flops"] < lora.amounts["flops"] < 0.7 * whole.amounts["flops"]
+
+
+def test_a_model_of_unknown_size_is_refused_and_named_ones_are_taken():
+    with pytest.raises(UserError, match=r"models\.base: the sizes of 'me/unheard-of'.*models\.base\.config"):
+        verdict(make("me/unheard-of"), "h100")
+    by_name = verdict(make({"source": "me/unheard-of", "config": "Qwen2.5-7B"}), "h100")
+    assert by_name.need == verdict(make(), "h100").need
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
+    sizes |= {"num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False}
+    assert verdict(make({"source": "me/unheard-of", "config": sizes}), "h100").need == by_name.need
+    counted = verdict(make({"source": "me/unheard-of", "params": 7.6e9}), "h100")
+    assert "without grouped heads" in counted.row.notes[0]
+    with pytest.raises(UserError, match="neither a file nor a known model"):
+        verdict(make({"source": "me/unheard-of", "config": "Qwen2.5-7"}), "h100")
+
+
+def test_a_config_file_gives_the_sizes(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100, "num_attention_heads": 4}')
+    assert verdict(make({"source": "me/own", "config": str(file)}), "l4").fits
+    assert verdict(make({"source": "me/own", "config": str(tmp_path)}), "l4").fits
+    file.write_text("[]")
+    with pytest.raises(UserError, match=r"not a config\.json"):
+        verdict(make({"source": "me/own", "config": str(file)}), "l4")
+
+
+@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("gpu", ["h100:8", "a100-40:2"])
+def test_every_recipe_for_a_gpu_is_costed(path, gpu, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    result = CliRunner().invoke(cli.app, ["check", str(path), "--gpu", gpu])
+    assert result.exit_code == 0, result.output
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name in tree["stages"]:
+        assert name in result.output
+    for column in ("weights", "optimiser", "gradients", "activations", "head", "engine", "cache", "total"):
+        assert column in result.output
+    assert "in total about" in result.output
+
+
+def test_there_is_a_recipe_for_a_gpu():
+    assert len(GPU_RECIPES) >= 3
+
+
+def test_an_unknown_gpu_ends_the_command_with_the_names():
+    result = CliRunner().invoke(cli.app, ["check", "quickstart", "--gpu", "h100:80gib"])
+    assert result.exit_code != 0
+    assert isinstance(result.exception, UserError)
+    assert "h100:8" in str(result.exception)
