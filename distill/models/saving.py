@@ -138,7 +138,8 @@ def label_logps(model: Any) -> Any:
     import torch
 
     rng = np.random.default_rng(1)
-    rows = model.get_input_embeddings().weight.shape[0]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows = min(end.weight.shape[0] for end in ends if getattr(end, "weight", None) is not None)
     return torch.cat([plain_logps(model, rng.integers(0, rows, length)) for length in LENGTHS])
 
 

@@ -156,4 +156,6 @@ def _order(item: tuple[int, int], folder: Path) -> tuple[int, float, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    code = main(Path(sys.argv[1]), sys.argv[2])
+    sys.stdout.flush()
+    os._exit(code)  # Python would take a second to free torch

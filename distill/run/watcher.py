@@ -12,7 +12,7 @@ import psutil
 from distill import world
 from distill.run.launch import PEER_LOST
 
-EVERY = 0.25
+EVERY = 0.1
 """Seconds between two looks."""
 
 

@@ -211,7 +211,15 @@ def _refusing(final: Path) -> Any:
     try:
         yield
     except (OSError, CheckpointException) as error:
-        raise UserError(f"cannot write the checkpoint {final}: {error}. Free some space and run again.") from None
+        raise UserError(
+            f"cannot write the checkpoint {final}: {_reason(error)}. Make room if the disk is full, and run again."
+        ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """Return the last line of an error; of one that torch has gathered from the processes, that of the first of them."""
+    inner = next((each[0] for each in getattr(error, "failures", {}).values()), error)
+    return str(inner).strip().splitlines()[-1].strip(" .")
 
 
 @functools.lru_cache(maxsize=1)
