@@ -209,4 +209,10 @@ def _memory_hint(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
+    status = main(Path(sys.argv[1]), *sys.argv[2:])
+    if world.launched():
+        # Threads of torch's process groups and checkpoints may abort Python's own end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

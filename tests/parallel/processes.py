@@ -135,9 +135,13 @@ def failures(project: Project) -> str:
     return "\n".join(f"== {path}\n{path.read_text()[-3000:]}" for path in files)
 
 
-def losses(project: Project, stage: str) -> torch.Tensor:
+def metrics(project: Project, stage: str) -> list[dict[str, float]]:
     lines = (project.run_dir / stage / "metrics.jsonl").read_text().splitlines()
-    return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
+    return [json.loads(line) for line in lines]
+
+
+def losses(project: Project, stage: str) -> torch.Tensor:
+    return torch.tensor([row["loss"] for row in metrics(project, stage)], dtype=torch.float64)
 
 
 def weights(project: Project, stage: str) -> dict[str, torch.Tensor]:
@@ -159,11 +163,14 @@ def checkpoints(project: Project, stage: str) -> list[Path]:
     return sorted((project.run_dir / stage / "checkpoints").glob("step-*"))
 
 
-def copy_run(source: Project, target: Project) -> None:
-    """Copy the traces and everything unfinished of a run."""
-    shutil.copytree(source.run_dir, target.run_dir, ignore=lambda _, names: [n for n in names if n.startswith(".")])
+def copy_run(source: Project, folder: Path) -> Project:
+    """Copy the traces and everything unfinished of a run to another folder."""
+    folder.mkdir()
+    target = Project(folder, source.tree)
+    shutil.copytree(source.run_dir, target.run_dir, ignore=shutil.ignore_patterns(".lock", ".building*"))
     for model in target.run_dir.glob("*/model"):
         shutil.rmtree(model.parent)
+    return target
 
 
 def wait_for(ready: Callable[[], Any], process: subprocess.Popen[Any], seconds: float = 300) -> None:
