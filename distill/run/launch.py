@@ -13,12 +13,16 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from distill import interrupt
+from distill.errors import UserError
 from distill.recipe import DistributedConfig
 
 PEER_LOST = 75
@@ -27,6 +31,10 @@ PATIENCE = 7 * 24 * 3600
 """Seconds that processes may take to end after a SIGTERM: a rollout may be under way."""
 MEET = 3600
 """Seconds until the launchers of all nodes must have met."""
+CONNECT = 600
+"""Seconds to wait for the first node."""
+EVERY = 0.5
+"""Seconds between two looks for a failure on another node."""
 ELSEWHERE = 3.0
 """Seconds to wait for the reason of a failure on another node."""
 
@@ -73,7 +81,13 @@ def main(run: Path, stage: str) -> int:
         os.dup2(messages.fileno(), 2)
     threads = max(1, (os.cpu_count() or 1) // parallel.processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    failures, status = _launch(parallel, f"{run.resolve().name}-{stage}-{attempt}", [str(run), stage])
+    if parallel.nodes > 1:
+        threading.Thread(target=_end_with_others, args=(folder,), daemon=True, name="other nodes").start()
+    try:
+        failures, status = _launch(parallel, f"{run.resolve().name}-{stage}-{attempt}", [str(run), stage])
+    except UserError as error:
+        (folder / "error.txt").write_text(str(error), encoding="utf-8")
+        return 2
     if not failures:
         return status
     return _explain(failures, folder, parallel.world_size)
@@ -81,11 +95,16 @@ def main(run: Path, stage: str) -> int:
 
 def _launch(parallel: DistributedConfig, run_id: str, args: list[str]) -> tuple[dict[int, int], int]:
     """Run the stage's processes; return the exit status of each that failed, by rank, and the status of all others."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     alone = parallel.nodes == 1
+    here, there = ("localhost", "localhost") if alone else _addresses(str(parallel.rendezvous))
+    if not alone:
+        _use_interface(here)
     config = LaunchConfig(
         min_nodes=parallel.nodes,
         max_nodes=parallel.nodes,
@@ -93,9 +112,9 @@ def _launch(parallel: DistributedConfig, run_id: str, args: list[str]) -> tuple[
         run_id=run_id,
         rdzv_backend="c10d",
         rdzv_endpoint=parallel.rendezvous or "localhost:0",
-        rdzv_configs={"timeout": MEET},
+        rdzv_configs={"timeout": MEET, "read_timeout": CONNECT, "is_host": str(here == there)},
         max_restarts=0,
-        local_addr="localhost" if alone else _own_address(str(parallel.rendezvous)),
+        local_addr=here,
         shutdown_timeout=PATIENCE,
     )
     try:
@@ -104,27 +123,62 @@ def _launch(parallel: DistributedConfig, run_id: str, args: list[str]) -> tuple[
         return {}, 128 + int(stopped.sigval)
     except ChildFailedError as error:
         return {rank: failure.exitcode for rank, failure in error.failures.items()}, 1
+    except (RendezvousError, DistError) as error:
+        raise UserError(_not_met(parallel, error)) from error
     return {}, 0
 
 
-def _own_address(rendezvous: str) -> str:
-    """Return this node's address on the way to the rendezvous, at which other nodes reach it."""
+def _addresses(rendezvous: str) -> tuple[str, str]:
+    """Return this node's address on the way to the rendezvous, at which other nodes reach it, and that of the rendezvous.
+
+    Raises UserError if the rendezvous has no address or there is no way to it.
+    """
     host, _, port = rendezvous.rpartition(":")
-    host = host.strip("[]")
-    family = socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM)[0][0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, int(port)))  # sends nothing
-        return str(probe.getsockname()[0])
+    try:
+        family, *_, there = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(there)  # sends nothing
+            return str(probe.getsockname()[0]), str(there[0])
+    except OSError as error:
+        raise UserError(f"distributed.rendezvous: {rendezvous} cannot be reached from this node: {error}") from None
+
+
+def _use_interface(address: str) -> None:
+    """Let gloo use the network interface of an address; it would take that of the host's name, often 127.0.0.1."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address.partition("%")[0] == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _end_with_others(folder: Path) -> None:
+    """Kill this node's processes once a launcher of another node has written why one of its processes failed.
+
+    They would wait for that process: over NCCL nothing tells them that it is gone.
+    """
+    while not (folder / "failed_rank").exists():
+        time.sleep(EVERY)
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _not_met(parallel: DistributedConfig, error: Exception) -> str:
+    return (
+        f"distributed: the {parallel.nodes} nodes did not meet at {parallel.rendezvous or 'this node'}: {error}. Start the stage "
+        "on the first node first; its port must be free and open to the others."
+    )
 
 
 def _explain(failures: Mapping[int, int], folder: Path, size: int) -> int:
     """Find the process that failed first, write why, and return the exit status."""
+    if (folder / "failed_rank").exists():  # the launcher of another node has written it
+        return 1
     rank, status = min(failures.items(), key=lambda item: _order(item, folder))
     if status == PEER_LOST:
         until = time.monotonic() + ELSEWHERE
         while time.monotonic() < until and not (folder / "failed_rank").exists():
             time.sleep(0.1)
-        if (folder / "failed_rank").exists():  # the launcher of another node has written it
+        if (folder / "failed_rank").exists():
             return 1
         reason = "a process on another node was lost; that node's launcher-*.txt says more"
     elif status < 0:
