@@ -117,13 +117,16 @@ class Layout:
     device: torch.device
 
     @staticmethod
-    def of(doc_offsets: Tensor, parent: Tensor | None = None) -> Layout:
-        """Build the layout from doc boundaries [N+1] and each doc's parent [N] (-1: none)."""
+    def of(doc_offsets: Tensor, parent: Tensor | None = None, device: torch.device | None = None) -> Layout:
+        """Build the layout from doc boundaries [N+1] and each doc's parent [N] (-1: none), best both on the CPU.
+
+        device: of the tokens; None = that of doc_offsets.
+        """
         offsets = doc_offsets.cpu()
         starts, lengths = offsets[:-1], offsets.diff()
         prefixes = _prefixes(starts.tolist(), lengths.tolist(), parent)
         before = torch.tensor([sum(map(len, prefix)) for prefix in prefixes])
-        return Layout(starts, lengths, before, prefixes, int((lengths + before).max()), doc_offsets.device)
+        return Layout(starts, lengths, before, prefixes, int((lengths + before).max()), device or doc_offsets.device)
 
     def tokens(self, doc: int) -> Tensor:
         """Return the packed positions of all tokens that a doc's last one sees: those of its parents and its own."""

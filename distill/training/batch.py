@@ -100,12 +100,15 @@ class CrossTokenizerBatch:
 
 
 def _moved(record: Batch | CrossTokenizerBatch, device: str | torch.device) -> dict[str, Any]:
-    """Return a record's fields, with numpy arrays as torch tensors on a device."""
+    """Return a record's fields, with numpy arrays as torch tensors on a device; doc boundaries and parents stay on the CPU.
+
+    The layout of the docs is made from those: reading them back from a GPU would wait for all that it has to do.
+    """
     moved: dict[str, Any] = {}
     for f in fields(record):
         value = getattr(record, f.name)
         if isinstance(value, np.ndarray):
-            value = torch.from_numpy(value).to(device)
+            value = torch.from_numpy(value).to("cpu" if f.name in ("doc_offsets", "parent") else device)
         elif isinstance(value, Batch | CrossTokenizerBatch):
             value = value.to_torch(device)
         moved[f.name] = value

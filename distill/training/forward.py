@@ -85,7 +85,7 @@ def _packed(model: Any, batch: Batch) -> Tensor:
         input_ids=batch.ids_T[None],
         position_ids=batch.position_T[None],
         use_cache=False,
-        layout=Layout.of(batch.doc_offsets, batch.parent),
+        layout=Layout.of(batch.doc_offsets, batch.parent, batch.ids_T.device),
     ).last_hidden_state[0]
     return out
 
@@ -95,7 +95,7 @@ def _by_rows(model: Any, batch: Batch, rows: Tensor, *, alone: bool) -> Tensor:
 
     Rows are padded at the right, where a causal model's earlier positions do not see it.
     """
-    layout = Layout.of(batch.doc_offsets, batch.parent)
+    layout = Layout.of(batch.doc_offsets, batch.parent, batch.ids_T.device)
     doc_R = torch.searchsorted(layout.starts, rows.cpu(), right=True) - 1
     place_R = rows.cpu() - layout.starts[doc_R] + layout.before[doc_R]
     wanted: dict[int, list[int]] = {}
@@ -211,7 +211,7 @@ def prove(
 
 def _plain(model: Any, vocab_size: int, batch: Batch, rows: Tensor) -> tuple[HeadForm, Tensor]:
     """Return the form of the logits, and the labels' log-probabilities by the model's own forward pass, float32."""
-    layout = Layout.of(batch.doc_offsets, batch.parent)
+    layout = Layout.of(batch.doc_offsets, batch.parent, batch.ids_T.device)
     doc_R = torch.searchsorted(layout.starts, rows.cpu(), right=True) - 1
     logp_R = torch.empty(len(rows), device=rows.device)
     head = base_model(model).get_output_embeddings()

@@ -45,6 +45,11 @@ def shard(module: Any, model: Any, config: DistributedConfig, device: torch.devi
             "distributed.strategy: fsdp2 is not possible for this model: its traces are not packed but computed as rows, and "
             "the processes would not stay in step. Use strategy: ddp."
         )
+    if getattr(base_model(model), "is_quantized", False):
+        raise UserError(
+            "distributed.strategy: fsdp2 is not possible for a model with quantised weights. Use strategy: ddp, or leave "
+            "lora.quantised out."
+        )
     on_cpu = device.type == "cpu"
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options: dict[str, Any] = {

@@ -39,9 +39,10 @@ def main(model_dir: str, folder: Path, dtype: str, stop_after: int) -> None:
     optimizers = []
 
     class Watched(MasterAdamW):
-        def load(self, tensors: dict[str, torch.Tensor]) -> None:
-            super().load(tensors)
-            optimizers.append(self)
+        def loaded(self, names) -> None:
+            super().loaded(names)
+            if names:
+                optimizers.append(self)
 
     loop.MasterAdamW = Watched
 

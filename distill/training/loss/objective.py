@@ -76,7 +76,7 @@ class StoredObjective:
         hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
         targets = self.with_teacher(module, batch, rows, targets)
         if self.couple is not None and targets.old_logp_T is not None:
-            trace_T = torch.searchsorted(batch.doc_offsets, rows, right=True) - 1
+            trace_T = torch.searchsorted(batch.doc_offsets.to(rows.device), rows, right=True) - 1
             coupled_T = self.couple(module.label_logp_from_hidden(hidden_TD, targets), targets, trace_T)
             targets = replace(targets, coupled_T=coupled_T)
         weight_VD, bias_V = module.output_head()

@@ -129,7 +129,7 @@ class _OverChunks(torch.autograd.Function):
         grads = ctx.gradients or _run(hidden_TD, weight_VD, bias_V, ctx.walk)[2]
         ctx.gradients = None
         # On a CPU reading the value is free, and a step's upstream gradient is mostly 1.
-        scaled = upstream.is_cuda or bool(upstream != 1)
+        scaled = upstream.device.type != "cpu" or bool(upstream != 1)
         both = zip(grads, inputs, strict=True)
         return *(None if g is None else _times(g, upstream if scaled else None, t.dtype) for g, t in both), None
 
