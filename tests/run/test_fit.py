@@ -174,6 +174,8 @@ def test_every_recipe_for_a_gpu_is_costed(path, gpu, monkeypatch):
     for column in ("weights", "optimiser", "gradients", "activations", "head", "engine", "cache", "total"):
         assert column in result.output
     assert "in total about" in result.output
+    if gpu == "h100:8":
+        assert "does not fit" not in result.output
 
 
 def test_there_is_a_recipe_for_a_gpu():
