@@ -83,9 +83,14 @@ def test_two_nodes_give_the_numbers_of_one_process(tiny_dir, tmp_path, nodes):
     one = make(tiny_dir, tmp_path / "one")
     stage_process(one, "kl")
     started = start(both, nodes)
-    out, _ = started[0].communicate(timeout=90)
-    assert started[0].returncode == 0, out
-    assert started[1].wait(60) == 0
+    try:
+        out, _ = started[0].communicate(timeout=200)
+        assert started[0].returncode == 0, out
+        assert started[1].wait(60) == 0
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
     assert both.state("kl")["metrics"]["processes"] == 2
     assert max(gaps(one, both, "kl")) <= 1e-5
 
