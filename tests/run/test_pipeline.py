@@ -243,7 +243,7 @@ def test_a_stage_alone_needs_its_inputs(finished, tmp_path):
     assert not (project.run_dir / "kl").exists()
 
 
-def test_dry_run_and_check_load_nothing_heavy_and_write_nothing(finished, tmp_path):
+def test_dry_run_and_check_load_no_engine_and_write_nothing(finished, tmp_path):
     project = Project(tmp_path, finished.tree)
     for arguments in (("check", "road.yaml"), ("run", "road.yaml", "--dry-run")):
         done = project.distill(*arguments)
@@ -251,7 +251,7 @@ def test_dry_run_and_check_load_nothing_heavy_and_write_nothing(finished, tmp_pa
         assert "verdict.kl" in done.stdout
         assert "total" in done.stdout
     assert not project.run_dir.exists()
-    probe = "import sys; sys.argv=['distill','check','road.yaml']; from distill import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint(sorted({'vllm','transformers','datasets'} & set(sys.modules)))"
+    probe = "import sys; sys.argv=['distill','check','road.yaml']; from distill import cli\ntry: cli.main()\nexcept SystemExit: pass\nprint(sorted({'vllm','datasets','peft'} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", probe], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert loaded.stdout.strip().splitlines()[-1] == "[]"
 

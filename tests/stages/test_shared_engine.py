@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -92,12 +94,22 @@ def test_an_arm_that_fails_is_the_one_that_is_named_and_the_others_keep_what_the
     broken.mkdir()
     for file in other_dir.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
-    weights = load_file(broken / "model.safetensors")
-    weights.pop("model.norm.weight")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     tree["models"]["other"] = str(broken)
     project = Project(tmp_path, tree)
+
+    def spoil() -> None:
+        """Break the model once the first arm is under way: what is broken before is refused before the run."""
+        while not (project.run_dir / "verdict.tiny/stage.json").exists():
+            time.sleep(0.01)
+        weights = load_file(broken / "model.safetensors")
+        weights.pop("model.norm.weight")
+        save_file(weights, tmp_path / "spoilt.safetensors", metadata={"format": "pt"})
+        (tmp_path / "spoilt.safetensors").replace(broken / "model.safetensors")
+
+    spoiling = threading.Thread(target=spoil, daemon=True)
+    spoiling.start()
     failed = project.run()
+    spoiling.join(1)
     assert failed.returncode == 2
     assert "the checkpoint lacks 1 weights, which would be random (model.norm.weight)" in failed.stderr
     assert project.state("verdict.tiny")["status"] == "done"
