@@ -9,6 +9,7 @@ The process must have been started with `distill.engines.environment`.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -249,11 +250,9 @@ class VllmEngine:
 
     def close(self) -> None:
         """Stop the engine and free its memory."""
-        self._engine.engine_core.shutdown()
-        del self._engine, self._llm
-        if world.size() > 1:
-            vllm_patches.leave_group()
-        else:
+        with vllm_patches.keeping_group() if world.size() > 1 else contextlib.nullcontext():
+            self._engine.engine_core.shutdown()
+            del self._engine, self._llm
             cleanup_dist_env_and_memory()
 
     def _entries(self, top_k: int) -> int:

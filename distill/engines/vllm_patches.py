@@ -7,7 +7,6 @@ for vLLM 0.32, which the package pins.
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 import logging
 import random
@@ -243,13 +242,19 @@ def own_process_state() -> Iterator[None]:
         torch.set_num_threads = set_threads
 
 
-def leave_group() -> None:
-    """Free what an engine has made on a process group that is not its own, and leave that group as it is."""
-    from vllm.distributed import destroy_model_parallel, parallel_state
+@contextlib.contextmanager
+def keeping_group() -> Iterator[None]:
+    """Leave the default process group as it is in this context; engines destroy it when they end, whoever made it."""
+    import torch.distributed as dist
 
-    destroy_model_parallel()
-    if parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-        parallel_state._WORLD = None
-    parallel_state._NODE_COUNT = None
-    gc.collect()
+    original = dist.destroy_process_group
+
+    def destroy(group: Any = None) -> None:
+        if group not in (None, dist.group.WORLD):
+            original(group)
+
+    dist.destroy_process_group = destroy
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = original
