@@ -89,8 +89,9 @@ def _check_weights(folder: Path) -> None:
     kind = model_class(folder)._model_mapping[type(config)]
     kind = kind[0] if isinstance(kind, tuple) else kind
     weights = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in headers.items()}
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         model, info = kind.from_pretrained(
             None,
@@ -103,6 +104,8 @@ def _check_weights(folder: Path) -> None:
         )
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
     check_loaded(folder, info)
     _check_unused(folder, model.state_dict().keys(), headers, info.get("unexpected_keys") or ())
 
