@@ -54,6 +54,7 @@ from distill.models.tokenizer import (
     stop_ids,
     template_hash,
     tokenizer_fingerprint,
+    vocabulary_size,
 )
 
 __all__ = [
@@ -109,6 +110,7 @@ __all__ = [
     "tokenizer_fingerprint",
     "touched_ends",
     "turn_end",
+    "vocabulary_size",
     "weights_fingerprint",
     "without_dropout",
 ]

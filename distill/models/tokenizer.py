@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distill.models.rendering import turn_end_ids
+from distill.models.shape import text_part
 from distill.records import Template, UserError, stable_hash
 
 
@@ -31,6 +33,14 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def template_hash(tokenizer: Any) -> str:
     """Return a hash of the chat template; empty for a tokenizer without one."""
     return stable_hash(tokenizer.chat_template) if tokenizer.chat_template else ""
+
+
+def vocabulary_size(tokenizer: Any, config: Mapping[str, Any]) -> int:
+    """Return the number of tokens that a model can read and write: the tokenizer's, less added tokens above the config's
+    vocab_size (Gemma 3 1B's tokenizer has a token for images that its model does not know)."""
+    rows = int(text_part(config).get("vocab_size", len(tokenizer)))
+    unknown_to_model = range(rows, len(tokenizer))
+    return rows if unknown_to_model and set(unknown_to_model) <= set(tokenizer.added_tokens_decoder) else len(tokenizer)
 
 
 def check_same_tokenizer(written_by: str, vocab_size: int, tokenizer: Any, where: str) -> None:

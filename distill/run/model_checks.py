@@ -15,12 +15,7 @@ def check_models(recipe: Recipe) -> None:
     for name, model in recipe.models.items():
         folder = local_folder(model)
         if folder is not None:
-            tokenizer = models.check_model(folder, trust_remote_code=model.trust_remote_code)
-            config = models.config_of(folder)
-            rows = models.text_part(config).get("vocab_size")
-            trained = any(isinstance(s, OptimStage) and name in s.reads("model") for s in recipe.stages.values())
-            if trained and isinstance(rows, int):
-                models.check_vocabulary(config, rows, rows, len(tokenizer), name)
+            models.check_model(folder, trust_remote_code=model.trust_remote_code)
             _check_quantised(name, folder, recipe)
 
 

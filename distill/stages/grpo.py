@@ -35,10 +35,11 @@ def run(config: GrpoStage, context: Context) -> Result:
     rewards = combined_reward(config, where)
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
+    vocab_size = models.vocabulary_size(tokenizer, models.config_of(folder))
     with open_policy_sampler(config, context, tokenizer) as (sampler, pool):
         model = load_student(config, context)
-        plan = prove_forward(model, config.model, len(tokenizer), context, sampler.engine.max_model_len)
-        prove_sync(sampler.engine, model, len(tokenizer), context)
+        plan = prove_forward(model, config.model, vocab_size, context, sampler.engine.max_model_len)
+        prove_sync(sampler.engine, model, vocab_size, context)
         log = CompletionLog(context, config)
         rollouts = RewardRollouts(
             sampler=sampler,
@@ -57,7 +58,7 @@ def run(config: GrpoStage, context: Context) -> Result:
             objective,
             config,
             length=length,
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size,
             folder=context.folder,
             plan=plan,
             name=context.name,

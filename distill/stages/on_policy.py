@@ -37,6 +37,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
     objective = resolve_loss(config, where, draw_seed(context.seed, context.name, "draws"))
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
+    vocab_size = models.vocabulary_size(tokenizer, models.config_of(folder))
     longest = config.engine.max_model_len or config.sampling.max_tokens + MAX_PROMPT
     teachers = load_teachers(config, context, tokenizer, longest) if config.scoring == "trainer" else []
     read = reader_for(config, context, tokenizer)
@@ -45,8 +46,8 @@ def run(config: OnPolicyStage, context: Context) -> Result:
         _teacher_engine(config, context, tokenizer, sampler.engine.max_model_len) as engine,
     ):
         model = load_student(config, context)
-        plan = prove_forward(model, config.model, len(tokenizer), context, sampler.engine.max_model_len)
-        prove_sync(sampler.engine, model, len(tokenizer), context)
+        plan = prove_forward(model, config.model, vocab_size, context, sampler.engine.max_model_len)
+        prove_sync(sampler.engine, model, vocab_size, context)
         log = CompletionLog(context, config)
         rollouts = TeacherRollouts(
             sampler=sampler,
@@ -65,7 +66,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             objective,
             config,
             length=length,
-            vocab_size=len(tokenizer),
+            vocab_size=vocab_size,
             folder=context.folder,
             plan=plan,
             teachers=teachers,

@@ -30,6 +30,7 @@ def run(config: TrainStage, context: Context) -> Result:
     objective = resolve_loss(config, where, draw_seed(context.seed, context.name, "draws"))
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
+    vocab_size = models.vocabulary_size(tokenizer, models.config_of(folder))
     positions = models.learned_positions(models.config_of(folder))
     if positions is not None and positions < config.max_tokens:
         context.say(f"max_tokens {positions}: the model has learned no more positions")
@@ -41,7 +42,7 @@ def run(config: TrainStage, context: Context) -> Result:
     length = budget_of(config, context) or Length(config.steps or (config.epochs or 1) * an_epoch)
 
     model = load_student(config, context)
-    plan = prove_forward(model, config.model, len(tokenizer), context, config.max_tokens)
+    plan = prove_forward(model, config.model, vocab_size, context, config.max_tokens)
 
     attention = attention_share(ModelShape.from_config(models.config_of(folder)))
 
@@ -72,7 +73,7 @@ def run(config: TrainStage, context: Context) -> Result:
         objective,
         config,
         length=length,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         folder=context.folder,
         plan=plan,
         teachers=teachers,

@@ -267,6 +267,7 @@ class _Loop:
         report = StepSums(trace_ids=tuple(t for batch in micro_batches for t in batch.trace_ids))
         factor = parallel.loss_factor(self.module)
         for number, batch in enumerate(micro_batches, 1):
+            self._check_ids(batch)
             rows = torch.from_numpy(batch.weight_T.nonzero()[0])
             report.counts.add_batch(batch, len(rows))
             report.tokens += len(batch.ids_T) if len(rows) else 0
@@ -282,6 +283,15 @@ class _Loop:
         report.loss, *values = torch.cat([loss[None], *sums.values()]).tolist()
         report.metrics = dict(zip(sums, zip(values[::2], values[1::2], strict=True), strict=True))
         return report
+
+    def _check_ids(self, batch: Any) -> None:
+        """Raise UserError for a token that the model has no embedding for."""
+        largest, size = int(batch.ids_T.max()), self.module.vocab_size
+        if largest >= size:
+            raise UserError(
+                f"a trace among {', '.join(batch.trace_ids[:5])} has the token id {largest}, and the model knows {size} tokens: call "
+                "model.resize_token_embeddings and save the model, or leave such traces out."
+            )
 
     # -------------------------------------------------------------------------------------------- checkpoints
 

@@ -186,6 +186,22 @@ def test_one_bad_step_leaves_the_weights_alone(tiny_dir, tmp_path):
     assert math.isnan(metrics(tmp_path / "once")[1]["loss"])
 
 
+def test_a_token_without_an_embedding_is_refused(tiny_dir, tmp_path):
+    def source(start, policy):
+        yield Step(pack([Example("odd", np.array([5]), np.array([49152, 2]))], micro_tokens=64))
+
+    with pytest.raises(UserError, match=r"among odd has the token id 49152, and the model knows 49152 tokens"):
+        train(
+            models.load(tiny_dir),
+            source,
+            StoredObjective(cross_entropy),
+            config(),
+            length=Length(1),
+            vocab_size=49152,
+            folder=tmp_path,
+        )
+
+
 def test_an_interrupted_save_is_never_resumed_from(tiny_dir, tmp_path):
     from distill.training import checkpoint
 

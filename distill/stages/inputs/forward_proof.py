@@ -41,8 +41,7 @@ def _proved(model: Any, name: str, vocab_size: int, context: Context, max_tokens
     base = base_model(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if head is not None and getattr(head, "weight", None) is not None:
-        rows = len(embedding.weight), len(head.weight)
-        models.check_vocabulary(base.config.to_dict(), *rows, vocab_size, name)
+        models.check_vocabulary(base.config.to_dict(), len(embedding.weight), len(head.weight), vocab_size, name)
     exact = _fits_twice(model)
     parameter = next(base_model(model).parameters())
     tolerance = TOLERANCE[torch.float32] if exact else TOLERANCE.get(parameter.dtype, HALF_TOLERANCE)

@@ -160,7 +160,9 @@ def load_teachers(
             student = models.config_of(context.model_dir(config.model))
             size = min(len(theirs), model.config.vocab_size)
             shared = VocabularyMap.of_tokenizers(tokenizer, min(len(tokenizer), student["vocab_size"]), theirs, size)
-        plan = prove_forward(model, name, size or len(tokenizer), context, max_tokens)
+        plan = prove_forward(
+            model, name, size or min(len(tokenizer), model.config.get_text_config().vocab_size), context, max_tokens
+        )
         teachers.append(Teacher(model, share, size, shared, plan))
     return teachers
 
