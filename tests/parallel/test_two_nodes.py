@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from needs import missing
+from needs import missing, slowness
 from processes import base_tree, checkpoints, environment, gaps, stage_process, training, wait_for
 from project import Project
 
@@ -106,7 +106,7 @@ def test_a_lost_node_ends_the_other(tiny_dir, tmp_path, nodes):
         os.kill(rank.pid, signal.SIGKILL)
         began = time.monotonic()
         out, _ = first.communicate(timeout=60)
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 5 * slowness()
         assert first.returncode == 1
         assert f"process {number} of 2 was ended by SIGKILL" in out
         assert second.wait(30) == 1
