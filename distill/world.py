@@ -86,8 +86,7 @@ def join() -> None:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(f"the {size()} processes do not meet at {where}: {error}") from None
-    for group in {dist.distributed_c10d._get_default_group()}:
-        dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)
+    dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.distributed_c10d._get_default_group())
 
 
 def leave() -> None:
@@ -131,6 +130,11 @@ def joined(mine: Sequence[T]) -> list[T]:
     parts = gather(list(mine))
     every = sum(map(len, parts))
     return [parts[n % len(parts)][n // len(parts)] for n in range(every)]
+
+
+def whole(tensor: Any) -> Any:
+    """Return a tensor, gathered over the processes if it is a shard; every process must call."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def broadcast(mine: T) -> T:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from distill import plug
+from distill import plug, world
 from distill.records import UserError
 
 if TYPE_CHECKING:
@@ -106,12 +106,7 @@ def exported_weights(model: Any) -> Iterator[tuple[str, Any]]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     named = _merged(base) if base is not model else _different(base.state_dict(keep_vars=True))
     for _, layer in itertools.groupby(named, key=lambda pair: _LAYER.match(pair[0] + ".")[0]):  # type: ignore[index]
-        yield from checkpoint_weights({name: _whole(tensor) for name, tensor in layer}, base).items()
-
-
-def _whole(tensor: Any) -> Any:
-    """Return a tensor, gathered over the processes if it is a shard; every process must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        yield from checkpoint_weights({name: world.whole(tensor) for name, tensor in layer}, base).items()
 
 
 _LAYER = re.compile(r".*?\.\d+\.|")

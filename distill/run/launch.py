@@ -174,6 +174,7 @@ def _explain(failures: Mapping[int, int], folder: Path, size: int) -> int:
     if (folder / "failed_rank").exists():  # the launcher of another node has written it
         return 1
     rank, status = min(failures.items(), key=lambda item: _order(item, folder))
+    code = 1
     if status == PEER_LOST:
         until = time.monotonic() + ELSEWHERE
         while time.monotonic() < until and not (folder / "failed_rank").exists():
@@ -186,15 +187,13 @@ def _explain(failures: Mapping[int, int], folder: Path, size: int) -> int:
         why = " (most likely because memory ran out)" if status == -signal.SIGKILL else ""
         reason = f"process {rank} of {size} was ended by {name}{why}; its log is {folder / log_name(rank)}"
     else:
-        with contextlib.suppress(OSError):
-            reason = (folder / error_name(rank)).read_text(encoding="utf-8")
-            (folder / "failed_rank").write_text(str(rank), encoding="utf-8")
-            (folder / "error.txt").write_text(reason, encoding="utf-8")
-            return 2 if status == 2 else status
-        reason = f"process {rank} of {size} ended with status {status}; its log is {folder / log_name(rank)}"
+        try:
+            reason, code = (folder / error_name(rank)).read_text(encoding="utf-8"), status
+        except OSError:
+            reason = f"process {rank} of {size} ended with status {status}; its log is {folder / log_name(rank)}"
     (folder / "failed_rank").write_text(str(rank), encoding="utf-8")
     (folder / "error.txt").write_text(reason, encoding="utf-8")
-    return 1
+    return code
 
 
 def _order(item: tuple[int, int], folder: Path) -> tuple[int, float, int]:

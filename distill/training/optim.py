@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distill import world
 from distill.records import UserError
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -58,8 +58,8 @@ class MasterAdamW:
 
     def clip(self, max_norm: float) -> float:
         """Scale the gradients to a global norm of at most max_norm; return the norm before. Shards count as the whole."""
-        norm: Any = nn.utils.clip_grad_norm_([m for m in self.masters if m.grad is not None], max_norm)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = nn.utils.clip_grad_norm_([m for m in self.masters if m.grad is not None], max_norm)
+        return float(world.whole(norm))
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distill import world
 from distill.models.prune import decoder_layers
@@ -74,11 +74,6 @@ def is_sharded(module: Any) -> bool:
 def has_shards(model: nn.Module) -> bool:
     """Return whether a model's weights are shards."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
-
-
-def whole(tensor: Any) -> Tensor:
-    """Return a tensor, gathered over the processes if it is a shard; every process must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]
 
 
 def at_rest(module: Any) -> None:

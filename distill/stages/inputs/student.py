@@ -95,7 +95,7 @@ def _gathered(model: Any, config: TrainStage | GrpoStage | OnPolicyStage, contex
     into = dict(whole.named_parameters()) if whole is not None else {}
     with torch.no_grad():
         for name, tensor in model.named_parameters():
-            gathered = parallel.whole(tensor)
+            gathered = world.whole(tensor)
             if whole is not None:
                 into[name].copy_(gathered)
     return whole
