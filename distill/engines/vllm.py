@@ -110,7 +110,7 @@ class VllmEngine:
                 max_num_seqs=config.batch_size,
                 max_logprobs=max(self._max_top_k, 1),
                 logprobs_mode="raw_logprobs",
-                enforce_eager=config.eager,
+                enforce_eager=self._on_cpu if config.eager is None else config.eager,
                 enable_prefix_caching=True,
                 use_tqdm_on_load=False,
                 **options,

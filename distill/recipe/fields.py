@@ -135,8 +135,33 @@ class EngineConfig(Config):
     kv_cache_gib: float | None = execution(
         None, gt=0, description="size of the key-value cache in GiB; None = 1 on a CPU, vLLM's default on a GPU"
     )
-    eager: bool = execution(
-        True, description="run without compilation (vLLM's enforce_eager): faster to start, a little slower to run"
+    memory_share: float | None = execution(
+        None,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that a vLLM engine may take, weights and cache together (vLLM's "
+        "gpu_memory_utilization); None = what the stage leaves free",
+    )
+    sleep: bool = execution(
+        False,
+        description="free the engine's GPU memory while the model trains (vLLM's sleep mode, level 2): for an engine beside a "
+        "trainer on the same GPU",
+    )
+    eager: bool | None = execution(
+        None,
+        description="run without compilation and CUDA graphs (vLLM's enforce_eager): faster to start, slower to run; None = "
+        "with CUDA graphs on a GPU, without compilation on a CPU",
+    )
+    tensor_parallel: PositiveInt = execution(
+        1, description="number of GPUs that one engine is split over (vLLM's tensor_parallel_size)"
+    )
+    replicas: PositiveInt = execution(
+        1, description="number of engines, each in a Ray actor of its own, that share the stage's requests; needs ray"
+    )
+    ray: str | None = execution(
+        None,
+        description="where the engines run as Ray actors: local = on this machine, auto = on the cluster that is running, or "
+        "the address of a cluster; None = one engine in the stage's process",
     )
 
     @model_validator(mode="before")
