@@ -31,6 +31,10 @@ def open_engine(config: EngineConfig, model_dir: Path, *, max_model_len: int, ma
     requests. seed: for the engine's own random numbers; completions depend only on the seeds of their requests. Raises
     UserError for an unknown engine, if vLLM is named but cannot be used, and if the context or the memory is too small.
     """
+    if config.ray is not None:
+        from distill.engines.ray import RayEngine
+
+        return RayEngine(config, model_dir, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed)
     if config.dtype == "auto":
         config = config.model_copy(update={"dtype": models.auto_dtype(model_dir)})
     function = plug.find(config.fn, KINDS, "engine.fn")

@@ -169,6 +169,14 @@ class EngineConfig(Config):
     def _name_alone(cls, value: Any) -> Any:
         return {"fn": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _apart(self) -> EngineConfig:
+        if self.replicas > 1 and self.ray is None:
+            raise ValueError("replicas: several engines run as Ray actors; set ray: local (this machine) or ray: auto")
+        if self.sleep and self.ray is not None:
+            raise ValueError("sleep: for an engine beside a trainer; with ray the engines have GPUs of their own")
+        return self
+
 
 class RowsConfig(Config):
     """How the rows of a data set are read, if `data` is a file, a folder or a hub data set and not traces."""

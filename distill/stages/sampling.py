@@ -154,17 +154,17 @@ def sample_completions(
 ) -> Iterator[GradedCompletion]:
     """Yield graded completions in the order in which the engine finishes them; threads judge while it generates.
 
-    receive: called with each completion when it arrives, before its verdict.
+    receive: called with each completion when it arrives, before its verdict. An iterator `requests` that goes on after it
+    was empty is asked again as long as the engine works.
     """
     open_requests: dict[str, CompletionRequest] = {}
 
-    def asked() -> Iterator[Request]:
-        for request in requests:
-            open_requests[request.request_id] = request
-            yield Request(request.request_id, request.prompt.ids, request.seed)
+    def asked(request: CompletionRequest) -> Request:
+        open_requests[request.request_id] = request
+        return Request(request.request_id, request.prompt.ids, request.seed)
 
     def written() -> Iterator[tuple[CompletionRequest, Completion, str]]:
-        for completion in engine.generate(asked(), sampling, top_k=top_k):
+        for completion in engine.generate(map(asked, requests), sampling, top_k=top_k):
             kept = receive(completion)
             yield open_requests.pop(kept.request_id), kept, grader.decode(kept.ids_T)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections import deque
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ def _fill(
     """Score the traces that the folder does not hold yet."""
     folder = context.folder / "traces"
     with TraceWriter(folder, metadata, shard_rows=config.shard_rows) as writer:
-        missing = wanted.keys() - writer.done_ids()
+        missing = {trace_id for trace_id in wanted if trace_id not in writer}
         if not missing:
             return
         context.phase(f"starting the {config.engine.fn} engine for {len(missing)} traces")
@@ -158,22 +159,32 @@ def _fill(
 
 
 def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Container[str]) -> Iterator[Traces]:
-    """Yield blocks of the missing traces with the engine's log-probabilities."""
-    for block in inputs.blocks(DroppedRows()):
-        index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
-        if not len(index):
-            continue
-        block = take(block, index)
-        requests = [
-            Request(trace_id, block.prompt_ids[n], completion_ids=np.array(block.completion_ids[n]))
-            for n, trace_id in enumerate(block.trace_id)
-        ]
-        tops, logprobs = [], []
-        for completion in engine.score(requests, top_k=config.top_logprobs):
-            assert completion.top is not None
-            tops.append(completion.top.truncate(top_k=config.top_logprobs, mass=config.mass))
-            logprobs.append(completion.logprob_T)
-        yield dataclasses.replace(block, logprob=Ragged.from_rows(logprobs, np.float32), top=TopK.concat(tops))
+    """Yield blocks of the missing traces with the engine's log-probabilities.
+
+    The engine gets all traces in one stream, so that no block's last traces leave it half empty.
+    """
+    blocks: deque[Traces] = deque()
+
+    def requests() -> Iterator[Request]:
+        for block in inputs.blocks(DroppedRows()):
+            index = np.flatnonzero([trace_id in missing for trace_id in block.trace_id])
+            if not len(index):
+                continue
+            block = take(block, index)
+            blocks.append(block)
+            for n, trace_id in enumerate(block.trace_id):
+                yield Request(trace_id, block.prompt_ids[n], completion_ids=np.array(block.completion_ids[n]))
+
+    tops, logprobs = [], []
+    for completion in engine.score(requests(), top_k=config.top_logprobs):
+        assert completion.top is not None
+        tops.append(completion.top.truncate(top_k=config.top_logprobs, mass=config.mass))
+        logprobs.append(completion.logprob_T)
+        if len(tops) == len(blocks[0]):
+            yield dataclasses.replace(
+                blocks.popleft(), logprob=Ragged.from_rows(logprobs, np.float32), top=TopK.concat(tops)
+            )
+            tops, logprobs = [], []
 
 
 def _say_left_out(context: Context, left_out: DroppedRows) -> None:

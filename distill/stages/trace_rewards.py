@@ -20,6 +20,8 @@ MAX_WAITING_BATCHES = 2
 """The number of batches pending for rewards before the engine waits."""
 
 Item = TypeVar("Item")
+StoredCompletions = Mapping[str, Sequence[GradedCompletion]]
+"""Completions that are in a folder already, by problem."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,71 +46,58 @@ def by_verdict(graded: Iterable[GradedCompletion]) -> Iterator[RewardedCompletio
 
 def rewarded(
     graded: Iterable[GradedCompletion],
-    stored: Sequence[GradedCompletion],
-    requests: Sequence[CompletionRequest],
+    stored: StoredCompletions,
+    group_size: int,
     group_of: Callable[[Sequence[GradedCompletion]], Group],
     rewards: Callable[[Sequence[Group]], list[Scores]],
 ) -> Iterator[RewardedCompletion]:
     """Yield the completions with their named rewards and weighted sum, problem by problem, computed in a thread.
 
-    stored: existing completions of the same problems, which rewards see but which are not yielded.
-    requests: for all completions of these problems.
+    stored: existing completions of the same problems, which rewards see but which are not yielded. group_size: completions of
+    a problem, stored ones included.
     """
-    known = {one.request.request_id for one in stored}
 
     def score(groups: list[list[GradedCompletion]]) -> list[tuple[list[GradedCompletion], Scores]]:
         return list(zip(groups, rewards([group_of(group) for group in groups]), strict=True))
 
-    batches = in_blocks(_whole_groups(graded, stored, requests), REWARD_BATCH, len)
+    batches = in_blocks(_whole_groups(graded, stored, group_size), REWARD_BATCH, len)
     for batch in map_in_threads(score, batches, 1, MAX_WAITING_BATCHES):
         for group, scores in batch:
+            known = {one.request.request_id for one in stored.get(group[0].request.prompt.problem.problem_id, ())}
             for n, one in enumerate(group):
                 if one.request.request_id not in known:
                     named = {name: column[n] for name, column in scores.parts.items()}
                     yield RewardedCompletion(one, scores.total[n], named, bool(scores.failed))
 
 
-def completions_of_incomplete_problems(
-    folder: Path, requests: Sequence[CompletionRequest], missing: Sequence[CompletionRequest], grader: Grader
-) -> list[GradedCompletion]:
-    """Judge again the completions in `folder` of problems that lack other completions.
-
-    requests: for all completions of a stage; missing: those of them that the folder does not hold.
-    """
-    lacking = {request.request_id for request in missing}
-    problems = {request.prompt.problem.problem_id for request in missing}
-    wanted = {
-        request.request_id: request
-        for request in requests
-        if request.request_id not in lacking and request.prompt.problem.problem_id in problems
-    }
+def stored_completions(
+    folder: Path, wanted: Mapping[str, CompletionRequest], grader: Grader
+) -> dict[str, list[GradedCompletion]]:
+    """Judge completions of `folder` again; returns them by problem. wanted: by trace id."""
+    found: dict[str, list[GradedCompletion]] = defaultdict(list)
     if not wanted:
-        return []
-    found = []
+        return found
     for block in open_traces(folder).blocks(1024, ["trace_id", "completion_ids", "finish_reason"]):
         for n, trace_id in enumerate(block.trace_id):
-            if trace_id in wanted:
+            if request := wanted.get(trace_id):
                 ids_T = block.completion_ids[n]
                 reason: FinishReason = "stop" if block.finish_reason[n] == "stop" else "length"
                 completion = Completion(trace_id, ids_T, np.zeros(len(ids_T), np.float32), None, reason)
-                found.append(grader.grade(wanted[trace_id], completion, grader.decode(ids_T)))
+                graded = grader.grade(request, completion, grader.decode(ids_T))
+                found[request.prompt.problem.problem_id].append(graded)
     return found
 
 
 def _whole_groups(
-    graded: Iterable[GradedCompletion], stored: Sequence[GradedCompletion], requests: Sequence[CompletionRequest]
+    graded: Iterable[GradedCompletion], stored: StoredCompletions, group_size: int
 ) -> Iterator[list[GradedCompletion]]:
     """Yield each problem's completions by sample, as soon as its last one arrives."""
-    size: dict[str, int] = defaultdict(int)
-    for request in requests:
-        size[request.prompt.problem.problem_id] += 1
-    waiting: dict[str, list[GradedCompletion]] = defaultdict(list)
-    for one in stored:
-        waiting[one.request.prompt.problem.problem_id].append(one)
+    waiting: dict[str, list[GradedCompletion]] = {}
     for one in graded:
         problem = one.request.prompt.problem.problem_id
-        waiting[problem].append(one)
-        if len(waiting[problem]) == size[problem]:
+        group = waiting.setdefault(problem, list(stored.get(problem, ())))
+        group.append(one)
+        if len(group) == group_size:
             yield sorted(waiting.pop(problem), key=lambda each: each.request.sample)
 
 

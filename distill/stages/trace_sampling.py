@@ -8,32 +8,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from distill import models
 from distill.compute.flops import ModelShape, generate_flops
 from distill.recipe import EvalStage, GenerateStage
-from distill.records import (
-    Completion,
-    Cost,
-    Engine,
-    Group,
-    Ragged,
-    Split,
-    Task,
-    Template,
-    TopK,
-    Traces,
-    draw_seed,
-    stable_hash,
-)
+from distill.records import Cost, Engine, Prompt, Split, Task, Template
 from distill.stages.context import Context
-from distill.stages.inputs.named_rewards import combined_reward
+from distill.stages.inputs.named_rewards import named_rewards
 from distill.stages.sampling import (
     CompletionRequest,
     GradedCompletion,
@@ -41,39 +26,16 @@ from distill.stages.sampling import (
     context_length,
     context_limit,
     fitting_prompts,
-    sample_completions,
 )
 from distill.stages.snapshots import Snapshot
-from distill.stages.trace_rewards import (
-    RewardedCompletion,
-    by_verdict,
-    completions_of_incomplete_problems,
-    in_blocks,
-    rewarded,
-)
+from distill.stages.trace_replicas import fill_by_replicas, writes_itself
+from distill.stages.trace_rewards import in_blocks, stored_completions
+from distill.stages.trace_rows import BLOCK_ROWS, Generation, RowSampler, SamplingCounts, WantedProblem, as_traces
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
-from distill.traces.writer import TraceWriter
+from distill.traces.writer import TraceWriter, adopt_shards
 
-BLOCK_ROWS = 32
-"""The number of rows passed to the writer together."""
 EVAL_SHARD_ROWS = 256
-
-
-@dataclass(slots=True)
-class SamplingCounts:
-    """The counts of one attempt at sampling.
-
-    rewards_failed: the number of groups that each named reward failed on. completions_unrewarded: completions in such groups.
-    """
-
-    tokens_generated: int = 0
-    completions: int = 0
-    prompts_too_long: int = 0
-    correct: int = 0
-    judge_seconds: float = 0.0
-    completions_unrewarded: int = 0
-    rewards_failed: dict[str, int] = field(default_factory=dict)
 
 
 def sample_traces(
@@ -99,43 +61,114 @@ def sample_traces(
     seed = context.recipe.seed if split == "held_out" else context.seed
     problems = task.problems(split, config.problems, seed)
     prompts, too_long = fitting_prompts(problems, tokenizer, task.template, limit, context.say)
-    mark = stable_hash(metadata.weights, metadata.tokenizer, metadata.template, metadata.sampling, metadata.task)
-    requests = [
-        CompletionRequest(
-            stable_hash(prompt.problem.problem_id, sample, mark),
-            prompt,
-            sample,
-            draw_seed(context.seed, context.name, prompt.problem.problem_id, sample, "generate"),
-        )
-        for prompt in prompts
-        for sample in range(config.samples)
-    ]
+    generation = Generation.of(metadata, context.seed, context.name)
     counts = SamplingCounts(prompts_too_long=too_long * config.samples)
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else EVAL_SHARD_ROWS
+    adopt_shards(folder, metadata)
     with TraceWriter(folder, metadata, shard_rows=shard_rows) as writer:
-        missing = [request for request in requests if request.request_id not in writer]
-        if missing:
-            engine = _open_engine(config, context, model_dir, missing, limit, metadata.top_k, snapshot)
-            sampler = _TraceSampler(config, context, Grader.of(task, tokenizer), metadata, requests, missing, counts)
-            for rows in in_blocks(sampler.rows(engine, folder), BLOCK_ROWS):
-                writer.add(_traces(rows))
+        survey = Survey.of(prompts, config.samples, generation, writer)
+        if survey.missing:
+            grader = Grader.of(task, tokenizer)
+            rewards = named_rewards(config, f"stages.{context.name}")
+            stored = stored_completions(folder, survey.beside, grader) if rewards is not None else {}
+            wanted = missing_problems(prompts, config.samples, generation, writer, stored)
+            length = context_length(survey.longest + config.sampling.max_tokens, limit)
+            progress = _Progress(context, counts, len(prompts) * config.samples, survey.missing)
+            if writes_itself(config):
+                assert isinstance(config, GenerateStage)
+                fill_by_replicas(
+                    config, context, folder, metadata, generation, length, wanted, counts, progress.answered
+                )
+            else:
+                engine = _open_engine(config, context, model_dir, survey.missing, length, metadata.top_k, snapshot)
+                sampler = RowSampler(config, generation, grader, metadata, counts, rewards, progress.graded)
+                for rows in in_blocks(sampler.rows(engine, wanted), BLOCK_ROWS):
+                    writer.add(as_traces(rows))
+                if rewards is not None:
+                    counts.rewards_failed = rewards.failures
+            progress.close()
     return counts, _cost(folder, model_dir, counts)
+
+
+@dataclass(slots=True)
+class Survey:
+    """What is missing: traces, and the tokens of their longest prompt. beside: stored traces of problems that lack others."""
+
+    missing: int = 0
+    longest: int = 0
+    beside: dict[str, CompletionRequest] = field(default_factory=dict)
+
+    @staticmethod
+    def of(prompts: Sequence[Prompt], samples: int, generation: Generation, stored: Container[str]) -> Survey:
+        survey = Survey()
+        for prompt in prompts:
+            ids = [generation.trace_id(prompt.problem.problem_id, sample) for sample in range(samples)]
+            lacking = [trace_id not in stored for trace_id in ids]
+            if any(lacking):
+                survey.missing += sum(lacking)
+                survey.longest = max(survey.longest, len(prompt.ids))
+                for sample in range(samples):
+                    if not lacking[sample]:
+                        survey.beside[ids[sample]] = generation.request(prompt, sample)
+        return survey
+
+
+def missing_problems(
+    prompts: Sequence[Prompt],
+    samples: int,
+    generation: Generation,
+    stored: Container[str],
+    beside: Mapping[str, Sequence[GradedCompletion]],
+) -> Iterator[WantedProblem]:
+    """Yield the problems that lack traces, lazily. beside: the traces that they have, by problem."""
+    for prompt in prompts:
+        problem = prompt.problem.problem_id
+        lacking = tuple(n for n in range(samples) if generation.trace_id(problem, n) not in stored)
+        if lacking:
+            yield WantedProblem(prompt, lacking, tuple(beside.get(problem, ())))
+
+
+class _Progress:
+    """The live line of a stage that samples traces."""
+
+    def __init__(self, context: Context, counts: SamplingCounts, total: int, missing: int) -> None:
+        self._context, self._counts = context, counts
+        self._live = context.live(total, "traces", total - missing)
+        self._began = time.monotonic()
+        self._is_first = True
+
+    def graded(self, graded: GradedCompletion) -> None:
+        """Show a completion that has just been counted."""
+        self.answered(graded.text)
+
+    def answered(self, text: str) -> None:
+        """Show the counts; text: of one of the new completions."""
+        if self._is_first:
+            self._context.say(f"first trace: {' '.join(text.split())[:160]}")
+            self._is_first = False
+        counts = self._counts
+        self._live.update(
+            self._live.first + counts.completions,
+            correct=f"{counts.correct / counts.completions:.0%}",
+            tokens_per_second=counts.tokens_generated / (time.monotonic() - self._began),
+        )
+
+    def close(self) -> None:
+        self._live.close()
 
 
 def _open_engine(
     config: GenerateStage | EvalStage,
     context: Context,
     model_dir: Path,
-    missing: Sequence[CompletionRequest],
-    limit: int,
+    missing: int,
+    length: int,
     top_k: int,
     snapshot: Snapshot | None,
 ) -> Engine:
-    longest = max(len(request.prompt.ids) for request in missing) + config.sampling.max_tokens
-    length = context_length(longest, limit)
     starts = not context.engine.serves(config.engine, model_dir, top_k, length)
     if starts:
-        context.phase(f"starting the {config.engine.fn} engine for {len(missing)} completions")
+        context.phase(f"starting the {config.engine.fn} engine for {missing} completions")
     elif snapshot is not None:
         context.phase(f"loading the weights of {snapshot.name} into the engine")
     engine: Engine = context.engine.open(
@@ -144,93 +177,6 @@ def _open_engine(
     if starts:
         context.say_note(engine)
     return engine
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _TraceSampler:
-    """Samples the missing requests of a stage and counts the work."""
-
-    config: GenerateStage | EvalStage
-    context: Context
-    grader: Grader
-    metadata: Metadata
-    requests: Sequence[CompletionRequest]
-    missing: Sequence[CompletionRequest]
-    counts: SamplingCounts
-
-    def rows(self, engine: Engine, folder: Path) -> Iterator[RewardedCompletion]:
-        """Yield the missing completions with their rewards; folder: holds the others."""
-        config, context = self.config, self.context
-        if not isinstance(config, GenerateStage) or not config.rewards:
-            yield from by_verdict(self._graded(engine))
-            return
-        rewards = combined_reward(config, f"stages.{context.name}")
-        stored = completions_of_incomplete_problems(folder, self.requests, self.missing, self.grader)
-        seed = draw_seed(context.seed, context.name, "reward")
-
-        def group_of(graded: Sequence[GradedCompletion]) -> Group:
-            return self.grader.group(graded, config.sampling.max_tokens, seed)
-
-        for row in rewarded(self._graded(engine), stored, self.requests, group_of, rewards):
-            self.counts.completions_unrewarded += row.failed
-            yield row
-        self.counts.rewards_failed = rewards.failures
-
-    def _graded(self, engine: Engine) -> Iterator[GradedCompletion]:
-        """Yield the missing completions as they finish, and show them on the live line."""
-        counts, metadata = self.counts, self.metadata
-
-        def truncated(completion: Completion) -> Completion:
-            if completion.top is None:
-                return completion
-            return replace(completion, top=completion.top.truncate(top_k=metadata.top_k, mass=metadata.mass))
-
-        live = self.context.live(len(self.requests), "traces", len(self.requests) - len(self.missing))
-        began = time.monotonic()
-        sampling = self.config.sampling.record()
-        for graded in sample_completions(
-            engine, self.missing, sampling, self.grader, top_k=metadata.top_k, receive=truncated
-        ):
-            counts.completions += 1
-            counts.tokens_generated += len(graded.completion.ids_T)
-            counts.correct += graded.verdict.correct is True
-            counts.judge_seconds += graded.seconds
-            if counts.completions == 1:
-                self.context.say(f"first trace: {' '.join(graded.text.split())[:160]}")
-            live.update(
-                live.first + counts.completions,
-                correct=f"{counts.correct / counts.completions:.0%}",
-                tokens_per_second=counts.tokens_generated / (time.monotonic() - began),
-            )
-            yield graded
-        live.close()
-
-
-# --------------------------------------------------------------------------------------------------- traces
-
-
-def _traces(rows: Sequence[RewardedCompletion]) -> Traces:
-    graded = [row.graded for row in rows]
-    requests = [one.request for one in graded]
-    completions = [one.completion for one in graded]
-    tops = [completion.top for completion in completions if completion.top is not None]
-    return Traces(
-        trace_id=[request.request_id for request in requests],
-        problem_id=[request.prompt.problem.problem_id for request in requests],
-        sample=np.array([request.sample for request in requests], np.int32),
-        messages=[request.prompt.problem.messages for request in requests],
-        completion=[one.text for one in graded],
-        answer=[one.verdict.answer for one in graded],
-        gold=[request.prompt.problem.gold for request in requests],
-        prompt_ids=Ragged.from_rows([request.prompt.ids for request in requests], np.int32),
-        completion_ids=Ragged.from_rows([completion.ids_T for completion in completions], np.int32),
-        logprob=Ragged.from_rows([completion.logprob_T for completion in completions], np.float32),
-        top=TopK.concat(tops) if tops else None,
-        reward=[row.reward for row in rows],
-        rewards={name: [row.rewards[name] for row in rows] for name in rows[0].rewards},
-        correct=[one.verdict.correct for one in graded],
-        finish_reason=[completion.finish_reason for completion in completions],
-    )
 
 
 def _cost(folder: Path, model_dir: Path, counts: SamplingCounts) -> Cost:

@@ -100,13 +100,11 @@ def merge(sources: Sequence[str | Path], out: str | Path) -> int:
         folder.refuse_differences(readers[0].path, metadata, reader.metadata, str(reader.path))
     num = 0
     with TraceWriter(out, metadata) as writer:
-        done = writer.done_ids()
         for reader in readers:
             for table in reader.tables():
-                new = [trace_id not in done for trace_id in table.column("trace_id").to_pylist()]
+                new = [trace_id not in writer for trace_id in table.column("trace_id").to_pylist()]
                 table = table.filter(pa.array(new))
                 traces = codec.from_table(table, metadata)
                 writer.add(traces)
-                done.update(traces.trace_id)
                 num += len(traces)
     return num

@@ -204,8 +204,10 @@ class TraceReader:
 # ------------------------------------------------------------------------------------------------ opening
 
 
-def open_traces(path: str | Path) -> TraceReader:
+def open_traces(path: str | Path, writers: Sequence[str] | None = None) -> TraceReader:
     """Open the traces at a path: a folder of shards, a selection folder, or one shard file.
+
+    writers: of a folder of shards, only the traces of these writers.
 
     Raises UserError if there are no traces, the schema's version is unknown, or a selection's source has changed since it
     was made.
@@ -220,7 +222,8 @@ def open_traces(path: str | Path) -> TraceReader:
         if path.is_dir() and folder.shard_files(path):
             raise UserError(f"{path}: there are shards, but no manifest that lists them. {_REPAIR_HINT}")
         raise UserError(f"{path}: no traces here (a folder with a manifest, a selection, or a .parquet shard).")
-    shards = tuple(shard for manifest in manifests for shard in manifest.shards)
+    chosen = [manifest for manifest in manifests if writers is None or manifest.writer in writers]
+    shards = tuple(shard for manifest in chosen for shard in manifest.shards)
     fingerprint = stable_hash(*(shard.sha256 for shard in shards))
     return TraceReader(path, path, manifests[0].metadata, shards, None, fingerprint)
 

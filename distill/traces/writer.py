@@ -3,7 +3,7 @@
 `add` passes a block to a thread that checks, encodes and writes it, so that an engine waits for the disk only if it is two
 shards ahead; this bounds the memory. A shard is written when it has `shard_rows` rows or `SHARD_BYTES` bytes, or when its
 first row is `flush_every` seconds old; after each shard, the manifest. So a kill at any instant loses at most the shard in
-flight, and a folder that is opened again knows its traces (`done_ids`), so that exactly the missing ones are added.
+flight, and a folder that is opened again knows its traces (`trace_id in writer`), so that exactly the missing ones are added.
 
 Rows are stored in the order added.
 """
@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from distill.files import write_atomic
 from distill.records import Array, Messages, Traces, UserError
 from distill.traces import codec, folder, reader
+from distill.traces.known_ids import KnownIds
 from distill.traces.schema import Metadata
 
 SHARD_BYTES = 64 << 20
@@ -37,7 +38,8 @@ class TraceWriter:
 
     Opening it takes the writer's lock, refuses a folder whose traces differ in an identity key, and cleans up after a
     killed writer: temporary files are removed, a complete shard that the manifest does not list yet is added to it,
-    anything else is removed. Writers with different names may fill one folder at the same time.
+    anything else is removed. Writers with different names may fill one folder at the same time. only_own: know and refuse this
+    writer's own ids only, where somebody else hands out the work of all writers.
 
     Raises UserError: folder locked, metadata differs, a listed shard is damaged, disk full. An error in the background
     (such as a block whose columns contradict each other) is raised by the next `add` or by `close`; the rows before it are
@@ -52,6 +54,7 @@ class TraceWriter:
         shard_rows: int = 256,
         flush_every: float = 30.0,
         writer: str = "0",
+        only_own: bool = False,
     ) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_]+", writer):
             raise UserError(f"writer {writer!r}: letters, digits and underscores only.")
@@ -61,12 +64,14 @@ class TraceWriter:
         self._shard_rows = shard_rows
         self._flush_every = flush_every
         self._shards: list[folder.Shard] = []
-        self._ids: set[str] = set()
+        self._ids = KnownIds()
+        self._only_own = only_own
         self._queue: deque[tuple[Traces, Array]] = deque()
         self._held = np.zeros(2, np.int64)
         self._pending = _PendingRows(shard_rows)
         self._first_row_at = 0.0
         self._closing = False
+        self._flushing = False
         self._error: BaseException | None = None
         self._changed = threading.Condition()
         folder.make_folder(self.folder)
@@ -85,10 +90,6 @@ class TraceWriter:
     @property
     def num_bytes(self) -> int:
         return sum(shard.bytes for shard in self._shards)
-
-    def done_ids(self) -> set[str]:
-        """The trace ids of all writers when the folder was opened, and those added since."""
-        return set(self._ids)
 
     def __contains__(self, trace_id: object) -> bool:
         """Return whether a trace is in the folder or was added."""
@@ -111,8 +112,17 @@ class TraceWriter:
                 self._first_row_at = time.monotonic()
             self._queue.append((traces, bytes_N))
             self._held += len(traces), bytes_N.sum()
-            self._ids |= seen
+            self._ids.add(seen)
             self._changed.notify_all()
+
+    def flush(self) -> None:
+        """Write all rows that were added; returns when they are on the disk."""
+        with self._changed:
+            self._flushing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._held[0] or self._error is not None)
+            self._flushing = False
+            self._raise_error()
 
     def close(self) -> None:
         """Write the waiting rows and release the folder. Raises the background thread's error, if there is one."""
@@ -162,14 +172,14 @@ class TraceWriter:
         """Return the next block (None if rows are due before one arrives), whether all waiting rows are due, and whether
         it was the last."""
         with self._changed:
-            while not self._queue and not self._closing:
+            while not self._queue and not self._closing and not (self._flushing and self._held[0]):
                 left = self._first_row_at + self._flush_every - time.monotonic()
                 if self._held[0] and left <= 0:
                     break
                 self._changed.wait(left if self._held[0] else None)
             block = self._queue.popleft() if self._queue else None
             last = self._closing and not self._queue
-            late = time.monotonic() >= self._first_row_at + self._flush_every
+            late = self._flushing or time.monotonic() >= self._first_row_at + self._flush_every
             return block, last or (late and not self._queue), last
 
     def _take(self, block: tuple[Traces, Array] | None) -> None:
@@ -213,9 +223,10 @@ class TraceWriter:
             folder.refuse_differences(self.folder, manifest.metadata, self._metadata, "the new traces")
             if manifest.writer == self.writer:
                 self._metadata, self._shards = manifest.metadata, list(manifest.shards)
-        if manifests:
-            for table in reader.open_traces(self.folder).tables(columns=["trace_id"]):
-                self._ids.update(table.column("trace_id").to_pylist())
+        read = [manifest.writer for manifest in manifests if manifest.writer == self.writer or not self._only_own]
+        if read:
+            for table in reader.open_traces(self.folder, writers=read).tables(columns=["trace_id"]):
+                self._ids.add(table.column("trace_id").to_pylist())
         listed = {shard.file for shard in self._shards}
         for name in folder.shard_files(self.folder, self.writer):
             if name not in listed:
@@ -227,13 +238,23 @@ class TraceWriter:
             data = path.read_bytes()
             table, metadata = reader.decode_file(data, str(path))
             ids: Sequence[str] = table.column("trace_id").to_pylist()
-            if metadata.differences(self._metadata) or not self._ids.isdisjoint(ids):
+            if metadata.differences(self._metadata) or any(trace_id in self._ids for trace_id in ids):
                 raise UserError(f"{path}: does not belong here.")
         except UserError:
             path.unlink()
             return
-        self._ids.update(ids)
+        self._ids.add(ids)
         self._list(describe(path.name, data, table))
+
+
+def adopt_shards(path: Path, metadata: Metadata) -> None:
+    """Take up the complete shards that killed writers of a folder left behind, whatever their names."""
+    if not path.is_dir():
+        return
+    listed = {shard.file for manifest in folder.read_manifests(path) for shard in manifest.shards}
+    for writer in sorted({name.split("-")[1] for name in folder.shard_files(path) if name not in listed}):
+        with TraceWriter(path, metadata, writer=writer):
+            pass
 
 
 class _PendingRows:

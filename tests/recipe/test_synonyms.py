@@ -118,7 +118,6 @@ def test_a_name_typed_by_habit_is_answered_with_ours(kind, where, typed, ours):
         ("train", "lr_scheduler_type", "min_lr_ratio"),
         ("train", "output_dir", "runs/<name>"),
         ("grpo", "scale_rewards", "dr_grpo"),
-        ("grpo", "gpu_memory_utilization", "engine.memory_share"),
     ],
 )
 def test_a_name_without_a_key_here_is_answered_with_the_reason(kind, typed, reason):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill import plug
-from distill.recipe import GenerateStage, GrpoStage
+from distill.recipe import EvalStage, GenerateStage, GrpoStage
 from distill.records import Reward
 from distill.tasks.combined_reward import CombinedReward
 
@@ -22,6 +22,11 @@ def resolve_rewards(config: GenerateStage | GrpoStage, where: str) -> list[tuple
         )
         for number, reward in enumerate(config.rewards)
     ]
+
+
+def named_rewards(config: GenerateStage | EvalStage, where: str) -> CombinedReward | None:
+    """Return the rewards of a stage that samples traces, combined; None if it names none."""
+    return combined_reward(config, where) if isinstance(config, GenerateStage) and config.rewards else None
 
 
 def combined_reward(config: GenerateStage | GrpoStage, where: str) -> CombinedReward:

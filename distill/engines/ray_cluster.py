@@ -1,0 +1,113 @@
+"""The connection of this process to a Ray cluster, and the room on it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from distill import world
+from distill.machine import cores
+from distill.recipe import EngineConfig
+from distill.records import UserError
+
+_users = 0
+"""The number of engines of this process that use the connection to the cluster."""
+
+
+def connect(config: EngineConfig) -> None:
+    """Connect this process to the cluster that `config.ray` names; start one on this machine for "local".
+
+    Raises UserError if Ray is not installed or there is no such cluster.
+    """
+    global _users
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("engine.ray: Ray is not installed. Install it with: pip install 'distill[ray]'.")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of the other actors, where one's error ends the stage
+    with _own_signal_handlers():
+        import ray
+
+        if not ray.is_initialized():
+            _init(ray, config)
+    _users += 1
+
+
+def _init(ray: Any, config: EngineConfig) -> None:
+    options: dict[str, Any] = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": True}
+    if config.ray == "local" and world.is_main():
+        with _without_trainers_gpus():
+            ray.init(address="local", num_cpus=max(cores(), config.replicas), include_dashboard=False, **options)
+    address = config.ray
+    if config.ray == "local" and world.size() > 1:
+        address = world.broadcast(ray.get_runtime_context().gcs_address if world.is_main() else None)
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise UserError(
+            f"engine.ray: no Ray cluster is found at {config.ray!r} ({str(error).splitlines()[0][:200]}). Start one with "
+            "`ray start --head`, or set ray: local."
+        ) from None
+
+
+def disconnect() -> None:
+    """Give up the connection to the cluster; the last engine's ends a local cluster."""
+    global _users
+    _users -= 1
+    if _users == 0:
+        import ray
+
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Keep this process's signal handlers, which Ray replaces when it is imported."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            with contextlib.suppress(ValueError):  # not in the main thread
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _without_trainers_gpus() -> Iterator[None]:
+    """Hide the GPUs of the model in training, the first ones of this machine, from a local cluster."""
+    torch = sys.modules.get("torch")
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch is not None and torch.cuda.is_initialized():
+        taken = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        every = before.split(",") if before else [str(n) for n in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(every[taken:])
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if before is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def check_room(config: EngineConfig, replicas: int, gpus: int, cpus: int) -> None:
+    """Refuse more replicas than the cluster has room for now; Ray would wait for it without end.
+
+    replicas: of this process. gpus, cpus: of each.
+    """
+    import ray
+
+    there, free = ray.cluster_resources(), ray.available_resources()
+    for kind, each in (("GPU", gpus), ("CPU", cpus)):
+        if free.get(kind, 0) < each * replicas:
+            what = "engine.replicas x engine.tensor_parallel" if gpus > 1 else "engine.replicas"
+            raise UserError(
+                f"{what}: {each * replicas} {kind}s are needed, but the Ray cluster has {there.get(kind, 0):g}, of which "
+                f"{free.get(kind, 0):g} are free. Lower it, or wait until other work on the cluster has ended."
+            )

@@ -1,0 +1,266 @@
+"""Many engines whose actors judge and write their own traces, where one process could not keep up with them.
+
+In: problems of which traces are missing. Out: shards, each actor's under its own writer name. A problem counts as answered when
+its traces are on the disk, so a successor of a dead actor finds out what is left of its problems. All engines of up to
+DRIVER_WRITES replicas send their completions to the stage's process instead (`engines.ray`).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.recipe import EvalStage, GenerateStage
+
+if TYPE_CHECKING:
+    from distill.engines.ray import Start
+    from distill.stages.context import Context
+    from distill.stages.trace_rewards import RewardedCompletion
+    from distill.stages.trace_rows import Generation, SamplingCounts, WantedProblem
+    from distill.traces.schema import Metadata
+
+DRIVER_WRITES = 8
+"""Up to this many replicas the stage's process judges and writes (about 7 microseconds a position)."""
+SLICE = 0.05
+"""Seconds after which a call returns the problems that are on the disk."""
+NO_ANSWER = 1.0
+"""Seconds after which a call returns without any."""
+
+
+def writes_itself(config: GenerateStage | EvalStage) -> bool:
+    """Return whether the stage's actors write."""
+    return isinstance(config, GenerateStage) and config.engine.replicas > DRIVER_WRITES
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an actor needs besides its engine. run, name: of the stage. folder: of the traces."""
+
+    config: GenerateStage
+    run: Path
+    name: str
+    folder: Path
+    metadata: Metadata
+    generation: Generation
+
+
+@dataclass(slots=True)
+class Answer:
+    """A problem's traces are on the disk. counts: of those that the call's actor sampled. text: of one of them."""
+
+    counts: SamplingCounts
+    text: str = ""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A problem in progress. left: its rows that are not on the disk yet."""
+
+    number: int
+    left: int
+    answer: Answer
+
+
+class TraceReplica:
+    """An actor: an engine, the judge and rewards, and a writer of its own. Imports come late, after the environment is set."""
+
+    def __init__(self) -> None:
+        self._feed: deque[tuple[int, WantedProblem]] = deque()
+        self._open: dict[str, _Open] = {}
+        self._rows: Iterator[RewardedCompletion] | None = None
+        self._block: list[RewardedCompletion] = []
+        self._added: deque[str] = deque()
+        self._num_written = 0
+
+    def start(self, start: Start, work: Work, writer: str) -> None:
+        """Open the engine, the task and the writer."""
+        from distill.engines.ray import Replica
+
+        replica = Replica()
+        replica.start(start)
+        self._replica = replica
+        self._engine = replica.engine
+
+        from distill import models, run_folder
+        from distill.progress import Screen
+        from distill.stages.context import Context
+        from distill.stages.inputs.named_rewards import named_rewards
+        from distill.stages.sampling import Grader
+        from distill.traces.writer import TraceWriter
+
+        models.pin_date(run_folder.environment(work.run)["date"])
+        context = Context(run_folder.recipe(work.run), work.run, work.name, Screen(io.StringIO()))
+        folder, trust = context.model_dir(work.config.model), context.trusts(work.config.model)
+        tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
+        grader = Grader.of(context.task(work.config.task), tokenizer)
+        rewards = named_rewards(work.config, f"stages.{work.name}")
+        self.prepare(work, writer, grader, rewards, TraceWriter)
+
+    def prepare(self, work: Work, writer: str, grader: Any, rewards: Any, open_writer: Any, engine: Any = None) -> None:
+        """Take up what `start` has opened."""
+        self._work, self._grader, self._rewards = work, grader, rewards
+        self._engine = self._engine if engine is None else engine
+        self._writer = open_writer(
+            work.folder, work.metadata, shard_rows=work.config.shard_rows, writer=writer, only_own=True
+        )
+        self._before = self._writer.num_rows
+
+    def facts(self) -> Any:
+        return self._replica.facts()
+
+    def work(self, problems: list[tuple[int, WantedProblem]]) -> list[tuple[int, Answer]]:
+        """Take further problems; return those that are on the disk."""
+        from distill.stages.trace_rows import BLOCK_ROWS
+
+        answers = self._take(problems)
+        began = time.monotonic()
+        while time.monotonic() - began < (SLICE if answers else NO_ANSWER):
+            if self._rows is None:
+                if not self._feed:
+                    self._flush()
+                    self._writer.flush()
+                    answers += self._written()
+                    break
+                self._rows = self._sample()
+            row = next(self._rows, None)
+            if row is None:
+                self._rows = None
+                continue
+            self._block.append(row)
+            if len(self._block) >= BLOCK_ROWS:
+                self._flush()
+            answers += self._written()
+        return answers
+
+    def _take(self, problems: list[tuple[int, WantedProblem]]) -> list[tuple[int, Answer]]:
+        """Queue the problems that lack traces; return those of which a predecessor has written all."""
+        from distill.stages.trace_rewards import stored_completions
+        from distill.stages.trace_rows import SamplingCounts, WantedProblem
+
+        generation, answers = self._work.generation, []
+        for number, wanted in problems:
+            problem = wanted.prompt.problem.problem_id
+            lacking = tuple(n for n in wanted.samples if generation.trace_id(problem, n) not in self._writer)
+            answer = Answer(SamplingCounts())
+            if not lacking:
+                answers.append((number, answer))
+                continue
+            stored = wanted.stored
+            if len(lacking) < len(wanted.samples) and self._rewards is not None:
+                there = [generation.request(wanted.prompt, n) for n in wanted.samples if n not in lacking]
+                by_id = {request.request_id: request for request in there}
+                stored += tuple(stored_completions(self._work.folder, by_id, self._grader)[problem])
+            self._open[problem] = _Open(number, len(lacking), answer)
+            self._feed.append((number, WantedProblem(wanted.prompt, lacking, stored)))
+        return answers
+
+    def _sample(self) -> Iterator[RewardedCompletion]:
+        from distill.stages.trace_rows import RowSampler, SamplingCounts
+
+        work = self._work
+        sampler = RowSampler(work.config, work.generation, self._grader, work.metadata, SamplingCounts(), self._rewards)
+        return sampler.rows(self._engine, _Feed(self._feed))
+
+    def _flush(self) -> None:
+        """Give the rows that wait to the writer."""
+        from distill.stages.trace_rows import as_traces
+
+        if not self._block:
+            return
+        for row in self._block:
+            problem = row.graded.request.prompt.problem.problem_id
+            counts = self._open[problem].answer.counts
+            counts.completions += 1
+            counts.tokens_generated += len(row.graded.completion.ids_T)
+            counts.correct += row.graded.verdict.correct is True
+            counts.judge_seconds += row.graded.seconds
+            counts.completions_unrewarded += row.failed
+            self._open[problem].answer.text = row.graded.text[:200]
+            self._added.append(problem)
+        self._writer.add(as_traces(self._block))
+        self._block = []
+
+    def _written(self) -> list[tuple[int, Answer]]:
+        """Return the problems of which the last row has reached the disk; rows are written in the order added."""
+        answers = []
+        while self._num_written < self._writer.num_rows - self._before:
+            self._num_written += 1
+            one = self._open[problem := self._added.popleft()]
+            one.left -= 1
+            if not one.left:
+                del self._open[problem]
+                answers.append((one.number, one.answer))
+        return answers
+
+    def finish(self) -> dict[str, int]:
+        """Close the writer; return how often each reward failed."""
+        self._writer.close()
+        return self._rewards.failures if self._rewards is not None else {}
+
+
+@dataclass(slots=True)
+class _Feed:
+    """An iterator over the queued problems; it goes on when there are more."""
+
+    queue: deque[tuple[int, WantedProblem]] = field(default_factory=deque)
+
+    def __iter__(self) -> _Feed:
+        return self
+
+    def __next__(self) -> WantedProblem:
+        if not self.queue:
+            raise StopIteration
+        return self.queue.popleft()[1]
+
+
+def writer_name(number: int) -> str:
+    """Return the writer name of a replica."""
+    return f"r{number}"
+
+
+def fill_by_replicas(
+    config: GenerateStage,
+    context: Context,
+    folder: Path,
+    metadata: Metadata,
+    generation: Generation,
+    length: int,
+    wanted: Iterable[WantedProblem],
+    counts: SamplingCounts,
+    show: Callable[[str], None],
+) -> None:
+    """Sample and write the wanted problems with the stage's replicas. show: called with a completion's text, for progress."""
+    from distill.engines.ray import Replicas
+
+    context.engine.close()
+    context.phase(f"starting {config.engine.replicas} {config.engine.fn} engines")
+    with Replicas(
+        config.engine, context.model_dir(config.model), max_model_len=length, max_top_k=metadata.top_k
+    ) as replicas:
+        work = Work(config, context.run.resolve(), context.name, folder.resolve(), metadata, generation)
+        fleet = replicas.fleet(
+            TraceReplica,
+            lambda actor, number: [actor.start.remote(replicas.start, work, writer_name(number))],
+            sticky=True,
+        )
+        fleet.call(lambda actor: actor.facts.remote())
+        answers = fleet.run(wanted, lambda actor, given: actor.work.remote(given), window(config))
+        for _, _, answer in answers:
+            counts.add(answer.counts)
+            if answer.counts.completions:
+                show(answer.text)
+        for failures in fleet.call(lambda actor: actor.finish.remote()):
+            for name, number in failures.items():
+                counts.rewards_failed[name] = counts.rewards_failed.get(name, 0) + number
+
+
+def window(config: GenerateStage) -> int:
+    """Return the problems that an actor holds: those that it decodes, some more, and those that wait for their shard."""
+    batch = config.engine.batch_size
+    return math.ceil((batch + max(4, batch // 4) + config.shard_rows) / config.samples) + 1
