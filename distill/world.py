@@ -6,9 +6,11 @@ gradients over NCCL on GPUs. The environment of torchrun says who a process is; 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distill.errors import UserError
@@ -26,6 +28,7 @@ TIMEOUT = datetime.timedelta(hours=12)
 """Of one exchange: a process may wait for another's rollout, or for a large model to be saved."""
 MEET = datetime.timedelta(minutes=10)
 """Of the first meeting."""
+_of_thread = threading.local()
 BUCKET_BYTES = 64 << 20
 """Gradients are summed over the processes in buffers of about this size."""
 
@@ -116,8 +119,27 @@ def gather(mine: T) -> list[T]:
     import torch.distributed as dist
 
     found: list[Any] = [None] * size()
-    dist.all_gather_object(found, mine)
+    dist.all_gather_object(found, mine, group=getattr(_of_thread, "group", None))
     return found
+
+
+def second_group() -> Any:
+    """Make a process group beside the main one, for exchanges in another thread (`using`); every process must call."""
+    if size() == 1:
+        return None
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+
+@contextlib.contextmanager
+def using(group: Any) -> Iterator[None]:
+    """Let this thread's exchanges of objects travel over a `second_group`, so that they do not meet the main thread's."""
+    _of_thread.group = group
+    try:
+        yield
+    finally:
+        _of_thread.group = None
 
 
 def share(items: Sequence[T]) -> list[T]:

@@ -239,6 +239,11 @@ class PolicyStage(OptimStage):
     )
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
     engine: EngineConfig = Field(EngineConfig(), description="engine that samples the completions")
+    ahead: Literal[0, 1] = Field(
+        0,
+        description="1: the next rollout is generated while the model trains on this one, with weights that are one rollout "
+        "older; needs engines apart (engine.ray). 0: one after the other",
+    )
     log_completions_every: PositiveInt = execution(
         10, description="write some completions to the log and to completions.jsonl every N rollouts"
     )
@@ -269,6 +274,15 @@ class PolicyStage(OptimStage):
             raise ValueError(
                 "lora.quantised: not possible here: after every step the engine receives the policy's full-precision weights, "
                 "which a quantised base does not have. Remove this key; only stages of kind train support it"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _apart(self) -> PolicyStage:
+        if self.ahead and self.engine.ray is None:
+            raise ValueError(
+                "ahead: needs engines apart from the trainer (engine: {ray: auto, replicas: N}); an engine in the trainer's "
+                "process cannot generate while it trains"
             )
         return self
 
@@ -328,6 +342,11 @@ class GrpoStage(PolicyStage):
     @pydantic.model_validator(mode="after")
     def _fits(self) -> GrpoStage:
         a_rollout = self.steps_a_rollout
+        if self.ahead and self.objective.options.get("importance_cap", 0.0) is None:
+            raise ValueError(
+                "ahead: needs objective.importance_cap, the truncated importance weight that corrects for completions of older "
+                "weights; remove importance_cap: null"
+            )
         if self.steps is not None and self.steps % a_rollout:
             raise ValueError(
                 f"steps {self.steps} is not a multiple of mini_batches x num_iterations = {a_rollout}, the number of "

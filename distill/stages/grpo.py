@@ -49,6 +49,7 @@ def run(config: GrpoStage, context: Context) -> Result:
             seed=draw_seed(context.seed, context.name, "rollouts"),
             on_rollout=lambda step, rollout: log(step, lambda: _logged(rollout)),
             attention=attention_share(ModelShape.from_config(models.config_of(folder))),
+            journal=sampler.journal,
         )
         length = budget_of(config, context) or Length(config.steps or 0)
         progress = PolicyProgress(context, length, ("reward", "length"))
@@ -64,6 +65,7 @@ def run(config: GrpoStage, context: Context) -> Result:
             name=context.name,
             show=progress,
             keep=keep_snapshots(config, context),
+            carried=sampler.journal,
             say=context.say,
         )
         progress.close()

@@ -57,6 +57,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             retokenizer=read,
             on_rollout=lambda step, groups: log(step, lambda: _logged(groups)),
             attention=attention_share(ModelShape.from_config(models.config_of(folder))),
+            journal=sampler.journal,
         )
         length = budget_of(config, context) or Length(config.steps or 0)
         progress = PolicyProgress(context, length, ("loss", "kl_teacher", "correct", "length"))
@@ -73,6 +74,7 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             name=context.name,
             show=progress,
             keep=keep_snapshots(config, context),
+            carried=sampler.journal,
             say=context.say,
         )
         progress.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from distill.stages.sampling import (
     fitting_prompts,
     sample_completions,
 )
+from distill.training.rl.ahead import Journal
 
 UNKNOWN_ROLLOUTS = 64
 """With a FLOP budget: the number of rollouts with new problems; later rollouts repeat these problems."""
@@ -32,7 +34,7 @@ class PolicySampler:
     """A `GroupSampler` on an engine; completions are judged while the engine generates.
 
     prompts(rollout, attempt, num): the prompts to use, of which a process samples its share. Draws depend only on (seed,
-    rollout, attempt, problem, sample).
+    rollout, attempt, problem, sample). journal: keeps the completions, if rollouts are sampled one ahead.
     """
 
     engine: Engine
@@ -41,6 +43,7 @@ class PolicySampler:
     sampling: Sampling
     group_size: int
     seed: int
+    journal: Journal | None = None
 
     def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
         """See `GroupSampler`. Raises RuntimeError if the engine answers with weights of another version."""
@@ -64,13 +67,38 @@ class PolicySampler:
                 )
             return completion
 
-        graded = sample_completions(self.engine, requests, self.sampling, self.grader, receive=current)
-        by_id = {one.request.request_id: one for one in graded}
+        by_id = {one.request.request_id: one for one in self._graded(requests, f"{rollout}/{attempt}", current)}
         seed = draw_seed(self.seed, rollout, attempt, "reward")
         return [
             self._group(prompt, [by_id[f"{n}/{sample}"] for sample in range(self.group_size)], seed)
             for n, prompt in enumerate(prompts)
         ]
+
+    def _graded(
+        self, requests: list[CompletionRequest], where: str, current: Callable[[Completion], Completion]
+    ) -> Iterator[GradedCompletion]:
+        """Sample and judge; completions that the journal knows are judged again and not sampled."""
+        journal = self.journal
+        if journal is None:
+            return sample_completions(self.engine, requests, self.sampling, self.grader, receive=current)
+
+        def key(request: CompletionRequest) -> str:
+            return f"{where}/{request.prompt.problem.problem_id}/{request.sample}"
+
+        keys = {request.request_id: key(request) for request in requests}
+        known = {each.request_id: one for each in requests if (one := journal.known(keys[each.request_id])) is not None}
+
+        def received(completion: Completion) -> Completion:
+            journal.add(keys[completion.request_id], completion)
+            return current(completion)
+
+        new = [request for request in requests if request.request_id not in known]
+        again = (
+            self.grader.grade(request, one, self.grader.decode(one.ids_T))
+            for request in requests
+            if (one := known.get(request.request_id)) is not None
+        )
+        return chain(again, sample_completions(self.engine, new, self.sampling, self.grader, receive=received))
 
     def _group(self, prompt: Prompt, graded: list[GradedCompletion], seed: int) -> GradedGroup:
         group = self.grader.group(graded, self.sampling.max_tokens, seed)
@@ -154,6 +182,7 @@ def open_policy_sampler(
                 sampling=config.sampling.record(),
                 group_size=config.group_size,
                 seed=draw_seed(context.seed, context.name, "rollouts"),
+                journal=Journal() if config.ahead else None,
             ),
             pool,
         )

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from distill.recipe import EvalStage, GenerateStage
 
 if TYPE_CHECKING:
+    from distill.engines.fleet import Fleet
     from distill.engines.ray import Start
     from distill.stages.context import Context
     from distill.stages.trace_rewards import RewardedCompletion
@@ -250,14 +251,24 @@ def fill_by_replicas(
             sticky=True,
         )
         fleet.call(lambda actor: actor.facts.remote())
-        answers = fleet.run(wanted, lambda actor, given: actor.work.remote(given), window(config))
-        for _, _, answer in answers:
-            counts.add(answer.counts)
-            if answer.counts.completions:
-                show(answer.text)
-        for failures in fleet.call(lambda actor: actor.finish.remote()):
-            for name, number in failures.items():
-                counts.rewards_failed[name] = counts.rewards_failed.get(name, 0) + number
+        fill(fleet, config, wanted, counts, show)
+
+
+def fill(
+    fleet: Fleet[WantedProblem],
+    config: GenerateStage,
+    wanted: Iterable[WantedProblem],
+    counts: SamplingCounts,
+    show: Callable[[str], None],
+) -> None:
+    """Give the wanted problems to a fleet of TraceReplicas until all are on the disk, and let them finish."""
+    for _, _, answer in fleet.run(wanted, lambda actor, given: actor.work.remote(given), window(config)):
+        counts.add(answer.counts)
+        if answer.counts.completions:
+            show(answer.text)
+    for failures in fleet.call(lambda actor: actor.finish.remote()):
+        for name, number in failures.items():
+            counts.rewards_failed[name] = counts.rewards_failed.get(name, 0) + number
 
 
 def window(config: GenerateStage) -> int:

@@ -34,7 +34,7 @@ from distill.records import UserError
 FORMAT = 2
 """The version of the format, in state.json."""
 STATE, FACTS = "state", "state.json"
-RANDOM = "random/"
+RANDOM, CARRIED = "random/", "carried/"
 
 
 @dataclass(slots=True)
@@ -83,12 +83,20 @@ class _AbandonedError(Exception):
 
 
 def save(
-    folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], *, keep: int, asynchronous: bool = False
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    facts: dict[str, Any],
+    *,
+    keep: int,
+    asynchronous: bool = False,
+    carried: bytes | None = None,
 ) -> Pending:
     """Begin to write checkpoint `step` under `folder`; `finish` the result.
 
     tensors: by name; shards (DTensor), or the same on every process. facts: the totals so far. asynchronous: copy the
-    tensors to main memory and write them in a thread, while training goes on.
+    tensors to main memory and write them in a thread, while training goes on. carried: this process's part of what a source of
+    steps carries over.
     """
     folder.mkdir(parents=True, exist_ok=True)
     final, held = folder / f"step-{step:08d}", contextlib.ExitStack()
@@ -96,6 +104,8 @@ def save(
         building = world.broadcast(held.enter_context(whole_folder(final)) if world.is_main() else final)
         state = {name: t if hasattr(t, "full_tensor") else t.contiguous() for name, t in tensors.items()}
         state |= {f"{RANDOM}{world.rank()}/{name}": t for name, t in _random_state().items()}
+        if carried is not None:
+            state[f"{CARRIED}{world.rank()}"] = torch.frombuffer(bytearray(carried), dtype=torch.uint8)
         alone = world.size() == 1
         pending = Pending(final, building, {"step": step, "processes": world.size(), **facts}, keep, held)
         try:
@@ -115,8 +125,8 @@ def save(
 def resume(folder: Path, tensors: Mapping[str, Tensor], say: Callable[[str], None] = print) -> dict[str, Any] | None:
     """Read the newest whole checkpoint into the tensors, in place, and restore the random state; return its facts.
 
-    Tensors that the checkpoint lacks stay as they are; facts["tensors"] lists those that were read. None if there is no
-    checkpoint. say: called with a line about each damaged one. Raises UserError for one of another format.
+    Tensors that the checkpoint lacks stay as they are; facts["tensors"] lists those that were read, and facts["carried"] has what
+    the processes carried over. None if there is no checkpoint. say: called with a line about each damaged one. Raises UserError for one of another format.
     """
     for path in reversed(world.broadcast(every(folder))):
         facts, problem = _verified(path)
@@ -126,6 +136,7 @@ def resume(folder: Path, tensors: Mapping[str, Tensor], say: Callable[[str], Non
                 path.rename(path.with_name(f"damaged-{path.name}"))
             continue
         facts["tensors"] = read(path, tensors)
+        facts["carried"] = _carried(path)
         return facts
     return None
 
@@ -179,6 +190,16 @@ def _verified(path: Path) -> tuple[dict[str, Any], str]:
     mine = sorted(files)[world.rank() :: world.size()]
     problem = next((why for name in mine if (why := _problem(path / STATE / name, files[name]))), "")
     return facts, next((why for why in world.gather(problem) if why), "")
+
+
+def _carried(path: Path) -> list[bytes]:
+    """Return what every process of a checkpoint carried over."""
+    reader = FileSystemReader(path / STATE)
+    stored = reader.read_metadata().state_dict_metadata
+    parts = {n: torch.empty(stored[n].size, dtype=torch.uint8) for n in stored if n.startswith(CARRIED)}  # type: ignore[union-attr]
+    if parts:
+        state_dict_loader.load(parts, storage_reader=reader, no_dist=world.size() == 1)
+    return [part.numpy().tobytes() for part in parts.values()]
 
 
 def _problem(path: Path, expected: Mapping[str, Any]) -> str:

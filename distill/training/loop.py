@@ -31,6 +31,7 @@ from distill.training.loss.metrics import weighted_sums
 from distill.training.loss.objective import Objective
 from distill.training.optim import MasterAdamW, learning_rate
 from distill.training.policy import Policy, StudentModule, Teacher
+from distill.training.rl.ahead import Carried
 from distill.training.step import Budget, Length, Source, Step, WorkCounts
 from distill.training.tracking import Trackers
 
@@ -83,13 +84,14 @@ def train(
     name: str = "train",
     show: Callable[[int, int, dict[str, float]], None] | None = None,
     keep: Callable[[int, WorkCounts, Policy], None] | None = None,
+    carried: Carried | None = None,
     say: Callable[[str], None] = print,
 ) -> WorkCounts:
     """Train in place to the end of `length`, from the newest whole checkpoint in `folder` when there is one.
 
     plan: how the model is computed; None = as a Llama-like model. Metrics go to folder/metrics.jsonl, checkpoints to
     folder/checkpoints. show(step, expected number of steps, metrics), on the main process, and keep, on all, are called
-    after every step. Raises UserError after config.max_bad_steps consecutive steps whose loss or gradient is not finite,
+    after every step. carried: what checkpoints hold of the source. Raises UserError after config.max_bad_steps consecutive steps whose loss or gradient is not finite,
     and Interrupted after a SIGTERM, once the step is done and a checkpoint written.
     """
     device = world.device()
@@ -112,7 +114,7 @@ def train(
     policy = Policy(module, reference, device)
     with Trackers(config, folder, name) as trackers, interrupt.noted() as asked_to_stop:
         loop = _Loop(
-            config, length, folder, device, module, optimizer, policy, trackers, asked_to_stop, show, keep, say
+            config, length, folder, device, module, optimizer, policy, trackers, asked_to_stop, show, keep, carried, say
         )
         loop.resume()
         try:
@@ -137,6 +139,7 @@ class _Loop:
     asked_to_stop: Callable[[], bool]
     show: Callable[[int, int, dict[str, float]], None] | None
     keep: Callable[[int, WorkCounts, Policy], None] | None
+    carried: Carried | None
     say: Callable[[str], None]
     counts: WorkCounts = field(default_factory=WorkCounts)
     best: BestCheckpoint = field(default_factory=BestCheckpoint)
@@ -158,6 +161,8 @@ class _Loop:
             self.policy.loaded(facts["tensors"])
             self.counts = WorkCounts(**facts["counts"])
             self.best.load(facts.get("best"))
+            if self.carried is not None:
+                self.carried.restore(facts["carried"])
         if world.is_main():
             drop_lines_after(self.folder / "metrics.jsonl", self.counts.steps)
         world.wait()
@@ -312,6 +317,7 @@ class _Loop:
             # Once the model is saved, only the last checkpoint is of use: to continue training.
             keep=1 if last else self.config.keep_checkpoints,
             asynchronous=self.device.type == "cuda" if wish is None else wish,
+            carried=None if self.carried is None else self.carried.held(),
         )
         if self.pending.written is None:
             self._finish_checkpoint()

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+from ray_processes import started
 
 from distill import engines, models
 from distill.recipe import EngineConfig
@@ -144,26 +144,23 @@ def kill(engine, number: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def started() -> list[int]:
-    """The processes of this process's actors that have started their engine."""
-    titles = {p.pid: " ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)}
-    return [pid for pid, title in titles.items() if re.search(r"ray::Replica(\.work|\.facts|$)", title.strip())]
-
-
-@pytest.mark.slow
-def test_actors_killed_twenty_times_answer_every_request_once(one, two):
-    """Kills at random moments, between two answers and of both actors; answers are the same as without."""
-    asked = requests(900)
-    expected = {c.request_id: c for c in one.generate(asked, DRAWN, top_k=8)}
+def test_actors_killed_twenty_times_answer_every_request_once(tiny_dir, two):
+    """Kills at random moments, of all actors; the answers are the same as without. Their engine is one without a model."""
+    asked = requests(1500)
+    light = ONE.model_copy(update={"fn": "counting_engine:engine"})
+    expected = {c.request_id: c for c in opened(light, tiny_dir).generate(asked, DRAWN, top_k=8)}
+    many = opened(light.model_copy(update={"ray": "local", "replicas": 3}), tiny_dir)
+    others = {fact.pid for fact in two.facts}
     rng, kills, found = random.Random(3), 0, []
-    before = two.fleet.replaced
-    for completion in two.generate(iter(asked), DRAWN, top_k=8):
-        found.append(completion)
-        if kills < 20 and len(found) > 40 * kills and rng.random() < 0.3 and (alive := started()):
-            os.kill(rng.choice(alive), signal.SIGKILL)
-            kills += 1
-    assert kills == 20
-    assert two.fleet.replaced - before == 20
+    try:
+        for completion in many.generate(iter(asked), DRAWN, top_k=8):
+            found.append(completion)
+            if kills < 20 and len(found) > 50 * kills and (alive := started("Replica") - others):
+                os.kill(rng.choice(sorted(alive)), signal.SIGKILL)
+                kills += 1
+        assert kills == many.fleet.replaced == 20
+    finally:
+        many.close()
     assert sorted(c.request_id for c in found) == sorted(expected)
     for completion in found:
         same(completion, expected[completion.request_id])

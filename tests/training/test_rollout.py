@@ -139,6 +139,7 @@ def run(tiny_dir, folder, rollouts, *, lora=None, stop_before=None):
             length=Length(config.steps),
             vocab_size=49152,
             folder=folder,
+            carried=rollouts.journal,
         )
     return model
 

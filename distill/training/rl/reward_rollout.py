@@ -27,6 +27,7 @@ from distill.training.packing import Example, pack
 from distill.training.policy import Policy
 from distill.training.rank_split import ATTENTION
 from distill.training.rl.advantages import PolicyObjective, advantages
+from distill.training.rl.ahead import Journal, rollout_source
 from distill.training.rl.completion_metrics import completion_metrics, count_completions
 from distill.training.step import Step, WorkCounts
 
@@ -61,7 +62,7 @@ class RewardRollouts:
     """A source of steps (see loop.Source).
 
     rewards: returns one `Scores` a group. on_rollout(step, rollout): called for each rollout before training on it.
-    attention: see `rank_split`.
+    attention: see `rank_split`. journal: of the sampler, if rollouts are sampled one ahead.
     """
 
     sampler: GroupSampler
@@ -71,21 +72,22 @@ class RewardRollouts:
     seed: int
     on_rollout: Callable[[int, Rollout], None] | None = None
     attention: float = ATTENTION
+    journal: Journal | None = None
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
         """Yield optimiser steps from `start` on, without end; `start` is the first step of a rollout."""
         config = self.config
         a_rollout = config.steps_a_rollout
+        make = rollout_source(
+            config, self.sampler, policy, self.journal, lambda index, version: self.sample(index, version=version)
+        )
         for first in itertools.count(start, a_rollout):
             if config.reference_every and first and first % config.reference_every == 0:
                 policy.sync_reference()
-            began = time.perf_counter()
-            self.sampler.engine.sync(policy.weights(), version=first)
-            sync_seconds = time.perf_counter() - began
-            rollout = self.sample(first // a_rollout, version=first)
+            rollout, made = make(first)
             if self.on_rollout is not None:
                 self.on_rollout(first + 1, rollout)
-            metrics = _metrics(rollout) | {"sync_seconds": sync_seconds}
+            metrics = _metrics(rollout) | made
             began = time.perf_counter()
             mini_batches = self.mini_batches(rollout, first // a_rollout, policy)
             metrics["prepare_seconds"] = time.perf_counter() - began

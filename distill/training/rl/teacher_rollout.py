@@ -22,8 +22,20 @@ from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
 from distill.training.rank_split import ATTENTION
+from distill.training.rl.ahead import Journal, rollout_source
 from distill.training.rl.completion_metrics import completion_metrics, count_completions
 from distill.training.step import Step, WorkCounts
+
+
+@dataclass(slots=True, eq=False)
+class TeacherRollout:
+    """This process's completions of a step, and what the teacher's engine says of them (None without one)."""
+
+    groups: list[GradedGroup]
+    scored: list[list[Completion]] | None
+    counts: WorkCounts
+    generate_seconds: float
+    score_seconds: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +45,8 @@ class TeacherRollouts:
     teacher: the engine that scores the completions (None: the loss does, in the trainer). retokenizer: for a
     teacher with another tokenizer; completions that it cannot re-tokenise are left out. offline(step, num):
     stored traces, deterministic. on_rollout(step, groups): called for each rollout before training on it. attention: see
-    `rank_split`. Every process samples and scores its share of the prompts.
+    `rank_split`. journal: of the sampler, if rollouts are sampled one ahead. Every process samples and scores its share of the
+    prompts.
     """
 
     sampler: GroupSampler
@@ -43,32 +56,25 @@ class TeacherRollouts:
     offline: Callable[[int, int], list[Example]] | None = None
     on_rollout: Callable[[int, list[GradedGroup]], None] | None = None
     attention: float = ATTENTION
+    journal: Journal | None = None
 
     def steps(self, start: int, policy: Policy) -> Iterator[Step]:
         """Yield optimiser steps from `start` on, without end."""
+        make = rollout_source(self.config, self.sampler, policy, self.journal, self._sample)
         for step in itertools.count(start):
-            began = time.perf_counter()
-            self.sampler.engine.sync(policy.weights(), version=step)
-            sync_seconds = time.perf_counter() - began
-            began = time.perf_counter()
-            counts = WorkCounts()
-            num_offline = round(self.config.prompts * self.config.offline_share)
-            groups = self.sampler.groups(step, self.config.prompts - num_offline, version=step)
-            count_completions(counts, groups)
-            generated = time.perf_counter() - began
+            made, metrics = make(step)
+            groups, scored, counts = made.groups, made.scored, made.counts
             every = world.joined(groups)
-            metrics = completion_metrics(every) | {"generate_seconds": generated, "sync_seconds": sync_seconds}
+            metrics |= completion_metrics(every) | {"generate_seconds": made.generate_seconds}
             if self.on_rollout is not None:
                 self.on_rollout(step + 1, every)
-            began = time.perf_counter()
-            scored = self._score(groups, counts)
             if scored is not None:
-                metrics["score_seconds"] = time.perf_counter() - began
+                metrics["score_seconds"] = made.score_seconds
                 metrics["kl_teacher"] = _reverse_kl(every, world.joined(scored))
             of_groups = world.joined(self._examples(step, groups, scored))
             examples = [example for group in of_groups for example in group]
-            if self.offline is not None and num_offline:
-                examples += self.offline(step, num_offline * self.config.group_size)
+            if self.offline is not None and self._num_offline:
+                examples += self.offline(step, self._num_offline * self.config.group_size)
             batches = pack(
                 examples,
                 micro_tokens=self.config.micro_tokens,
@@ -77,6 +83,21 @@ class TeacherRollouts:
                 attention=self.attention,
             )
             yield Step(batches, metrics, counts)
+
+    @property
+    def _num_offline(self) -> int:
+        """The number of a step's prompts whose traces are stored ones."""
+        return round(self.config.prompts * self.config.offline_share)
+
+    def _sample(self, step: int, version: int) -> TeacherRollout:
+        """Sample a step's completions with the engine's weights, and let the teacher's engine score them."""
+        counts = WorkCounts()
+        began = time.perf_counter()
+        groups = self.sampler.groups(step, self.config.prompts - self._num_offline, version=version)
+        count_completions(counts, groups)
+        sampled = time.perf_counter()
+        scored = self._score(groups, counts)
+        return TeacherRollout(groups, scored, counts, sampled - began, time.perf_counter() - sampled)
 
     def _score(self, groups: Sequence[GradedGroup], counts: WorkCounts) -> list[list[Completion]] | None:
         if self.teacher is None:
