@@ -132,7 +132,8 @@ def _fill(
     """Score the traces that the folder does not hold yet."""
     folder = context.folder / "traces"
     with TraceWriter(folder, metadata, shard_rows=config.shard_rows) as writer:
-        missing = {trace_id for trace_id in wanted if trace_id not in writer}
+        ids = list(wanted)
+        missing = {ids[n] for n in np.flatnonzero(writer.lacks(ids))}
         if not missing:
             return
         context.phase(f"starting the {config.engine.fn} engine for {len(missing)} traces")

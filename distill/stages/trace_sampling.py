@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distill import models
 from distill.compute.flops import ModelShape, generate_flops
 from distill.recipe import EvalStage, GenerateStage
-from distill.records import Cost, Engine, Prompt, Split, Task, Template
+from distill.records import Array, Cost, Engine, Prompt, Split, Task, Template
 from distill.stages.context import Context
 from distill.stages.inputs.named_rewards import named_rewards
 from distill.stages.sampling import (
@@ -36,6 +38,8 @@ from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter, adopt_shards
 
 EVAL_SHARD_ROWS = 256
+SURVEY_BLOCK = 4096
+"""The number of problems whose traces are looked for together."""
 
 
 def sample_traces(
@@ -71,7 +75,7 @@ def sample_traces(
             grader = Grader.of(task, tokenizer)
             rewards = named_rewards(config, f"stages.{context.name}")
             stored = stored_completions(folder, survey.beside, grader) if rewards is not None else {}
-            wanted = missing_problems(prompts, config.samples, generation, writer, stored)
+            wanted = missing_problems(prompts, survey.lacking, stored)
             length = context_length(survey.longest + config.sampling.max_tokens, limit)
             progress = _Progress(context, counts, len(prompts) * config.samples, survey.missing)
             if writes_itself(config):
@@ -90,42 +94,45 @@ def sample_traces(
     return counts, _cost(folder, model_dir, counts)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Survey:
-    """What is missing: traces, and the tokens of their longest prompt. beside: stored traces of problems that lack others."""
+    """What is missing. lacking: bool [problems, samples]. longest: tokens of the longest prompt of a problem that lacks traces.
 
-    missing: int = 0
+    beside: the stored traces of such problems, by id.
+    """
+
+    lacking: Array
     longest: int = 0
     beside: dict[str, CompletionRequest] = field(default_factory=dict)
 
+    @property
+    def missing(self) -> int:
+        return int(self.lacking.sum())
+
     @staticmethod
-    def of(prompts: Sequence[Prompt], samples: int, generation: Generation, stored: Container[str]) -> Survey:
-        survey = Survey()
-        for prompt in prompts:
-            ids = [generation.trace_id(prompt.problem.problem_id, sample) for sample in range(samples)]
-            lacking = [trace_id not in stored for trace_id in ids]
-            if any(lacking):
-                survey.missing += sum(lacking)
-                survey.longest = max(survey.longest, len(prompt.ids))
-                for sample in range(samples):
-                    if not lacking[sample]:
-                        survey.beside[ids[sample]] = generation.request(prompt, sample)
+    def of(prompts: Sequence[Prompt], samples: int, generation: Generation, stored: TraceWriter) -> Survey:
+        survey = Survey(np.empty((len(prompts), samples), bool))
+        for start in range(0, len(prompts), SURVEY_BLOCK):
+            block = prompts[start : start + SURVEY_BLOCK]
+            ids = [generation.trace_id(prompt.problem.problem_id, n) for prompt in block for n in range(samples)]
+            survey.lacking[start : start + len(block)] = stored.lacks(ids).reshape(-1, samples)
+        for number in np.flatnonzero(survey.lacking.any(axis=1)):
+            prompt = prompts[number]
+            survey.longest = max(survey.longest, len(prompt.ids))
+            for sample in np.flatnonzero(~survey.lacking[number]):
+                request = generation.request(prompt, int(sample))
+                survey.beside[request.request_id] = request
         return survey
 
 
 def missing_problems(
-    prompts: Sequence[Prompt],
-    samples: int,
-    generation: Generation,
-    stored: Container[str],
-    beside: Mapping[str, Sequence[GradedCompletion]],
+    prompts: Sequence[Prompt], lacking: Array, beside: Mapping[str, Sequence[GradedCompletion]]
 ) -> Iterator[WantedProblem]:
     """Yield the problems that lack traces, lazily. beside: the traces that they have, by problem."""
-    for prompt in prompts:
-        problem = prompt.problem.problem_id
-        lacking = tuple(n for n in range(samples) if generation.trace_id(problem, n) not in stored)
-        if lacking:
-            yield WantedProblem(prompt, lacking, tuple(beside.get(problem, ())))
+    for number in np.flatnonzero(lacking.any(axis=1)):
+        prompt = prompts[number]
+        samples = tuple(np.flatnonzero(lacking[number]).tolist())
+        yield WantedProblem(prompt, samples, tuple(beside.get(prompt.problem.problem_id, ())))
 
 
 class _Progress:

@@ -95,6 +95,10 @@ class TraceWriter:
         """Return whether a trace is in the folder or was added."""
         return trace_id in self._ids
 
+    def lacks(self, trace_ids: Sequence[str]) -> Array:
+        """Return for each trace whether it is not in the folder and was not added, bool [N]."""
+        return self._ids.lacks(trace_ids)
+
     def add(self, traces: Traces) -> None:
         """Add a block; its arrays must not change afterwards. Raises ValueError for an id that exists already."""
         seen: set[str] = set()
@@ -225,7 +229,7 @@ class TraceWriter:
                 self._metadata, self._shards = manifest.metadata, list(manifest.shards)
         read = [manifest.writer for manifest in manifests if manifest.writer == self.writer or not self._only_own]
         if read:
-            for table in reader.open_traces(self.folder, writers=read).tables(columns=["trace_id"]):
+            for table in reader.open_traces(self.folder, writers=read).tables(1 << 16, ["trace_id"]):
                 self._ids.add(table.column("trace_id").to_pylist())
         listed = {shard.file for shard in self._shards}
         for name in folder.shard_files(self.folder, self.writer):
