@@ -40,9 +40,9 @@ $(VENV)/.uv:
 $(VENV)/.setup: pyproject.toml $(VENV)/.uv
 	@echo "installing ($(DEVICE)); this takes a few minutes, depending on the network"
 	@echo $(DEVICE) >$(VENV)/.extra
-	@($(INSTALL) -e '.[$(DEVICE)]') 2>$(VENV)/.said || { status=$$?; \
+	@($(INSTALL) -e '.[$(DEVICE),ray]') 2>$(VENV)/.said || { status=$$?; \
 	  if [ $$status != 1 ] || ! grep -q vllm $(VENV)/.said; then cat $(VENV)/.said >&2; exit $$status; fi; \
-	  echo model >$(VENV)/.extra; ($(INSTALL) -e '.[model]') || exit; }
+	  echo model >$(VENV)/.extra; ($(INSTALL) -e '.[model,ray]') || exit; }
 	@ls -d $(VENV)/lib/python*/site-packages/vllm >/dev/null 2>&1 || echo "vLLM is not installed, because there is no" \
 	  "wheel of it for this machine; the transformers engine is used instead (slower)"
 	@touch $@

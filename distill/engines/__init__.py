@@ -20,8 +20,9 @@ from distill.recipe import EngineConfig
 from distill.records import Engine
 
 KINDS = "distill.engines.factories"
+NO_RAY = "Ray is not installed. Install it with: pip install 'distill[ray]', or remove `ray` and `replicas`."
 
-__all__ = ["AUTO", "KINDS", "Choice", "choose", "environment", "expected", "open_engine"]
+__all__ = ["AUTO", "KINDS", "NO_RAY", "Choice", "choose", "environment", "expected", "open_engine"]
 
 
 def open_engine(config: EngineConfig, model_dir: Path, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:

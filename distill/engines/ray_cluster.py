@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from distill import world
+from distill import engines, world
 from distill.machine import cores
 from distill.recipe import EngineConfig
 from distill.records import UserError
@@ -26,7 +26,7 @@ def connect(config: EngineConfig) -> None:
     """
     global _users
     if importlib.util.find_spec("ray") is None:
-        raise UserError("engine.ray: Ray is not installed. Install it with: pip install 'distill[ray]'.")
+        raise UserError(f"engine.ray: {engines.NO_RAY}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of the other actors, where one's error ends the stage
