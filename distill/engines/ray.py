@@ -7,6 +7,7 @@ an address, a Ray cluster that runs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from distill import engines, world
 from distill.engines.fleet import Fleet, WorkerLostError
@@ -109,7 +112,7 @@ class Replica:
         if self._run != run:
             self._end_run()
             self._run = run
-        self._feed.extend(requests)
+        self._feed.extend(map(_writable, requests))
         began = time.monotonic()
         found: list[tuple[int, Completion]] = []
         while not found or time.monotonic() - began < SLICE:
@@ -141,6 +144,16 @@ class Replica:
         references, version = weights
         self.engine.sync(_unpacked(references), version)
         return version
+
+
+def _writable(request: Request) -> Request:
+    """Return a request with arrays of its own: those that Ray hands over lie in its object store, and are read-only."""
+    given = request.completion_ids
+    return replace(
+        request,
+        prompt_ids=np.array(request.prompt_ids),
+        completion_ids=None if given is None else np.array(given),
+    )
 
 
 class Feed:
@@ -249,7 +262,8 @@ class RayCalls:
     def end(self, worker: Any) -> None:
         import ray
 
-        ray.kill(worker)
+        with contextlib.suppress(ray.exceptions.RayError):  # its cluster may have ended before
+            ray.kill(worker)
 
 
 def _reason(error: Exception) -> str:

@@ -31,28 +31,44 @@ def connect(config: EngineConfig) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of the other actors, where one's error ends the stage
     with _own_signal_handlers():
-        import ray
-
-        if not ray.is_initialized():
-            _init(ray, config)
+        if config.ray == "local":
+            _connect_here(config)
+        else:
+            _join(str(config.ray))
     _users += 1
 
 
-def _init(ray: Any, config: EngineConfig) -> None:
-    options: dict[str, Any] = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": True}
-    if config.ray == "local" and world.is_main():
-        with _without_trainers_gpus():
-            ray.init(address="local", num_cpus=max(cores(), config.replicas), include_dashboard=False, **options)
-    address = config.ray
-    if config.ray == "local" and world.size() > 1:
-        address = world.broadcast(ray.get_runtime_context().gcs_address if world.is_main() else None)
+OPTIONS: dict[str, Any] = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": True}
+AUTHENTICATION = "RAY_AUTH_MODE"
+
+
+def _connect_here(config: EngineConfig) -> None:
+    """Start a cluster on this machine in the stage's main process, and join it in the others."""
+    address, mode = "", None
+    if world.is_main():
+        import ray
+
+        if not ray.is_initialized():
+            with _without_trainers_gpus():
+                ray.init(address="local", num_cpus=max(cores(), config.replicas), include_dashboard=False, **OPTIONS)
+        address, mode = ray.get_runtime_context().gcs_address, os.environ.get(AUTHENTICATION)
+    address, mode = world.broadcast((address, mode))
+    if not world.is_main():
+        if mode is not None:
+            os.environ[AUTHENTICATION] = mode  # before the import: Ray reads it then
+        _join(address)
+
+
+def _join(address: str) -> None:
+    import ray
+
     if ray.is_initialized():
         return
     try:
-        ray.init(address=address, **options)
+        ray.init(address=address, **OPTIONS)
     except ConnectionError as error:
         raise UserError(
-            f"engine.ray: no Ray cluster is found at {config.ray!r} ({str(error).splitlines()[0][:200]}). Start one with "
+            f"engine.ray: no Ray cluster is found at {address!r} ({str(error).splitlines()[0][:200]}). Start one with "
             "`ray start --head`, or set ray: local."
         ) from None
 
