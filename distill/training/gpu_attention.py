@@ -141,7 +141,7 @@ def _has_triton() -> bool:
 
 def by_flex(query: Tensor, key: Tensor, value: Tensor, layout: Layout, shape: Scores, window: int | None) -> Tensor:
     """Attend by FlexAttention; [1, T, H, d]. Shared prefixes are read where they are, not copied to each doc."""
-    function: Callable[..., Any] = _compiled() if query.is_cuda else flex_attention
+    function = _compiled() if query.is_cuda else flex_attention
     sinks = shape.sinks
     found = function(
         query, key, value,
@@ -182,7 +182,7 @@ def _scores(layout: Layout, shape: Scores) -> Callable[..., Tensor]:
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def _compiled() -> Any:
     return torch.compile(flex_attention)
 
 

@@ -91,7 +91,7 @@ def test_equals_each_doc_alone_in_float64(shared, heads, groups, size, dtype, fl
 @pytest.mark.parametrize(
     ("way", "window", "softcap", "sinks", "size", "value_size"),
     [
-        ("flash", 1, None, False, 64, 64),
+        ("flash", 2, None, False, 64, 64),
         ("flash", 33, None, False, 128, 128),
         ("flash", None, None, False, 100, 100),
         ("flash", 33, None, False, 192, 128),

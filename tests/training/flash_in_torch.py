@@ -3,6 +3,8 @@ it refuses, and gives its numbers."""
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -43,4 +45,4 @@ def flash_attention_forward(
 
 def _pairs(offsets: Tensor) -> list[tuple[int, int]]:
     bounds = offsets.tolist()
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
