@@ -12,6 +12,7 @@ Exit code: 0, 1 if a check failed, 3 if there is no GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -69,10 +70,8 @@ def _skipped(name: str, reason: str) -> dict[str, Any]:
 
 def _end(process: subprocess.Popen[str]) -> None:
     """Kill what is left of a check's processes."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _status(code: int) -> str:
