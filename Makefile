@@ -17,7 +17,7 @@ ls $$links/torch-*.whl >/dev/null 2>&1 || export UV_TORCH_BACKEND="$${UV_TORCH_B
 $(BIN)/uv pip install --quiet $(COMPILE) --only-binary vllm --python $(BIN)/python
 endef
 
-.PHONY: setup setup-dev quickstart test test-fast bench bench-gpu lint clean
+.PHONY: setup setup-dev quickstart test test-fast bench bench-gpu gpu-smoke lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make test-fast    run the tests that need no real model or engine"
 	@echo "make bench        run the benchmarks: prints tables, writes JSON to tests/bench/out"
 	@echo "make bench-gpu    run the benchmarks for GPUs"
+	@echo "make gpu-smoke    say in ten minutes what works on this machine's GPU; writes gpu-smoke.json"
 	@echo "make lint         check format, lint, types and import rules"
 	@echo "make clean        remove .venv and runs"
 
@@ -77,6 +78,10 @@ bench: $(VENV)/.setup-dev
 
 bench-gpu: $(VENV)/.setup-dev
 	@for script in tests/bench/gpu_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# OPTIONS: --cpu, --only NAME ..., --report FILE, --minutes 10.
+gpu-smoke: $(VENV)/.setup
+	@$(BIN)/python tests/gpu/smoke.py $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) runs

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import tiny_llama
 
 from distill import engines
 from distill.recipe import EngineConfig
@@ -82,34 +83,8 @@ def tokenizer(smollm2_dir: Path):
 
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
-    """Two random layers of a Llama with tied embeddings, fp32, behind the real tokenizer (vocabulary 49152).
-
-    Its heads are as wide as the narrowest that vLLM's attention on CPUs takes.
-    """
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from distill import models
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    models.save(LlamaForCausalLM(config), tokenizer, folder)
-    return folder
+    """A tiny random Llama behind the real tokenizer (vocabulary 49152)."""
+    return tiny_llama.save(tokenizer, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

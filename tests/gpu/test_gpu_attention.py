@@ -12,12 +12,17 @@ from distill import models
 from distill.records import TopK
 from distill.training import attention
 from distill.training.attention import Layout, packed_attention
+from distill.training.gpu_attention import Scores, takes_flash
 from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import forward_kl
 from distill.training.packing import Example, pack
 from distill.training.policy import StudentModule
 
 MODULE = SimpleNamespace(training=True)
+
+
+def ampere():
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def tree():
@@ -27,17 +32,17 @@ def tree():
     return torch.tensor([0, *np.cumsum(lengths)], device="cuda"), torch.tensor(parents, device="cuda")
 
 
-def attended(function, q, k, v, grad):
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+def attended(function, *tensors, grad):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
     out = function(*leaves)
     out.backward(grad.to(out.dtype))
     return [out.detach(), *(x.grad for x in leaves)]
 
 
-def one_doc_at_a_time(offsets, parents):
+def one_doc_at_a_time(offsets, parents, window=None, softcap=None):
     """Each doc's attention with a mask, in float64."""
 
-    def function(q, k, v):
+    def function(q, k, v, sinks=None):
         parts = []
         for doc in range(len(parents)):
             own = list(range(offsets[doc], offsets[doc + 1]))
@@ -46,8 +51,14 @@ def one_doc_at_a_time(offsets, parents):
                 seen, above = [*range(offsets[above], offsets[above + 1]), *seen], int(parents[above])
             kd, vd = (x[0, :, seen].repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (k, v))
             scores = q[0, :, own] @ kd.transpose(1, 2) * q.shape[3] ** -0.5
-            later = torch.ones(len(own), len(seen), device=q.device, dtype=torch.bool).triu(1 + len(seen) - len(own))
-            parts.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ vd)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            ones, place = torch.ones(len(own), len(seen), device=q.device, dtype=torch.bool), len(seen) - len(own)
+            hidden = ones.triu(1 + place) if window is None else ones.triu(1 + place) | ones.tril(place - window)
+            scores = scores.masked_fill(hidden, -torch.inf)
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(own), 1)], 2)
+            parts.append(scores.softmax(-1)[..., : len(seen)] @ vd)
         return torch.cat(parts, 1).transpose(0, 1)[None]
 
     return function
@@ -66,14 +77,60 @@ def test_equals_each_doc_alone_in_float64(shared, heads, groups, size, dtype, fl
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, n, T, size, device="cuda").to(dtype) for n in (heads, groups, groups))
     grad = torch.randn(1, T, heads, size, device="cuda").to(dtype)
-    assert attention.takes_flash(q, v) == (dtype == torch.bfloat16)
+    assert takes_flash(q, v, Scores(1.0)) == (dtype == torch.bfloat16 and ampere())
     if not flash:
-        monkeypatch.setattr(attention, "takes_flash", lambda query, value: False)
+        monkeypatch.setattr(attention, "takes_flash", lambda *_: False)
     layout = Layout.of(offsets, parents)
-    mine = attended(lambda *x: packed_attention(MODULE, *x, None, layout=layout)[0], q, k, v, grad)
-    exact = attended(one_doc_at_a_time(offsets.tolist(), parents), *(x.double() for x in (q, k, v)), grad)
+    mine = attended(lambda *x: packed_attention(MODULE, *x, None, layout=layout)[0], q, k, v, grad=grad)
+    exact = attended(one_doc_at_a_time(offsets.tolist(), parents), *(x.double() for x in (q, k, v)), grad=grad)
     for a, b in zip(mine, exact, strict=True):
         assert ((a.double() - b).norm() / b.norm()).item() < near
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("way", "window", "softcap", "sinks", "size", "value_size"),
+    [
+        ("flash", 2, None, False, 64, 64),
+        ("flash", 33, None, False, 128, 128),
+        ("flash", None, None, False, 100, 100),
+        ("flash", 33, None, False, 192, 128),
+        ("flash", None, None, False, 256, 256),
+        ("flash", None, None, False, 200, 200),
+        ("flex", None, 5.0, False, 64, 64),
+        ("flex", 33, 5.0, False, 128, 128),
+        ("flex", None, None, True, 64, 64),
+        ("flex", 33, None, True, 64, 64),
+        ("flex", 33, 5.0, True, 96, 64),
+    ],
+)
+def test_without_padding_equals_each_doc_alone(shared, way, window, softcap, sinks, size, value_size, monkeypatch):
+    """Windows, filled-up head sizes, soft caps and sinks, with grouped heads of which there are three a group."""
+    if not ampere():
+        pytest.skip("needs an Ampere GPU or newer")
+    used = []
+    for name in ("by_flash", "by_flex"):
+        kernel = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *x, name=name, kernel=kernel: used.append(name) or kernel(*x))
+    offsets, parents = tree()
+    parents = parents if shared else torch.full_like(parents, -1)
+    layout, T = Layout.of(offsets, parents), int(offsets[-1])
+    torch.manual_seed(0)
+    shapes = ((9, size), (3, size), (3, value_size))
+    tensors = [torch.randn(1, n, T, d, device="cuda").bfloat16() for n, d in shapes]
+    tensors += [torch.randn(9, device="cuda").bfloat16()] if sinks else []
+    grad = torch.randn(1, T, 9, value_size, device="cuda").bfloat16()
+
+    def function(q, k, v, s_aux=None):
+        options = {"sliding_window": window, "softcap": softcap, "s_aux": s_aux}
+        return packed_attention(MODULE, q, k, v, None, layout=layout, **options)[0]
+
+    mine = attended(function, *tensors, grad=grad)
+    assert used == [f"by_{way}"]
+    alone = one_doc_at_a_time(offsets.tolist(), parents, window, softcap)
+    exact = attended(alone, *(x.double() for x in tensors), grad=grad)
+    for a, b in zip(mine, exact, strict=True):
+        assert ((a.double() - b).norm() / b.norm()).item() < 1e-2
 
 
 def examples(vocab=49152, K=8):

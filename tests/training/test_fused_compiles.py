@@ -1,57 +1,88 @@
-"""The Triton kernels compiled for two generations of GPUs, without one: they fit the registers."""
+"""The Triton kernels compiled for several generations of GPUs, without one: they fit registers and shared memory."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-POINTERS = {"e_ptr": "*bf16", "ids_ptr": "*i64"}
+import ahead_of_time as ahead  # noqa: E402
+
+from distill.training.loss.kernels import HeadForm, fused  # noqa: E402
+
+META = torch.device("meta")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+VOCABULARIES = tuple(2**n for n in range(8, fused.PART.bit_length()))
+"""One for every block size from 256 to the largest."""
+NUM_IDS = (1, 129, 1025)
+"""The label alone, and with the entries of a teacher."""
 
 
-def compiled(kernel, capability: int, constants: dict[str, object], tmp_path) -> str:
-    """Return ptxas's report on a kernel's registers and spills."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = kernel.arg_names
-    kinds = {name: POINTERS.get(name, "*fp32") if name.endswith("_ptr") else "i32" for name in names}
-    kinds |= {"scale": "fp32"} if "scale" in names else {}
-    kinds |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature=kinds, constexprs=constants)
-    # An old version of PTX, which every ptxas reads.
-    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8, "ptx_version": 84})
-    listing = tmp_path / "kernel.ptx"
-    listing.write_text(made.asm["ptx"])
-    (target,) = re.findall(r"\.target (\w+)", made.asm["ptx"])
-    command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", str(listing), "-o", str(tmp_path / "out")]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(
-    ("name", "constants"),
-    [
-        ("soften", {"HAS_BIAS": False, "IDS": 128, "BLOCK": 8192}),
-        ("soften", {"HAS_BIAS": True, "IDS": 256, "BLOCK": 8192}),
-        ("rescale", {"BLOCK": 8192}),
-        ("multiply", {"BLOCK": 4096}),
-    ],
-)
-def test_no_register_is_spilled(name, constants, capability, tmp_path):
+@pytest.fixture
+def kernels(tmp_path):
     from triton.runtime.jit import JITFunction
 
     from distill.training.loss.kernels import triton_source
 
-    kernel = getattr(triton_source, name)
-    if not isinstance(kernel, JITFunction):
+    if not isinstance(triton_source.soften, JITFunction):
         pytest.skip("Triton interprets in this process")
-    if not getattr(triton.knobs.nvidia.ptxas, "path", None):
-        pytest.skip("this Triton brings no ptxas")
-    said = compiled(kernel, capability, constants, tmp_path)
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
-    assert spills, said
-    assert set(spills) == {"0"}, said
+    if not getattr(triton.knobs.nvidia.cuobjdump, "path", None):
+        pytest.skip("this Triton brings no cuobjdump")
+    return ahead.Compiled(triton_source, tmp_path)
+
+
+def launch(kernels, vocab, num_ids, dtype, *, bias=False, rows=64, tile=fused.TILE):
+    """Run the launch code of a chunk's whole life: logits, gradient, and the product with an upstream gradient."""
+    weight = torch.empty(vocab, 64, device=META, dtype=dtype)
+    head = fused.TritonHeadKernel(weight, weight[:, 0] if bias else None, HeadForm(vocab, scale=0.5), tile)
+    head.kernels = kernels
+    ids = torch.empty(rows, num_ids, device=META, dtype=torch.long)
+    rest = head.rest(torch.empty(rows, 64, device=META, dtype=dtype), ids)
+    head.gradient(rest.z_CS, rest.lse_C)
+    fused.multiply(weight, rest.lse_C[0], kernels)
+
+
+def refused(kernels, capability):
+    for taken in kernels.taken.values():
+        print(capability, *taken)
+    return {taken: wrong for taken in kernels.taken.values() if (wrong := taken.excess(capability))}
+
+
+@pytest.mark.parametrize("capability", ahead.TARGETS)
+def test_each_generation_has_room(kernels, capability):
+    """Every dtype, a bias, and rows and vocabularies that are multiples of 16 (which Triton compiles apart) and not."""
+    dtypes = DTYPES if capability in (80, 90) else DTYPES[1:2]
+    with ahead.as_if_on(capability):
+        for dtype in dtypes:
+            launch(kernels, 49152, 65, dtype)
+            launch(kernels, 151643, 65, dtype, bias=True, rows=33)
+    names = {taken.kernel for taken in kernels.taken.values()}
+    assert names == {"soften", "rescale", "multiply"}
+    assert not refused(kernels, capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_block_size_has_room(kernels, capability):
+    with ahead.as_if_on(capability):
+        for vocab in VOCABULARIES:
+            launch(kernels, vocab, 17, torch.bfloat16)
+    assert not refused(kernels, capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_number_of_ids_has_room(kernels, capability):
+    with ahead.as_if_on(capability):
+        for num in NUM_IDS:
+            launch(kernels, 151643, num, torch.bfloat16, bias=True)
+    assert not refused(kernels, capability)
+
+
+def test_too_much_is_noticed(kernels):
+    """The check can fail: blocks of eight times the size do not fit the registers."""
+    with ahead.as_if_on(80), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "PART", 65536)
+        launch(kernels, 151643, 65, torch.float32, tile=65536)
+    assert refused(kernels, 80)
+    assert ahead.Resources("k", "", 16, 200, 0, 0).excess(80) == ["102400 registers of a block, at most 65536"]
+    assert ahead.Resources("k", "", 8, 32, 100 << 10, 0).excess(89) == ["102400 bytes of shared memory, at most 101376"]

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from distill import models
 from distill.records import TopK
-from distill.training import attention
+from distill.training import attention, doc_layout
 from distill.training.loss.objective import StoredObjective
 from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.packing import Example, pack, steps
@@ -259,6 +259,7 @@ def test_sharing_over_random_trees_changes_neither_loss_nor_gradients(in_fp64, e
     batches = pack(examples, micro_tokens=micro_tokens, denominator=64.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "SHORT", short)
+        patch.setattr(doc_layout, "SHORT", short)
         loss, grads = gradients(student_module, batches)
     total = torch.zeros((), dtype=torch.float64)
     for e in examples:

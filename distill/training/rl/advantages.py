@@ -56,12 +56,18 @@ def advantages(rewards: Sequence[float | None], *, scale: bool = True) -> Array:
 
 
 def sequence_log_ratio(logp_T: Tensor, targets: Targets, trace_T: Tensor) -> Tensor:
-    """Mean over each trace's tokens of log pi/pi_old, at every one of its tokens [T], without a gradient."""
+    """Mean over each trace's tokens of log pi/pi_old, at every one of its tokens [T], without a gradient.
+
+    trace_T: which trace a token is of; a trace's tokens follow each other.
+    """
     gap_T = logp_T.detach() - old_logp(logp_T, targets)
-    num = int(trace_T.max()) + 1 if len(trace_T) else 0
-    sums = gap_T.new_zeros(num).index_add_(0, trace_T, gap_T)
-    counts = gap_T.new_zeros(num).index_add_(0, trace_T, torch.ones_like(gap_T))
-    return (sums / counts.clamp(min=1))[trace_T]
+    # Numbered anew from 0, so that there are at most T of them: the largest index would have to be waited for.
+    first_T = torch.ones_like(trace_T)
+    first_T[1:] = trace_T[1:] != trace_T[:-1]
+    index_T = first_T.cumsum(0) - 1
+    sums = torch.zeros_like(gap_T).index_add_(0, index_T, gap_T)
+    counts = torch.zeros_like(gap_T).index_add_(0, index_T, torch.ones_like(gap_T))
+    return (sums / counts.clamp(min=1))[index_T]
 
 
 def policy_kl(logp_T: Tensor, targets: Targets, kl: Kl) -> Tensor:

@@ -141,10 +141,9 @@ def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     if grad.dtype != dtype:
         return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
     if grad.is_cuda and grad.dtype != torch.float64 and grad.numel() and importlib.util.find_spec("triton") is not None:
-        from distill.training.loss.kernels import triton_source
+        from distill.training.loss.kernels import fused, triton_source
 
-        triton_source.multiply[(-(-grad.numel() // 4096),)](grad, factor, grad.numel(), BLOCK=4096)
-        return grad
+        return fused.multiply(grad, factor, triton_source)
     return grad.mul_(factor)
 
 

@@ -25,6 +25,9 @@ TILE = 8192
 PART = 8192
 """Logits that one kernel program holds in registers; they share a maximum."""
 
+MULTIPLIED = 4096
+"""Numbers that one program of `multiply` multiplies."""
+
 ALIGNED = 64
 """A chunk's rows are padded in memory to a multiple of this: cuBLAS's fast kernels need aligned rows."""
 
@@ -107,6 +110,12 @@ class TritonHeadKernel:
 
     def close(self) -> None:
         self.x_flat = self.e_flat = self.kept = None
+
+
+def multiply(x: Tensor, factor: Tensor, kernels: Any) -> Tensor:
+    """Multiply x in place by a number in the GPU's memory, without waiting for it; nothing is read where it is 1."""
+    kernels.multiply[(-(-x.numel() // MULTIPLIED),)](x, factor, x.numel(), BLOCK=MULTIPLIED)
+    return x
 
 
 def _power_of_2(least: int) -> int:
