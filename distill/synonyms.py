@@ -241,6 +241,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "max_async_level": ("ahead",),
     "max_trajectory_age_steps": ("ahead",),
     "one_step_off": ("ahead",),
+    "weight_sync_backend": ("weight_transfer", "engine.weight_transfer"),
+    "weight_transfer_backend": ("weight_transfer", "engine.weight_transfer"),
     "num_engines": ("replicas", "engine.replicas"),
     "num_replicas": ("replicas", "engine.replicas"),
     "ray_address": ("ray", "engine.ray"),

@@ -49,7 +49,7 @@ class Slot:
     """The place of one worker. calls: what it was asked and has not returned, in order; (reference, whether it brings answers).
 
     unanswered: its jobs by number. deaths: in a row, without an answer in between. resends: whether a successor must be given
-    the unanswered jobs.
+    the unanswered jobs. absent: whether the worker is dead and has no successor yet.
     """
 
     number: int
@@ -58,13 +58,14 @@ class Slot:
     unanswered: dict[int, Any] = field(default_factory=dict)
     deaths: int = 0
     resends: bool = False
+    absent: bool = False
 
 
 class Fleet(Generic[Job]):
     """`num` workers. One run at a time.
 
     spawn(): make a worker. prepare(worker, number): the calls that a new worker must have made before it gets jobs. sticky: a dead
-    worker's jobs wait for its successor, who knows what has become of them; else any worker gets them. say: called with a
+    worker's jobs wait for its successor, who knows what has become of them; else any worker gets them. may_replace(): whether a dead worker gets a successor now; else at the next `revive`. say: called with a
     message when a worker is replaced.
     """
 
@@ -76,9 +77,11 @@ class Fleet(Generic[Job]):
         prepare: Callable[[Any, int], list[Any]],
         *,
         sticky: bool = False,
+        may_replace: Callable[[], bool] = lambda: True,
         say: Callable[[str], None] = print,
     ) -> None:
         self._calls, self._spawn, self._prepare, self._sticky, self._say = calls, spawn, prepare, sticky, say
+        self._may_replace = may_replace
         self.slots = [Slot(number) for number in range(num)]
         self.replaced = 0
         for slot in self.slots:
@@ -90,19 +93,41 @@ class Fleet(Generic[Job]):
 
     def call(self, ask: Callable[[Any], Any]) -> list[Any]:
         """Make one call to every worker; return the results in the workers' order. A worker that dies is replaced and asked."""
-        for slot in self.slots:
-            self._prepared(slot)
-        asked = [ask(slot.worker) for slot in self.slots]
-        return [self._called(slot, reference, ask) for slot, reference in zip(self.slots, asked, strict=True)]
+        return self.call_each(lambda worker, number: ask(worker))
 
-    def _called(self, slot: Slot, reference: Any, ask: Callable[[Any], Any]) -> Any:
+    def call_each(self, ask: Callable[[Any, int], Any]) -> list[Any]:
+        """As `call`; ask(worker, its slot's number)."""
+        for slot in self.present():
+            self._prepared(slot)
+        asked = [(slot, ask(slot.worker, slot.number)) for slot in self.present()]
+        return [self._called(slot, reference, ask) for slot, reference in asked]
+
+    def revive(self) -> None:
+        """Give every worker that is absent a successor, and wait until it is prepared."""
+        revived = [slot for slot in self.slots if slot.absent]
+        for slot in revived:
+            slot.absent = False
+            self._fill(slot)
+        for slot in revived:
+            self._prepared(slot)
+
+    def present(self) -> list[Slot]:
+        """Return the places that have a worker."""
+        return [slot for slot in self.slots if not slot.absent]
+
+    def _called(self, slot: Slot, reference: Any, ask: Callable[[Any, int], Any]) -> Any:
         while True:
             try:
                 return self._calls.get(reference)
             except WorkerLostError as died:
                 self._replace(slot, died)
+                if slot.absent:
+                    raise UserError(
+                        f"engine.replicas: replica {slot.number} ended while it was given new weights ({died}); run again to go on "
+                        "from the last checkpoint."
+                    ) from None
                 self._prepared(slot)
-                reference = ask(slot.worker)
+                reference = ask(slot.worker, slot.number)
 
     def _prepared(self, slot: Slot) -> None:
         """Wait until a worker is prepared."""
@@ -128,9 +153,9 @@ class Fleet(Generic[Job]):
         pending: deque[tuple[int, Job]] = deque()
         try:
             while True:
-                held = sum(len(slot.unanswered) for slot in self.slots)
+                held, present = sum(len(slot.unanswered) for slot in self.slots), len(self.present())
                 if may_take():
-                    pending.extend(itertools.islice(source, max(0, window * len(self.slots) - held - len(pending))))
+                    pending.extend(itertools.islice(source, max(0, window * present - held - len(pending))))
                 self._give(pending, held, ask, window)
                 if not any(slot.calls for slot in self.slots):
                     return
@@ -147,8 +172,9 @@ class Fleet(Generic[Job]):
 
     def _give(self, pending: deque[tuple[int, Job]], held: int, ask: Any, window: int) -> None:
         """Give every worker its even share of the jobs, and ask those that hold jobs but have no call for answers."""
-        share = min(window, math.ceil((held + len(pending)) / len(self.slots)))
-        for slot in sorted(self.slots, key=lambda slot: len(slot.unanswered)):
+        present = self.present()
+        share = min(window, math.ceil((held + len(pending)) / len(present)))
+        for slot in sorted(present, key=lambda slot: len(slot.unanswered)):
             if slot.resends:
                 slot.calls.append((ask(slot.worker, list(slot.unanswered.items())), True))
                 slot.resends = False
@@ -187,8 +213,19 @@ class Fleet(Generic[Job]):
                 f"engine.replicas: replica {slot.number} ended {slot.deaths} times in a row without an answer ({died}). What "
                 "it printed is in the stage's log.txt; lower engine.batch_size or engine.kv_cache_gib if memory ran out."
             )
-        self._say(f"replica {slot.number} ended ({died}); it is replaced, and {again} requests are asked again")
         self._calls.end(slot.worker)
+        if not self._may_replace():
+            slot.absent = True
+            slot.calls.clear()
+            if not self.present():
+                raise UserError(
+                    f"engine.replicas: every replica has ended ({died}); run again to go on from the last checkpoint."
+                )
+            self._say(
+                f"replica {slot.number} ended ({died}); {again} requests are asked again, and it is replaced at the next sync"
+            )
+            return
+        self._say(f"replica {slot.number} ended ({died}); it is replaced, and {again} requests are asked again")
         self._fill(slot)
         slot.resends = self._sticky and bool(slot.unanswered)
 

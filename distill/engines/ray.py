@@ -8,23 +8,18 @@ an address, a Ray cluster that runs.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import socket
 import sys
-import time
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from distill import engines, world
 from distill.engines.fleet import Fleet, WorkerLostError
+from distill.engines.nccl_transfer import NcclTransfer
 from distill.engines.ray_cluster import check_room, connect, disconnect
+from distill.engines.ray_replica import Facts, Replica, Run, Start, Weights, packed
 from distill.machine import cores
 from distill.recipe import EngineConfig
 from distill.records import Completion, Request, Sampling, UserError
@@ -32,149 +27,8 @@ from distill.records import Completion, Request, Sampling, UserError
 if TYPE_CHECKING:
     import torch
 
-SLICE = 0.05
-"""Seconds after which a call to an actor returns the completions that are finished, once there is one."""
-BUCKET_BYTES = 512 << 20
-"""Weights are put into the object store in parts of about this size."""
 ANSWERS_HELD = 4
 """`score` holds back at most this many windows of answers that came before earlier ones."""
-
-Weights = tuple[list[Any], int]
-"""References to the parts of the weights in the object store, and their version."""
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What an engine says of itself. pid, host: of its actor."""
-
-    vocab_size: int
-    max_model_len: int
-    note: str
-    pid: int
-    host: str
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """How an actor starts its engine. paths: of Python modules, such as a recipe's own. variables: of the environment."""
-
-    config: EngineConfig
-    model_dir: str
-    max_model_len: int
-    max_top_k: int
-    seed: int
-    paths: tuple[str, ...]
-    variables: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One call of `generate` or `score`, as the actors know it."""
-
-    number: int
-    method: str
-    sampling: Sampling | None
-    top_k: int
-
-
-class Replica:
-    """An actor: an engine, and the run that it works on. Its methods are called one after the other."""
-
-    def __init__(self) -> None:
-        self.engine: Any = None
-        self._run: Run | None = None
-        self._feed = Feed()
-        self._answers: Iterator[Completion] | None = None
-
-    def start(self, start: Start) -> None:
-        """Open the engine."""
-        for name in world.ENVIRONMENT:  # a trainer's: this process is none of its ranks
-            os.environ.pop(name, None)
-        os.environ.update(start.variables)
-        sys.path.extend(path for path in start.paths if path not in sys.path)
-        folder = Path(start.model_dir)
-        if not folder.is_dir():
-            raise UserError(
-                f"engine.ray: {folder} is not on the machine {socket.gethostname()}: the machines of the cluster need the "
-                "run's folder and the models' cache at the same paths (a shared file system)."
-            )
-        self.engine = engines.open_engine(
-            start.config, folder, max_model_len=start.max_model_len, max_top_k=start.max_top_k, seed=start.seed
-        )
-
-    def facts(self) -> Facts:
-        engine = self.engine
-        note = getattr(engine, "note", "")
-        return Facts(engine.vocab_size, engine.max_model_len, note, os.getpid(), socket.gethostname())
-
-    def work(self, run: Run, requests: list[Request]) -> list[tuple[int, Completion]]:
-        """Take further requests of a run and return answers that are there; the request ids are numbers."""
-        if self._run != run:
-            self._end_run()
-            self._run = run
-        self._feed.extend(map(_writable, requests))
-        began = time.monotonic()
-        found: list[tuple[int, Completion]] = []
-        while not found or time.monotonic() - began < SLICE:
-            if self._answers is None:
-                if not self._feed:
-                    break
-                self._answers = self._begin(run)
-            answer = next(self._answers, None)
-            if answer is None:
-                self._answers = None
-            else:
-                found.append((int(answer.request_id), answer))
-        return found
-
-    def _begin(self, run: Run) -> Iterator[Completion]:
-        if run.method == "score":
-            return iter(self.engine.score(self._feed, top_k=run.top_k))
-        return iter(self.engine.generate(self._feed, run.sampling, top_k=run.top_k))
-
-    def _end_run(self) -> None:
-        """Drop what is left of a run that was abandoned."""
-        if self._answers is not None and hasattr(self._answers, "close"):
-            self._answers.close()
-        self._answers, self._feed = None, Feed()
-
-    def sync(self, weights: Weights) -> int:
-        """Take new weights; return their version."""
-        self._end_run()
-        references, version = weights
-        self.engine.sync(_unpacked(references), version)
-        return version
-
-
-def _writable(request: Request) -> Request:
-    """Return a request with arrays of its own: those that Ray hands over lie in its object store, and are read-only."""
-    given = request.completion_ids
-    return replace(
-        request,
-        prompt_ids=np.array(request.prompt_ids),
-        completion_ids=None if given is None else np.array(given),
-    )
-
-
-class Feed:
-    """An iterator over requests that grows: it ends when it is empty, and goes on when there are more."""
-
-    def __init__(self) -> None:
-        self._requests: deque[Request] = deque()
-
-    def extend(self, requests: Iterable[Request]) -> None:
-        self._requests.extend(requests)
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Feed:
-        return self
-
-    def __next__(self) -> Request:
-        if not self._requests:
-            raise StopIteration
-        return self._requests.popleft()
 
 
 class Replicas:
@@ -216,12 +70,12 @@ class Replicas:
             variables=_variables(config),
         )
 
-    def fleet(self, actor: type, prepare: Callable[[Any, int], list[Any]], *, sticky: bool = False) -> Fleet[Any]:
-        """Start the actors; see `Fleet`."""
+    def fleet(self, actor: type, prepare: Callable[[Any, int], list[Any]], **options: Any) -> Fleet[Any]:
+        """Start the actors; options: see `Fleet`."""
         import ray
 
         made = ray.remote(actor).options(num_cpus=self._cpus, num_gpus=self._gpus, scheduling_strategy="SPREAD")
-        self._fleet = Fleet(self.num, RayCalls(), made.remote, prepare, sticky=sticky, say=_say)
+        self._fleet = Fleet(self.num, RayCalls(), made.remote, prepare, say=_say, **options)
         return self._fleet
 
     def close(self) -> None:
@@ -282,12 +136,17 @@ class RayEngine:
         self, config: EngineConfig, model_dir: Path, *, max_model_len: int, max_top_k: int, seed: int = 0
     ) -> None:
         self._weights: Weights | None = None
+        self._nccl: NcclTransfer | None = None
         self._runs = 0
+        self._transferred = False
         self.version = 0
         self._window = config.batch_size + max(4, config.batch_size // 4)
         self._replicas = Replicas(config, model_dir, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed)
         try:
-            self.fleet = self._replicas.fleet(Replica, self._prepared)
+            # Where the weights travel from GPU to GPU, only the trainer has the present ones: a successor waits for the next.
+            self.fleet = self._replicas.fleet(Replica, self._prepared, may_replace=lambda: not self._transferred)
+            if config.weight_transfer == "nccl":
+                self._nccl = NcclTransfer(self.fleet, config.tensor_parallel)
             self.facts: list[Facts] = self.fleet.call(lambda actor: actor.facts.remote())
         except BaseException:
             self._replicas.close()
@@ -328,9 +187,14 @@ class RayEngine:
         return Run(self._runs, method, sampling, top_k)
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Put new weights into the object store and wait until every engine has them."""
-        self._weights = _packed(weights), version  # the former parts are freed here
-        versions = self.fleet.call(lambda actor: actor.sync.remote(self._weights))
+        """Give new weights to every engine, and wait until all have them."""
+        if self._nccl is not None:
+            self._nccl.send(weights)
+            self._transferred = True
+            versions = self.fleet.call(lambda actor: actor.transferred.remote(version))
+        else:
+            self._weights = packed(weights), version  # the former parts are freed here
+            versions = self.fleet.call(lambda actor: actor.sync.remote(self._weights))
         if set(versions) != {version}:
             raise RuntimeError(f"the engines have weights of the versions {versions}, not {version}.")
         self.version = version
@@ -357,40 +221,3 @@ def _variables(config: EngineConfig) -> dict[str, str]:
 
 def _say(message: str) -> None:
     print(message, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------- weights
-
-
-def _packed(weights: Iterable[tuple[str, torch.Tensor]]) -> list[Any]:
-    """Put weights into the object store, part by part; returns the references."""
-    import ray
-    import torch
-
-    parts: list[Any] = []
-    part: dict[str, Any] = {}
-    size = 0
-    for name, tensor in weights:
-        tensor = tensor.detach().cpu()
-        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        part[name] = bits.numpy(), tensor.dtype
-        size += tensor.nbytes
-        if size >= BUCKET_BYTES:
-            parts.append(ray.put(part))
-            part, size = {}, 0
-    if part:
-        parts.append(ray.put(part))
-    return parts
-
-
-def _unpacked(references: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of `_packed`, as views of the object store's memory."""
-    import ray
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        for reference in references:
-            for name, (bits, dtype) in ray.get(reference).items():
-                tensor = torch.from_numpy(bits)
-                yield name, tensor.view(dtype) if tensor.dtype != dtype else tensor

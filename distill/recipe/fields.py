@@ -164,6 +164,12 @@ class EngineConfig(Config):
         "the address of a cluster; None = one engine in the stage's process",
     )
 
+    weight_transfer: Literal["object_store", "nccl"] = execution(
+        "object_store",
+        description="with ray, how new weights reach the engines: through Ray's object store, or from GPU to GPU by vLLM's own "
+        "transfer (nccl)",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
@@ -175,6 +181,8 @@ class EngineConfig(Config):
             raise ValueError("replicas: several engines run as Ray actors; set ray: local (this machine) or ray: auto")
         if self.sleep and self.ray is not None:
             raise ValueError("sleep: for an engine beside a trainer; with ray the engines have GPUs of their own")
+        if self.weight_transfer == "nccl" and (self.ray is None or self.fn not in ("auto", "vllm")):
+            raise ValueError("weight_transfer: nccl needs vLLM engines in Ray actors (ray: auto or local)")
         return self
 
 

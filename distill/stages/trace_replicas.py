@@ -20,7 +20,7 @@ from distill.recipe import EvalStage, GenerateStage
 
 if TYPE_CHECKING:
     from distill.engines.fleet import Fleet
-    from distill.engines.ray import Start
+    from distill.engines.ray_replica import Start
     from distill.stages.context import Context
     from distill.stages.trace_rewards import RewardedCompletion
     from distill.stages.trace_rows import Generation, SamplingCounts, WantedProblem
@@ -81,7 +81,7 @@ class TraceReplica:
 
     def start(self, start: Start, work: Work, writer: str) -> None:
         """Open the engine, the task and the writer."""
-        from distill.engines.ray import Replica
+        from distill.engines.ray_replica import Replica
 
         replica = Replica()
         replica.start(start)

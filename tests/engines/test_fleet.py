@@ -140,3 +140,35 @@ def test_an_error_of_the_work_ends_the_run():
     with pytest.raises(TypeError):
         list(many.run([1, "word", 3], ask, window=5))
     many.close()
+
+
+def test_where_successors_must_wait_the_others_do_the_work():
+    may = [True]
+    many = fleet(3, 0.001, may_replace=lambda: may[0])
+    may[0] = False
+    found = []
+    for answer in many.run(range(200), ask, window=6):
+        found.append(answer)
+        if len(found) == 50:
+            many.slots[1].worker.die()
+    assert sorted(found) == [(n, n, n * n) for n in range(200)]
+    assert [slot.number for slot in many.present()] == [0, 2]
+    assert many.call(lambda worker: worker.start.remote()) == ["started"] * 2
+    many.revive()
+    assert len(many.present()) == 3
+    assert len(list(many.run(range(30), ask, window=6))) == 30
+    many.close()
+
+
+def test_where_successors_must_wait_and_nobody_is_left_it_is_an_error():
+    many = fleet(2, 0.001, may_replace=lambda: False)
+    run = many.run(range(200), ask, window=6)
+    next(run)
+    for slot in many.slots:
+        slot.worker.die()
+    with pytest.raises(UserError, match="every replica has ended"):
+        list(run)
+    with pytest.raises(UserError, match="ended while it was given new weights"):
+        other = fleet(2, may_replace=lambda: False)
+        other.slots[0].worker.die()
+        other.call(lambda worker: worker.start.remote())
