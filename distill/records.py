@@ -295,7 +295,11 @@ class Engine(Protocol):
         ...
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace the weights of the running engine, a tied head included; later completions carry `version`."""
+        """Replace the weights of the running engine, a tied head included; later completions carry `version`.
+
+        Wakes an engine that sleeps. An engine that can free its memory for the time between a rollout and the next sync
+        also has `sleep() -> None`; it is called only if the recipe sets `engine.sleep`.
+        """
         ...
 
     def close(self) -> None:

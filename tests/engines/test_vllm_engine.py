@@ -229,7 +229,7 @@ def library_head(vllm_engine):
 
 def test_without_the_explicit_head_the_head_stays_old(vllm_engine, changed, asked, library_head):
     """The reason for the explicit lm_head in `sync`. Where the first half fails, the library has mended it."""
-    from distill.engines import vllm_patches
+    from distill.engines import vllm_weights
 
     pairs = [(name, p.detach()) for name, p in changed._model.named_parameters()]
     means = []
@@ -237,7 +237,7 @@ def test_without_the_explicit_head_the_head_stays_old(vllm_engine, changed, aske
         if explicit:
             vllm_engine.sync(pairs, version=7)
         else:
-            vllm_patches.reload(vllm_engine._llm, iter(pairs), ignore=("ParallelLMHead",))
+            vllm_weights.reload(vllm_engine._llm, iter(pairs), ignore=("ParallelLMHead",))
             vllm_engine._llm.reset_prefix_cache()
         fresh = list(vllm_engine.generate(asked[:6], SAMPLING, top_k=64))
         again = list(changed.score(to_score(asked, fresh), top_k=64))
