@@ -124,7 +124,7 @@ def test_a_small_cache_decodes_fewer_at_a_time():
 
 
 def test_a_reward_model_is_counted():
-    judged = [{"fn": "accuracy"}, {"fn": "reward_model", "path": "Qwen/Qwen2.5-0.5B"}]
+    judged = [{"fn": "accuracy"}, {"fn": "model", "path": "Qwen/Qwen2.5-0.5B"}]
     more, less = (verdict(rl(rewards=each), "h100").row.memory for each in (judged, judged[:1]))
     assert more.rewards == pytest.approx(2 * 494e6, rel=1e-3)
     assert more.total - less.total == more.rewards

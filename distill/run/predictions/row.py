@@ -54,6 +54,10 @@ class Row:
     sequence_cache: float = 0.0
     """Bytes of the key-value cache of one sequence at its full length, for an engine whose cache has no size in the recipe and
     takes what the GPU has; else 0."""
+    engine: EngineConfig | None = None
+    """The engine section of the stage."""
+    beside: tuple[Memory, Memory] | None = None
+    """Of a stage that trains beside its engine on a GPU: the trainer's memory with all other engines, and the engine's."""
 
 
 def make_amounts(
@@ -129,6 +133,7 @@ def engine_memory(
         dtype=dtype,
         engine=engine_name(config, machine),
         cache_gib=cache,
+        tensor_parallel=config.tensor_parallel,
         on_cpu=machine.device == "cpu",
         **more,
     )
@@ -137,7 +142,7 @@ def engine_memory(
 def sequence_cache(shape: ModelShape, config: EngineConfig, dtype: Dtype, length: float, machine: Machine) -> float:
     """Bytes of one sequence's cache if vLLM chooses the size of its cache; else 0 (`Row.sequence_cache`)."""
     free = machine.device == "cuda" and config.kv_cache_gib is None and engine_name(config, machine) == "vllm"
-    return memory.cache_bytes(shape, dtype, length) if free else 0.0
+    return memory.cache_bytes(shape, dtype, length) / config.tensor_parallel if free else 0.0
 
 
 def decoded_at_once(shape: ModelShape, config: EngineConfig, tokens: float, machine: Machine) -> int:
@@ -146,8 +151,10 @@ def decoded_at_once(shape: ModelShape, config: EngineConfig, tokens: float, mach
     if engine_name(config, machine) != "vllm":
         return config.batch_size
     cache_gib = config.kv_cache_gib or (1.0 if machine.device == "cpu" else None)
-    room = ENGINE_SHARE * machine.memory - 2.0 * shape.params_total if cache_gib is None else cache_gib * 2**30
-    return max(1, min(config.batch_size, int(room / memory.cache_bytes(shape, "bfloat16", tokens))))
+    # Of each of the GPUs that the engine is split over.
+    share, parts = config.memory_share or ENGINE_SHARE, config.tensor_parallel
+    room = share * machine.memory - 2.0 * shape.params_total / parts if cache_gib is None else cache_gib * 2**30
+    return max(1, min(config.batch_size, int(room * parts / memory.cache_bytes(shape, "bfloat16", tokens))))
 
 
 def on_machine(bytes_each: float, parallel: DistributedConfig, machine: Machine) -> float:
