@@ -212,8 +212,7 @@ class VllmEngine:
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Load new weights by their names in the checkpoint; no request may be in progress. Wakes a sleeping engine."""
-        if self._live:
-            raise RuntimeError(f"{len(self._live)} requests are in flight: finish or drop them first.")
+        self._be_idle()
         pairs = (
             _with_head(weights)
             if self._tied and vllm_weights.has_head(self._llm)
@@ -238,10 +237,14 @@ class VllmEngine:
         """
         if not self._sleeps or self._asleep:
             return
-        if self._live:
-            raise RuntimeError(f"{len(self._live)} requests are in flight: finish or drop them first.")
+        self._be_idle()
         self._llm.sleep(level=2)
         self._asleep = True
+
+    def _be_idle(self) -> None:
+        if self._live:
+            raise RuntimeError(f"{len(self._live)} requests are in flight: finish or drop them first.")
+        vllm_patches.drain(self._llm)
 
     def close(self) -> None:
         """Stop the engine and free its memory."""

@@ -161,6 +161,13 @@ def _undecorate(worker: Any) -> None:
             module.__class__ = type(cls.__name__, (cls, TorchCompileWithNoGuardsWrapper), decorated)
 
 
+def drain(llm: Any) -> None:
+    """Finish the step that asynchronous scheduling (the default on a GPU) has begun behind the last request's end."""
+    queue = llm.llm_engine.engine_core.engine_core.batch_queue
+    while queue:
+        llm.llm_engine.step()
+
+
 @contextlib.contextmanager
 def chunked(llm: Any, tokens: int) -> Iterator[None]:
     """Process at most `tokens` a step inside the context, so that a long prompt's logits never exist all at once.

@@ -219,7 +219,9 @@ def test_after_a_sync_the_engine_is_the_trainer(vllm_engine, changed, asked, wri
 def library_head(vllm_engine):
     """The library's own output head in place of the float32 one: the one that keeps a packed copy."""
     processors = vllm_engine._llm.apply_model(lambda model: model.logits_processor)
-    ours = [processor.__dict__.pop("_apply_head") for processor in processors]
+    ours = [processor.__dict__.pop("_apply_head", None) for processor in processors]
+    if None in ours:
+        pytest.skip("an engine in float32 has the library's head anyway")
     for processor in processors:
         processor.head_dtype = torch.bfloat16
     yield
