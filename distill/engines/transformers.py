@@ -305,8 +305,9 @@ class TransformersEngine:
     def sleep(self) -> None:
         """Free the memory of the weights until the next `sync`, which brings all of them; buffers stay."""
         for parameter in self._model.parameters():
-            self._freed.append((parameter, parameter.shape))
-            parameter.data = parameter.data.new_empty(0)
+            if parameter.numel():  # an engine that sleeps already has none
+                self._freed.append((parameter, parameter.shape))
+                parameter.data = parameter.data.new_empty(0)
         self._head.forget()
         if self._device == "cuda":
             torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from distill import engines, models, world
 from distill.compute.flops import ModelShape
 from distill.compute.memory import ENGINE_BYTES, Memory, cache_bytes, engine_memory, train_memory
 from distill.compute.shared_gpu import split
+from distill.engines import vllm_options
 from distill.recipe import EngineConfig, GrpoStage, ModelConfig, PolicyStage
 from distill.records import Engine, UserError
 from distill.stages.context import Context
@@ -39,7 +40,10 @@ def shared_engines(
 
     teachers: those in the trainer. scoring: the teacher with an engine of its own. Raises UserError if they do not fit.
     """
-    if engines.expected(config.engine) != "vllm" or config.engine.ray is not None or world.device().type != "cuda":
+    is_vllm = engines.expected(config.engine) == "vllm"
+    if is_vllm and (reason := vllm_options.refused(config.engine, world.device().type)):
+        raise UserError(f"stages.{context.name}.{reason}")
+    if not is_vllm or config.engine.ray is not None or world.device().type != "cuda":
         return config.engine, config.engine.model_copy(update={"sleep": False})
     import torch
 
