@@ -17,7 +17,7 @@ from distill.compute.flops import ModelShape
 from distill.compute.memory import ENGINE_BYTES, Memory, cache_bytes, engine_memory, train_memory
 from distill.compute.shared_gpu import split
 from distill.engines import vllm_options
-from distill.recipe import EngineConfig, GrpoStage, ModelConfig, PolicyStage
+from distill.recipe import EngineConfig, GenerateStage, GrpoStage, ModelConfig, PolicyStage
 from distill.records import Engine, UserError
 from distill.stages.context import Context
 
@@ -142,7 +142,26 @@ def opened(engine: Engine, config: EngineConfig, context: Context) -> Iterator[E
         engine.close()
 
 
-def reward_model_bytes(config: GrpoStage) -> float:
+def leaving_rewards(config: GenerateStage) -> GenerateStage:
+    """Return the stage with a share for its engine that leaves a GPU's room for reward models, which load after it."""
+    engine = config.engine
+    sized = engine.memory_share is not None or engine.kv_cache_gib is not None or engine.ray is not None
+    if sized or engines.expected(engine) != "vllm" or world.device().type != "cuda":
+        return config
+    import torch
+
+    rewards = reward_model_bytes(config)
+    share = math.floor((vllm_options.SHARE - rewards / torch.cuda.mem_get_info(world.device())[1]) * 10000) / 10000
+    if not rewards:
+        return config
+    if share <= 0:
+        raise UserError(
+            f"rewards: the reward models take {rewards / 2**30:.1f} GiB, more than the GPU has beside an engine."
+        )
+    return config.model_copy(update={"engine": engine.model_copy(update={"memory_share": share})})
+
+
+def reward_model_bytes(config: GrpoStage | GenerateStage) -> float:
     """Return the bytes of the weights of a stage's reward models."""
     paths = [str(one.options["path"]) for one in config.rewards if one.fn == "model"]
     folders = [models.resolve(ModelConfig(source=path)) for path in paths]
