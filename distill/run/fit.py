@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.compute.cards import GIB, Cards
-from distill.compute.shared_gpu import USABLE, split
+from distill.compute.shared_gpu import USABLE
 from distill.machine import Machine
 from distill.recipe import OptimStage, PolicyStage, Recipe, TrainStage
 from distill.records import UserError
@@ -41,7 +41,8 @@ class Remedy:
 class Verdict:
     """Whether a row of the plan fits on one GPU for each of its processes. need: bytes on each.
 
-    cache: bytes of the key-value cache that fit, where vLLM chooses its size. problem: why it does not fit; "" if it does.
+    cache: bytes of the key-value cache that fit, where vLLM chooses its size. asleep: bytes that are there while the model trains
+    and its engine sleeps; 0 if it never does. problem: why it does not fit; "" if it does.
     """
 
     row: Row
@@ -49,6 +50,7 @@ class Verdict:
     problem: str = ""
     remedies: tuple[Remedy, ...] = ()
     cache: float = 0.0
+    asleep: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -77,7 +79,7 @@ def _verdict(stage: plan.Planned, row: Row, cards: Cards, machine: Machine) -> V
         return Verdict(row, row.memory.total, f"engine.tensor_parallel is {parts}, and there are {cards.count} GPUs")
     taken = _taken(row, cards)
     if not taken.short:
-        return Verdict(row, taken.need, cache=taken.cache)
+        return Verdict(row, taken.need, cache=taken.cache, asleep=taken.asleep)
     why = f"{_gib(taken.need)} on a GPU{taken.when}, {_gib(cards.memory)} there"
     if taken.when == IN_SHARE:
         why = f"engine.memory_share {row.engine.memory_share:g} is {_gib(taken.short)} too small for its engine"  # type: ignore[union-attr]
@@ -92,6 +94,7 @@ class _Taken:
     cache: float
     short: float = 0.0
     when: str = ""
+    asleep: float = 0.0
 
 
 IN_SHARE = " in the engine's share"
@@ -99,29 +102,23 @@ IN_SHARE = " in the engine's share"
 
 def _taken(row: Row, cards: Cards) -> _Taken:
     """Return what a row takes. A cache without a size in the recipe gets what is left, at least one sequence's."""
-    if row.beside is None:
+    shared = row.shared(cards.memory)
+    if shared is None:
         rest, cache = row.memory.total - row.memory.cache, row.memory.cache
         share = None if row.engine is None else row.engine.memory_share
         usable = ((share or ENGINE_SHARE) if row.sequence_cache else USABLE) * cards.memory
         if row.sequence_cache:
             cache = max(min(cache, usable - rest), row.sequence_cache)
         return _Taken(rest + cache, cache, max(0.0, rest + cache - usable))
-    training, own = row.beside
+    assert row.beside is not None
     assert row.engine is not None
-    shared = split(
-        training,
-        own,
-        total=cards.memory,
-        least_cache=row.sequence_cache,
-        sleep=row.engine.sleep,
-        share=row.engine.memory_share,
-    )
+    training, own = row.beside
     engine = shared.engine
     if row.sequence_cache and row.engine.memory_share is None:
         engine = min(engine, own.engine + own.logits + own.cache)
     cache = engine - own.engine - own.logits if row.sequence_cache else own.cache
     when = f" {shared.when}" if shared.when else ""
-    return _Taken(shared.peak(engine), max(cache, 0.0) + training.cache, shared.short, when)
+    return _Taken(shared.peak(engine), max(cache, 0.0) + training.cache, shared.short, when, shared.asleep)
 
 
 # ----------------------------------------------------------------------------------------------- remedies
@@ -216,6 +213,9 @@ def lines(found: Sequence[Verdict]) -> list[str]:
                 f"{int(cache / row.sequence_cache)} completions of full length at a time, not "
                 f"{round((row.memory.cache - others) / row.sequence_cache)}; the others wait"
             )
+            said.setdefault(words, []).append(row.name)
+        if verdict.asleep:
+            words = f"holds {_gib(verdict.asleep)} of a GPU while the model trains and its engine sleeps"
             said.setdefault(words, []).append(row.name)
         if row.memory.offloaded:
             words = f"holds {_gib(row.memory.offloaded)} for each process in main memory"

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from distill import cli, recipe
 from distill.compute import cards
+from distill.compute.shared_gpu import ASLEEP_BYTES
 from distill.records import UserError
 from distill.run import fit
 from distill.tools.listing import RECIPES
@@ -136,6 +137,10 @@ def test_sleep_is_a_remedy_where_the_engine_is_in_the_way():
     after = verdict(rl(**tight, engine={"memory_share": 0.4, "sleep": True}), "h100")
     assert after.fits
     assert after.need == asleep.need < found.need
+    # Without the engine, but for what a sleeping one keeps.
+    parts = after.row.memory
+    assert after.asleep == pytest.approx(parts.total - parts.engine - parts.logits - parts.cache + ASLEEP_BYTES)
+    assert "while the model trains and its engine sleeps" in fit.lines([after])[0]
 
 
 def test_a_split_engine_holds_its_part_on_each_gpu():

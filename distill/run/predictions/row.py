@@ -12,6 +12,7 @@ from distill import machine as machines
 from distill.compute import estimate, memory
 from distill.compute.flops import ModelShape
 from distill.compute.memory import Memory
+from distill.compute.shared_gpu import Split, split
 from distill.machine import Choice, Dtype, Machine
 from distill.recipe import DistributedConfig, EngineConfig
 
@@ -58,6 +59,20 @@ class Row:
     """The engine section of the stage."""
     beside: tuple[Memory, Memory] | None = None
     """Of a stage that trains beside its engine on a GPU: the trainer's memory with all other engines, and the engine's."""
+
+    def shared(self, total: float) -> Split | None:
+        """Return how trainer and engine share a GPU of `total` bytes; None for a stage that does not have both."""
+        if self.beside is None or self.engine is None:
+            return None
+        training, own = self.beside
+        return split(
+            training,
+            own,
+            total=total,
+            least_cache=self.sequence_cache,
+            sleep=self.engine.sleep,
+            share=self.engine.memory_share,
+        )
 
 
 def make_amounts(
