@@ -165,7 +165,8 @@ def _policy_row(
     memory += Memory(process=ENGINE_BYTES.get(writing.engine, 0.0), rewards=rewards)
     for each in others:
         memory += each
-    beside = (memory, own) if writing.engine == "vllm" and machine.device == "cuda" else None
+    shares = writing.engine == "vllm" and machine.device == "cuda" and config.engine.ray is None
+    beside = (memory, own) if shares else None
     memory += own
     known.shapes[name], known.replies[name] = shape, policy.reply
     amounts = make_amounts(
