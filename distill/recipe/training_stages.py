@@ -289,10 +289,6 @@ class PolicyStage(OptimStage):
     @pydantic.model_validator(mode="after")
     def _engine_beside(self) -> PolicyStage:
         engine = self.engine
-        if engine.ray is not None and engine.sleep:
-            raise ValueError(
-                "engine.sleep: engines on Ray have GPUs of their own, where nothing trains; remove one of the two keys"
-            )
         if engine.ray is None and engine.tensor_parallel > 1 and self.parallel.world_size > 1:
             raise ValueError(
                 f"engine.tensor_parallel: {self.parallel.world_size} processes have an engine each on their own GPU, so none can be "

@@ -275,7 +275,7 @@ def test_new_weights_change_the_output_and_the_version(tiny_dir):
 def test_a_sleeping_engine_holds_no_weights_and_a_sync_brings_them_back(tiny_dir, fn):
     engine = start(tiny_dir, fn)
     asked = requests(3)
-    before = [content(c) for c in engine.generate(asked, SAMPLING)]
+    before = sorted(engine.generate(asked, SAMPLING), key=lambda c: c.request_id)
     weights = {name: p.detach().clone() for name, p in engine._model.named_parameters()}
     engine.sleep()
     assert sum(p.nbytes for p in engine._model.parameters()) == 0
@@ -283,7 +283,10 @@ def test_a_sleeping_engine_holds_no_weights_and_a_sync_brings_them_back(tiny_dir
         engine.sync(list(weights.items())[:2], version=1)
     engine.sleep()
     engine.sync(weights.items(), version=1)
-    assert [content(c) for c in engine.generate(asked, SAMPLING)] == before
+    for old, new in zip(before, sorted(engine.generate(asked, SAMPLING), key=lambda c: c.request_id), strict=True):
+        assert new.ids_T.tolist() == old.ids_T.tolist()
+        # Weights at other addresses are summed in another order.
+        np.testing.assert_allclose(new.logprob_T, old.logprob_T, atol=1e-5)
 
 
 def test_options_of_vllm_are_refused(tiny_dir):

@@ -157,7 +157,6 @@ RL = {"kind": "grpo", "model": "base", "task": "t", "rewards": [{"fn": "accuracy
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ({**RL, "engine": {"sleep": True, "ray": "local"}}, "engine.sleep: engines on Ray have GPUs of their own"),
         ({**RL, "engine": {"tensor_parallel": 2}, "distributed": 2}, "engine.tensor_parallel: 2 processes have an engine each"),
         ({"kind": "generate", "model": "base", "task": "t", "problems": 1, "engine": {"sleep": True}}, "engine.sleep: nothing trains"),
     ],
