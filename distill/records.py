@@ -14,7 +14,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -295,12 +295,29 @@ class Engine(Protocol):
         ...
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Replace the weights of the running engine, a tied head included; later completions carry `version`."""
+        """Replace the weights of the running engine, a tied head included; later completions carry `version`.
+
+        Wakes an engine that sleeps (`SleepingEngine`).
+        """
         ...
 
     def close(self) -> None:
         """Free the model's memory."""
         ...
+
+
+class SleepingEngine(Engine, Protocol):
+    """An engine that can free its memory while the model trains; needed only for `engine: {sleep: true}`."""
+
+    def sleep(self) -> None:
+        """Free the memory of weights and cache until the next `sync`, which brings all weights."""
+        ...
+
+
+def rest(engine: Engine, sleeps: bool) -> None:
+    """Let an engine sleep until its next sync, if the recipe says that it does (`engine: {sleep: true}`)."""
+    if sleeps:
+        cast(SleepingEngine, engine).sleep()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

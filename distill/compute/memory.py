@@ -31,6 +31,8 @@ CONTEXT_BYTES = 1.0e9
 """On a GPU: the CUDA context, loaded kernels and the workspaces of cuBLAS and NCCL."""
 ENGINE_BYTES = {"vllm": 0.7e9}
 """What an engine's own libraries and buffers take besides."""
+SCORED_TOKENS = 32768
+"""On a GPU: tokens of sequences whose keys and values are held while an engine only scores: two batches of prompts."""
 SCORE_ROWS = {"vllm": 1024}
 """Positions whose logits an engine holds at once in scoring."""
 QUANTISED_BYTES = {"nf4": 0.5625, "int8": 1.0}
@@ -81,6 +83,11 @@ class Memory:
     def least(self) -> float:
         """A lower bound: what is held from the first step to the last."""
         return self.weights + self.masters + self.moments + self.reference + self.teachers + self.engine + self.rewards
+
+    @property
+    def held(self) -> float:
+        """Bytes of a trainer between two steps: without gradients, activations, the head's chunk and gathered layers."""
+        return self.total - self.gradients - self.activations - self.head - self.gathered
 
     def parts(self) -> dict[str, float]:
         """Bytes by use, without what is offloaded."""
@@ -236,15 +243,18 @@ def engine_memory(
     engine: str = "vllm",
     cache_gib: float | None = 1.0,
     scored: bool = False,
+    tensor_parallel: int = 1,
     on_cpu: bool = True,
 ) -> Memory:
     """Memory of an engine: weights, the key-value cache, rows of logits, its libraries.
 
     cache_gib: what vLLM reserves (None: what `sequences` need at `max_len` tokens each, as transformers does). scored: rows of
-    logits of SCORE_ROWS positions.
+    logits of SCORE_ROWS positions. tensor_parallel: GPUs that weights and keys and values are divided over; of one of them.
     """
     size = BYTES[dtype]
-    cache = cache_bytes(shape, dtype, max_len) * sequences
+    if scored and not on_cpu:
+        sequences = min(sequences, max(1, SCORED_TOKENS // max(max_len, 1)))
+    cache = cache_bytes(shape, dtype, max_len) * sequences / tensor_parallel
     if engine == "vllm" and cache_gib is not None:
         cache = cache_gib * 2**30
     rows = SCORE_ROWS.get(engine, 256) if scored else sequences
@@ -254,7 +264,7 @@ def engine_memory(
     batched = 0 if on_cpu or engine != "vllm" else PREFILL_TOKENS
     prompts = float(size * batched * (shape.hidden + 3 * shape.intermediate))
     return Memory(
-        engine=float(size * shape.params_total),
+        engine=float(size * shape.params_total) / tensor_parallel,
         logits=head + 4.0 * LOGIT_COPIES * shape.vocab * rows + prompts,
         cache=cache,
         process=(PROCESS_BYTES if on_cpu else CONTEXT_BYTES) + ENGINE_BYTES.get(engine, 0.0),

@@ -59,7 +59,7 @@ def environment(config: EngineConfig) -> dict[str, str]:
         wanted |= {
             # vLLM's own thread binding would leave cores unused; without it the process's affinity mask holds.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "OMP_NUM_THREADS": str(cores()),
+            "OMP_NUM_THREADS": str(max(1, cores() // config.tensor_parallel)),
             # Threads that spin at the end of a parallel region slow one another down on a busy machine.
             "OMP_WAIT_POLICY": "PASSIVE",
         }

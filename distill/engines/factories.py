@@ -32,6 +32,7 @@ def vllm(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k
 
 def transformers(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
     """Plain transformers, in batches; runs where vLLM does not, but is slower."""
+    _refuse_vllm_options(config)
     from distill.engines.transformers import TransformersEngine
 
     return TransformersEngine(
@@ -44,6 +45,18 @@ def transformers(model_dir: Path, config: EngineConfig, *, max_model_len: int, m
 
 def reference(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
     """Plain transformers, one sequence at a time in float32 on the CPU: bit-identical results for identical requests."""
+    _refuse_vllm_options(config)
     from distill.engines.transformers import TransformersEngine
 
     return TransformersEngine(model_dir, max_model_len=max_model_len, dtype="float32", batch_size=1, device="cpu")
+
+
+def _refuse_vllm_options(config: EngineConfig) -> None:
+    if config.memory_share is not None:
+        raise UserError(
+            f"engine.memory_share: the engine {config.fn} takes what it needs; remove the key, or use vllm."
+        )
+    if config.tensor_parallel > 1:
+        raise UserError(
+            f"engine.tensor_parallel: the engine {config.fn} runs on one device; remove the key, or use vllm."
+        )

@@ -100,6 +100,7 @@ class TransformersEngine:
         self._batch_size = batch_size
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model = models.load(model_dir, dtype=dtype).to(self._device).eval()
+        self._freed: list[tuple[torch.nn.Parameter, torch.Size]] = []
         self._head = Float32Head()
         if dtype != "float32":
             layer = self._model.get_output_embeddings()
@@ -294,9 +295,22 @@ class TransformersEngine:
     @torch.no_grad()
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Copy new weights in, by their names in the checkpoint. Raises ValueError for unknown or missing names."""
+        for parameter, shape in self._freed:
+            parameter.data = torch.empty(shape, dtype=parameter.dtype, device=self._device)
+        self._freed = []
         models.copy_weights(self._model, weights)
         self._head.forget()
         self.version = version
+
+    def sleep(self) -> None:
+        """Free the memory of the weights until the next `sync`, which brings all of them; buffers stay."""
+        for parameter in self._model.parameters():
+            if parameter.numel():  # an engine that sleeps already has none
+                self._freed.append((parameter, parameter.shape))
+                parameter.data = parameter.data.new_empty(0)
+        self._head.forget()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Free the model."""

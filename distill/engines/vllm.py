@@ -2,24 +2,24 @@
 
 In: requests, taken lazily, at most `batch_size` in progress at a time. Out: Completions in any order (`generate`) or in
 the order of the requests (`score`). Log-probabilities are raw: of the distribution before temperature and top-p. Nothing is
-detokenised; one process and one GPU are used.
+detokenised. The engine runs in this process, or with `tensor_parallel` in one worker process for each GPU.
 
 The process must have been started with `distill.engines.environment`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from distill import models, world
-from distill.engines import completions
+from distill.engines import completions, vllm_options
 from distill.recipe import EngineConfig
 from distill.records import Array, Completion, Request, Sampling, UserError
 
@@ -33,7 +33,7 @@ try:
     from vllm.platforms import current_platform
     from vllm.sampling_params import RequestOutputKind
 
-    from distill.engines import vllm_patches
+    from distill.engines import vllm_patches, vllm_weights
 finally:
     # vLLM collects garbage eight times while it starts and ends, at a third of a second each for these modules alone.
     gc.freeze()
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from distill.engines.vllm_patches import Capture
 
 SCORE_TOKENS = 1024  # a step, while scoring: bounds the logits to [SCORE_TOKENS, vocabulary]
-PREFILL_TOKENS = 2048  # a step, while generating, or one whole prompt where that is longer
-CPU_CACHE_GIB = 1.0
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
 
@@ -72,54 +70,34 @@ class VllmEngine:
         self._on_cpu = current_platform.is_cpu()
         self._count = 0
         self._live: set[str] = set()
+        self._sleeps = config.sleep
+        self._asleep = False
+        self._across = config.tensor_parallel > 1
+        device = _device(self._on_cpu)
+        options = vllm_options.options(
+            config,
+            model_dir,
+            max_model_len=max_model_len,
+            max_top_k=self._max_top_k,
+            seed=seed,
+            device=device,
+            processes=world.size(),
+        )
+        # The stage's group, or an embedding program's. vLLM uses a group that is there, and destroys it at its end.
+        self._foreign_group = torch.distributed.is_initialized()
         with vllm_patches.quiet_start(), vllm_patches.own_process_state():
-            self._llm = self._start(model_dir, config, seed)
+            self._llm = _start(options, model_dir)
         vllm_patches.restore_classes(self._llm)
         self._engine = self._llm.llm_engine
         if completions.head_size(model_dir) > self.vocab_size:
             vllm_patches.cap_vocabulary(self._llm, self.vocab_size)
-        self._head = None
+        self._float32_head = self._on_cpu and config.dtype != "float32"
         if self._on_cpu:
             vllm_patches.drop_ranks(self._llm)
-            if config.dtype != "float32":
-                self._head = vllm_patches.float32_head(self._llm)
-
-    def _start(self, model_dir: Path, config: EngineConfig, seed: int) -> Any:
-        # One more position than asked for: scoring a trace that fills the context samples a token behind it.
-        positions = models.config_of(model_dir).get("max_position_embeddings", self.max_model_len + 1)
-        length = min(self.max_model_len + 1, max(positions, self.max_model_len))
-        options: dict[str, Any] = {"hf_overrides": {"head_dtype": "float32"}}
-        if self._on_cpu:
-            options = {
-                "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(length, PREFILL_TOKENS, config.batch_size),
-            }
-        cache_gib = config.kv_cache_gib or (CPU_CACHE_GIB if self._on_cpu else None)
-        if world.size() > 1:  # an engine beside each process of a stage, in the process group that is there
-            options["distributed_executor_backend"] = "external_launcher"
-        if cache_gib is not None:
-            options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
-        try:
-            return LLM(
-                model=str(model_dir),
-                skip_tokenizer_init=True,
-                generation_config="vllm",
-                dtype=config.dtype,
-                seed=seed & 0x7FFFFFFF,
-                max_model_len=length,
-                max_num_seqs=config.batch_size,
-                max_logprobs=max(self._max_top_k, 1),
-                logprobs_mode="raw_logprobs",
-                enforce_eager=self._on_cpu if config.eager is None else config.eager,
-                enable_prefix_caching=True,
-                use_tqdm_on_load=False,
-                **options,
-            )
-        except ValueError as error:
-            raise UserError(
-                f"engine: vLLM does not start with {model_dir}: {error} (engine.kv_cache_gib, engine.max_model_len and "
-                "engine.batch_size decide how much memory it takes.)"
-            ) from error
+        if self._float32_head:
+            vllm_patches.float32_head(self._llm)
+        # Runner V2 computes a prompt's logits 1,024 rows at a time itself.
+        self._chunks_scores = self._on_cpu or not self._engine.vllm_config.use_v2_model_runner
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
         """Yield completions as they finish; a request's random draws depend on its seed only."""
@@ -221,36 +199,56 @@ class VllmEngine:
 
     def _step(self, scoring: bool) -> list[Any]:
         """Make one step of the engine and keep the process's random state, which a trainer may use."""
+        chunked = vllm_patches.chunked(self._llm, SCORE_TOKENS) if scoring and self._chunks_scores else nullcontext()
         if not self._on_cpu:
-            return list(self._engine.step())
+            with chunked:
+                return list(self._engine.step())
         state = torch.get_rng_state()
         try:
-            if not scoring:
-                return list(self._engine.step())
-            with vllm_patches.chunked(self._llm, SCORE_TOKENS):
+            with chunked:
                 return list(self._engine.step())
         finally:
             torch.set_rng_state(state)
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Load new weights by their names in the checkpoint; no request may be in progress."""
-        if self._live:
-            raise RuntimeError(f"{len(self._live)} requests are in flight: finish or drop them first.")
+        """Load new weights by their names in the checkpoint; no request may be in progress. Wakes a sleeping engine."""
+        self._be_idle()
         pairs = (
             _with_head(weights)
-            if self._tied and vllm_patches.has_head(self._llm)
+            if self._tied and vllm_weights.has_head(self._llm)
             else ((n, t.detach()) for n, t in weights)
         )
-        vllm_patches.reload(self._llm, pairs)
-        if self._head is not None:
-            self._head.forget()
+        if self._asleep:
+            self._llm.wake_up(tags=["weights"])
+        (vllm_weights.reload_across if self._across else vllm_weights.reload)(self._llm, pairs)
+        if self._float32_head:
+            vllm_patches.forget_float32_head(self._llm)
+        if self._asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._asleep = False
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("the engine keeps a prefix cache of the old weights.")
         self.version = version
 
+    def sleep(self) -> None:
+        """Free the memory of weights and cache until the next `sync`; does nothing unless started with `sleep`.
+
+        Level 2 discards the weights, which all arrive anew, and the worker keeps the model's buffers (rotary tables) itself.
+        """
+        if not self._sleeps or self._asleep:
+            return
+        self._be_idle()
+        self._llm.sleep(level=2)
+        self._asleep = True
+
+    def _be_idle(self) -> None:
+        if self._live:
+            raise RuntimeError(f"{len(self._live)} requests are in flight: finish or drop them first.")
+        vllm_patches.drain(self._llm)
+
     def close(self) -> None:
         """Stop the engine and free its memory."""
-        with vllm_patches.keeping_group() if world.size() > 1 else contextlib.nullcontext():
+        with vllm_patches.keeping_group() if self._foreign_group else nullcontext():
             self._engine.engine_core.shutdown()
             del self._engine, self._llm
             cleanup_dist_env_and_memory()
@@ -259,6 +257,24 @@ class VllmEngine:
         if top_k > self._max_top_k and self._max_top_k < self.vocab_size:
             raise ValueError(f"the engine was started for top_k up to {self._max_top_k}, not {top_k}.")
         return min(top_k, self._max_top_k)
+
+
+def _device(on_cpu: bool) -> vllm_options.Device:
+    if on_cpu:
+        return vllm_options.Device()
+    torch.cuda.empty_cache()  # a trainer's freed blocks count as taken otherwise
+    free, total = torch.cuda.mem_get_info(world.local_rank())
+    return vllm_options.Device("cuda", total, free)
+
+
+def _start(options: dict[str, Any], model_dir: Path) -> Any:
+    try:
+        return LLM(**options)
+    except ValueError as error:
+        raise UserError(
+            f"engine: vLLM does not start with {model_dir}: {error} (engine.memory_share or engine.kv_cache_gib, "
+            "engine.max_model_len and engine.batch_size decide how much memory it takes.)"
+        ) from error
 
 
 def _with_head(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,7 +1,8 @@
 """Patches of vLLM internals, for which vLLM has no option; each with its reason.
 
-All patches are set on one engine's own objects; the library itself is not changed. Written
-for vLLM 0.32, which the package pins.
+All patches are set on one engine's own objects; the library itself is not changed. What runs in a worker is a function of this
+module with plain arguments, so that it can be sent to another process (tensor parallelism). Written for vLLM 0.32, which the
+package pins; tests/engines/test_vllm_internals.py says what is relied on.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-from vllm.platforms import current_platform
 from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 
@@ -74,34 +73,50 @@ def attach(engine: Any, internal_id: str) -> Capture:
 
 
 def cap_vocabulary(llm: Any, vocab_size: int) -> None:
-    """Give ids from vocab_size on no probability: they are not sampled, not returned and not part of the normalisation."""
+    """Give ids from vocab_size on no probability: they are not sampled, not returned and not part of the normalisation.
 
-    def cap(model: Any) -> None:
-        compute = model.compute_logits
-
-        def compute_logits(*args: Any, **kwargs: Any) -> Any:
-            logits = compute(*args, **kwargs)
-            if logits is not None:
-                logits[..., vocab_size:] = -torch.inf
-            return logits
-
-        model.compute_logits = compute_logits
-
-    llm.apply_model(cap)
+    `compute_logits` is called by the runners after the compiled and captured forward pass, so CUDA graphs do not bypass it.
+    """
+    llm.collective_rpc(_cap, args=(vocab_size,))
 
 
-def float32_head(llm: Any) -> Float32Head:
+def _cap(worker: Any, vocab_size: int) -> None:
+    model = worker.get_model()
+    compute = model.compute_logits
+
+    def compute_logits(*args: Any, **kwargs: Any) -> Any:
+        logits = compute(*args, **kwargs)
+        if logits is not None:
+            logits[..., vocab_size:] = -torch.inf
+        return logits
+
+    model.compute_logits = compute_logits
+
+
+def float32_head(llm: Any) -> None:
     """Make the CPU build compute float32 logits; vLLM's own option converts the whole weight at every step."""
-    head = Float32Head()
+    llm.collective_rpc(_float32_head)
 
-    def replace(model: Any) -> None:
-        def apply(lm_head: Any, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return head(hidden, lm_head.weight, bias)
 
-        model.logits_processor._apply_head = apply
+def _float32_head(worker: Any) -> None:
+    head, processor = Float32Head(), worker.get_model().logits_processor
 
-    llm.apply_model(replace)
-    return head
+    def apply(lm_head: Any, hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return head(hidden, lm_head.weight, bias)
+
+    apply.forget = head.forget  # type: ignore[attr-defined]
+    processor._apply_head = apply
+
+
+def forget_float32_head(llm: Any) -> None:
+    """Drop the float32 copies of the head: its weight has changed."""
+    llm.collective_rpc(_forget_float32_head)
+
+
+def _forget_float32_head(worker: Any) -> None:
+    forget = getattr(worker.get_model().logits_processor._apply_head, "forget", None)
+    if forget is not None:  # a test puts the library's own head back
+        forget()
 
 
 def drop_ranks(llm: Any) -> None:
@@ -109,73 +124,21 @@ def drop_ranks(llm: Any) -> None:
 
     The rank is not used here; it costs a pass over the vocabulary at every step and a compilation at the first.
     """
-
-    def gather(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
-        top_logp, top_ids = torch.topk(logprobs, num_logprobs, dim=-1)
-        token_ids = token_ids.unsqueeze(-1)
-        return LogprobsTensors(
-            torch.cat((token_ids, top_ids), dim=1).to(torch.int32),
-            torch.cat((logprobs.gather(-1, token_ids), top_logp), dim=1),
-            torch.zeros(len(logprobs), dtype=torch.int64),
-        )
-
-    def replace(worker: Any) -> None:
-        worker.model_runner.sampler.gather_logprobs = gather
-
-    llm.collective_rpc(replace)
+    llm.collective_rpc(_drop_ranks)
 
 
-def reload(llm: Any, pairs: Iterator[tuple[str, torch.Tensor]], ignore: tuple[str, ...] = ()) -> None:
-    """New weights into the live model; raises ValueError for layers that none of them reached.
-
-    The library only warns of those, and they would go on with the old weights. ignore: kinds of layers (class
-    names) that may keep them.
-    """
-    missed: list[str] = []
-
-    def note(record: logging.LogRecord) -> bool:
-        if "Failed to load weights" not in record.msg:
-            return True
-        missed.extend(str(name) for name in record.args or ())
-        return False
-
-    llm.collective_rpc(_forget_cpu_experts)
-    logger = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
-    logger.addFilter(note)
-    try:
-        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
-    finally:
-        logger.removeFilter(note)
-    # Tables that are computed (rotary ones, Gemma's normaliser) are buffers and are not loaded.
-    kinds = sorted(set(missed) - set(ignore) - set().union(*llm.collective_rpc(_without_parameters)))
-    if kinds:
-        raise ValueError(f"no new weights for layers of these kinds: {', '.join(kinds)}.")
+def _drop_ranks(worker: Any) -> None:
+    worker.model_runner.sampler.gather_logprobs = _gather_without_ranks
 
 
-def _forget_cpu_experts(worker: Any) -> None:
-    """Let a CPU's experts be packed again: the library packs them once, and copies new weights over the packed ones."""
-    if not current_platform.is_cpu():
-        return
-    for module in worker.model_runner.model.modules():
-        if isinstance(module, UnquantizedFusedMoEMethod):
-            module.moe_kernel = None
-
-
-def has_head(llm: Any) -> bool:
-    """Return whether vLLM's model has an output head of its own name beside a tied embedding."""
-    return all(llm.collective_rpc(_names_head))
-
-
-def _names_head(worker: Any) -> bool:
-    return hasattr(worker.model_runner.model, "lm_head")  # named_modules leaves a shared module out
-
-
-def _without_parameters(worker: Any) -> set[str]:
-    """Return the class names of modules that have no parameters of their own."""
-    model = worker.model_runner.model
-    return {type(m).__name__ for m in model.modules()} - {
-        type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None
-    }
+def _gather_without_ranks(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+    top_logp, top_ids = torch.topk(logprobs, num_logprobs, dim=-1)
+    token_ids = token_ids.unsqueeze(-1)
+    return LogprobsTensors(
+        torch.cat((token_ids, top_ids), dim=1).to(torch.int32),
+        torch.cat((logprobs.gather(-1, token_ids), top_logp), dim=1),
+        torch.zeros(len(logprobs), dtype=torch.int64),
+    )
 
 
 def restore_classes(llm: Any) -> None:
@@ -188,7 +151,7 @@ def restore_classes(llm: Any) -> None:
 
 
 def _undecorate(worker: Any) -> None:
-    for module in worker.model_runner.model.modules():
+    for module in worker.get_model().modules():
         cls = type(module)
         if cls.__module__.startswith("transformers.") and TorchCompileWithNoGuardsWrapper in cls.__bases__:
             decorated = {name: cls.__dict__[name] for name in ("__init__", "__call__")}
@@ -196,6 +159,13 @@ def _undecorate(worker: Any) -> None:
             del cls.__call__
             cls.__bases__ = tuple(base for base in cls.__bases__ if base is not TorchCompileWithNoGuardsWrapper)
             module.__class__ = type(cls.__name__, (cls, TorchCompileWithNoGuardsWrapper), decorated)
+
+
+def drain(llm: Any) -> None:
+    """Finish the step that asynchronous scheduling (the default on a GPU) has begun behind the last request's end."""
+    queue = llm.llm_engine.engine_core.engine_core.batch_queue
+    while queue:
+        llm.llm_engine.step()
 
 
 @contextlib.contextmanager

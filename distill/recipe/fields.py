@@ -352,6 +352,13 @@ class StageConfig(Config):
         """Return how to halve the work of `stage`, in words and with its own keys; "" if it has no such key."""
         return ""
 
+    @model_validator(mode="after")
+    def _sleeps_beside_a_trainer(self) -> StageConfig:
+        engine = getattr(self, "engine", None)
+        if isinstance(engine, EngineConfig) and engine.sleep and not self.trains:
+            raise ValueError("engine.sleep: nothing trains in this stage, so its engine never sleeps; remove the key")
+        return self
+
     @property
     def is_built_in(self) -> bool:
         return ":" not in self.kind

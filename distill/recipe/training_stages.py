@@ -287,6 +287,16 @@ class PolicyStage(OptimStage):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _engine_beside(self) -> PolicyStage:
+        engine = self.engine
+        if engine.ray is None and engine.tensor_parallel > 1 and self.parallel.world_size > 1:
+            raise ValueError(
+                f"engine.tensor_parallel: {self.parallel.world_size} processes have an engine each on their own GPU, so none can be "
+                "split; set tensor_parallel: 1, or engine.ray for engines apart"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _enough_problems(self) -> PolicyStage:
         if self.problems is not None and self.problems < self.prompts_a_rollout:
             raise ValueError(

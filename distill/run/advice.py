@@ -40,10 +40,19 @@ def machine_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
 
 
 def too_large(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """Return the stages whose weights, masters and moments alone exceed the machine's memory, with remedies."""
+    """Return the stages whose weights, masters and moments alone exceed the machine's memory, and those whose trainer and engine
+    do not fit a GPU together, with remedies."""
     found = []
     for row in rows:
         if row.least <= machine.memory:
+            shared = row.shared(machine.memory)
+            if shared is not None and shared.short:
+                sleep = "" if row.engine is None or row.engine.sleep else "engine.sleep: true, "
+                found.append(
+                    f"stages.{row.name}: trainer and engine do not fit the GPU {shared.when}: {shared.short / GIB:.3g} GiB more than its "
+                    f"{machine.memory / GIB:.3g} GiB are needed. What helps: {sleep}a smaller micro_tokens, gradient_checkpointing: true, "
+                    "lora, or distributed: {strategy: fsdp2} over several GPUs."
+                )
             continue
         trains = any(part.purpose == "training" for part in row.parts)
         held = "weights, fp32 masters and moments" if trains else "weights"
@@ -65,7 +74,7 @@ def memory_lines(rows: Sequence[Row], machine: Machine) -> list[str]:
     """Warn about stages that probably need more memory than there is, grouped by remedy."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row.least <= machine.memory < row.amounts["memory"]:
+        if row.beside is None and row.least <= machine.memory < row.amounts["memory"]:
             found.setdefault(_memory_settings(row), []).append(row)
     return [
         f"warning: {short_list([row.name for row in each])}: estimated to need up to "

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.compute.cards import GIB, Cards
+from distill.compute.shared_gpu import USABLE
 from distill.machine import Machine
 from distill.recipe import OptimStage, PolicyStage, Recipe, TrainStage
 from distill.records import UserError
@@ -22,9 +23,6 @@ from distill.run.advice import short_list
 from distill.run.known_sizes import has_known_sizes
 from distill.run.predictions.row import ENGINE_SHARE, Row
 
-USABLE = 0.95
-"""Share of a GPU's memory that a stage may take; the rest is lost between the allocator's blocks."""
-CACHE_STEP = 0.1 * GIB
 LEAST_MICRO_TOKENS = 512
 MOST_NODES = 16
 LORA_RANK = 16
@@ -43,7 +41,8 @@ class Remedy:
 class Verdict:
     """Whether a row of the plan fits on one GPU for each of its processes. need: bytes on each.
 
-    cache: bytes of the key-value cache that fit, where vLLM chooses its size. problem: why it does not fit; "" if it does.
+    cache: bytes of the key-value cache that fit, where vLLM chooses its size. asleep: bytes that are there while the model trains
+    and its engine sleeps; 0 if it never does. problem: why it does not fit; "" if it does.
     """
 
     row: Row
@@ -51,6 +50,7 @@ class Verdict:
     problem: str = ""
     remedies: tuple[Remedy, ...] = ()
     cache: float = 0.0
+    asleep: float = 0.0
 
     @property
     def fits(self) -> bool:
@@ -74,34 +74,51 @@ def _verdict(stage: plan.Planned, row: Row, cards: Cards, machine: Machine) -> V
     if isinstance(stage.config, OptimStage) and stage.config.parallel.processes > cards.count:
         processes = stage.config.parallel.processes
         return Verdict(row, row.memory.total, f"distributed.processes is {processes}, and there are {cards.count} GPUs")
-    policy = isinstance(stage.config, PolicyStage)
-    need, cache = _need(row, cards, policy)
-    if need <= _usable(row, cards, policy) and policy and row.sequence_cache:
-        why = f"vLLM takes {ENGINE_SHARE:.0%} of the GPU before the trainer starts, unless its cache has a size"
-        return Verdict(row, need, why, (Remedy(_cache_words(cache), need, {"engine": _cache_setting(cache)}),), cache)
-    if need <= _usable(row, cards, policy):
-        return Verdict(row, need, cache=cache)
-    why = f"{_gib(need)} on a GPU, {_gib(cards.memory)} there"
-    return Verdict(row, need, why, tuple(_remedies(stage, row, cards, machine)), cache)
+    if row.engine is not None and row.engine.tensor_parallel > cards.count:
+        parts = row.engine.tensor_parallel
+        return Verdict(row, row.memory.total, f"engine.tensor_parallel is {parts}, and there are {cards.count} GPUs")
+    taken = _taken(row, cards)
+    if not taken.short:
+        return Verdict(row, taken.need, cache=taken.cache, asleep=taken.asleep)
+    why = f"{_gib(taken.need)} on a GPU{taken.when}, {_gib(cards.memory)} there"
+    if taken.when == IN_SHARE:
+        why = f"engine.memory_share {row.engine.memory_share:g} is {_gib(taken.short)} too small for its engine"  # type: ignore[union-attr]
+    return Verdict(row, taken.need, why, tuple(_remedies(stage, row, cards, machine)), taken.cache)
 
 
-def _usable(row: Row, cards: Cards, policy: bool) -> float:
-    return (ENGINE_SHARE if row.sequence_cache and not policy else USABLE) * cards.memory
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What a row takes of a GPU. need: bytes, at its peak; cache: of the key-value caches among them; short: missing bytes."""
+
+    need: float
+    cache: float
+    short: float = 0.0
+    when: str = ""
+    asleep: float = 0.0
 
 
-def _need(row: Row, cards: Cards, policy: bool) -> tuple[float, float]:
-    """Return (bytes that a row needs on a GPU, bytes of its key-value cache among them).
+IN_SHARE = " in the engine's share"
 
-    A cache without a size in the recipe gets what is left, at least one sequence's.
-    """
-    rest, cache = row.memory.total - row.memory.cache, row.memory.cache
-    if row.sequence_cache:
-        left, least = _usable(row, cards, policy) - rest, row.sequence_cache
-        if policy:  # in the steps in which a recipe writes it
-            cache, least = (math.ceil(size / CACHE_STEP) * CACHE_STEP for size in (cache, least))
-            left = math.floor(left / CACHE_STEP) * CACHE_STEP
-        cache = max(min(cache, left), least)
-    return rest + cache, cache
+
+def _taken(row: Row, cards: Cards) -> _Taken:
+    """Return what a row takes. A cache without a size in the recipe gets what is left, at least one sequence's."""
+    shared = row.shared(cards.memory)
+    if shared is None:
+        rest, cache = row.memory.total - row.memory.cache, row.memory.cache
+        share = None if row.engine is None else row.engine.memory_share
+        usable = ((share or ENGINE_SHARE) if row.sequence_cache else USABLE) * cards.memory
+        if row.sequence_cache:
+            cache = max(min(cache, usable - rest), row.sequence_cache)
+        return _Taken(rest + cache, cache, max(0.0, rest + cache - usable))
+    assert row.beside is not None
+    assert row.engine is not None
+    training, own = row.beside
+    engine = shared.engine
+    if row.sequence_cache and row.engine.memory_share is None:
+        engine = min(engine, own.engine + own.logits + own.cache)
+    cache = engine - own.engine - own.logits if row.sequence_cache else own.cache
+    when = f" {shared.when}" if shared.when else ""
+    return _Taken(shared.peak(engine), max(cache, 0.0) + training.cache, shared.short, when, shared.asleep)
 
 
 # ----------------------------------------------------------------------------------------------- remedies
@@ -136,6 +153,8 @@ def _changes(config: OptimStage, cards: Cards) -> Iterable[list[Change]]:
     quantised = config.lora is not None and config.lora.quantised is not None
     if not quantised and (sharded := list(_sharded(config, cards))):
         yield sharded
+    if isinstance(config, PolicyStage) and not config.engine.sleep and config.engine.ray is None:
+        yield [("engine.sleep", {"engine": {"sleep": True}})]
     if not config.gradient_checkpointing:
         yield [("gradient_checkpointing", {"gradient_checkpointing": True})]
     halves = [config.micro_tokens >> n for n in range(1, 20)]
@@ -170,23 +189,8 @@ def _tried(stage: plan.Planned, row: Row, chosen: Sequence[Change], cards: Cards
     except ValueError:  # pydantic: for example a quantised base cannot be sharded
         return None
     changed = next(each for each in rows if each.name == row.name)
-    policy = isinstance(stage.config, PolicyStage)
-    need, cache = _need(changed, cards, policy)
-    if need > _usable(changed, cards, policy):
-        return None
-    words = [word for word, _ in chosen]
-    if policy and changed.sequence_cache:
-        words.append(_cache_words(cache))
-        changes["engine"] = _cache_setting(cache)
-    return Remedy(" with ".join(words), need, changes)
-
-
-def _cache_setting(cache: float) -> dict[str, Any]:
-    return {"kv_cache_gib": round(cache / GIB, 1)}
-
-
-def _cache_words(cache: float) -> str:
-    return f"engine.kv_cache_gib {_cache_setting(cache)['kv_cache_gib']:g}"
+    taken = _taken(changed, cards)
+    return None if taken.short else Remedy(" with ".join(word for word, _ in chosen), taken.need, changes)
 
 
 # -------------------------------------------------------------------------------------------------- words
@@ -202,11 +206,16 @@ def lines(found: Sequence[Verdict]) -> list[str]:
             words = f"does not fit: {verdict.problem}{_remedy_words(verdict.remedies)}"
             said.setdefault(words, []).append(row.name)
         elif row.sequence_cache and verdict.cache < row.memory.cache:
+            others = 0.0 if row.beside is None else row.beside[0].cache
+            cache = verdict.cache - others
             words = (
-                f"fits with a key-value cache of {_gib(verdict.cache)}: about "
-                f"{int(verdict.cache / row.sequence_cache)} completions of full length at a time, not "
-                f"{round(row.memory.cache / row.sequence_cache)}; the others wait"
+                f"fits with a key-value cache of {_gib(cache)}: about "
+                f"{int(cache / row.sequence_cache)} completions of full length at a time, not "
+                f"{round((row.memory.cache - others) / row.sequence_cache)}; the others wait"
             )
+            said.setdefault(words, []).append(row.name)
+        if verdict.asleep:
+            words = f"holds {_gib(verdict.asleep)} of a GPU while the model trains and its engine sleeps"
             said.setdefault(words, []).append(row.name)
         if row.memory.offloaded:
             words = f"holds {_gib(row.memory.offloaded)} for each process in main memory"

@@ -182,7 +182,7 @@ def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
 
 def reward_bytes(rewards: Sequence[RewardConfig]) -> float:
     """Bytes of the weights of the reward models among some rewards; a model that is not known has an assumed size."""
-    paths = [str(one.options.get("path")) for one in rewards if one.fn == "reward_model"]
+    paths = [str(one.options.get("path")) for one in rewards if one.fn == "model"]
     return sum(2.0 * model_shape(ModelConfig(source=path))[0].params_total for path in paths)
 
 

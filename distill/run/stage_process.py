@@ -202,8 +202,9 @@ def die_with_parent() -> None:
 def _memory_hint(error: BaseException) -> str:
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return (
-            "\nOut of memory. Lower micro_tokens or set gradient_checkpointing: true (train), lower engine.batch_size or "
-            "engine.kv_cache_gib (generate, eval); then run the same command, and the stage resumes."
+            "\nOut of memory. Lower micro_tokens or set gradient_checkpointing: true (train), lower engine.batch_size, "
+            "engine.kv_cache_gib or engine.memory_share (generate, eval), or set engine.sleep: true (grpo, on_policy); then run "
+            "the same command, and the stage resumes."
         )
     return ""
 

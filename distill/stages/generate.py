@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from distill.recipe import GenerateStage
+from distill.stages.beside import leaving_rewards
 from distill.stages.context import Context, Result
 from distill.stages.trace_sampling import sample_traces
 from distill.traces.reader import content_fingerprint
@@ -11,7 +12,7 @@ from distill.traces.summary import stats
 
 def run(config: GenerateStage, context: Context) -> Result:
     folder = context.folder / "traces"
-    counts, cost = sample_traces(config, context, folder, "train")
+    counts, cost = sample_traces(leaving_rewards(config), context, folder, "train")
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
     metrics = {**held.as_dict(), "prompts_too_long": counts.prompts_too_long}

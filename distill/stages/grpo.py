@@ -12,6 +12,7 @@ from distill.compute.flops import ModelShape
 from distill.compute.training_cost import attention_share, training_cost
 from distill.recipe import GrpoStage
 from distill.records import draw_seed
+from distill.stages import beside
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.forward_proof import prove_forward
@@ -19,7 +20,7 @@ from distill.stages.inputs.named_rewards import combined_reward
 from distill.stages.inputs.resolve import resolve_objective
 from distill.stages.inputs.student import load_student, save_student
 from distill.stages.policy_metrics import LOGGED_GROUPS, CompletionLog, PolicyProgress, policy_metrics
-from distill.stages.policy_sampling import open_policy_sampler
+from distill.stages.policy_sampling import open_policy_sampler, read_prompts
 from distill.stages.snapshots import keep_snapshots
 from distill.stages.sync_proof import prove_sync
 from distill.training import loop
@@ -36,10 +37,12 @@ def run(config: GrpoStage, context: Context) -> Result:
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     vocab_size = models.vocabulary_size(tokenizer, models.config_of(folder))
-    with open_policy_sampler(config, context, tokenizer) as (sampler, pool):
-        model = load_student(config, context)
-        plan = prove_forward(model, config.model, vocab_size, context, sampler.engine.max_model_len)
-        prove_sync(sampler.engine, model, vocab_size, context)
+    read = pool, _, max_model_len = read_prompts(config, context, tokenizer)
+    settings, _ = beside.shared_engines(config, context, max_model_len, reference=objective.reference)
+    model = beside.on_device(load_student(config, context), config)
+    plan = prove_forward(model, config.model, vocab_size, context, max_model_len)
+    with open_policy_sampler(config, context, tokenizer, settings, read) as sampler:
+        prove_sync(sampler.engine, model, vocab_size, context, sleeps=config.engine.sleep)
         log = CompletionLog(context, config)
         rollouts = RewardRollouts(
             sampler=sampler,

@@ -9,8 +9,9 @@ from typing import Any
 from distill import engines, models
 from distill.compute.flops import ModelShape, forward_flops
 from distill.compute.training_cost import attention_share, teachers_cost, training_cost
-from distill.recipe import OnPolicyStage, TrainStage, teachers_of
+from distill.recipe import EngineConfig, OnPolicyStage, TrainStage, teachers_of
 from distill.records import Cost, Engine, GradedGroup, draw_seed
+from distill.stages import beside
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.forward_proof import prove_forward
@@ -18,7 +19,7 @@ from distill.stages.inputs.resolve import load_teachers, resolve_loss, teacher_d
 from distill.stages.inputs.student import load_student, save_student
 from distill.stages.inputs.train_examples import open_source, reader_for
 from distill.stages.policy_metrics import LOGGED_GROUPS, CompletionLog, PolicyProgress, policy_metrics
-from distill.stages.policy_sampling import open_policy_sampler
+from distill.stages.policy_sampling import open_policy_sampler, read_prompts
 from distill.stages.snapshots import keep_snapshots
 from distill.stages.sync_proof import prove_sync
 from distill.training import loop
@@ -39,22 +40,32 @@ def run(config: OnPolicyStage, context: Context) -> Result:
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     vocab_size = models.vocabulary_size(tokenizer, models.config_of(folder))
     longest = config.engine.max_model_len or config.sampling.max_tokens + MAX_PROMPT
-    teachers = load_teachers(config, context, tokenizer, longest) if config.scoring == "trainer" else []
-    read = reader_for(config, context, tokenizer)
+    in_trainer = config.scoring == "trainer"
+    teachers = load_teachers(config, context, tokenizer, longest) if in_trainer else []
+    retokenizer = reader_for(config, context, tokenizer)
+    read = pool, _, max_model_len = read_prompts(config, context, tokenizer)
+    names = list(teachers_of(config.teacher))
+    settings, teacher_settings = beside.shared_engines(
+        config,
+        context,
+        max_model_len,
+        teachers=names if in_trainer else (),
+        scoring=None if in_trainer else names[0],
+    )
+    model = beside.on_device(load_student(config, context), config)
+    plan = prove_forward(model, config.model, vocab_size, context, max_model_len)
     with (
-        open_policy_sampler(config, context, tokenizer) as (sampler, pool),
-        _teacher_engine(config, context, tokenizer, sampler.engine.max_model_len) as engine,
+        open_policy_sampler(config, context, tokenizer, settings, read) as sampler,
+        _teacher_engine(config, context, tokenizer, teacher_settings, max_model_len) as engine,
     ):
-        model = load_student(config, context)
-        plan = prove_forward(model, config.model, vocab_size, context, sampler.engine.max_model_len)
-        prove_sync(sampler.engine, model, vocab_size, context)
+        prove_sync(sampler.engine, model, vocab_size, context, sleeps=config.engine.sleep)
         log = CompletionLog(context, config)
         rollouts = TeacherRollouts(
             sampler=sampler,
             config=config,
             teacher=engine,
-            offline=OfflineExamples(config, context, tokenizer, read) if config.data else None,
-            retokenizer=read,
+            offline=OfflineExamples(config, context, tokenizer, retokenizer) if config.data else None,
+            retokenizer=retokenizer,
             on_rollout=lambda step, groups: log(step, lambda: _logged(groups)),
             attention=attention_share(ModelShape.from_config(models.config_of(folder))),
             journal=sampler.journal,
@@ -93,20 +104,18 @@ def run(config: OnPolicyStage, context: Context) -> Result:
 
 @contextmanager
 def _teacher_engine(
-    config: OnPolicyStage, context: Context, tokenizer: Any, max_model_len: int
+    config: OnPolicyStage, context: Context, tokenizer: Any, settings: EngineConfig, max_model_len: int
 ) -> Iterator[Engine | None]:
+    """Start the teacher's engine. It never sleeps: its weights do not change, and vLLM lets one engine of a process sleep."""
     if config.scoring != "engine":
         yield None
         return
     (name,) = teachers_of(config.teacher)
     folder = teacher_dir(name, config, context, tokenizer)
-    context.phase(f"starting the {config.engine.fn} engine of the teacher")
-    engine = engines.open_engine(config.engine, folder, max_model_len=max_model_len, max_top_k=config.top_logprobs)
-    context.say_note(engine)
-    try:
+    context.phase(f"starting the {settings.fn} engine of the teacher")
+    engine = engines.open_engine(settings, folder, max_model_len=max_model_len, max_top_k=config.top_logprobs)
+    with beside.opened(engine, settings, context):
         yield engine
-    finally:
-        engine.close()
 
 
 class OfflineExamples:

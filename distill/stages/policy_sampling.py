@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from distill import engines, models, world
-from distill.recipe import PolicyStage
+from distill.recipe import EngineConfig, PolicyStage
 from distill.records import Completion, Engine, GradedGroup, Prompt, Sampling, Task, UserError, draw_seed
+from distill.stages import beside
 from distill.stages.context import Context
 from distill.stages.sampling import (
     CompletionRequest,
@@ -158,33 +159,36 @@ class PromptPool:
         return np.random.default_rng(draw_seed(self.seed, epoch)).permutation(len(self.prompts))
 
 
-@contextmanager
-def open_policy_sampler(
-    config: PolicyStage, context: Context, tokenizer: Any
-) -> Iterator[tuple[PolicySampler, PromptPool]]:
-    """Start the policy's engine on the stage's model, with the train problems; closed at the end of the context."""
-    folder = context.model_dir(config.model)
+def read_prompts(config: PolicyStage, context: Context, tokenizer: Any) -> tuple[PromptPool, Task, int]:
+    """Return the train problems, their task, and the context length that their completions need."""
     task = context.task(config.task)
     models.check_template(tokenizer, task.template, f"tasks.{config.task}")
-    limit = context_limit(config.engine, folder)
+    limit = context_limit(config.engine, context.model_dir(config.model))
     context.phase(f"reading the task {config.task}")
     pool = PromptPool.of(config, context, task, tokenizer, limit)
     longest = max(len(prompt.ids) for prompt in pool.prompts) + config.sampling.max_tokens
-    context.phase(f"starting the {config.engine.fn} engine")
-    engine = engines.open_engine(config.engine, folder, max_model_len=context_length(longest, limit), max_top_k=0)
-    context.say_note(engine)
-    try:
-        yield (
-            PolicySampler(
-                engine=engine,
-                grader=Grader.of(task, tokenizer),
-                prompts=pool,
-                sampling=config.sampling.record(),
-                group_size=config.group_size,
-                seed=draw_seed(context.seed, context.name, "rollouts"),
-                journal=Journal() if config.ahead else None,
-            ),
-            pool,
+    return pool, task, context_length(longest, limit)
+
+
+@contextmanager
+def open_policy_sampler(
+    config: PolicyStage, context: Context, tokenizer: Any, settings: EngineConfig, read: tuple[PromptPool, Task, int]
+) -> Iterator[PolicySampler]:
+    """Start the policy's engine with `settings` on the stage's model; closed at the end of the context.
+
+    read: the result of `read_prompts`.
+    """
+    pool, task, max_model_len = read
+    context.phase(f"starting the {settings.fn} engine")
+    folder = context.model_dir(config.model)
+    engine = engines.open_engine(settings, folder, max_model_len=max_model_len, max_top_k=0)
+    with beside.opened(engine, settings, context):
+        yield PolicySampler(
+            engine=engine,
+            grader=Grader.of(task, tokenizer),
+            prompts=pool,
+            sampling=config.sampling.record(),
+            group_size=config.group_size,
+            seed=draw_seed(context.seed, context.name, "rollouts"),
+            journal=Journal() if config.ahead else None,
         )
-    finally:
-        engine.close()

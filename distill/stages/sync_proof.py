@@ -11,7 +11,7 @@ import torch
 
 from distill import models
 from distill.models.prune import decoder_layers
-from distill.records import Engine, Request, UserError
+from distill.records import Engine, Request, UserError, rest
 from distill.stages.context import Context
 from distill.training.forward import base_model
 
@@ -25,16 +25,17 @@ OTHER_MODEL = 0.5
 """Nats from which on the median token says that the engine computes another model."""
 
 
-def prove_sync(engine: Engine, model: Any, vocab_size: int, context: Context) -> None:
+def prove_sync(engine: Engine, model: Any, vocab_size: int, context: Context, *, sleeps: bool = False) -> None:
     """Move some weights of every kind, give them to the engine, and compare a short document's log-probabilities.
 
-    Both have the model's own weights again afterwards. Raises UserError if the engine does not take new weights, or computes
+    Both have the model's own weights again afterwards. An engine that `sleeps` does so before each sync, and at the end. Raises UserError if the engine does not take new weights, or computes
     another model from them than the trainer.
     """
     context.phase("checking that new weights reach the engine")
     ids_T = np.random.default_rng(3).integers(0, min(vocab_size, _rows(model)), PROMPT + REPLY)
     request = Request("sync", ids_T[:PROMPT], completion_ids=ids_T[PROMPT:])
     before = _gap(engine, request, _own(model, ids_T, vocab_size))
+    rest(engine, sleeps)
     with _moved(base_model(model)):
         own_T = _own(model, ids_T, vocab_size)
         try:
@@ -42,7 +43,9 @@ def prove_sync(engine: Engine, model: Any, vocab_size: int, context: Context) ->
         except ValueError as error:
             raise UserError(_refusal(context, f"does not take new weights of this model ({error})")) from None
         after = _gap(engine, request, own_T)
+    rest(engine, sleeps)
     engine.sync(models.exported_weights(model), version=engine.version)
+    rest(engine, sleeps)
     if not before < OTHER_MODEL:
         raise UserError(_refusal(context, f"computes another model than the trainer ({before:.2g} nats apart)"))
     if not after - before < TOLERANCE:

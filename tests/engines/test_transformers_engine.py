@@ -271,6 +271,30 @@ def test_new_weights_change_the_output_and_the_version(tiny_dir):
         engine.sync([("nonsense", torch.zeros(1))], version=4)
 
 
+@pytest.mark.parametrize("fn", ["reference", "transformers"])
+def test_a_sleeping_engine_holds_no_weights_and_a_sync_brings_them_back(tiny_dir, fn):
+    engine = start(tiny_dir, fn)
+    asked = requests(3)
+    before = sorted(engine.generate(asked, SAMPLING), key=lambda c: c.request_id)
+    weights = {name: p.detach().clone() for name, p in engine._model.named_parameters()}
+    engine.sleep()
+    assert sum(p.nbytes for p in engine._model.parameters()) == 0
+    with pytest.raises(ValueError, match="missing"):
+        engine.sync(list(weights.items())[:2], version=1)
+    engine.sleep()
+    engine.sync(weights.items(), version=1)
+    for old, new in zip(before, sorted(engine.generate(asked, SAMPLING), key=lambda c: c.request_id), strict=True):
+        assert new.ids_T.tolist() == old.ids_T.tolist()
+        # Weights at other addresses are summed in another order.
+        np.testing.assert_allclose(new.logprob_T, old.logprob_T, atol=1e-5)
+
+
+def test_options_of_vllm_are_refused(tiny_dir):
+    for key, value in {"memory_share": 0.5, "tensor_parallel": 2}.items():
+        with pytest.raises(UserError, match=rf"engine\.{key}: the engine transformers .*remove the key"):
+            start(tiny_dir, "transformers", **{key: value})
+
+
 def test_padding_of_the_head_has_no_probability(tiny_dir, tmp_path, tokenizer):
     """A head with padding rows of large weights: the distribution is that of the unpadded model."""
     model = models.load(tiny_dir, dtype="float32")

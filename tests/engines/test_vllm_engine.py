@@ -219,7 +219,9 @@ def test_after_a_sync_the_engine_is_the_trainer(vllm_engine, changed, asked, wri
 def library_head(vllm_engine):
     """The library's own output head in place of the float32 one: the one that keeps a packed copy."""
     processors = vllm_engine._llm.apply_model(lambda model: model.logits_processor)
-    ours = [processor.__dict__.pop("_apply_head") for processor in processors]
+    ours = [processor.__dict__.pop("_apply_head", None) for processor in processors]
+    if None in ours:
+        pytest.skip("an engine in float32 has the library's head anyway")
     for processor in processors:
         processor.head_dtype = torch.bfloat16
     yield
@@ -229,7 +231,7 @@ def library_head(vllm_engine):
 
 def test_without_the_explicit_head_the_head_stays_old(vllm_engine, changed, asked, library_head):
     """The reason for the explicit lm_head in `sync`. Where the first half fails, the library has mended it."""
-    from distill.engines import vllm_patches
+    from distill.engines import vllm_weights
 
     pairs = [(name, p.detach()) for name, p in changed._model.named_parameters()]
     means = []
@@ -237,7 +239,7 @@ def test_without_the_explicit_head_the_head_stays_old(vllm_engine, changed, aske
         if explicit:
             vllm_engine.sync(pairs, version=7)
         else:
-            vllm_patches.reload(vllm_engine._llm, iter(pairs), ignore=("ParallelLMHead",))
+            vllm_weights.reload(vllm_engine._llm, iter(pairs), ignore=("ParallelLMHead",))
             vllm_engine._llm.reset_prefix_cache()
         fresh = list(vllm_engine.generate(asked[:6], SAMPLING, top_k=64))
         again = list(changed.score(to_score(asked, fresh), top_k=64))

@@ -149,3 +149,23 @@ def test_the_stages_of_a_kind_are_selected_and_a_kind_that_is_not_there_is_named
         UserError, match=r"no stage of this recipe is of kind 'prune'\. Its kinds are: compare, eval, generate"
     ):
         names("prune")
+
+
+RL = {"kind": "grpo", "model": "base", "task": "t", "rewards": [{"fn": "accuracy"}], "steps": 1}
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({**RL, "engine": {"tensor_parallel": 2}, "distributed": 2}, "engine.tensor_parallel: 2 processes have an engine each"),
+        ({"kind": "generate", "model": "base", "task": "t", "problems": 1, "engine": {"sleep": True}}, "engine.sleep: nothing trains"),
+    ],
+)  # fmt: skip
+def test_engine_settings_that_exclude_each_other_are_refused(stage, words):
+    task = {"fn": "reasoning_gym", "dataset": "chain_sum", "template": "think_answer"}
+    tree = {"name": "t", "models": {"base": "a/b"}, "tasks": {"t": task}, "stages": {"s": stage}}
+    with pytest.raises(UserError) as error:
+        recipe.validate(tree)
+    assert words in str(error.value)
+    kept = {key: value for key, value in stage.items() if key != "engine"}
+    recipe.validate({**tree, "stages": {"s": kept}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -203,3 +204,21 @@ def test_check_says_the_machine_and_its_dtypes_and_what_cannot_run_on_it(monkeyp
     assert "training: float32; measured at width 576x1536: bfloat16 4, float32 200" in result.output
     assert result.exit_code == 0
     assert "cannot run on this machine: stages.cold: its weights" in result.output
+
+
+def test_a_trainer_and_an_engine_that_do_not_fit_a_gpu_together_are_refused_before_the_run():
+    """On a GPU of the machine's own, as `check --gpu` says for one that is named."""
+    cuda = replace(machine(bfloat16=8e11, memory=2.5 * 2**30), device="cuda")
+
+    def rows(**engine: object) -> list[plan.Row]:
+        given = {"fn": "vllm", "kv_cache_gib": 0.5, **engine}
+        return [row(plan.predict(make(rl={"lora": {"rank": 4}, "engine": given}), cuda), "rl")]
+
+    (line,) = advice.too_large(rows(), cuda)
+    assert re.search(
+        r"^stages\.rl: .* while the model trains beside its engine: .*What helps: engine\.sleep: true, ", line
+    )
+    with pytest.raises(UserError, match="do not fit the GPU"):
+        advice.refuse(rows(), cuda)
+    assert advice.too_large(rows(), replace(cuda, memory=24 * 2**30)) == []
+    assert advice.memory_lines(rows(), cuda) == []

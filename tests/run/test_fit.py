@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from distill import cli, recipe
 from distill.compute import cards
+from distill.compute.shared_gpu import ASLEEP_BYTES
 from distill.records import UserError
 from distill.run import fit
 from distill.tools.listing import RECIPES
@@ -104,18 +106,61 @@ def test_a_stage_is_costed_as_it_is_written():
     assert few.problem == "distributed.processes is 8, and there are 4 GPUs"
 
 
-def test_an_engine_beside_the_trainer_needs_a_size_and_fits_with_it():
+def test_an_engine_beside_the_trainer_takes_what_training_leaves():
     found = verdict(rl(), "h100")
-    assert "vLLM takes 92% of the GPU" in found.problem
-    (remedy,) = found.remedies
-    sized = verdict(rl(engine=remedy.changes["engine"]), "h100")
-    assert sized.fits
-    parts = sized.row.memory
-    assert parts.cache == pytest.approx(remedy.changes["engine"]["kv_cache_gib"] * cards.GIB)
+    assert found.fits
+    parts = found.row.memory
     assert parts.engine == parts.weights
     assert parts.reference == 0
-    referred = verdict(rl(objective={"fn": "grpo", "beta": 0.01}, engine=remedy.changes["engine"]), "h100")
+    assert found.cache == parts.cache
+    referred = verdict(rl(objective={"fn": "grpo", "beta": 0.01}), "h100")
     assert referred.row.memory.reference == parts.weights
+    assert referred.need - found.need == pytest.approx(parts.weights)
+    sized = verdict(rl(engine={"kv_cache_gib": 2}), "h100")
+    assert sized.row.memory.cache == 2 * cards.GIB
+    # A larger share is a larger cache, which training must leave.
+    shared = verdict(rl(engine={"memory_share": 0.4}), "h100")
+    assert shared.need == pytest.approx(
+        found.need - parts.engine - parts.logits - parts.cache + 0.4 * cards.parse("h100").memory
+    )
+    large = verdict(rl(engine={"memory_share": 0.8}), "h100")
+    assert "while the model trains beside its engine" in large.problem
+    small = verdict(rl(engine={"memory_share": 0.03}), "h100")
+    assert re.fullmatch(r"engine\.memory_share 0\.03 is [\d.]+ GiB too small for its engine", small.problem)
+
+
+def test_sleep_is_a_remedy_where_the_engine_is_in_the_way():
+    tight = {"lora": {"rank": 8}, "micro_tokens": 12288, "prompts": 512}
+    found = verdict(rl(**tight, engine={"memory_share": 0.4}), "h100")
+    assert not found.fits
+    (asleep,) = [remedy for remedy in found.remedies if remedy.words == "engine.sleep"]
+    after = verdict(rl(**tight, engine={"memory_share": 0.4, "sleep": True}), "h100")
+    assert after.fits
+    assert after.need == asleep.need < found.need
+    # Without the engine, but for what a sleeping one keeps.
+    parts = after.row.memory
+    assert after.asleep == pytest.approx(parts.total - parts.engine - parts.logits - parts.cache + ASLEEP_BYTES)
+    assert "while the model trains and its engine sleeps" in fit.lines([after])[0]
+
+
+def test_a_split_engine_holds_its_part_on_each_gpu():
+    """Weights and keys and values are divided; logits are not."""
+    stage = {"kind": "generate", "model": "base", "task": "sums", "problems": 4}
+    tree = {"name": "fit", "models": {"base": "Qwen/Qwen2.5-72B"}, "tasks": {"sums": SUMS}}
+
+    def generate(**engine: Any) -> recipe.Recipe:
+        return recipe.validate({**tree, "stages": {"traces": {**stage, "engine": engine}}}, "test")
+
+    alone, split = (verdict(generate(tensor_parallel=n), "h100:8") for n in (1, 4))
+    assert not alone.fits
+    assert split.fits
+    assert split.row.processes == 4
+    one, four = alone.row.memory, split.row.memory
+    assert four.engine == one.engine / 4
+    assert four.cache == pytest.approx(one.cache / 4)
+    assert four.logits == one.logits
+    few = verdict(generate(tensor_parallel=4), "h100:2")
+    assert few.problem == "engine.tensor_parallel is 4, and there are 2 GPUs"
 
 
 def test_a_small_cache_decodes_fewer_at_a_time():
@@ -124,7 +169,7 @@ def test_a_small_cache_decodes_fewer_at_a_time():
 
 
 def test_a_reward_model_is_counted():
-    judged = [{"fn": "accuracy"}, {"fn": "reward_model", "path": "Qwen/Qwen2.5-0.5B"}]
+    judged = [{"fn": "accuracy"}, {"fn": "model", "path": "Qwen/Qwen2.5-0.5B"}]
     more, less = (verdict(rl(rewards=each), "h100").row.memory for each in (judged, judged[:1]))
     assert more.rewards == pytest.approx(2 * 494e6, rel=1e-3)
     assert more.total - less.total == more.rewards

@@ -211,6 +211,26 @@ def test_passes_reuse_the_rollout_and_its_old_log_probs(tiny_dir, engine, tmp_pa
     assert seen[3] > 1e-3
 
 
+def test_an_engine_that_sleeps_while_the_model_trains_changes_nothing(tiny_dir, tmp_path, share):
+    """From before the log-probabilities of the reference until the next sync."""
+    objective = objectives.grpo(beta=0.01, mask_truncated=False)
+    found, naps = [], []
+    for sleep in (False, True):
+        config = stage(steps=4, mini_batches=2, engine={"fn": "transformers", "sleep": sleep})
+        spy = Spy(
+            engines.open_engine(
+                EngineConfig(fn="transformers", dtype="float32"), tiny_dir, max_model_len=64, max_top_k=0
+            )
+        )
+        spy.sleep = lambda spy=spy: (naps.append((len(spy.requests), len(spy.versions))), spy.engine.sleep())
+        folder = tmp_path / str(sleep)
+        run(tiny_dir, folder, source(spy, config, objective, share))
+        found.append(metrics(folder))
+    for awake, asleep in zip(*found, strict=True):
+        assert asleep == pytest.approx(awake, abs=1e-5)
+    assert naps == [(1, 1), (2, 2)]
+
+
 def test_the_engine_samples_with_the_current_weights(tiny_dir, engine, tmp_path, share):
     config = stage(steps=6, lr=1e-2)
     run(tiny_dir, tmp_path, source(engine, config, objectives.grpo(mask_truncated=False), share))

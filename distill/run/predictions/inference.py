@@ -96,7 +96,9 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
         parts=(part,),
         start=start_seconds(part),
         memory=memory,
+        processes=config.engine.tensor_parallel if machine.device == "cuda" else 1,
         sequence_cache=sequence_cache(shape, config.engine, part.choice.dtype, longest, machine),
+        engine=config.engine,
     )
 
 
@@ -161,7 +163,9 @@ def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list
         parts=(part,),
         start=start_seconds(part),
         memory=memory,
+        processes=config.engine.tensor_parallel if machine.device == "cuda" else 1,
         sequence_cache=sequence_cache(shape, config.engine, part.choice.dtype, prompt + reply, machine),
+        engine=config.engine,
     )
     return [row]
 

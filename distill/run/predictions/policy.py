@@ -161,9 +161,13 @@ def _policy_row(
         training = replace(training, teachers_in_engines=True)
     memory = training.memory(learning.choice.dtype, machine)
     # The engines run in the trainer's process, which is counted once.
-    for each in held:
-        memory += replace(each, process=0.0)
+    own, *others = (replace(each, process=0.0) for each in held)
     memory += Memory(process=ENGINE_BYTES.get(writing.engine, 0.0), rewards=rewards)
+    for each in others:
+        memory += each
+    shares = writing.engine == "vllm" and machine.device == "cuda" and config.engine.ray is None
+    beside = (memory, own) if shares else None
+    memory += own
     known.shapes[name], known.replies[name] = shape, policy.reply
     amounts = make_amounts(
         tokens=sampled * (policy.prompt + policy.reply) + training.tokens,
@@ -182,4 +186,6 @@ def _policy_row(
         memory=memory,
         processes=processes,
         sequence_cache=sequence_cache(shape, config.engine, dtype, longest, machine),
+        engine=config.engine,
+        beside=beside,
     )

@@ -12,6 +12,7 @@ from distill import machine as machines
 from distill.compute import estimate, memory
 from distill.compute.flops import ModelShape
 from distill.compute.memory import Memory
+from distill.compute.shared_gpu import Split, split
 from distill.machine import Choice, Dtype, Machine
 from distill.recipe import DistributedConfig, EngineConfig
 
@@ -54,6 +55,24 @@ class Row:
     sequence_cache: float = 0.0
     """Bytes of the key-value cache of one sequence at its full length, for an engine whose cache has no size in the recipe and
     takes what the GPU has; else 0."""
+    engine: EngineConfig | None = None
+    """The engine section of the stage."""
+    beside: tuple[Memory, Memory] | None = None
+    """Of a stage that trains beside its engine on a GPU: the trainer's memory with all other engines, and the engine's."""
+
+    def shared(self, total: float) -> Split | None:
+        """Return how trainer and engine share a GPU of `total` bytes; None for a stage that does not have both."""
+        if self.beside is None or self.engine is None:
+            return None
+        training, own = self.beside
+        return split(
+            training,
+            own,
+            total=total,
+            least_cache=self.sequence_cache,
+            sleep=self.engine.sleep,
+            share=self.engine.memory_share,
+        )
 
 
 def make_amounts(
@@ -129,6 +148,7 @@ def engine_memory(
         dtype=dtype,
         engine=engine_name(config, machine),
         cache_gib=cache,
+        tensor_parallel=config.tensor_parallel,
         on_cpu=machine.device == "cpu",
         **more,
     )
@@ -137,7 +157,7 @@ def engine_memory(
 def sequence_cache(shape: ModelShape, config: EngineConfig, dtype: Dtype, length: float, machine: Machine) -> float:
     """Bytes of one sequence's cache if vLLM chooses the size of its cache; else 0 (`Row.sequence_cache`)."""
     free = machine.device == "cuda" and config.kv_cache_gib is None and engine_name(config, machine) == "vllm"
-    return memory.cache_bytes(shape, dtype, length) if free else 0.0
+    return memory.cache_bytes(shape, dtype, length) / config.tensor_parallel if free else 0.0
 
 
 def decoded_at_once(shape: ModelShape, config: EngineConfig, tokens: float, machine: Machine) -> int:
@@ -146,8 +166,10 @@ def decoded_at_once(shape: ModelShape, config: EngineConfig, tokens: float, mach
     if engine_name(config, machine) != "vllm":
         return config.batch_size
     cache_gib = config.kv_cache_gib or (1.0 if machine.device == "cpu" else None)
-    room = ENGINE_SHARE * machine.memory - 2.0 * shape.params_total if cache_gib is None else cache_gib * 2**30
-    return max(1, min(config.batch_size, int(room / memory.cache_bytes(shape, "bfloat16", tokens))))
+    # Of each of the GPUs that the engine is split over.
+    share, parts = config.memory_share or ENGINE_SHARE, config.tensor_parallel
+    room = share * machine.memory - 2.0 * shape.params_total / parts if cache_gib is None else cache_gib * 2**30
+    return max(1, min(config.batch_size, int(room * parts / memory.cache_bytes(shape, "bfloat16", tokens))))
 
 
 def on_machine(bytes_each: float, parallel: DistributedConfig, machine: Machine) -> float:

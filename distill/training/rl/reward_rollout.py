@@ -21,7 +21,7 @@ import numpy as np
 
 from distill import world
 from distill.recipe import GrpoStage
-from distill.records import Array, GradedGroup, Group, GroupSampler, Scores, draw_seed
+from distill.records import Array, GradedGroup, Group, GroupSampler, Scores, draw_seed, rest
 from distill.training.batch import Batch
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
@@ -85,6 +85,7 @@ class RewardRollouts:
             if config.reference_every and first and first % config.reference_every == 0:
                 policy.sync_reference()
             rollout, made = make(first)
+            rest(self.sampler.engine, config.engine.sleep)
             if self.on_rollout is not None:
                 self.on_rollout(first + 1, rollout)
             metrics = _metrics(rollout) | made

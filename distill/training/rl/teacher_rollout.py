@@ -17,7 +17,7 @@ import numpy as np
 
 from distill import world
 from distill.recipe import OnPolicyStage
-from distill.records import Array, Completion, Engine, GradedGroup, GroupSampler, Request
+from distill.records import Array, Completion, Engine, GradedGroup, GroupSampler, Request, rest
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
 from distill.training.packing import Example, pack
 from distill.training.policy import Policy
@@ -94,6 +94,7 @@ class TeacherRollouts:
         counts = WorkCounts()
         began = time.perf_counter()
         groups = self.sampler.groups(step, self.config.prompts - self._num_offline, version=version)
+        rest(self.sampler.engine, self.config.engine.sleep)
         count_completions(counts, groups)
         sampled = time.perf_counter()
         scored = self._score(groups, counts)
