@@ -230,6 +230,17 @@ class VllmEngine:
             raise RuntimeError("the engine keeps a prefix cache of the old weights.")
         self.version = version
 
+    def transfer(self, call: str, given: Any) -> None:
+        """Make a call of vLLM's weight transfer in every worker (see nccl_transfer)."""
+        self._be_idle()
+        self._llm.collective_rpc(call, args=() if given is None else (given,))
+
+    def transferred(self, version: int) -> None:
+        """Count the weights that were transferred as this version, and forget what the old ones have computed."""
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the engine keeps a prefix cache of the old weights.")
+        self.version = version
+
     def sleep(self) -> None:
         """Free the memory of weights and cache until the next `sync`; does nothing unless started with `sleep`.
 

@@ -49,6 +49,8 @@ def refused(config: EngineConfig, device: str) -> str:
         )
     if device == "cpu" and config.memory_share is not None:
         return "engine.memory_share: it is a share of a GPU's memory, and there is no GPU here; set engine.kv_cache_gib instead."
+    if device == "cpu" and config.weight_transfer == "nccl":
+        return "engine.weight_transfer: nccl goes from GPU to GPU, and there is no GPU here; remove the key."
     return ""
 
 
@@ -129,6 +131,8 @@ def options(
         found["hf_overrides"] = {"head_dtype": "float32"}
         found["gpu_memory_utilization"] = memory_share(config, model_dir, device)
         found["enable_sleep_mode"] = config.sleep
+        if config.weight_transfer == "nccl":
+            found["weight_transfer_config"] = {"backend": "nccl"}
     cache_gib = config.kv_cache_gib or (CPU_CACHE_GIB if on_cpu else None)
     if cache_gib is not None:
         found["kv_cache_memory_bytes"] = int(cache_gib * 2**30)

@@ -158,7 +158,8 @@ def test_actors_killed_twenty_times_answer_every_request_once(tiny_dir, two):
             if kills < 20 and len(found) > 50 * kills and (alive := started("Replica") - others):
                 os.kill(rng.choice(sorted(alive)), signal.SIGKILL)
                 kills += 1
-        assert kills == many.fleet.replaced == 20
+        assert kills == 20
+        assert many.fleet.replaced >= 19  # who dies behind its last answer needs no successor
     finally:
         many.close()
     assert sorted(c.request_id for c in found) == sorted(expected)

@@ -71,6 +71,8 @@ def test_a_share_that_is_not_free_is_refused_with_one_that_is(long_dir):
 def test_what_a_cpu_cannot_do_is_refused_in_a_sentence(long_dir):
     with pytest.raises(UserError, match=r"engine\.sleep: .*no GPU here; remove the key"):
         made(long_dir, Device(), sleep=True)
+    with pytest.raises(UserError, match=r"engine\.weight_transfer: .*no GPU here; remove the key"):
+        made(long_dir, Device(), ray="local", weight_transfer="nccl")
     with pytest.raises(UserError, match=r"engine\.memory_share: .*no GPU here; set engine\.kv_cache_gib"):
         made(long_dir, Device(), memory_share=0.5)
 
@@ -93,6 +95,7 @@ def test_vllms_own_config_takes_what_a_gpu_run_passes(long_dir, runner):
     runs = {
         "generate": made(long_dir),
         "beside": made(long_dir, memory_share=0.45),
+        "apart": made(long_dir, ray="auto", weight_transfer="nccl"),
         "sleeping": made(long_dir, memory_share=0.45, sleep=True),
         "split": made(long_dir, tensor_parallel=4),
         "of processes": made(long_dir, processes=8, memory_share=0.3, sleep=True),
