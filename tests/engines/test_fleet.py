@@ -168,7 +168,7 @@ def test_where_successors_must_wait_and_nobody_is_left_it_is_an_error():
         slot.worker.die()
     with pytest.raises(UserError, match="every replica has ended"):
         list(run)
+    other = fleet(2, may_replace=lambda: False)
+    other.slots[0].worker.die()
     with pytest.raises(UserError, match="ended while it was given new weights"):
-        other = fleet(2, may_replace=lambda: False)
-        other.slots[0].worker.die()
         other.call(lambda worker: worker.start.remote())
