@@ -74,6 +74,13 @@ def _verdict(stage: plan.Planned, row: Row, cards: Cards, machine: Machine) -> V
     if isinstance(stage.config, OptimStage) and stage.config.parallel.processes > cards.count:
         processes = stage.config.parallel.processes
         return Verdict(row, row.memory.total, f"distributed.processes is {processes}, and there are {cards.count} GPUs")
+    engine = row.engine
+    if engine is not None and engine.ray == "local" and row.processes > cards.count:
+        return Verdict(
+            row,
+            row.memory.total,
+            f"the replicas and the trainer need {row.processes} GPUs, and there are {cards.count}: lower engine.replicas or engine.tensor_parallel",
+        )
     if row.engine is not None and row.engine.tensor_parallel > cards.count:
         parts = row.engine.tensor_parallel
         return Verdict(row, row.memory.total, f"engine.tensor_parallel is {parts}, and there are {cards.count} GPUs")

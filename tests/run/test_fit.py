@@ -232,3 +232,38 @@ def test_an_unknown_gpu_ends_the_command_with_the_names():
     assert result.exit_code != 0
     assert isinstance(result.exception, UserError)
     assert "h100:8" in str(result.exception)
+
+
+def test_engines_apart_are_on_other_gpus_than_the_trainer():
+    """Trainer and engine take their own GPUs, so the fuller counts; the rollouts are shared, and overlap with `ahead`."""
+    apart = {"ray": "local", "replicas": 4, "kv_cache_gib": 8, "batch_size": 64}
+    beside = verdict(rl(prompts=64, engine={"kv_cache_gib": 8, "batch_size": 64}), "h100:8")
+    found = verdict(rl(prompts=64, engine=apart), "h100:8")
+    one = verdict(rl(prompts=64, engine=apart | {"replicas": 1}), "h100:8")
+    assert found.row.processes == 1 + 4
+    assert found.row.memory.total < beside.row.memory.total
+    assert found.row.memory.cache == 0  # the trainer's
+    (_, writing), (_, alone) = found.row.parts, one.row.parts
+    assert writing.seconds < 0.5 * alone.seconds
+    ahead = verdict(rl(prompts=64, engine=apart, ahead=1), "h100:8").row
+    assert ahead.amounts["seconds"] < found.row.amounts["seconds"]
+    assert ahead.amounts["seconds"] >= max(part.seconds for part in ahead.parts)
+    assert "need 5 GPUs, and there are 4" in verdict(rl(prompts=64, engine=apart), "h100:4").problem
+
+
+def test_more_engines_generate_in_less_time():
+    def seconds(replicas: int) -> float:
+        stage = {
+            "kind": "generate",
+            "model": "base",
+            "task": "sums",
+            "problems": 20_000,
+            "sampling": {"max_tokens": 512},
+        }
+        stage["engine"] = {"batch_size": 64, "ray": "auto", "replicas": replicas}
+        tree = {"name": "fit", "models": {"base": "Qwen/Qwen2.5-1.5B"}, "tasks": {"sums": SUMS}, "stages": {"t": stage}}
+        found = verdict(recipe.validate(tree, "test"), "h100:8")
+        assert found.row.processes == replicas
+        return found.row.parts[0].seconds
+
+    assert seconds(8) == pytest.approx(seconds(1) / 8, rel=0.2)

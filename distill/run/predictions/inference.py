@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from distill.compute import estimate, flops
@@ -13,9 +14,11 @@ from distill.records import UserError
 from distill.run.known_sizes import Known, reward_bytes, rows_of, stored
 from distill.run.predictions.row import (
     Row,
+    all_engines,
     decoded_at_once,
     engine_memory,
     engine_part,
+    engines_at_once,
     make_amounts,
     sequence_cache,
     start_seconds,
@@ -59,15 +62,16 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     known.traces[name] = (sequences, prompt, reply)
     known.tasks_of[name] = config.task
+    engines = engines_at_once(config.engine, machine)
     part = engine_part(
         shape,
         config.engine,
         machine,
         lambda dtype, engine: estimate.predict_generate_seconds(
             shape,
-            sequences,
-            sequences * prompt,
-            sequences * reply,
+            math.ceil(sequences / engines),
+            sequences / engines * prompt,
+            sequences / engines * reply,
             machine,
             batch_size=decoded_at_once(shape, config.engine, prompt + reply, machine),
             dtype=dtype,
@@ -75,7 +79,8 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
         ),
     )
     longest = prompt + config.sampling.max_tokens
-    memory = engine_memory(shape, config.engine, part.choice.dtype, longest, machine, sequences)
+    memory = engine_memory(shape, config.engine, part.choice.dtype, longest, machine, sequences / engines)
+    memory = all_engines(memory, config.engine, machine)
     if isinstance(config, GenerateStage):
         memory += Memory(rewards=reward_bytes(config.rewards))
     amounts = make_amounts(
@@ -96,7 +101,7 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
         parts=(part,),
         start=start_seconds(part),
         memory=memory,
-        processes=config.engine.tensor_parallel if machine.device == "cuda" else 1,
+        processes=config.engine.tensor_parallel * engines if machine.device == "cuda" else 1,
         sequence_cache=sequence_cache(shape, config.engine, part.choice.dtype, longest, machine),
         engine=config.engine,
     )
@@ -139,15 +144,17 @@ def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list
     known.traces[name] = rows, prompt, reply
     tokens = rows * (prompt + reply)
     total = flops.forward_flops(shape, tokens, (prompt + reply + 1) / 2, rows * reply)
+    engines = engines_at_once(config.engine, machine)
     part = engine_part(
         shape,
         config.engine,
         machine,
         lambda dtype, engine: estimate.predict_score_seconds(
-            shape, total, tokens, rows * reply, machine, dtype, engine
+            shape, total / engines, tokens / engines, rows * reply / engines, machine, dtype, engine
         ),
     )
     memory = engine_memory(shape, config.engine, part.choice.dtype, prompt + reply, machine, rows, scored=True)
+    memory = all_engines(memory, config.engine, machine)
     amounts = make_amounts(
         tokens=tokens,
         bytes=estimate.predict_trace_bytes(int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows),
@@ -163,7 +170,7 @@ def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list
         parts=(part,),
         start=start_seconds(part),
         memory=memory,
-        processes=config.engine.tensor_parallel if machine.device == "cuda" else 1,
+        processes=config.engine.tensor_parallel * engines if machine.device == "cuda" else 1,
         sequence_cache=sequence_cache(shape, config.engine, part.choice.dtype, prompt + reply, machine),
         engine=config.engine,
     )

@@ -15,9 +15,11 @@ from distill.run.predictions.inference import mean_reply
 from distill.run.predictions.row import (
     Part,
     Row,
+    all_engines,
     decoded_at_once,
     engine_memory,
     engine_part,
+    engines_at_once,
     make_amounts,
     on_machine,
     sequence_cache,
@@ -81,8 +83,10 @@ class _Policy:
         )
 
     def sampling(self, sampled: float, rollouts: float, machine: Machine) -> Part:
-        """The prediction for the engines that write the completions, one for each process on a GPU of its own."""
-        engines = self.config.parallel.world_size if machine.device == "cuda" else 1
+        """The prediction for the engines that write the completions: one for each process on a GPU, or the replicas."""
+        engine = self.config.engine
+        beside = self.config.parallel.world_size if machine.device == "cuda" else 1
+        engines = beside if engine.ray is None else engines_at_once(engine, machine)
         return engine_part(
             self.shape,
             self.config.engine,
@@ -153,8 +157,9 @@ def _policy_row(
     writing = policy.sampling(sampled, num_steps / config.steps_a_rollout, machine)
     learning = training.part(machine)
     longest, dtype = policy.prompt + config.sampling.max_tokens, writing.choice.dtype
-    # Every process has an engine for its share of a rollout.
-    at_once = sampled / num_steps * config.steps_a_rollout / processes
+    # Every process, or every replica, has an engine for its share of a rollout.
+    apart, replicas = config.engine.ray is not None, engines_at_once(config.engine, machine)
+    at_once = sampled / num_steps * config.steps_a_rollout / (config.engine.replicas if apart else processes)
     held = [engine_memory(shape, config.engine, dtype, longest, machine, at_once)]
     if in_engines:
         held += [engine_memory(each, config.engine, dtype, longest, machine, at_once, scored=True) for each in teachers]
@@ -165,15 +170,18 @@ def _policy_row(
     memory += Memory(process=ENGINE_BYTES.get(writing.engine, 0.0), rewards=rewards)
     for each in others:
         memory += each
-    shares = writing.engine == "vllm" and machine.device == "cuda" and config.engine.ray is None
-    beside = (memory, own) if shares else None
-    memory += own
+    beside = (memory, own) if writing.engine == "vllm" and machine.device == "cuda" and not apart else None
+    if apart and machine.device == "cuda":  # on other GPUs than the trainer's; the fuller of both counts
+        memory = max(memory, own, key=lambda each: each.total)
+    else:
+        memory += all_engines(own, config.engine, machine)
     known.shapes[name], known.replies[name] = shape, policy.reply
+    seconds = (learning.seconds, writing.seconds)  # one after the other, or with `ahead` at the same time
     amounts = make_amounts(
         tokens=sampled * (policy.prompt + policy.reply) + training.tokens,
         flops=policy.own_flops(sampled) + sum(each for _, each in training.taught),
         memory=on_machine(memory.total, config.parallel, machine),
-        seconds=learning.seconds + writing.seconds,
+        seconds=max(seconds) if config.ahead and machine.device == "cuda" else sum(seconds),
     )
     parts = (learning, writing)
     return Row(
@@ -184,7 +192,7 @@ def _policy_row(
         parts=parts,
         start=start_seconds(*parts),
         memory=memory,
-        processes=processes,
+        processes=processes + (replicas * config.engine.tensor_parallel if apart and machine.device == "cuda" else 0),
         sequence_cache=sequence_cache(shape, config.engine, dtype, longest, machine),
         engine=config.engine,
         beside=beside,

@@ -154,6 +154,19 @@ def engine_memory(
     )
 
 
+def engines_at_once(config: EngineConfig, machine: Machine) -> int:
+    """The number of engines that share a stage's requests and speed it up: on a CPU they share the cores instead."""
+    return config.replicas if machine.device == "cuda" else 1
+
+
+def all_engines(one: Memory, config: EngineConfig, machine: Machine) -> Memory:
+    """Memory of one machine's CPU with all replicas of an engine, or of one GPU."""
+    total = one
+    for _ in range(config.replicas - 1 if machine.device == "cpu" else 0):
+        total += one
+    return total
+
+
 def sequence_cache(shape: ModelShape, config: EngineConfig, dtype: Dtype, length: float, machine: Machine) -> float:
     """Bytes of one sequence's cache if vLLM chooses the size of its cache; else 0 (`Row.sequence_cache`)."""
     free = machine.device == "cuda" and config.kv_cache_gib is None and engine_name(config, machine) == "vllm"
