@@ -200,7 +200,6 @@ KEYS: dict[str, tuple[str, ...]] = {
     "reward_seconds": ("reward_timeout",),
     "pass_at_k": ("pass_at",),
     "num_problems": ("problems",),
-    "max_samples": ("problems",),
     # sampling and engines
     "max_completion_length": ("max_tokens", "sampling.max_tokens"),
     "max_new_tokens": ("max_tokens", "sampling.max_tokens"),
@@ -243,6 +242,9 @@ KEYS: dict[str, tuple[str, ...]] = {
     "one_step_off": ("ahead",),
     "weight_sync_backend": ("weight_transfer", "engine.weight_transfer"),
     "weight_transfer_backend": ("weight_transfer", "engine.weight_transfer"),
+    "max_samples": ("max_rows", "problems"),
+    "num_rows": ("max_rows",),
+    "limit": ("max_rows", "problems"),
     "num_engines": ("replicas", "engine.replicas"),
     "num_replicas": ("replicas", "engine.replicas"),
     "ray_address": ("ray", "engine.ray"),

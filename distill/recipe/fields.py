@@ -191,6 +191,7 @@ class RowsConfig(Config):
 
     split: str = Field("train", description="split of a folder or hub data set")
     subset: str | None = Field(None, description="configuration of a hub data set")
+    max_rows: PositiveInt | None = Field(None, description="only the first rows of the data set; None = all")
     fields: dict[str, str] = Field(
         {},
         description="columns of a layout that is not known, by part: question, reply, reasoning, answer, system, messages, "

@@ -366,6 +366,11 @@ class GrpoStage(PolicyStage):
             raise ValueError(
                 f"reference_every {self.reference_every} is not a multiple of mini_batches x num_iterations = {a_rollout}"
             )
+        if self.reference_every is not None and self.steps is not None and self.reference_every >= self.steps:
+            raise ValueError(
+                f"reference_every is {self.reference_every}, which never comes in {self.steps} steps; lower it, or remove it to keep the "
+                "initial model as the reference"
+            )
         if self.reference_every is not None and self.lora is not None:
             raise ValueError(
                 "reference_every: not possible with lora, where the reference is the model without its adapter; remove one "

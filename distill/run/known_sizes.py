@@ -112,8 +112,10 @@ def rows_of(data: str, config: RowsConfig, known: Known) -> tuple[float, float, 
     folder of shards."""
     path = find_data(data)
     if path is None and is_hub_id(data):
-        known.notes.append(f"data {data!r} unverified: assumed to have {ASSUMED_ROWS[0]:g} traces")
-        return ASSUMED_ROWS
+        rows, *lengths = ASSUMED_ROWS
+        rows = config.max_rows or rows
+        known.notes.append(f"data {data!r} unverified: assumed to have {rows:g} traces")
+        return rows, lengths[0], lengths[1]
     if path is None:
         raise UserError(f"data: {data!r} does not exist (looked in {Path.cwd()}).")
     if is_traces(path):

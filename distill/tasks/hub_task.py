@@ -36,6 +36,8 @@ class Source:
 
 KNOWN = {
     "gsm8k": Source("openai/gsm8k", "main"),
+    # All of MATH but MATH-500 to train on; MATH-500 is held out.
+    "math": Source("nlile/hendrycks-MATH-benchmark"),
     "math500": Source("HuggingFaceH4/MATH-500", train_split=None),
     # Its only split is called train; it is thirty competition problems to evaluate on.
     "aime2024": Source(
@@ -49,7 +51,7 @@ KNOWN = {
 def hub(
     name: str,
     *,
-    dataset: Literal["gsm8k", "math500", "aime2024"] | str,
+    dataset: Literal["gsm8k", "math", "math500", "aime2024"] | str,
     folder: str | None = None,
     subset: str | None = None,
     fields: dict[str, str] | None = None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def is_shard(path: Path) -> bool:
 
 def open_rows(data: str, config: RowsConfig, where: str) -> Table:
     """Open a data file, a folder or a hub data set. Raises UserError if `data` is none of them."""
+    table, most = _open(data, config, where), config.max_rows
+    return table if most is None else replace(table, rows=lambda reject: islice(table.rows(reject), most))
+
+
+def _open(data: str, config: RowsConfig, where: str) -> Table:
     path = find_data(data)
     if path is None:
         return _from_hub(data, config.split, config.subset, where)

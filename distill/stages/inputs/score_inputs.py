@@ -118,6 +118,8 @@ def check_unused_options(config: RowsConfig, data: str) -> None:
             f"template_options: {data!r} holds traces, whose prompts are used as they were generated. Set them for the task "
             "of the stage that generates: tasks.NAME.template_options."
         )
+    if config.max_rows is not None:
+        raise UserError(f"max_rows: {data!r} holds traces, of which all are used; select some with a filter stage.")
 
 
 def is_traces(path: Path | None) -> bool:

@@ -1,0 +1,125 @@
+"""The recipes for GPUs, without one: what their headers say of memory is what is computed, and every stage runs at tiny size."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from project import Project
+
+from distill import recipe
+from distill.compute import cards
+from distill.run import fit
+from distill.tools.fit_output import COLUMNS, _sum
+from distill.tools.listing import RECIPES
+
+CARD_RECIPES = sorted(RECIPES.glob("*_qwen.yaml"))
+SAID = re.compile(r"# Predicted by `distill check recipes/(\w+)\.yaml --gpu ([\w:-]+)`: ([\d.]+) hours")
+STAGE = re.compile(r"#   (\w+) ([\w.]+) ([\d.]+): (.+)")
+
+
+def near(said: float, computed: float) -> bool:
+    """Within a tenth; small numbers within their rounding."""
+    return abs(said - computed) <= max(0.1 * computed, 0.051)
+
+
+@pytest.mark.parametrize("path", CARD_RECIPES, ids=lambda path: path.stem)
+def test_the_header_says_what_is_predicted(path):
+    text = path.read_text()
+    said = SAID.search(text)
+    assert said, "no header with the predicted memory"
+    assert said[1] == path.stem
+    found = fit.verdicts(recipe.load(path), cards.parse(said[2]))
+    assert all(each.fits for each in found), [each.problem for each in found]
+    assert near(float(said[3]), sum(each.row.amounts["seconds"] for each in found) / 3600)
+    by_name = {each.row.name.replace("@1", ""): each for each in found if each.need}
+    lines = STAGE.findall(text[said.end() :])
+    assert {kind for kind, *_ in lines} == {each.row.kind for each in by_name.values()}
+    for kind, name, total, parts in lines:
+        computed = by_name[name]
+        fullest = max(each.need for each in by_name.values() if each.row.kind == kind)
+        assert near(float(total), fullest / cards.GIB), name
+        assert near(float(total), computed.need / cards.GIB), name
+        stated = {part: float(number) for part, number in (each.rsplit(" ", 1) for each in parts.split(", "))}
+        for column, names in COLUMNS.items():
+            assert near(stated.get(column, 0.0), _sum(computed, names)), (name, column)
+
+
+def test_a_reference_sync_that_never_comes_is_refused():
+    stage = {
+        "kind": "grpo",
+        "model": "m",
+        "task": "t",
+        "rewards": [{"fn": "accuracy"}],
+        "steps": 400,
+        "reference_every": 400,
+    }
+    with pytest.raises(ValueError, match="never comes in 400 steps"):
+        recipe.GrpoStage(**stage)
+    assert recipe.GrpoStage(**stage | {"steps": 800}).reference_every == 400
+
+
+# ------------------------------------------------------------------------------------------------- at tiny size
+
+SMALL = {
+    "problems": 6, "samples": 2, "steps": 2, "prompts": 2, "group_size": 2, "mini_batches": 1, "batch_traces": 4,
+    "micro_tokens": 2048, "epochs": 1, "snapshot_problems": 4, "snapshot_every": 1, "max_rows": 8, "max_tokens": 512,
+    "shard_rows": 64, "checkpoint_every": 1,
+}  # fmt: skip
+DROPPED = ("lora", "distributed", "seeds", "reference_every")
+
+
+def tiny(tree: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
+    """The recipe with tiny models, local problems and traces, and as little work as its kinds allow."""
+    problems, traces = folder / "problems.jsonl", folder / "traces.jsonl"
+    rows = [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(40)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replies = [
+        {"problem": row["question"], "generations": [f"<think>double</think>\\boxed{{{row['answer']}}}"] * 2,
+         "correctness_math_verify": [True, False], "answer": row["answer"]}
+        for row in rows
+    ]  # fmt: skip
+    traces.write_text("".join(json.dumps(row) + "\n" for row in replies))
+    tree = {**tree, "models": {name: {"source": str(model)} for name in tree["models"]}}
+    tree.pop("distributed", None)
+    tree["tasks"] = {
+        name: {"fn": "jsonl", "path": str(problems), "template": task["template"]}
+        for name, task in tree["tasks"].items()
+    }
+    stages = {}
+    for name, stage in tree["stages"].items():
+        small = {key: SMALL.get(key, value) for key, value in stage.items() if key not in DROPPED}
+        if stage["kind"] in ("eval", "compare"):
+            small |= {"problems": 3, "samples": stage.get("samples", 1) and min(stage.get("samples", 1), 2)}
+            small["pass_at"] = [1]
+        if "samples" in stage and stage["kind"] == "generate":
+            small["samples"] = 2
+        if "sampling" in stage or stage["kind"] in ("grpo", "on_policy", "generate", "eval", "compare"):
+            small["sampling"] = {**stage.get("sampling", {}), "max_tokens": 6}
+        if stage["kind"] in ("generate", "score", "eval", "compare", "grpo", "on_policy"):
+            small["engine"] = {"fn": "transformers", "dtype": "float32", "batch_size": 16}
+        if "budget" in stage:
+            small["budget"] = stage["budget"]
+        if stage["kind"] in ("train", "grpo", "on_policy"):
+            small["dtype"] = "float32"
+        if str(stage.get("data", "")).startswith("open-r1/"):
+            small["data"] = str(traces)
+        if stage["kind"] == "filter":  # a random model is never right
+            small["keep"] = [{"fn": "code_blocks", "max_blocks": 99}]
+        stages[name] = small
+    tree["stages"] = stages
+    return tree
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CARD_RECIPES, ids=lambda path: path.stem)
+def test_every_stage_runs_at_tiny_size(path, tiny_dir, tmp_path):
+    tree = tiny(yaml.safe_load(path.read_text()), tiny_dir, tmp_path)
+    made = Project(tmp_path, tree)
+    ran = made.run()
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr
+    assert (made.run_dir / "report.json").is_file()
