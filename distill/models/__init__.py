@@ -35,6 +35,7 @@ from distill.models.rendering import (
     render_completion,
     render_prompt,
     turn_end,
+    turn_end_ids,
 )
 from distill.models.replies import render_reply
 from distill.models.saving import (
@@ -48,6 +49,7 @@ from distill.models.saving import (
     rehearse_save,
 )
 from distill.models.shape import ModelShape, text_part
+from distill.models.token_bytes import vocabulary_bytes
 from distill.models.tokenizer import (
     check_same_tokenizer,
     load_tokenizer,
@@ -110,6 +112,8 @@ __all__ = [
     "tokenizer_fingerprint",
     "touched_ends",
     "turn_end",
+    "turn_end_ids",
+    "vocabulary_bytes",
     "vocabulary_size",
     "weights_fingerprint",
     "without_dropout",
