@@ -26,6 +26,7 @@ from distill.models.lora import add_lora, effective_weight, exported_weights, ti
 from distill.models.preflight import check_model, quantised_as
 from distill.models.prune import kept_layers, num_layers, prune_layers
 from distill.models.rendering import (
+    chat_messages,
     chat_template_of,
     check_template,
     conversation_text,
@@ -67,6 +68,7 @@ __all__ = [
     "auto_dtype",
     "cache_home",
     "cast",
+    "chat_messages",
     "chat_template_of",
     "check_folder",
     "check_merged",

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from distill import plug
 from distill.recipe import served
-from distill.records import Sampling
+from distill.records import Sampling, UserError
 
 Role = Literal["identity", "growth", "execution"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
@@ -182,7 +182,9 @@ class EngineConfig(Config):
         None, description="with fn: openai, the environment variable that holds the API key, as $NAME; None = no key"
     )
     timeout: float = execution(
-        served.TIMEOUT, gt=0, description="with fn: openai, seconds after which a request without a whole answer is repeated"
+        served.TIMEOUT,
+        gt=0,
+        description="with fn: openai, seconds after which a request without a whole answer is repeated",
     )
     max_retries: int = execution(
         served.MAX_RETRIES,
@@ -197,7 +199,8 @@ class EngineConfig(Config):
         description="with fn: openai, the endpoint's limit on tokens of prompts and completions in any minute; None = no limit",
     )
     price: PriceConfig | None = execution(
-        None, description="with fn: openai, the endpoint's price in US dollars per million tokens: {input: 0.5, output: 1.5}"
+        None,
+        description="with fn: openai, the endpoint's price in US dollars per million tokens: {input: 0.5, output: 1.5}",
     )
 
     weight_transfer: Literal["object_store", "nccl"] = execution(
@@ -421,6 +424,14 @@ class StageConfig(Config):
         check = plug.names("distill.run.checks").get(self.kind)
         if check is not None:
             check(name, self, recipe)
+
+    def check_environment(self, where: str) -> None:
+        """Check what the stage needs beside the recipe: the variable with an endpoint's key. Raises UserError."""
+        if isinstance(engine := getattr(self, "engine", None), EngineConfig):
+            try:
+                served.secret(engine.key)
+            except UserError as error:
+                raise UserError(f"{where}.{error}") from None
 
     def predict(self, name: str, known: Any, machine: Any) -> list[Any]:
         """Predicted cost: one `run.predictions.row.Row` for each process of the stage; empty if it is unknown."""

@@ -6,9 +6,12 @@ about a wrong key do not repeat what was given.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Set
 from urllib.parse import urlsplit
+
+from distill.errors import UserError
 
 FN = "openai"
 """The name of the engine that sends its requests to an endpoint."""
@@ -34,6 +37,19 @@ def checked_key(value: object) -> object:
     )
 
 
+def secret(key: str | None) -> str:
+    """Return the API key from its environment variable; "" without one. Raises UserError if the variable is not set."""
+    if key is None:
+        return ""
+    name = variable(key)
+    value = os.environ.get(name, "").strip()
+    if not value:
+        raise UserError(f"engine.key: the environment variable {name} is not set; export it, or name another.")
+    if not value.isascii() or not value.isprintable():
+        raise UserError(f"engine.key: the environment variable {name} holds characters that no header can carry.")
+    return value
+
+
 def variable(key: str) -> str:
     """Return the name of the environment variable in a key's field: NAME for $NAME and ${NAME}."""
     return key.removeprefix("$").strip("{}")
@@ -51,7 +67,9 @@ def checked_url(value: object) -> object:
     if not sound or parts is None:
         raise ValueError("is not an address; write it as http://host:port/v1 or https://host/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("must be a plain address; put a password or token into an environment variable, named by key: $NAME")
+        raise ValueError(
+            "must be a plain address; put a password or token into an environment variable, named by key: $NAME"
+        )
     return value
 
 
@@ -67,5 +85,7 @@ def problem(fn: str, changed: Set[str]) -> str:
         return f"fn: {FN} needs {' and '.join(missing)}: the endpoint's address and the model's name there"
     wrong = [name for name in LOCAL if name in changed]
     if wrong:
-        return f"{wrong[0]}: the endpoint decides how it runs the model; remove the key, or use an engine of this machine"
+        return (
+            f"{wrong[0]}: the endpoint decides how it runs the model; remove the key, or use an engine of this machine"
+        )
     return ""

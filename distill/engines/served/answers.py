@@ -1,6 +1,6 @@
 """The answers of an endpoint as Completions: token ids and their log-probabilities, or text in this side's tokens.
 
-Every function raises Malformed for an answer that contradicts itself: ids, log-probabilities and text come from one answer
+Every function raises MalformedError for an answer that contradicts itself: ids, log-probabilities and text come from one answer
 and must fit one another, so that no log-probability is ever stored for another token than its own.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from distill import models
 from distill.engines import completions
-from distill.engines.served.client import Malformed
+from distill.engines.served.client import MalformedError
 from distill.records import Array, Completion, FinishReason, Request
 
 CLAMPED = -9000.0
@@ -94,16 +94,18 @@ def from_ids(
     table = choice.get("logprobs") or {}
     tokens, sampled, tops = (table.get(key) for key in ("tokens", "token_logprobs", "top_logprobs"))
     if not (isinstance(ids, list) and ids and all(isinstance(each, int) for each in ids)):
-        raise Malformed("it has no token_ids", tree.get("usage"))
+        raise MalformedError("it has no token_ids", tree.get("usage"))
     if not (isinstance(tokens, list) and isinstance(sampled, list) and len(tokens) == len(sampled) == len(ids)):
-        raise Malformed(f"it has {len(ids)} token_ids and other numbers of log-probabilities", tree.get("usage"))
+        raise MalformedError(f"it has {len(ids)} token_ids and other numbers of log-probabilities", tree.get("usage"))
     if not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise Malformed(f"it has the token id {max(ids)}, outside a vocabulary of {vocab_size}", tree.get("usage"))
+        raise MalformedError(f"it has the token id {max(ids)}, outside a vocabulary of {vocab_size}", tree.get("usage"))
     if [_numbered(token) for token in tokens] != ids:
-        raise Malformed("its log-probabilities are about other tokens than its token_ids", tree.get("usage"))
+        raise MalformedError("its log-probabilities are about other tokens than its token_ids", tree.get("usage"))
     if top_k and not (isinstance(tops, list) and len(tops) == len(ids)):
-        raise Malformed("it lacks top_logprobs at some positions", tree.get("usage"))
-    entries = [{_numbered(token): value for token, value in (top or {}).items()} for top in tops] if top_k else None
+        raise MalformedError("it lacks top_logprobs at some positions", tree.get("usage"))
+    entries = (
+        [{_numbered(token): value for token, value in (top or {}).items()} for top in tops or ()] if top_k else None
+    )
     rows_ids, rows_logp = _rows(ids, sampled, entries, top_k, vocab_size, usage=tree.get("usage"))
     made = completions.completion(
         request, np.array(ids), rows_ids, rows_logp, top_k=top_k, stop_ids=stop_ids, version=version
@@ -117,15 +119,15 @@ def scored(tree: Any, request: Request, ids_T: Array, *, top_k: int, vocab_size:
     rows = choice.get("prompt_logprobs")
     first, num = len(request.prompt_ids), len(request.prompt_ids) + len(ids_T)
     if not (isinstance(rows, list) and len(rows) == num):
-        raise Malformed("it lacks prompt_logprobs at some positions", tree.get("usage"))
+        raise MalformedError("it lacks prompt_logprobs at some positions", tree.get("usage"))
     entries: list[dict[int, float]] = []
     for row in rows[first:]:
         if not isinstance(row, dict):
-            raise Malformed("it lacks prompt_logprobs at some positions", tree.get("usage"))
+            raise MalformedError("it lacks prompt_logprobs at some positions", tree.get("usage"))
         entries.append({int(token): value["logprob"] for token, value in row.items()})
     ids = [int(each) for each in ids_T]
     if any(token not in row for token, row in zip(ids, entries, strict=True)):
-        raise Malformed("its prompt_logprobs are about other tokens than the prompt's", tree.get("usage"))
+        raise MalformedError("its prompt_logprobs are about other tokens than the prompt's", tree.get("usage"))
     sampled = [row[token] for token, row in zip(ids, entries, strict=True)]
     rows_ids, rows_logp = _rows(ids, sampled, entries, top_k, vocab_size, usage=tree.get("usage"))
     made = completions.completion(
@@ -152,7 +154,7 @@ def from_chat(tree: Any, request: Request, tokens: LocalTokens, *, top_k: int, v
     choice, usage = _choice(tree)
     message = choice.get("message")
     if not isinstance(message, dict):
-        raise Malformed("it has no message", tree.get("usage"))
+        raise MalformedError("it has no message", tree.get("usage"))
     finish: FinishReason = "stop" if choice.get("finish_reason") == "stop" else "length"
     if top_k:
         made = _mapped(choice, request, tokens, top_k, finish, version, tree.get("usage"))
@@ -163,7 +165,7 @@ def from_chat(tree: Any, request: Request, tokens: LocalTokens, *, top_k: int, v
     if finish == "stop" and tokens.end_id is not None and ids[-1:] != [tokens.end_id]:
         ids.append(tokens.end_id)
     if not ids:
-        raise Malformed("it has no text", tree.get("usage"))
+        raise MalformedError("it has no text", tree.get("usage"))
     none = np.empty(0, np.float32)
     made = Completion(request.request_id, np.array(ids, np.int32), none, None, finish, version, text)
     return _billed(made, usage, request)
@@ -203,7 +205,7 @@ def _mapped(
     the whole text (a server may give no log-probabilities of the reasoning)."""
     items = (choice.get("logprobs") or {}).get("content")
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise Malformed("it lacks log-probabilities", usage)
+        raise MalformedError("it lacks log-probabilities", usage)
     items = _without_opened(items, request.opened)
     ids = [tokens.by_bytes.get(token_bytes(item)) for item in items]
     whole = b"".join(token_bytes(item) for item in items).decode("utf-8", "replace")
@@ -266,11 +268,11 @@ def token_bytes(item: Mapping[str, Any]) -> bytes:
 def _choice(tree: Any) -> tuple[Mapping[str, Any], Usage]:
     """Return the one choice of an answer, and its usage."""
     if not isinstance(tree, dict):
-        raise Malformed("it is no JSON object")
+        raise MalformedError("it is no JSON object")
     usage, choices = tree.get("usage"), tree.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         number = len(choices) if isinstance(choices, list) else "no"
-        raise Malformed(f"it has {number} choices where one was asked for", usage)
+        raise MalformedError(f"it has {number} choices where one was asked for", usage)
     return choices[0], usage_of(usage)
 
 
@@ -301,20 +303,20 @@ def _rows(
     rows_logp = np.full((len(ids), 1 + top_k), -np.inf, np.float32)
     rows_ids[:, 0] = ids
     if not all(isinstance(value, int | float) and value <= MAX_TOKEN_ERROR for value in sampled):
-        raise Malformed("some tokens have no log-probability, or one above 0", usage)
+        raise MalformedError("some tokens have no log-probability, or one above 0", usage)
     rows_logp[:, 0] = np.minimum(np.array(sampled, np.float64), 0.0)
     for t, top in enumerate(entries or ()):
         if -1 in top:
-            raise Malformed("its top_logprobs are not about token ids", usage)
+            raise MalformedError("its top_logprobs are not about token ids", usage)
         # Ids above the vocabulary are padding of the model's output head: part of the tail.
         known = [(token, value) for token, value in top.items() if token < vocab_size and value > CLAMPED]
         best = sorted(known, key=lambda item: -item[1])[:top_k]
         if not best:
-            raise Malformed("it lacks top_logprobs at some positions", usage)
+            raise MalformedError("it lacks top_logprobs at some positions", usage)
         if ids[t] in top and abs(top[ids[t]] - sampled[t]) > MAX_TOKEN_ERROR:
-            raise Malformed("a token and its entry have different log-probabilities", usage)
+            raise MalformedError("a token and its entry have different log-probabilities", usage)
         rows_ids[t, 1 : 1 + len(best)] = [token for token, _ in best]
         rows_logp[t, 1 : 1 + len(best)] = np.minimum([value for _, value in best], 0.0)
     if top_k and (np.exp(rows_logp[:, 1:].astype(np.float64)).sum(1) > 1 + MAX_MASS_ERROR).any():
-        raise Malformed("the probabilities at a position add up to more than 1", usage)
+        raise MalformedError("the probabilities at a position add up to more than 1", usage)
     return rows_ids, rows_logp

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import email.utils
 import json
-import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +34,7 @@ PASSING = frozenset({408, 409, 425, 429, *range(500, 600)})
 Answer = TypeVar("Answer")
 
 
-class Malformed(Exception):
+class MalformedError(Exception):
     """An answer of status 200 that is none: half a body, wrong JSON, missing fields. `usage`: what it was billed for."""
 
     def __init__(self, reason: str, usage: Mapping[str, Any] | None = None) -> None:
@@ -43,7 +42,7 @@ class Malformed(Exception):
         self.usage = usage
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The endpoint refused a request for good: its status and its own words."""
 
     def __init__(self, status: int, words: str) -> None:
@@ -51,11 +50,11 @@ class Refused(Exception):
         self.status, self.words = status, words
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The engine was closed while the request waited."""
 
 
-class _Passing(Exception):
+class _PassingError(Exception):
     """A failure that may pass. after: seconds that the endpoint asks to wait; None if it does not say."""
 
     def __init__(self, reason: str, after: float | None = None) -> None:
@@ -69,7 +68,7 @@ class Client:
     def __init__(self, config: EngineConfig) -> None:
         assert config.base_url is not None
         self._base = config.base_url.rstrip("/")
-        self._key = _secret(config.key)
+        self._key = SecretStr(served.secret(config.key))
         self._variable = served.variable(config.key) if config.key else None
         self._timeout, self._max_retries = config.timeout, config.max_retries
         self.limits = RateLimits(config.requests_per_minute, config.tokens_per_minute)
@@ -81,7 +80,7 @@ class Client:
         )
 
     def get(self, path: str) -> Any:
-        """Return the JSON at a path. Raises Refused, or UserError if the endpoint cannot be reached."""
+        """Return the JSON at a path. Raises RefusedError, or UserError if the endpoint cannot be reached."""
         return self._repeated("GET", path, None, "", 0, lambda tree: tree)
 
     def post(
@@ -89,8 +88,8 @@ class Client:
     ) -> Answer:
         """Send a request and return its parsed answer.
 
-        parse: from the answer's JSON; raises Malformed. once: an idempotency key, equal for repeated requests. tokens: the
-        most that the request takes, for the limit on tokens. Raises Refused, Stopped, or UserError after `max_retries`.
+        parse: from the answer's JSON; raises MalformedError. once: an idempotency key, equal for repeated requests. tokens: the
+        most that the request takes, for the limit on tokens. Raises RefusedError, StoppedError, or UserError after `max_retries`.
         """
         return self._repeated("POST", path, body, once, tokens, parse)
 
@@ -99,7 +98,7 @@ class Client:
         self.limits.close()
         self._http.close()
 
-    def message(self, refused: Refused) -> str:
+    def message(self, refused: RefusedError) -> str:
         """Return a refusal as one message, with the remedy."""
         remedy = {
             400: "Change the setting that it names.",
@@ -135,12 +134,12 @@ class Client:
         for attempt in range(self._max_retries + 1):
             self.limits.wait(tokens)
             if self.limits.closed:
-                raise Stopped
+                raise StoppedError
             try:
                 return parse(self._sent(method, path, body, once))
-            except Malformed as error:
-                failure = _Passing(f"its answer is of no use: {self._shown(str(error))}")
-            except _Passing as error:
+            except MalformedError as error:
+                failure = _PassingError(f"its answer is of no use: {self._shown(str(error))}")
+            except _PassingError as error:
                 failure = error
             if attempt < self._max_retries:
                 self._pause(attempt, failure.after)
@@ -159,7 +158,7 @@ class Client:
         self.limits.sleep(longest * random.uniform(0.5, 1.0))
 
     def _sent(self, method: str, path: str, body: Mapping[str, Any] | None, once: str) -> Any:
-        """Send a request once and return the answer's JSON. Raises Refused, Stopped or _Passing."""
+        """Send a request once and return the answer's JSON. Raises RefusedError, StoppedError or _PassingError."""
         headers = {"Idempotency-Key": once} if once else {}
         deadline = time.monotonic() + self._timeout
         try:
@@ -168,16 +167,16 @@ class Client:
                 for chunk in response.iter_bytes():
                     data += chunk
                     if time.monotonic() > deadline:
-                        raise _Passing(f"no whole answer within {self._timeout:g} seconds (engine.timeout)")
+                        raise _PassingError(f"no whole answer within {self._timeout:g} seconds (engine.timeout)")
         except (httpx2.TimeoutException, TimeoutError):
-            raise _Passing(f"no answer within {self._timeout:g} seconds (engine.timeout)") from None
+            raise _PassingError(f"no answer within {self._timeout:g} seconds (engine.timeout)") from None
         except (httpx2.TransportError, httpx2.DecodingError, httpx2.StreamError, OSError) as error:
             if self.limits.closed:
-                raise Stopped from None
-            raise _Passing(f"the connection failed ({self._shown(str(error)) or type(error).__name__})") from None
+                raise StoppedError from None
+            raise _PassingError(f"the connection failed ({self._shown(str(error)) or type(error).__name__})") from None
         except RuntimeError:
             if self.limits.closed:  # the client was closed by another thread
-                raise Stopped from None
+                raise StoppedError from None
             raise
         return self._json(response, bytes(data))
 
@@ -185,14 +184,14 @@ class Client:
         text = data.decode("utf-8", "replace")
         if response.status_code in PASSING:
             after = _retry_after(response.headers.get("Retry-After"))
-            raise _Passing(f"status {response.status_code}: {self._words(text)!r}", after)
+            raise _PassingError(f"status {response.status_code}: {self._words(text)!r}", after)
         if response.status_code != 200:
             where = response.headers.get("Location", "")
-            raise Refused(response.status_code, self._words(text) or self._shown(where))
+            raise RefusedError(response.status_code, self._words(text) or self._shown(where))
         try:
             return json.loads(text)
         except ValueError:
-            raise _Passing(f"its answer is not JSON: {self._shown(text)[:WORDS]!r}") from None
+            raise _PassingError(f"its answer is not JSON: {self._shown(text)[:WORDS]!r}") from None
 
     def _words(self, text: str) -> str:
         """Return the message in the body of an error."""
@@ -213,18 +212,6 @@ class Client:
             for form in {key, json.dumps(key)[1:-1], quote(key), quote(key, safe="")}:
                 text = text.replace(form, "[key]")
         return " ".join(text.split())
-
-
-def _secret(key: str | None) -> SecretStr:
-    if key is None:
-        return SecretStr("")
-    name = served.variable(key)
-    value = os.environ.get(name, "").strip()
-    if not value:
-        raise UserError(f"engine.key: the environment variable {name} is not set; export it, or name another.")
-    if not value.isascii() or not value.isprintable():
-        raise UserError(f"engine.key: the environment variable {name} holds characters that no header can carry.")
-    return SecretStr(value)
 
 
 def _retry_after(header: str | None) -> float | None:

@@ -7,9 +7,10 @@ journal holds is not sent. What the endpoint offers is found out by `probe` befo
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from distill import models
 from distill.engines import completions
 from distill.engines.served import answers, probe
 from distill.engines.served.answers import Answer, LocalTokens
-from distill.engines.served.client import Client, Malformed, Refused
+from distill.engines.served.client import Client, MalformedError, RefusedError
 from distill.engines.served.journal import AnswerJournal, mark_of
 from distill.recipe import EngineConfig
 from distill.records import Completion, Request, Sampling, UserError
@@ -75,10 +76,11 @@ class ServedEngine:
             )
         ids = self._offer.mode == "ids"
         asked = (self._asked_by_ids if ids else self._asked_by_chat)(sampling, top_k)
-        running: dict[Future[Completion], Request] = {}
-        with _Threads(self._batch_size, self._client) as threads:
+        running: set[Future[Completion]] = set()
+        with _Threads(self._client) as threads:
             for request in requests:
-                running[threads.submit(self._answered, request, *asked(request))] = request
+                mark = mark_of("generate", self._model, request.prompt_ids, request.seed, sampling, top_k)
+                running.add(threads.start(self._answered, request, mark, *asked(request)))
                 if len(running) >= self._batch_size:
                     yield from _finished(running)
             while running:
@@ -147,9 +149,10 @@ class ServedEngine:
             probe.check_scores(self._client, self._model, self._tokens, self._offer, top_k)
             self._can_score = True
         running: deque[Future[Completion]] = deque()
-        with _Threads(self._batch_size, self._client) as threads:
+        with _Threads(self._client) as threads:
             for request in requests:
-                running.append(threads.submit(self._answered, request, *self._asked_to_score(request, top_k)))
+                mark = mark_of("score", self._model, request.prompt_ids, request.completion_ids, top_k)
+                running.append(threads.start(self._answered, request, mark, *self._asked_to_score(request, top_k)))
                 if len(running) >= self._batch_size:
                     yield running.popleft().result()
             while running:
@@ -161,35 +164,42 @@ class ServedEngine:
         body = {**self._offer.body, "prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
 
         def parse(tree: Any) -> Answer:
-            return answers.scored(
-                tree, request, ids_T, top_k=top_k, vocab_size=self.vocab_size, version=self.version
-            )
+            return answers.scored(tree, request, ids_T, top_k=top_k, vocab_size=self.vocab_size, version=self.version)
 
         return "/completions", body, parse, len(whole) + 1
 
     # ------------------------------------------------------------------------------------------------- common
 
     def _answered(
-        self, request: Request, path: str, body: Mapping[str, Any], parse: Callable[[Any], Answer], tokens: int
+        self,
+        request: Request,
+        mark: str,
+        path: str,
+        body: Mapping[str, Any],
+        parse: Callable[[Any], Answer],
+        tokens: int,
     ) -> Completion:
-        """Return the answer to a request: from the journal, or from the endpoint and then in the journal."""
-        journal, mark = self._journal, mark_of(path, sorted(body.items()))
+        """Return the answer to a request: from the journal, or from the endpoint and then in the journal.
+
+        mark: hash of what the request asks for.
+        """
+        journal = self._journal
         if journal is not None and (known := journal.find(request.request_id, mark)) is not None:
             return known
 
         def checked(tree: Any) -> Answer:
             try:
                 return parse(tree)
-            except Malformed as error:
+            except MalformedError as error:
                 if journal is not None:
                     journal.add_usage(answers.usage_of(error.usage))
                 raise
             except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                raise Malformed(f"it is not in the form of an answer ({type(error).__name__})") from None
+                raise MalformedError(f"it is not in the form of an answer ({type(error).__name__})") from None
 
         try:
             answer = self._client.post(path, body, checked, once=f"{request.request_id}-{mark}", tokens=tokens)
-        except Refused as refused:
+        except RefusedError as refused:
             raise UserError(self._client.message(refused)) from None
         if journal is not None:
             journal.add(request.request_id, mark, answer)
@@ -208,29 +218,39 @@ class ServedEngine:
 
 
 class _Threads:
-    """The threads of one call. After an error the requests in flight are still answered and kept, but none is repeated."""
+    """A thread for each request in flight. After an error those requests are still answered and kept, but none is repeated."""
 
-    def __init__(self, num: int, client: Client) -> None:
-        self._pool, self._client = ThreadPoolExecutor(num, thread_name_prefix="request"), client
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._running: set[Future[Completion]] = set()
 
-    def __enter__(self) -> ThreadPoolExecutor:
-        return self._pool
+    def start(self, work: Callable[..., Completion], *given: Any) -> Future[Completion]:
+        """Run work(*given) in a new thread, which does not keep the process from ending."""
+        future: Future[Completion] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work(*given))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._running = {each for each in self._running if not each.done()} | {future}
+        threading.Thread(target=run, name="request", daemon=True).start()
+        return future
+
+    def __enter__(self) -> _Threads:
+        return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is None:
-            self._pool.shutdown()
             return
+        self._client.limits.close()
         if issubclass(kind, Exception):
-            self._client.limits.close()
-            self._pool.shutdown(cancel_futures=True)
-        else:  # interrupted, or the caller wants no more
-            self._client.close()
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            wait(self._running)
 
 
-def _finished(running: dict[Future[Completion], Request]) -> Iterator[Completion]:
+def _finished(running: set[Future[Completion]]) -> Iterator[Completion]:
     """Wait for one of the running requests; yield and remove all that are done."""
     for future in wait(running, return_when=FIRST_COMPLETED).done:
-        del running[future]
+        running.remove(future)
         yield future.result()
-

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from distill.engines.served.answers import LocalTokens, token_bytes
-from distill.engines.served.client import Client, Malformed, Refused
+from distill.engines.served.client import Client, MalformedError, RefusedError
 from distill.plug import nearest
 from distill.records import UserError
 
@@ -69,10 +69,16 @@ def check_scores(client: Client, model: str, tokens: LocalTokens, offer: Offer, 
     )
     if offer.mode != "ids":
         raise UserError(cannot)
-    body = {**offer.body, "prompt": tokens.encode(TEXT)[:4], "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
+    body = {
+        **offer.body,
+        "prompt": tokens.encode(TEXT)[:4],
+        "max_tokens": 1,
+        "temperature": 0,
+        "prompt_logprobs": top_k,
+    }
     try:
         rows = client.post("/completions", body, lambda tree: tree["choices"][0].get("prompt_logprobs"))
-    except Refused as refused:
+    except RefusedError as refused:
         if refused.status != 400:
             raise UserError(client.message(refused)) from None
         raise UserError(
@@ -87,7 +93,7 @@ def _check_model(client: Client, model: str) -> int | None:
     """Check that the endpoint has the model; return its longest context, if it states that."""
     try:
         listed = client.get("/models")
-    except Refused as refused:
+    except RefusedError as refused:
         if refused.status in (404, 405, 501):
             return None  # not every endpoint lists its models
         raise UserError(client.message(refused)) from None
@@ -126,11 +132,13 @@ def _ids(client: Client, model: str, tokens: LocalTokens, top_k: int, context: i
         if by_text.get("prompt_token_ids") != ids or not by_text.get("token_ids"):
             return None
         by_ids = ask(ids, temperature=1.0, logprobs=top_k)
-    except Refused as refused:
+    except RefusedError as refused:
         if refused.status in (401, 403):
             raise UserError(client.message(refused)) from None
         if top_k and "logprob" in refused.words.lower():
-            raise UserError(_too_many(top_k, refused.words, _most(lambda few: ask(ids, temperature=1.0, logprobs=few)))) from None
+            raise UserError(
+                _too_many(top_k, refused.words, _most(lambda few: ask(ids, temperature=1.0, logprobs=few)))
+            ) from None
         return None
     if by_ids.get("prompt_token_ids") != ids:
         return None
@@ -153,7 +161,7 @@ def _top(choice: Mapping[str, Any]) -> dict[str, float]:
 def _chat(client: Client, model: str, tokens: LocalTokens, top_k: int, context: int | None) -> Offer:
     """The offer of an endpoint that is asked for chat completions. Raises UserError if it refuses those too."""
     messages = [{"role": "user", "content": "Say a random word."}]
-    refused: Refused | None = None
+    refused: RefusedError | None = None
     # Servers of open models take the neutral values; providers refuse fields that they do not know, or another limit's name.
     for extra, limit in ((NEUTRAL, "max_tokens"), ({}, "max_tokens"), ({}, "max_completion_tokens")):
         common = {"model": model, **extra}
@@ -164,18 +172,26 @@ def _chat(client: Client, model: str, tokens: LocalTokens, top_k: int, context: 
 
         try:
             plain = ask()
-        except Refused as error:
+        except RefusedError as error:
             refused = error
             if error.status not in (400, 422):
                 break
             continue
         del plain
         if not top_k:
-            return Offer("text", common, limit, 0, True, context, "the endpoint is asked for chat completions: text without log-probabilities")
+            return Offer(
+                "text",
+                common,
+                limit,
+                0,
+                True,
+                context,
+                "the endpoint is asked for chat completions: text without log-probabilities",
+            )
         try:
             choice = ask(logprobs=True, top_logprobs=top_k)
-        except Refused as error:
-            most = _most(lambda few, ask=ask: ask(logprobs=True, top_logprobs=few))  # type: ignore[misc]
+        except RefusedError as error:
+            most = _most(lambda few, ask=ask: ask(logprobs=True, top_logprobs=few))
             raise UserError(_too_many(top_k, error.words, most)) from None
         given = _mapped_entries(choice, tokens)
         second = _chat_top(ask(logprobs=True, top_logprobs=top_k, temperature=COOL, top_p=CUT))
@@ -212,13 +228,15 @@ def _chat_top(choice: Mapping[str, Any]) -> dict[str, float]:
 def _first_choice(tree: Any) -> Mapping[str, Any]:
     choices = tree.get("choices") if isinstance(tree, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise Malformed("it has not one choice")
+        raise MalformedError("it has not one choice")
     return choices[0]
 
 
 def _is_raw(plain: Mapping[str, float], cooled: Mapping[str, float]) -> bool:
     """Whether another temperature and top_p leave the log-probabilities of the same position alone."""
-    common = [abs(plain[key] - cooled[key]) for key in plain.keys() & cooled.keys() if max(plain[key], cooled[key]) > -50]
+    common = [
+        abs(plain[key] - cooled[key]) for key in plain.keys() & cooled.keys() if max(plain[key], cooled[key]) > -50
+    ]
     return len(common) >= min(2, len(plain)) and max(common, default=0.0) <= MAX_CHANGE
 
 
@@ -227,7 +245,7 @@ def _most(ask: Any) -> int:
     for few in SMALLER:
         try:
             ask(few)
-        except Refused:
+        except RefusedError:
             continue
         return few
     return 0
@@ -235,7 +253,9 @@ def _most(ask: Any) -> int:
 
 def _too_many(top_k: int, words: str, most: int) -> str:
     if not most:
-        return f"engine: the endpoint gives no log-probabilities ({words!r}); set top_logprobs: 0 to store the text only."
+        return (
+            f"engine: the endpoint gives no log-probabilities ({words!r}); set top_logprobs: 0 to store the text only."
+        )
     return (
         f"engine: the endpoint refuses {top_k} entries a position ({words!r}); set top_logprobs: {most}, or start vLLM's server "
         f"with --max-logprobs {top_k}."
