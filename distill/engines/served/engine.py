@@ -74,6 +74,8 @@ class ServedEngine:
                 "sampling: the endpoint's log-probabilities are those after temperature and top_p, so only temperature: 1 and "
                 "top_p: 1 give the teacher's distribution; set both, or top_logprobs: 0."
             )
+        # A token beyond the entries that the endpoint gives is none of them.
+        top_k = min(top_k, self._offer.given)
         ids = self._offer.mode == "ids"
         asked = (self._asked_by_ids if ids else self._asked_by_chat)(sampling, top_k)
         running: set[Future[Completion]] = set()

@@ -128,7 +128,7 @@ def _ids(client: Client, model: str, tokens: LocalTokens, top_k: int, context: i
         return client.post("/completions", body, _first_choice)
 
     try:
-        by_text = ask(TEXT, temperature=1.0)
+        by_text = ask(TEXT, temperature=0.0, logprobs=top_k)
         if by_text.get("prompt_token_ids") != ids or not by_text.get("token_ids"):
             return None
         by_ids = ask(ids, temperature=1.0, logprobs=top_k)
@@ -142,12 +142,15 @@ def _ids(client: Client, model: str, tokens: LocalTokens, top_k: int, context: i
         return None
     if by_ids.get("prompt_token_ids") != ids:
         return None
-    raw = True
-    first = _top(by_ids)
+    given, raw = 0, True
     if top_k:
-        raw = _is_raw(first, _top(ask(ids, temperature=COOL, top_p=CUT, logprobs=top_k)))
+        # The most probable token is sampled, so that it is no entry beside those that were asked for.
+        given = min(top_k, len(_top(by_text)))
+        if not given:
+            raise UserError(_too_many(top_k, "it returns none", 0))
+        raw = _is_raw(_top(by_ids), _top(ask(ids, temperature=COOL, top_p=CUT, logprobs=top_k)))
     note = "the endpoint takes and returns token ids of the same tokenizer"
-    return Offer("ids", common, "max_tokens", min(top_k, len(first)), raw, context, note)
+    return Offer("ids", common, "max_tokens", given, raw, context, note)
 
 
 def _top(choice: Mapping[str, Any]) -> dict[str, float]:
@@ -214,7 +217,7 @@ def _mapped_entries(choice: Mapping[str, Any], tokens: LocalTokens) -> int:
                 f"engine: top_logprobs is set, but the endpoint's token {item.get('token')!r} is no token of the stage's model: "
                 f"the endpoint has another tokenizer. {way}"
             )
-    return max(len(item["top_logprobs"]) for item in items)
+    return min(len(item["top_logprobs"]) for item in items)
 
 
 def _chat_top(choice: Mapping[str, Any]) -> dict[str, float]:
