@@ -122,7 +122,9 @@ class Grader:
         def chat_messages(messages: Messages) -> Messages:
             return models.chat_messages(tokenizer, task.template, messages)
 
-        return Grader(task.template, task.judge, decode, models.opened_thinking(tokenizer, task.template), chat_messages)
+        return Grader(
+            task.template, task.judge, decode, models.opened_thinking(tokenizer, task.template), chat_messages
+        )
 
     def seen(self, text: str) -> str:
         """Return a completion's text as judges and rewards see it: what the prompt began, and `<think>` for any marker."""

@@ -36,7 +36,9 @@ def requests(number: int, **more) -> list[Request]:
     if "messages" not in more:
         return asked
     return [
-        Request(one.request_id, one.prompt_ids, one.seed, None, ({"role": "user", "content": f"number {n}"},), one.opened)
+        Request(
+            one.request_id, one.prompt_ids, one.seed, None, ({"role": "user", "content": f"number {n}"},), one.opened
+        )
         for n, one in enumerate(asked)
     ]
 
@@ -137,9 +139,8 @@ def test_log_probabilities_after_the_temperature_are_refused(tokenizer, tiny_dir
     ],
 )
 def test_a_wrong_key_model_or_address_is_one_message(tokenizer, tiny_dir, options, message):
-    with Stub(tokenizer, key=options.pop("key", KEY)) as stub:
-        with pytest.raises(UserError, match=message) as refused:
-            start(stub, tiny_dir, key="$SERVED_KEY", **options)
+    with Stub(tokenizer, key=options.pop("key", KEY)) as stub, pytest.raises(UserError, match=message) as refused:
+        start(stub, tiny_dir, key="$SERVED_KEY", **options)
     assert KEY not in str(refused.value)
 
 
@@ -151,7 +152,7 @@ def test_an_unset_variable_is_one_message(tokenizer, tiny_dir):
 def test_a_longer_context_than_the_servers_is_refused(tokenizer, tiny_dir):
     with Stub(tokenizer) as stub:
         config = EngineConfig(fn="openai", base_url=stub.url, model="tiny")
-        with pytest.raises(UserError, match="engine.max_model_len: 256"):
+        with pytest.raises(UserError, match=r"engine\.max_model_len: 256"):
             engines.open_engine(config, tiny_dir, max_model_len=300, max_top_k=0)
 
 

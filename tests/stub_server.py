@@ -42,6 +42,7 @@ class Stub:
             setattr(self, name, value)
         self.words = words_of(tokenizer)
         self.asked: list[dict[str, Any]] = []
+        self.once: list[str] = []
         self.answered: Counter[str] = Counter()
         self.times: list[float] = []
         self._lock = threading.Lock()
@@ -97,6 +98,7 @@ class Stub:
             number = len(self.asked) if once else -1
             if once:
                 self.asked.append(body)
+                self.once.append(once)
                 self.times.append(time.monotonic())
         fault = self.faults.get(number)
         if isinstance(fault, tuple):  # (status, message, headers)
@@ -143,9 +145,9 @@ class Stub:
         self._headers(request, status, len(data), {})
         request.wfile.write(data)
 
-    def _error(self, request: BaseHTTPRequestHandler, status: int, message: str, headers: Any = {}) -> None:
+    def _error(self, request: BaseHTTPRequestHandler, status: int, message: str, headers: Any = None) -> None:
         data = json.dumps({"error": {"message": message}}).encode()
-        self._headers(request, status, len(data), headers)
+        self._headers(request, status, len(data), headers or {})
         request.wfile.write(data)
 
     # -------------------------------------------------------------------------------------------------- answers
@@ -204,7 +206,9 @@ class Stub:
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": "stop" if ended else "length"}
         if body.get("logprobs"):
             listed = new if self.ends_listed or not ended else new[:-1]
-            choice["logprobs"] = {"content": [self._item(token, row, top) for token, row in zip(listed, rows, strict=False)]}
+            choice["logprobs"] = {
+                "content": [self._item(token, row, top) for token, row in zip(listed, rows, strict=False)]
+            }
         return 200, {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": len(new)}}
 
     def _item(self, token: int, row: dict[int, float], top: int) -> dict[str, Any]:
