@@ -9,6 +9,7 @@ from stub_server import Stub, distribution
 from distill import engines
 from distill.engines.served import client
 from distill.engines.served.journal import AnswerJournal, billed
+from distill.engines.served.limits import RateLimits
 from distill.recipe import EngineConfig
 from distill.records import Request, Sampling, UserError
 
@@ -365,3 +366,39 @@ def test_useless_answers_are_paid_for_too(tokenizer, tiny_dir, tmp_path):
         (one,) = rows(engine, requests(1)).values()
         engine.close()
     assert billed(tmp_path).completion == 2 * len(one.ids_T)
+
+
+def test_an_early_end_and_an_error_leave_the_engine_usable(tokenizer, tiny_dir, tmp_path):
+    with Stub(tokenizer, delay=0.05) as stub:
+        engine = start(stub, tiny_dir)
+        engine.keep_answers(tmp_path, set())
+        stopped = engine.generate(requests(12), SAMPLING, top_k=8)
+        next(stopped)
+        stopped.close()
+        stub.faults = {len(stub.asked) + 1: (400, "no")}
+        with pytest.raises(UserError, match="no"):
+            rows(engine, requests(12))
+        asked = len(stub.asked)
+        found = rows(engine, requests(12))
+        engine.close()
+    assert len(found) == 12
+    # What was in flight beside the refused request was answered and kept.
+    assert len(stub.asked) - asked < 9
+    assert max(stub.answered.values()) <= 2
+
+
+def test_rate_limits_hold_in_any_minute():
+    now = [0.0]
+    limits = RateLimits(3, 100, clock=lambda: now[0])
+    for _ in range(3):
+        limits.wait(10)
+    assert limits._delay(10) == pytest.approx(60)
+    now[0] = 59.0
+    assert limits._delay(10) == pytest.approx(1)
+    now[0] = 60.0
+    assert limits._delay(10) == 0
+    limits.wait(95)
+    assert limits._delay(10) == pytest.approx(60)
+    assert RateLimits(None, 100)._delay(1000) == 0  # larger than the limit: alone
+    limits.pause(100)
+    assert limits._delay(1) == pytest.approx(100)

@@ -48,7 +48,8 @@ def serve() -> None:
     from distill import models
 
     # What every attempt would do in the same way takes a second each: done once, before the forks.
-    models.load_tokenizer = functools.cache(models.load_tokenizer)  # type: ignore[assignment]
+    load = functools.cache(models.load_tokenizer)
+    models.load_tokenizer = lambda folder, **options: load(Path(folder))  # type: ignore[assignment]
     models.tokenizer_fingerprint = functools.cache(models.tokenizer_fingerprint)  # type: ignore[assignment]
     for line in sys.stdin:
         run, url, folder = line.split()

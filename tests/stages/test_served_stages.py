@@ -17,6 +17,7 @@ from stub_server import Stub
 
 from distill import recipe
 from distill.engines.served.journal import AnswerJournal
+from distill.inspector import trace_page
 from distill.progress import Screen
 from distill.records import UserError
 from distill.stages import eval as evaluation
@@ -95,6 +96,9 @@ def test_text_without_log_probabilities_is_stored_as_such(tokenizer, tiny_dir, t
     assert all("Let me\nthink.\n</think>\n\n" in text for text in block.completion)
     for n in range(8):
         assert tokenizer.decode(block.completion_ids[n], skip_special_tokens=True) == block.completion[n]
+    page = trace_page.Page("traces")
+    shown = trace_page.render(trace_page.rows_of(block), lambda ids: [b"x"] * len(ids), frozenset(), page)
+    assert "</html>" in shown
     system = [message["content"] for message in stub.asked[0]["messages"]]
     assert block.messages[0][-1]["content"] in " ".join(one["messages"][-1]["content"] for one in stub.asked)
     assert system

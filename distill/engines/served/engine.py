@@ -244,11 +244,10 @@ class _Threads:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is None:
-            return
-        self._client.limits.close()
-        if issubclass(kind, Exception):
-            wait(self._running)
+        # Where the caller wants no more, or the process is interrupted, the threads are left to what they do.
+        if kind is not None and issubclass(kind, Exception):
+            with self._client.limits.stopped():
+                wait(self._running)
 
 
 def _finished(running: set[Future[Completion]]) -> Iterator[Completion]:

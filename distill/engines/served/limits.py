@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 WINDOW = 60.0
 
@@ -48,6 +49,13 @@ class RateLimits:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Within the context nothing is held back and nothing is sent any more: as after `close`."""
+        self.close()
+        yield
+        self._closed = False
 
     @property
     def closed(self) -> bool:
