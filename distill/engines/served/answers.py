@@ -113,7 +113,16 @@ def from_ids(
     return _billed(made, usage, request)
 
 
-def scored(tree: Any, request: Request, ids_T: Array, *, top_k: int, vocab_size: int, version: int) -> Answer:
+def scored(
+    tree: Any,
+    request: Request,
+    ids_T: Array,
+    *,
+    top_k: int,
+    stop_ids: frozenset[int],
+    vocab_size: int,
+    version: int,
+) -> Answer:
     """Parse an answer of /completions with `prompt_logprobs` of prompt and completion together."""
     choice, usage = _choice(tree)
     rows = choice.get("prompt_logprobs")
@@ -130,9 +139,7 @@ def scored(tree: Any, request: Request, ids_T: Array, *, top_k: int, vocab_size:
         raise MalformedError("its prompt_logprobs are about other tokens than the prompt's", tree.get("usage"))
     sampled = [row[token] for token, row in zip(ids, entries, strict=True)]
     rows_ids, rows_logp = _rows(ids, sampled, entries, top_k, vocab_size, usage=tree.get("usage"))
-    made = completions.completion(
-        request, ids_T, rows_ids, rows_logp, top_k=top_k, stop_ids=frozenset({ids[-1]}), version=version
-    )
+    made = completions.completion(request, ids_T, rows_ids, rows_logp, top_k=top_k, stop_ids=stop_ids, version=version)
     return Answer(made, usage if usage != Usage() else Usage(num, 1))
 
 

@@ -166,7 +166,15 @@ class ServedEngine:
         body = {**self._offer.body, "prompt": whole, "max_tokens": 1, "temperature": 0, "prompt_logprobs": top_k}
 
         def parse(tree: Any) -> Answer:
-            return answers.scored(tree, request, ids_T, top_k=top_k, vocab_size=self.vocab_size, version=self.version)
+            return answers.scored(
+                tree,
+                request,
+                ids_T,
+                top_k=top_k,
+                stop_ids=self._stop_ids,
+                vocab_size=self.vocab_size,
+                version=self.version,
+            )
 
         return "/completions", body, parse, len(whole) + 1
 
