@@ -42,7 +42,7 @@ class ServedEngine:
         self._model, self._batch_size = config.model, config.batch_size
         self._tokens = LocalTokens(models.load_tokenizer(model_dir), self.vocab_size)
         self._journal: AnswerJournal | None = None
-        self._can_score = False
+        self._can_score = -1  # entries a position
         self._client = Client(config)
         self._offer = probe.offer_of(self._client, self._model, self._tokens, max_top_k)
         self._check_length()
@@ -147,9 +147,9 @@ class ServedEngine:
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
         """Yield the given completions' log-probabilities in the order of the requests, by `prompt_logprobs`."""
-        if not self._can_score:
+        if top_k > self._can_score:
             probe.check_scores(self._client, self._model, self._tokens, self._offer, top_k)
-            self._can_score = True
+            self._can_score = top_k
         running: deque[Future[Completion]] = deque()
         with _Threads(self._client) as threads:
             for request in requests:
