@@ -21,7 +21,17 @@ MAX_RETRIES = 8
 REQUIRED = ("base_url", "model")
 OWN = (*REQUIRED, "key", "timeout", "max_retries", "requests_per_minute", "tokens_per_minute", "price")
 """Fields that only a served engine has."""
-LOCAL = ("dtype", "kv_cache_gib", "memory_share", "sleep", "eager", "tensor_parallel", "replicas", "ray")
+LOCAL = (
+    "dtype",
+    "kv_cache_gib",
+    "memory_share",
+    "sleep",
+    "eager",
+    "tensor_parallel",
+    "replicas",
+    "ray",
+    "weight_transfer",
+)
 """Fields about this machine's memory, processors and processes."""
 
 _VARIABLE = re.compile(r"\$(\{[A-Za-z_][A-Za-z0-9_]*\}|[A-Za-z_][A-Za-z0-9_]*)")
