@@ -253,12 +253,18 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """A prompt for an engine to continue or, with completion_ids, to score. Token ids only, no text."""
+    """A prompt for an engine to continue or, with completion_ids, to score. Engines of this machine read the ids only.
+
+    messages, opened: for an endpoint that takes no ids: the conversation of the prompt (empty: not known), and the text with
+    which the prompt's ids begin the completion.
+    """
 
     request_id: str
     prompt_ids: Array
     seed: int = 0
     completion_ids: Array | None = None
+    messages: Messages = ()
+    opened: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -266,9 +272,11 @@ class Completion:
     """A finished completion, or a scored one.
 
     ids_T: the ids sampled (or given), the stop id included.
-    logprob_T: log-probability of each under the raw distribution (temperature 1, before top-p), float32.
+    logprob_T: log-probability of each under the raw distribution (temperature 1, before top-p), float32; empty where an
+    endpoint gives none.
     top: the distribution at each position; position t is that of token t of the completion. None if not requested.
     finish_reason: "stop" at a stop id, "length" at the token limit. version: version of the weights that wrote it.
+    text: what an endpoint wrote, of which ids_T are this side's encoding; None: the ids decide.
     """
 
     request_id: str
@@ -277,6 +285,7 @@ class Completion:
     top: TopK | None
     finish_reason: FinishReason
     version: int = 0
+    text: str | None = None
 
 
 class Engine(Protocol):
@@ -465,7 +474,7 @@ class Traces:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of a stage. A multiply-add counts as two FLOPs."""
+    """The cost of a stage. A multiply-add counts as two FLOPs. dollars: what endpoints charge, at the recipe's prices."""
 
     tokens_trained: int = 0
     tokens_scored: int = 0
@@ -478,6 +487,7 @@ class Cost:
     judge_seconds: float = 0.0
     samples_failed: int = 0
     samples_filtered: int = 0
+    dollars: float = 0.0
 
     @staticmethod
     def of(tree: Mapping[str, Any]) -> Cost:

@@ -36,7 +36,7 @@ def open_engine(config: EngineConfig, model_dir: Path, *, max_model_len: int, ma
         from distill.engines.ray import RayEngine
 
         return RayEngine(config, model_dir, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed)
-    if config.dtype == "auto":
+    if config.dtype == "auto" and not config.is_served:
         config = config.model_copy(update={"dtype": models.auto_dtype(model_dir)})
     function = plug.find(config.fn, KINDS, "engine.fn")
     engine = function(model_dir, config, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed)

@@ -51,6 +51,13 @@ def reference(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_
     return TransformersEngine(model_dir, max_model_len=max_model_len, dtype="float32", batch_size=1, device="cpu")
 
 
+def openai(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k: int, seed: int = 0) -> Engine:
+    """An endpoint with OpenAI's API: vLLM's server, SGLang, a provider. Needs base_url and model, and key: $NAME for a key."""
+    from distill.engines.served.engine import ServedEngine
+
+    return ServedEngine(model_dir, config, max_model_len=max_model_len, max_top_k=max_top_k)
+
+
 def _refuse_vllm_options(config: EngineConfig) -> None:
     if config.memory_share is not None:
         raise UserError(

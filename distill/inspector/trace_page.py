@@ -79,7 +79,7 @@ def rows_of(block: Traces, student: Mapping[str, Completion] = {}) -> list[Row]:
             messages=block.messages[n],
             prompt_ids=block.prompt_ids[n],
             ids_T=block.completion_ids[n],
-            logprob_T=block.logprob[n],
+            logprob_T=_known(block.logprob[n], len(block.completion_ids[n])),
             top=block.top_of(n),
             answer=block.answer[n],
             gold=block.gold[n],
@@ -90,6 +90,11 @@ def rows_of(block: Traces, student: Mapping[str, Completion] = {}) -> list[Row]:
         )
         for n, trace_id in enumerate(block.trace_id)
     ]
+
+
+def _known(logprob_T: Array, num: int) -> Array:
+    """Log-probabilities of `num` tokens; nan where an endpoint gave none."""
+    return logprob_T if len(logprob_T) == num else np.full(num, np.nan, np.float32)
 
 
 def render(

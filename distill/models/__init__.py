@@ -26,6 +26,7 @@ from distill.models.lora import add_lora, effective_weight, exported_weights, ti
 from distill.models.preflight import check_model, quantised_as
 from distill.models.prune import kept_layers, num_layers, prune_layers
 from distill.models.rendering import (
+    chat_messages,
     chat_template_of,
     check_template,
     conversation_text,
@@ -35,6 +36,7 @@ from distill.models.rendering import (
     render_completion,
     render_prompt,
     turn_end,
+    turn_end_ids,
 )
 from distill.models.replies import render_reply
 from distill.models.saving import (
@@ -48,6 +50,7 @@ from distill.models.saving import (
     rehearse_save,
 )
 from distill.models.shape import ModelShape, text_part
+from distill.models.token_bytes import vocabulary_bytes
 from distill.models.tokenizer import (
     check_same_tokenizer,
     load_tokenizer,
@@ -65,6 +68,7 @@ __all__ = [
     "auto_dtype",
     "cache_home",
     "cast",
+    "chat_messages",
     "chat_template_of",
     "check_folder",
     "check_merged",
@@ -110,6 +114,8 @@ __all__ = [
     "tokenizer_fingerprint",
     "touched_ends",
     "turn_end",
+    "turn_end_ids",
+    "vocabulary_bytes",
     "vocabulary_size",
     "weights_fingerprint",
     "without_dropout",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.files import cache_home, file_hash, whole_folder
-from distill.models.checkpoint_folder import check_folder
+from distill.models.checkpoint_folder import check_folder, check_is_model
 from distill.models.loading import save
 from distill.records import UserError, stable_hash
 
@@ -26,30 +26,35 @@ OFFLINE_WAYS = (
 # ------------------------------------------------------------------------------------------------ finding
 
 
-def resolve(model: ModelConfig, say: Callable[[str], None] | None = None) -> Path:
+def resolve(model: ModelConfig, say: Callable[[str], None] | None = None, *, weights: bool = True) -> Path:
     """Return the local folder of a model, downloaded or dequantised first if needed.
 
-    say: called with a message before a step that may take seconds. Raises UserError if the source cannot be reached, and
+    weights: whether the weights are needed, and not only the tokenizer and the config. say: called with a message before a step that may take seconds. Raises UserError if the source cannot be reached, and
     names the ways that work offline.
     """
     if model.source.startswith(PACKAGE):
         return _dequantised(model.source, say)
     folder = Path(model.source).expanduser()
     if folder.is_dir():
-        check_folder(folder)
+        if weights:
+            check_folder(folder)
+        else:
+            check_is_model(folder)
         return folder
     if model.source.startswith((".", "/", "~")) or model.source.count("/") > 1:
         raise UserError(f"model folder {model.source!r} does not exist.")
     if say is not None:
         say(f"looking for {model.source} in the local cache and on the hub")
-    return _from_hub(model)
+    return _from_hub(model, weights)
 
 
-def _from_hub(model: ModelConfig) -> Path:
+def _from_hub(model: ModelConfig, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
+    if weights:
+        patterns.append("*.safetensors")
     if model.trust_remote_code:
         patterns.append("*.py")
     try:
@@ -57,7 +62,8 @@ def _from_hub(model: ModelConfig) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(f"model {model.source!r} cannot be reached on the hub ({reason}). {OFFLINE_WAYS}") from None
-    check_folder(Path(folder))
+    if weights:
+        check_folder(Path(folder))
     return Path(folder)
 
 

@@ -74,6 +74,15 @@ def prompt_text(tokenizer: Any, template: Template, messages: Sequence[Message],
     return text + rest_of_prefill(template, opened_by(text))
 
 
+def chat_messages(tokenizer: Any, template: Template, messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the messages of `render_prompt`'s prompt, for a server that renders them itself: with the task template's system
+    message, or one message that holds a prompt of plain text. What the prompt begins for the assistant is left out."""
+    chat = chat_template_of(tokenizer, template)
+    if chat is None:
+        return ({"role": "user", "content": _plain(template, messages)},)
+    return tuple(conversation_of(chat, template, messages))
+
+
 def conversation_text(tokenizer: Any, messages: Sequence[Message]) -> str:
     """Return a whole conversation as the tokenizer's chat template writes it. Raises UserError if it is refused."""
     return _kept(tokenizer, {}).text(messages, prompt=False)

@@ -21,6 +21,7 @@ from distill.recipe.fields import (
     TaskConfig,
     base_name,
 )
+from distill.recipe.lineage import served_models
 from distill.recipe.load import load, parse_overrides, validate
 from distill.recipe.stages import (
     KINDS,
@@ -77,6 +78,7 @@ __all__ = [
     "load",
     "order",
     "parse_overrides",
+    "served_models",
     "teachers_of",
     "validate",
 ]

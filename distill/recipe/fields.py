@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
 from distill import plug
-from distill.records import Sampling
+from distill.recipe import served
+from distill.records import Sampling, UserError
 
 Role = Literal["identity", "growth", "execution"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
@@ -123,8 +124,18 @@ class SamplingConfig(Config):
         return Sampling(self.temperature, self.top_p, self.max_tokens)
 
 
+class PriceConfig(Config):
+    """What an endpoint charges, in US dollars per million tokens."""
+
+    input: float = Field(ge=0, description="US dollars per million tokens of prompts")
+    output: float = Field(ge=0, description="US dollars per million tokens of completions")
+
+
 class EngineConfig(Config):
     """The inference engine that runs a model, and its resources. A single name is short for `{fn: name}`."""
+
+    # A key that was written where its variable's name belongs is in no message.
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
     fn: str = Field(
         "auto", description="inference engine; auto = vllm if it is installed and can be used, else transformers"
@@ -163,6 +174,34 @@ class EngineConfig(Config):
         description="where the engines run as Ray actors: local = on this machine, auto = on the cluster that is running, or "
         "the address of a cluster; None = one engine in the stage's process",
     )
+    base_url: Annotated[str | None, BeforeValidator(served.checked_url)] = execution(
+        None, description="with fn: openai, the address of the endpoint, such as http://localhost:8000/v1"
+    )
+    model: str | None = Field(None, description="with fn: openai, the model's name at the endpoint")
+    key: Annotated[str | None, BeforeValidator(served.checked_key)] = execution(
+        None, description="with fn: openai, the environment variable that holds the API key, as $NAME; None = no key"
+    )
+    timeout: float = execution(
+        served.TIMEOUT,
+        gt=0,
+        description="with fn: openai, seconds after which a request without a whole answer is repeated",
+    )
+    max_retries: int = execution(
+        served.MAX_RETRIES,
+        ge=0,
+        description="with fn: openai, how often a request is repeated after a failure that may pass, with growing pauses",
+    )
+    requests_per_minute: PositiveInt | None = execution(
+        None, description="with fn: openai, the endpoint's limit on requests in any minute; None = no limit"
+    )
+    tokens_per_minute: PositiveInt | None = execution(
+        None,
+        description="with fn: openai, the endpoint's limit on tokens of prompts and completions in any minute; None = no limit",
+    )
+    price: PriceConfig | None = execution(
+        None,
+        description="with fn: openai, the endpoint's price in US dollars per million tokens: {input: 0.5, output: 1.5}",
+    )
 
     weight_transfer: Literal["object_store", "nccl"] = execution(
         "object_store",
@@ -184,6 +223,18 @@ class EngineConfig(Config):
         if self.weight_transfer == "nccl" and (self.ray is None or self.fn not in ("auto", "vllm")):
             raise ValueError("weight_transfer: nccl needs vLLM engines in Ray actors (ray: auto or local)")
         return self
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> EngineConfig:
+        changed = {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.default}
+        if problem := served.problem(self.fn, changed):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def is_served(self) -> bool:
+        """Whether an endpoint runs the model, and not this machine."""
+        return self.fn == served.FN
 
 
 class RowsConfig(Config):
@@ -374,6 +425,14 @@ class StageConfig(Config):
         check = plug.names("distill.run.checks").get(self.kind)
         if check is not None:
             check(name, self, recipe)
+
+    def check_environment(self, where: str) -> None:
+        """Check what the stage needs beside the recipe: the variable with an endpoint's key. Raises UserError."""
+        if isinstance(engine := getattr(self, "engine", None), EngineConfig):
+            try:
+                served.secret(engine.key)
+            except UserError as error:
+                raise UserError(f"{where}.{error}") from None
 
     def predict(self, name: str, known: Any, machine: Any) -> list[Any]:
         """Predicted cost: one `run.predictions.row.Row` for each process of the stage; empty if it is unknown."""

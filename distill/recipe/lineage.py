@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.recipe.fields import Input, base_name
+from distill.recipe.fields import EngineConfig, Input, base_name
 from distill.recipe.tree import Recipe
 
 Role = Literal["start", "teacher", "student"]
@@ -23,6 +23,17 @@ def upstream_stages(recipe: Recipe, name: str) -> Iterator[str]:
     """Return the stage and all its ancestors, nearest first."""
     parents = parents_of(recipe)
     yield from _reachable([name], parents, lambda one: _upstream_inputs(one, parents))
+
+
+def served_models(recipe: Recipe) -> frozenset[str]:
+    """Return the models of the recipe that only endpoints run: their weights are not needed on this machine."""
+    served: set[str] = set()
+    local: set[str] = set()
+    for stage in recipe.stages.values():
+        at_endpoint = isinstance(engine := getattr(stage, "engine", None), EngineConfig) and engine.is_served
+        names = {each.name for each in stage.inputs() if each.sort in ("model", "teacher")}
+        (served if at_endpoint else local).update(names & recipe.models.keys())
+    return frozenset(served - local)
 
 
 def training_line(recipe: Recipe, model: str) -> list[str]:

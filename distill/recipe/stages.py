@@ -239,6 +239,15 @@ class CompareStage(StageConfig):
         return self.model_copy(update={"arms": arms})
 
     @pydantic.model_validator(mode="after")
+    def _on_this_machine(self) -> CompareStage:
+        if self.engine.is_served:
+            raise ValueError(
+                "engine.fn: the arms are different models, and an endpoint runs one of them; use an engine of this machine, and a "
+                "stage of kind eval for the served model"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _not_copied(self) -> CompareStage:
         if self.seeds is not None:
             raise ValueError("a compare stage takes no seeds; put them on the stages that train the compared models")

@@ -263,6 +263,15 @@ class PolicyStage(OptimStage):
         return self.prompts
 
     @pydantic.model_validator(mode="after")
+    def _on_this_machine(self) -> PolicyStage:
+        if self.engine.is_served:
+            raise ValueError(
+                "engine.fn: after every step the engine receives the student's new weights, which an endpoint does not take; use "
+                "an engine of this machine, for teachers that score too"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _one_length(self) -> PolicyStage:
         if (self.steps is None) == (self.budget is None):
             raise ValueError("set exactly one of steps and budget")

@@ -13,6 +13,7 @@ from distill.plug import nearest
 from distill.recipe.fields import (
     Config,
     DistributedConfig,
+    EngineConfig,
     ModelConfig,
     Name,
     Seeds,
@@ -83,6 +84,12 @@ def check_references(recipe: Recipe, where: str) -> None:
                 if value not in known:
                     raise UserError(f"{here}: there is no model or stage {value!r}.{nearest(value, known)}")
                 _check_kind(recipe, here, value, lambda stage: stage.writes == "model")
+                engine = getattr(recipe.stages[name], "engine", None)
+                if value in recipe.stages and isinstance(engine, EngineConfig) and engine.is_served:
+                    raise UserError(
+                        f"{here}: {value!r} is a stage, but an endpoint runs the model that it was started with: name the served "
+                        "model's entry in `models`, or use an engine of this machine."
+                    )
     order(recipe, where)
 
 

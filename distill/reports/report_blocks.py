@@ -14,6 +14,7 @@ from distill.reports.run_report import Amounts, ExampleRow, RunReport, StageRow,
 from distill.reports.wording import (
     duration,
     interval_text,
+    money,
     p_text,
     percent,
     reading,
@@ -276,6 +277,7 @@ def cost_table(report: RunReport) -> Table:
         for view, label in VIEWS.items()
         if view == "student" or any(_differs(arm, view) for arm in report["arms"].values())
     }
+    paid = any(arm["cost"]["with_teacher"].get("dollars") for arm in report["arms"].values())
     rows = [
         [
             name,
@@ -283,15 +285,17 @@ def cost_table(report: RunReport) -> Table:
             scaled(arm["cost"]["student"]["tokens"]),
             duration(arm["cost"]["student"]["seconds"]),
             duration(arm["cost"]["with_teacher"]["seconds"]),
+            *([money(arm["cost"]["with_teacher"].get("dollars", 0.0))] if paid else []),
         ]
         for name, arm in report["arms"].items()
     ]
-    header = ["arm, FLOPs", *shown.values(), "own tokens", "own time", "with teacher"]
+    header = ["arm, FLOPs", *shown.values(), "own tokens", "own time", "with teacher", *(["paid"] if paid else [])]
     return Table(header, rows, "l" + "r" * (len(header) - 1))
 
 
 def stage_table(report: RunReport) -> Table:
     rows = []
+    paid = any(measured(stage).get("dollars") for stage in report["stages"])
     for stage in report["stages"]:
         took = measured(stage)
         rate = took["tokens"] / took["seconds"] if took["seconds"] > 0 else 0.0
@@ -309,16 +313,19 @@ def stage_table(report: RunReport) -> Table:
                 scaled(took["bytes"], "B"),
                 f"{left_out:.0f}",
                 f"{stage['cost'].get('samples_failed', 0):.0f}",
+                *([money(took.get("dollars", 0.0))] if paid else []),
             ]
         )
     header = ["stage", "kind", "status", "dtype", "time", "tokens", "tokens/s", "FLOPs", "written"]
-    return Table([*header, "filtered", "failed"], rows, "llllrrrrrrr")
+    more = ["filtered", "failed", *(["paid"] if paid else [])]
+    return Table([*header, *more], rows, "llll" + "r" * (len(header) + len(more) - 4))
 
 
 def prediction_table(report: RunReport) -> Table:
     pairs = [(stage["name"], stage["predicted"], measured(stage)) for stage in report["stages"] if "predicted" in stage]
     if len(pairs) > 1:
         pairs.append(("total", _total([p for _, p, _ in pairs]), _total([m for *_, m in pairs])))
+    priced = any("dollars" in amounts for _, *both in pairs for amounts in both)
     rows = [
         [
             name,
@@ -329,11 +336,13 @@ def prediction_table(report: RunReport) -> Table:
             scaled(took["tokens"]) if guess["tokens"] else "–",
             *(_ratio(guess[key], took[key]) for key in ("tokens", "flops", "bytes")),
             *_memory_cells(guess, took),
+            *([money(guess.get("dollars", 0.0)), money(took.get("dollars", 0.0))] if priced else []),
         ]
         for name, guess, took in pairs
     ]
     header = ["stage", "predicted", "time", "×", "predicted", "tokens", "×", "FLOPs ×", "bytes ×"]
-    return Table([*header, "predicted", "memory", "×"], rows, "lrrrrrrrrrrr")
+    more = ["predicted", "memory", "×", *(["predicted", "paid"] if priced else [])]
+    return Table([*header, *more], rows, "l" + "r" * (len(header) + len(more) - 1))
 
 
 def _memory_cells(guess: Amounts, took: Amounts) -> list[str]:
@@ -348,13 +357,16 @@ def _ratio(guess: float, took: float) -> str:
 
 
 def _total(amounts: Sequence[Amounts]) -> Amounts:
-    return {
+    total: Amounts = {
         "tokens": sum(one["tokens"] for one in amounts),
         "bytes": sum(one["bytes"] for one in amounts),
         "flops": sum(one["flops"] for one in amounts),
         "seconds": sum(one["seconds"] for one in amounts),
         "memory": max((one.get("memory", 0.0) for one in amounts), default=0.0),
     }
+    if paid := sum(one.get("dollars", 0.0) for one in amounts):
+        total["dollars"] = paid
+    return total
 
 
 def example_blocks(examples: Sequence[ExampleRow]) -> list[Folded]:

@@ -24,13 +24,15 @@ class IntervalRow(TypedDict):
 
 
 class Amounts(TypedDict):
-    """The predicted or measured amounts of a stage. memory: peak bytes; absent if not measured."""
+    """The predicted or measured amounts of a stage. memory: peak bytes; absent if not measured. dollars: what endpoints
+    charge; absent if none is asked."""
 
     tokens: float
     bytes: float
     flops: float
     seconds: float
     memory: NotRequired[float]
+    dollars: NotRequired[float]
 
 
 class StageRow(TypedDict):
@@ -50,11 +52,12 @@ class StageRow(TypedDict):
 
 
 class View(TypedDict):
-    """One of the three views of an arm's cost."""
+    """One of the three views of an arm's cost. dollars: what endpoints charged; absent in reports of earlier versions."""
 
     tokens: float
     flops: float
     seconds: float
+    dollars: NotRequired[float]
 
 
 class StageSnapshotRow(TypedDict):
@@ -203,7 +206,7 @@ def comparison_row(a: str, b: str, result: Paired | SeedsDifference) -> Comparis
 def view(cost: Cost) -> View:
     """A cost as a view of an arm; tokens: all tokens trained on, scored, generated or read as prompts."""
     tokens = cost.tokens_trained + cost.tokens_scored + cost.tokens_generated + cost.tokens_prompt
-    return {"tokens": tokens, "flops": cost.flops, "seconds": cost.wall_seconds}
+    return {"tokens": tokens, "flops": cost.flops, "seconds": cost.wall_seconds, "dollars": cost.dollars}
 
 
 def measured(stage: StageRow) -> Amounts:
@@ -218,4 +221,6 @@ def measured(stage: StageRow) -> Amounts:
     }
     if peak := stage.get("metrics", {}).get("peak_memory"):
         found["memory"] = float(peak)
+    if paid := cost.get("dollars"):
+        found["dollars"] = paid
     return found

@@ -16,7 +16,7 @@ from rich.text import Text
 from distill.printable import printable
 from distill.reports.curves import by_stage, shown_keys
 from distill.reports.run_report import RunReport, measured
-from distill.reports.wording import duration, interval_text, percent, reading, scaled, verdict
+from distill.reports.wording import duration, interval_text, money, percent, reading, scaled, verdict
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 STATUS_STYLES = {
@@ -79,7 +79,9 @@ def interval_bar(interval: Mapping[str, float], width: int = 20, end: float = 1.
 
 
 def stage_table(report: RunReport) -> Table:
-    table = _table("stage", "kind", "status", "dtype", ">time", ">predicted", ">tokens", ">tokens/s")
+    paid = any(measured(stage).get("dollars") for stage in report["stages"])
+    more = [">paid", ">predicted"] if paid else []
+    table = _table("stage", "kind", "status", "dtype", ">time", ">predicted", ">tokens", ">tokens/s", *more)
     for stage in report["stages"]:
         took = measured(stage)
         rate = took["tokens"] / took["seconds"] if took["seconds"] > 0 else 0.0
@@ -92,6 +94,7 @@ def stage_table(report: RunReport) -> Table:
             duration(stage["predicted"]["seconds"]) if "predicted" in stage else "–",
             scaled(took["tokens"]),
             scaled(rate) if rate else "–",
+            *([money(took.get("dollars", 0.0)), money(stage.get("predicted", {}).get("dollars", 0.0))] if paid else []),
         )
     return table
 
@@ -117,7 +120,8 @@ def arm_table(report: RunReport) -> Table:
     end = min(1.0, max(arm["accuracy"]["high"] for arm in arms.values()) * 1.1) or 1.0
     ks = sorted({int(k) for arm in arms.values() for k in arm["pass_at"]} - {1})[-1:]
     header = ["arm", f"0 to {percent(end)}", ">accuracy", *(f">pass@{k}" for k in ks), ">truncated"]
-    table = _table(*header, ">seeds", ">FLOPs", ">with teacher", ">time")
+    paid = any(arm["cost"]["with_teacher"].get("dollars") for arm in arms.values())
+    table = _table(*header, ">seeds", ">FLOPs", ">with teacher", ">time", *([">paid"] if paid else []))
     for name, arm in sorted(arms.items(), key=lambda item: -item[1]["accuracy"]["value"]):
         more = [arm["pass_at"].get(str(k)) for k in ks]
         bar = {key: arm["accuracy"][key] for key in ("low", "value", "high")}
@@ -131,6 +135,7 @@ def arm_table(report: RunReport) -> Table:
             scaled(arm["flops"], "FLOP"),
             scaled(arm["cost"]["with_teacher"]["flops"], "FLOP"),
             duration(arm["seconds"]),
+            *([money(arm["cost"]["with_teacher"].get("dollars", 0.0))] if paid else []),
         )
     return table
 

@@ -40,6 +40,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def money(dollars: float) -> str:
+    """US dollars: cents from one dollar on, two significant digits below."""
+    if not dollars:
+        return "–"
+    return f"${dollars:,.2f}" if dollars >= 1 else f"${dollars:.2g}"
+
+
 def p_text(p: float) -> str:
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 

@@ -79,6 +79,8 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
         row["dtype"] = standing.dtypes
     if standing.predicted:
         row["predicted"] = {key: standing.predicted[key] for key in ("tokens", "bytes", "flops", "seconds", "memory")}  # type: ignore[typeddict-item]
+        if dollars := standing.predicted.get("dollars"):
+            row["predicted"]["dollars"] = dollars
     lines = run / name / "metrics.jsonl"
     if lines.is_file():
         row["curve_steps"], row["curves"] = read_curves(lines)

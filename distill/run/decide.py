@@ -98,7 +98,7 @@ def decide(node: Node, recipe: Recipe, run: Path, redo: Iterable[str] = ()) -> D
 
 def _has_output(folder: Path) -> bool:
     """Whether an unfinished stage left output to resume from."""
-    kept = ("model", "checkpoints/step-*", "traces/*.parquet", "traces/selection.json")
+    kept = ("model", "checkpoints/step-*", "traces/*.parquet", "traces/selection.json", "answers/answers-*.jsonl")
     return any(True for pattern in kept for _ in folder.glob(pattern))
 
 

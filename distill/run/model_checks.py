@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from distill import models
-from distill.recipe import ModelConfig, OnPolicyStage, OptimStage, PruneStage, Recipe
+from distill.recipe import ModelConfig, OnPolicyStage, OptimStage, PruneStage, Recipe, served_models
 from distill.records import UserError
 
 
 def check_models(recipe: Recipe) -> None:
-    """Check every model of a recipe that is a folder or lies in the hub's cache. Raises UserError."""
+    """Check every model of a recipe that is a folder or lies in the hub's cache, and that this machine runs. Raises UserError."""
+    served = served_models(recipe)
     for name, model in recipe.models.items():
-        folder = local_folder(model)
+        folder = None if name in served else local_folder(model)
         if folder is not None:
             models.check_model(folder, trust_remote_code=model.trust_remote_code)
             _check_quantised(name, folder, recipe)

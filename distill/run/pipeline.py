@@ -102,6 +102,9 @@ class Runner:
             from distill.run import plan
 
             plan.check_plugs(self.recipe)
+        for node, stage in zip(wanted, standing, strict=True):
+            if stage is None or stage.status != "done":
+                node.config.check_environment(f"stages.{node.name}")
 
     def _prepare(self, node: Node, number: int, num: int, predictions: Mapping[str, dict[str, float]]) -> str | None:
         """Write the stage.json that a node starts from. Return the reason to run the node, or None if it is finished.

@@ -21,6 +21,8 @@ def settle(config: Any, context: Context) -> Any:
     engine = getattr(config, "engine", None)
     if isinstance(engine, EngineConfig) and model is not None and not config.children():
         engine = settle_engine(engine, model, context)
+        if engine.is_served:
+            return config
         wish = "float32" if engine.fn == "reference" else engine.dtype
         dtype = _dtype("engine.dtype", wish, "engine", model, context)
         config = config.model_copy(update={"engine": engine.model_copy(update={"dtype": dtype})})

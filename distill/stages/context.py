@@ -11,7 +11,7 @@ from distill import machine, models, plug
 from distill.files import SHIPPED, whole_folder
 from distill.machine import Machine, Width
 from distill.progress import Live, Screen
-from distill.recipe import Recipe, TaskConfig
+from distill.recipe import Recipe, TaskConfig, served_models
 from distill.records import Cost, Task, UserError, stable_hash
 from distill.stages.shared_engine import SharedEngine
 
@@ -72,10 +72,12 @@ class Context:
             self.say(note)
 
     def model_dir(self, reference: str) -> Path:
-        """Return the folder of a model of the recipe or of a stage."""
+        """Return the folder of a model of the recipe or of a stage; without weights if only an endpoint runs the model."""
         if reference in self.recipe.stages:
             return self.run / reference / "model"
-        return models.resolve(self.recipe.models[reference], self.phase)
+        return models.resolve(
+            self.recipe.models[reference], self.phase, weights=reference not in served_models(self.recipe)
+        )
 
     def trusts(self, reference: str) -> bool:
         """Return whether the recipe allows a model's own code to run (trust_remote_code); a stage's model: that of its input."""

@@ -22,6 +22,7 @@ from distill.records import (
     Completion,
     Engine,
     Group,
+    Messages,
     Problem,
     Prompt,
     Request,
@@ -101,13 +102,15 @@ class Grader:
     """Decodes and judges completions.
 
     judge: the task's verdict on a completion's text. decode: completion ids -> text. begun: the text with which a prompt has
-    begun the completion: the template's prefill, or the thinking that the chat template opens.
+    begun the completion: the template's prefill, or the thinking that the chat template opens. chat_messages: a problem's
+    messages -> those of its prompt, for an endpoint that renders the prompt itself.
     """
 
     template: Template
     judge: Callable[[Problem, str, bool], Verdict]
     decode: Callable[[Array], str]
     begun: str = ""
+    chat_messages: Callable[[Messages], Messages] | None = None
 
     @staticmethod
     def of(task: Task, tokenizer: Any) -> Grader:
@@ -116,7 +119,12 @@ class Grader:
         def decode(ids_T: Array) -> str:
             return models.decode(tokenizer, ids_T)
 
-        return Grader(task.template, task.judge, decode, models.opened_thinking(tokenizer, task.template))
+        def chat_messages(messages: Messages) -> Messages:
+            return models.chat_messages(tokenizer, task.template, messages)
+
+        return Grader(
+            task.template, task.judge, decode, models.opened_thinking(tokenizer, task.template), chat_messages
+        )
 
     def seen(self, text: str) -> str:
         """Return a completion's text as judges and rewards see it: what the prompt began, and `<think>` for any marker."""
@@ -151,22 +159,29 @@ def sample_completions(
     *,
     top_k: int = 0,
     receive: Callable[[Completion], Completion] = lambda completion: completion,
+    messages: Callable[[Messages], Messages] | None = None,
 ) -> Iterator[GradedCompletion]:
     """Yield graded completions in the order in which the engine finishes them; threads judge while it generates.
 
     receive: called with each completion when it arrives, before its verdict. An iterator `requests` that goes on after it
-    was empty is asked again as long as the engine works.
+    was empty is asked again as long as the engine works. messages: a problem's messages -> those of its prompt, for an engine
+    that may need them beside the ids.
     """
     open_requests: dict[str, CompletionRequest] = {}
 
     def asked(request: CompletionRequest) -> Request:
         open_requests[request.request_id] = request
-        return Request(request.request_id, request.prompt.ids, request.seed)
+        prompt = request.prompt
+        if messages is None:
+            return Request(request.request_id, prompt.ids, request.seed)
+        told = messages(prompt.problem.messages)
+        return Request(request.request_id, prompt.ids, request.seed, messages=told, opened=grader.begun)
 
     def written() -> Iterator[tuple[CompletionRequest, Completion, str]]:
         for completion in engine.generate(map(asked, requests), sampling, top_k=top_k):
             kept = receive(completion)
-            yield open_requests.pop(kept.request_id), kept, grader.decode(kept.ids_T)
+            text = grader.decode(kept.ids_T) if kept.text is None else kept.text
+            yield open_requests.pop(kept.request_id), kept, text
 
     return map_in_threads(lambda one: grader.grade(*one), written(), JUDGE_THREADS, MAX_WAITING)
 

@@ -19,13 +19,14 @@ import numpy as np
 
 from distill import engines, models
 from distill.compute.flops import ModelShape, causal_context, forward_flops
-from distill.recipe import ScoreStage
+from distill.recipe import EngineConfig, ScoreStage
 from distill.records import Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
 from distill.stages.context import Context, Result
 from distill.stages.inputs.conversation_data import DroppedRows
 from distill.stages.inputs.score_inputs import ScoreInputs, open_score_inputs, take
+from distill.stages.kept_answers import KeptAnswers, dollars
 from distill.stages.sampling import context_length, context_limit
-from distill.stages.trace_sampling import package_versions
+from distill.stages.trace_sampling import package_versions, served_versions, weights_of
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
 from distill.traces.summary import stats
@@ -56,7 +57,7 @@ def run(config: ScoreStage, context: Context) -> Result:
     # Rates of values that the data does not have (no verdicts, for example) are nan.
     known = {key: value for key, value in held.as_dict().items() if value == value}
     metrics = {**known, "mean_nll": _mean_nll(folder), "left_out": dict(left_out.reasons)}
-    return Result(_cost(folder, model_dir, left_out), metrics, content_fingerprint(folder))
+    return Result(_cost(config.engine, folder, model_dir, left_out), metrics, content_fingerprint(folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,7 @@ def _fill(
 ) -> None:
     """Score the traces that the folder does not hold yet."""
     folder = context.folder / "traces"
+    kept = None
     with TraceWriter(folder, metadata, shard_rows=config.shard_rows) as writer:
         ids = list(wanted)
         missing = {ids[n] for n in np.flatnonzero(writer.lacks(ids))}
@@ -150,13 +152,16 @@ def _fill(
         try:
             num = len(wanted) - len(missing)
             live = context.live(len(wanted), "traces", num)
+            kept = KeptAnswers(engine, folder, writer)
             for block in _scored(config, engine, inputs, missing):
                 writer.add(block)
+                kept.added(block.trace_id)
                 num += len(block)
                 live.update(num)
             live.close()
         finally:
             engine.close()
+    kept.close()
 
 
 def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Container[str]) -> Iterator[Traces]:
@@ -195,7 +200,7 @@ def _say_left_out(context: Context, left_out: DroppedRows) -> None:
         context.say(f"{count} traces left out: {reason}")
 
 
-def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
+def _cost(engine: EngineConfig, folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
     """Compute the cost of all traces in the folder, whichever attempt wrote them."""
     lengths = open_traces(folder).lengths()
     whole_N = lengths.prompt.astype(np.int64) + lengths.completion
@@ -203,9 +208,12 @@ def _cost(folder: Path, model_dir: Path, left_out: DroppedRows) -> Cost:
     shape = ModelShape.from_config(models.config_of(model_dir))
     return Cost(
         tokens_scored=tokens,
-        flops=forward_flops(shape, tokens, causal_context(whole_N.tolist()), int(lengths.completion.sum())),
+        flops=0.0
+        if engine.is_served
+        else forward_flops(shape, tokens, causal_context(whole_N.tolist()), int(lengths.completion.sum())),
         bytes_written=sum(file.stat().st_size for file in folder.glob("*.parquet")),
         samples_failed=sum(left_out.reasons.values()),
+        dollars=dollars(engine, folder),
     )
 
 
@@ -226,7 +234,7 @@ def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenize
     origin = inputs.origin
     return Metadata(
         model=config.model,
-        weights=models.weights_fingerprint(model_dir),
+        weights=weights_of(config.engine, model_dir),
         tokenizer=models.tokenizer_fingerprint(tokenizer),
         chat_template=origin.chat_template
         if origin is not None and inputs.same_ids
@@ -242,5 +250,5 @@ def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenize
         engine=config.engine.fn,
         dtype=config.engine.dtype,
         source=inputs.text_from,
-        versions=package_versions(),
+        versions=package_versions() | served_versions(config.engine),
     )

@@ -26,6 +26,7 @@ class SamplingCounts:
     """The counts of one attempt at sampling.
 
     rewards_failed: the number of groups that each named reward failed on. completions_unrewarded: completions in such groups.
+    completions_unmapped: completions of an endpoint whose tokens are not those of the model's tokenizer.
     """
 
     tokens_generated: int = 0
@@ -34,6 +35,7 @@ class SamplingCounts:
     correct: int = 0
     judge_seconds: float = 0.0
     completions_unrewarded: int = 0
+    completions_unmapped: int = 0
     rewards_failed: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: SamplingCounts) -> None:
@@ -139,9 +141,13 @@ class RowSampler:
             return replace(completion, top=completion.top.truncate(top_k=metadata.top_k, mass=metadata.mass))
 
         sampling = self.config.sampling.record()
+        messages = self.grader.chat_messages if self.config.engine.is_served else None
         for graded in sample_completions(
-            engine, requests, sampling, self.grader, top_k=metadata.top_k, receive=truncated
+            engine, requests, sampling, self.grader, top_k=metadata.top_k, receive=truncated, messages=messages
         ):
+            if metadata.top_k and graded.completion.top is None:
+                counts.completions_unmapped += 1
+                continue
             counts.completions += 1
             counts.tokens_generated += len(graded.completion.ids_T)
             counts.correct += graded.verdict.correct is True

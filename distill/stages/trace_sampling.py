@@ -17,10 +17,11 @@ import numpy as np
 
 from distill import models
 from distill.compute.flops import ModelShape, generate_flops
-from distill.recipe import EvalStage, GenerateStage
-from distill.records import Array, Cost, Engine, Prompt, Split, Task, Template
+from distill.recipe import EngineConfig, EvalStage, GenerateStage
+from distill.records import Array, Cost, Engine, Prompt, Split, Task, Template, stable_hash
 from distill.stages.context import Context
 from distill.stages.inputs.named_rewards import named_rewards
+from distill.stages.kept_answers import KeptAnswers, dollars
 from distill.stages.sampling import (
     CompletionRequest,
     GradedCompletion,
@@ -58,7 +59,7 @@ def sample_traces(
     tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
     task = context.task(config.task)
     models.check_template(tokenizer, task.template, f"tasks.{config.task}")
-    weights = models.weights_fingerprint(model_dir) if snapshot is None else snapshot.fingerprint
+    weights = weights_of(config.engine, model_dir) if snapshot is None else snapshot.fingerprint
     metadata = _metadata(config, model_dir, weights, tokenizer, task)
     limit = context_limit(config.engine, model_dir)
     # All training seeds are evaluated on the same held-out problems.
@@ -69,6 +70,7 @@ def sample_traces(
     counts = SamplingCounts(prompts_too_long=too_long * config.samples)
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else EVAL_SHARD_ROWS
     adopt_shards(folder, metadata)
+    kept = None
     with TraceWriter(folder, metadata, shard_rows=shard_rows) as writer:
         survey = Survey.of(prompts, config.samples, generation, writer)
         if survey.missing:
@@ -85,13 +87,23 @@ def sample_traces(
                 )
             else:
                 engine = _open_engine(config, context, model_dir, survey.missing, length, metadata.top_k, snapshot)
+                kept = KeptAnswers(engine, folder, writer)
                 sampler = RowSampler(config, generation, grader, metadata, counts, rewards, progress.graded)
                 for rows in in_blocks(sampler.rows(engine, wanted), BLOCK_ROWS):
-                    writer.add(as_traces(rows))
+                    traces = as_traces(rows)
+                    writer.add(traces)
+                    kept.added(traces.trace_id)
                 if rewards is not None:
                     counts.rewards_failed = rewards.failures
             progress.close()
-    return counts, _cost(folder, model_dir, counts)
+    if kept is not None:
+        kept.close()
+    if counts.completions_unmapped:
+        context.say(
+            f"{counts.completions_unmapped} completions left out: they hold tokens that the tokenizer of {config.model} does not "
+            "have, so their distributions cannot be stored"
+        )
+    return counts, _cost(config.engine, folder, model_dir, counts)
 
 
 @dataclass(slots=True, eq=False)
@@ -186,19 +198,33 @@ def _open_engine(
     return engine
 
 
-def _cost(folder: Path, model_dir: Path, counts: SamplingCounts) -> Cost:
-    """Compute the cost of all traces in the folder, whichever attempt wrote them; time and failures of this attempt."""
+def _cost(engine: EngineConfig, folder: Path, model_dir: Path, counts: SamplingCounts) -> Cost:
+    """Compute the cost of all traces in the folder, whichever attempt wrote them; time and failures of this attempt.
+
+    The FLOPs of a model behind an endpoint are not known, and none of this machine's.
+    """
     lengths = open_traces(folder).lengths()
     prompt, new = int(lengths.prompt.sum()), int(lengths.completion.sum())
     shape = ModelShape.from_config(models.config_of(model_dir))
     return Cost(
         tokens_generated=new,
         tokens_prompt=prompt,
-        flops=generate_flops(shape, prompt, new, len(lengths.prompt)),
+        flops=0.0 if engine.is_served else generate_flops(shape, prompt, new, len(lengths.prompt)),
         bytes_written=sum(file.stat().st_size for file in folder.glob("*.parquet")),
         judge_seconds=counts.judge_seconds,
-        samples_failed=counts.prompts_too_long + counts.completions_unrewarded,
+        samples_failed=counts.prompts_too_long + counts.completions_unrewarded + counts.completions_unmapped,
+        dollars=dollars(engine, folder),
     )
+
+
+def weights_of(engine: EngineConfig, model_dir: Path) -> str:
+    """Return the fingerprint of the weights that an engine runs: of a model behind an endpoint, its name there."""
+    return stable_hash("served", engine.model) if engine.is_served else models.weights_fingerprint(model_dir)
+
+
+def served_versions(engine: EngineConfig) -> dict[str, str]:
+    """Return the name of a model behind an endpoint, for the traces' metadata."""
+    return {"served_model": engine.model} if engine.is_served and engine.model else {}
 
 
 def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, tokenizer: Any, task: Task) -> Metadata:
@@ -218,7 +244,7 @@ def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, 
         exact=captured.exact if captured else False,
         engine=config.engine.fn,
         dtype=config.engine.dtype,
-        versions=package_versions() | template_date(tokenizer, task.template),
+        versions=package_versions() | template_date(tokenizer, task.template) | served_versions(config.engine),
     )
 
 

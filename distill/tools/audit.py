@@ -20,7 +20,7 @@ import numpy as np
 
 from distill import engines, models, recipe, run_folder
 from distill.progress import PATIENCE, Screen
-from distill.recipe import EngineConfig, GenerateStage, ModelConfig, ScoreStage
+from distill.recipe import EngineConfig, GenerateStage, ModelConfig, ScoreStage, served
 from distill.records import Array, Completion, Engine, Request, TopK, Traces, UserError
 from distill.stages.sampling import context_length
 from distill.stages.trace_sampling import package_versions
@@ -146,6 +146,11 @@ def audit(
 
 def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path, EngineConfig]:
     """The model's folder, and the config of the engine that wrote the traces as far as it is known."""
+    if reader.metadata.engine == served.FN:
+        raise UserError(
+            f"{reader.path}: the weights of {reader.metadata.model!r} are behind an endpoint, so that the traces cannot be scored "
+            "again here."
+        )
     origin = _stage(reader)
     config = origin[1].engine if origin is not None else EngineConfig(fn=reader.metadata.engine)
     if config.fn == engines.AUTO:

@@ -12,7 +12,8 @@ from rich.text import Text
 from distill import progress, run_folder
 from distill.printable import printable
 from distill.recipe import Recipe
-from distill.reports.wording import duration, scaled
+from distill.records import UserError
+from distill.reports.wording import duration, money, scaled
 from distill.run import advice, decide, nodes, plan
 
 
@@ -47,7 +48,8 @@ def print_plan(resolved: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
         machine = plan.measured(resolved)
         rows = plan.predict(resolved, machine)
     table = Table(box=None, pad_edge=False)
-    for column in ("stage", "kind", "", "tokens", "bytes", "FLOPs", "memory", "time"):
+    priced = any(row.amounts["dollars"] for row in rows)
+    for column in ("stage", "kind", "", "tokens", "bytes", "FLOPs", "memory", "time", *(["cost"] if priced else [])):
         table.add_column(column, justify="left" if column in ("stage", "kind", "") else "right")
     by_name = {node.name: node for node in nodes.nodes(resolved)}
     total: dict[str, float] = {}
@@ -58,12 +60,20 @@ def print_plan(resolved: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
         word = {"skip": "done", "run": ""}.get(decision.action, decision.action)
         if decision.action != "skip":
             ahead.append(row)
-        table.add_row(row.name, row.kind, word, *cells, duration(row.amounts["seconds"]))
+        paid = [money(row.amounts["dollars"])] if priced else []
+        table.add_row(row.name, row.kind, word, *cells, duration(row.amounts["seconds"]), *paid)
         for key, value in row.amounts.items():
             total[key] = max(total.get(key, 0.0), value) if key == "memory" else total.get(key, 0.0) + value
     cells = [scaled(total[key]) for key in ("tokens", "bytes", "flops", "memory")]
-    table.add_row("total", "", "", *cells, duration(total["seconds"]), style="bold")
+    paid = [money(total["dollars"])] if priced else []
+    table.add_row("total", "", "", *cells, duration(total["seconds"]), *paid, style="bold")
     Console().print(table)
+    for node in by_name.values():
+        if decide.decide(node, resolved, folder, redo).action != "skip":
+            try:
+                node.config.check_environment(f"stages.{node.name}")
+            except UserError as error:
+                typer.echo(f"not ready: {error}")
     for note in (note for row in rows for note in row.notes):
         typer.echo(note)
     for line in advice.machine_lines(rows, machine):

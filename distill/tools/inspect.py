@@ -17,7 +17,7 @@ from distill import engines, models, run_folder
 from distill.files import write_atomic
 from distill.inspector import token_text, trace_page
 from distill.progress import Screen
-from distill.recipe import EngineConfig, ModelConfig, Recipe
+from distill.recipe import EngineConfig, ModelConfig, Recipe, served_models
 from distill.records import Completion, Request, Traces, UserError, stable_hash
 from distill.traces.reader import TraceReader, open_traces
 from distill.traces.schema import Metadata
@@ -128,7 +128,7 @@ def _folder(found: Found, reference: str) -> Path:
         if (found.run / reference / "model" / "config.json").is_file():
             return found.run / reference / "model"
         if reference in found.recipe.models:
-            return models.resolve(found.recipe.models[reference])
+            return models.resolve(found.recipe.models[reference], weights=reference not in served_models(found.recipe))
     return models.resolve(ModelConfig(source=reference))
 
 

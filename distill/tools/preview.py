@@ -10,7 +10,7 @@ from typing import Any
 
 from distill import models
 from distill.conversations import Conversation, Reader
-from distill.recipe import Recipe, ScoreStage, StageConfig, TrainStage
+from distill.recipe import Recipe, ScoreStage, StageConfig, TrainStage, served_models
 from distill.recipe.lineage import origin
 from distill.records import Array, Message, Messages, Task, Template, UserError
 from distill.stages.context import find_data, make_task
@@ -57,7 +57,7 @@ def _of_stage(name: str, stage: StageConfig, model: str, recipe: Recipe) -> Iter
     if source not in recipe.models:
         yield f"{name}: its model {source!r} is made by a stage of your own; no preview"
         return
-    folder = models.resolve(recipe.models[source])
+    folder = models.resolve(recipe.models[source], weights=source not in served_models(recipe))
     tokenizer = models.load_tokenizer(folder, trust_remote_code=recipe.models[source].trust_remote_code)
     reference = next(iter(stage.reads("task")), None)
     task = make_task(reference, recipe.tasks[reference]) if reference is not None else None

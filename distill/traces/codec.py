@@ -103,7 +103,10 @@ def check(traces: Traces, metadata: Metadata) -> None:
                  "completion_ids", "logprob", "reward", "correct", "finish_reason"):  # fmt: skip
         if len(getattr(traces, name)) != len(traces):
             raise ValueError(f"{name} has {len(getattr(traces, name))} rows, not {len(traces)}")
-    if not np.array_equal(traces.logprob.lengths, traces.completion_ids.lengths):
+    lengths_N = traces.logprob.lengths
+    # An endpoint that gives text alone has no log-probabilities: those rows are empty.
+    unknown_N = (lengths_N == 0) & (metadata.top_k == 0)
+    if not np.array_equal(lengths_N[~unknown_N], traces.completion_ids.lengths[~unknown_N]):
         raise ValueError("logprob and completion_ids differ in length")
     _check_ids(traces.prompt_ids.values, metadata, "prompt_ids")
     _check_ids(traces.completion_ids.values, metadata, "completion_ids")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,50 @@ def test_engine_settings_that_exclude_each_other_are_refused(stage, words):
     assert words in str(error.value)
     kept = {key: value for key, value in stage.items() if key != "engine"}
     recipe.validate({**tree, "stages": {"s": kept}})
+
+
+# ------------------------------------------------------------------------------------------- served engines
+
+SERVED = {"fn": "openai", "base_url": "http://localhost:8000/v1", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"fn": "openai"}, "needs base_url and model"),
+        ({**SERVED, "key": "sk-123"}, "as $NAME"),
+        ({**SERVED, "key": 123}, "as $NAME"),
+        ({**SERVED, "base_url": "localhost:8000"}, "http://host:port/v1"),
+        ({**SERVED, "base_url": "https://me:sk-123@host/v1"}, "named by key"),
+        ({**SERVED, "base_url": "https://host/v1?key=sk-123"}, "named by key"),
+        ({**SERVED, "kv_cache_gib": 1}, "kv_cache_gib: the endpoint decides"),
+        ({**SERVED, "tensor_parallel": 2}, "tensor_parallel: the endpoint decides"),
+        ({**SERVED, "dtype": "float32"}, "dtype: the endpoint decides"),
+        ({"fn": "vllm", "price": {"input": 1, "output": 2}}, "set fn: openai"),
+        ({**SERVED, "api_key": "sk-123"}, "'key'"),
+        ({**SERVED, "max_concurrency": 3}, "'batch_size'"),
+        ({**SERVED, "price": {"input": -1, "output": 2}}, "price.input"),
+    ],
+)
+def test_fields_of_a_served_engine(engine, message):
+    stage = {"kind": "eval", "model": "base", "task": "sums", "engine": engine}
+    task = {"fn": "reasoning_gym", "dataset": "chain_sum"}
+    tree = {"name": "t", "models": {"base": "a/b"}, "tasks": {"sums": task}, "stages": {"e": stage}}
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        recipe.validate(tree)
+    assert "sk-123" not in str(refused.value)
+
+
+def test_a_served_model_needs_no_weights_here():
+    served = {"kind": "eval", "model": "big", "task": "sums", "engine": {**SERVED, "key": "${SOME_KEY}"}}
+    local = {"kind": "eval", "model": "base", "task": "sums"}
+    task = {"fn": "reasoning_gym", "dataset": "chain_sum"}
+    tree = {
+        "name": "t",
+        "models": {"base": "a/b", "big": "c/d"},
+        "tasks": {"sums": task},
+        "stages": {"e": served, "f": local},
+    }
+    assert recipe.served_models(recipe.validate(tree)) == {"big"}
+    tree["stages"]["g"] = {**local, "model": "big"}
+    assert recipe.served_models(recipe.validate(tree)) == set()

@@ -12,6 +12,7 @@ from distill.machine import Machine
 from distill.recipe import CompareStage, EvalStage, FilterStage, GenerateStage, PolicyStage, PruneStage, ScoreStage
 from distill.records import UserError
 from distill.run.known_sizes import Known, reward_bytes, rows_of, stored
+from distill.run.predictions import served
 from distill.run.predictions.row import (
     Row,
     all_engines,
@@ -51,7 +52,7 @@ def mean_reply(config: GenerateStage | EvalStage | PolicyStage, known: Known) ->
 
 
 def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machine: Machine) -> Row:
-    shape, (_, prompt) = known.shape(config.model), known.task(config.task)
+    _, prompt = known.task(config.task)
     reply = mean_reply(config, known)
     folders = [config.problems * config.samples]
     if isinstance(config, EvalStage) and config.snapshot_problems:
@@ -62,6 +63,23 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     known.traces[name] = (sequences, prompt, reply)
     known.tasks_of[name] = config.task
+    written = sum(
+        estimate.predict_trace_bytes(rows, rows * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows)
+        for rows in folders
+    )
+    if config.engine.is_served:
+        top = config.top_logprobs if isinstance(config, GenerateStage) else 0
+        return served.row(
+            name,
+            config.kind,
+            config.engine,
+            requests=sequences,
+            prompt=prompt,
+            reply=reply,
+            written=written,
+            top_logprobs=top,
+        )
+    shape = known.shape(config.model)
     engines = engines_at_once(config.engine, machine)
     part = engine_part(
         shape,
@@ -85,10 +103,7 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
         memory += Memory(rewards=reward_bytes(config.rewards))
     amounts = make_amounts(
         tokens=sequences * (prompt + reply),
-        bytes=sum(
-            estimate.predict_trace_bytes(rows, rows * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows)
-            for rows in folders
-        ),
+        bytes=written,
         flops=flops.generate_flops(shape, sequences * prompt, sequences * reply, sequences),
         memory=memory.total,
         seconds=part.seconds,
@@ -139,10 +154,17 @@ def compare(name: str, config: CompareStage, known: Known, machine: Machine) -> 
 
 
 def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list[Row]:
-    shape = known.shape(config.model)
     rows, prompt, reply = known.traces.get(config.data) or rows_of(config.data, config, known)
     known.traces[name] = rows, prompt, reply
     tokens = rows * (prompt + reply)
+    written = estimate.predict_trace_bytes(int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows)
+    if config.engine.is_served:
+        whole, top = prompt + reply, config.top_logprobs
+        made = served.row(
+            name, config.kind, config.engine, requests=rows, prompt=whole, reply=1, written=written, top_logprobs=top
+        )
+        return [made]
+    shape = known.shape(config.model)
     total = flops.forward_flops(shape, tokens, (prompt + reply + 1) / 2, rows * reply)
     engines = engines_at_once(config.engine, machine)
     part = engine_part(
@@ -157,7 +179,7 @@ def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list
     memory = all_engines(memory, config.engine, machine)
     amounts = make_amounts(
         tokens=tokens,
-        bytes=estimate.predict_trace_bytes(int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows),
+        bytes=written,
         flops=total,
         memory=memory.total,
         seconds=part.seconds,

@@ -38,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The prediction for one node. amounts: tokens, bytes, flops, memory (peak bytes), seconds."""
+    """The prediction for one node. amounts: tokens, bytes, flops, memory (peak bytes), seconds, dollars."""
 
     name: str
     kind: str
@@ -81,8 +81,16 @@ def make_amounts(
     flops: float = 0.0,
     memory: float = 0.0,
     seconds: float = 0.0,
+    dollars: float = 0.0,
 ) -> dict[str, float]:
-    return {"tokens": tokens, "bytes": bytes, "flops": flops, "memory": memory, "seconds": seconds}
+    return {
+        "tokens": tokens,
+        "bytes": bytes,
+        "flops": flops,
+        "memory": memory,
+        "seconds": seconds,
+        "dollars": dollars,
+    }
 
 
 def dtype_part(

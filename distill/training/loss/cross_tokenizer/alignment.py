@@ -25,42 +25,18 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
     Raises UserError for a tokenizer that is neither byte-level nor sentencepiece-like.
     """
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    if any(token.startswith("Ġ") for token in vocabulary):
-        table = {char: byte for byte, char in _byte_characters().items()}
-
-        def decode(token: str) -> bytes:
-            return bytes(table[char] for char in token)
-
-    elif any(token.startswith("▁") for token in vocabulary):
-
-        def decode(token: str) -> bytes:
-            if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                return bytes([int(token[3:5], 16)])
-            return token.replace("▁", " ").encode()
-
-    else:
+    found = models.vocabulary_bytes(tokenizer)
+    if found is None:
         raise UserError(
             "tokens cannot be aligned: the tokenizer is neither byte-level nor sentencepiece-like, so the bytes of its "
             "tokens are not known. Use loss: {fn: cross_entropy}, which learns from the text."
         )
-    found = [b""] * (max(vocabulary.values(), default=-1) + 1)
-    added = tokenizer.added_tokens_decoder
-    for token, index in vocabulary.items():
-        if index not in added:
-            found[index] = decode(token)
-        elif not added[index].special:
-            found[index] = str(added[index].content).encode()
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if token.special and index < len(found):
+            found[index] = b""
     if tokenizer.eos_token_id is not None:
         found[tokenizer.eos_token_id] = END
     return found
-
-
-def _byte_characters() -> dict[int, str]:
-    """Return the printable character that byte-level vocabularies use for each byte (GPT-2's table)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
