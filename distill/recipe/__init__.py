@@ -4,12 +4,11 @@ Frozen pydantic models; an unknown key is an error that names the nearest one. T
 rewards, filters, tasks) are parameters of their functions; here a plug is `fn` and a mapping of options.
 """
 
+from distill.recipe.engine import EngineConfig
 from distill.recipe.fields import (
     Config,
     DistributedConfig,
     Dtype,
-    EngineConfig,
-    Input,
     LoraConfig,
     ModelConfig,
     PlugConfig,
@@ -17,12 +16,13 @@ from distill.recipe.fields import (
     Role,
     RowsConfig,
     SamplingConfig,
-    StageConfig,
     TaskConfig,
     base_name,
 )
 from distill.recipe.lineage import served_models
 from distill.recipe.load import load, parse_overrides, validate
+from distill.recipe.policy_stages import GrpoStage, OnPolicyStage, PolicyStage
+from distill.recipe.stage import Input, StageConfig
 from distill.recipe.stages import (
     KINDS,
     CompareStage,
@@ -34,10 +34,7 @@ from distill.recipe.stages import (
     kind_class,
 )
 from distill.recipe.training_stages import (
-    GrpoStage,
-    OnPolicyStage,
     OptimStage,
-    PolicyStage,
     TrainStage,
     data_of,
     teachers_of,

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.recipe.fields import EngineConfig, Input, base_name
+from distill.recipe.engine import EngineConfig
+from distill.recipe.fields import base_name
+from distill.recipe.stage import Input
 from distill.recipe.tree import Recipe
 
 Role = Literal["start", "teacher", "student"]

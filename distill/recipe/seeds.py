@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distill.recipe.fields import StageConfig, copy_name
+from distill.recipe.fields import copy_name
+from distill.recipe.stage import StageConfig
 from distill.recipe.tree import Recipe, order
 from distill.records import UserError
 

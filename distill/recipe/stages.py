@@ -9,24 +9,22 @@ import pydantic
 from pydantic import Field, PositiveInt
 
 from distill import plug
+from distill.recipe.engine import EngineConfig
 from distill.recipe.fields import (
-    EngineConfig,
-    Input,
     Name,
     PlugConfig,
     RewardConfig,
     RowsConfig,
     SamplingConfig,
-    StageConfig,
     copy_name,
     execution,
     growth,
 )
+from distill.recipe.policy_stages import GrpoStage, OnPolicyStage
+from distill.recipe.stage import Input, StageConfig
 from distill.recipe.training_stages import (
     MAX_FAILED_REWARDS,
     REWARD_TIMEOUT,
-    GrpoStage,
-    OnPolicyStage,
     TrainStage,
 )
 from distill.records import UserError

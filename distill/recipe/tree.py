@@ -10,17 +10,17 @@ import pydantic
 from pydantic import Field
 
 from distill.plug import nearest
+from distill.recipe.engine import EngineConfig
 from distill.recipe.fields import (
     Config,
     DistributedConfig,
-    EngineConfig,
     ModelConfig,
     Name,
     Seeds,
-    StageConfig,
     StageName,
     TaskConfig,
 )
+from distill.recipe.stage import StageConfig
 from distill.recipe.stages import KINDS
 from distill.records import UserError
 

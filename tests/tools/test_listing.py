@@ -7,8 +7,9 @@ from typer.testing import CliRunner
 
 from distill.cli import app
 from distill.recipe import KINDS
-from distill.recipe.fields import Config, PlugConfig, StageConfig
+from distill.recipe.fields import Config, PlugConfig
 from distill.recipe.load import section
+from distill.recipe.stage import StageConfig
 from distill.records import UserError
 from distill.tools import listing
 
