@@ -107,6 +107,8 @@ def tiny(tree: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
     }
     stages = {}
     for name, stage in tree["stages"].items():
+        if name.startswith("math_"):  # as the stages on GSM8K
+            continue
         small = {key: SMALL.get(key, value) for key, value in stage.items() if key not in DROPPED}
         if stage["kind"] in ("eval", "compare"):
             small |= {"problems": 3, "samples": stage.get("samples", 1) and min(stage.get("samples", 1), 2)}
@@ -119,6 +121,10 @@ def tiny(tree: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
             small["engine"] = {"fn": "transformers", "dtype": "float32", "batch_size": 16}
         if "budget" in stage:
             small["budget"] = stage["budget"]
+        if "rewards" in stage:
+            small["rewards"] = [
+                {**reward, **({"cache": 2} if "cache" in reward else {})} for reward in stage["rewards"]
+            ]
         if stage["kind"] in ("train", "grpo", "on_policy"):
             small["dtype"] = "float32"
         if stage["kind"] == "train":

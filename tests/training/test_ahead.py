@@ -71,6 +71,27 @@ def test_a_resumed_run_is_the_same_run(tiny_dir, tmp_path, engine, share, stop_b
     assert len([r for r in spy.requests if r]) == max(0, 4 - stop_before)
 
 
+@pytest.mark.slow
+def test_ahead_learns_as_well_within_the_spread_of_seeds(tiny_dir, tmp_path, engine, share):  # noqa: F811
+    """Three seeds each: the mean reward of the last steps lies within the other's 95% interval, and both have learnt."""
+    finals = {0: [], 1: []}
+    for ahead in finals:
+        for seed in (1, 2, 3):
+            folder = tmp_path / f"{ahead}-{seed}"
+            config = stage(steps=20, group_size=8, lr=1e-2, ahead=ahead)
+            made = source(engine, config, share, seed=seed) if ahead else _alone(engine, config, share, seed)
+            rollouts.run(tiny_dir, folder, made)
+            finals[ahead].append(float(np.mean([line["reward"] for line in lines(folder)[-5:]])))
+    means = {ahead: np.mean(values) for ahead, values in finals.items()}
+    half = {ahead: 4.303 * np.std(values, ddof=1) / 3**0.5 for ahead, values in finals.items()}
+    assert min(means.values()) > 0.65, finals
+    assert abs(means[1] - means[0]) <= max(half.values()), finals
+
+
+def _alone(given, config, reward, seed):
+    return rollouts.source(given, config, objectives.grpo(beta=0.0, mask_truncated=False), reward, seed=seed)
+
+
 def test_sampling_goes_on_while_the_model_trains():
     began, may_end = threading.Event(), threading.Event()
 
