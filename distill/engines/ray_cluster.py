@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,8 @@ def connect(config: EngineConfig) -> None:
 
 OPTIONS: dict[str, Any] = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": True}
 AUTHENTICATION = "RAY_AUTH_MODE"
+KNOCK = 10.0
+"""Seconds in which a cluster's address must answer."""
 
 
 def _connect_here(config: EngineConfig) -> None:
@@ -64,13 +67,26 @@ def _join(address: str) -> None:
 
     if ray.is_initialized():
         return
+    _knock(address)
     try:
         ray.init(address=address, **OPTIONS)
     except ConnectionError as error:
-        raise UserError(
-            f"engine.ray: no Ray cluster is found at {address!r} ({str(error).splitlines()[0][:200]}). Start one with "
-            "`ray start --head`, or set ray: local."
-        ) from None
+        raise UserError(_missing(address, str(error).splitlines()[0][:200])) from None
+
+
+def _knock(address: str) -> None:
+    """Refuse an address at which nobody listens; Ray would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto", or a name that Ray looks up itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
+    except OSError as error:
+        raise UserError(_missing(address, str(error))) from None
+
+
+def _missing(address: str, why: str) -> str:
+    return f"engine.ray: no Ray cluster is found at {address!r} ({why}). Start one with `ray start --head`, or set ray: local."
 
 
 def disconnect() -> None:

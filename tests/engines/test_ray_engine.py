@@ -195,9 +195,9 @@ def test_without_a_cluster_there_is_one_message(address, tmp_path):
 
 
 def test_without_ray_there_is_one_message(tiny_dir, monkeypatch):
-    from distill.engines import ray as own
+    from distill.engines import ray_cluster
 
-    monkeypatch.setattr(own.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"Ray is not installed.*distill\[ray\]"):
         opened(TWO, tiny_dir)
 
