@@ -18,7 +18,7 @@ from distill.tools.fit_output import COLUMNS, _sum
 from distill.tools.listing import RECIPES
 
 CARD_RECIPES = sorted(RECIPES.glob("*_qwen.yaml"))
-SAID = re.compile(r"# Predicted by `distill check recipes/(\w+)\.yaml --gpu ([\w:-]+)`: ([\d.]+) hours")
+SAID = re.compile(r"# Predicted by `distill check recipes/(\w+)\.yaml --gpu ([\w:-]+)`: ([\d.]+) hours, ([\d.]+) GB of traces")
 STAGE = re.compile(r"#   (\w+) ([\w.]+) ([\d.]+): (.+)")
 
 
@@ -36,6 +36,7 @@ def test_the_header_says_what_is_predicted(path):
     found = fit.verdicts(recipe.load(path), cards.parse(said[2]))
     assert all(each.fits for each in found), [each.problem for each in found]
     assert near(float(said[3]), sum(each.row.amounts["seconds"] for each in found) / 3600)
+    assert near(float(said[4]), sum(each.row.amounts["bytes"] for each in found) / 1e9)
     by_name = {each.row.name.replace("@1", ""): each for each in found if each.need}
     lines = STAGE.findall(text[said.end() :])
     assert {kind for kind, *_ in lines} == {each.row.kind for each in by_name.values()}
@@ -148,6 +149,15 @@ def padded_dir(tiny_dir, tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
+def r1_like(model_dir: Path, folder: Path, padding: int) -> Path:
+    """The tiny model with a tokenizer of its own: the same text tokens, and <think> and </think> as special tokens."""
+    model, words = models.load(model_dir, dtype="float32"), models.load_tokenizer(model_dir)
+    words.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    model.resize_token_embeddings(len(words) + padding)
+    models.save(model, words, folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["distil_24gb_qwen", "r1_distill_qwen", "grpo_qwen", "r1_qwen"])
 def test_every_stage_runs_at_tiny_size(name, tiny_dir, padded_dir, tmp_path):
@@ -155,6 +165,9 @@ def test_every_stage_runs_at_tiny_size(name, tiny_dir, padded_dir, tmp_path):
     tree = tiny(yaml.safe_load((RECIPES / f"{name}.yaml").read_text()), tiny_dir, tmp_path)
     if "teacher" in tree["models"]:
         tree["models"]["teacher"] = {"source": str(padded_dir)}
+    if name == "r1_distill_qwen":  # R1's distilled models have special tokens that Qwen's do not
+        for role, tokens in (("teacher", 128), ("same", 64)):
+            tree["models"][role] = {"source": str(r1_like(tiny_dir, tmp_path / role, padding=tokens))}
     made = Project(tmp_path, tree)
     ran = made.run()
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr
