@@ -198,6 +198,24 @@ def test_a_saved_dataset_keeps_its_official_splits(tmp_path):
     assert len(task.rejected) == 5
 
 
+def test_math_has_answers_beside_its_solutions(tmp_path):
+    """The layout of the data set behind `math`; the last boxed text of a solution is not what is compared."""
+    for split, numbers in (("train", range(4)), ("test", range(3, 5))):  # 3 is in both
+        rows = [
+            {"problem": f"Half of {n}?", "solution": f"Not $\\boxed{{{n}}}$ but half.", "answer": f"\\frac{{{n}}}{{2}}",
+             "subject": "Algebra", "level": 1, "unique_id": f"{split}/{n}.json"}
+            for n in numbers
+        ]  # fmt: skip
+        write(tmp_path / f"{split}.jsonl", rows)
+    task = hub("m", dataset="math", folder=str(tmp_path))
+    train, test = list(task.problems("train", None, 1)), list(task.problems("held_out", None, 1))
+    assert {p.gold for p in train} == {rf"\frac{{{n}}}{{2}}" for n in range(3)}
+    assert {p.gold for p in test} == {r"\frac{3}{2}", r"\frac{4}{2}"}
+    problem = next(p for p in test if "3" in str(p.gold))
+    assert task.judge(problem, r"It is \boxed{1.5}.").correct is True
+    assert task.judge(problem, r"It is \boxed{3}.").correct is False
+
+
 def test_a_folder_of_parquet_files_is_a_dataset(tmp_path):
     tables, folder = saved_gsm8k(tmp_path / "mine")
     folder.mkdir()
