@@ -18,7 +18,9 @@ from distill.tools.fit_output import COLUMNS, _sum
 from distill.tools.listing import RECIPES
 
 CARD_RECIPES = sorted(RECIPES.glob("*_qwen.yaml"))
-SAID = re.compile(r"# Predicted by `distill check recipes/(\w+)\.yaml --gpu ([\w:-]+)`: ([\d.]+) hours, ([\d.]+) GB of traces")
+SAID = re.compile(
+    r"# Predicted by `distill check recipes/(\w+)\.yaml --gpu ([\w:-]+)`: ([\d.]+) hours, ([\d.]+) GB of traces"
+)
 STAGE = re.compile(r"#   (\w+) ([\w.]+) ([\d.]+): (.+)")
 
 
