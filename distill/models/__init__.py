@@ -9,7 +9,7 @@ are used by processes that never load a model.
 """
 
 from distill.files import cache_home, file_hash
-from distill.models.chat_template import pin_date, pinned_date
+from distill.models.chat_template import opened_by, pin_date, pinned_date
 from distill.models.checkpoint_folder import check_folder, check_vocabulary, has_tokenizer
 from distill.models.loading import (
     auto_dtype,
@@ -31,6 +31,8 @@ from distill.models.rendering import (
     check_template,
     conversation_text,
     decode,
+    encode_prompt,
+    end_id,
     opened_thinking,
     prompt_text,
     render_completion,
@@ -81,6 +83,8 @@ __all__ = [
     "copy_weights",
     "decode",
     "effective_weight",
+    "encode_prompt",
+    "end_id",
     "exported_weights",
     "file_hash",
     "has_tokenizer",
@@ -91,6 +95,7 @@ __all__ = [
     "load_tokenizer",
     "mend_generation_config",
     "num_layers",
+    "opened_by",
     "opened_thinking",
     "package_file",
     "pin_date",

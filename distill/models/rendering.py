@@ -56,8 +56,12 @@ def render_prompt(tokenizer: Any, template: Template, messages: Sequence[Message
     around the last question, with the special tokens that the tokenizer itself puts in front of a text. Raises UserError for
     what the chat template cannot hold.
     """
-    text, leading = prompt_text(tokenizer, template, messages, tools), _leading(tokenizer, template)
-    bos = tokenizer.bos_token
+    return encode_prompt(tokenizer, template, prompt_text(tokenizer, template, messages, tools))
+
+
+def encode_prompt(tokenizer: Any, template: Template, text: str) -> Array:
+    """Return the ids [T] of a prompt's text, with the special tokens that a tokenizer puts in front of plain text."""
+    leading, bos = _leading(tokenizer, template), tokenizer.bos_token
     if bos and len(leading) and leading[-1] == tokenizer.bos_token_id and text.startswith(bos):
         leading = leading[:-1]  # the text begins with its own BOS
     return encode(tokenizer, text, leading)
@@ -155,6 +159,12 @@ def turn_end(tokenizer: Any, template: Template) -> str:
     """Return the text that ends a completion: that of the assistant's turn, or the EOS token of plain text."""
     chat = chat_template_of(tokenizer, template)
     return (tokenizer.eos_token or "") if chat is None else chat.turn_end
+
+
+def end_id(tokenizer: Any, template: Template) -> int | None:
+    """Return the id of the token that ends a completion, the last of `turn_end`; None if there is none."""
+    text = turn_end(tokenizer, template)
+    return int(encode(tokenizer, text)[-1]) if text else None
 
 
 def turn_end_ids(tokenizer: Any, template: Template | None = None) -> frozenset[int]:

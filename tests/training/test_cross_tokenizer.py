@@ -11,9 +11,10 @@ from head_problems import softmax
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.errors import UserError
+from distill.models import render_prompt, render_reply
 from distill.records import Template
 from distill.training.loss import divergences
 from distill.training.loss.cross_tokenizer.alignment import (
@@ -318,6 +319,71 @@ def test_sampled_ids_are_retokenized_for_any_tokenization(tokenizer, small, mist
             assert len(found.alignment.student_span_T) == len(ids)
             assert (found.alignment.student_span_T >= 0).all()
             assert (found.alignment.teacher_span_T >= 0).all()
+
+
+CHAT = Template(name="chat", system=None, plain="{question}", extract=str)
+REASONED = "<think>\nthree and four\n</think>\n\nIt is 7."
+
+
+def templated(folder, chat_template, eos, *tokens):
+    """SmolLM2's tokenizer with another chat template, end and added tokens."""
+    made = AutoTokenizer.from_pretrained(folder)
+    made.add_special_tokens({"additional_special_tokens": [eos]})
+    made.add_tokens(list(tokens))
+    made.chat_template, made.eos_token = chat_template, eos
+    return made
+
+
+@pytest.fixture(scope="module")
+def qwen_like(smollm2_dir):
+    """A base model's: turns end with <|im_end|>, and the EOS is another token."""
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    return templated(
+        smollm2_dir, turns + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "<|endoftext|>"
+    )
+
+
+@pytest.fixture(scope="module")
+def r1_like(smollm2_dir):
+    """One that writes <think>, a token, into the prompt, as R1's distilled models do."""
+    turns = (
+        "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% else %}<A>{{ m.content.split('</think>')[-1] }}"
+        "<E>{% endif %}{% endfor %}{% if add_generation_prompt %}<A><think>\n{% endif %}"
+    )
+    return templated(smollm2_dir, turns, "<E>", "<U>", "<A>", "<think>", "</think>")
+
+
+def test_reasoning_that_one_prompt_opens_is_opened_once_for_the_teacher(qwen_like, r1_like):
+    for student, teacher, beginning in ((qwen_like, r1_like, "<U>how much?<A>"), (r1_like, qwen_like, None)):
+        ids = render_reply(student, CHAT, QUESTION, {"content": REASONED})
+        found = Retokenizer(student, teacher, CHAT)(QUESTION, ids)
+        read = teacher.decode([*found.prompt_ids, *found.completion_ids])
+        assert (read.count("<think>"), read.count("</think>")) == (1, 1), read
+        assert REASONED in read
+        assert beginning is None or read.startswith(f"{beginning}<think>\n")
+
+
+def test_a_reply_without_reasoning_keeps_the_teachers_prompt(qwen_like, r1_like):
+    ids = render_reply(qwen_like, CHAT, QUESTION, {"content": "It is 7."})
+    found = Retokenizer(qwen_like, r1_like, CHAT)(QUESTION, ids)
+    assert np.array_equal(found.prompt_ids, render_prompt(r1_like, CHAT, QUESTION))
+
+
+def test_the_ends_of_both_turns_correspond_where_a_turn_ends_with_another_token_than_the_eos(qwen_like, r1_like):
+    """One span of its own, and one pair of the vocabulary map; a sampled EOS ends the teacher's reading too."""
+    turn, eos = qwen_like.convert_tokens_to_ids("<|im_end|>"), qwen_like.eos_token_id
+    ids = render_reply(qwen_like, CHAT, QUESTION, {"content": REASONED})
+    assert ids[-1] == turn != eos
+    read = Retokenizer(qwen_like, r1_like, CHAT)
+    for last in (turn, eos):
+        found = read(QUESTION, np.append(ids[:-1], last))
+        assert found.completion_ids[-1] == r1_like.eos_token_id
+        for spans in (found.alignment.student_span_T, found.alignment.teacher_span_T):
+            assert spans[-1] == spans[-2] + 1 == found.alignment.num_spans - 1
+    shared = VocabularyMap.of_tokenizers(qwen_like, len(qwen_like), r1_like, len(r1_like), CHAT)
+    pairs = dict(zip(shared.teacher_shared_M.tolist(), shared.student_shared_M.tolist(), strict=True))
+    assert pairs[r1_like.eos_token_id] == turn
+    assert eos in shared.student_other
 
 
 def test_the_leading_space_of_sentencepiece_is_not_part_of_the_text(tokenizer, mistral):

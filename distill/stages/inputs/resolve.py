@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill import models, plug
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage, teachers_of
-from distill.records import UserError
+from distill.records import Template, UserError
+from distill.stages.inputs.score_inputs import template_of
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.head import LossFn
@@ -159,12 +160,20 @@ def load_teachers(
             theirs = models.load_tokenizer(folder, trust_remote_code=context.trusts(name))
             student = models.config_of(context.model_dir(config.model))
             size = min(len(theirs), model.config.vocab_size)
-            shared = VocabularyMap.of_tokenizers(tokenizer, min(len(tokenizer), student["vocab_size"]), theirs, size)
+            template = shared_template(config, context)
+            num = min(len(tokenizer), student["vocab_size"])
+            shared = VocabularyMap.of_tokenizers(tokenizer, num, theirs, size, template)
         plan = prove_forward(
             model, name, size or min(len(tokenizer), model.config.get_text_config().vocab_size), context, max_tokens
         )
         teachers.append(Teacher(model, share, size, shared, plan))
     return teachers
+
+
+def shared_template(config: TrainStage | OnPolicyStage, context: Context) -> Template:
+    """The template under which the student and a teacher with another tokenizer read the stage's traces."""
+    task = None if config.task is None else context.task(config.task)
+    return template_of(config if isinstance(config, TrainStage) else None, task)
 
 
 def teacher_dir(name: str, config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Path:

@@ -20,7 +20,7 @@ from distill.records import Array, Template, UserError, draw_seed
 from distill.stages.context import Context, find_data
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, nothing_found, open_rows
 from distill.stages.inputs.multi_teacher import join
-from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer
+from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer, shared_template
 from distill.stages.inputs.score_inputs import check_unused_options, is_traces, question_of, template_of
 from distill.traces.reader import TraceReader, open_traces
 from distill.training.loss import sparse
@@ -55,8 +55,7 @@ def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: 
         return None
     (name,) = teachers_of(config.teacher)
     theirs = models.load_tokenizer(context.model_dir(name), trust_remote_code=context.trusts(name))
-    task = None if config.task is None else context.task(config.task)
-    template = template_of(config if isinstance(config, TrainStage) else None, task)
+    template = shared_template(config, context)
     models.check_template(theirs, template, f"stages.{context.name}.teacher")
     return Retokenizer(tokenizer, theirs, template)
 

@@ -20,8 +20,10 @@ END = b"\xff\xffend"
 """The bytes that stand for the end-of-text token; no other token or text has them."""
 
 
-def token_bytes(tokenizer: Any) -> list[bytes]:
+def token_bytes(tokenizer: Any, end: int | None = None) -> list[bytes]:
     """Return the bytes of every id, empty for special tokens (END for the end of text).
+
+    end: the id that ends a completion; None = the tokenizer's EOS, which may differ from the end of a chat template's turn.
 
     Raises UserError for a tokenizer that is neither byte-level nor sentencepiece-like.
     """
@@ -34,8 +36,9 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     for index, token in tokenizer.added_tokens_decoder.items():
         if token.special and index < len(found):
             found[index] = b""
-    if tokenizer.eos_token_id is not None:
-        found[tokenizer.eos_token_id] = END
+    end = tokenizer.eos_token_id if end is None else end
+    if end is not None:
+        found[end] = END
     return found
 
 
@@ -49,11 +52,16 @@ class VocabularyMap:
     teacher_other: Array
 
     @staticmethod
-    def of_tokenizers(student: Any, student_size: int, teacher: Any, teacher_size: int) -> VocabularyMap:
-        """Map two tokenizers for heads of these sizes; ids beyond a head are ignored, ids without a token have no text."""
+    def of_tokenizers(
+        student: Any, student_size: int, teacher: Any, teacher_size: int, template: Template
+    ) -> VocabularyMap:
+        """Map two tokenizers for heads of these sizes; ids beyond a head are ignored, ids without a token have no text.
+
+        template: decides which tokens end a completion; they correspond to each other.
+        """
 
         def texts(tokenizer: Any, size: int) -> list[bytes]:
-            found = token_bytes(tokenizer)[:size]
+            found = token_bytes(tokenizer, models.end_id(tokenizer, template))[:size]
             return found + [b""] * (size - len(found))
 
         return VocabularyMap.of(texts(student, student_size), texts(teacher, teacher_size))
@@ -150,11 +158,19 @@ class RetokenizedTrace:
 
 
 class Retokenizer:
-    """Re-tokenises a student's traces for a teacher, with the teacher's own chat template."""
+    """Re-tokenises a student's traces for a teacher, with the teacher's own chat template.
+
+    Where only one of the two chat templates opens the reasoning (as R1-Distill's writes `<think>` into the prompt), the
+    teacher's prompt is changed so that the mark stands once in what the teacher reads.
+    """
 
     def __init__(self, student: Any, teacher: Any, template: Template) -> None:
         self._student, self._teacher, self._template = student, teacher, template
-        self._student_bytes, self._teacher_bytes = token_bytes(student), token_bytes(teacher)
+        self._end = models.end_id(teacher, template)
+        self._teacher_bytes = token_bytes(teacher, self._end)
+        self._student_bytes = token_bytes(student, models.end_id(student, template))
+        if student.eos_token_id is not None:  # a sampled completion may end with either
+            self._student_bytes[student.eos_token_id] = END
 
     def __call__(self, messages: Sequence[Message], completion_ids: Array) -> RetokenizedTrace | None:
         """Re-tokenise a prompt, given as messages, and a completion, given in the student's ids.
@@ -165,14 +181,24 @@ class Retokenizer:
         ids = [int(i) for i in completion_ids]
         text = models.decode(self._student, completion_ids)
         student_bytes = _bytes_by_token(self._student_bytes, ids, text)
-        teacher_ids = models.render_completion(
-            self._teacher, text, finished=student_bytes is not None and student_bytes[-1:] == [END]
-        )
+        teacher_ids = models.render_completion(self._teacher, text, finished=False)
+        if student_bytes is not None and student_bytes[-1:] == [END] and self._end is not None:
+            teacher_ids = np.append(teacher_ids, np.int32(self._end))
         teacher_bytes = _bytes_by_token(self._teacher_bytes, [int(i) for i in teacher_ids], text)
         if student_bytes is None or teacher_bytes is None:
             return None
-        prompt = models.render_prompt(self._teacher, self._template, messages)
+        prompt = models.encode_prompt(self._teacher, self._template, self._prompt(messages, text))
         return RetokenizedTrace(prompt, teacher_ids, align(student_bytes, teacher_bytes))
+
+    def _prompt(self, messages: Sequence[Message], completion: str) -> str:
+        """The text of the teacher's prompt for a completion of the student's prompt."""
+        ours, theirs = (models.prompt_text(each, self._template, messages) for each in (self._student, self._teacher))
+        student_opened, teacher_opened = models.opened_by(ours), models.opened_by(theirs)
+        if student_opened and not teacher_opened:
+            return theirs + student_opened
+        if teacher_opened and not student_opened and completion.lstrip().startswith(teacher_opened.strip()):
+            return theirs.removesuffix(teacher_opened)
+        return theirs
 
 
 def _bytes_by_token(table: Sequence[bytes], ids: Sequence[int], text: str) -> list[bytes] | None:
