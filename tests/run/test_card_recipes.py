@@ -152,9 +152,14 @@ def padded_dir(tiny_dir, tokenizer, tmp_path_factory) -> Path:
 
 
 def r1_like(model_dir: Path, folder: Path, padding: int) -> Path:
-    """The tiny model with a tokenizer of its own: the same text tokens, and <think> and </think> as special tokens."""
+    """The tiny model with R1-Distill's way of tokens: the same text tokens, others for turns, and <think> opened by the prompt."""
     model, words = models.load(model_dir, dtype="float32"), models.load_tokenizer(model_dir)
-    words.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    words.add_tokens(["<U>", "<A>", "<think>", "</think>"])
+    words.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<U>{{ m.content }}{% elif m.role == 'assistant' %}"
+        "<A>{{ m.content.split('</think>')[-1] }}<|im_end|>{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<A><think>\n{% endif %}"
+    )
     model.resize_token_embeddings(len(words) + padding)
     models.save(model, words, folder)
     return folder
