@@ -234,9 +234,13 @@ def fill_by_replicas(
     length: int,
     wanted: Iterable[WantedProblem],
     counts: SamplingCounts,
+    begin: Callable[[], None],
     show: Callable[[str], None],
 ) -> None:
-    """Sample and write the wanted problems with the stage's replicas. show: called with a completion's text, for progress."""
+    """Sample and write the wanted problems with the stage's replicas.
+
+    begin: called when the engines are there. show: called with a completion's text, for progress.
+    """
     from distill.engines.ray import Replicas
 
     context.engine.close()
@@ -251,6 +255,7 @@ def fill_by_replicas(
             sticky=True,
         )
         fleet.call(lambda actor: actor.facts.remote())
+        begin()
         fill(fleet, config, wanted, counts, show)
 
 

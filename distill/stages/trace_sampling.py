@@ -83,11 +83,21 @@ def sample_traces(
             if writes_itself(config):
                 assert isinstance(config, GenerateStage)
                 fill_by_replicas(
-                    config, context, folder, metadata, generation, length, wanted, counts, progress.answered
+                    config,
+                    context,
+                    folder,
+                    metadata,
+                    generation,
+                    length,
+                    wanted,
+                    counts,
+                    progress.begin,
+                    progress.answered,
                 )
             else:
                 engine = _open_engine(config, context, model_dir, survey.missing, length, metadata.top_k, snapshot)
                 kept = KeptAnswers(engine, folder, writer)
+                progress.begin()
                 sampler = RowSampler(config, generation, grader, metadata, counts, rewards, progress.graded)
                 for rows in in_blocks(sampler.rows(engine, wanted), BLOCK_ROWS):
                     traces = as_traces(rows)
@@ -152,9 +162,15 @@ class _Progress:
 
     def __init__(self, context: Context, counts: SamplingCounts, total: int, missing: int) -> None:
         self._context, self._counts = context, counts
-        self._live = context.live(total, "traces", total - missing)
-        self._began = time.monotonic()
+        self._total, self._missing = total, missing
+        self._live: Live | None = None
+        self._began = 0.0
         self._is_first = True
+
+    def begin(self) -> None:
+        """Show the line: the engines are there."""
+        self._live = self._context.live(self._total, "traces", self._total - self._missing)
+        self._began = time.monotonic()
 
     def graded(self, graded: GradedCompletion) -> None:
         """Show a completion that has just been counted."""
@@ -166,6 +182,7 @@ class _Progress:
             self._context.say(f"first trace: {' '.join(text.split())[:160]}")
             self._is_first = False
         counts = self._counts
+        assert self._live is not None
         self._live.update(
             self._live.first + counts.completions,
             correct=f"{counts.correct / counts.completions:.0%}",
@@ -173,7 +190,8 @@ class _Progress:
         )
 
     def close(self) -> None:
-        self._live.close()
+        if self._live is not None:
+            self._live.close()
 
 
 def _open_engine(
