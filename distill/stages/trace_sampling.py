@@ -17,6 +17,7 @@ import numpy as np
 
 from distill import models
 from distill.compute.flops import ModelShape, generate_flops
+from distill.progress import Live
 from distill.recipe import EngineConfig, EvalStage, GenerateStage
 from distill.records import Array, Cost, Engine, Prompt, Split, Task, Template, stable_hash
 from distill.stages.context import Context
