@@ -28,6 +28,32 @@ class WorkerLostError(Exception):
     """A worker's process or machine has ended; the message says how."""
 
 
+class Feed(Generic[Job]):
+    """An iterator that grows: it ends when it is empty, and goes on when there is more."""
+
+    def __init__(self) -> None:
+        self._items: deque[Job] = deque()
+
+    def extend(self, items: Iterable[Job]) -> None:
+        self._items.extend(items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __iter__(self) -> Feed[Job]:
+        return self
+
+    def __next__(self) -> Job:
+        if not self._items:
+            raise StopIteration
+        return self._items.popleft()
+
+
+def requests_held(batch_size: int) -> int:
+    """Return the requests that a worker with an engine holds: those that it decodes, and some that come next."""
+    return batch_size + max(4, batch_size // 4)
+
+
 class Calls(Protocol):
     """How workers are called. A call returns a reference at once."""
 
@@ -65,8 +91,8 @@ class Fleet(Generic[Job]):
     """`num` workers. One run at a time.
 
     spawn(): make a worker. prepare(worker, number): the calls that a new worker must have made before it gets jobs. sticky: a dead
-    worker's jobs wait for its successor, who knows what has become of them; else any worker gets them. may_replace(): whether a dead worker gets a successor now; else at the next `revive`. say: called with a
-    message when a worker is replaced.
+    worker's jobs wait for its successor, who knows what has become of them; else any worker gets them. may_replace(): whether a
+    dead worker gets a successor now; else at the next `revive`. say: called with a message when a worker is replaced.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill import engines, world
-from distill.engines.fleet import Fleet, WorkerLostError
+from distill.engines.fleet import Fleet, WorkerLostError, requests_held
 from distill.engines.nccl_transfer import NcclTransfer
 from distill.engines.ray_cluster import check_room, connect, disconnect
 from distill.engines.ray_replica import Facts, Replica, Run, Start, Weights, packed
@@ -140,7 +140,7 @@ class RayEngine:
         self._runs = 0
         self._transferred = False
         self.version = 0
-        self._window = config.batch_size + max(4, config.batch_size // 4)
+        self._window = requests_held(config.batch_size)
         self._replicas = Replicas(config, model_dir, max_model_len=max_model_len, max_top_k=max_top_k, seed=seed)
         try:
             # Where the weights travel from GPU to GPU, only the trainer has the present ones: a successor waits for the next.
@@ -193,7 +193,8 @@ class RayEngine:
             self._transferred = True
             versions = self.fleet.call(lambda actor: actor.transferred.remote(version))
         else:
-            self._weights = packed(weights), version  # the former parts are freed here
+            self._weights = None  # frees the former parts before there are new ones
+            self._weights = packed(weights), version
             versions = self.fleet.call(lambda actor: actor.sync.remote(self._weights))
         if set(versions) != {version}:
             raise RuntimeError(f"the engines have weights of the versions {versions}, not {version}.")

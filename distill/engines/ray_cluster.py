@@ -16,6 +16,11 @@ from distill.machine import cores
 from distill.recipe import EngineConfig
 from distill.records import UserError
 
+OPTIONS: dict[str, Any] = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": True}
+AUTHENTICATION = "RAY_AUTH_MODE"
+KNOCK = 10.0
+"""Seconds in which a cluster's address must answer."""
+
 _users = 0
 """The number of engines of this process that use the connection to the cluster."""
 
@@ -37,12 +42,6 @@ def connect(config: EngineConfig) -> None:
         else:
             _join(str(config.ray))
     _users += 1
-
-
-OPTIONS: dict[str, Any] = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": True}
-AUTHENTICATION = "RAY_AUTH_MODE"
-KNOCK = 10.0
-"""Seconds in which a cluster's address must answer."""
 
 
 def _connect_here(config: EngineConfig) -> None:

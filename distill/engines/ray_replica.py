@@ -7,7 +7,6 @@ import socket
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distill import engines, world
+from distill.engines.fleet import Feed
+from distill.engines.weight_parts import parts
 from distill.recipe import EngineConfig
 from distill.records import Completion, Request, Sampling, UserError
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 SLICE = 0.05
 """Seconds after which a call to an actor returns the completions that are finished, once there is one."""
-BUCKET_BYTES = 512 << 20
-"""Weights are put into the object store in parts of about this size."""
-
 Weights = tuple[list[Any], int]
 """References to the parts of the weights in the object store, and their version."""
 
@@ -71,7 +69,7 @@ class Replica:
     def __init__(self) -> None:
         self.engine: Any = None
         self._run: Run | None = None
-        self._feed = Feed()
+        self._feed: Feed[Request] = Feed()
         self._answers: Iterator[Completion] | None = None
 
     def start(self, start: Start) -> None:
@@ -154,50 +152,20 @@ def _writable(request: Request) -> Request:
     )
 
 
-class Feed:
-    """An iterator over requests that grows: it ends when it is empty, and goes on when there are more."""
-
-    def __init__(self) -> None:
-        self._requests: deque[Request] = deque()
-
-    def extend(self, requests: Iterable[Request]) -> None:
-        self._requests.extend(requests)
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Feed:
-        return self
-
-    def __next__(self) -> Request:
-        if not self._requests:
-            raise StopIteration
-        return self._requests.popleft()
-
-
 def packed(weights: Iterable[tuple[str, torch.Tensor]]) -> list[Any]:
     """Put weights into the object store, part by part; returns the references."""
     import ray
     import torch
 
-    parts: list[Any] = []
-    part: dict[str, Any] = {}
-    size = 0
-    for name, tensor in weights:
-        tensor = tensor.detach().cpu()
-        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-        part[name] = bits.numpy(), tensor.dtype
-        size += tensor.nbytes
-        if size >= BUCKET_BYTES:
-            parts.append(ray.put(part))
-            part, size = {}, 0
-    if part:
-        parts.append(ray.put(part))
-    return parts
+    def plain(tensor: torch.Tensor) -> Any:
+        """numpy knows no bfloat16."""
+        return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy(), tensor.dtype
+
+    return [ray.put({name: plain(tensor) for name, tensor in part.items()}) for part in parts(weights)]
 
 
 def _unpacked(references: list[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of `_packed`, as views of the object store's memory."""
+    """Yield the weights of `packed`, as views of the object store's memory."""
     import ray
     import torch
 

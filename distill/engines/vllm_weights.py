@@ -10,7 +10,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from distill.engines.weight_parts import parts
+
 RELOAD_LOGGER = "vllm.model_executor.model_loader.reload.layerwise"
 MISSED = "Failed to load weights"
 """How the library's warning of a layer without new weights begins; its argument is the layer's class name."""
-PART_BYTES = 512 << 20
-"""Weights that are on their way to worker processes at a time."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -45,7 +45,7 @@ def reload_across(llm: Any, pairs: Iterator[tuple[str, torch.Tensor]], ignore: t
     (`distributed/weight_transfer/ipc_engine.py`: start, parts, finish).
     """
     llm.collective_rpc(_begin)
-    for part in _parts(pairs, PART_BYTES):
+    for part in parts(pairs, copy=True):
         with _as_file(part) as path:
             llm.collective_rpc(_load_part, args=(path,))
     _complete(llm.collective_rpc(_finish), ignore)
@@ -59,20 +59,6 @@ def _complete(missed: list[tuple[set[str], set[str]]], ignore: tuple[str, ...]) 
         raise ValueError(f"no new weights for layers of these kinds: {', '.join(kinds)}.")
 
 
-def _parts(pairs: Iterable[tuple[str, torch.Tensor]], size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the weights in their order, in main memory, about `size` bytes at a time."""
-    part: dict[str, torch.Tensor] = {}
-    held = 0
-    for name, tensor in pairs:
-        if part and held + tensor.nbytes > size:
-            yield part
-            part, held = {}, 0
-        part[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        held += tensor.nbytes
-    if part:
-        yield part
-
-
 @contextlib.contextmanager
 def _as_file(part: dict[str, torch.Tensor]) -> Iterator[str]:
     """Write a part to a file that exists inside the context: in shared memory if it has room, else where temporary files go."""
@@ -84,7 +70,7 @@ def _as_file(part: dict[str, torch.Tensor]) -> Iterator[str]:
     with tempfile.TemporaryDirectory(dir=SHARED_MEMORY if room > 2 * size else None, prefix="distill-") as folder:
         path = f"{folder}/weights.safetensors"
         # Names in the order of the part; safetensors orders them by dtype and name.
-        order = {f"{n:06d}.{name}": tensor for n, (name, tensor) in enumerate(part.items())}
+        order = {f"{n:06d}.{name}": tensor.contiguous() for n, (name, tensor) in enumerate(part.items())}
         save_file(order, path)
         yield path
 

@@ -60,6 +60,11 @@ class EngineConfig(Config):
         description="where the engines run as Ray actors: local = on this machine, auto = on the cluster that is running, or "
         "the address of a cluster; None = one engine in the stage's process",
     )
+    weight_transfer: Literal["object_store", "nccl"] = execution(
+        "object_store",
+        description="with ray, how new weights reach the engines: through Ray's object store, or from GPU to GPU by vLLM's own "
+        "transfer (nccl)",
+    )
     base_url: Annotated[str | None, BeforeValidator(served.checked_url)] = execution(
         None, description="with fn: openai, the address of the endpoint, such as http://localhost:8000/v1"
     )
@@ -87,12 +92,6 @@ class EngineConfig(Config):
     price: PriceConfig | None = execution(
         None,
         description="with fn: openai, the endpoint's price in US dollars per million tokens: {input: 0.5, output: 1.5}",
-    )
-
-    weight_transfer: Literal["object_store", "nccl"] = execution(
-        "object_store",
-        description="with ray, how new weights reach the engines: through Ray's object store, or from GPU to GPU by vLLM's own "
-        "transfer (nccl)",
     )
 
     @model_validator(mode="before")

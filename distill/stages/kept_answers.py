@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.engines.served import journal
 from distill.recipe import EngineConfig
-from distill.traces.writer import TraceWriter
+from distill.traces.writer import StoredRows, TraceWriter
 
 
 class KeptAnswers:
@@ -22,23 +21,19 @@ class KeptAnswers:
     def __init__(self, engine: Any, folder: Path, writer: TraceWriter) -> None:
         keep = getattr(engine, "keep_answers", None)
         self._journal: journal.AnswerJournal | None = None if keep is None else keep(journal_of(folder), writer)
-        self._writer, self._before = writer, writer.num_rows
-        self._added: deque[str] = deque()
-        self._num_stored = 0
+        self._stored: StoredRows[str] = StoredRows(writer)
 
     def added(self, ids: Sequence[str]) -> None:
         """Note traces that the writer got; it stores them in this order."""
         if self._journal is None:
             return
-        self._added.extend(ids)
-        num = self._writer.num_rows - self._before - self._num_stored
-        self._num_stored += num
-        self._journal.stored([self._added.popleft() for _ in range(num)])
+        self._stored.added(ids)
+        self._journal.stored(self._stored.take())
 
     def close(self) -> None:
         """End the journal after the writer: all traces are in shards."""
         if self._journal is not None:
-            self._journal.stored(self._added)
+            self._journal.stored(self._stored.rest())
             self._journal.close()
 
 

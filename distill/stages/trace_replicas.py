@@ -10,12 +10,12 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill.engines.fleet import Feed, requests_held
 from distill.recipe import EvalStage, GenerateStage
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from distill.stages.trace_rewards import RewardedCompletion
     from distill.stages.trace_rows import Generation, SamplingCounts, WantedProblem
     from distill.traces.schema import Metadata
+    from distill.traces.writer import StoredRows
 
 DRIVER_WRITES = 8
 """Up to this many replicas the stage's process judges and writes (about 7 microseconds a position)."""
@@ -72,28 +73,23 @@ class TraceReplica:
     """An actor: an engine, the judge and rewards, and a writer of its own. Imports come late, after the environment is set."""
 
     def __init__(self) -> None:
-        self._feed: deque[tuple[int, WantedProblem]] = deque()
+        self._feed: Feed[WantedProblem] = Feed()
         self._open: dict[str, _Open] = {}
         self._rows: Iterator[RewardedCompletion] | None = None
         self._block: list[RewardedCompletion] = []
-        self._added: deque[str] = deque()
-        self._num_written = 0
 
     def start(self, start: Start, work: Work, writer: str) -> None:
         """Open the engine, the task and the writer."""
         from distill.engines.ray_replica import Replica
 
-        replica = Replica()
-        replica.start(start)
-        self._replica = replica
-        self._engine = replica.engine
+        self._replica = Replica()
+        self._replica.start(start)
 
         from distill import models, run_folder
         from distill.progress import Screen
         from distill.stages.context import Context
         from distill.stages.inputs.named_rewards import named_rewards
         from distill.stages.sampling import Grader
-        from distill.traces.writer import TraceWriter
 
         models.pin_date(run_folder.environment(work.run)["date"])
         context = Context(run_folder.recipe(work.run), work.run, work.name, Screen(io.StringIO()))
@@ -101,16 +97,17 @@ class TraceReplica:
         tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
         grader = Grader.of(context.task(work.config.task), tokenizer)
         rewards = named_rewards(work.config, f"stages.{work.name}")
-        self.prepare(work, writer, grader, rewards, TraceWriter)
+        self.prepare(work, writer, grader, rewards, self._replica.engine)
 
-    def prepare(self, work: Work, writer: str, grader: Any, rewards: Any, open_writer: Any, engine: Any = None) -> None:
-        """Take up what `start` has opened."""
-        self._work, self._grader, self._rewards = work, grader, rewards
-        self._engine = self._engine if engine is None else engine
-        self._writer = open_writer(
+    def prepare(self, work: Work, writer: str, grader: Any, rewards: Any, engine: Any) -> None:
+        """Take up what `start` has opened, and open the writer."""
+        from distill.traces.writer import StoredRows, TraceWriter
+
+        self._work, self._grader, self._rewards, self._engine = work, grader, rewards, engine
+        self._writer = TraceWriter(
             work.folder, work.metadata, shard_rows=work.config.shard_rows, writer=writer, only_own=True
         )
-        self._before = self._writer.num_rows
+        self._stored: StoredRows[str] = StoredRows(self._writer)
 
     def facts(self) -> Any:
         return self._replica.facts()
@@ -158,7 +155,7 @@ class TraceReplica:
                 by_id = {request.request_id: request for request in there}
                 stored += tuple(stored_completions(self._work.folder, by_id, self._grader)[problem])
             self._open[problem] = _Open(number, len(lacking), answer)
-            self._feed.append((number, WantedProblem(wanted.prompt, lacking, stored)))
+            self._feed.extend([WantedProblem(wanted.prompt, lacking, stored)])
         return answers
 
     def _sample(self) -> Iterator[RewardedCompletion]:
@@ -166,7 +163,7 @@ class TraceReplica:
 
         work = self._work
         sampler = RowSampler(work.config, work.generation, self._grader, work.metadata, SamplingCounts(), self._rewards)
-        return sampler.rows(self._engine, _Feed(self._feed))
+        return sampler.rows(self._engine, self._feed)
 
     def _flush(self) -> None:
         """Give the rows that wait to the writer."""
@@ -175,24 +172,19 @@ class TraceReplica:
         if not self._block:
             return
         for row in self._block:
-            problem = row.graded.request.prompt.problem.problem_id
-            counts = self._open[problem].answer.counts
-            counts.completions += 1
-            counts.tokens_generated += len(row.graded.completion.ids_T)
-            counts.correct += row.graded.verdict.correct is True
-            counts.judge_seconds += row.graded.seconds
-            counts.completions_unrewarded += row.failed
-            self._open[problem].answer.text = row.graded.text[:200]
-            self._added.append(problem)
+            answer = self._open[row.graded.request.prompt.problem.problem_id].answer
+            answer.counts.count(row.graded)
+            answer.counts.completions_unrewarded += row.failed
+            answer.text = row.graded.text[:200]
+        self._stored.added(row.graded.request.prompt.problem.problem_id for row in self._block)
         self._writer.add(as_traces(self._block))
         self._block = []
 
     def _written(self) -> list[tuple[int, Answer]]:
-        """Return the problems of which the last row has reached the disk; rows are written in the order added."""
+        """Return the problems of which the last row has reached the disk."""
         answers = []
-        while self._num_written < self._writer.num_rows - self._before:
-            self._num_written += 1
-            one = self._open[problem := self._added.popleft()]
+        for problem in self._stored.take():
+            one = self._open[problem]
             one.left -= 1
             if not one.left:
                 del self._open[problem]
@@ -203,21 +195,6 @@ class TraceReplica:
         """Close the writer; return how often each reward failed."""
         self._writer.close()
         return self._rewards.failures if self._rewards is not None else {}
-
-
-@dataclass(slots=True)
-class _Feed:
-    """An iterator over the queued problems; it goes on when there are more."""
-
-    queue: deque[tuple[int, WantedProblem]] = field(default_factory=deque)
-
-    def __iter__(self) -> _Feed:
-        return self
-
-    def __next__(self) -> WantedProblem:
-        if not self.queue:
-            raise StopIteration
-        return self.queue.popleft()[1]
 
 
 def writer_name(number: int) -> str:
@@ -267,16 +244,16 @@ def fill(
     show: Callable[[str], None],
 ) -> None:
     """Give the wanted problems to a fleet of TraceReplicas until all are on the disk, and let them finish."""
+    from distill.stages.trace_rows import SamplingCounts
+
     for _, _, answer in fleet.run(wanted, lambda actor, given: actor.work.remote(given), window(config)):
         counts.add(answer.counts)
         if answer.counts.completions:
             show(answer.text)
     for failures in fleet.call(lambda actor: actor.finish.remote()):
-        for name, number in failures.items():
-            counts.rewards_failed[name] = counts.rewards_failed.get(name, 0) + number
+        counts.add(SamplingCounts(rewards_failed=failures))
 
 
 def window(config: GenerateStage) -> int:
     """Return the problems that an actor holds: those that it decodes, some more, and those that wait for their shard."""
-    batch = config.engine.batch_size
-    return math.ceil((batch + max(4, batch // 4) + config.shard_rows) / config.samples) + 1
+    return math.ceil((requests_held(config.engine.batch_size) + config.shard_rows) / config.samples) + 1

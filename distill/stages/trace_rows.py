@@ -38,6 +38,13 @@ class SamplingCounts:
     completions_unmapped: int = 0
     rewards_failed: dict[str, int] = field(default_factory=dict)
 
+    def count(self, graded: GradedCompletion) -> None:
+        """Count a completion."""
+        self.completions += 1
+        self.tokens_generated += len(graded.completion.ids_T)
+        self.correct += graded.verdict.correct is True
+        self.judge_seconds += graded.seconds
+
     def add(self, other: SamplingCounts) -> None:
         """Add another process's counts."""
         for one in fields(self):
@@ -148,10 +155,7 @@ class RowSampler:
             if metadata.top_k and graded.completion.top is None:
                 counts.completions_unmapped += 1
                 continue
-            counts.completions += 1
-            counts.tokens_generated += len(graded.completion.ids_T)
-            counts.correct += graded.verdict.correct is True
-            counts.judge_seconds += graded.seconds
+            counts.count(graded)
             self.watch(graded)
             yield graded
 

@@ -41,11 +41,11 @@ class KnownIds:
             self._sorted, self._recent = np.union1d(self._sorted, recent), set()
 
     def __contains__(self, trace_id: object) -> bool:
-        (number,) = _numbers([str(trace_id)])
-        if int(number) in self._recent:
+        number = _number(str(trace_id))
+        if number in self._recent:
             return True
-        place = int(np.searchsorted(self._sorted, number))
-        return place < len(self._sorted) and bool(self._sorted[place] == number)
+        place = int(np.searchsorted(self._sorted, np.uint64(number)))
+        return place < len(self._sorted) and int(self._sorted[place]) == number
 
     def lacks(self, ids: Sequence[str]) -> Array:
         """Return for each id whether it is not in the set, bool [N]."""

@@ -15,9 +15,10 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from distill.traces import codec, folder, reader
 from distill.traces.known_ids import KnownIds
 from distill.traces.schema import Metadata
 
+Item = TypeVar("Item")
 SHARD_BYTES = 64 << 20
 """The approximate size of a shard in memory; on the disk it is a third of that."""
 
@@ -249,6 +251,29 @@ class TraceWriter:
             return
         self._ids.add(ids)
         self._list(describe(path.name, data, table))
+
+
+class StoredRows(Generic[Item]):
+    """Which of the rows that a writer gets are on the disk, by what a caller knows of them; they are stored in the order added."""
+
+    def __init__(self, writer: TraceWriter) -> None:
+        self._writer, self._taken = writer, writer.num_rows
+        self._waiting: deque[Item] = deque()
+
+    def added(self, rows: Iterable[Item]) -> None:
+        """Note rows that the writer got."""
+        self._waiting.extend(rows)
+
+    def take(self) -> list[Item]:
+        """Return those that have reached the disk since the last call."""
+        num = self._writer.num_rows - self._taken
+        self._taken += num
+        return [self._waiting.popleft() for _ in range(num)]
+
+    def rest(self) -> list[Item]:
+        """Return all others; for after the writer's end."""
+        rest, self._waiting = list(self._waiting), deque()
+        return rest
 
 
 def adopt_shards(path: Path, metadata: Metadata) -> None:

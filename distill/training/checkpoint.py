@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -126,7 +125,8 @@ def resume(folder: Path, tensors: Mapping[str, Tensor], say: Callable[[str], Non
     """Read the newest whole checkpoint into the tensors, in place, and restore the random state; return its facts.
 
     Tensors that the checkpoint lacks stay as they are; facts["tensors"] lists those that were read, and facts["carried"] has what
-    the processes carried over. None if there is no checkpoint. say: called with a line about each damaged one. Raises UserError for one of another format.
+    the processes carried over. None if there is no checkpoint. say: called with a line about each damaged one. Raises UserError
+    for one of another format.
     """
     for path in reversed(world.broadcast(every(folder))):
         facts, problem = _verified(path)
@@ -146,8 +146,7 @@ def read(path: Path, tensors: Mapping[str, Tensor]) -> list[str]:
     reader = FileSystemReader(path / STATE)
     stored = reader.read_metadata().state_dict_metadata
     state = {name: tensor for name, tensor in tensors.items() if name in stored}
-    mine = f"{RANDOM}{world.rank()}/"
-    random = {n: torch.empty(stored[n].size, dtype=torch.uint8) for n in stored if n.startswith(mine)}  # type: ignore[union-attr]
+    random = _room_for(stored, f"{RANDOM}{world.rank()}/")
     state_dict_loader.load({**state, **random}, storage_reader=reader, no_dist=world.size() == 1)
     for name, value in random.items():
         if name.endswith("torch"):
@@ -196,10 +195,15 @@ def _carried(path: Path) -> list[bytes]:
     """Return what every process of a checkpoint carried over."""
     reader = FileSystemReader(path / STATE)
     stored = reader.read_metadata().state_dict_metadata
-    parts = {n: torch.empty(stored[n].size, dtype=torch.uint8) for n in stored if n.startswith(CARRIED)}  # type: ignore[union-attr]
+    parts = _room_for(stored, CARRIED)
     if parts:
         state_dict_loader.load(parts, storage_reader=reader, no_dist=world.size() == 1)
     return [part.numpy().tobytes() for part in parts.values()]
+
+
+def _room_for(stored: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Return empty tensors for the bytes that a checkpoint holds under names of a prefix."""
+    return {n: torch.empty(stored[n].size, dtype=torch.uint8) for n in stored if n.startswith(prefix)}
 
 
 def _problem(path: Path, expected: Mapping[str, Any]) -> str:
@@ -246,4 +250,4 @@ def _reason(error: BaseException) -> str:
 @functools.lru_cache(maxsize=1)
 def _own_group() -> Any:
     """Return a group for the thread that writes, so that its messages do not mix with the training's."""
-    return dist.new_group(backend="gloo", timeout=world.TIMEOUT)
+    return world.second_group()

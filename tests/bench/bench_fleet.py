@@ -76,7 +76,7 @@ def rows_per_second(replicas: int, seconds: float) -> tuple[float, float]:
         def make() -> TraceReplica:
             replica = TraceReplica()
             engine = CountingEngine(BATCH, 64, SECONDS)
-            replica.prepare(work, f"r{next(names)}", grader(), None, TraceWriter, engine)
+            replica.prepare(work, f"r{next(names)}", grader(), None, engine)
             return replica
 
         fleet = Fleet(replicas, ThreadCalls(), lambda: ThreadWorker(make), lambda worker, number: [])
