@@ -38,7 +38,9 @@ DECODE_ROWS = 64
 PRODUCT_FLOPS = 0.5e9
 """Maximum FLOPs of one timed product: the output dimension of a wide matrix is cut, so that timing takes under a second."""
 REPEATS = 24
-"""Timed repetitions of each product."""
+"""Timed repetitions of each product, at most."""
+PRODUCT_SECONDS = 0.1
+"""After this time in one product of one dtype, it is not timed again."""
 HOPELESS = 10.0
 """A dtype whose first run is this many times slower than the fastest is not timed again."""
 CACHE_SECONDS = 3600.0
@@ -226,12 +228,15 @@ def _rates(width: Width, dtypes: tuple[Dtype, ...], device: str) -> dict[Dtype, 
 
 
 def _best(works: Mapping[Dtype, Callable[[], object]], device: str) -> dict[Dtype, float]:
-    """Seconds of each dtype: the minimum of REPEATS interleaved runs; a HOPELESS one runs only once."""
+    """Seconds of each dtype: the minimum of interleaved runs within REPEATS and PRODUCT_SECONDS; a HOPELESS one runs once."""
     times = {dtype: busy_seconds(work, device) for dtype, work in works.items()}
+    spent = dict.fromkeys(works, 0.0)
     for _ in range(REPEATS):
         for dtype, work in works.items():
-            if times[dtype] < HOPELESS * min(times.values()):
-                times[dtype] = min(times[dtype], busy_seconds(work, device))
+            if times[dtype] < HOPELESS * min(times.values()) and spent[dtype] < PRODUCT_SECONDS:
+                took = busy_seconds(work, device)
+                spent[dtype] += took
+                times[dtype] = min(times[dtype], took)
     return times
 
 

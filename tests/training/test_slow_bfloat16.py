@@ -18,7 +18,7 @@ AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 def test_training_and_generation_reach_a_third_of_the_float32_multiplier(tmp_path: Path) -> None:
     """Shares are by CPU time, of the better of float32 and bfloat16 as measured in the same process."""
     done = subprocess.run(
-        [sys.executable, BENCH, "--rounds", "1", "--busy", "--out", tmp_path],
+        [sys.executable, BENCH, "--rounds", "1", "--tokens", "512", "--batch", "16", "--busy", "--out", tmp_path],
         env={**os.environ, **AVX2},
         capture_output=True,
         text=True,
