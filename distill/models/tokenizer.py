@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from distill.models.rendering import turn_end_ids
 from distill.models.shape import text_part
@@ -20,7 +21,22 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a hash over vocabulary, merges and special tokens: equal exactly if the same text gives the same ids."""
+    """Return a hash over vocabulary, merges and special tokens: equal exactly if the same text gives the same ids.
+
+    Remembered for each tokenizer until a token is added, because it takes a second for a vocabulary of 150,000.
+    """
+    sizes = (len(tokenizer), len(tokenizer.added_tokens_decoder))
+    known = _FINGERPRINTS.get(tokenizer)
+    if known is None or known[0] != sizes:
+        known = _FINGERPRINTS[tokenizer] = (sizes, _fingerprint(tokenizer))
+    return known[1]
+
+
+_FINGERPRINTS: WeakKeyDictionary[Any, tuple[tuple[int, int], str]] = WeakKeyDictionary()
+"""By tokenizer: its sizes when its fingerprint was computed, and the fingerprint."""
+
+
+def _fingerprint(tokenizer: Any) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
     merges = state.get("model", {}).get("merges", [])
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
