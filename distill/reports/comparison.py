@@ -218,6 +218,8 @@ def difference_over_seeds(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    *,
+    bounded: bool = True,
 ) -> SeedsDifference:
     """Arm a minus arm b from per-problem mean correctness a[seed][problem] and b[seed][problem].
 
@@ -225,7 +227,7 @@ def difference_over_seeds(
     underestimates their variance by a third and ignores that three give few degrees of freedom. Therefore the resampled
     deviations are rescaled to the unbiased variance of the two-way random-effects model (seeds, problems) and to Student's
     t with Satterthwaite's degrees of freedom, which also gives the p-value. Without this, equal arms would be called
-    different far more often than α. With one seed in an arm the interval is [-1, 1].
+    different far more often than α. With one seed in an arm the interval is [-1, 1]. bounded: the values are in [0, 1].
     """
     a_SP, b_SP = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a_SP.ndim != 2 or b_SP.ndim != 2 or a_SP.shape[1] != b_SP.shape[1]:
@@ -249,7 +251,8 @@ def difference_over_seeds(
         ends = np.quantile(drawn_R - drawn_R.mean(), (0.5 - level / 2, 0.5 + level / 2))
         low, high = (float(value + stretch * end) for end in ends)
         p_value = float(2 * distributions.t.sf(abs(value) / math.sqrt(variance), freedom))
-    interval = Interval(value, max(low, -1.0), min(high, 1.0), num, "seeds and problems resampled")
+    low, high = (max(low, -1.0), min(high, 1.0)) if bounded else (low, high)
+    interval = Interval(value, low, high, num, "seeds and problems resampled")
     return SeedsDifference(interval, p_value, p_value, seeds)
 
 

@@ -26,11 +26,12 @@ MAX_POINTS = 240
 def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunReport:
     """Collect everything that the run holds so far. names: of its nodes, in order. command: the one that repeats the run."""
     states = {name: standing for name in names if (standing := run_folder.read(run / name)) is not None}
-    comparisons, examples = [], []
+    comparisons, examples, divergence_pairs = [], [], []
     for standing in states.values():
         if "comparisons" in standing.metrics:
             comparisons += standing.metrics["comparisons"]
             examples += standing.metrics.get("examples", [])
+            divergence_pairs += standing.metrics.get("divergence_pairs", [])
     arms = _arms(recipe, run, states)
     return RunReport(
         name=recipe.name,
@@ -42,6 +43,7 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
         stages=[_stage_row(name, states.get(name), recipe, run) for name in names],
         arms=arms,
         comparisons=comparisons,
+        divergence_pairs=divergence_pairs,
         examples=examples,
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         reproduce=[command],
@@ -142,6 +144,9 @@ def _arms(recipe: Recipe, run: Path, states: dict[str, run_folder.State]) -> dic
             before = cost.student.flops - sum(last) / max(len(last), 1)
             key = one.arm if one.arm not in arms else f"{one.stage}.{one.arm}"
             arms[key] = _arm(one, roles[one.models[0]], metrics, cost, before)
+            compared = states.get(one.stage)
+            if compared is not None and (row := compared.metrics.get("divergence", {}).get(one.arm)) is not None:
+                arms[key]["divergence"] = row
     return arms
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from distill.recipe import CompareStage, Recipe, base_name
+from distill.recipe import CompareStage, Recipe, base_name, divergence_name
 from distill.recipe.lineage import role_of, roles_of, training_line
 from distill.records import Cost, stable_hash
 from distill.reports.arms import ArmResults, examples, score_seeds
 from distill.reports.comparison import check_same_start, compare_trained
-from distill.reports.run_report import comparison_row
+from distill.reports.divergence import FILE, TraceSums, kl_difference, summary, text
+from distill.reports.run_report import DivergencePairRow, comparison_row
 from distill.stages.context import Context, Result
 from distill.stages.eval import read_results, snapshot_rows
 from distill.stages.snapshots import snapshots_of
@@ -39,7 +43,7 @@ def run(config: CompareStage, context: Context) -> Result:
     roles = roles_of(context.recipe, models.values())
     students = sorted(arms, key=lambda arm: roles[models[arm]] == "student")[-2:]
     same = context.task(config.task).same_answer
-    metrics = {
+    metrics: dict[str, Any] = {
         "comparisons": rows,
         "examples": examples(merged, students[0], students[1], questions),
         "arms": {
@@ -49,7 +53,27 @@ def run(config: CompareStage, context: Context) -> Result:
             if len(runs) > 1
         },
     }
+    if config.targets is not None:
+        metrics |= _divergences(config, context, [arm for arm in arms if roles[models[arm]] == "student"])
     return Result(Cost(), metrics, stable_hash(json.dumps(metrics, sort_keys=True)))
+
+
+def _divergences(config: CompareStage, context: Context, students: Sequence[str]) -> dict[str, Any]:
+    """The arms' distances from the teacher on its held-out traces, and the paired differences of the students."""
+    sums = {
+        arm: [
+            TraceSums.read(context.run / f"{context.name}.{divergence_name(name)}" / FILE) for name, _ in runs.values()
+        ]
+        for arm, runs in config.evaluations().items()
+    }
+    found = {arm: summary(seeds) for arm, seeds in sums.items()}
+    for arm, row in found.items():
+        context.say(f"{arm}: KL to the teacher {text(row['kl'])} nats a token on {row['traces']} held-out traces")
+    pairs = [
+        DivergencePairRow(a=a, b=b, difference=kl_difference(sums[a], sums[b], seed=context.seed))
+        for a, b in itertools.combinations(students, 2)
+    ]
+    return {"divergence": found, "divergence_pairs": pairs}
 
 
 def _snapshot_rows(config: CompareStage, run: Path, arm: str, folders: dict[int, Path]) -> list[dict[str, object]]:

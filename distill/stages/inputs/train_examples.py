@@ -22,6 +22,7 @@ from distill.stages.inputs.conversation_data import DroppedRows, conversations, 
 from distill.stages.inputs.multi_teacher import join
 from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer, shared_template
 from distill.stages.inputs.score_inputs import check_unused_options, is_traces, question_of, template_of
+from distill.traces import provenance
 from distill.traces.reader import TraceReader, open_traces
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
@@ -117,7 +118,7 @@ def _shard_source(
     if with_top:
         reader = _open_scored(config, data, context, tokenizer)
     else:
-        reader = open_traces(context.data_path(data))
+        reader = _open_traces(data, context)
     same = models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer
     reader = _usable(reader, config, context)
     if same and read is None:
@@ -141,10 +142,21 @@ def _joined_source(
     return source
 
 
+def _open_traces(data: str, context: Context) -> TraceReader:
+    """Open traces to train on. Raises UserError for traces of held-out problems."""
+    reader = open_traces(context.data_path(data))
+    if provenance.is_held_out(reader.metadata):
+        raise UserError(
+            f"stages.{context.name}.data: {data!r} holds traces of held-out problems, which would spoil every evaluation; "
+            "train on traces that were generated with split: train."
+        )
+    return reader
+
+
 def _open_scored(config: TrainStage, data: str, context: Context, tokenizer: Any) -> TraceReader:
     """Traces with a teacher's distributions over the student's own tokens. Raises UserError where they are not."""
     where = f"stages.{context.name}"
-    reader = open_traces(context.data_path(data))
+    reader = _open_traces(data, context)
     if reader.metadata.top_k == 0:
         raise UserError(
             f"{where}.loss: {config.loss.fn} learns from the teacher's distributions, and {data!r} was generated "
