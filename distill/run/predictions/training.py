@@ -21,6 +21,7 @@ from distill.run.predictions.row import (
     on_machine,
     start_seconds,
 )
+from distill.stages.inputs import own_traces
 from distill.training import prefix_sharing
 
 
@@ -141,6 +142,8 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     taught = tuple(
         (each, flops.forward_flops(each, tokens, (prompt + reply + 1) / 2, head_tokens)) for each in teachers
     )
+    if own_traces.required(config):
+        known.notes += own_traces.warnings(name, config, known.recipe)
     known.shapes[name], known.replies[name] = shape, reply
     step_tokens = a_step * (prompt_trained + reply)
     training = Training(

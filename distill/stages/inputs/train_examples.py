@@ -16,8 +16,9 @@ import numpy as np
 from distill import models, plug, world
 from distill.conversations import Reader
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
-from distill.records import Array, Template, UserError, draw_seed
+from distill.records import Array, Template, Traces, UserError, draw_seed
 from distill.stages.context import Context, find_data
+from distill.stages.inputs import own_traces
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, nothing_found, open_rows
 from distill.stages.inputs.multi_teacher import join
 from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer, shared_template
@@ -66,12 +67,13 @@ class ShardSource:
     """Traces streamed from shards in a shuffled order; only the columns that the loss needs are read.
 
     Where several processes train, `epoch` reads ids alone, from which the work is divided; `complete` then reads the
-    distributions of a process's own traces.
+    distributions of a process's own traces. sampled: for the student's own traces, the sampler's log-probabilities by trace id.
     """
 
     reader: TraceReader
     seed: int
     with_top: bool
+    sampled: Mapping[str, Array] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -83,9 +85,15 @@ class ShardSource:
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
         with_top = self.with_top and world.size() == 1
-        columns = [*IDS, *TOP] if with_top else IDS
-        for block in self.reader.shuffled(draw_seed(self.seed, index), skip=skip, columns=columns):
-            yield from examples_of(block, with_top=with_top)
+        for block in self.reader.shuffled(draw_seed(self.seed, index), skip=skip, columns=self._columns(with_top)):
+            yield from self._examples(block, with_top)
+
+    def _columns(self, with_top: bool) -> list[str]:
+        return [*IDS, *(TOP if with_top else ()), *(["logprob"] if self.sampled is not None else ())]
+
+    def _examples(self, block: Traces, with_top: bool = True) -> Iterator[Example]:
+        examples = examples_of(block, with_top=with_top)
+        return examples if self.sampled is None else own_traces.with_sampler(examples, block, self.sampled)
 
     def complete(self, examples: list[Example]) -> list[Example]:
         if not self.with_top or all(example.top is not None for example in examples):
@@ -94,8 +102,8 @@ class ShardSource:
         keep[[self._rows[example.trace_id] for example in examples]] = True
         found = {
             example.trace_id: example
-            for block in self.reader.where(keep).blocks(256, [*IDS, *TOP])
-            for example in examples_of(block)
+            for block in self.reader.where(keep).blocks(256, self._columns(True))
+            for example in self._examples(block)
         }
         return [found[example.trace_id] for example in examples]
 
@@ -120,10 +128,16 @@ def _shard_source(
     else:
         reader = _open_traces(data, context)
     same = models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer
+    if own_traces.required(config) and not same:
+        raise UserError(
+            f"stages.{context.name}.data: {data!r} holds tokens of another tokenizer than the model's, so they are not the ones that it "
+            "sampled; score with a teacher of the same tokenizer."
+        )
     reader = _usable(reader, config, context)
     if same and read is None:
         check_unused_options(config, data)
-        return ShardSource(reader, seed, with_top)
+        sampled = own_traces.sampled_logprobs(config, context) if own_traces.required(config) else None
+        return ShardSource(reader, seed, with_top, sampled)
     return _text_source(config, context, tokenizer, reader, seed, read, rendered=not same)
 
 
@@ -186,8 +200,9 @@ def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceR
 
 
 def _wants_teacher(config: TrainStage) -> bool:
-    """Whether the loss reads a stored distribution: every loss but cross entropy may, without a teacher in the trainer."""
-    return config.teacher is None and plug.find(config.loss.fn, LOSSES) is not sparse.cross_entropy
+    """Whether the loss reads a stored distribution: every loss but two may, without a teacher in the trainer."""
+    without = (sparse.cross_entropy, sparse.policy_gradient)
+    return config.teacher is None and plug.find(config.loss.fn, LOSSES) not in without
 
 
 def _say_dropped(context: Context, **reasons: int) -> None:
