@@ -73,6 +73,15 @@ def writers_of_first_data(recipe: Recipe, model: str) -> set[str]:
     return set()
 
 
+def traces_learned(recipe: Recipe, model: str) -> tuple[str, int] | None:
+    """The stage of a model's training line that has max_traces, the last one, and the number; None if no stage has."""
+    for name in training_line(recipe, model):
+        number = getattr(recipe.stages.get(name), "max_traces", None)
+        if number is not None:
+            return name, number
+    return None
+
+
 def origin(recipe: Recipe, name: str) -> str:
     """The original model that `name` was made from by training and pruning: a model of the recipe, or a stage that
     reads no model."""

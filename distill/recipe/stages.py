@@ -287,6 +287,19 @@ class CompareStage(StageConfig):
         arms = {arm: _copies(models, seeds, f"{where}.arms.{arm}") for arm, models in self.arms.items()}
         return self.model_copy(update={"arms": arms})
 
+    def with_sweeps(self, copies: Mapping[str, Mapping[str, str]], where: str) -> CompareStage:
+        if self.targets in copies:
+            raise UserError(
+                f"{where}.targets: {self.targets!r} is swept, and all arms are measured on the same traces; name one set."
+            )
+        arms: dict[str, str | dict[int, str]] = {}
+        for arm, models in self.arms.items():
+            if isinstance(models, str) and models in copies:
+                arms |= {f"{arm}-{value}": copy for value, copy in copies[models].items()}
+            else:
+                arms[arm] = models
+        return self.model_copy(update={"arms": arms})
+
     @pydantic.model_validator(mode="after")
     def _on_this_machine(self) -> CompareStage:
         if self.engine.is_served:
@@ -298,8 +311,9 @@ class CompareStage(StageConfig):
 
     @pydantic.model_validator(mode="after")
     def _not_copied(self) -> CompareStage:
-        if self.seeds is not None:
-            raise ValueError("a compare stage takes no seeds; put them on the stages that train the compared models")
+        if self.seeds is not None or self.sweep is not None:
+            key = "seeds" if self.seeds is not None else "sweep"
+            raise ValueError(f"a compare stage takes no {key}; put them on the stages that train the compared models")
         return self
 
 

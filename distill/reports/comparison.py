@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -181,8 +181,9 @@ def compare_trained(
     arms: Mapping[str, Mapping[int, Mapping[str, Sequence[bool | float | None]]]],
     resamples: int = RESAMPLES,
     seed: int = 0,
+    among: Callable[[str, str], bool] = lambda a, b: True,
 ) -> dict[tuple[str, str], Paired | SeedsDifference]:
-    """Compare every pair of arms; correctness is arms[name][training seed][problem_id][sample].
+    """Compare every pair of arms for which `among` is true; correctness is arms[name][training seed][problem_id][sample].
 
     Two arms with several training seeds each are compared over seeds and problems. A pair with a single-seed arm (a
     teacher, a start) is compared as checkpoints, on per-problem means over the seeds. Holm's correction covers the pairs
@@ -200,6 +201,8 @@ def compare_trained(
     values = {name: values_SP[:, judged_P] for name, values_SP in values.items()}
     found: dict[tuple[str, str], Paired | SeedsDifference] = {}
     for a, b in itertools.combinations(arms, 2):
+        if not among(a, b):
+            continue
         if min(len(values[a]), len(values[b])) > 1:
             found[a, b] = difference_over_seeds(list(values[a]), list(values[b]), resamples=resamples, seed=seed)
         else:

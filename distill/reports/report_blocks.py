@@ -23,6 +23,7 @@ from distill.reports.block_kinds import (
 )
 from distill.reports.divergence_blocks import divergence_blocks
 from distill.reports.run_report import Amounts, ExampleRow, RunReport, StageRow, measured
+from distill.reports.trace_curve_blocks import trace_curve_blocks
 from distill.reports.wording import (
     duration,
     interval_text,
@@ -53,6 +54,7 @@ def blocks(report: RunReport) -> list[Block]:
         found += accuracy_blocks(report)
     if report["comparisons"]:
         found += [Heading("Differences"), comparison_table(report), Text(_how_compared(report))]
+    found += trace_curve_blocks(report)
     if any("divergence" in arm for arm in report["arms"].values()):
         found += divergence_blocks(report)
     if report["arms"]:

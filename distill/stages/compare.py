@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distill.recipe import CompareStage, Recipe, base_name, divergence_name
+from distill.recipe import CompareStage, Recipe, base_name
 from distill.recipe.lineage import role_of, roles_of, training_line
 from distill.records import Cost, stable_hash
 from distill.reports.arms import ArmResults, examples, score_seeds
 from distill.reports.comparison import check_same_start, compare_trained
-from distill.reports.divergence import FILE, TraceSums, kl_difference, summary, text
-from distill.reports.run_report import DivergencePairRow, comparison_row
+from distill.reports.run_report import comparison_row
+from distill.stages import compare_measures
 from distill.stages.context import Context, Result
 from distill.stages.eval import read_results, snapshot_rows
 from distill.stages.snapshots import snapshots_of
@@ -32,7 +30,7 @@ def run(config: CompareStage, context: Context) -> Result:
         for arm, by_seed in folders.items()
     }
     correct = {arm: {seed: results.correct for seed, results in runs.items()} for arm, runs in arms.items()}
-    pairs = compare_trained(correct, seed=context.seed)
+    pairs = compare_trained(correct, seed=context.seed, among=compare_measures.pairs_to_compare(config, context.recipe))
     rows = [comparison_row(a, b, result) for (a, b), result in pairs.items()]
     merged = {arm: ArmResults.merge(runs.values()) for arm, runs in arms.items()}
     questions = {
@@ -54,26 +52,11 @@ def run(config: CompareStage, context: Context) -> Result:
         },
     }
     if config.targets is not None:
-        metrics |= _divergences(config, context, [arm for arm in arms if roles[models[arm]] == "student"])
+        metrics |= compare_measures.divergences(
+            config, context, [arm for arm in arms if roles[models[arm]] == "student"]
+        )
+    metrics["trace_ratios"] = compare_measures.trace_ratios(config, context, arms)
     return Result(Cost(), metrics, stable_hash(json.dumps(metrics, sort_keys=True)))
-
-
-def _divergences(config: CompareStage, context: Context, students: Sequence[str]) -> dict[str, Any]:
-    """The arms' distances from the teacher on its held-out traces, and the paired differences of the students."""
-    sums = {
-        arm: [
-            TraceSums.read(context.run / f"{context.name}.{divergence_name(name)}" / FILE) for name, _ in runs.values()
-        ]
-        for arm, runs in config.evaluations().items()
-    }
-    found = {arm: summary(seeds) for arm, seeds in sums.items()}
-    for arm, row in found.items():
-        context.say(f"{arm}: KL to the teacher {text(row['kl'])} nats a token on {row['traces']} held-out traces")
-    pairs = [
-        DivergencePairRow(a=a, b=b, difference=kl_difference(sums[a], sums[b], seed=context.seed))
-        for a, b in itertools.combinations(students, 2)
-    ]
-    return {"divergence": found, "divergence_pairs": pairs}
 
 
 def _snapshot_rows(config: CompareStage, run: Path, arm: str, folders: dict[int, Path]) -> list[dict[str, object]]:

@@ -113,6 +113,12 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     shape = known.shape(config.model)
     # Several sets are joined by trace; the result has at most as many traces as the smallest set.
     rows, prompt, reply = min(known.traces.get(data) or rows_of(data, config, known) for data in data_of(config.data))
+    if config.max_traces is not None:
+        if config.max_traces > rows:
+            known.notes.append(
+                f"{name}: max_traces is {config.max_traces}, and about {rows:.0f} traces are expected; the stage refuses to learn from fewer"
+            )
+        rows = min(rows, config.max_traces)
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
     frame = known.frame(next(iter(data_of(config.data))), config.task)
     prompt_trained = prompt_trained_tokens(prompt, reply, frame)

@@ -40,15 +40,21 @@ def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Reto
     """
     seed = draw_seed(context.seed, context.name, "order")
     source: Source
+    if config.max_traces is not None and not isinstance(config.data, dict) and not _are_traces(config.data, context):
+        raise UserError(f"stages.{context.name}.max_traces: {config.data!r} holds conversations; use max_rows.")
     if isinstance(config.data, dict):
         source = _joined_source(config, config.data, context, tokenizer, seed)
-    elif config.data not in context.recipe.stages and not is_traces(find_data(config.data)):
+    elif not _are_traces(config.data, context):
         source = _conversation_source(config, config.data, context, tokenizer, seed, read)
     else:
         source = _shard_source(config, config.data, context, tokenizer, seed, read)
     if source.num_examples == 0:
         raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to learn from.")
     return source
+
+
+def _are_traces(data: str, context: Context) -> bool:
+    return data in context.recipe.stages or is_traces(find_data(data))
 
 
 def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Retokenizer | None:
@@ -196,6 +202,23 @@ def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceR
     )
     keep = fits & (True if config.keep_truncated else finished)
     _say_dropped(context, longer=int((~fits).sum()), truncated=int((~keep).sum() - (~fits).sum()))
+    return _some(reader.where(keep), config, context)
+
+
+def _some(reader: TraceReader, config: TrainStage, context: Context) -> TraceReader:
+    """Choose max_traces of the traces. The choice depends on the stage's seed and the trace ids only, not on the stage's name,
+    so that stages with other losses learn from the same traces, and a larger number includes the traces of a smaller one."""
+    if config.max_traces is None:
+        return reader
+    ids = [trace_id for block in reader.blocks(4096, ["trace_id"]) for trace_id in block.trace_id]
+    if len(ids) < config.max_traces:
+        raise UserError(
+            f"stages.{context.name}.max_traces: {config.max_traces} traces are wanted, and {config.data!r} has {len(ids)} that can be used: "
+            "generate more, or lower it."
+        )
+    order = np.argsort([draw_seed(context.seed, "max_traces", trace_id) for trace_id in ids])
+    keep = np.zeros(len(ids), bool)
+    keep[order[: config.max_traces]] = True
     return reader.where(keep)
 
 
