@@ -23,6 +23,9 @@ RESAMPLES = 1000
 GRID = 401
 """Number of shifts that are tried."""
 
+LEVEL_CURVE = 1e-6
+"""A curve of text that spans less is level."""
+
 Curve = Mapping[int, Floats]
 """Values [S, P] by number of traces."""
 
@@ -47,13 +50,17 @@ def ratio(name: str, way: Curve, text: Curve, measure: str, seed: int = 0) -> Tr
     found = best_shift(numbers[0], way_NSP.mean((1, 2)), numbers[1], text_NSP.mean((1, 2)))
     rng = np.random.default_rng(seed)
     seeds, problems = way_NSP.shape[1:]
-    drawn = []
+    drawn: list[float | None] = []
     for _ in range(RESAMPLES):
         s, p = rng.integers(0, seeds, seeds), rng.integers(0, problems, problems)
         means = [values_NSP[:, s][:, :, p].mean((1, 2)) for values_NSP in (way_NSP, text_NSP)]
-        drawn.append(best_shift(numbers[0], means[0], numbers[1], means[1]).log_ratio)
-    low, high = np.quantile(drawn, (0.5 - LEVEL / 2, 0.5 + LEVEL / 2))
+        is_level = float(np.ptp(means[1])) < LEVEL_CURVE
+        drawn.append(None if is_level else best_shift(numbers[0], means[0], numbers[1], means[1]).log_ratio)
     limit = _range(numbers[0], numbers[1])
+    # A level curve of text says nothing about the shift: such a resample counts at both ends.
+    lows, highs = ([end if shift is None else shift for shift in drawn] for end in (-limit, limit))
+    low = float(np.quantile(lows, 0.5 - LEVEL / 2))
+    high = float(np.quantile(highs, 0.5 + LEVEL / 2))
     return TraceRatioRow(
         way=name,
         measure=measure,

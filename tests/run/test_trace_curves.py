@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -11,9 +12,12 @@ import torch
 from project import REFERENCE, SUMS, Project
 
 from distill import models, recipe
+from distill.progress import Screen
 from distill.records import UserError
 from distill.reports.trace_curves import best_shift, ratio
 from distill.reports.wording import ratio_text
+from distill.stages.context import Context
+from distill.stages.inputs.train_examples import open_source
 
 
 def tree(teacher: Path, student: Path) -> dict:
@@ -111,8 +115,11 @@ def test_the_shift_is_the_ratio_of_the_numbers_of_traces():
 
 
 def test_a_small_run_of_the_whole_experiment(tiny_dir, student_dir, tmp_path):
-    """Both ways with two numbers of traces and two seeds, to the report with its curves and ratios."""
-    project = Project(tmp_path, tree(tiny_dir, student_dir))
+    """Both ways with two numbers of traces, to the report with its curves and ratios."""
+    given = tree(tiny_dir, student_dir)
+    for way in ("sft", "kl"):
+        del given["stages"][way]["seeds"]
+    project = Project(tmp_path, given)
     done = project.run()
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((project.run_dir / "report.json").read_text())
@@ -128,10 +135,14 @@ def test_a_small_run_of_the_whole_experiment(tiny_dir, student_dir, tmp_path):
     assert "traces of text for one trace of it" in text
     for measure in ("accuracy", "kl"):
         assert "sft" in (project.run_dir / "plots" / f"verdict_traces_{measure}.svg").read_text()
-    steps = {name: len(project.losses(name)) for name in ("kl-2@1", "kl-6@1", "sft-6@2")}
-    assert steps == {"kl-2@1": 1, "kl-6@1": 3, "sft-6@2": 3}
-    project.tree["stages"]["kl"]["sweep"] = {"max_traces": [9]}
-    project.tree["stages"]["sft"]["sweep"] = {"max_traces": [9]}
-    wanted = project.rewrite().run()
-    assert wanted.returncode == 2
-    assert "9 traces are wanted" in wanted.stdout + wanted.stderr
+    steps = {name: len(project.losses(name)) for name in ("kl-2", "kl-6", "sft-6")}
+    assert steps == {"kl-2": 1, "kl-6": 3, "sft-6": 3}
+    chosen = {}
+    for name in ("kl-2", "kl-6", "sft-6"):
+        ctx = Context(recipe=recipe.validate(given), run=project.run_dir, name=name, screen=Screen(io.StringIO()))
+        source = open_source(ctx.recipe.stages[name], ctx, models.load_tokenizer(tiny_dir))
+        chosen[name] = {example.trace_id for example in source.epoch(0)}
+    assert len(chosen["kl-2"]) == 2
+    assert chosen["kl-2"] < chosen["kl-6"] == chosen["sft-6"]
+    with pytest.raises(UserError, match="9 traces are wanted, and 'traces' has 8"):
+        open_source(ctx.recipe.stages[name].model_copy(update={"max_traces": 9}), ctx, models.load_tokenizer(tiny_dir))
