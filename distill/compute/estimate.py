@@ -45,6 +45,8 @@ STREAMING = 0.35
 STATE_BYTES = 12
 """Bytes of a checkpoint per trained parameter: fp32 weight and two moments."""
 
+PROOF_SECONDS = 1.0
+"""Time to prove a small model's forward pass; every stage that runs a model in the trainer does."""
 PREFILL_EFFICIENCY = 0.9
 """Share of the measured product rate reached in prefill and scoring."""
 DECODE_EFFICIENCY = 0.9
@@ -273,6 +275,18 @@ def predict_score_seconds(
     elements = _elements_seconds(shape, tokens, machine, FORWARD_ELEMENTS)
     logits = 0.0 if machine.device == "cuda" else scored * shape.vocab * TOKEN_SECONDS
     return PROCESS_START + engine_start(engine) + products + elements + logits
+
+
+def predict_divergence_seconds(
+    shape: ModelShape, flops: float, tokens: float, measured: float, machine: Machine, dtype: Dtype
+) -> float:
+    """Seconds of a divergence stage: process start, reading the model, its forward proof, and one forward pass over `tokens`.
+
+    measured: the tokens whose logits are computed.
+    """
+    loaded = 2.0 * shape.params_total / FILE_RATE
+    logits = 0.0 if machine.device == "cuda" else measured * shape.vocab * TOKEN_SECONDS
+    return PROCESS_START + loaded + PROOF_SECONDS + forward_seconds(shape, flops, tokens, machine, dtype) + logits
 
 
 def predict_prune_seconds(shape: ModelShape) -> float:

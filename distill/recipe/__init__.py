@@ -26,11 +26,13 @@ from distill.recipe.stage import Input, StageConfig
 from distill.recipe.stages import (
     KINDS,
     CompareStage,
+    DivergenceStage,
     EvalStage,
     FilterStage,
     GenerateStage,
     PruneStage,
     ScoreStage,
+    divergence_name,
     kind_class,
 )
 from distill.recipe.training_stages import (
@@ -46,6 +48,7 @@ __all__ = [
     "CompareStage",
     "Config",
     "DistributedConfig",
+    "DivergenceStage",
     "Dtype",
     "EngineConfig",
     "EvalStage",
@@ -71,6 +74,7 @@ __all__ = [
     "TrainStage",
     "base_name",
     "data_of",
+    "divergence_name",
     "kind_class",
     "load",
     "order",

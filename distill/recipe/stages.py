@@ -27,7 +27,7 @@ from distill.recipe.training_stages import (
     REWARD_TIMEOUT,
     TrainStage,
 )
-from distill.records import UserError
+from distill.records import Split, UserError
 
 SNAPSHOTS = "number of held-out problems on which each snapshot of the training (snapshot_every) is evaluated; 0 = none"
 
@@ -45,12 +45,19 @@ class PruneStage(StageConfig):
 
 
 class GenerateStage(StageConfig):
-    """Sample completions of a task's train problems and store them, with the distribution at every position, as Parquet."""
+    """Sample completions of a task's train problems and store them, with the distribution at every position, as Parquet.
+
+    Traces of held-out problems (`split: held_out`) are for measurements; a stage that trains refuses them.
+    """
 
     writes: ClassVar = "traces"
     kind: Literal["generate"]
     model: str = Field(description="teacher model that generates the traces")
-    task: str = Field(description="task whose train problems are used")
+    task: str = Field(description="task whose problems are used")
+    split: Split = Field(
+        "train",
+        description="problems to use: those to train on (train), or those that evaluations use (held_out), to measure students on",
+    )
     problems: PositiveInt = growth(description="number of problems")
     samples: PositiveInt = growth(1, description="number of completions for each problem")
     sampling: SamplingConfig = Field(SamplingConfig(), description="how completions are sampled")
@@ -77,6 +84,9 @@ class GenerateStage(StageConfig):
 
     def half_the_work(self, stage: str) -> str:
         return f"half the problems of {stage} (now {self.problems})"
+
+    def held_out_problems(self, task: str) -> int | None:
+        return self.problems if task == self.task and self.split == "held_out" else None
 
     def inputs(self) -> Iterator[Input]:
         yield Input("model", self.model)
@@ -178,10 +188,36 @@ class EvalStage(StageConfig):
         yield Input("task", self.task)
 
 
+class DivergenceStage(StageConfig):
+    """Measure how far a model is from a teacher: the KL over the whole vocabulary on traces that the teacher sampled.
+
+    The traces need the teacher's distributions and sampling at temperature 1. Their label NLL and the model's confidence are
+    measured too. A comparison expands into these stages with `targets`.
+    """
+
+    shares_process: ClassVar = True
+    kind: Literal["divergence"]
+    model: str = Field(description="model to measure")
+    data: str = Field(
+        description="traces that the teacher sampled at temperature 1, with its distributions: a generate stage or a folder of shards"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "float32", description="dtype of the model's forward pass; bfloat16 adds noise of about .001 nats a token"
+    )
+    micro_tokens: PositiveInt = execution(
+        2048, description="number of tokens packed into one forward pass; lower it to use less memory"
+    )
+
+    def inputs(self) -> Iterator[Input]:
+        yield Input("model", self.model)
+        yield Input("data", self.data)
+
+
 class CompareStage(StageConfig):
     """Measure the accuracy of several models on the same held-out problems, and their paired differences.
 
-    The stage expands into one eval stage for each arm, `<stage>.<arm>`.
+    The stage expands into one eval stage for each arm, `<stage>.<arm>`, and with `targets` into one divergence stage for each
+    arm, `<stage>.<arm>.divergence`.
     """
 
     kind: Literal["compare"]
@@ -197,6 +233,11 @@ class CompareStage(StageConfig):
         [1], description="values of k for pass@k and maj@k; the largest needs as many samples"
     )
     snapshot_problems: int = growth(0, ge=0, description=SNAPSHOTS)
+    targets: str | None = Field(
+        None,
+        description="traces of held-out problems that the teacher sampled (a generate stage with split: held_out, or a folder): also "
+        "measure each arm's KL to the teacher, label NLL and confidence on them; None = accuracy only",
+    )
     engine: EngineConfig = Field(EngineConfig(), description="engine that generates the completions")
 
     def evaluations(self) -> dict[str, dict[int, tuple[str, str]]]:
@@ -209,16 +250,19 @@ class CompareStage(StageConfig):
         }
 
     def children(self) -> dict[str, StageConfig]:
-        """The eval stages of the arms, by name."""
+        """The eval stages of the arms and, with targets, their divergence stages, by name."""
         shared = {
             key: getattr(self, key)
             for key in ("task", "problems", "samples", "sampling", "pass_at", "snapshot_problems", "engine")
         }
-        return {
-            name: EvalStage(kind="eval", model=model, **shared)
-            for runs in self.evaluations().values()
-            for name, model in runs.values()
-        }
+        runs = [run for runs in self.evaluations().values() for run in runs.values()]
+        found: dict[str, StageConfig] = {name: EvalStage(kind="eval", model=model, **shared) for name, model in runs}
+        if self.targets is not None:
+            found |= {
+                divergence_name(name): DivergenceStage(kind="divergence", model=model, data=self.targets)
+                for name, model in runs
+            }
+        return found
 
     def half_the_work(self, stage: str) -> str:
         return f"half the problems of {stage} (now {self.problems})"
@@ -228,12 +272,32 @@ class CompareStage(StageConfig):
             for child, model in runs.values():
                 yield Input("model", model, f"arms.{child}")
         yield Input("task", self.task)
+        if self.targets is not None:
+            yield Input("data", self.targets, "targets")
 
     def held_out_problems(self, task: str) -> int | None:
         return self.problems if task == self.task else None
 
     def with_copies(self, seeds: Mapping[str, list[int]], where: str) -> CompareStage:
+        if self.targets in seeds:
+            raise UserError(
+                f"{where}.targets: {self.targets!r} is made once for each training seed, and all arms are measured on the same traces: "
+                "name a generate stage without seeds, of a teacher without seeds."
+            )
         arms = {arm: _copies(models, seeds, f"{where}.arms.{arm}") for arm, models in self.arms.items()}
+        return self.model_copy(update={"arms": arms})
+
+    def with_sweeps(self, copies: Mapping[str, Mapping[str, str]], where: str) -> CompareStage:
+        if self.targets in copies:
+            raise UserError(
+                f"{where}.targets: {self.targets!r} is swept, and all arms are measured on the same traces; name one set."
+            )
+        arms: dict[str, str | dict[int, str]] = {}
+        for arm, models in self.arms.items():
+            if isinstance(models, str) and models in copies:
+                arms |= {f"{arm}-{value}": copy for value, copy in copies[models].items()}
+            else:
+                arms[arm] = models
         return self.model_copy(update={"arms": arms})
 
     @pydantic.model_validator(mode="after")
@@ -247,9 +311,15 @@ class CompareStage(StageConfig):
 
     @pydantic.model_validator(mode="after")
     def _not_copied(self) -> CompareStage:
-        if self.seeds is not None:
-            raise ValueError("a compare stage takes no seeds; put them on the stages that train the compared models")
+        if self.seeds is not None or self.sweep is not None:
+            key = "seeds" if self.seeds is not None else "sweep"
+            raise ValueError(f"a compare stage takes no {key}; put them on the stages that train the compared models")
         return self
+
+
+def divergence_name(child: str) -> str:
+    """The name of a comparison's divergence stage, beside the eval stage `child`."""
+    return f"{child}.divergence"
 
 
 def _copies(models: str | dict[int, str], seeds: Mapping[str, list[int]], here: str) -> str | dict[int, str]:
@@ -273,6 +343,7 @@ KINDS: dict[str, type[StageConfig]] = {
     "grpo": GrpoStage,
     "on_policy": OnPolicyStage,
     "eval": EvalStage,
+    "divergence": DivergenceStage,
     "compare": CompareStage,
 }
 

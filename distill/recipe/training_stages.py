@@ -177,6 +177,11 @@ class TrainStage(OptimStage, RowsConfig):
     epochs: PositiveInt | None = growth(None, description="number of passes over the data")
     steps: PositiveInt | None = growth(None, description="number of optimiser steps")
     batch_traces: PositiveInt = Field(64, description="number of traces in one optimiser step, over all processes")
+    max_traces: PositiveInt | None = Field(
+        None,
+        description="learn from this many of the traces, chosen at random by the stage's seed; a larger number includes the traces of a "
+        "smaller one. None = all",
+    )
     max_tokens: PositiveInt = Field(
         4096,
         description="maximum number of tokens in prompt and completion together; longer traces are left out and counted",

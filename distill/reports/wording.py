@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.reports.run_report import ComparisonRow, IntervalRow, RunReport
+from distill.reports.run_report import ComparisonRow, IntervalRow, RunReport, TraceRatioRow
 
 
 def percent(share: float) -> str:
@@ -66,15 +66,41 @@ def reading(row: ComparisonRow) -> str:
 
 
 def verdict(report: RunReport) -> str:
-    """The result of a run in one sentence: the students, best first, and the evidence for their differences."""
-    arms = report["arms"]
-    if not arms:
+    """The result of a run in a sentence or two: the students, best first, the evidence for their differences, and what a
+    trace with its distribution is worth, if the run says so."""
+    if not report["arms"]:
         return "No arm of this run has been evaluated yet."
+    return f"{_compared(report)}{_worth(report)}"
+
+
+def _worth(report: RunReport) -> str:
+    """Traces of text for one trace of each way of training; "" if the run does not compare numbers of traces."""
+    by_place: dict[str, list[str]] = {}
+    for row in report.get("trace_ratios", []):
+        measure = {"accuracy": "accuracy", "kl": "held-out KL"}[row["measure"]]
+        place = f"by {measure} ({row.get('comparison', '')})"
+        by_place.setdefault(place, []).append(f"{ratio_text(row)} for {row['way']}")
+    said = [f"{place} {_listed(ratios)}" for place, ratios in by_place.items()]
+    return f" One trace is worth this many traces of text: {'; '.join(said)}." if said else ""
+
+
+def ratio_text(row: TraceRatioRow) -> str:
+    """A ratio with its interval: 2.1 [1.4, 3.3]; an end that the curves are too short for has a sign: [1.4, >16]."""
+    low = f"{'<' if row['low_at_end'] else ''}{row['low']:.2g}"
+    high = f"{'>' if row['high_at_end'] else ''}{row['high']:.2g}"
+    return f"{row['ratio']:.2g} [{low}, {high}]"
+
+
+def _compared(report: RunReport) -> str:
+    arms = report["arms"]
 
     def said(name: str) -> str:
         return f"{name} {interval_text(arms[name]['accuracy'])}"
 
     ranked = sorted(arms, key=lambda name: -arms[name]["accuracy"]["value"])
+    most = max((arm["traces"]["number"] for arm in arms.values() if "traces" in arm), default=None)
+    if most is not None:  # of arms that differ in their number of traces, those with the most
+        ranked = [name for name in ranked if "traces" not in arms[name] or arms[name]["traces"]["number"] == most]
     students = [name for name in ranked if arms[name]["role"] == "student"] or ranked
     compared = {row[key] for row in report["comparisons"] for key in ("a", "b")} or {*ranked}
     others = [name for name in ranked if name not in students and name in compared]

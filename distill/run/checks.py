@@ -17,9 +17,11 @@ def generate(name: str, config: GenerateStage, recipe: Recipe) -> None:
 
 
 def train(name: str, config: TrainStage, recipe: Recipe) -> None:
+    from distill.stages.inputs import own_traces
     from distill.stages.inputs.resolve import resolve_loss
 
     resolve_loss(config, f"stages.{name}")
+    own_traces.check(name, config, recipe)
 
 
 def on_policy(name: str, config: OnPolicyStage, recipe: Recipe) -> None:

@@ -15,6 +15,7 @@ from distill.stages import beside
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.forward_proof import prove_forward
+from distill.stages.inputs.own_traces import other_teacher
 from distill.stages.inputs.resolve import load_teachers, resolve_loss, teacher_dir
 from distill.stages.inputs.student import load_student, save_student
 from distill.stages.inputs.train_examples import open_source, reader_for
@@ -45,6 +46,8 @@ def run(config: OnPolicyStage, context: Context) -> Result:
     retokenizer = reader_for(config, context, tokenizer)
     read = pool, _, max_model_len = read_prompts(config, context, tokenizer)
     names = list(teachers_of(config.teacher))
+    if warning := other_teacher(context.recipe, config.model, names):
+        context.say(warning)
     settings, teacher_settings = beside.shared_engines(
         config,
         context,

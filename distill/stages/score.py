@@ -27,6 +27,7 @@ from distill.stages.inputs.score_inputs import ScoreInputs, open_score_inputs, t
 from distill.stages.kept_answers import KeptAnswers, dollars
 from distill.stages.sampling import context_length, context_limit
 from distill.stages.trace_sampling import package_versions, served_versions, weights_of
+from distill.traces import provenance
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
 from distill.traces.summary import stats
@@ -232,6 +233,7 @@ def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenize
     The sampling is that of the shards that hold the text; for a file it is unknown, and the defaults are stored.
     """
     origin = inputs.origin
+    held_out = provenance.HELD_OUT if origin is not None and provenance.is_held_out(origin) else {}
     return Metadata(
         model=config.model,
         weights=weights_of(config.engine, model_dir),
@@ -250,5 +252,5 @@ def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenize
         engine=config.engine.fn,
         dtype=config.engine.dtype,
         source=inputs.text_from,
-        versions=package_versions() | served_versions(config.engine),
+        versions=package_versions() | served_versions(config.engine) | held_out,
     )

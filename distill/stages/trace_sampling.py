@@ -35,6 +35,7 @@ from distill.stages.snapshots import Snapshot
 from distill.stages.trace_replicas import fill_by_replicas, writes_itself
 from distill.stages.trace_rewards import in_blocks, stored_completions
 from distill.stages.trace_rows import BLOCK_ROWS, Generation, RowSampler, SamplingCounts, WantedProblem, as_traces
+from distill.traces import provenance
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter, adopt_shards
@@ -263,7 +264,10 @@ def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, 
         exact=captured.exact if captured else False,
         engine=config.engine.fn,
         dtype=config.engine.dtype,
-        versions=package_versions() | template_date(tokenizer, task.template) | served_versions(config.engine),
+        versions=package_versions()
+        | template_date(tokenizer, task.template)
+        | served_versions(config.engine)
+        | (provenance.HELD_OUT if captured and captured.split == "held_out" else {}),
     )
 
 

@@ -1,4 +1,4 @@
-"""Cost predictions for the stage kinds that do not train: generate, eval, compare, score, filter, prune."""
+"""Cost predictions for the stage kinds that do not train: generate, eval, compare, divergence, score, filter, prune."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from distill.compute import estimate, flops
 from distill.compute.flops import ModelShape
 from distill.compute.memory import PROCESS_BYTES, Memory
 from distill.machine import Machine
-from distill.recipe import CompareStage, EvalStage, FilterStage, GenerateStage, PolicyStage, PruneStage, ScoreStage
+from distill.recipe import (
+    CompareStage,
+    DivergenceStage,
+    EvalStage,
+    FilterStage,
+    GenerateStage,
+    PolicyStage,
+    PruneStage,
+    ScoreStage,
+)
 from distill.records import UserError
 from distill.run.known_sizes import Known, reward_bytes, rows_of, stored
 from distill.run.predictions import served
@@ -17,6 +26,7 @@ from distill.run.predictions.row import (
     Row,
     all_engines,
     decoded_at_once,
+    dtype_part,
     engine_memory,
     engine_part,
     engines_at_once,
@@ -135,7 +145,12 @@ def compare(name: str, config: CompareStage, known: Known, machine: Machine) -> 
     engine."""
     rows: list[Row] = []
     before: ModelShape | None = None
+    measured: list[Row] = []
     for arm, child in config.children().items():
+        if isinstance(child, DivergenceStage):
+            made = divergence(f"{name}.{arm}", child, known, machine)
+            measured += [_in_running_process(row) for row in made] if measured else made
+            continue
         assert isinstance(child, EvalStage)
         row, shape = _sampling(f"{name}.{arm}", child, known, machine), known.shape(child.model)
         if before is not None:
@@ -150,7 +165,35 @@ def compare(name: str, config: CompareStage, known: Known, machine: Machine) -> 
             )
         rows.append(row)
         before = shape
-    return [*rows, Row(name, config.kind, make_amounts(seconds=estimate.LIGHT_START))]
+    return [*rows, *measured, Row(name, config.kind, make_amounts(seconds=estimate.LIGHT_START))]
+
+
+def divergence(name: str, config: DivergenceStage, known: Known, machine: Machine) -> list[Row]:
+    rows, prompt, reply = known.traces.get(config.data) or stored(config.data)
+    shape, tokens = known.shape(config.model), rows * (prompt + reply)
+    total = flops.forward_flops(shape, tokens, (prompt + reply + 1) / 2, rows * reply)
+    part = dtype_part(
+        "training",
+        shape,
+        config.dtype,
+        machine,
+        lambda dtype: estimate.predict_divergence_seconds(shape, total, tokens, rows * reply, machine, dtype),
+    )
+    itemsize = 2.0 if part.choice.dtype == "bfloat16" else 4.0
+    held = Memory(weights=itemsize * shape.params_total, process=PROCESS_BYTES)
+    amounts = make_amounts(tokens=tokens, flops=total, seconds=part.seconds, memory=held.total)
+    return [Row(name, config.kind, amounts, least=held.least, parts=(part,), start=estimate.PROCESS_START, memory=held)]
+
+
+def _in_running_process(row: Row) -> Row:
+    """The prediction of a stage whose process runs already."""
+    (part,) = row.parts
+    return replace(
+        row,
+        amounts={**row.amounts, "seconds": row.amounts["seconds"] - row.start},
+        parts=(replace(part, seconds=part.seconds - row.start),),
+        start=0.0,
+    )
 
 
 def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list[Row]:

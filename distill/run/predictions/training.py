@@ -21,6 +21,7 @@ from distill.run.predictions.row import (
     on_machine,
     start_seconds,
 )
+from distill.stages.inputs import own_traces
 from distill.training import prefix_sharing
 
 
@@ -112,6 +113,12 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     shape = known.shape(config.model)
     # Several sets are joined by trace; the result has at most as many traces as the smallest set.
     rows, prompt, reply = min(known.traces.get(data) or rows_of(data, config, known) for data in data_of(config.data))
+    if config.max_traces is not None:
+        if config.max_traces > rows:
+            known.notes.append(
+                f"{name}: max_traces is {config.max_traces}, and about {rows:.0f} traces are expected; the stage refuses to learn from fewer"
+            )
+        rows = min(rows, config.max_traces)
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
     frame = known.frame(next(iter(data_of(config.data))), config.task)
     prompt_trained = prompt_trained_tokens(prompt, reply, frame)
@@ -141,6 +148,8 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     taught = tuple(
         (each, flops.forward_flops(each, tokens, (prompt + reply + 1) / 2, head_tokens)) for each in teachers
     )
+    if own_traces.required(config):
+        known.notes += own_traces.warnings(name, config, known.recipe)
     known.shapes[name], known.replies[name] = shape, reply
     step_tokens = a_step * (prompt_trained + reply)
     training = Training(

@@ -45,13 +45,22 @@ def forward_kl(student: Student, targets: Targets) -> Tensor:
     return divergences.forward_kl(*outcomes(student, targets))
 
 
-def reverse_kl(student: Student, targets: Targets) -> Tensor:
+def reverse_kl(student: Student, targets: Targets, *, importance_cap: PositiveFloat | None = None) -> Tensor:
     """KL(q || p) over S and the tail, nats [T]:  sum_S q log(q/p) + P log(P/T).
+
+    importance_cap: only on traces that the student wrote itself and a teacher scored. Weighs each position by how much
+    likelier its prefix has become since it was sampled, at most importance_cap: min(prod q / q sampled, importance_cap) over the
+    tokens before. It corrects the traces' staleness; the cap bounds the variance and leaves a bias (`own_traces`). None = no weight.
 
     A teacher's tail below 1e-6 counts as 1e-6. With zero mass the loss would be infinite, and without the tail's term the
     student would be rewarded for moving mass there; with 1e-6 the loss is finite and above -1e-6.
     """
-    return divergences.reverse_kl(*outcomes(student, targets, least_tail=NO_TAIL))
+    value_T = divergences.reverse_kl(*outcomes(student, targets, least_tail=NO_TAIL))
+    if importance_cap is None:
+        return value_T
+    if targets.coupled_T is None:
+        raise UserError("reverse_kl: importance_cap is for traces that the student wrote itself and a teacher scored.")
+    return targets.coupled_T.exp().clamp(max=importance_cap) * value_T
 
 
 def jsd(student: Student, targets: Targets, *, beta: Beta = 0.5) -> Tensor:
@@ -106,16 +115,20 @@ def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -
 
 
 def policy_gradient(student: Student, targets: Targets, *, importance_cap: PositiveFloat = 2.0) -> Tensor:
-    """Reverse KL as a policy gradient, [T]: -w A rho on the student's own tokens, for on_policy stages with scoring: engine.
+    """Reverse KL as a policy gradient, [T]: -w A rho on the student's own tokens: in on_policy stages with scoring: engine, and in
+    train stages on traces that the model generated and a teacher scored.
 
-    A = log p(token) - log q(token) when it was sampled, a constant; rho = q / q sampled, 1 with its gradient; w = min(q trainer
-    / q engine, importance_cap), a constant. Its gradient equals that of KL(q || p) a token in expectation, plus sampling
-    noise. It needs the teacher's log-probability of the sampled token only.
+    A = log p(token) - log q(token) of the present student, a constant; rho = q / q now, 1 with its gradient; w = min(q now /
+    q sampled, importance_cap), a constant. Its gradient equals that of KL(q || p) a token in expectation, plus sampling
+    noise, where w is below the cap: also for traces of earlier weights, but for their prefixes (`own_traces`). It needs the
+    teacher's log-probability of the sampled token only.
     """
     if targets.advantage_T is None or targets.engine_logp_T is None:
         raise UserError(
-            "policy_gradient learns from the student's own completions: use it in a stage of kind on_policy."
+            "policy_gradient learns from the student's own completions: use it in a stage of kind on_policy, or on traces that "
+            "the model generated and a teacher scored."
         )
     own_T = student.label_T.detach()
     weight_T = (own_T - targets.engine_logp_T).exp().clamp(max=importance_cap)
-    return -weight_T * targets.advantage_T * (student.label_T - own_T).exp()
+    advantage_T = targets.advantage_T + targets.engine_logp_T - own_T
+    return -weight_T * advantage_T * (student.label_T - own_T).exp()
