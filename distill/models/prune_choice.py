@@ -61,7 +61,10 @@ def _to_try(last_tried: dict[int, float], removed: list[Removal], candidates: in
     if not removed:
         return list(last_tried)
     place = removed[-1].layer
-    beside = {max((n for n in last_tried if n < place), default=None), min((n for n in last_tried if n > place), default=None)}
+    beside = {
+        max((n for n in last_tried if n < place), default=None),
+        min((n for n in last_tried if n > place), default=None),
+    }
     likely = sorted(last_tried, key=lambda layer: (last_tried[layer], layer))[:candidates]
     return sorted({*likely, *(n for n in beside if n is not None)})
 

@@ -109,7 +109,9 @@ def _batch(traces: Sequence[ProbeTrace], device: Any) -> ProbeBatch:
         first = len(trace.prompt_ids) - 1
         places += [(n, first + t) for t in range(len(trace.completion_ids)) if first + t >= 0]
     row_P, column_P = np.array(places, np.int64).reshape(-1, 2).T
-    batch = ProbeBatch(*(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (ids_NT, valid_NT, row_P, column_P)))
+    batch = ProbeBatch(
+        *(torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (ids_NT, valid_NT, row_P, column_P))
+    )
     if all(trace.top is not None for trace in traces):
         # A completion without a prompt has no logits about its first token.
         tops = [trace.top.slice(int(len(trace.prompt_ids) == 0), len(trace.top)) for trace in traces if trace.top]
@@ -232,9 +234,7 @@ def _forward_of(module: Any, forward: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def _replaced(model: Any, probe: Probe, skip: Collection[int], start: int, hidden_NTH: Any) -> Iterator[None]:
     """Let layers before `start` and those in `skip` return what they get; the first of them returns `hidden_NTH` if start > 0."""
-    layers = decoder_layers(model)
-    if probe.tuples is None:
-        probe.tuples = _returns_tuples(model, layers[0])
+    prepare(model, probe)
 
     def returns(hidden_NTH: Any) -> Any:
         def forward(*args: Any, **options: Any) -> Any:
@@ -245,24 +245,27 @@ def _replaced(model: Any, probe: Probe, skip: Collection[int], start: int, hidde
         return forward
 
     with contextlib.ExitStack() as stack:
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(decoder_layers(model)):
             if index < start or index in skip:
                 stack.enter_context(_forward_of(layer, returns(hidden_NTH if index == 0 and start > 0 else None)))
         yield
 
 
-def _returns_tuples(model: Any, layer: Any) -> bool:
-    """Run two tokens, and look at what a layer returns."""
+def prepare(model: Any, probe: Probe) -> None:
+    """Learn what the model's layers return, from a run of two tokens; done once, before anything is watched or replaced."""
     import torch
 
+    if probe.tuples is not None:
+        return
     found = []
+    layer = decoder_layers(model)[0]
     hook = layer.register_forward_hook(lambda module, args, out: found.append(isinstance(out, tuple | list)))
     try:
         with torch.no_grad():
             model.get_decoder()(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
     finally:
         hook.remove()
-    return bool(found[0])
+    probe.tuples = bool(found[0])
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.models.prune import decoder_layers
-from distill.models.prune_probe import Probe, hidden_states
+from distill.models.prune_probe import Probe, hidden_states, prepare
 from distill.models.saving import EXACT, label_logps
 from distill.records import UserError
 
@@ -72,7 +72,7 @@ class Widths:
                 raise UserError(
                     f"{key}: {size} is not a multiple of {MULTIPLE}, which vLLM's kernels need; take {near(size, MULTIPLE)}."
                 )
-        each = self.heads // self.groups
+        each = self.heads // max(self.groups, 1)
         if heads is not None and heads % each:
             raise UserError(
                 f"heads: {heads} query heads do not divide into groups of {each}, which share a key-value head in this model "
@@ -102,25 +102,32 @@ class Channels:
     groups: list[list[int]] | None
 
 
-def widths_of(config: Any) -> Widths:
-    """Read the sizes from a transformers config. Raises UserError for a model whose widths cannot be cut."""
-    if config.model_type not in FAMILIES:
+def check_family(model_type: str) -> None:
+    """Raise UserError for a model type whose widths cannot be cut."""
+    if model_type not in FAMILIES:
         raise UserError(
-            f"hidden, ffn, heads: the widths of a {config.model_type} model cannot be cut, only those of {', '.join(FAMILIES)}; "
+            f"hidden, ffn, heads: the widths of a {model_type} model cannot be cut, only those of {', '.join(FAMILIES)}; "
             "prune its layers instead."
         )
-    return Widths(
-        config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
-    )
 
 
-def check_head_size(model_type: str, head_dim: int, new: Widths) -> None:
-    """Refuse sizes of which vLLM would derive another head size than the model's."""
-    if model_type in HEAD_SIZE_DERIVED and new.hidden != new.heads * head_dim:
+def widths_of(config: Any) -> Widths:
+    """Read the sizes from a transformers config. Raises UserError for a model whose widths cannot be cut."""
+    check_family(config.model_type)
+    return Widths(config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads)
+
+
+def new_widths(config: Any, hidden: int | None, ffn: int | None, heads: int | None) -> Widths:
+    """Return the sizes after a cut. Raises UserError for sizes that transformers or vLLM refuses."""
+    old = widths_of(config)
+    new = old.cut(hidden, ffn, heads)
+    head_dim = getattr(config, "head_dim", None) or old.hidden // old.heads
+    if config.model_type in HEAD_SIZE_DERIVED and new.hidden != new.heads * head_dim:
         raise UserError(
-            f"hidden, heads: vLLM takes hidden / heads as the size of a {model_type} model's heads, which is {head_dim}; with "
+            f"hidden, heads: vLLM takes hidden / heads as the size of a {config.model_type} model's heads, which is {head_dim}; with "
             f"heads: {new.heads} take hidden: {new.heads * head_dim}, or cut ffn alone."
         )
+    return new
 
 
 def rank_channels(model: Any, probe: Probe, new: Widths) -> tuple[Channels, dict[str, float]]:
@@ -136,6 +143,7 @@ def rank_channels(model: Any, probe: Probe, new: Widths) -> tuple[Channels, dict
     layers = decoder_layers(model)
     taken = [layer.mlp.down_proj for layer in layers] + [layer.self_attn.o_proj for layer in layers]
     norms = {name: module for name, module in model.named_modules() if name.rpartition(".")[2] in NORMS}
+    prepare(model, probe)
     with _inputs(probe, [*taken, *norms.values()]) as seen:
         hidden_states(model, probe)
     ffn = groups = hidden = None
@@ -234,7 +242,9 @@ def _module(name: str) -> tuple[int, str, str]:
     """Return (layer, module, weight or bias) of a weight's name. Raises UserError if it is not known."""
     found = NAME.match(name)
     if found is None or found["module"] not in WEIGHTS:
-        raise UserError(f"hidden, ffn, heads: the model has a weight {name!r} of an unknown kind; prune its layers instead.")
+        raise UserError(
+            f"hidden, ffn, heads: the model has a weight {name!r} of an unknown kind; prune its layers instead."
+        )
     return int(found["layer"] or 0), found["module"], found["kind"]
 
 

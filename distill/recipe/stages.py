@@ -50,7 +50,9 @@ class PruneStage(StageConfig):
         "the hidden state's direction most; importance = remove one at a time, each the one whose removal raises the KL to the "
         "stored distributions of `data` least",
     )
-    hidden: PositiveInt | None = Field(None, description="hidden size (channels of the residual stream); None = as it is")
+    hidden: PositiveInt | None = Field(
+        None, description="hidden size (channels of the residual stream); None = as it is"
+    )
     ffn: PositiveInt | None = Field(None, description="width of each layer's MLP; None = as it is")
     heads: PositiveInt | None = Field(
         None,
@@ -92,7 +94,9 @@ class PruneStage(StageConfig):
             key = f"by: {self.by}" if self.by != "even" else "repair" if self.repair else "cutting a width"
             raise ValueError(f"{key} needs data: a stage of traces, or a folder of shards")
         if not self.measures and self.data is not None:
-            raise ValueError("data: evenly spaced layers are chosen without it; set by: importance or repair: true, or remove data")
+            raise ValueError(
+                "data: evenly spaced layers are chosen without it; set by: importance or repair: true, or remove data"
+            )
         return self
 
     def inputs(self) -> Iterator[Input]:

@@ -68,8 +68,7 @@ def _measured(model: Any, config: PruneStage, context: Context, tokenizer: Any) 
 
     new = None
     if config.narrows:
-        old = prune_width.widths_of(model.config)
-        new = old.cut(config.hidden, config.ffn, config.heads)
+        new = prune_width.new_widths(model.config, config.hidden, config.ffn, config.heads)
     context.phase("reading the traces")
     traces = read_traces(config, context, tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"

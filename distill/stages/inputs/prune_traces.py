@@ -58,7 +58,9 @@ def _take(reader: TraceReader, positions: int, seed: int, with_top: bool) -> lis
             if not len(completion) or len(prompt) + len(completion) > LONGEST:
                 continue
             taken = min(len(completion), positions // TRACES)
-            top = block.top.slice(int(starts[n]), int(starts[n]) + taken) if with_top and block.top is not None else None
+            top = (
+                block.top.slice(int(starts[n]), int(starts[n]) + taken) if with_top and block.top is not None else None
+            )
             found.append(ProbeTrace(prompt, completion[:taken], top))
             missing -= taken
             if missing <= 0:
