@@ -5,6 +5,7 @@ In: a model and a `Probe`. Out: indices, and a record of what each removal did. 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ def least_influence(model: Any, probe: Probe, layers: int) -> tuple[list[int], l
     check_layers(layers, total)
     states = hidden_states(model, probe)
     influence = []
-    for before, after in zip(states[:-1], states[1:], strict=True):
+    for before, after in itertools.pairwise(states):
         angles = [
             torch.nn.functional.cosine_similarity(x_NTH.double(), y_NTH.double(), dim=-1)[batch.valid_NT]
             for x_NTH, y_NTH, batch in zip(before, after, probe.batches, strict=True)

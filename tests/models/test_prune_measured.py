@@ -59,9 +59,9 @@ def plain_kl(model: Any, probe: Probe, given: list[ProbeTrace]) -> float:
         logq = logits(model, ids).log_softmax(-1)
         for p in torch.nonzero(batch.row_P == n)[:, 0].tolist():
             q = logq[int(batch.column_P[p])]
-            kept = {int(i): float(l) for i, l in zip(batch.ids_PK[p], batch.logp_PK[p], strict=True) if l > -np.inf}
+            kept = {int(i): float(x) for i, x in zip(batch.ids_PK[p], batch.logp_PK[p], strict=True) if x > -np.inf}
             rest = [v for v in range(len(q)) if v not in kept]
-            total += sum(np.exp(l) * (l - float(q[i])) for i, l in kept.items())
+            total += sum(np.exp(x) * (x - float(q[i])) for i, x in kept.items())
             tail = float(batch.tail_P[p])
             total += np.exp(tail) * (tail - float(q[rest].logsumexp(0))) if tail > -np.inf else 0.0
             num += 1
