@@ -37,7 +37,7 @@ def run(config: PruneStage, context: Context) -> Result:
     before = models.num_layers(model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     if config.measures:
-        model, record, cost = _measured(model.eval(), config, context, tokenizer)
+        model, record, cost = measured(model.eval(), config, context, tokenizer)
     else:
         assert config.layers is not None, "checked by the config"
         record, cost = {"layers_kept": models.prune_layers(model, config.layers)}, Cost()
@@ -62,7 +62,7 @@ class _Work:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def _measured(model: Any, config: PruneStage, context: Context, tokenizer: Any) -> tuple[Any, dict[str, Any], Cost]:
+def measured(model: Any, config: PruneStage, context: Context, tokenizer: Any) -> tuple[Any, dict[str, Any], Cost]:
     """Prune a model by what it does on traces; return it, the record and the cost of the forward passes."""
     import torch
 

@@ -3,17 +3,16 @@
     python tests/bench/bench_prune.py MODEL TRACES [--ways NAME ...] [--positions N] [--out DIR]
 
 MODEL: the folder of a teacher. TRACES: a folder of shards that it wrote, with distributions; at least twice as many as the
-pruning reads. Each way is a prune stage of its own, with the stage's own choice of traces; the seconds are the whole stage's
-without its process start. The KL is to the stored distributions (entries and a tail bucket), a mean over positions, with an
+pruning reads. Each way is a prune stage of its own, with the stage's own choice of traces; the seconds are the stage's without
+loading and saving, on the wall and of the processor. The KL is to the stored distributions (entries and a tail bucket), a mean over positions, with an
 interval of 95% over traces (bootstrap).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
-import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import numpy as np
 from distill import models, recipe
 from distill.models.prune_probe import ProbeTrace, make_probe, mean_kl
 from distill.progress import Screen
-from distill.records import Array
+from distill.records import Array, Cost
 from distill.stages import prune
 from distill.stages.context import Context
 from distill.stages.inputs.prune_traces import read_traces
@@ -66,68 +65,68 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=400)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(name, options, Path(folder)) for name in options.ways]
+    teacher, tokenizer = models.load(options.model, dtype="float32").eval(), models.load_tokenizer(options.model)
+    rest = unread(options, tokenizer)
+    rows = [measure(name, teacher, tokenizer, rest, options) for name in options.ways]
     harness.report("prune", rows, options.out)
 
 
-def measure(name: str, options: argparse.Namespace, run: Path) -> dict[str, Any]:
-    """Run one prune stage, and compare what it saved with the traces that it has not read."""
-    config = {"kind": "prune", "model": "teacher", "positions": options.positions, **WAYS[name]}
-    if set(config) & {"by", "repair", "ffn", "heads", "hidden"}:
-        config["data"] = str(options.traces)
-    else:
-        del config["positions"]
+def context_of(options: argparse.Namespace, stage: dict[str, Any]) -> Context:
+    """The context of a prune stage on the teacher."""
+    measures = set(stage) - {"layers"}
+    data = {"data": str(options.traces), "positions": options.positions} if measures else {}
+    config = {"kind": "prune", "model": "teacher", **stage, **data}
     tree = {"name": "b", "models": {"teacher": str(options.model)}, "stages": {"s": config}}
-    context = Context(recipe=recipe.validate(tree), run=run, name="s", screen=Screen(io.StringIO()))
-    shutil.rmtree(context.folder, ignore_errors=True)
-    context.folder.mkdir()
-    began = time.perf_counter()
+    return Context(recipe=recipe.validate(tree), run=options.out, name="s", screen=Screen(io.StringIO()))
+
+
+def measure(
+    name: str, teacher: Any, tokenizer: Any, rest: list[ProbeTrace], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Prune a copy of the teacher as the stage does, round it to bfloat16, and compare it with the traces it has not read."""
+    context, model = context_of(options, WAYS[name]), copy.deepcopy(teacher)
     stage: Any = context.recipe.stages["s"]
-    result = prune.run(stage, context)
-    seconds = time.perf_counter() - began
-    model = models.load(context.folder / "model", dtype="float32").eval()
-    kl_N, positions_N = held_out_kl(model, options, context)
+    began, processor = time.perf_counter(), time.process_time()
+    if stage.measures:
+        model, record, cost = prune.measured(model, stage, context, tokenizer)
+    else:
+        record, cost = {"layers_kept": models.prune_layers(model, stage.layers)}, Cost()
+    seconds, processor = time.perf_counter() - began, time.process_time() - processor
+    model = models.cast(model, "bfloat16").float()
+    kl_N = np.array([mean_kl(model, make_probe([trace])) for trace in rest])
+    positions_N = np.array([len(trace.completion_ids) for trace in rest])
     low, high = interval(kl_N, positions_N)
     row = {
         "way": name,
-        "parameters": round(result.metrics["params"] / 1e6, 1),
+        "parameters": round(sum(p.numel() for p in model.parameters()) / 1e6, 1),
         "kl": float((kl_N * positions_N).sum() / positions_N.sum()),
         "low": low,
         "high": high,
         "seconds": seconds,
-        "forward passes, tokens": result.cost.tokens_scored,
-        "repair strength": str(result.metrics.get("repair", {}).get("strength", "")),
-        "layers": " ".join(map(str, result.metrics["layers_kept"])) if "layers" in config else "all",
+        "cpu seconds": processor,
+        "tokens": cost.tokens_scored,
+        "strength": str(record.get("repair", {}).get("strength", "")),
+        "layers": " ".join(map(str, record["layers_kept"])) if stage.layers else "all",
     }
     print(row, flush=True)
     return row
 
 
-def held_out_kl(model: Any, options: argparse.Namespace, context: Context) -> tuple[Array, Array]:
-    """The mean KL and the number of positions of each trace that no way of pruning reads."""
-    tokenizer = models.load_tokenizer(options.model)
-    reading = {"kind": "prune", "model": "teacher", "layers": 24, "by": "importance", "data": str(options.traces)}
-    tree = {
-        "name": "b",
-        "models": {"teacher": str(options.model)},
-        "stages": {"s": {**reading, "positions": options.positions}},
+def unread(options: argparse.Namespace, tokenizer: Any) -> list[ProbeTrace]:
+    """MEASURED traces of those that no way of pruning reads."""
+    context = context_of(options, {"layers": 24, "by": "importance"})
+    stage: Any = context.recipe.stages["s"]
+    read = {
+        (trace.prompt_ids.tobytes(), trace.completion_ids.tobytes()) for trace in read_traces(stage, context, tokenizer)
     }
-    resolved = recipe.validate(tree)
-    whole: Any = resolved.stages["s"]
-    read = read_traces(whole, Context(resolved, context.run, "s", context.screen), tokenizer)
-    known = {(trace.prompt_ids.tobytes(), trace.completion_ids.tobytes()) for trace in read}
     found = []
     for block in open_traces(options.traces).blocks():
         for n in range(len(block)):
             prompt, completion = block.prompt_ids[n], block.completion_ids[n]
-            if len(found) < MEASURED and not any(
-                (prompt.tobytes(), completion[:stop].tobytes()) in known for stop in range(1, len(completion) + 1)
-            ):
-                probe = make_probe([ProbeTrace(prompt, completion, block.top_of(n))])
-                found.append((mean_kl(model, probe), len(completion)))
-    kl_N, positions_N = np.array(found).T
-    return kl_N, positions_N
+            starts = ((prompt.tobytes(), completion[:stop].tobytes()) for stop in range(1, len(completion) + 1))
+            if read.isdisjoint(starts):
+                found.append(ProbeTrace(prompt, completion, block.top_of(n)))
+    return found[:MEASURED]
 
 
 def interval(kl_N: Array, positions_N: Array) -> tuple[float, float]:
