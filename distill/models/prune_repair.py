@@ -29,7 +29,7 @@ from distill.records import UserError
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Ridge strengths, of which held-out positions choose one."""
 CLOSE = 1e-3
-"""Relative difference by which a layer's output may differ from what the fit said."""
+"""Relative difference by which a layer's output may differ from a sum of its parts."""
 DOWN = ("mlp.down_proj", "mlp.fc2", "mlp.c_proj", "mlp.dense_4h_to_h", "feed_forward.w2", "fc2")
 """Places of the matrix by which the MLP writes into the residual stream, in a layer."""
 
@@ -62,6 +62,28 @@ def down_projection(layer: Any, name: str = "") -> Any:
         f"repair: {name or type(layer).__name__} has no matrix of a known name that its MLP ends in ({', '.join(DOWN)}), so it cannot "
         "be repaired in closed form. Set repair: false; training repairs it too."
     )
+
+
+def check_repairable(model: Any, probe: Probe) -> None:
+    """Refuse a model whose MLP ends in no matrix that is known, or does not add that matrix's output to the stream as it is.
+
+    The first layer is run with the matrix, and with twice the matrix: the difference must be the matrix's output.
+    """
+    matrix = down_projection(decoder_layers(model)[0], type(model).__name__)
+    batch = probe.batches[0]
+    weight = matrix.weight.data.clone()
+    with _inputs_and_outputs(matrix) as seen:
+        once = run_layer(model, probe, 0, batch, None)
+        matrix.weight.data.mul_(2)
+        twice = run_layer(model, probe, 0, batch, None)
+    matrix.weight.data.copy_(weight)
+    added = seen[1][1] - seen[0][1]
+    gap = (twice - once - added)[batch.valid_NT].norm() / added[batch.valid_NT].norm()
+    if not float(gap) <= CLOSE:
+        raise UserError(
+            f"repair: {type(model).__name__} does not add its MLP's output to the stream as it is (a norm or a factor is between), so "
+            "a linear fit does not repair it. Set repair: false; training repairs it too."
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,10 +136,7 @@ def repair(
     sites: Sequence[int],
     strengths: Sequence[float] = STRENGTHS,
 ) -> Repair:
-    """Fit the pruned model's matrices at `sites` (its layers) in place, with the strength that is best on the held-out probe.
-
-    Raises UserError if a layer does not add its MLP's output to the stream as it is.
-    """
+    """Fit the pruned model's matrices at `sites` (its layers) in place, with the strength that is best on the held-out probe."""
     layers = decoder_layers(model)
     matrices = [down_projection(layers[n], type(model).__name__) for n in sites]
     if streams.middle:
@@ -161,16 +180,14 @@ def _fit_upwards(
         if matrix is not None:
             lacks = [t - y for t, y in zip(streams.after[n], rows, strict=True)]
             change = _fit(matrix, probe, [x for x, _ in seen.pairs], lacks, streams.after[n], strength)
-            wanted = [y + x @ change.T for y, (x, _) in zip(rows, seen.pairs, strict=True)]
-            rows = _seen(model, probe, n, seen.given, None).out
-            _check_added(model, probe, wanted, rows)
+            # What the layer gives now: its MLP's output is added as it is (`check_repairable`).
+            rows = [y + x @ change.T for y, (x, _) in zip(rows, seen.pairs, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Seen:
-    """What a layer did on a probe: given and out, the stream before and after it; pairs, one matrix's inputs and outputs."""
+    """What a layer did on a probe: out, the stream after it; pairs, one matrix's inputs and outputs."""
 
-    given: Sequence[Any]
     out: list[Any]
     pairs: list[tuple[Any, Any]]
 
@@ -181,7 +198,7 @@ def _seen(model: Any, probe: Probe, index: int, given: Sequence[Any], matrix: An
         with _inputs_and_outputs(matrix) as seen:
             out.append(run_layer(model, probe, index, batch, hidden_NTH))
         pairs += seen
-    return _Seen(given, out, pairs)
+    return _Seen(out, pairs)
 
 
 @contextlib.contextmanager
@@ -214,16 +231,6 @@ def _fit(
     change_HI = change_IH.T.to(matrix.weight.dtype)
     matrix.weight.data.add_(change_HI)
     return change_HI
-
-
-def _check_added(model: Any, probe: Probe, wanted: Sequence[Any], got: Sequence[Any]) -> None:
-    for w_NTH, g_NTH, batch in zip(wanted, got, probe.batches, strict=True):
-        gap = (w_NTH - g_NTH)[batch.valid_NT].norm() / g_NTH[batch.valid_NT].norm()
-        if not float(gap) <= CLOSE:
-            raise UserError(
-                f"repair: {type(model).__name__} does not add its MLP's output to the stream as it is (a norm or a factor is between), so "
-                "a linear fit does not repair it. Set repair: false; training repairs it too."
-            )
 
 
 def attention_projection(layer: Any) -> Any:

@@ -79,6 +79,8 @@ def measured(model: Any, config: PruneStage, context: Context, tokenizer: Any) -
     shape = ModelShape.from_config(model.config.to_dict())
     for probe in (work.fit, work.held):
         own_targets(model, probe)
+    if config.repair:
+        prune_repair.check_repairable(model, work.fit)
     kept = _choose_layers(work, config, context)
     streams = None
     if config.repair:

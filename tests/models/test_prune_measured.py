@@ -321,11 +321,13 @@ def test_models_that_a_linear_fit_does_not_repair_are_refused_in_words() -> None
     for model_type, said in (("gemma2", "does not add its MLP's output to the stream as it is"),
                              ("gpt2", r"has no matrix of a known name that its MLP ends in \(mlp\.down_proj")):  # fmt: skip
         model = loud(model_type)
-        probe = probe_of(model, 3)
-        streams = prune_repair.streams_of(model, probe, [0, 1])
-        models.prune_layers(model, [0, 1])
         with pytest.raises(UserError, match=said):
-            prune_repair.repair(model, probe, probe, streams, [1])
+            prune_repair.check_repairable(model, make_probe(traces(3)))
+    for model_type in ("llama", "bloom", "olmo", "phi"):
+        model = loud(model_type)
+        before = prune_repair.down_projection(decoder_layers(model)[0]).weight.clone()
+        prune_repair.check_repairable(model, make_probe(traces(3)))
+        assert torch.equal(prune_repair.down_projection(decoder_layers(model)[0]).weight, before)
 
 
 @pytest.mark.slow

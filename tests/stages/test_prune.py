@@ -76,8 +76,6 @@ def test_layers_and_widths_by_measurement_are_saved_and_recorded(base: Path, wri
     config = saved.config
     assert (config.num_hidden_layers, config.intermediate_size, config.num_attention_heads) == (3, 40, 2)
     assert sum(p.numel() for p in saved.parameters()) == result.metrics["params"]
-    again, _ = run(base, tmp_path / "again", **stage)
-    assert again.fingerprint == result.fingerprint
     # 8 traces of 6 tokens: each passes some of four layers many times.
     assert result.cost.tokens_scored > 8 * 6
     assert result.cost.flops > 0

@@ -53,8 +53,7 @@ def prune(name: str, config: PruneStage, known: Known, machine: Machine) -> list
         held = Memory(weights=2.0 * shape.params_total, process=PROCESS_BYTES)
         amounts = make_amounts(seconds=seconds, memory=held.total)
     else:
-        _, prompt, reply = known.traces.get(config.data) or stored(config.data)
-        work = prune_work(config, shape, layers, prompt, reply)
+        work = prune_work(config, shape, layers, *(known.traces.get(config.data) or stored(config.data)))
         seconds += estimate.forward_seconds(shape, work.flops, work.tokens, machine, "float32")
         # In float32, with the hidden states before every layer; repair keeps the former ones, and two copies are compared.
         states = 4.0 * work.row_tokens * shape.hidden * shape.layers * (2 if config.repair else 1)
@@ -75,10 +74,12 @@ class PruneWork:
     flops: float
 
 
-def prune_work(config: PruneStage, shape: ModelShape, layers: int, prompt: float, reply: float) -> PruneWork:
-    """Predict the passes of a prune stage on traces of these mean lengths."""
+def prune_work(
+    config: PruneStage, shape: ModelShape, layers: int, traces: float, prompt: float, reply: float
+) -> PruneWork:
+    """Predict the passes of a prune stage on so many traces of these mean lengths."""
     taken = max(1.0, min(reply, config.positions // 8))
-    rows = math.ceil(config.positions / taken)
+    rows = min(math.ceil(config.positions / taken), traces)
     row_tokens = rows * (prompt + taken)
     # Full passes through the layers, and passes through the output head.
     passes = heads = 1.0
@@ -86,8 +87,10 @@ def prune_work(config: PruneStage, shape: ModelShape, layers: int, prompt: float
     if config.by == "block_influence":
         passes += 1
     if config.by == "importance" and removed:
-        passes += shape.layers / 2 + (removed - 1) * CANDIDATES / 2 + removed
-        heads += shape.layers + (removed - 1) * CANDIDATES
+        tried = [shape.layers, *(min(CANDIDATES, shape.layers - n) for n in range(1, removed))]
+        # A round runs all layers that are left once, and for each layer that is tried those above it: half of them.
+        passes += sum((1 + num / 2) * (shape.layers - n) / shape.layers for n, num in enumerate(tried))
+        heads += sum(tried)
     if config.narrows:
         passes += 1
     if config.repair:
