@@ -33,15 +33,76 @@ SNAPSHOTS = "number of held-out problems on which each snapshot of the training 
 
 
 class PruneStage(StageConfig):
-    """Remove decoder layers: keep `layers` of them, evenly spaced, with the first and the last."""
+    """Make a smaller model: keep `layers` of the decoder layers, or cut the width (`hidden`, `ffn`, `heads`), or both.
+
+    `by` says which layers are kept. Widths are ranked by activations. `repair` then fits the matrices before each gap, or of
+    every layer whose width was cut, to the hidden states of the whole model. All but even spacing read `positions` positions
+    of the traces in `data`.
+    """
 
     writes: ClassVar = "model"
     kind: Literal["prune"]
     model: str = Field(description="model to prune")
-    layers: int = Field(ge=2, description="number of decoder layers to keep")
+    layers: int | None = Field(None, ge=2, description="number of decoder layers to keep; None = all")
+    by: Literal["even", "block_influence", "importance"] = Field(
+        "even",
+        description="which layers are kept: even = evenly spaced, with the first and the last; block_influence = those that change "
+        "the hidden state's direction most; importance = remove one at a time, each the one whose removal raises the KL to the "
+        "stored distributions of `data` least",
+    )
+    hidden: PositiveInt | None = Field(
+        None, description="hidden size (channels of the residual stream); None = as it is"
+    )
+    ffn: PositiveInt | None = Field(None, description="width of each layer's MLP; None = as it is")
+    heads: PositiveInt | None = Field(
+        None,
+        description="number of attention heads in each layer; whole groups that share a key-value head are kept; None = as it is",
+    )
+    data: str | None = Field(
+        None,
+        description="traces that layers and widths are judged on: a stage or a folder of shards; by: importance needs their "
+        "distributions, all else their tokens alone",
+    )
+    positions: int = Field(
+        400,
+        ge=64,
+        description="number of completion tokens of `data` that are read, at most an eighth of them from one trace",
+    )
+    repair: bool = Field(
+        False,
+        description="fit the output matrices before each gap, or of every layer if widths are cut, to the whole model's hidden states "
+        "(ridge regression; a quarter of the traces chooses its strength)",
+    )
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a width is cut."""
+        return (self.hidden, self.ffn, self.heads) != (None, None, None)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the model is run on `data`."""
+        return self.by != "even" or self.narrows or self.repair
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> PruneStage:
+        if self.layers is None and not self.narrows:
+            raise ValueError("nothing to prune: set layers, or a width (hidden, ffn, heads)")
+        if self.layers is None and self.by != "even":
+            raise ValueError(f"by: {self.by} chooses layers, but all are kept; set layers, or remove by")
+        if self.measures and self.data is None:
+            key = f"by: {self.by}" if self.by != "even" else "repair" if self.repair else "cutting a width"
+            raise ValueError(f"{key} needs data: a stage of traces, or a folder of shards")
+        if not self.measures and self.data is not None:
+            raise ValueError(
+                "data: evenly spaced layers are chosen without it; set by: importance or repair: true, or remove data"
+            )
+        return self
 
     def inputs(self) -> Iterator[Input]:
         yield Input("model", self.model)
+        if self.data is not None:
+            yield Input("data", self.data)
 
 
 class GenerateStage(StageConfig):

@@ -6,7 +6,17 @@ Each raises UserError for a loss, objective, reward or filter that does not exis
 from __future__ import annotations
 
 from distill import plug
-from distill.recipe import CompareStage, FilterStage, GenerateStage, GrpoStage, OnPolicyStage, Recipe, TrainStage
+from distill.recipe import (
+    CompareStage,
+    FilterStage,
+    GenerateStage,
+    GrpoStage,
+    OnPolicyStage,
+    PruneStage,
+    Recipe,
+    TrainStage,
+)
+from distill.records import UserError
 
 
 def generate(name: str, config: GenerateStage, recipe: Recipe) -> None:
@@ -41,6 +51,30 @@ def grpo(name: str, config: GrpoStage, recipe: Recipe) -> None:
 def filter(name: str, config: FilterStage, recipe: Recipe) -> None:
     for number, keep in enumerate(config.keep):
         plug.bind(keep.fn, keep.options, "distill.traces.filters", f"stages.{name}.keep.{number}")
+
+
+def prune(name: str, config: PruneStage, recipe: Recipe) -> None:
+    """Refuse data that is no traces, and traces without the distributions that `by: importance` compares."""
+    from distill.stages.context import find_data
+    from distill.stages.inputs.score_inputs import is_traces
+    from distill.traces.reader import open_traces
+
+    if config.data is None:
+        return
+    where, data = f"stages.{name}.data", config.data
+    while isinstance(made := recipe.stages.get(data), FilterStage):
+        data = made.data
+    if made is None and not is_traces(find_data(data)):
+        raise UserError(
+            f"{where}: {data!r} holds no traces; name a stage of kind generate, score or filter, or a folder of shards. A stage of "
+            "kind score makes traces of conversations."
+        )
+    entries = open_traces(find_data(data) or data).metadata.top_k if made is None else getattr(made, "top_logprobs", 1)
+    if config.by == "importance" and entries == 0:
+        raise UserError(
+            f"{where}: by: importance compares with the traces' distributions, and {data!r} has none (top_logprobs: 0); generate "
+            "with top_logprobs > 0, or use by: block_influence."
+        )
 
 
 def compare(name: str, config: CompareStage, recipe: Recipe) -> None:

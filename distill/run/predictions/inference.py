@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from distill.compute import estimate, flops
 from distill.compute.flops import ModelShape
 from distill.compute.memory import PROCESS_BYTES, Memory
 from distill.machine import Machine
+from distill.models import check_layers
+from distill.models.prune_choice import CANDIDATES
+from distill.models.prune_repair import STRENGTHS
+from distill.models.prune_width import Widths
 from distill.recipe import (
     CompareStage,
     DivergenceStage,
@@ -43,16 +47,69 @@ ENTRIES = 1.2
 
 def prune(name: str, config: PruneStage, known: Known, machine: Machine) -> list[Row]:
     shape = known.shape(config.model)
-    if config.layers > shape.layers:
-        raise UserError(f"stages.{name}.layers: cannot keep {config.layers} layers of a model that has {shape.layers}.")
-    known.shapes[name] = shape.with_layers(config.layers)
+    layers = config.layers or shape.layers
+    try:
+        check_layers(layers, shape.layers)
+        new = Widths(shape.hidden, shape.intermediate, shape.heads, shape.kv_heads).cut(
+            config.hidden, config.ffn, config.heads
+        )
+    except UserError as error:
+        raise UserError(f"stages.{name}.{error}") from None
+    narrow = replace(shape, hidden=new.hidden, intermediate=new.ffn, heads=new.heads, kv_heads=new.groups)
+    known.shapes[name] = narrow.with_layers(layers)
     known.replies[name] = known.replies.get(config.model, 0.0)
-    held = Memory(weights=2.0 * shape.params_total, process=PROCESS_BYTES)
-    amounts = make_amounts(seconds=estimate.predict_prune_seconds(known.shapes[name]), memory=held.total)
+    seconds = estimate.predict_prune_seconds(known.shapes[name])
+    if not config.measures or config.data is None:
+        held = Memory(weights=2.0 * shape.params_total, process=PROCESS_BYTES)
+        amounts = make_amounts(seconds=seconds, memory=held.total)
+    else:
+        work = prune_work(config, shape, layers, *(known.traces.get(config.data) or stored(config.data)))
+        seconds += estimate.forward_seconds(shape, work.flops, work.tokens, machine, "float32")
+        # In float32, with the hidden states before every layer; repair keeps the former ones, and two copies are compared.
+        states = 4.0 * work.row_tokens * shape.hidden * shape.layers * (2 if config.repair else 1)
+        held = Memory(weights=6.0 * shape.params_total, activations=states, process=PROCESS_BYTES)
+        amounts = make_amounts(tokens=work.tokens, flops=work.flops, seconds=seconds, memory=held.total)
     # Pruning uses main memory; `machine.memory` is GPU memory on a machine with a GPU.
     if machine.device != "cpu":
         return [Row(name, "prune", amounts)]
     return [Row(name, "prune", amounts, least=held.least, memory=held)]
+
+
+@dataclass(frozen=True, slots=True)
+class PruneWork:
+    """The forward passes of a prune stage. row_tokens: tokens of the traces that are read; tokens: as passes through all layers."""
+
+    row_tokens: float
+    tokens: float
+    flops: float
+
+
+def prune_work(
+    config: PruneStage, shape: ModelShape, layers: int, traces: float, prompt: float, reply: float
+) -> PruneWork:
+    """Predict the passes of a prune stage on so many traces of these mean lengths."""
+    taken = max(1.0, min(reply, config.positions // 8))
+    rows = min(math.ceil(config.positions / taken), traces)
+    row_tokens = rows * (prompt + taken)
+    # Full passes through the layers, and passes through the output head.
+    passes = heads = 1.0
+    removed = shape.layers - layers
+    if config.by == "block_influence":
+        passes += 1
+    if config.by == "importance" and removed:
+        tried = [shape.layers, *(min(CANDIDATES, shape.layers - n) for n in range(1, removed))]
+        # A round runs all layers that are left once, and for each layer that is tried those above it: half of them.
+        passes += sum((1 + num / 2) * (shape.layers - n) / shape.layers for n, num in enumerate(tried))
+        heads += sum(tried)
+    if config.narrows:
+        passes += 1
+    if config.repair:
+        passes += 2 + len(STRENGTHS) * 2
+        heads += 1 + len(STRENGTHS) / 4
+    tokens = row_tokens * passes
+    context = (prompt + taken + 1) / 2
+    head_tokens = rows * taken * heads
+    return PruneWork(row_tokens, tokens, flops.forward_flops(shape, tokens, context, head_tokens))
 
 
 def mean_reply(config: GenerateStage | EvalStage | PolicyStage, known: Known) -> float:
