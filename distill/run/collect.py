@@ -17,6 +17,7 @@ from distill.compute.ledger import ArmCost, arm_cost, mean_cost
 from distill.recipe import Recipe, RewardConfig, StageConfig, base_name
 from distill.recipe.lineage import parents_of, role_of, roles_of, traces_learned
 from distill.reports.run_report import ArmRow, RunReport, SeedRow, SnapshotRow, StageRow, TracesRow, view
+from distill.run.weak_teachers import weak_teachers
 from distill.stages.budget import stage_costs
 
 MAX_POINTS = 240
@@ -49,7 +50,7 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
         examples=examples,
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         reproduce=[command],
-        notes=[*_notes(states), *_sandboxes(recipe)],
+        notes=[*weak_teachers(recipe, states), *_notes(states), *_sandboxes(recipe)],
     )
 
 
