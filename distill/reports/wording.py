@@ -118,11 +118,39 @@ def _compared(report: RunReport) -> str:
     over_seeds = [reading for reading in readings if reading.seeds]
     if over_seeds:
         seeds = " and ".join(str(n) for n in sorted({n for one in over_seeds for n in one.seeds}))
-        return f"{start}; over {seeds} training seeds an arm {_evidence(over_seeds, SEEDS_WORDS)}."
+        said_of = f"over {seeds} training seeds an arm {_evidence(over_seeds, SEEDS_WORDS)}."
+    else:
+        said_of = (
+            f"{_evidence(readings, CHECKPOINT_WORDS)}, and one training seed an arm says nothing about the ways of training in general."
+        )
+    return f"{start}; {said_of}{_divergence_said(report, students)}"
+
+
+def _divergence_said(report: RunReport, students: list[str]) -> str:
+    """The students' held-out KL to the teacher in a sentence, nearest first; "" where it was not measured."""
+    kl = {name: arm["divergence"]["kl"] for name in students if "divergence" in (arm := report["arms"][name])}
+    if len(kl) < 2:
+        return ""
+    ranked = sorted(kl, key=lambda name: kl[name]["value"])
+    pairs = {(row["a"], row["b"]): row["difference"] for row in report.get("divergence_pairs", [])}
+    apart, level = [], []
+    for near, far in itertools.combinations(ranked, 2):
+        row, sign = (pairs[far, near], 1) if (far, near) in pairs else (pairs.get((near, far)), -1)
+        if row is not None:
+            low, high = sorted(sign * row[key] for key in ("low", "high"))
+            text = f"{far} − {near} {_nats({'value': sign * row['value'], 'low': low, 'high': high}, '+')}"
+            (apart if low > 0 else level).append(text)
+    parts = [f"they differ ({'; '.join(apart)})"] if apart else []
+    parts += [f"no difference is shown ({'; '.join(level)})"] if level else []
     return (
-        f"{start}; {_evidence(readings, CHECKPOINT_WORDS)}, and one training seed an arm says nothing about the ways "
-        "of training in general."
+        f" In held-out KL to the teacher, {_listed([f'{name} {_nats(kl[name])}' for name in ranked])} nats a token, "
+        f"{', '.join(parts)}." if parts else ""
     )
+
+
+def _nats(row: Mapping[str, Any], sign: str = "") -> str:
+    value, low, high = (f"{row[key]:{sign}.3f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 SEEDS_WORDS = {
