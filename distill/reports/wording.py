@@ -120,9 +120,7 @@ def _compared(report: RunReport) -> str:
         seeds = " and ".join(str(n) for n in sorted({n for one in over_seeds for n in one.seeds}))
         said_of = f"over {seeds} training seeds an arm {_evidence(over_seeds, SEEDS_WORDS)}."
     else:
-        said_of = (
-            f"{_evidence(readings, CHECKPOINT_WORDS)}, and one training seed an arm says nothing about the ways of training in general."
-        )
+        said_of = f"{_evidence(readings, CHECKPOINT_WORDS)}, and one training seed an arm says nothing about the ways of training in general."
     return f"{start}; {said_of}{_divergence_said(report, students)}"
 
 
@@ -144,7 +142,9 @@ def _divergence_said(report: RunReport, students: list[str]) -> str:
     parts += [f"no difference is shown ({'; '.join(level)})"] if level else []
     return (
         f" In held-out KL to the teacher, {_listed([f'{name} {_nats(kl[name])}' for name in ranked])} nats a token, "
-        f"{', '.join(parts)}." if parts else ""
+        f"{', '.join(parts)}."
+        if parts
+        else ""
     )
 
 
