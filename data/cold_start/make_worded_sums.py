@@ -1,4 +1,4 @@
-"""Write worded_sums.jsonl: worked sums of three or four numbers, in many orders and many wordings.
+"""Write worded_sums.jsonl: worked sums of three numbers, in many orders and many wordings.
 
     python data/cold_start/make_worded_sums.py
 
@@ -19,7 +19,7 @@ ROWS = 960
 SEED = 1
 OPTIONS = {
     "min_terms": 3,
-    "max_terms": 4,
+    "max_terms": 3,
     "min_digits": 1,
     "max_digits": 1,
     "operators": ["+"],
@@ -27,34 +27,33 @@ OPTIONS = {
     "allow_negation": False,
 }
 
-OPENINGS = "Okay Well Right So Now First Sure Fine Nice Yes Good Easy Look Here Great Ah See Listen Oh Ready".split()
-MARKS = [",", ":", "...", " –"]
-LEADS = "clearly here surely simply obviously naturally plainly certainly".split()
-JOINS = ["and", "plus", "with", "added to", "beside"]
-MAKES = "makes is gives equals becomes totals yields brings".split()
-LINKS = [",", ";", ".", " and", " –"]
-ORDERS = "then next now so also again later further thereafter".split()
-WAYS = "with adding plus including taking counting using joining".split()
-THINGS = "it that this everything all".split()
-PEOPLE = "we you I they people".split()
-GET = "get have reach find see obtain count".split()
-CLOSINGS = "So Thus Hence Therefore Finally Altogether Together Overall Then Now Clearly Indeed Counting Again".split()
-WHOSE = "the our my your this their".split()
-RESULTS = "answer total sum result number value outcome whole".split()
-STATES = "is equals becomes reads makes gives".split()
+OPENINGS = ["Okay", "Well", "Right", "So", "Now", "First", "Sure", "Fine", "Yes", "Good", "Look", "Here"]
+MARKS = [",", ":"]
+LEADS = ["clearly", "here", "surely", "simply", "obviously", "certainly"]
+JOINS = ["and", "plus", "with"]
+MAKES = ["makes", "is", "gives", "equals", "becomes", "totals"]
+LINKS = [",", ";"]
+ORDERS = ["then", "next", "now", "so", "also"]
+WAYS = ["with", "adding", "plus", "including"]
+THINGS = ["it", "that", "this", "all"]
+PEOPLE = ["we", "you", "I", "they"]
+GET = ["get", "have", "reach", "find"]
+CLOSINGS = ["So", "Thus", "Hence", "Therefore", "Finally", "Altogether", "Together", "Overall"]
+WHOSE = ["the", "our", "my", "this"]
+RESULTS = ["answer", "total", "sum", "result", "number", "value"]
+STATES = ["is", "equals", "becomes", "makes"]
 
 
 def worked(numbers: list[int], draw: random.Random) -> str:
     """A worked completion, such as ` Well, clearly 8 and 7 makes 15; then adding 4 we get 19. So, the total is 19.`"""
-    first, second, *others = draw.sample(numbers, len(numbers))
+    first, second, third = draw.sample(numbers, 3)
     one = draw.choice
-    total = first + second
-    text = f" {one(OPENINGS)}{one(MARKS)} {one(LEADS)} {first} {one(JOINS)} {second} {one(MAKES)} {total}"
-    for number in others:
-        total += number
-        says = f"{one(THINGS)} {one(MAKES)}" if draw.random() < 0.5 else f"{one(PEOPLE)} {one(GET)}"
-        text += f"{one(LINKS)} {one(ORDERS)} {one(WAYS)} {number} {says} {total}"
-    return f"{text}. {one(CLOSINGS)}{one(MARKS[:2])} {one(WHOSE)} {one(RESULTS)} {one(STATES)} {total}."
+    total = first + second + third
+    says = f"{one(THINGS)} {one(MAKES)}" if draw.random() < 0.5 else f"{one(PEOPLE)} {one(GET)}"
+    return (
+        f" {one(OPENINGS)}{one(MARKS)} {one(LEADS)} {first} {one(JOINS)} {second} {one(MAKES)} {first + second}{one(LINKS)} {one(ORDERS)} "
+        f"{one(WAYS)} {third} {says} {total}. {one(CLOSINGS)}{one(MARKS)} {one(WHOSE)} {one(RESULTS)} {one(STATES)} {total}."
+    )
 
 
 def main() -> None:
