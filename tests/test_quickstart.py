@@ -114,13 +114,13 @@ def test_the_teacher_got_its_rl_stage_and_one_can_see_what_it_did(run):
 
 def test_train_and_held_out_problems_are_disjoint():
     task = make_task("sums", recipe.load(RECIPES / "quickstart.yaml").tasks["sums"])
-    train = {p.question for p in task.problems("train", 2000, 17)}
-    held_out = {p.question for p in task.problems("held_out", 256, 17)}
-    assert len(train) == 2000
+    train = {p.question for p in task.problems("train", 1000, 17)}
+    held_out = {p.question for p in task.problems("held_out", 128, 17)}
+    assert len(train) == 1000
     assert not train & held_out
     assert {split_of(q) for q in train} == {"train"}
     assert {split_of(q) for q in held_out} == {"held_out"}
-    other_seed = {p.question for p in task.problems("train", 2000, 18)}
+    other_seed = {p.question for p in task.problems("train", 1000, 18)}
     assert not other_seed & held_out
     for file in (RECIPES.parent / "data/cold_start").glob("*.jsonl"):
         assert not any(task.holds_out(json.loads(row)["question"]) for row in file.read_text().splitlines())
@@ -166,7 +166,7 @@ def test_the_student_is_an_ordinary_checkpoint_for_transformers(run):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     question = [{"role": "user", "content": "Calculate 7 + 5 + 9."}]
     ids = torch.from_numpy(models.render_prompt(tokenizer, raw, question)).long()
-    out = model.generate(ids[None], max_new_tokens=64, do_sample=False)
+    out = model.generate(ids[None], max_new_tokens=48, do_sample=False)
     assert raw.extract(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).isdigit()
     assert model.config.num_hidden_layers < models.config_of(run / "teacher" / "model")["num_hidden_layers"]
     assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -41,8 +41,8 @@ from distill.run.predictions.row import (
 
 KEPT_BY_CORRECT = 0.7
 """Assumed share of traces that a `correct` filter keeps."""
-ENTRIES = 1.2
-"""Assumed number of tokens stored per position at mass 0.98, for a teacher that is mostly certain."""
+ENTRIES = 2.5
+"""Assumed number of tokens stored per position at mass 0.98: 1.1 for a teacher that is nearly certain, 5 for one with several wordings."""
 
 
 def prune(name: str, config: PruneStage, known: Known, machine: Machine) -> list[Row]:
