@@ -109,7 +109,7 @@ def test_the_teacher_got_its_rl_stage_and_one_can_see_what_it_did(run):
         assert 0 <= line["reward/accuracy"] <= 1
         overhead = line["sync_seconds"] + line["reward_seconds"] + line["prepare_seconds"]
         assert line["sync_seconds"] < 5 * slowness()
-        assert overhead < 0.35 * line["seconds"]
+        assert overhead < 0.5 * line["seconds"]
 
 
 def test_train_and_held_out_problems_are_disjoint():

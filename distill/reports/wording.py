@@ -131,7 +131,8 @@ def _divergence_said(report: RunReport, students: list[str]) -> str:
         return ""
     ranked = sorted(kl, key=lambda name: kl[name]["value"])
     pairs = {(row["a"], row["b"]): row["difference"] for row in report.get("divergence_pairs", [])}
-    apart, level = [], []
+    apart: list[str] = []
+    level: list[str] = []
     for near, far in itertools.combinations(ranked, 2):
         row, sign = (pairs[far, near], 1) if (far, near) in pairs else (pairs.get((near, far)), -1)
         if row is not None:
