@@ -17,9 +17,12 @@ def generate(name: str, config: GenerateStage, recipe: Recipe) -> None:
 
 
 def train(name: str, config: TrainStage, recipe: Recipe) -> None:
-    from distill.stages.inputs.resolve import resolve_loss
+    from distill.stages.inputs.resolve import is_cross_tokenizer, resolve_loss
+    from distill.stages.inputs.tails import check_tail
 
     resolve_loss(config, f"stages.{name}")
+    if not is_cross_tokenizer(config):
+        check_tail(config, f"stages.{name}", recipe)
 
 
 def on_policy(name: str, config: OnPolicyStage, recipe: Recipe) -> None:

@@ -16,19 +16,24 @@ import numpy as np
 from distill import models, plug, world
 from distill.conversations import Reader
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
-from distill.records import Array, Template, UserError, draw_seed
+from distill.records import Array, Template, Traces, UserError, draw_seed
 from distill.stages.context import Context, find_data
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, nothing_found, open_rows
 from distill.stages.inputs.multi_teacher import join
 from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer, shared_template
 from distill.stages.inputs.score_inputs import check_unused_options, is_traces, question_of, template_of
+from distill.stages.inputs.tails import TraceOrigin, refuse_dropped, tail_of, used_tail
 from distill.traces.reader import TraceReader, open_traces
+from distill.traces.schema import DRAW_COLUMNS
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
+from distill.training.loss.stored_targets import Tail
 from distill.training.packing import Example, Source, examples_of
 
 IDS = ["trace_id", "prompt_ids", "completion_ids"]
 TOP = ["top_count", "top_ids", "top_logprobs", "tail_logprob"]
+TAIL_COLUMNS: dict[Tail, tuple[str, ...]] = {"bucket": (), "own_token": ("logprob",), "draws": DRAW_COLUMNS}
+"""The columns that each estimate of the tail reads besides."""
 
 
 def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Retokenizer | None = None) -> Source:
@@ -71,6 +76,7 @@ class ShardSource:
     reader: TraceReader
     seed: int
     with_top: bool
+    tail: Tail = "bucket"
 
     @property
     def num_examples(self) -> int:
@@ -82,9 +88,9 @@ class ShardSource:
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
         with_top = self.with_top and world.size() == 1
-        columns = [*IDS, *TOP] if with_top else IDS
+        columns = self._columns if with_top else IDS
         for block in self.reader.shuffled(draw_seed(self.seed, index), skip=skip, columns=columns):
-            yield from examples_of(block, with_top=with_top)
+            yield from self._examples(block, with_top)
 
     def complete(self, examples: list[Example]) -> list[Example]:
         if not self.with_top or all(example.top is not None for example in examples):
@@ -93,10 +99,18 @@ class ShardSource:
         keep[[self._rows[example.trace_id] for example in examples]] = True
         found = {
             example.trace_id: example
-            for block in self.reader.where(keep).blocks(256, [*IDS, *TOP])
-            for example in examples_of(block)
+            for block in self.reader.where(keep).blocks(256, self._columns)
+            for example in self._examples(block, with_top=True)
         }
         return [found[example.trace_id] for example in examples]
+
+    @property
+    def _columns(self) -> list[str]:
+        """The columns that a loss on distributions needs."""
+        return [*IDS, *TOP, *TAIL_COLUMNS[self.tail]]
+
+    def _examples(self, block: Traces, with_top: bool) -> Iterator[Example]:
+        return examples_of(block, with_top=with_top, tail_draws=self.reader.metadata.tail_draws)
 
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
@@ -114,15 +128,17 @@ def _shard_source(
     read: Retokenizer | None,
 ) -> Source:
     with_top = _wants_teacher(config)
+    tail: Tail = "bucket"
     if with_top:
         reader = _open_scored(config, data, context, tokenizer)
+        tail = _tail(config, context, reader)
     else:
         reader = open_traces(context.data_path(data))
     same = models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer
-    reader = _usable(reader, config, context)
+    reader = _usable(reader, config, context, tail)
     if same and read is None:
         check_unused_options(config, data)
-        return ShardSource(reader, seed, with_top)
+        return ShardSource(reader, seed, with_top, tail)
     return _text_source(config, context, tokenizer, reader, seed, read, rendered=not same)
 
 
@@ -160,7 +176,16 @@ def _open_scored(config: TrainStage, data: str, context: Context, tokenizer: Any
     return reader
 
 
-def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceReader:
+def _tail(config: TrainStage, context: Context, reader: TraceReader) -> Tail:
+    """Return the estimate of the tail that the stage makes, and say it where the recipe does not."""
+    where = f"stages.{context.name}"
+    tail = used_tail(config, where, TraceOrigin.of_reader(reader))
+    if tail != "bucket" and tail_of(config.loss, f"{where}.loss") is None:
+        context.say(f"loss.tail: {tail}, {reader.metadata.tail_draws} a position, which the traces have")
+    return tail
+
+
+def _usable(reader: TraceReader, config: TrainStage, context: Context, tail: Tail = "bucket") -> TraceReader:
     """The traces that are short enough and, unless the stage keeps them all, that ended by themselves."""
     lengths = reader.lengths()
     fits = lengths.prompt + lengths.completion <= config.max_tokens
@@ -168,6 +193,7 @@ def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceR
         [np.array([r != "length" for r in b.finish_reason], bool) for b in reader.blocks(4096, ["finish_reason"])]
         or [np.empty(0, bool)]
     )
+    refuse_dropped(config, f"stages.{context.name}", tail, int((~fits).sum()))
     keep = fits & (True if config.keep_truncated else finished)
     _say_dropped(context, longer=int((~fits).sum()), truncated=int((~keep).sum() - (~fits).sum()))
     return reader.where(keep)
