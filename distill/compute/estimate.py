@@ -75,6 +75,8 @@ CAPTURED_BYTES = 1.4
 """Additional bytes per position with a stored distribution: its number of entries and its tail."""
 ENTRY_BYTES = 2.0
 """Bytes per stored entry: its id and log-probability. 0.8 for a confident, repetitive model, up to 2.6 otherwise."""
+DRAW_BYTES, DRAW_COUNT_BYTES = 2.5, 0.2
+"""Bytes per draw from the tail (its id and rounded log-probability), and per position for their number."""
 
 
 # ------------------------------------------------------------------------------------------------ seconds
@@ -299,11 +301,16 @@ def predict_filter_seconds(traces: int, seconds_a_trace: float = 1e-4) -> float:
     return LIGHT_START + traces * seconds_a_trace
 
 
-def predict_trace_bytes(traces: int, positions: float, entries_a_position: float, *, shard_rows: int = 256) -> float:
+def predict_trace_bytes(
+    traces: int, positions: float, entries_a_position: float, *, shard_rows: int = 256, draws_a_position: float = 0.0
+) -> float:
     """Bytes of compressed shards. entries_a_position: mean number of stored entries, 0 without distributions.
+
+    draws_a_position: mean number of draws from the tail.
 
     Not counted: the overhead of smaller shards that a slow writer closes every half minute.
     """
     shards = math.ceil(traces / shard_rows)
     kept = CAPTURED_BYTES + ENTRY_BYTES * entries_a_position if entries_a_position else 0.0
-    return shards * SHARD_BYTES + traces * ROW_BYTES + positions * (POSITION_BYTES + kept)
+    drawn = DRAW_COUNT_BYTES + DRAW_BYTES * draws_a_position if draws_a_position else 0.0
+    return shards * SHARD_BYTES + traces * ROW_BYTES + positions * (POSITION_BYTES + kept + drawn)

@@ -28,6 +28,7 @@ from distill.recipe.training_stages import (
     TrainStage,
 )
 from distill.records import Split, UserError
+from distill.tail_draws import MAX_DRAWS
 
 SNAPSHOTS = "number of held-out problems on which each snapshot of the training (snapshot_every) is evaluated; 0 = none"
 
@@ -133,6 +134,13 @@ class GenerateStage(StageConfig):
         le=1,
         description="stop storing tokens at a position once the stored ones have this probability in total",
     )
+    tail_draws: int = Field(
+        0,
+        ge=0,
+        le=MAX_DRAWS,
+        description="tokens per position that are drawn from the tail, the tokens that are not stored, by their probabilities, for "
+        "forward_kl's unbiased tail: draws; fewer where the tail has less than 0.01; 0 = none",
+    )
     exact: bool = Field(False, description="store log-probabilities as float32; false = rounded to steps of 1/32 nat")
     engine: EngineConfig = Field(EngineConfig(), description="engine that generates the completions")
     shard_rows: PositiveInt = execution(256, description="number of traces in one Parquet file (shard)")
@@ -142,6 +150,11 @@ class GenerateStage(StageConfig):
     )
     max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
+
+    @pydantic.model_validator(mode="after")
+    def _can_draw(self) -> GenerateStage:
+        _check_draws(self.tail_draws, self.top_logprobs, self.engine)
+        return self
 
     def half_the_work(self, stage: str) -> str:
         return f"half the problems of {stage} (now {self.problems})"
@@ -185,15 +198,40 @@ class ScoreStage(StageConfig, RowsConfig):
         le=1,
         description="stop storing tokens at a position once the stored ones have this probability in total",
     )
+    tail_draws: int = Field(
+        0,
+        ge=0,
+        le=MAX_DRAWS,
+        description="tokens per position that are drawn from the tail, the tokens that are not stored, by their probabilities, for "
+        "forward_kl's unbiased tail: draws; fewer where the tail has less than 0.01; 0 = none",
+    )
     exact: bool = Field(False, description="store log-probabilities as float32; false = rounded to steps of 1/32 nat")
     engine: EngineConfig = Field(EngineConfig(), description="engine that scores the traces")
     shard_rows: PositiveInt = execution(256, description="number of traces in one Parquet file (shard)")
+
+    @pydantic.model_validator(mode="after")
+    def _can_draw(self) -> ScoreStage:
+        _check_draws(self.tail_draws, self.top_logprobs, self.engine)
+        return self
 
     def inputs(self) -> Iterator[Input]:
         yield Input("model", self.model)
         yield Input("data", self.data)
         if self.task is not None:
             yield Input("task", self.task)
+
+
+def _check_draws(tail_draws: int, top_logprobs: int, engine: EngineConfig) -> None:
+    """Raise ValueError for draws that an engine cannot give."""
+    if not tail_draws:
+        return
+    if engine.is_served:
+        raise ValueError(
+            "tail_draws: an endpoint gives its most likely tokens only, not draws from the others; set it to 0, or score the traces "
+            "with an engine of this machine (kind: score)"
+        )
+    if not top_logprobs:
+        raise ValueError("tail_draws: needs top_logprobs > 0: the tail is what the stored distribution leaves out")
 
 
 class FilterStage(StageConfig):

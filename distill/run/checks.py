@@ -28,10 +28,13 @@ def generate(name: str, config: GenerateStage, recipe: Recipe) -> None:
 
 def train(name: str, config: TrainStage, recipe: Recipe) -> None:
     from distill.stages.inputs import own_traces
-    from distill.stages.inputs.resolve import resolve_loss
+    from distill.stages.inputs.resolve import is_cross_tokenizer, resolve_loss
+    from distill.stages.inputs.tails import check_tail
 
     resolve_loss(config, f"stages.{name}")
     own_traces.check(name, config, recipe)
+    if not is_cross_tokenizer(config):
+        check_tail(config, f"stages.{name}", recipe)
 
 
 def on_policy(name: str, config: OnPolicyStage, recipe: Recipe) -> None:

@@ -23,7 +23,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from distill.records import Array, TopK, Traces
+from distill.records import Array, Draws, TopK, Traces
+from distill.tail_draws import weights
 from distill.training.batch import Batch, CrossTokenizerBatch
 from distill.training.loss.cross_tokenizer.alignment import Alignment, RetokenizedTrace
 from distill.training.loss.multi_teacher import TeacherMixture
@@ -39,7 +40,8 @@ class Example:
     """One trace to learn from: prompt_ids int [P], completion_ids int [C], and what a loss needs of it.
 
     top: distributions of one teacher or several, C rows each, or None. advantage (rollouts): one number, or one a
-    completion token. engine_logp (rollouts): the engine's log-probability of each completion token, float32 [C].
+    completion token. draws: from the teacher's tail, with draw_mass [C], the mass that one draw of a position stands for.
+    teacher_logp: log-probability of each completion token under the teacher, float32 [C]. engine_logp (rollouts): the engine's log-probability of each completion token, float32 [C].
     retokenized: the trace re-tokenised for a teacher with another tokenizer.
     """
 
@@ -50,6 +52,9 @@ class Example:
     advantage: float | Array | None = None
     engine_logp: Array | None = None
     retokenized: RetokenizedTrace | None = None
+    draws: Draws | None = None
+    draw_mass: Array | None = None
+    teacher_logp: Array | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -73,11 +78,21 @@ class Source(Protocol):
         ...
 
 
-def examples_of(traces: Traces, *, with_top: bool = True) -> Iterator[Example]:
-    """The traces of a block as examples."""
+def examples_of(traces: Traces, *, with_top: bool = True, tail_draws: int = 0) -> Iterator[Example]:
+    """The traces of a block as examples, with what was read of their distributions. tail_draws: of the traces' metadata."""
+    has_logprob = bool(traces.logprob.offsets[-1])
     for n, trace_id in enumerate(traces.trace_id):
         top = traces.top_of(n) if with_top else None
-        yield Example(trace_id, traces.prompt_ids[n], traces.completion_ids[n], top)
+        draws = traces.draws_of(n) if with_top else None
+        yield Example(
+            trace_id,
+            traces.prompt_ids[n],
+            traces.completion_ids[n],
+            top,
+            draws=draws,
+            draw_mass=weights(top.tail_T, tail_draws) if top is not None and draws is not None else None,
+            teacher_logp=traces.logprob[n] if with_top and has_logprob else None,
+        )
 
 
 def steps(source: Source, *, batch_traces: int, start: int = 0) -> Iterator[list[Example]]:
@@ -235,6 +250,7 @@ def _batch(group: ExampleGroup, normalise: str, denominator: float, *, masked: b
         denominator=denominator,
         trace_ids=tuple(e.trace_id for e in examples),
         **_teacher_fields(examples, rows_of, total),
+        **_tail_fields(examples, rows_of, total),
         **_rollout_fields(examples, rows_of, total),
     )
 
@@ -261,6 +277,25 @@ def _teacher_fields(examples: Sequence[Example], rows_of: Sequence[slice], total
         if isinstance(top, TeacherMixture):
             fields["each_logp_TMK"][rows] = top.each(width)
             fields["each_tail_TM"][rows] = top.each_tail_CM
+    return fields
+
+
+def _tail_fields(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
+    """Return the draws from the teacher's tail and its log-probabilities of the labels, where every example has them."""
+    fields: dict[str, Any] = {}
+    draws = [e.draws for e in examples if e.draws is not None]
+    if examples and len(draws) == len(examples):
+        width = max(each.width for each in draws)
+        fields["draw_ids_TN"] = np.full((total, width), -1, np.int64)
+        fields["draw_logp_TN"] = np.full((total, width), -np.inf, np.float32)
+        fields["draw_mass_T"] = np.zeros(total, np.float32)
+        for example, drawn, rows in zip(examples, draws, rows_of, strict=True):
+            fields["draw_ids_TN"][rows], fields["draw_logp_TN"][rows] = drawn.dense(width)
+            fields["draw_mass_T"][rows] = example.draw_mass
+    if examples and all(e.teacher_logp is not None for e in examples):
+        fields["teacher_label_T"] = np.zeros(total, np.float32)
+        for example, rows in zip(examples, rows_of, strict=True):
+            fields["teacher_label_T"][rows] = example.teacher_logp
     return fields
 
 

@@ -43,6 +43,8 @@ KEPT_BY_CORRECT = 0.7
 """Assumed share of traces that a `correct` filter keeps."""
 ENTRIES = 2.5
 """Assumed number of tokens stored per position at mass 0.98: 1.1 for a teacher that is nearly certain, 5 for one with several wordings."""
+DRAWN = 0.3
+"""Assumed share of `tail_draws` that a position of such a teacher gets."""
 
 
 def prune(name: str, config: PruneStage, known: Known, machine: Machine) -> list[Row]:
@@ -128,10 +130,13 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
     sequences = sum(folders)
     captured = isinstance(config, GenerateStage) and config.top_logprobs > 0
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
+    draws = DRAWN * config.tail_draws if isinstance(config, GenerateStage) else 0.0
     known.traces[name] = (sequences, prompt, reply)
     known.tasks_of[name] = config.task
     written = sum(
-        estimate.predict_trace_bytes(rows, rows * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows)
+        estimate.predict_trace_bytes(
+            rows, rows * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows, draws_a_position=draws
+        )
         for rows in folders
     )
     if config.engine.is_served:
@@ -257,7 +262,9 @@ def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list
     rows, prompt, reply = known.traces.get(config.data) or rows_of(config.data, config, known)
     known.traces[name] = rows, prompt, reply
     tokens = rows * (prompt + reply)
-    written = estimate.predict_trace_bytes(int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows)
+    written = estimate.predict_trace_bytes(
+        int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows, draws_a_position=DRAWN * config.tail_draws
+    )
     if config.engine.is_served:
         whole, top = prompt + reply, config.top_logprobs
         made = served.row(

@@ -11,6 +11,7 @@ from distill.recipe import GrpoStage, OnPolicyStage, TrainStage, teachers_of
 from distill.records import Template, UserError
 from distill.stages.inputs import own_traces
 from distill.stages.inputs.score_inputs import template_of
+from distill.stages.inputs.tails import check_tail
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.head import LossFn
@@ -85,6 +86,8 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) 
     """
     here = f"{where}.loss"
     form = _form(config.loss.fn, here)
+    if form == "targets":
+        check_tail(config, where)
     in_trainer = bool(teachers_of(config.teacher)) and not _is_scored_by_engine(config)
     if form == "pair":
         return _cross_tokenizer(config, here, in_trainer)

@@ -23,14 +23,19 @@ from distill.stages.inputs.conversation_data import DroppedRows, conversations, 
 from distill.stages.inputs.multi_teacher import join
 from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer, shared_template
 from distill.stages.inputs.score_inputs import check_unused_options, is_traces, question_of, template_of
+from distill.stages.inputs.tails import TraceOrigin, refuse_dropped, tail_of, used_tail
 from distill.traces import provenance
 from distill.traces.reader import TraceReader, open_traces
+from distill.traces.schema import DRAW_COLUMNS
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
+from distill.training.loss.stored_targets import Tail
 from distill.training.packing import Example, Source, examples_of
 
 IDS = ["trace_id", "prompt_ids", "completion_ids"]
 TOP = ["top_count", "top_ids", "top_logprobs", "tail_logprob"]
+TAIL_COLUMNS: dict[Tail, tuple[str, ...]] = {"bucket": (), "own_token": ("logprob",), "draws": DRAW_COLUMNS}
+"""The columns that each estimate of the tail reads besides."""
 
 
 def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Retokenizer | None = None) -> Source:
@@ -79,6 +84,7 @@ class ShardSource:
     reader: TraceReader
     seed: int
     with_top: bool
+    tail: Tail = "bucket"
     sampled: Mapping[str, Array] | None = None
 
     @property
@@ -94,13 +100,6 @@ class ShardSource:
         for block in self.reader.shuffled(draw_seed(self.seed, index), skip=skip, columns=self._columns(with_top)):
             yield from self._examples(block, with_top)
 
-    def _columns(self, with_top: bool) -> list[str]:
-        return [*IDS, *(TOP if with_top else ()), *(["logprob"] if self.sampled is not None else ())]
-
-    def _examples(self, block: Traces, with_top: bool = True) -> Iterator[Example]:
-        examples = examples_of(block, with_top=with_top)
-        return examples if self.sampled is None else own_traces.with_sampler(examples, block, self.sampled)
-
     def complete(self, examples: list[Example]) -> list[Example]:
         if not self.with_top or all(example.top is not None for example in examples):
             return examples
@@ -108,10 +107,20 @@ class ShardSource:
         keep[[self._rows[example.trace_id] for example in examples]] = True
         found = {
             example.trace_id: example
-            for block in self.reader.where(keep).blocks(256, self._columns(True))
-            for example in self._examples(block)
+            for block in self.reader.where(keep).blocks(256, self._columns(with_top=True))
+            for example in self._examples(block, with_top=True)
         }
         return [found[example.trace_id] for example in examples]
+
+    def _columns(self, with_top: bool) -> list[str]:
+        """The columns that the loss needs."""
+        distribution = (*TOP, *TAIL_COLUMNS[self.tail]) if with_top else ()
+        sampled = ("logprob",) if self.sampled is not None else ()
+        return list(dict.fromkeys((*IDS, *distribution, *sampled)))
+
+    def _examples(self, block: Traces, with_top: bool) -> Iterator[Example]:
+        examples = examples_of(block, with_top=with_top, tail_draws=self.reader.metadata.tail_draws)
+        return examples if self.sampled is None else own_traces.with_sampler(examples, block, self.sampled)
 
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
@@ -129,8 +138,10 @@ def _shard_source(
     read: Retokenizer | None,
 ) -> Source:
     with_top = _wants_teacher(config)
+    tail: Tail = "bucket"
     if with_top:
         reader = _open_scored(config, data, context, tokenizer)
+        tail = _tail(config, context, reader)
     else:
         reader = _open_traces(data, context)
     same = models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer
@@ -139,11 +150,11 @@ def _shard_source(
             f"stages.{context.name}.data: {data!r} holds tokens of another tokenizer than the model's, so they are not the ones that it "
             "sampled; score with a teacher of the same tokenizer."
         )
-    reader = _usable(reader, config, context)
+    reader = _usable(reader, config, context, tail)
     if same and read is None:
         check_unused_options(config, data)
         sampled = own_traces.sampled_logprobs(config, context) if own_traces.required(config) else None
-        return ShardSource(reader, seed, with_top, sampled)
+        return ShardSource(reader, seed, with_top, tail, sampled)
     return _text_source(config, context, tokenizer, reader, seed, read, rendered=not same)
 
 
@@ -192,7 +203,16 @@ def _open_scored(config: TrainStage, data: str, context: Context, tokenizer: Any
     return reader
 
 
-def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceReader:
+def _tail(config: TrainStage, context: Context, reader: TraceReader) -> Tail:
+    """Return the estimate of the tail that the stage makes, and say it where the recipe does not."""
+    where = f"stages.{context.name}"
+    tail = used_tail(config, where, TraceOrigin.of_reader(reader))
+    if tail != "bucket" and tail_of(config.loss, f"{where}.loss") is None:
+        context.say(f"loss.tail: {tail}, {reader.metadata.tail_draws} a position, which the traces have")
+    return tail
+
+
+def _usable(reader: TraceReader, config: TrainStage, context: Context, tail: Tail = "bucket") -> TraceReader:
     """The traces that are short enough and, unless the stage keeps them all, that ended by themselves."""
     lengths = reader.lengths()
     fits = lengths.prompt + lengths.completion <= config.max_tokens
@@ -200,6 +220,7 @@ def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceR
         [np.array([r != "length" for r in b.finish_reason], bool) for b in reader.blocks(4096, ["finish_reason"])]
         or [np.empty(0, bool)]
     )
+    refuse_dropped(config, f"stages.{context.name}", tail, int((~fits).sum()))
     keep = fits & (True if config.keep_truncated else finished)
     _say_dropped(context, longer=int((~fits).sum()), truncated=int((~keep).sum() - (~fits).sum()))
     return _some(reader.where(keep), config, context)

@@ -22,7 +22,7 @@ from distill.records import NO_TAIL, UserError
 from distill.training.loss import divergences
 from distill.training.loss.divergences import Alpha, Beta
 from distill.training.loss.head import Student, Targets
-from distill.training.loss.stored_targets import outcomes, stored
+from distill.training.loss.stored_targets import Tail, outcomes, stored, support_kl, tail_kl
 from distill.training.loss.weight_schedule import LinearWeight
 
 REFUSED_OPTIONS = {
@@ -33,6 +33,7 @@ REFUSED_OPTIONS = {
 """Options that users may look for and that these losses cannot have, with the reason."""
 
 Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def cross_entropy(student: Student, targets: Targets) -> Tensor:
@@ -40,9 +41,23 @@ def cross_entropy(student: Student, targets: Targets) -> Tensor:
     return -student.label_T
 
 
-def forward_kl(student: Student, targets: Targets) -> Tensor:
-    """KL(p || q) over S and the tail, nats [T]:  sum_S p log(p/q) + T log(T/P)."""
-    return divergences.forward_kl(*outcomes(student, targets))
+def forward_kl(student: Student, targets: Targets, *, tail: Tail | None = None, bucket_share: Share = 0.0) -> Tensor:
+    """KL(p || q), nats [T]:  sum_S p log(p/q) + an estimate of the tail's part.
+
+    tail (`stored_targets.tail_kl`): bucket, T log(T/P), which is biased and has no variance; own_token, the trace's own token where
+    it is outside S, unbiased for traces sampled at temperature 1 and not selected, no byte more; draws, ids drawn from the
+    teacher's tail at capture (tail_draws), unbiased for any traces, with less variance. None: draws where the traces have
+    some, else bucket. bucket_share, for the samples: the share of the bucket in a mixture; bias in proportion to it, variance
+    in proportion to (1 - bucket_share) squared.
+    """
+    if tail is None:
+        tail = "bucket" if targets.draw_ids_TN is None else "draws"
+    if tail == "bucket":
+        return divergences.forward_kl(*outcomes(student, targets))
+    sampled_T = (1 - bucket_share) * tail_kl(student, targets, tail)
+    if bucket_share:
+        sampled_T = sampled_T + bucket_share * tail_kl(student, targets, "bucket")
+    return support_kl(student, targets) + sampled_T
 
 
 def reverse_kl(student: Student, targets: Targets, *, importance_cap: PositiveFloat | None = None) -> Tensor:
@@ -91,14 +106,18 @@ def ce_kl(
     kl_weight: Weight = 0.5,
     final_ce_weight: Weight | None = None,
     final_kl_weight: Weight | None = None,
+    tail: Tail | None = None,
+    bucket_share: Share = 0.0,
 ) -> Tensor:
     """ce_weight * cross entropy + kl_weight * forward KL, nats [T] (Hinton et al. 2015, at temperature 1).
 
-    A final weight is the weight at the last step, reached linearly; None: the weight is constant.
+    A final weight is the weight at the last step, reached linearly; None: the weight is constant. tail, bucket_share: as in
+    forward_kl.
     """
     ce = LinearWeight(ce_weight, final_ce_weight).at(targets.progress)
     kl = LinearWeight(kl_weight, final_kl_weight).at(targets.progress)
-    return ce * cross_entropy(student, targets) + kl * forward_kl(student, targets)
+    kl_T = forward_kl(student, targets, tail=tail, bucket_share=bucket_share)
+    return ce * cross_entropy(student, targets) + kl * kl_T
 
 
 def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -> Tensor:
