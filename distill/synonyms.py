@@ -146,6 +146,11 @@ KEYS: dict[str, tuple[str, ...]] = {
     "teacher_model": ("teacher",),
     "teacher_model_name_or_path": ("teacher",),
     "num_layers": ("layers",),
+    "num_hidden_layers": ("layers",),
+    "hidden_size": ("hidden",),
+    "ffn_hidden_size": ("ffn",),
+    "intermediate_size": ("ffn",),
+    "num_attention_heads": ("heads",),
     # distillation
     "loss_fn": ("loss",),
     "loss_function": ("loss",),

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.models.prune import decoder_layers
-from distill.models.prune_probe import Probe, hidden_states, mean_kl, run_layer
+from distill.models.prune_probe import Probe, hidden_states, mean_kl, prepare, run_layer
 from distill.records import UserError
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -70,6 +70,7 @@ def check_repairable(model: Any, probe: Probe) -> None:
     The first layer is run with the matrix, and with twice the matrix: the difference must be the matrix's output.
     """
     matrix = down_projection(decoder_layers(model)[0], type(model).__name__)
+    prepare(model, probe)
     batch = probe.batches[0]
     weight = matrix.weight.data.clone()
     with _inputs_and_outputs(matrix) as seen:

@@ -146,6 +146,16 @@ def rank_channels(model: Any, probe: Probe, new: Widths) -> tuple[Channels, dict
     prepare(model, probe)
     with _inputs(probe, [*taken, *norms.values()]) as seen:
         hidden_states(model, probe)
+    with torch.no_grad():
+        return _ranked(old, new, layers, norms, seen)
+
+
+def _ranked(
+    old: Widths, new: Widths, layers: Sequence[Any], norms: Mapping[str, Any], seen: Sequence[Any]
+) -> tuple[Channels, dict[str, float]]:
+    """See rank_channels. seen: the inputs [M, I] of each layer's down_proj, then of each o_proj, then of each norm."""
+    import torch
+
     ffn = groups = hidden = None
     if new.ffn < old.ffn:
         ffn = [
@@ -162,7 +172,7 @@ def rank_channels(model: Any, probe: Probe, new: Widths) -> tuple[Channels, dict
     shares: dict[str, float] = {}
     if new.hidden < old.hidden:
         inputs = seen[2 * len(layers) :]
-        rank_H = torch.zeros(old.hidden)
+        rank_H = torch.zeros(old.hidden, device=inputs[0].device)
         for module, x_MH in zip(norms.values(), inputs, strict=True):
             energy_H = _rms(module(x_MH)).square()
             rank_H += energy_H / energy_H.sum()

@@ -32,6 +32,8 @@ from distill.tail_draws import MAX_DRAWS
 
 SNAPSHOTS = "number of held-out problems on which each snapshot of the training (snapshot_every) is evaluated; 0 = none"
 
+POSITIONS = 400
+
 
 class PruneStage(StageConfig):
     """Make a smaller model: keep `layers` of the decoder layers, or cut the width (`hidden`, `ffn`, `heads`), or both.
@@ -65,7 +67,7 @@ class PruneStage(StageConfig):
         "distributions, all else their tokens alone",
     )
     positions: int = Field(
-        400,
+        POSITIONS,
         ge=64,
         description="number of completion tokens of `data` that are read, at most an eighth of them from one trace",
     )

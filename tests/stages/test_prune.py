@@ -112,6 +112,10 @@ def test_the_card_says_which_layers_and_widths_are_left(base: Path, written: Pat
         ({"layers": 2, "repair": True}, "stages.s: repair needs data"),
         ({"ffn": 40, "by": "importance", "data": "./x"}, "by: importance chooses layers, but all are kept; set layers"),
         ({"layers": 2, "data": "./x"}, "data: evenly spaced layers are chosen without it; set by: importance"),
+        (
+            {"layers": 2, "positions": 100},
+            "positions: evenly spaced layers are chosen without traces; remove positions",
+        ),
         ({"layers": 1}, "stages.s.layers"),
     ],
 )
