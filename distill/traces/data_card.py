@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.tail_draws import DRAW_MASS
 from distill.traces import folder, provenance
 from distill.traces.reader import SELECTION_FILE, TraceReader, open_traces
 from distill.traces.summary import Stats, stats
@@ -75,6 +76,12 @@ def _lineage(reader: TraceReader) -> list[tuple[str, str]]:
         ("log-probabilities", f"{meta.logprob_mode}, temperature {meta.logprob_temperature:g}: before top-p"),
         ("support", f"at most {meta.top_k} entries a position, until they hold {meta.mass:g} of the mass"
          if meta.top_k else "none"),
+        *(
+            [("draws from the tail", f"up to {meta.tail_draws} a position: `draw_count`, `draw_ids`, `draw_logprobs`; each stands for "
+              f"max(exp(tail_logprob), {DRAW_MASS:g}) / {meta.tail_draws} of the tail's mass")]
+            if meta.tail_draws
+            else []
+        ),
         ("engine", _code(f"{meta.engine} {meta.dtype}".strip())),
         ("packages", ", ".join(_code(f"{key} {value}") for key, value in meta.versions.items()) or "not recorded"),
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from distill import plug
-from distill.recipe import FilterStage, GenerateStage, OnPolicyStage, PlugConfig, Recipe, ScoreStage, TrainStage
+from distill.recipe import FilterStage, GenerateStage, OnPolicyStage, PlugConfig, Recipe, ScoreStage, TrainStage, served
 from distill.records import Sampling, UserError
 from distill.stages.context import find_data
 from distill.stages.inputs.score_inputs import is_traces
@@ -40,7 +40,7 @@ class TraceOrigin:
     def of_reader(reader: TraceReader) -> TraceOrigin:
         meta = reader.metadata
         return TraceOrigin(
-            meta.sampling, meta.tail_draws, bool(meta.source), meta.engine == "openai", filters_of(reader.path)
+            meta.sampling, meta.tail_draws, bool(meta.source), meta.engine == served.FN, filters_of(reader.path)
         )
 
     @staticmethod
