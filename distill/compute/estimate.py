@@ -285,11 +285,14 @@ def predict_filter_seconds(traces: int, seconds_a_trace: float = 1e-4) -> float:
     return LIGHT_START + traces * seconds_a_trace
 
 
-def predict_trace_bytes(traces: int, positions: float, entries_a_position: float, *, shard_rows: int = 256) -> float:
-    """Bytes of compressed shards. entries_a_position: mean number of stored entries, 0 without distributions.
+def predict_trace_bytes(
+    traces: int, positions: float, entries_a_position: float, *, shard_rows: int = 256, share: float = 1.0
+) -> float:
+    """Bytes of compressed shards. entries_a_position: mean number of stored entries, 0 without distributions. share: of the
+    positions, those that have a distribution.
 
     Not counted: the overhead of smaller shards that a slow writer closes every half minute.
     """
     shards = math.ceil(traces / shard_rows)
     kept = CAPTURED_BYTES + ENTRY_BYTES * entries_a_position if entries_a_position else 0.0
-    return shards * SHARD_BYTES + traces * ROW_BYTES + positions * (POSITION_BYTES + kept)
+    return shards * SHARD_BYTES + traces * ROW_BYTES + positions * (POSITION_BYTES + share * kept)

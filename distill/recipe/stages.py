@@ -16,6 +16,7 @@ from distill.recipe.fields import (
     RewardConfig,
     RowsConfig,
     SamplingConfig,
+    WeightsConfig,
     copy_name,
     execution,
     growth,
@@ -30,6 +31,12 @@ from distill.recipe.training_stages import (
 from distill.records import UserError
 
 SNAPSHOTS = "number of held-out problems on which each snapshot of the training (snapshot_every) is evaluated; 0 = none"
+
+
+CAPTURED_WEIGHTS = (
+    "store the distribution only at a share of each completion's tokens, those that a function scores highest (`distill ls "
+    "weights`); of the others the id and its log-probability. None = at all tokens"
+)
 
 
 class PruneStage(StageConfig):
@@ -66,6 +73,7 @@ class GenerateStage(StageConfig):
         description="stop storing tokens at a position once the stored ones have this probability in total",
     )
     exact: bool = Field(False, description="store log-probabilities as float32; false = rounded to steps of 1/32 nat")
+    weights: WeightsConfig | None = Field(None, description=CAPTURED_WEIGHTS)
     engine: EngineConfig = Field(EngineConfig(), description="engine that generates the completions")
     shard_rows: PositiveInt = execution(256, description="number of traces in one Parquet file (shard)")
     rewards: list[RewardConfig] = Field(
@@ -74,6 +82,12 @@ class GenerateStage(StageConfig):
     )
     max_failed_rewards: float = execution(0.1, ge=0, le=1, description=MAX_FAILED_REWARDS)
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
+
+    @pydantic.model_validator(mode="after")
+    def _something_to_weigh(self) -> GenerateStage:
+        if self.weights is not None and not self.top_logprobs:
+            raise ValueError("weights: no distribution is stored with top_logprobs: 0; remove one of the two keys")
+        return self
 
     def half_the_work(self, stage: str) -> str:
         return f"half the problems of {stage} (now {self.problems})"
@@ -115,6 +129,7 @@ class ScoreStage(StageConfig, RowsConfig):
         description="stop storing tokens at a position once the stored ones have this probability in total",
     )
     exact: bool = Field(False, description="store log-probabilities as float32; false = rounded to steps of 1/32 nat")
+    weights: WeightsConfig | None = Field(None, description=CAPTURED_WEIGHTS)
     engine: EngineConfig = Field(EngineConfig(), description="engine that scores the traces")
     shard_rows: PositiveInt = execution(256, description="number of traces in one Parquet file (shard)")
 

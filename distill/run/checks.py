@@ -6,20 +6,41 @@ Each raises UserError for a loss, objective, reward or filter that does not exis
 from __future__ import annotations
 
 from distill import plug
-from distill.recipe import CompareStage, FilterStage, GenerateStage, GrpoStage, OnPolicyStage, Recipe, TrainStage
+from distill.recipe import (
+    CompareStage,
+    FilterStage,
+    GenerateStage,
+    GrpoStage,
+    OnPolicyStage,
+    Recipe,
+    ScoreStage,
+    TrainStage,
+)
 
 
 def generate(name: str, config: GenerateStage, recipe: Recipe) -> None:
+    from distill.stages.captured_positions import capture_of
     from distill.stages.inputs.named_rewards import combined_reward
 
     if config.rewards:
         combined_reward(config, f"stages.{name}")
+    capture_of(config, f"stages.{name}")
+
+
+def score(name: str, config: ScoreStage, recipe: Recipe) -> None:
+    from distill.stages.captured_positions import capture_of
+
+    capture_of(config, f"stages.{name}")
 
 
 def train(name: str, config: TrainStage, recipe: Recipe) -> None:
+    from distill.stages.inputs.learned_tokens import check_stored
+    from distill.stages.inputs.matched_layers import check_hidden
     from distill.stages.inputs.resolve import resolve_loss
 
     resolve_loss(config, f"stages.{name}")
+    check_stored(config, f"stages.{name}", recipe)
+    check_hidden(config, f"stages.{name}", recipe)
 
 
 def on_policy(name: str, config: OnPolicyStage, recipe: Recipe) -> None:

@@ -24,4 +24,4 @@ def run(config: PruneStage, context: Context) -> Result:
     fingerprint = save_model(model, tokenizer, context, SAVED, trust_remote_code=trust)
     params = sum(p.numel() for p in model.parameters())
     context.say(f"kept {len(kept)} of {before} layers: {params / 1e6:.0f}M parameters")
-    return Result(Cost(), {"layers_kept": kept, "params": params}, fingerprint)
+    return Result(Cost(), {"layers_kept": kept, "layers_before": before, "params": params}, fingerprint)

@@ -21,6 +21,7 @@ from distill import engines, models
 from distill.compute.flops import ModelShape, causal_context, forward_flops
 from distill.recipe import EngineConfig, ScoreStage
 from distill.records import Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
+from distill.stages.captured_positions import Capture, capture_of, positions_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.conversation_data import DroppedRows
 from distill.stages.inputs.score_inputs import ScoreInputs, open_score_inputs, take
@@ -153,7 +154,8 @@ def _fill(
             num = len(wanted) - len(missing)
             live = context.live(len(wanted), "traces", num)
             kept = KeptAnswers(engine, folder, writer)
-            for block in _scored(config, engine, inputs, missing):
+            capture = capture_of(config, f"stages.{context.name}")
+            for block in _scored(config, engine, inputs, missing, capture):
                 writer.add(block)
                 kept.added(block.trace_id)
                 num += len(block)
@@ -164,7 +166,9 @@ def _fill(
     kept.close()
 
 
-def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Container[str]) -> Iterator[Traces]:
+def _scored(
+    config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Container[str], capture: Capture
+) -> Iterator[Traces]:
     """Yield blocks of the missing traces with the engine's log-probabilities.
 
     The engine gets all traces in one stream, so that no block's last traces leave it half empty.
@@ -184,7 +188,7 @@ def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Co
     tops, logprobs = [], []
     for completion in engine.score(requests(), top_k=config.top_logprobs):
         assert completion.top is not None
-        tops.append(completion.top.truncate(top_k=config.top_logprobs, mass=config.mass))
+        tops.append(capture(completion.ids_T, completion.top))
         logprobs.append(completion.logprob_T)
         if len(tops) == len(blocks[0]):
             yield dataclasses.replace(
@@ -247,6 +251,7 @@ def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenize
         top_k=config.top_logprobs,
         mass=config.mass,
         exact=config.exact,
+        **positions_of(config),
         engine=config.engine.fn,
         dtype=config.engine.dtype,
         source=inputs.text_from,

@@ -12,6 +12,7 @@ import numpy as np
 
 from distill.recipe import EvalStage, GenerateStage
 from distill.records import Completion, Engine, Group, Prompt, Ragged, TopK, Traces, draw_seed, stable_hash
+from distill.stages.captured_positions import capture_of
 from distill.stages.sampling import CompletionRequest, GradedCompletion, Grader, sample_completions
 from distill.stages.trace_rewards import RewardedCompletion, by_verdict, rewarded
 from distill.tasks.combined_reward import CombinedReward
@@ -141,11 +142,12 @@ class RowSampler:
     def _graded(self, engine: Engine, requests: Iterable[CompletionRequest]) -> Iterator[GradedCompletion]:
         """Yield the missing completions as they finish."""
         counts, metadata = self.counts, self.metadata
+        capture = capture_of(self.config, f"stages.{self.generation.stage}") if metadata.top_k else None
 
         def truncated(completion: Completion) -> Completion:
-            if completion.top is None:
+            if completion.top is None or capture is None:
                 return completion
-            return replace(completion, top=completion.top.truncate(top_k=metadata.top_k, mass=metadata.mass))
+            return replace(completion, top=capture(completion.ids_T, completion.top))
 
         sampling = self.config.sampling.record()
         messages = self.grader.chat_messages if self.config.engine.is_served else None

@@ -5,7 +5,9 @@ position t, which is token t of the completion, has `top_count[t]` entries; they
 in `top_ids` (by descending probability) and `top_steps`, which one formula turns into probabilities
 (`quantisation.py`; data/README.md has it for pandas and DuckDB). `tail_logprob[t]` is the log of the mass outside the
 entries. If a folder's metadata says `exact: true`, `top_logprobs` holds the entries' float32 log-probabilities and
-`top_steps` is null; otherwise `top_logprobs` is null. Without a distribution (`top_k: 0`) all five columns are null.
+`top_steps` is null; otherwise `top_logprobs` is null. Without a distribution (`top_k: 0`) all five columns are null. If the
+metadata has a `position_share` below 1, only that share of each completion's positions has a distribution; at the others
+`top_count` is 0 and `tail_logprob` is 0 (all mass is outside the entries).
 
 The metadata is stored as JSON under the key `distill` in every file's key-value metadata, and in the manifest. How shards
 are cut, found and locked is in `folder.py`.
@@ -111,6 +113,10 @@ class Metadata(pydantic.BaseModel):
     top_k: int = Field(ge=0)
     """The largest number of entries a position; 0: no distribution was captured."""
     mass: float = Field(gt=0, le=1)
+    positions: str = ""
+    """The function (`weights.fn`) that chose the positions whose distributions are stored. Empty: all positions."""
+    position_share: float = Field(1.0, gt=0, le=1)
+    """The share of each completion's positions that it chose, rounded up; the others have `top_count` 0 and `tail_logprob` 0."""
     engine: str
     dtype: str = ""
     """The engine's dtype; recorded, never compared. Empty: not recorded."""
@@ -129,7 +135,15 @@ class Metadata(pydantic.BaseModel):
         return [f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
 
     def to_json(self) -> str:
-        return self.model_dump_json()
+        return self.model_dump_json(exclude=self._absent())
+
+    def tree(self) -> dict[str, Any]:
+        """Return what a manifest holds."""
+        return self.model_dump(exclude=self._absent())
+
+    def _absent(self) -> set[str]:
+        """The keys that are written only where a share of the positions has a distribution."""
+        return {"positions", "position_share"} if self.position_share == 1 else set()
 
     @staticmethod
     def parse(text: str | bytes | Mapping[str, Any], where: str) -> Metadata:

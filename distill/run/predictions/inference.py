@@ -63,8 +63,11 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
     shard_rows = config.shard_rows if isinstance(config, GenerateStage) else 256
     known.traces[name] = (sequences, prompt, reply)
     known.tasks_of[name] = config.task
+    share = kept_share(name, config, known)
     written = sum(
-        estimate.predict_trace_bytes(rows, rows * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows)
+        estimate.predict_trace_bytes(
+            rows, rows * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows, share=share
+        )
         for rows in folders
     )
     if config.engine.is_served:
@@ -122,6 +125,14 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
     )
 
 
+def kept_share(name: str, config: GenerateStage | EvalStage | ScoreStage, known: Known) -> float:
+    """Return the share of the positions whose distribution is stored, and note it for the stages that read the traces."""
+    if isinstance(config, EvalStage) or config.weights is None:
+        return 1.0
+    known.held[name] = config.weights
+    return config.weights.share
+
+
 def generate(name: str, config: GenerateStage, known: Known, machine: Machine) -> list[Row]:
     return [_sampling(name, config, known, machine)]
 
@@ -157,7 +168,8 @@ def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list
     rows, prompt, reply = known.traces.get(config.data) or rows_of(config.data, config, known)
     known.traces[name] = rows, prompt, reply
     tokens = rows * (prompt + reply)
-    written = estimate.predict_trace_bytes(int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows)
+    share = kept_share(name, config, known)
+    written = estimate.predict_trace_bytes(int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows, share=share)
     if config.engine.is_served:
         whole, top = prompt + reply, config.top_logprobs
         made = served.row(
@@ -203,6 +215,8 @@ def filter(name: str, config: FilterStage, known: Known, machine: Machine) -> li
     rows, prompt, reply = known.traces.get(config.data) or stored(config.data)
     kept = rows * KEPT_BY_CORRECT if any(f.fn == "correct" for f in config.keep) else rows
     known.traces[name] = (kept, prompt, reply)
+    if config.data in known.held:
+        known.held[name] = known.held[config.data]
     if config.data in known.tasks_of:
         known.tasks_of[name] = known.tasks_of[config.data]
     return [Row(name, "filter", make_amounts(seconds=estimate.predict_filter_seconds(int(rows))))]
