@@ -18,7 +18,15 @@ def early(tokens, *, late: bool = False):
     places = np.arange(len(tokens), dtype=float)
     return places if late else -places
 '''
-TRAIN = {"kind": "train", "model": "base", "steps": 2, "batch_traces": 4, "dtype": "float32", "lr": 1e-4, "keep_truncated": True}
+TRAIN = {
+    "kind": "train",
+    "model": "base",
+    "steps": 2,
+    "batch_traces": 4,
+    "dtype": "float32",
+    "lr": 1e-4,
+    "keep_truncated": True,
+}
 
 
 @pytest.fixture(scope="module")

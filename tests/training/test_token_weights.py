@@ -15,6 +15,7 @@ from distill.records import TopK, UserError
 from distill.stages.inputs.learned_tokens import LearnedTokens
 from distill.token_choice import TokenValues, choose, keep_highest, num_kept, only
 from distill.training.loss import row_choice, sparse
+from distill.training.loss.divergences import forward_kl
 from distill.training.loss.objective import DenseObjective, StoredObjective
 from distill.training.loss.row_choice import RowChoice
 from distill.training.packing import Example, pack
@@ -30,7 +31,9 @@ def distributions(num, seed, width=6):
 
 def example(name, prompt, num, seed):
     rng = np.random.default_rng(seed)
-    return Example(name, np.array(prompt, np.int32), rng.integers(3, 50, num).astype(np.int32), distributions(num, seed))
+    return Example(
+        name, np.array(prompt, np.int32), rng.integers(3, 50, num).astype(np.int32), distributions(num, seed)
+    )
 
 
 EXAMPLES = [example(str(n), [7] * 20 + [n + 1], 2 + 3 * n, n) for n in range(5)]
@@ -86,7 +89,7 @@ def step(base, examples, objective, normalise="token", micro_tokens=10_000, teac
         index = torch.from_numpy(batch.weight_T.nonzero()[0])
         out = module(batch.to_torch(), index)
         out.loss.backward()
-        total += float(out.loss)
+        total += out.loss.item()
         rows += len(out.weight_T)
     return total, rows, torch.cat([p.grad.flatten() for p in base.parameters()])
 
@@ -101,9 +104,7 @@ def same(one, other):
 def test_a_cut_example_is_a_masked_one(base, normalise):
     """What comes after the last token that is learned changes nothing, so it need not be computed."""
     cut = [learned(token_weights.prefix, 0.4).apply(e) for e in EXAMPLES]
-    masked = [
-        dataclasses.replace(e, weighted=keep_highest(-np.arange(len(e.completion_ids)), 0.4)) for e in EXAMPLES
-    ]
+    masked = [dataclasses.replace(e, weighted=keep_highest(-np.arange(len(e.completion_ids)), 0.4)) for e in EXAMPLES]
     assert sum(map(len, cut)) < sum(map(len, EXAMPLES))
     objective = StoredObjective(sparse.forward_kl)
     same(step(base, cut, objective, normalise), step(base, masked, objective, normalise))
@@ -134,7 +135,9 @@ def test_divergence_keeps_the_tokens_of_the_largest_loss(base, normalise):
     """The rows chosen in the step are those that a first pass over all rows finds; packing does not matter."""
     (batch,) = pack(EXAMPLES, micro_tokens=10_000)
     rows = torch.from_numpy(batch.weight_T.nonzero()[0])
-    module = StudentModule(base, StoredObjective(sparse.forward_kl, lambda s, t: {"kl": sparse.forward_kl(s, t)}), 49152)
+    module = StudentModule(
+        base, StoredObjective(sparse.forward_kl, lambda s, t: {"kl": sparse.forward_kl(s, t)}), 49152
+    )
     kl_T = module(batch.to_torch(), rows).measures["kl"].numpy()
     by_trace = {}
     for trace in batch.trace_ids:
@@ -151,10 +154,8 @@ def test_divergence_keeps_the_tokens_of_the_largest_loss(base, normalise):
 
 
 @pytest.mark.parametrize("fn", ["entropy", "divergence"])
-def test_a_teacher_in_the_trainer_chooses_over_the_whole_vocabulary(base, other_dir, fn):
-    from distill.training.loss.divergences import forward_kl
-
-    other = models.load(other_dir, dtype="float32")
+def test_a_teacher_in_the_trainer_chooses_over_the_whole_vocabulary(base, tiny_dir, other_dir, fn):
+    other, *plain_models = (models.load(folder, dtype="float32").eval() for folder in (other_dir, other_dir, tiny_dir))
     plain = [dataclasses.replace(e, top=None) for e in EXAMPLES]
     chosen = [LearnedTokens(None, None, 0.5, False, "").apply(e) for e in plain]
     objective = DenseObjective(forward_kl, choice=RowChoice(fn, 0.5))
@@ -164,7 +165,7 @@ def test_a_teacher_in_the_trainer_chooses_over_the_whole_vocabulary(base, other_
         ids = torch.from_numpy(np.concatenate([each.prompt_ids, each.completion_ids]).astype(np.int64))[None]
         at = slice(len(each.prompt_ids) - 1, -1)
         with torch.no_grad():
-            logp, logq = (m.float().eval()(input_ids=ids).logits[0, at].log_softmax(1) for m in (other, base))
+            logp, logq = (model(input_ids=ids).logits[0, at].log_softmax(1) for model in plain_models)
         score = -(logp.exp() * logp).sum(1) if fn == "entropy" else (logp.exp() * (logp - logq)).sum(1)
         masked.append(dataclasses.replace(each, weighted=keep_highest(score.numpy(), 0.5)))
     same(found, step(base, masked, DenseObjective(forward_kl), teachers=[Teacher(other)]))
