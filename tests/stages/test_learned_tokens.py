@@ -8,7 +8,8 @@ import math
 import pytest
 from project import REFERENCE, SUMS, Project
 
-from distill.stages.inputs.layer_pairs import layers_kept
+from distill import run_folder
+from distill.stages.inputs.layer_pairs import KeptLayers, layers_kept
 from distill.traces.reader import open_traces
 
 OWN = '''
@@ -118,8 +119,8 @@ def test_matching_a_student_with_its_own_teacher_adds_nothing(finished):
     lines = [json.loads(line) for line in (finished.run_dir / "matched" / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["hidden"] == pytest.approx(0, abs=1e-3)
     assert lines[0]["loss"] == pytest.approx(0, abs=1e-3)
-    recipe = __import__("distill.run_folder", fromlist=["recipe"]).recipe(finished.run_dir)
-    assert layers_kept(recipe, finished.run_dir, "matched", 2).kept == [0, 1]
+    recipe = run_folder.recipe(finished.run_dir)
+    assert layers_kept(recipe, finished.run_dir, "matched", 2) == KeptLayers([0, 1], 2)
 
 
 @pytest.mark.parametrize(

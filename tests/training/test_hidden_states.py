@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from distill import models
+from distill import models, recipe, run_folder
 from distill.recipe import LoraConfig
+from distill.records import UserError
+from distill.stages.inputs.layer_pairs import KeptLayers, layers_kept
 from distill.training.forward import ForwardPlan
 from distill.training.loss import hidden_states
 from distill.training.loss.divergences import forward_kl
@@ -160,6 +162,25 @@ def test_tokens_chosen_in_the_step_are_those_that_are_matched(pair):
         masked.append(dataclasses.replace(each, weighted=kept))
     plain = MatchedObjective(DenseObjective(forward_kl), match())
     assert step(pair, choosing, examples=chosen)[:2] == pytest.approx(step(pair, plain, examples=masked)[:2], rel=1e-6)
+
+
+def test_layers_are_followed_through_prunes_and_trainings(tmp_path):
+    """base (9 layers) -> a keeps 5 -> trained -> b keeps 3 -> trained."""
+    train = {"kind": "train", "data": "x.jsonl", "steps": 1}
+    stages = {
+        "a": {"kind": "prune", "model": "base", "layers": 5},
+        "once": {**train, "model": "a"},
+        "b": {"kind": "prune", "model": "once", "layers": 3},
+        "twice": {**train, "model": "b", "teacher": "base", "hidden": {"layers": "last"}},
+    }
+    tree = recipe.validate({"name": "n", "models": {"base": "m"}, "stages": stages})
+    with pytest.raises(UserError, match="there is no record of the layers that a kept"):
+        layers_kept(tree, tmp_path, "twice", 3)
+    for name, kept, before in (("a", [0, 2, 4, 6, 8], 9), ("b", [0, 2, 4], 5)):
+        metrics = {"layers_kept": kept, "layers_before": before}
+        run_folder.write(tmp_path / name, run_folder.State("prune", {}, {}, metrics=metrics))
+    assert layers_kept(tree, tmp_path, "twice", 3) == KeptLayers([0, 4, 8], 9)
+    assert layers_kept(tree, tmp_path, "base", 9) == KeptLayers(range(9), 9)
 
 
 def test_distances_by_hand():

@@ -92,7 +92,8 @@ class Training:
         )
 
     def memory(self, dtype: Dtype, machine: Machine) -> Memory:
-        return train_memory(
+        matched = Memory(activations=self.micro_tokens * matched_bytes(self.config, self.shape, dtype))
+        return matched + train_memory(
             self.shape,
             self.micro_tokens,
             dtype=dtype,
@@ -227,6 +228,14 @@ def _check_hidden(name: str, config: TrainStage, known: Known) -> None:
                 where, config.model, teacher, mine.layers, theirs.layers, made_of.layers if pruned else None
             )
         )
+
+
+def matched_bytes(config: OptimStage, shape: ModelShape, dtype: Dtype) -> float:
+    """Bytes a token that matching hidden states holds: of each layer both models' states, and two copies in fp32."""
+    if not isinstance(config, TrainStage) or config.hidden is None:
+        return 0.0
+    layers = {"all": shape.layers, "last": 1}.get(str(config.hidden.layers)) or len(config.hidden.layers)
+    return float(layers * shape.hidden * (2 * flops.BYTES[dtype] + 8))
 
 
 def num_snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:
