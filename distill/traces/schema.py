@@ -135,14 +135,16 @@ class Metadata(pydantic.BaseModel):
         return [f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
 
     def to_json(self) -> str:
-        return self.model_dump_json(exclude=self._absent())
+        """Return the metadata as JSON, without what belongs to other traces."""
+        return self.model_dump_json(exclude=self._absent)
 
     def tree(self) -> dict[str, Any]:
-        """Return what a manifest holds."""
-        return self.model_dump(exclude=self._absent())
+        """Return the metadata as a tree, as a manifest holds it."""
+        return self.model_dump(exclude=self._absent)
 
+    @property
     def _absent(self) -> set[str]:
-        """The keys that are written only where a share of the positions has a distribution."""
+        """Keys that are written only where a share of the positions has a distribution."""
         return {"positions", "position_share"} if self.position_share == 1 else set()
 
     @staticmethod

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -64,6 +64,17 @@ class Example:
         if self.num_weighted is not None:
             return self.num_weighted
         return len(self.completion_ids) if self.weighted is None else int(self.weighted.sum())
+
+    def first(self, num: int) -> Example:
+        """Return the example with the first `num` tokens of its completion, and what it holds of those."""
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, np.ndarray) and f.name != "prompt_ids":
+                changes[f.name] = value[:num]
+            elif hasattr(value, "slice"):  # distributions
+                changes[f.name] = value.slice(0, num)
+        return replace(self, **changes)
 
 
 class Source(Protocol):

@@ -90,9 +90,9 @@ class LearnedTokens:
         num = len(example.completion_ids)
         learned, held = self.count(num), self.held
         if held is not None and held[0] == PREFIX:
-            example, held = _cut(example, num_kept(num, held[1])), None
+            example, held = example.first(num_kept(num, held[1])), None
         if self.score is not None and _is_prefix(self.score) and held is None:
-            return replace(_cut(example, learned), num_weighted=learned)
+            return replace(example.first(learned), num_weighted=learned)
         if (held is None and self.score is None) or (self.with_top and example.top is None):
             return replace(example, num_weighted=learned)
         values = TokenValues.of(example.completion_ids, example.top)
@@ -104,12 +104,6 @@ class LearnedTokens:
             chosen = choose(self.score, values.at(kept_C), self.share, self.where)
             kept_C[kept_C] = chosen
         return replace(example, weighted=kept_C, num_weighted=learned)
-
-
-def _cut(example: Example, num: int) -> Example:
-    """Return the example with the first `num` tokens of its completion."""
-    top = None if example.top is None else example.top.slice(0, num)
-    return replace(example, completion_ids=example.completion_ids[:num], top=top)
 
 
 def _is_prefix(score: ScoreTokens) -> bool:

@@ -30,7 +30,7 @@ def check_hidden(config: TrainStage, where: str, recipe: Recipe) -> None:
         )
     kept = [recipe.stages[name] for name in prune_stages(recipe, config.model)]
     last = kept[-1] if kept else None
-    if isinstance(last, PruneStage):
+    if isinstance(last, PruneStage) and last.layers:
         _check_layers(config.hidden, last.layers, where)
 
 
