@@ -65,7 +65,15 @@ def finished(tiny_dir, other_dir, tmp_path_factory):
     plug.add_import_folder(folder)
     rows = [{"prompt": f"{n} + 1?", "completion": f"{n + 1} and so on."} for n in range(8)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    score = {"kind": "score", "model": "other", "data": "traces", "top_logprobs": 8, "mass": 0.9, "engine": REFERENCE}
+    score = {
+        "kind": "score",
+        "model": "other",
+        "data": "traces",
+        "top_logprobs": 8,
+        "mass": 0.9,
+        "exact": True,
+        "engine": REFERENCE,
+    }
     tree = {
         "name": "learned",
         "models": {"base": str(tiny_dir), "other": str(other_dir)},
