@@ -302,9 +302,16 @@ def predict_filter_seconds(traces: int, seconds_a_trace: float = 1e-4) -> float:
 
 
 def predict_trace_bytes(
-    traces: int, positions: float, entries_a_position: float, *, shard_rows: int = 256, draws_a_position: float = 0.0
+    traces: int,
+    positions: float,
+    entries_a_position: float,
+    *,
+    shard_rows: int = 256,
+    share: float = 1.0,
+    draws_a_position: float = 0.0,
 ) -> float:
-    """Bytes of compressed shards. entries_a_position: mean number of stored entries, 0 without distributions.
+    """Bytes of compressed shards. entries_a_position: mean number of stored entries, 0 without distributions. share: of the
+    positions, those that have a distribution.
 
     draws_a_position: mean number of draws from the tail.
 
@@ -313,4 +320,4 @@ def predict_trace_bytes(
     shards = math.ceil(traces / shard_rows)
     kept = CAPTURED_BYTES + ENTRY_BYTES * entries_a_position if entries_a_position else 0.0
     drawn = DRAW_COUNT_BYTES + DRAW_BYTES * draws_a_position if draws_a_position else 0.0
-    return shards * SHARD_BYTES + traces * ROW_BYTES + positions * (POSITION_BYTES + kept + drawn)
+    return shards * SHARD_BYTES + traces * ROW_BYTES + positions * (POSITION_BYTES + share * kept + drawn)

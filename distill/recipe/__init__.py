@@ -9,6 +9,7 @@ from distill.recipe.fields import (
     Config,
     DistributedConfig,
     Dtype,
+    HiddenConfig,
     LoraConfig,
     ModelConfig,
     PlugConfig,
@@ -17,6 +18,7 @@ from distill.recipe.fields import (
     RowsConfig,
     SamplingConfig,
     TaskConfig,
+    WeightsConfig,
     base_name,
 )
 from distill.recipe.lineage import served_models
@@ -55,6 +57,7 @@ __all__ = [
     "FilterStage",
     "GenerateStage",
     "GrpoStage",
+    "HiddenConfig",
     "Input",
     "LoraConfig",
     "ModelConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "StageConfig",
     "TaskConfig",
     "TrainStage",
+    "WeightsConfig",
     "base_name",
     "data_of",
     "divergence_name",

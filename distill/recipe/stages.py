@@ -16,6 +16,7 @@ from distill.recipe.fields import (
     RewardConfig,
     RowsConfig,
     SamplingConfig,
+    WeightsConfig,
     copy_name,
     execution,
     growth,
@@ -33,6 +34,11 @@ from distill.tail_draws import MAX_DRAWS
 SNAPSHOTS = "number of held-out problems on which each snapshot of the training (snapshot_every) is evaluated; 0 = none"
 
 POSITIONS = 400
+
+CAPTURED_WEIGHTS = (
+    "store the distribution only at a share of each completion's tokens, those that a function scores highest (`distill ls "
+    "weights`); of the others the id and its log-probability. None = at all tokens"
+)
 
 
 class PruneStage(StageConfig):
@@ -144,6 +150,7 @@ class GenerateStage(StageConfig):
         "forward_kl's unbiased tail: draws; fewer where the tail has less than 0.01; 0 = none",
     )
     exact: bool = Field(False, description="store log-probabilities as float32; false = rounded to steps of 1/32 nat")
+    weights: WeightsConfig | None = Field(None, description=CAPTURED_WEIGHTS)
     engine: EngineConfig = Field(EngineConfig(), description="engine that generates the completions")
     shard_rows: PositiveInt = execution(256, description="number of traces in one Parquet file (shard)")
     rewards: list[RewardConfig] = Field(
@@ -154,8 +161,9 @@ class GenerateStage(StageConfig):
     reward_timeout: float = execution(60.0, gt=0, description=REWARD_TIMEOUT)
 
     @pydantic.model_validator(mode="after")
-    def _can_draw(self) -> GenerateStage:
+    def _captures(self) -> GenerateStage:
         _check_draws(self.tail_draws, self.top_logprobs, self.engine)
+        _check_weights(self.weights, self.top_logprobs, self.tail_draws)
         return self
 
     def half_the_work(self, stage: str) -> str:
@@ -208,12 +216,14 @@ class ScoreStage(StageConfig, RowsConfig):
         "forward_kl's unbiased tail: draws; fewer where the tail has less than 0.01; 0 = none",
     )
     exact: bool = Field(False, description="store log-probabilities as float32; false = rounded to steps of 1/32 nat")
+    weights: WeightsConfig | None = Field(None, description=CAPTURED_WEIGHTS)
     engine: EngineConfig = Field(EngineConfig(), description="engine that scores the traces")
     shard_rows: PositiveInt = execution(256, description="number of traces in one Parquet file (shard)")
 
     @pydantic.model_validator(mode="after")
-    def _can_draw(self) -> ScoreStage:
+    def _captures(self) -> ScoreStage:
         _check_draws(self.tail_draws, self.top_logprobs, self.engine)
+        _check_weights(self.weights, self.top_logprobs, self.tail_draws)
         return self
 
     def inputs(self) -> Iterator[Input]:
@@ -234,6 +244,18 @@ def _check_draws(tail_draws: int, top_logprobs: int, engine: EngineConfig) -> No
         )
     if not top_logprobs:
         raise ValueError("tail_draws: needs top_logprobs > 0: the tail is what the stored distribution leaves out")
+
+
+def _check_weights(weights: WeightsConfig | None, top_logprobs: int, tail_draws: int) -> None:
+    """Raise ValueError for weights at capture that have nothing to choose from, or that cannot go with draws."""
+    if weights is None:
+        return
+    if not top_logprobs:
+        raise ValueError("weights: no distribution is stored with top_logprobs: 0; remove one of the two keys")
+    if tail_draws:
+        raise ValueError(
+            "weights: cannot be used with tail_draws: draws are stored at every position; remove one of the two keys"
+        )
 
 
 class FilterStage(StageConfig):

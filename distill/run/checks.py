@@ -14,25 +14,38 @@ from distill.recipe import (
     OnPolicyStage,
     PruneStage,
     Recipe,
+    ScoreStage,
     TrainStage,
 )
 from distill.records import UserError
 
 
 def generate(name: str, config: GenerateStage, recipe: Recipe) -> None:
+    from distill.stages.captured_positions import keep_positions
     from distill.stages.inputs.named_rewards import combined_reward
 
     if config.rewards:
         combined_reward(config, f"stages.{name}")
+    keep_positions(config, f"stages.{name}")
+
+
+def score(name: str, config: ScoreStage, recipe: Recipe) -> None:
+    from distill.stages.captured_positions import keep_positions
+
+    keep_positions(config, f"stages.{name}")
 
 
 def train(name: str, config: TrainStage, recipe: Recipe) -> None:
     from distill.stages.inputs import own_traces
+    from distill.stages.inputs.learned_tokens import check_stored
+    from distill.stages.inputs.matched_layers import check_hidden
     from distill.stages.inputs.resolve import is_cross_tokenizer, resolve_loss
     from distill.stages.inputs.tails import check_tail
 
     resolve_loss(config, f"stages.{name}")
     own_traces.check(name, config, recipe)
+    check_stored(config, f"stages.{name}", recipe)
+    check_hidden(config, f"stages.{name}", recipe)
     if not is_cross_tokenizer(config):
         check_tail(config, f"stages.{name}", recipe)
 

@@ -49,7 +49,7 @@ def run(config: PruneStage, context: Context) -> Result:
     context.say(f"kept {len(kept)} of {before} layers{widths}: {params / 1e6:.0f}M parameters")
     write_atomic(context.folder / RECORD, json.dumps({**record, "layers": before, "params": params}, indent=1) + "\n")
     metrics = {key: value for key, value in record.items() if key != "channels"}
-    return Result(cost, {**metrics, "params": params}, fingerprint)
+    return Result(cost, {**metrics, "layers_before": before, "params": params}, fingerprint)
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ from distill.records import (
     UserError,
     draw_seed,
 )
+from distill.stages.captured_positions import keep_positions, positions_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.conversation_data import DroppedRows
 from distill.stages.inputs.score_inputs import ScoreInputs, open_score_inputs, take
@@ -171,7 +172,7 @@ def _fill(
             num = len(wanted) - len(missing)
             live = context.live(len(wanted), "traces", num)
             kept = KeptAnswers(engine, folder, writer)
-            for block in _scored(config, engine, inputs, missing, metadata, seed):
+            for block in _scored(config, engine, inputs, missing, metadata, seed, f"stages.{context.name}"):
                 writer.add(block)
                 kept.added(block.trace_id)
                 num += len(block)
@@ -189,6 +190,7 @@ def _scored(
     missing: Container[str],
     metadata: Metadata,
     seed: Callable[[str], int],
+    where: str,
 ) -> Iterator[Traces]:
     """Yield blocks of the missing traces with the engine's log-probabilities. seed: of a trace's draws from the tail.
 
@@ -208,8 +210,9 @@ def _scored(
                 yield Request(trace_id, block.prompt_ids[n], seed(trace_id), ids_T, tail_draws=metadata.tail_draws)
 
     scored: list[Completion] = []
+    keep = keep_positions(config, where)
     for completion in engine.score(requests(), top_k=config.top_logprobs):
-        scored.append(cut_to(metadata, completion, seed(completion.request_id)))
+        scored.append(keep(cut_to(metadata, completion, seed(completion.request_id))))
         if len(scored) == len(blocks[0]):
             yield dataclasses.replace(
                 blocks.popleft(),
@@ -278,6 +281,7 @@ def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenize
         mass=config.mass,
         tail_draws=config.tail_draws,
         exact=config.exact,
+        **positions_of(config),
         engine=config.engine.fn,
         dtype=config.engine.dtype,
         source=inputs.text_from,

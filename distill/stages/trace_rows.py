@@ -26,6 +26,7 @@ from distill.records import (
     draw_seed,
     stable_hash,
 )
+from distill.stages.captured_positions import keep_positions
 from distill.stages.sampling import CompletionRequest, GradedCompletion, Grader, sample_completions
 from distill.stages.trace_rewards import RewardedCompletion, by_verdict, rewarded
 from distill.tasks.combined_reward import CombinedReward
@@ -175,9 +176,11 @@ class RowSampler:
     def _graded(self, engine: Engine, requests: Iterable[CompletionRequest]) -> Iterator[GradedCompletion]:
         """Yield the missing completions as they finish."""
         counts, metadata = self.counts, self.metadata
+        keep = keep_positions(self.config, f"stages.{self.generation.stage}")
 
         def truncated(completion: Completion) -> Completion:
-            return cut_to(metadata, completion, self.generation.tail_seed(completion.request_id))
+            cut = cut_to(metadata, completion, self.generation.tail_seed(completion.request_id))
+            return keep(cut)
 
         sampling = self.config.sampling.record()
         messages = self.grader.chat_messages if self.config.engine.is_served else None

@@ -20,6 +20,7 @@ from distill.compute.flops import ModelShape, generate_flops
 from distill.progress import Live
 from distill.recipe import EngineConfig, EvalStage, GenerateStage
 from distill.records import Array, Cost, Engine, Prompt, Split, Task, Template, stable_hash
+from distill.stages.captured_positions import positions_of
 from distill.stages.context import Context
 from distill.stages.inputs.named_rewards import named_rewards
 from distill.stages.kept_answers import KeptAnswers, dollars
@@ -263,6 +264,7 @@ def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, 
         mass=captured.mass if captured else 1.0,
         tail_draws=captured.tail_draws if captured else 0,
         exact=captured.exact if captured else False,
+        **positions_of(config),
         engine=config.engine.fn,
         dtype=config.engine.dtype,
         versions=package_versions()

@@ -130,8 +130,21 @@ def check(traces: Traces, metadata: Metadata) -> None:
     _check_logprobs(top.logp_E, "top log-probabilities")
     if len(top) and not top.tail_T.max() <= MAX_LOGPROB:
         raise ValueError("a tail's log-mass is above 0 or not a number")
-    quantisation.check(top, metadata.top_k)
+    held_T = _held(top.count_T, metadata)
+    if not held_T.all() and np.any(top.tail_T[~held_T] != 0):
+        raise ValueError("a position without entries has a tail whose mass is not 1")
+    quantisation.check(_at(top, held_T), metadata.top_k)
     _check_draws(traces, metadata)
+
+
+def _held(count_T: Array, metadata: Metadata) -> Array:
+    """Return the positions that have a distribution: all, unless the metadata says that only a share of them does."""
+    return np.ones(len(count_T), bool) if metadata.position_share == 1 else np.asarray(count_T) > 0
+
+
+def _at(top: TopK, held_T: Array) -> TopK:
+    """Return the distributions at the positions that have entries."""
+    return top if held_T.all() else TopK(top.count_T[held_T], top.ids_E, top.logp_E, top.tail_T[held_T])
 
 
 def _check_draws(traces: Traces, metadata: Metadata) -> None:
@@ -172,7 +185,10 @@ def _distribution(top: TopK, position_offsets: Array, metadata: Metadata) -> dic
     if metadata.exact:
         values = {"top_logprobs": _list(Ragged(top.logp_E, entry_offsets), np.float32)}
     else:
-        steps_E, tail_T = quantisation.quantise(top)
+        held_T = _held(top.count_T, metadata)
+        steps_E, quantised_T = quantisation.quantise(_at(top, held_T))
+        tail_T = np.zeros(len(top), np.float32)
+        tail_T[held_T] = quantised_T
         values = {"top_steps": _list(Ragged(steps_E, entry_offsets), np.uint16)}
     return {
         "top_count": _list(Ragged(top.count_T, position_offsets), np.int32),
@@ -300,10 +316,11 @@ def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
     count_T, ids_E, tail_T = flat("top_count"), flat("top_ids"), flat("tail_logprob")
     value_E = flat("top_logprobs" if metadata.exact else "top_steps")
     adds_up = int(count_T.sum(dtype=np.int64)) == len(ids_E) == len(value_E)
-    if not adds_up or len(count_T) != len(tail_T) or (len(count_T) and count_T.min() < 1):
+    held_T = _held(count_T, metadata)
+    if not adds_up or len(count_T) != len(tail_T) or (len(count_T) and count_T[held_T].min(initial=1) < 1):
         raise UserError("top_count does not add up to top_ids: the file is damaged or was written by another program.")
     if not metadata.exact:
-        value_E = quantisation.dequantise(count_T, value_E, tail_T)
+        value_E = quantisation.dequantise(count_T[held_T], value_E, tail_T[held_T])
     return TopK(count_T, ids_E, value_E, tail_T)
 
 

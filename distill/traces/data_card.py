@@ -147,6 +147,12 @@ def _reading(reader: TraceReader) -> str:
         "\nPosition t (token t of the completion) has `top_count[t]` entries, position after position, the most probable "
         "first: `top_ids` and "
     )
+    if reader.metadata.position_share < 1:
+        text = text.replace(
+            "\nPosition t",
+            f"\nDistributions are stored at {reader.metadata.position_share:.0%} of each completion's positions, chosen by "
+            f"{_code(reader.metadata.positions)}; at the others `top_count` is 0.\n\nPosition t",
+        )
     steps = reader.metadata.steps_per_nat
     if reader.metadata.exact:
         text += "their log-probabilities `top_logprobs`."
@@ -203,7 +209,7 @@ with counts as (
     select trace_id, generate_subscripts(top_count, 1) as t, unnest(top_count) as num, unnest(tail_logprob) as tail
     from '*.parquet'
 ), positions as (
-    select *, sum(num) over (partition by trace_id order by t) - num + 1 as first from counts
+    select *, sum(num) over (partition by trace_id order by t) - num + 1 as first from counts where num > 0
 ), entries as (
     select trace_id, generate_subscripts(top_ids, 1) as i, unnest(top_ids) as id, unnest(VALUE) as value
     from '*.parquet'

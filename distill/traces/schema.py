@@ -5,7 +5,9 @@ position t, which is token t of the completion, has `top_count[t]` entries; they
 in `top_ids` (by descending probability) and `top_steps`, which one formula turns into probabilities
 (`quantisation.py`; data/README.md has it for pandas and DuckDB). `tail_logprob[t]` is the log of the mass outside the
 entries. If a folder's metadata says `exact: true`, `top_logprobs` holds the entries' float32 log-probabilities and
-`top_steps` is null; otherwise `top_logprobs` is null. Without a distribution (`top_k: 0`) all five columns are null.
+`top_steps` is null; otherwise `top_logprobs` is null. Without a distribution (`top_k: 0`) all five columns are null. If the
+metadata has a `position_share` below 1, only that share of each completion's positions has a distribution; at the others
+`top_count` is 0 and `tail_logprob` is 0 (all mass is outside the entries).
 
 Schema 2 is schema 1 with draws from the tail: position t has `draw_count[t]` of them, ids in `draw_ids` and their
 log-probabilities in `draw_logprobs`. Each stands for max(exp(tail_logprob[t]), 0.01) / tail_draws of the tail's mass. Traces without
@@ -125,6 +127,10 @@ class Metadata(pydantic.BaseModel):
     mass: float = Field(gt=0, le=1)
     tail_draws: int = Field(0, ge=0, le=MAX_DRAWS)
     """The largest number of draws from the tail a position; 0: none were captured."""
+    positions: str = ""
+    """The function (`weights.fn`) that chose the positions whose distributions are stored. Empty: all positions."""
+    position_share: float = Field(1.0, gt=0, le=1)
+    """The share of each completion's positions that it chose, rounded up; the others have `top_count` 0 and `tail_logprob` 0."""
     engine: str
     dtype: str = ""
     """The engine's dtype; recorded, never compared. Empty: not recorded."""
@@ -164,7 +170,7 @@ class Metadata(pydantic.BaseModel):
         return [f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
 
     def to_json(self) -> str:
-        """Return the metadata as JSON; schema 1 does not know `tail_draws`."""
+        """Return the metadata as JSON, without the keys that belong to other traces."""
         return self.model_dump_json(exclude=self._absent)
 
     def tree(self) -> dict[str, Any]:
@@ -172,8 +178,10 @@ class Metadata(pydantic.BaseModel):
         return self.model_dump(exclude=self._absent)
 
     @property
-    def _absent(self) -> set[str] | None:
-        return {"tail_draws"} if self.schema_version == 1 else None
+    def _absent(self) -> set[str]:
+        """Keys of other traces: of draws from the tail, and of distributions at a share of the positions."""
+        draws = {"tail_draws"} if self.schema_version == 1 else set()
+        return draws | ({"positions", "position_share"} if self.position_share == 1 else set())
 
     @staticmethod
     def parse(text: str | bytes | Mapping[str, Any], where: str) -> Metadata:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -43,6 +43,8 @@ class Example:
     completion token. draws: from the teacher's tail, with draw_mass [C], the mass that one draw of a position stands for.
     teacher_logp: log-probability of each completion token under the teacher, float32 [C]. engine_logp (rollouts): the engine's log-probability of each completion token, float32 [C].
     retokenized: the trace re-tokenised for a teacher with another tokenizer.
+    weighted: bool [C], the tokens that may have a weight; None = all. num_weighted: the number of those that have one in the loss;
+    None = as many as weighted. A loss that chooses them itself, in the step, chooses as many.
     """
 
     trace_id: str
@@ -55,9 +57,29 @@ class Example:
     draws: Draws | None = None
     draw_mass: Array | None = None
     teacher_logp: Array | None = None
+    weighted: Array | None = None
+    num_weighted: int | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def num_learned(self) -> int:
+        """The number of completion tokens that count in the loss."""
+        if self.num_weighted is not None:
+            return self.num_weighted
+        return len(self.completion_ids) if self.weighted is None else int(self.weighted.sum())
+
+    def first(self, num: int) -> Example:
+        """Return the example with the first `num` tokens of its completion, and what it holds of those."""
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, np.ndarray) and f.name != "prompt_ids":
+                changes[f.name] = value[:num]
+            elif hasattr(value, "slice"):  # distributions
+                changes[f.name] = value.slice(0, num)
+        return replace(self, **changes)
 
 
 class Source(Protocol):
@@ -160,7 +182,7 @@ def pack(
 ) -> list[Batch]:
     """Pack the examples of one optimiser step into one process's micro-batches (numpy).
 
-    normalise "token": every completion token has weight 1; "sequence": every trace has weight 1, spread over its tokens.
+    normalise "token": every completion token that counts has weight 1; "sequence": every trace has weight 1, spread over them.
     denominator: None = the sum of all weights.
     With several processes each gets its share of the work (`split`), and all get equally many micro-batches: a process
     with fewer gets empty ones (weight 0), so that ranks stay in step. complete: adds to this process's examples what was
@@ -169,7 +191,7 @@ def pack(
     of text between common cuts take the place of tokens.
     """
     if denominator is None:
-        counts = [len(e.completion_ids) for e in examples]
+        counts = [e.num_learned for e in examples]
         denominator = float(sum(counts) if normalise == "token" else np.count_nonzero(counts))
     spans = [e.retokenized.alignment.num_spans for e in examples if e.retokenized is not None]
     num_spans = float(sum(spans) if normalise == "token" else np.count_nonzero(spans))
@@ -235,7 +257,8 @@ def _batch(group: ExampleGroup, normalise: str, denominator: float, *, masked: b
         label_T[start : stop - 1] = ids_T[start + 1 : stop]
         rows = slice(stop - num - 1, stop - 1)
         if not masked:
-            weight_T[rows] = 1.0 if normalise == "token" else 1.0 / max(num, 1)
+            each = 1.0 if normalise == "token" else 1.0 / max(example.num_learned, 1)
+            weight_T[rows] = each if example.weighted is None else np.where(example.weighted, each, 0.0)
         place_T[rows] = np.arange(num)
         rows_of.append(rows)
     position_T = np.arange(total) - np.repeat(offsets[:-1] - starts, lengths)

@@ -133,9 +133,15 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
     draws = DRAWN * config.tail_draws if isinstance(config, GenerateStage) else 0.0
     known.traces[name] = (sequences, prompt, reply)
     known.tasks_of[name] = config.task
+    share = kept_share(name, config, known)
     written = sum(
         estimate.predict_trace_bytes(
-            rows, rows * reply, ENTRIES if captured else 0.0, shard_rows=shard_rows, draws_a_position=draws
+            rows,
+            rows * reply,
+            ENTRIES if captured else 0.0,
+            shard_rows=shard_rows,
+            share=share,
+            draws_a_position=draws,
         )
         for rows in folders
     )
@@ -192,6 +198,14 @@ def _sampling(name: str, config: GenerateStage | EvalStage, known: Known, machin
         sequence_cache=sequence_cache(shape, config.engine, part.choice.dtype, longest, machine),
         engine=config.engine,
     )
+
+
+def kept_share(name: str, config: GenerateStage | EvalStage | ScoreStage, known: Known) -> float:
+    """Return the share of the positions whose distribution is stored, and note it for the stages that read the traces."""
+    if isinstance(config, EvalStage) or config.weights is None:
+        return 1.0
+    known.held[name] = config.weights
+    return config.weights.share
 
 
 def generate(name: str, config: GenerateStage, known: Known, machine: Machine) -> list[Row]:
@@ -262,8 +276,14 @@ def score(name: str, config: ScoreStage, known: Known, machine: Machine) -> list
     rows, prompt, reply = known.traces.get(config.data) or rows_of(config.data, config, known)
     known.traces[name] = rows, prompt, reply
     tokens = rows * (prompt + reply)
+    share = kept_share(name, config, known)
     written = estimate.predict_trace_bytes(
-        int(rows), rows * reply, ENTRIES, shard_rows=config.shard_rows, draws_a_position=DRAWN * config.tail_draws
+        int(rows),
+        rows * reply,
+        ENTRIES,
+        shard_rows=config.shard_rows,
+        share=share,
+        draws_a_position=DRAWN * config.tail_draws,
     )
     if config.engine.is_served:
         whole, top = prompt + reply, config.top_logprobs
@@ -310,6 +330,8 @@ def filter(name: str, config: FilterStage, known: Known, machine: Machine) -> li
     rows, prompt, reply = known.traces.get(config.data) or stored(config.data)
     kept = rows * KEPT_BY_CORRECT if any(f.fn == "correct" for f in config.keep) else rows
     known.traces[name] = (kept, prompt, reply)
+    if config.data in known.held:
+        known.held[name] = known.held[config.data]
     if config.data in known.tasks_of:
         known.tasks_of[name] = known.tasks_of[config.data]
     return [Row(name, "filter", make_amounts(seconds=estimate.predict_filter_seconds(int(rows))))]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill import models, plug
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage, teachers_of
 from distill.records import Template, UserError
 from distill.stages.inputs import own_traces
+from distill.stages.inputs.learned_tokens import row_choice
 from distill.stages.inputs.score_inputs import template_of
 from distill.stages.inputs.tails import check_tail
 from distill.training.loss import sparse
@@ -85,9 +87,23 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) 
     that does not fit the stage's data or teacher.
     """
     here = f"{where}.loss"
+    choice = row_choice(config, where) if isinstance(config, TrainStage) else None
+    objective = _objective(config, here, seed)
+    if isinstance(config, TrainStage) and config.weights is not None and isinstance(objective, CrossTokenizerObjective):
+        raise UserError(
+            f"{where}.weights: {config.loss.fn} compares stretches of text, not tokens, so no token can be left out. Use a loss for "
+            "one tokenizer, or remove weights."
+        )
+    if choice is None:
+        return objective
+    assert isinstance(objective, StoredObjective | DenseObjective)
+    return replace(objective, choice=choice)
+
+
+def _objective(config: TrainStage | OnPolicyStage, here: str, seed: int) -> Objective:
     form = _form(config.loss.fn, here)
     if form == "targets":
-        check_tail(config, where)
+        check_tail(config, here.removesuffix(".loss"))
     in_trainer = bool(teachers_of(config.teacher)) and not _is_scored_by_engine(config)
     if form == "pair":
         return _cross_tokenizer(config, here, in_trainer)

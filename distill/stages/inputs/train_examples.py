@@ -20,6 +20,12 @@ from distill.records import Array, Template, Traces, UserError, draw_seed
 from distill.stages.context import Context, find_data
 from distill.stages.inputs import own_traces
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, nothing_found, open_rows
+from distill.stages.inputs.learned_tokens import (
+    may_read_distributions,
+    needs_distributions,
+    no_distributions,
+    with_learned_tokens,
+)
 from distill.stages.inputs.multi_teacher import join
 from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer, shared_template
 from distill.stages.inputs.score_inputs import check_unused_options, is_traces, question_of, template_of
@@ -137,11 +143,12 @@ def _shard_source(
     seed: int,
     read: Retokenizer | None,
 ) -> Source:
-    with_top = _wants_teacher(config)
+    where = f"stages.{context.name}"
+    needed = _wants_teacher(config) or needs_distributions(config, where)
     tail: Tail = "bucket"
-    if with_top:
+    if needed:
         reader = _open_scored(config, data, context, tokenizer)
-        tail = _tail(config, context, reader)
+        tail = _tail(config, context, reader) if _wants_teacher(config) else tail
     else:
         reader = _open_traces(data, context)
     same = models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer
@@ -153,9 +160,12 @@ def _shard_source(
     reader = _usable(reader, config, context, tail)
     if same and read is None:
         check_unused_options(config, data)
+        with_top = needed or (reader.metadata.top_k > 0 and may_read_distributions(config, where))
         sampled = own_traces.sampled_logprobs(config, context) if own_traces.required(config) else None
-        return ShardSource(reader, seed, with_top, tail, sampled)
-    return _text_source(config, context, tokenizer, reader, seed, read, rendered=not same)
+        source = ShardSource(reader, seed, with_top, tail, sampled)
+        return with_learned_tokens(source, config, reader.metadata, context, needed=with_top, with_top=with_top)
+    texts = _text_source(config, context, tokenizer, reader, seed, read, rendered=not same)
+    return with_learned_tokens(texts, config, None, context, needed=False, with_top=False)
 
 
 def _joined_source(
@@ -168,9 +178,14 @@ def _joined_source(
             "Name one of them."
         )
     readers = [_open_scored(config, name, context, tokenizer) for name in sets]
+    if partial := [name for name, reader in zip(sets, readers, strict=True) if reader.metadata.position_share < 1]:
+        raise UserError(
+            f"{where}: {', '.join(partial)} hold distributions at a share of the positions only (`weights` at capture), and "
+            "several sets are mixed at every position. Score the traces without weights, or name one set."
+        )
     source, missing = join([_usable(readers[0], config, context), *readers[1:]], sets, seed, where)
     _say_dropped(context, missing=missing)
-    return source
+    return with_learned_tokens(source, config, None, context, needed=True, with_top=True)
 
 
 def _open_traces(data: str, context: Context) -> TraceReader:
@@ -188,6 +203,8 @@ def _open_scored(config: TrainStage, data: str, context: Context, tokenizer: Any
     """Traces with a teacher's distributions over the student's own tokens. Raises UserError where they are not."""
     where = f"stages.{context.name}"
     reader = _open_traces(data, context)
+    if reader.metadata.top_k == 0 and not _wants_teacher(config):
+        raise UserError(no_distributions(config, where, f"{data!r} was generated with top_logprobs: 0"))
     if reader.metadata.top_k == 0:
         raise UserError(
             f"{where}.loss: {config.loss.fn} learns from the teacher's distributions, and {data!r} was generated "
@@ -343,6 +360,8 @@ def _conversation_source(
 ) -> Source:
     """Render the conversations of a data set, an example for each of the assistant's turns that is learned."""
     where = f"stages.{context.name}.data"
+    if needs_distributions(config, f"stages.{context.name}"):
+        raise UserError(no_distributions(config, f"stages.{context.name}", f"{data!r} holds conversations"))
     task = context.task(config.task) if config.task else None
     table = open_rows(data, config, where)
     template = template_of(config, task)
@@ -380,4 +399,5 @@ def _conversation_source(
     _say_dropped(context, longer=longer, unread=unread)
     if not examples:
         raise UserError(f"{where}: {data!r} holds nothing to learn from. {nothing_found(table, left_out)}".rstrip())
-    return ListSource(examples, seed, table.name)
+    source = ListSource(examples, seed, table.name)
+    return with_learned_tokens(source, config, None, context, needed=False, with_top=False)

@@ -78,6 +78,10 @@ class Targets:
         picked["weight_T"] = picked["weight_T"] / batch.denominator
         return Targets(**picked)
 
+    def select(self, rows: Tensor) -> Targets:
+        """Select rows by index."""
+        return Targets(**_rows({f.name: getattr(self, f.name) for f in fields(Targets)}, rows))
+
     def __getitem__(self, rows: slice) -> Targets:
         return Targets(**_rows({f.name: getattr(self, f.name) for f in fields(Targets)}, rows))
 
