@@ -166,7 +166,7 @@ def test_tokens_chosen_in_the_step_are_those_that_are_matched(pair):
 
 def test_layers_are_followed_through_prunes_and_trainings(tmp_path):
     """base (9 layers) -> a keeps 5 -> trained -> b keeps 3 -> trained."""
-    train = {"kind": "train", "data": "x.jsonl", "steps": 1}
+    train = {"kind": "train", "data": "./x.jsonl", "steps": 1}
     stages = {
         "a": {"kind": "prune", "model": "base", "layers": 5},
         "once": {**train, "model": "a"},
