@@ -28,10 +28,12 @@ from distill.traces.reader import open_traces
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 SMALLER = (
-    "stages.cold_start.steps=24",
+    "stages.cold_start.steps=32",
     "stages.teacher.steps=2",
     "stages.traces.problems=96",
     "stages.unseen.problems=24",
+    "stages.student.layers=26",
+    "stages.student.positions=96",
     "stages.kl.epochs=null",
     "stages.kl.steps=6",
     "stages.sft.epochs=null",
@@ -62,7 +64,7 @@ def test_a_student_keeps_what_its_teacher_can_do(report):
     arms = {name: arm["accuracy"] for name, arm in report["arms"].items()}
     print({name: (round(a["value"], 3), round(a["low"], 3), round(a["high"], 3)) for name, a in arms.items()})
     assert all(accuracy["n"] == 48 for accuracy in arms.values())
-    assert arms["teacher"]["value"] > 0.4
+    assert arms["teacher"]["value"] > 0.25
     assert arms["kl"]["value"] >= 0.5 * arms["teacher"]["value"]
 
 
