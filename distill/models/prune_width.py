@@ -223,6 +223,8 @@ def _rebuilt(model: Any, channels: Channels, old: Widths, weights: Mapping[str, 
         config.intermediate_size = len(channels.ffn[0])
     if channels.hidden is not None:
         config.hidden_size = len(channels.hidden)
+        # A norm's epsilon is added to a mean, here of fewer channels; scaled, both norms are the same but for a factor.
+        config.rms_norm_eps *= old.hidden / len(channels.hidden)
     narrow = type(model)(config).to(model.dtype)
     narrow.load_state_dict(weights)
     narrow.tie_weights()
