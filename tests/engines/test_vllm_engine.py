@@ -90,7 +90,8 @@ def test_completions_are_whole(vllm_engine, asked, written):
         assert (np.diff(logp_TK, axis=1) <= 0).all()
         assert all(len(set(row)) == 64 for row in ids_TK.tolist())
         total_T = np.exp(logp_TK.astype(float)).sum(1) + np.exp(done.top.tail_T.astype(float))
-        np.testing.assert_allclose(total_T, 1.0, atol=1e-5)
+        # The engine's log-softmax over 49,152 tokens is a sum in float32.
+        np.testing.assert_allclose(total_T, 1.0, atol=5e-5)
         inside = ids_TK == done.ids_T[:, None]
         np.testing.assert_array_equal(logp_TK[inside], done.logprob_T[inside.any(1)])
 
