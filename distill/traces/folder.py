@@ -52,7 +52,7 @@ class Manifest:
             {
                 "format": FORMAT,
                 "writer": self.writer,
-                "metadata": self.metadata.tree(),
+                "metadata": self.metadata.model_dump(),
                 "shards": [asdict(shard) for shard in self.shards],
             },
         )

