@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ WHOLE = {"fn": "entropy", "share": 0.5}
     ("stage", "change", "message"),
     [
         ("plain", {"weights": {"fn": "entropie"}}, "there is no 'entropie'"),
-        ("plain", {"weights": {**WHOLE, "share": 1.5}}, "stages.plain.train.weights.share: input should be less than 1"),
+        ("plain", {"weights": {**WHOLE, "share": 1.5}}, "stages.plain.weights.share: input should be less than 1"),
         ("plain", {"weights": {**WHOLE, "shar": 1}}, "stages.plain.weights.shar: unknown key"),
         ("traces", {"weights": WHOLE}, "no distribution is stored with top_logprobs: 0"),
         ("whole", {"weights": {"fn": "divergence"}}, "nothing is trained here"),
@@ -201,9 +202,12 @@ MACHINE = Machine(
 )
 
 
-def test_widths_and_depths_that_do_not_match_are_refused_by_the_prediction(finished, narrow_dir):
+def test_widths_that_do_not_match_are_refused_by_the_prediction(finished, narrow_dir, tmp_path):
+    folder = shutil.copytree(narrow_dir, tmp_path / "narrow")  # a prediction reads the config alone
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     stages = {**finished.tree["stages"], "pruned": {"kind": "prune", "model": "narrow", "layers": 2}}
-    tree = {**finished.tree, "models": {**finished.tree["models"], "narrow": str(narrow_dir)}, "stages": stages}
+    tree = {**finished.tree, "models": {**finished.tree["models"], "narrow": str(folder)}, "stages": stages}
     with pytest.raises(UserError, match=r"matched\.hidden: the student pruned has hidden states of width"):
         list(plan.planned(recipe.validate(tree), MACHINE))
 
