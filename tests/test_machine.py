@@ -120,5 +120,5 @@ def test_the_measurement_itself_is_short() -> None:
     machine.measure([(64, 256)])
     began = time.process_time()
     machine.measure([(576, 1536)])
-    # CPU seconds of two threads, which other work on the machine stretches a little.
-    assert time.process_time() - began < 2.5
+    # CPU seconds of two threads: other work on the machine does not count.
+    assert time.process_time() - began < 2.0

@@ -22,8 +22,8 @@ from types import SimpleNamespace
 IMPORTS = (
     "distill.run.stage_process", "distill.run.collect", "distill.stages.eval", "distill.stages.filter",
     "distill.stages.generate", "distill.stages.grpo", "distill.stages.on_policy", "distill.stages.score",
-    "distill.stages.train", "distill.engines.transformers", "pandas", "peft", "reasoning_gym", "scipy.stats", "transformers.models.llama.modeling_llama",
-    "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+    "distill.stages.train", "distill.engines.transformers", "pandas", "peft", "reasoning_gym", "scipy.stats",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
 )  # fmt: skip
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from distill.models.rendering import turn_end_ids
 from distill.models.shape import text_part
@@ -26,13 +26,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     Remembered for each tokenizer until a token is added, because it takes a second for a vocabulary of 150,000.
     """
     sizes = (len(tokenizer), len(tokenizer.added_tokens_decoder))
-    known = _FINGERPRINTS.get(tokenizer)
+    known = _fingerprints.get(tokenizer)
     if known is None or known[0] != sizes:
-        known = _FINGERPRINTS[tokenizer] = (sizes, _fingerprint(tokenizer))
+        known = _fingerprints[tokenizer] = (sizes, _fingerprint(tokenizer))
     return known[1]
 
 
-_FINGERPRINTS: WeakKeyDictionary[Any, tuple[tuple[int, int], str]] = WeakKeyDictionary()
+_fingerprints: weakref.WeakKeyDictionary[Any, tuple[tuple[int, int], str]] = weakref.WeakKeyDictionary()
 """By tokenizer: its sizes when its fingerprint was computed, and the fingerprint."""
 
 
