@@ -207,7 +207,7 @@ def list_things(
     sort: Annotated[
         str,
         typer.Argument(
-            help="What to list: losses, objectives, rewards, filters, tasks, engines, stages, templates or recipes."
+            help="What to list: losses, objectives, weights, rewards, filters, tasks, engines, stages, templates or recipes."
         ),
     ],
     name: Annotated[str | None, typer.Argument(help="One name from that list: prints its options.")] = None,

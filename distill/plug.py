@@ -72,6 +72,12 @@ def all_options(name: str, options: Mapping[str, Any], home: str, where: str = "
     return {**defaults, **check_options(function, options, where or name)}
 
 
+def option_names(name: str, home: str) -> tuple[str, ...]:
+    """Return the names of a function's options."""
+    parameters = inspect.signature(find(name, home)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
 def check_options(function: Function, options: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Validate options against the keyword-only parameters; return them converted to their annotated types."""
     parameters = {

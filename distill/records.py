@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from distill.errors import UserError as UserError
+from distill.tail_draws import BeyondTop as BeyondTop
+from distill.tail_draws import Draws as Draws
 
 if TYPE_CHECKING:
     import torch
@@ -159,8 +161,12 @@ class TopK:
         return len(self.count_T)
 
     @staticmethod
-    def from_dense(ids_TK: Array, logp_TK: Array) -> TopK:
-        """From rectangular [T, K] candidates in any order; -inf entries are dropped, the tail mass is 1 - sum."""
+    def from_dense(ids_TK: Array, logp_TK: Array, tail_T: Array | None = None) -> TopK:
+        """From rectangular [T, K] candidates in any order; -inf entries are dropped.
+
+        tail_T: log of the mass outside the candidates, summed over the other ids; None = 1 - sum of the candidates, which
+        in float32 is rounding noise for a small tail.
+        """
         ids_TK, logp_TK = np.asarray(ids_TK), np.asarray(logp_TK, dtype=np.float32)
         if (logp_TK[:, 1:] > logp_TK[:, :-1]).any():
             order_TK = np.argsort(-logp_TK, axis=1, kind="stable")
@@ -171,7 +177,7 @@ class TopK:
             count_T=kept_TK.sum(1).astype(np.int32),
             ids_E=ids_TK[kept_TK].astype(np.int64),
             logp_E=logp_TK[kept_TK],
-            tail_T=_log_rest(np.exp(logp_TK.astype(np.float64)).sum(1)),
+            tail_T=_log_rest(np.exp(logp_TK.astype(np.float64)).sum(1)) if tail_T is None else tail_T,
         )
 
     @staticmethod
@@ -256,7 +262,8 @@ class Request:
     """A prompt for an engine to continue or, with completion_ids, to score. Engines of this machine read the ids only.
 
     messages, opened: for an endpoint that takes no ids: the conversation of the prompt (empty: not known), and the text with
-    which the prompt's ids begin the completion.
+    which the prompt's ids begin the completion. tail_draws: number of ids to draw at each position from all but the top entries;
+    the requests of one call ask for the same number.
     """
 
     request_id: str
@@ -265,6 +272,7 @@ class Request:
     completion_ids: Array | None = None
     messages: Messages = ()
     opened: str = ""
+    tail_draws: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,7 +284,8 @@ class Completion:
     endpoint gives none.
     top: the distribution at each position; position t is that of token t of the completion. None if not requested.
     finish_reason: "stop" at a stop id, "length" at the token limit. version: version of the weights that wrote it.
-    text: what an endpoint wrote, of which ids_T are this side's encoding; None: the ids decide.
+    text: what an endpoint wrote, of which ids_T are this side's encoding; None: the ids decide. beyond: the engine's draws from the
+    ids that `top` does not list, if the request asked for any. draws: those from the whole tail, once `top` is cut to what is kept.
     """
 
     request_id: str
@@ -286,6 +295,8 @@ class Completion:
     finish_reason: FinishReason
     version: int = 0
     text: str | None = None
+    beyond: BeyondTop | None = None
+    draws: Draws | None = None
 
 
 class Engine(Protocol):
@@ -439,8 +450,8 @@ class Traces:
     """A block of N traces, in columns. Token columns are ragged arrays (flat values and offsets).
 
     Text and verdict columns are lists of length N. rewards: a column for each named reward. top: distributions at all
-    completion positions of the block, in the order of `completion_ids`; None if none were captured. correct, reward: None
-    for traces that could not be judged.
+    completion positions of the block, in the order of `completion_ids`; None if none were captured. draws: from their tails, at the
+    same positions; None if none were captured. correct, reward: None for traces that could not be judged.
     """
 
     trace_id: list[str]
@@ -458,6 +469,7 @@ class Traces:
     rewards: dict[str, list[float | None]]
     correct: list[bool | None]
     finish_reason: list[str]
+    draws: Draws | None = None
 
     def __len__(self) -> int:
         return len(self.trace_id)
@@ -467,6 +479,12 @@ class Traces:
         if self.top is None:
             return None
         return self.top.slice(int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1]))
+
+    def draws_of(self, n: int) -> Draws | None:
+        """Return the draws from the tails of trace n."""
+        if self.draws is None:
+            return None
+        return self.draws.slice(int(self.completion_ids.offsets[n]), int(self.completion_ids.offsets[n + 1]))
 
 
 # --------------------------------------------------------------------------------------------------- cost

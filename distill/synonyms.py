@@ -30,6 +30,15 @@ KEYS: dict[str, tuple[str, ...]] = {
     "max_norm": ("max_grad_norm",),
     "clip_grad_norm": ("max_grad_norm",),
     "gradient_clipping": ("max_grad_norm",),
+    # which tokens, which layers
+    "token_weights": ("weights",),
+    "token_selection": ("weights",),
+    "entropy_quantile": ("weights",),
+    "top_entropy_quantile": ("weights",),
+    "hidden_loss": ("hidden",),
+    "intermediate_loss": ("hidden",),
+    "hidden_weight": ("hidden.weight",),
+    "layer_mapping": ("hidden.layers",),
     # length and batches
     "num_train_epochs": ("epochs",),
     "num_epochs": ("epochs",),
@@ -146,6 +155,11 @@ KEYS: dict[str, tuple[str, ...]] = {
     "teacher_model": ("teacher",),
     "teacher_model_name_or_path": ("teacher",),
     "num_layers": ("layers",),
+    "num_hidden_layers": ("layers",),
+    "hidden_size": ("hidden",),
+    "ffn_hidden_size": ("ffn",),
+    "intermediate_size": ("ffn",),
+    "num_attention_heads": ("heads",),
     # distillation
     "loss_fn": ("loss",),
     "loss_function": ("loss",),

@@ -1,6 +1,6 @@
 """The quickstart with the real model, vLLM and real shards.
 
-To save time, fewer problems are evaluated and the SFT student takes only a few steps; all else is the recipe's own.
+To save time, every stage is shorter than in the recipe: a whole chain, but no result of the recipe's.
 """
 
 from __future__ import annotations
@@ -21,16 +21,24 @@ from needs import slowness
 from distill import models, recipe
 from distill.stages.context import make_task
 from distill.tasks.splits import split_of
-from distill.tasks.templates import think_answer
+from distill.tasks.templates import raw
 from distill.tools.listing import RECIPES
 from distill.traces.reader import open_traces
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 SMALLER = (
+    "stages.cold_start.steps=32",
+    "stages.teacher.steps=2",
+    "stages.traces.problems=96",
+    "stages.unseen.problems=24",
+    "stages.student.layers=26",
+    "stages.student.positions=96",
+    "stages.kl.epochs=null",
+    "stages.kl.steps=6",
     "stages.sft.epochs=null",
-    "stages.sft.steps=4",
-    "stages.verdict.problems=128",
+    "stages.sft.steps=2",
+    "stages.verdict.problems=48",
 )
 
 
@@ -52,14 +60,23 @@ def report(run) -> dict:
     return json.loads((run / "report.json").read_text())
 
 
-def test_a_student_keeps_at_least_half_of_its_teacher_s_accuracy(report):
+def test_a_student_keeps_what_its_teacher_can_do(report):
     arms = {name: arm["accuracy"] for name, arm in report["arms"].items()}
     print({name: (round(a["value"], 3), round(a["low"], 3), round(a["high"], 3)) for name, a in arms.items()})
-    assert all(accuracy["n"] == 128 for accuracy in arms.values())
-    assert arms["teacher"]["value"] > 0.5
-    best = max(arms["kl"]["value"], arms["sft"]["value"])
-    assert best >= 0.5 * arms["teacher"]["value"]
-    assert best > arms["start"]["high"]
+    assert all(accuracy["n"] == 48 for accuracy in arms.values())
+    assert arms["teacher"]["value"] > 0.25
+    assert arms["kl"]["value"] >= 0.5 * arms["teacher"]["value"]
+
+
+def test_the_teacher_has_several_ways_to_go_on_and_the_students_are_measured_on_them(report):
+    stages = {row["name"]: row["metrics"] for row in report["stages"]}
+    print({name: stages[name]["mean_support"] for name in ("traces", "unseen")})
+    assert stages["traces"]["mean_support"] >= 3
+    kl = {name: arm["divergence"]["kl"]["value"] for name, arm in report["arms"].items()}
+    print({name: round(value, 4) for name, value in kl.items()})
+    assert abs(kl["teacher"]) < 0.02  # the teacher wrote the traces in vLLM, and is measured in transformers
+    assert 0 < kl["kl"] < 0.5
+    assert "In held-out KL to the teacher, " in report["verdict"]
 
 
 def test_what_was_predicted_is_within_twice_of_what_was_measured(report):
@@ -72,13 +89,10 @@ def test_what_was_predicted_is_within_twice_of_what_was_measured(report):
             ("flops", cost["flops"]),
             ("bytes", cost["bytes_written"]),
         ):
+            # Before there are traces, nobody knows how many tokens a position has to choose from.
+            off = 4 if what == "bytes" else 2
             if measured:
-                assert 0.5 < predicted[what] / measured < 2, (
-                    row["name"],
-                    what,
-                    predicted[what],
-                    measured,
-                )
+                assert 1 / off < predicted[what] / measured < off, (row["name"], what, predicted[what], measured)
         total["predicted"] += predicted["seconds"]
         total["measured"] += row["seconds"]
     print(total)
@@ -88,27 +102,27 @@ def test_what_was_predicted_is_within_twice_of_what_was_measured(report):
 
 def test_the_teacher_got_its_rl_stage_and_one_can_see_what_it_did(run):
     lines = [json.loads(line) for line in (run / "teacher" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert line["kl_engine"] < 0.01
         assert 0 <= line["reward/accuracy"] <= 1
         overhead = line["sync_seconds"] + line["reward_seconds"] + line["prepare_seconds"]
         assert line["sync_seconds"] < 5 * slowness()
-        assert overhead < 0.35 * line["seconds"]
+        assert overhead < 0.5 * line["seconds"]
 
 
 def test_train_and_held_out_problems_are_disjoint():
     task = make_task("sums", recipe.load(RECIPES / "quickstart.yaml").tasks["sums"])
-    train = {p.question for p in task.problems("train", 2000, 17)}
-    held_out = {p.question for p in task.problems("held_out", 256, 17)}
-    assert len(train) == 2000
+    train = {p.question for p in task.problems("train", 1000, 17)}
+    held_out = {p.question for p in task.problems("held_out", 128, 17)}
+    assert len(train) == 1000
     assert not train & held_out
     assert {split_of(q) for q in train} == {"train"}
     assert {split_of(q) for q in held_out} == {"held_out"}
-    other_seed = {p.question for p in task.problems("train", 2000, 18)}
+    other_seed = {p.question for p in task.problems("train", 1000, 18)}
     assert not other_seed & held_out
-    rows = (RECIPES.parent / "data/cold_start/sums.jsonl").read_text().splitlines()
-    assert not any(task.holds_out(json.loads(row)["question"]) for row in rows)
+    for file in (RECIPES.parent / "data/cold_start").glob("*.jsonl"):
+        assert not any(task.holds_out(json.loads(row)["question"]) for row in file.read_text().splitlines())
 
 
 def test_no_problem_that_was_evaluated_was_trained_on(run):
@@ -116,8 +130,11 @@ def test_no_problem_that_was_evaluated_was_trained_on(run):
     for arm in ("start", "teacher", "kl", "sft"):
         files = (run / f"verdict.{arm}" / "traces").glob("*.parquet")
         evaluated = {p for f in files for p in pd.read_parquet(f)["problem_id"]}
-        assert len(evaluated) == 128
+        assert len(evaluated) == 48
         assert not trained & evaluated
+    measured = {p for f in (run / "unseen" / "traces").glob("*.parquet") for p in pd.read_parquet(f)["problem_id"]}
+    assert len(measured) == 24
+    assert not trained & measured
 
 
 def test_pandas_and_duckdb_read_the_distribution_without_our_code(run):
@@ -146,10 +163,10 @@ def test_the_student_is_an_ordinary_checkpoint_for_transformers(run):
     folder = run / "kl" / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    question = [{"role": "user", "content": "Calculate 21 + 34."}]
-    ids = torch.from_numpy(models.render_prompt(tokenizer, think_answer, question)).long()
+    question = [{"role": "user", "content": "Calculate 7 + 5 + 9."}]
+    ids = torch.from_numpy(models.render_prompt(tokenizer, raw, question)).long()
     out = model.generate(ids[None], max_new_tokens=48, do_sample=False)
-    assert "</think><answer>" in tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    assert raw.extract(tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)).isdigit()
     assert model.config.num_hidden_layers < models.config_of(run / "teacher" / "model")["num_hidden_layers"]
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
@@ -172,4 +189,4 @@ def test_the_engine_s_log_probs_are_the_trainer_s(run):
 
 def test_running_again_skips_everything(run):
     again = subprocess.run(command(run.parent), cwd=RECIPES.parent, check=True, capture_output=True, text=True)
-    assert again.stdout.count("done already") == 12
+    assert again.stdout.count("done already") == 17

@@ -45,6 +45,8 @@ STREAMING = 0.35
 STATE_BYTES = 12
 """Bytes of a checkpoint per trained parameter: fp32 weight and two moments."""
 
+PROOF_SECONDS = 1.0
+"""Time to prove a small model's forward pass; every stage that runs a model in the trainer does."""
 PREFILL_EFFICIENCY = 0.9
 """Share of the measured product rate reached in prefill and scoring."""
 DECODE_EFFICIENCY = 0.9
@@ -73,6 +75,8 @@ CAPTURED_BYTES = 1.4
 """Additional bytes per position with a stored distribution: its number of entries and its tail."""
 ENTRY_BYTES = 2.0
 """Bytes per stored entry: its id and log-probability. 0.8 for a confident, repetitive model, up to 2.6 otherwise."""
+DRAW_BYTES, DRAW_COUNT_BYTES = 2.5, 0.2
+"""Bytes per draw from the tail (its id and rounded log-probability), and per position for their number."""
 
 
 # ------------------------------------------------------------------------------------------------ seconds
@@ -275,6 +279,18 @@ def predict_score_seconds(
     return PROCESS_START + engine_start(engine) + products + elements + logits
 
 
+def predict_divergence_seconds(
+    shape: ModelShape, flops: float, tokens: float, measured: float, machine: Machine, dtype: Dtype
+) -> float:
+    """Seconds of a divergence stage: process start, reading the model, its forward proof, and one forward pass over `tokens`.
+
+    measured: the tokens whose logits are computed.
+    """
+    loaded = 2.0 * shape.params_total / FILE_RATE
+    logits = 0.0 if machine.device == "cuda" else measured * shape.vocab * TOKEN_SECONDS
+    return PROCESS_START + loaded + PROOF_SECONDS + forward_seconds(shape, flops, tokens, machine, dtype) + logits
+
+
 def predict_prune_seconds(shape: ModelShape) -> float:
     """Seconds to read a model and write it in bfloat16."""
     return PROCESS_START + 2.0 * shape.params_total / FILE_RATE
@@ -285,11 +301,23 @@ def predict_filter_seconds(traces: int, seconds_a_trace: float = 1e-4) -> float:
     return LIGHT_START + traces * seconds_a_trace
 
 
-def predict_trace_bytes(traces: int, positions: float, entries_a_position: float, *, shard_rows: int = 256) -> float:
-    """Bytes of compressed shards. entries_a_position: mean number of stored entries, 0 without distributions.
+def predict_trace_bytes(
+    traces: int,
+    positions: float,
+    entries_a_position: float,
+    *,
+    shard_rows: int = 256,
+    share: float = 1.0,
+    draws_a_position: float = 0.0,
+) -> float:
+    """Bytes of compressed shards. entries_a_position: mean number of stored entries, 0 without distributions. share: of the
+    positions, those that have a distribution.
+
+    draws_a_position: mean number of draws from the tail.
 
     Not counted: the overhead of smaller shards that a slow writer closes every half minute.
     """
     shards = math.ceil(traces / shard_rows)
     kept = CAPTURED_BYTES + ENTRY_BYTES * entries_a_position if entries_a_position else 0.0
-    return shards * SHARD_BYTES + traces * ROW_BYTES + positions * (POSITION_BYTES + kept)
+    drawn = DRAW_COUNT_BYTES + DRAW_BYTES * draws_a_position if draws_a_position else 0.0
+    return shards * SHARD_BYTES + traces * ROW_BYTES + positions * (POSITION_BYTES + share * kept + drawn)

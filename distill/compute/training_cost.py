@@ -35,13 +35,14 @@ def training_cost(config: OptimStage, shape: ModelShape, counts: WorkCounts) -> 
         _mean_context(counts.scored_squared_lengths, counts.scored_tokens),
         counts.scored_head_tokens,
     )
+    ranked = forward_flops(shape, 0, 0, counts.ranked_head_tokens)
     sampled = generate_flops(shape, counts.prompt_tokens, counts.generated_tokens, counts.completions)
     return Cost(
         tokens_trained=counts.tokens,
         tokens_scored=counts.scored_tokens,
         tokens_generated=counts.generated_tokens,
         tokens_prompt=counts.prompt_tokens,
-        flops=trained + scored + sampled,
+        flops=trained + scored + ranked + sampled,
         judge_seconds=counts.judge_seconds,
         samples_failed=counts.samples_failed,
     )
@@ -63,7 +64,8 @@ def teachers_cost(teachers: Sequence[Teacher], counts: WorkCounts) -> Cost:
 
     Each teacher reads every token that is trained on or, with another tokenizer, the same text in its own tokens.
     """
-    tokens, head, squared = counts.tokens, counts.head_tokens, counts.squared_lengths
+    tokens, squared = counts.tokens, counts.squared_lengths
+    head = counts.head_tokens + counts.ranked_head_tokens
     if any(teacher.shared is not None for teacher in teachers):
         tokens, head = counts.teacher_tokens, counts.teacher_head_tokens
         squared = counts.teacher_squared_lengths

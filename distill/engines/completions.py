@@ -1,7 +1,8 @@
 """Functions that all engines share: length limits of requests, and building a Completion.
 
 For each completion an engine passes ids and log-probabilities [T, 1 + K]: column 0 is the token itself, columns 1..K the
-most probable candidates at its position (which include the token again if it is probable enough).
+most probable candidates at its position (which include the token again if it is probable enough). If the request asks for tail
+draws, they are the last columns, and the engine passes the log of the mass beyond the candidates.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from distill import models
-from distill.records import Array, Completion, FinishReason, Request, TopK, UserError
+from distill.records import Array, BeyondTop, Completion, FinishReason, Request, TopK, UserError
 
 
 def room(request: Request, max_model_len: int, max_tokens: int) -> int:
@@ -51,12 +52,18 @@ def completion(
     top_k: int,
     stop_ids: frozenset[int],
     version: int,
+    tail_T: Array | None = None,
 ) -> Completion:
-    """Build the Completion of tokens ids_T from rows [T, 1 + K]; candidates beyond top_k are dropped."""
+    """Build the Completion of tokens ids_T from rows [T, 1 + K + draws]; candidates beyond top_k are dropped.
+
+    tail_T: log of the mass beyond the candidates; None = 1 - their sum.
+    """
     finish: FinishReason = "stop" if int(ids_T[-1]) in stop_ids else "length"
-    top = None
+    top = beyond = None
     if top_k > 0:
-        top = TopK.from_dense(rows_ids[:, 1 : top_k + 1], rows_logp[:, 1 : top_k + 1])
+        top = TopK.from_dense(rows_ids[:, 1 : top_k + 1], rows_logp[:, 1 : top_k + 1], tail_T)
+        if num := request.tail_draws:
+            beyond = BeyondTop(rows_ids[:, -num:], rows_logp[:, -num:])
     return Completion(
         request_id=request.request_id,
         ids_T=np.asarray(ids_T, dtype=np.int32),
@@ -64,6 +71,7 @@ def completion(
         top=top,
         finish_reason=finish,
         version=version,
+        beyond=beyond,
     )
 
 

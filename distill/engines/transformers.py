@@ -11,7 +11,7 @@ Shapes: B rows of the batch, V vocabulary, K candidates, T positions, P prompt t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from distill.engines import completions
 from distill.engines.decoding_proof import Decoding, prove_decoding
 from distill.engines.float32_head import Float32Head
 from distill.engines.kv_cache import GrowingCache, Replay, growing
+from distill.engines.tail_rows import HeadRows, head_rows
 from distill.records import Array, Completion, Request, Sampling
+from distill.tail_draws import uniforms
 
 CHUNK = 256
 """Maximum positions scored at once of a single completion; limits the logits to [CHUNK, V]."""
@@ -45,6 +47,7 @@ class _Row:
     generator: torch.Generator
     ids: list[Array] = field(default_factory=list)
     logp: list[Array] = field(default_factory=list)
+    tail: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -129,13 +132,15 @@ class TransformersEngine:
             if live is None:
                 return
             next_B = _draw(live.logits_BV, sampling, [row.generator for row in live.rows])
-            ids_BK, logp_BK = _head_rows(live.logits_BV, next_B, top_k)
+            requests = [row.request for row in live.rows]
+            found = _rows(live.logits_BV, next_B, top_k, requests, [len(row.ids) for row in live.rows])
             kept = list(range(len(live.rows)))
             for index in reversed(range(len(kept))):
                 row = live.rows[index]
-                row.ids.append(ids_BK[index])
-                row.logp.append(logp_BK[index])
-                if int(ids_BK[index, 0]) in self._stop_ids or len(row.ids) == row.limit:
+                row.ids.append(found.ids[index])
+                row.logp.append(found.logp[index])
+                row.tail.append(found.tail_B[index])
+                if int(found.ids[index, 0]) in self._stop_ids or len(row.ids) == row.limit:
                     # The last row takes its place, so that few rows are copied.
                     kept[index] = kept[-1]
                     kept.pop()
@@ -193,6 +198,7 @@ class TransformersEngine:
             top_k=top_k,
             stop_ids=self._stop_ids,
             version=row.version,
+            tail_T=np.array(row.tail, np.float32),
         )
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
@@ -202,7 +208,7 @@ class TransformersEngine:
     def scored(self, requests: Iterable[Request], top_k: int) -> Iterator[Completion]:
         """Yield the given completions\' log-probabilities, in the way of `decoding`."""
         for group in self._groups(requests):
-            for request, (ids, logp) in zip(group, self._score_group(group, top_k), strict=True):
+            for request, (ids, logp, tail_T) in zip(group, self._score_group(group, top_k), strict=True):
                 yield completions.completion(
                     request,
                     completions.given(request, self.max_model_len),
@@ -211,6 +217,7 @@ class TransformersEngine:
                     top_k=top_k,
                     stop_ids=self._stop_ids,
                     version=self.version,
+                    tail_T=tail_T,
                 )
 
     def _groups(self, requests: Iterable[Request]) -> Iterator[list[Request]]:
@@ -229,25 +236,27 @@ class TransformersEngine:
         if group:
             yield group
 
-    def _score_group(self, group: list[Request], top_k: int) -> Iterator[tuple[Array, Array]]:
-        """Return ids and log-probabilities [T, 1 + K] of each request's completion."""
+    def _score_group(self, group: list[Request], top_k: int) -> Iterator[tuple[Array, Array, Array]]:
+        """Return the rows of each request's completion: ids, log-probabilities [T, 1 + K + N] and the log of the tail [T]."""
         given = [completions.given(request, self.max_model_len) for request in group]
         if len(group) == 1:
-            parts = list(self._score_chunks(group[0].prompt_ids, given[0], top_k))
-            yield tuple(np.concatenate(column) for column in zip(*parts, strict=True))
+            ids, logp, tail_T = map(np.concatenate, zip(*self._score_chunks(group[0], given[0], top_k), strict=True))
+            yield ids, logp, tail_T
             return
         # The logits of a token are at the position before it, so the last token is not fed.
-        ids = [np.concatenate([r.prompt_ids, g[:-1]]) for r, g in zip(group, given, strict=True)]
+        fed = [np.concatenate([r.prompt_ids, g[:-1]]) for r, g in zip(group, given, strict=True)]
         keep = max(map(len, given))
-        logits_BV, _, _ = self._prefill(ids, keep)
+        logits_BV, _, _ = self._prefill(fed, keep)
         logits_BKV = logits_BV.reshape(len(group), keep, -1)
-        for row_KV, given_T in zip(logits_BKV, given, strict=True):
+        for row_KV, given_T, request in zip(logits_BKV, given, group, strict=True):
             label_T = torch.as_tensor(given_T, dtype=torch.long, device=self._device)
-            yield _head_rows(row_KV[keep - len(given_T) :], label_T, top_k)
+            num = len(given_T)
+            found = _rows(row_KV[keep - num :], label_T, top_k, [request] * num, range(num))
+            yield found.ids, found.logp, found.tail_B
 
-    def _score_chunks(self, prompt_ids: Array, given_T: Array, top_k: int) -> Iterator[tuple[Array, Array]]:
+    def _score_chunks(self, request: Request, given_T: Array, top_k: int) -> Iterator[tuple[Array, Array, Array]]:
         label_T = torch.as_tensor(given_T, dtype=torch.long, device=self._device)
-        fed = torch.as_tensor(prompt_ids, dtype=torch.long, device=self._device)
+        fed = torch.as_tensor(request.prompt_ids, dtype=torch.long, device=self._device)
         cache: Any = None
         # The logits of a token are at the position before it: the prompt's last position gives those of the first
         # completion token, and the last completion token is not fed.
@@ -255,7 +264,9 @@ class TransformersEngine:
             label_C = label_T[start : start + CHUNK]
             fed = torch.cat([fed, label_C[:-1]])
             logits_CV, cache = self._forward(fed[None], None, cache, keep=len(label_C))
-            yield _head_rows(logits_CV, label_C, top_k)
+            num = len(label_C)
+            found = _rows(logits_CV, label_C, top_k, [request] * num, range(start, start + num))
+            yield found.ids, found.logp, found.tail_B
             fed = label_C[-1:]
 
     @torch.inference_mode()
@@ -363,12 +374,26 @@ def _draw(logits_BV: torch.Tensor, sampling: Sampling, generators: list[torch.Ge
     return index_B[:, 0]
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """`HeadRows` as numpy arrays."""
+
+    ids: Array
+    logp: Array
+    tail_B: Array
+
+
 @torch.inference_mode()
-def _head_rows(logits_BV: torch.Tensor, token_B: torch.Tensor, top_k: int) -> tuple[Array, Array]:
-    """ids and raw log-probabilities [B, 1 + K]: the token itself, then the top_k most probable tokens."""
-    logp_BV = logits_BV.log_softmax(-1)
-    top = logp_BV.topk(min(top_k, logp_BV.shape[1]), dim=-1)
-    token_B1 = token_B[:, None]
-    ids_BK = torch.cat([token_B1, top.indices], dim=1)
-    logp_BK = torch.cat([logp_BV.gather(1, token_B1), top.values], dim=1)
-    return ids_BK.to(torch.int32).cpu().numpy(), logp_BK.cpu().numpy()
+def _rows(
+    logits_BV: torch.Tensor, token_B: torch.Tensor, top_k: int, requests: Sequence[Request], position_B: Sequence[int]
+) -> _Rows:
+    """Return each row's token, candidates and draws from the raw distribution; requests and positions: whose rows they are."""
+    num = requests[0].tail_draws
+    if any(request.tail_draws != num for request in requests):
+        raise ValueError("the requests of one call ask for the same number of tail draws.")
+    uniform_BN = None
+    if num and top_k:
+        seed_B = np.array([request.seed for request in requests], np.uint64)
+        uniform_BN = torch.from_numpy(uniforms(seed_B, np.asarray(position_B), num))
+    found: HeadRows = head_rows(logits_BV.log_softmax(-1), token_B, top_k, uniform_BN)
+    return _Rows(found.ids.cpu().numpy(), found.logp.cpu().numpy(), found.tail_B.cpu().numpy())

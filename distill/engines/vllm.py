@@ -22,6 +22,7 @@ from distill import models, world
 from distill.engines import completions, vllm_options
 from distill.recipe import EngineConfig
 from distill.records import Array, Completion, Request, Sampling, UserError
+from distill.tail_draws import MAX_DRAWS
 
 # Thousands of modules are imported and kept: no use looking through them for garbage on the way.
 gc.disable()
@@ -78,7 +79,7 @@ class VllmEngine:
             config,
             model_dir,
             max_model_len=max_model_len,
-            max_top_k=self._max_top_k,
+            max_top_k=self._max_top_k + MAX_DRAWS,
             seed=seed,
             device=device,
             processes=world.size(),
@@ -92,12 +93,13 @@ class VllmEngine:
         if completions.head_size(model_dir) > self.vocab_size:
             vllm_patches.cap_vocabulary(self._llm, self.vocab_size)
         self._float32_head = self._on_cpu and config.dtype != "float32"
-        if self._on_cpu:
-            vllm_patches.drop_ranks(self._llm)
         if self._float32_head:
             vllm_patches.float32_head(self._llm)
+        self._is_v1 = self._on_cpu or not self._engine.vllm_config.use_v2_model_runner
+        if self._is_v1:
+            vllm_patches.take_tails(self._llm)
         # Runner V2 computes a prompt's logits 1,024 rows at a time itself.
-        self._chunks_scores = self._on_cpu or not self._engine.vllm_config.use_v2_model_runner
+        self._chunks_scores = self._is_v1
 
     def generate(self, requests: Iterable[Request], sampling: Sampling, *, top_k: int = 0) -> Iterator[Completion]:
         """Yield completions as they finish; a request's random draws depend on its seed only."""
@@ -113,15 +115,16 @@ class VllmEngine:
                 seed=request.seed & 0x7FFFFFFFFFFFFFFF,
                 stop_token_ids=stop_ids,
                 ignore_eos=True,
-                logprobs=top_k,
+                logprobs=top_k + self._draws(request, top_k),
                 flat_logprobs=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 skip_clone=True,
+                extra_args=_extra(request),
             )
 
         for _, request, ids, capture in self._finished(requests, start):
-            rows_ids, rows_logp = capture.sampled()
+            rows_ids, rows_logp, tail_T = capture.sampled()
             yield completions.completion(
                 request,
                 ids,
@@ -130,29 +133,30 @@ class VllmEngine:
                 top_k=top_k,
                 stop_ids=self._stop_ids,
                 version=version,
+                tail_T=tail_T[: len(ids)] if self._is_v1 else None,
             )
 
     def score(self, requests: Iterable[Request], *, top_k: int = 0) -> Iterator[Completion]:
         """Yield the given completions' log-probabilities, teacher-forced, in the order of the requests."""
         top_k, version = self._entries(top_k), self.version
-        params = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            prompt_logprobs=top_k,
-            flat_logprobs=True,
-            detokenize=False,
-            ignore_eos=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
         def start(request: Request) -> tuple[list[int], SamplingParams]:
             ids_T = completions.given(request, self.max_model_len)
-            return _tokens(request.prompt_ids) + _tokens(ids_T), params.clone()
+            return _tokens(request.prompt_ids) + _tokens(ids_T), SamplingParams(
+                temperature=0.0,
+                max_tokens=1,
+                prompt_logprobs=top_k + self._draws(request, top_k),
+                flat_logprobs=True,
+                detokenize=False,
+                ignore_eos=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args=_extra(request),
+            )
 
         waiting: dict[int, Completion] = {}
         due = self._count
         for number, request, _, capture in self._finished(requests, start, scoring=True):
-            rows_ids, rows_logp = capture.prompt()
+            rows_ids, rows_logp, tail_T = capture.prompt()
             # Row i of a prompt is about its token i + 1: the completion's first row is the prompt's last.
             first = len(request.prompt_ids) - 1
             waiting[number] = completions.completion(
@@ -163,6 +167,7 @@ class VllmEngine:
                 top_k=top_k,
                 stop_ids=self._stop_ids,
                 version=version,
+                tail_T=tail_T[first:] if self._is_v1 else None,
             )
             while due in waiting:
                 yield waiting.pop(due)
@@ -264,6 +269,16 @@ class VllmEngine:
             del self._engine, self._llm
             cleanup_dist_env_and_memory()
 
+    def _draws(self, request: Request, top_k: int) -> int:
+        """Return how many draws a request's rows hold. Raises UserError where they cannot be had."""
+        num = request.tail_draws if top_k else 0
+        if num and not self._is_v1:
+            raise UserError(
+                "tail_draws: vLLM's model runner V2, the default on a GPU, does not give draws from the tail. Set the environment "
+                "variable VLLM_USE_V2_MODEL_RUNNER=0, or use engine: {fn: transformers}."
+            )
+        return num
+
     def _entries(self, top_k: int) -> int:
         if top_k > self._max_top_k and self._max_top_k < self.vocab_size:
             raise ValueError(f"the engine was started for top_k up to {self._max_top_k}, not {top_k}.")
@@ -303,6 +318,11 @@ def _with_head(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[st
     if embedding is None:
         raise ValueError(f"the weights lack the tied embedding: no name ends in {EMBEDDINGS}.")
     yield "lm_head.weight", embedding
+
+
+def _extra(request: Request) -> dict[str, int] | None:
+    """Return what `vllm_patches.take_tails` reads of a request."""
+    return {"tail_draws": request.tail_draws, "tail_seed": request.seed} if request.tail_draws else None
 
 
 def _tokens(ids: Array) -> list[int]:

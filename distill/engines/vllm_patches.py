@@ -12,6 +12,7 @@ import inspect
 import logging
 import random
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,9 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsTensors
 
 from distill.engines.float32_head import Float32Head
+from distill.engines.tail_rows import head_rows
 from distill.records import Array
+from distill.tail_draws import uniforms
 
 
 class Capture(LogprobsProcessor):  # type: ignore[misc]
@@ -41,28 +44,29 @@ class Capture(LogprobsProcessor):  # type: ignore[misc]
             num_logprobs=None,
             num_prompt_logprobs=None,
         )
-        self._sampled: list[tuple[Array, Array]] = []
-        self._prompt: list[tuple[Array, Array]] = []
+        self._sampled: list[tuple[Array, Array, Array]] = []
+        self._prompt: list[tuple[Array, Array, Array]] = []
 
     def update_from_output(self, output: Any) -> None:
         if output.new_logprobs is not None:
-            ids, logp, *_ = output.new_logprobs
-            self._sampled.append((ids.copy(), logp.copy()))
+            ids, logp, ranks, *_ = output.new_logprobs
+            self._sampled.append((ids.copy(), logp.copy(), ranks.copy()))
         if output.new_prompt_logprobs_tensors is not None:
-            ids, logp, *_ = output.new_prompt_logprobs_tensors
-            self._prompt.append((ids.numpy(), logp.numpy()))
+            ids, logp, ranks, *_ = output.new_prompt_logprobs_tensors
+            self._prompt.append((ids.numpy(), logp.numpy(), ranks.numpy()))
 
-    def sampled(self) -> tuple[Array, Array]:
-        """Return ids and log-probabilities [T, 1 + K] of the sampled tokens."""
+    def sampled(self) -> tuple[Array, Array, Array]:
+        """Return ids, log-probabilities [T, 1 + K + N] and the log of the tail [T] of the sampled tokens."""
         return _stack(self._sampled)
 
-    def prompt(self) -> tuple[Array, Array]:
-        """Return ids and log-probabilities [P - 1, 1 + K] of the prompt; row i is about prompt token i + 1."""
+    def prompt(self) -> tuple[Array, Array, Array]:
+        """Return the same [P - 1] of the prompt; row i is about prompt token i + 1."""
         return _stack(self._prompt)
 
 
-def _stack(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
-    return np.concatenate([ids for ids, _ in parts]), np.concatenate([logp for _, logp in parts])
+def _stack(parts: list[tuple[Array, Array, Array]]) -> tuple[Array, Array, Array]:
+    ids, logp, ranks = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return ids, logp, ranks.astype(np.int32).view(np.float32)
 
 
 def attach(engine: Any, internal_id: str) -> Capture:
@@ -119,26 +123,60 @@ def _forget_float32_head(worker: Any) -> None:
         forget()
 
 
-def drop_ranks(llm: Any) -> None:
-    """Skip the computation of the sampled token's rank on a CPU.
+def take_tails(llm: Any) -> None:
+    """Return the log of the mass beyond the top entries in place of the sampled token's rank, and draws from that mass.
 
-    The rank is not used here; it costs a pass over the vocabulary at every step and a compilation at the first.
+    Only with runner V1 (every CPU). The rank is not used here; on a CPU it costs a pass over the vocabulary at every step and a
+    compilation at the first. A request asks for draws with `extra_args={"tail_draws": N, "tail_seed": seed}`; they are the last N
+    of its `logprobs` or `prompt_logprobs`.
     """
-    llm.collective_rpc(_drop_ranks)
+    llm.collective_rpc(_take_tails)
 
 
-def _drop_ranks(worker: Any) -> None:
-    worker.model_runner.sampler.gather_logprobs = _gather_without_ranks
+def _take_tails(worker: Any) -> None:
+    runner = worker.model_runner
+    prompts: deque[tuple[Any, int, int]] = deque()
+    compute = runner._get_prompt_logprobs_dict
+
+    def gather_logprobs(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+        if prompts:
+            params, start, num = prompts.popleft()
+            rows = [(params, start + row) for row in range(num)]
+        else:
+            requests = [runner.requests[name] for name in runner.input_batch.req_ids]
+            rows = [(one.sampling_params, len(one.output_token_ids)) for one in requests]
+        return _gather_with_tails(logprobs, num_logprobs, token_ids, rows)
+
+    def prompt_logprobs(hidden_states: torch.Tensor, num_scheduled: dict[str, int]) -> Any:
+        # The runner gathers request by request, in this order.
+        for name in runner.num_prompt_logprobs:
+            request, num = runner.requests[name], num_scheduled.get(name)
+            if num is None or request.prompt_token_ids is None:
+                continue
+            start = request.num_computed_tokens
+            num = min(num, len(request.prompt_token_ids) - start - 1)
+            if num > 0:
+                prompts.append((request.sampling_params, start, num))
+        return compute(hidden_states, num_scheduled)
+
+    runner.sampler.gather_logprobs = gather_logprobs
+    runner._get_prompt_logprobs_dict = prompt_logprobs
 
 
-def _gather_without_ranks(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
-    top_logp, top_ids = torch.topk(logprobs, num_logprobs, dim=-1)
-    token_ids = token_ids.unsqueeze(-1)
-    return LogprobsTensors(
-        torch.cat((token_ids, top_ids), dim=1).to(torch.int32),
-        torch.cat((logprobs.gather(-1, token_ids), top_logp), dim=1),
-        torch.zeros(len(logprobs), dtype=torch.int64),
-    )
+def _gather_with_tails(
+    logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor, rows: list[tuple[Any, int]]
+) -> Any:
+    """rows: each row's sampling parameters and position. The requests of a batch ask for the same number of draws."""
+    asked = [(params.extra_args or {}) if params is not None else {} for params, _ in rows]
+    num = max((int(each.get("tail_draws", 0)) for each in asked), default=0)
+    uniform_BN = None
+    if num:
+        seed_B = np.array([each.get("tail_seed", 0) for each in asked], np.uint64)
+        uniform_BN = torch.from_numpy(uniforms(seed_B, np.array([position for _, position in rows]), num))
+        uniform_BN = uniform_BN.to(logprobs.device)
+    found = head_rows(logprobs, token_ids, num_logprobs - num, uniform_BN)
+    # A rank is a whole number: the tail's float32 travels as its bits.
+    return LogprobsTensors(found.ids, found.logp, found.tail_B.view(torch.int32).to(torch.int64))
 
 
 def restore_classes(llm: Any) -> None:

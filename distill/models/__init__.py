@@ -24,7 +24,7 @@ from distill.models.loading import (
 from distill.models.locate import OFFLINE_WAYS, PACKAGE, package_file, resolve
 from distill.models.lora import add_lora, effective_weight, exported_weights, ties_ends, touched_ends
 from distill.models.preflight import check_model, quantised_as
-from distill.models.prune import kept_layers, num_layers, prune_layers
+from distill.models.prune import check_layers, kept_layers, num_layers, prune_layers
 from distill.models.rendering import (
     chat_messages,
     chat_template_of,
@@ -73,6 +73,7 @@ __all__ = [
     "chat_messages",
     "chat_template_of",
     "check_folder",
+    "check_layers",
     "check_merged",
     "check_model",
     "check_same_tokenizer",

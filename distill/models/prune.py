@@ -58,18 +58,18 @@ def num_layers(model: Any) -> int:
     return len(decoder_layers(model))
 
 
-def prune_layers(model: Any, layers: int) -> list[int]:
-    """Keep `layers` decoder layers in place, evenly spaced, first and last among them; return their indices.
+def prune_layers(model: Any, layers: int | Sequence[int]) -> list[int]:
+    """Keep some of the decoder layers in place; return their indices.
 
-    Raises UserError if the model has fewer layers, or is not the same model without the others.
+    layers: the indices to keep, ascending; or their number, then evenly spaced with the first and the last. Raises UserError
+    if the model has fewer layers, or is not the same model without the others.
     """
     import torch
 
     modules = decoder_layers(model)
     total = len(modules)
-    if not 2 <= layers <= total:
-        raise UserError(f"layers: the model has {total} layers; keep between 2 and {total}, not {layers}.")
-    kept = kept_layers(total, layers)
+    check_layers(layers if isinstance(layers, int) else len(layers), total)
+    kept = kept_layers(total, layers) if isinstance(layers, int) else list(layers)
     with _skipped([modules[index] for index in range(total) if index not in kept]):
         wanted_T = label_logps(model)
     owner, name = _owner(model, modules)
@@ -90,6 +90,12 @@ def prune_layers(model: Any, layers: int) -> list[int]:
             "smaller model."
         )
     return kept
+
+
+def check_layers(layers: int, total: int) -> None:
+    """Raise UserError unless a model of `total` layers can keep `layers` of them."""
+    if not 2 <= layers <= total:
+        raise UserError(f"layers: the model has {total} layers; keep between 2 and {total}, not {layers}.")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from distill.records import Sampling
 
@@ -90,6 +90,38 @@ class RewardConfig(PlugConfig):
     """A reward by name (`fn`), its weight, and its options."""
 
     weight: float = Field(1.0, description="weight of this reward in the weighted sum of all rewards")
+
+
+class WeightsConfig(PlugConfig):
+    """Which tokens of a completion count: a function that scores them (`fn`), the share that it keeps, and its options."""
+
+    share: float = Field(
+        0.5, gt=0, lt=1, description="share of a completion's tokens that are kept: those with the highest scores"
+    )
+
+
+class HiddenConfig(Config):
+    """Match the student's hidden states with those of the teacher in the trainer, layer by layer, beside the loss.
+
+    For a student that was made from the teacher's architecture by prune stages: each of its layers is compared with the one of
+    the teacher's that it was made from, by what the two give to the next layer.
+    """
+
+    weight: float = Field(1.0, gt=0, description="factor on this term, which is added to the loss")
+    fn: Literal["mse", "cosine"] = Field(
+        "mse",
+        description="mse: the mean squared difference of a token's values, divided by the variance of the teacher's values at that "
+        "token; cosine: 1 - the cosine of the two",
+    )
+    layers: Literal["all", "last"] | list[NonNegativeInt] = Field(
+        "all", description="layers of the student that are compared, counted from 0; the mean over them is taken"
+    )
+
+    @model_validator(mode="after")
+    def _distinct_layers(self) -> HiddenConfig:
+        if isinstance(self.layers, list) and (not self.layers or len(set(self.layers)) != len(self.layers)):
+            raise ValueError("layers: name at least one layer of the student, each once")
+        return self
 
 
 class ModelConfig(Config):

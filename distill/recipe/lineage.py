@@ -53,6 +53,35 @@ def training_line(recipe: Recipe, model: str) -> list[str]:
     return found
 
 
+def writers_of_first_data(recipe: Recipe, model: str) -> set[str]:
+    """The models whose traces a model learned from first: those of the earliest stage of its training line with such traces.
+
+    Teachers in the trainer and models that scored the traces count too; the model's own line does not. Empty if it learned
+    from no model of the recipe.
+    """
+    line, parents = training_line(recipe, model), parents_of(recipe)
+    for name in reversed(line):
+        if name not in recipe.stages:
+            continue
+        data = _reachable(
+            _upstream_inputs(name, parents, "data"), parents, lambda one: _upstream_inputs(one, parents, "data")
+        )
+        found = {writer for one in data for writer in _upstream_inputs(one, parents, "model")}
+        found = (found | {*_upstream_inputs(name, parents, "teacher")}) - {*line}
+        if found:
+            return found
+    return set()
+
+
+def traces_learned(recipe: Recipe, model: str) -> tuple[str, int] | None:
+    """The stage of a model's training line that has max_traces, the last one, and the number; None if no stage has."""
+    for name in training_line(recipe, model):
+        number = getattr(recipe.stages.get(name), "max_traces", None)
+        if number is not None:
+            return name, number
+    return None
+
+
 def origin(recipe: Recipe, name: str) -> str:
     """The original model that `name` was made from by training and pruning: a model of the recipe, or a stage that
     reads no model."""

@@ -17,6 +17,7 @@ from distill.plug import add_import_folder, nearest
 from distill.recipe.fields import ModelConfig, PlugConfig
 from distill.recipe.seeds import expand
 from distill.recipe.stages import KINDS, kind_class
+from distill.recipe.sweep import expand_sweeps
 from distill.recipe.training_stages import OptimStage
 from distill.recipe.tree import Recipe, check_references
 from distill.records import UserError
@@ -64,7 +65,7 @@ def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
     if mistakes:
         raise UserError("\n".join(mistakes))
     check_references(recipe, where)
-    return expand(_with_processes(recipe), where)
+    return expand(expand_sweeps(_with_processes(recipe), where), where)
 
 
 def _with_processes(recipe: Recipe) -> Recipe:

@@ -36,8 +36,8 @@ def expand(recipe: Recipe, where: str) -> Recipe:
         for seed in wanted:
             names = {other: copy_name(other, seed) for other in seeds}
             fields = {each.field.partition(".")[0] for each in stage.inputs() if each.sort in COPIED}
-            renamed = {field: _renamed(getattr(stage, field), names) for field in fields}
-            changed = stage.model_dump() | renamed | {"seed": seed, "seeds": None}
+            reading = {field: renamed(getattr(stage, field), names) for field in fields}
+            changed = stage.model_dump() | reading | {"seed": seed, "seeds": None}
             stages[copy_name(name, seed)] = type(stage).model_validate(changed)
     return recipe.model_copy(update={"stages": stages, "seeds": None})
 
@@ -57,12 +57,12 @@ def _seeds_of(
     return wanted
 
 
-def _renamed(value: Any, names: dict[str, str]) -> Any:
+def renamed(value: Any, names: dict[str, str]) -> Any:
     """The value with every stage name in it, keys included, replaced by the name of the copy."""
     if isinstance(value, str):
         return names.get(value, value)
     if isinstance(value, dict):
-        return {names.get(key, key): _renamed(inner, names) for key, inner in value.items()}
+        return {names.get(key, key): renamed(inner, names) for key, inner in value.items()}
     if hasattr(value, "model_dump"):
-        return _renamed(value.model_dump(), names)
+        return renamed(value.model_dump(), names)
     return value

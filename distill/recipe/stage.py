@@ -61,6 +61,11 @@ class StageConfig(Config):
     seeds: Seeds | None = Field(
         None, description="training seeds: the stage, and every stage that reads it, is run once for each seed"
     )
+    sweep: dict[str, list[Any]] | None = Field(
+        None,
+        description="one field with several values, such as {max_traces: [64, 256]}: the stage, and every stage that reads it, is run once "
+        "for each value, as `stage-64`",
+    )
 
     def inputs(self) -> Iterator[Input]:
         """Every input of this stage."""
@@ -92,9 +97,30 @@ class StageConfig(Config):
         """
         return None
 
+    def with_sweeps(self, copies: Mapping[str, Mapping[str, str]], where: str) -> StageConfig | None:
+        """This stage with all copies of its swept inputs; None if the stage itself is copied for each value.
+
+        copies: by stage, the names of its copies by value. where: the stage's place in the recipe, for error messages.
+        """
+        return None
+
     def half_the_work(self, stage: str) -> str:
         """Return how to halve the work of `stage`, in words and with its own keys; "" if it has no such key."""
         return ""
+
+    @model_validator(mode="after")
+    def _one_sweep(self) -> StageConfig:
+        if self.sweep is None:
+            return self
+        fields = set(type(self).model_fields) - {"kind", "seed", "seeds", "sweep"}
+        key = next(iter(self.sweep), "")
+        if len(self.sweep) != 1 or key not in fields:
+            raise ValueError(
+                f"sweep: names one field of the stage and its values, such as {{max_traces: [64, 256]}}, not {self.sweep}"
+            )
+        if not self.sweep[key] or len({str(value) for value in self.sweep[key]}) < len(self.sweep[key]):
+            raise ValueError(f"sweep: {key}: give distinct values")
+        return self
 
     @model_validator(mode="after")
     def _sleeps_beside_a_trainer(self) -> StageConfig:

@@ -14,10 +14,12 @@ from distill.recipe.fields import (
     BudgetConfig,
     DistributedConfig,
     Dtype,
+    HiddenConfig,
     LoraConfig,
     PlugConfig,
     RowsConfig,
     SavedDtype,
+    WeightsConfig,
     execution,
     growth,
 )
@@ -174,9 +176,23 @@ class TrainStage(OptimStage, RowsConfig):
         gt=0,
         description="softmax temperature of teacher and student in the loss; other than 1 only with a teacher",
     )
+    weights: WeightsConfig | None = Field(
+        None,
+        description="learn only a share of each completion's tokens, those that a function scores highest (`distill ls weights`); "
+        "None = all tokens",
+    )
+    hidden: HiddenConfig | None = Field(
+        None,
+        description="also match the hidden states of the teacher in the trainer, for a student made by prune stages; None = do not",
+    )
     epochs: PositiveInt | None = growth(None, description="number of passes over the data")
     steps: PositiveInt | None = growth(None, description="number of optimiser steps")
     batch_traces: PositiveInt = Field(64, description="number of traces in one optimiser step, over all processes")
+    max_traces: PositiveInt | None = Field(
+        None,
+        description="learn from this many of the traces, chosen at random by the stage's seed; a larger number includes the traces of a "
+        "smaller one. None = all",
+    )
     max_tokens: PositiveInt = Field(
         4096,
         description="maximum number of tokens in prompt and completion together; longer traces are left out and counted",
@@ -198,6 +214,11 @@ class TrainStage(OptimStage, RowsConfig):
             raise ValueError(
                 "data: several sets of traces are mixed by their stored distributions, which are not used with `teacher`. "
                 "Name one set, or remove teacher"
+            )
+        if self.hidden is not None and len(teachers_of(self.teacher)) != 1:
+            raise ValueError(
+                "hidden: hidden states are those of one teacher in the trainer; set teacher to the model that the student was "
+                "pruned from, or remove hidden"
             )
         if self.temperature != 1.0 and self.teacher is None:
             raise ValueError(

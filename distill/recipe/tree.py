@@ -21,7 +21,7 @@ from distill.recipe.fields import (
     TaskConfig,
 )
 from distill.recipe.stage import StageConfig
-from distill.recipe.stages import KINDS
+from distill.recipe.stages import KINDS, CompareStage, GenerateStage
 from distill.records import UserError
 
 
@@ -91,6 +91,43 @@ def check_references(recipe: Recipe, where: str) -> None:
                         "model's entry in `models`, or use an engine of this machine."
                     )
     order(recipe, where)
+    _check_splits(recipe, where)
+
+
+def _check_splits(recipe: Recipe, where: str) -> None:
+    """Check that no stage trains on traces of held-out problems, and that a comparison's targets are such traces."""
+    for name, stage in recipe.stages.items():
+        for data in stage.reads("data"):
+            source, seen = data, {data}
+            while (config := recipe.stages.get(source)) is not None and (before := config.reads("data")):
+                source = before[0]
+                if source in seen:
+                    break
+                seen.add(source)
+            held_out = isinstance(config, GenerateStage) and config.split == "held_out"
+            if stage.trains and held_out:
+                raise UserError(
+                    f"{where}: stages.{name}.data: {source!r} generates traces of held-out problems, which would spoil every "
+                    "evaluation; train on a generate stage with split: train."
+                )
+            if isinstance(stage, CompareStage) and isinstance(config, GenerateStage):
+                fault = _fault_of_targets(config) if source == data else f"{data!r} is not a generate stage"
+                if fault:
+                    raise UserError(
+                        f"{where}: stages.{name}.targets: {fault}; name a generate stage of the teacher with split: held_out, "
+                        "top_logprobs above 0, and temperature and top_p 1."
+                    )
+
+
+def _fault_of_targets(config: GenerateStage) -> str:
+    """Return why students cannot be measured on a generate stage's traces; "" if they can."""
+    if config.split != "held_out":
+        return "its problems are train problems, which students may have learned"
+    if config.top_logprobs == 0:
+        return "it stores no distributions (top_logprobs: 0)"
+    if config.sampling.temperature != 1.0 or config.sampling.top_p != 1.0:
+        return "it does not sample from the teacher's own distribution"
+    return ""
 
 
 def _check_kind(recipe: Recipe, here: str, value: str, fits: Callable[[type[StageConfig]], bool]) -> None:

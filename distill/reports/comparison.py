@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -181,8 +181,9 @@ def compare_trained(
     arms: Mapping[str, Mapping[int, Mapping[str, Sequence[bool | float | None]]]],
     resamples: int = RESAMPLES,
     seed: int = 0,
+    among: Callable[[str, str], bool] = lambda a, b: True,
 ) -> dict[tuple[str, str], Paired | SeedsDifference]:
-    """Compare every pair of arms; correctness is arms[name][training seed][problem_id][sample].
+    """Compare every pair of arms for which `among` is true; correctness is arms[name][training seed][problem_id][sample].
 
     Two arms with several training seeds each are compared over seeds and problems. A pair with a single-seed arm (a
     teacher, a start) is compared as checkpoints, on per-problem means over the seeds. Holm's correction covers the pairs
@@ -200,6 +201,8 @@ def compare_trained(
     values = {name: values_SP[:, judged_P] for name, values_SP in values.items()}
     found: dict[tuple[str, str], Paired | SeedsDifference] = {}
     for a, b in itertools.combinations(arms, 2):
+        if not among(a, b):
+            continue
         if min(len(values[a]), len(values[b])) > 1:
             found[a, b] = difference_over_seeds(list(values[a]), list(values[b]), resamples=resamples, seed=seed)
         else:
@@ -218,6 +221,8 @@ def difference_over_seeds(
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    *,
+    bounded: bool = True,
 ) -> SeedsDifference:
     """Arm a minus arm b from per-problem mean correctness a[seed][problem] and b[seed][problem].
 
@@ -225,7 +230,7 @@ def difference_over_seeds(
     underestimates their variance by a third and ignores that three give few degrees of freedom. Therefore the resampled
     deviations are rescaled to the unbiased variance of the two-way random-effects model (seeds, problems) and to Student's
     t with Satterthwaite's degrees of freedom, which also gives the p-value. Without this, equal arms would be called
-    different far more often than α. With one seed in an arm the interval is [-1, 1].
+    different far more often than α. With one seed in an arm the interval is [-1, 1]. bounded: the values are in [0, 1].
     """
     a_SP, b_SP = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a_SP.ndim != 2 or b_SP.ndim != 2 or a_SP.shape[1] != b_SP.shape[1]:
@@ -249,7 +254,8 @@ def difference_over_seeds(
         ends = np.quantile(drawn_R - drawn_R.mean(), (0.5 - level / 2, 0.5 + level / 2))
         low, high = (float(value + stretch * end) for end in ends)
         p_value = float(2 * distributions.t.sf(abs(value) / math.sqrt(variance), freedom))
-    interval = Interval(value, max(low, -1.0), min(high, 1.0), num, "seeds and problems resampled")
+    low, high = (max(low, -1.0), min(high, 1.0)) if bounded else (low, high)
+    interval = Interval(value, low, high, num, "seeds and problems resampled")
     return SeedsDifference(interval, p_value, p_value, seeds)
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from distill.files import write_atomic
 from distill.printable import printable
+from distill.reports.block_kinds import Block, Code, Heading, Table, Text
 from distill.reports.pages import markdown
-from distill.reports.report_blocks import VIEWS, Block, Code, Heading, Table, Text
+from distill.reports.report_blocks import VIEWS
 from distill.reports.run_report import ArmRow, View
 from distill.reports.wording import duration, interval_text, percent, scaled
 

@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 
 from distill.files import write_atomic
 from distill.printable import printable
-from distill.reports.report_blocks import (
+from distill.reports.block_kinds import (
     Answer,
     Block,
     Code,
@@ -31,8 +31,8 @@ from distill.reports.report_blocks import (
     Table,
     Text,
     Views,
-    blocks,
 )
+from distill.reports.report_blocks import blocks
 from distill.reports.run_report import RunReport
 from distill.reports.wording import verdict
 

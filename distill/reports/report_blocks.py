@@ -6,11 +6,24 @@ Input: a `RunReport`. Output: a list of blocks without markup. Markdown and HTML
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from distill.reports import arm_plots, curves
+from distill.reports.block_kinds import (
+    Answer,
+    Block,
+    Code,
+    Figure,
+    Folded,
+    Heading,
+    Panels,
+    Table,
+    Text,
+    Views,
+)
+from distill.reports.divergence_blocks import divergence_blocks
 from distill.reports.run_report import Amounts, ExampleRow, RunReport, StageRow, measured
+from distill.reports.trace_curve_blocks import trace_curve_blocks
 from distill.reports.wording import (
     duration,
     interval_text,
@@ -21,82 +34,6 @@ from distill.reports.wording import (
     scaled,
     verdict,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Heading:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table. align: l or r for each column."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    align: str
-
-
-@dataclass(frozen=True, slots=True)
-class Code:
-    """Text to show verbatim."""
-
-    text: str
-    language: str = "text"
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A self-contained SVG. file: its name beside the report. alt: alternative text. narrow: the version for narrow
-    screens. label: its name in a choice of figures."""
-
-    file: str
-    svg: str
-    alt: str
-    narrow: str | None = None
-    label: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Views:
-    """A choice of figures; the page shows one at a time."""
-
-    name: str
-    figures: Sequence[Figure]
-
-
-@dataclass(frozen=True, slots=True)
-class Panels:
-    """Small figures side by side."""
-
-    title: str
-    figures: Sequence[Figure]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A completion of one arm. judged: correct, wrong or not judged, with the extracted answer."""
-
-    arm: str
-    judged: str
-    correct: bool | None
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """Collapsible blocks under a summary."""
-
-    summary: str
-    blocks: Sequence[Text | Code | Answer]
-
-
-Block = Heading | Text | Table | Code | Figure | Views | Panels | Folded
 
 VIEWS = {
     "student": "own training",
@@ -117,6 +54,9 @@ def blocks(report: RunReport) -> list[Block]:
         found += accuracy_blocks(report)
     if report["comparisons"]:
         found += [Heading("Differences"), comparison_table(report), Text(_how_compared(report))]
+    found += trace_curve_blocks(report)
+    if any("divergence" in arm for arm in report["arms"].values()):
+        found += divergence_blocks(report)
     if report["arms"]:
         found += compute_blocks(report)
     found += curve_blocks(report["stages"])

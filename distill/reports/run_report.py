@@ -85,13 +85,66 @@ class SeedRow(TypedDict):
     accuracy: IntervalRow
 
 
+class DivergenceRow(TypedDict):
+    """How far a model is from the teacher on the teacher's held-out traces, with intervals over traces (and seeds).
+
+    kl: over the whole vocabulary, estimated without bias. bound: over the stored entries and the rest as one outcome, never
+    above the KL. label_nll: -log q of the traces' tokens. All in nats a token. overconfidence: the probability of the model's
+    likeliest token minus the share of traces' tokens that it is. n of an interval is the number of traces.
+    """
+
+    kl: IntervalRow
+    bound: IntervalRow
+    label_nll: IntervalRow
+    overconfidence: IntervalRow
+    traces: int
+    tokens: int
+
+
+class DivergencePairRow(TypedDict):
+    """The KL to the teacher of arm a minus that of arm b, nats a token, on the same traces."""
+
+    a: str
+    b: str
+    difference: IntervalRow
+
+
+class TracesRow(TypedDict):
+    """How many traces an arm learned from (its training's max_traces), and the curve that it is a point of.
+
+    comparison: the stage that compares. way: the arm's name without the number.
+    """
+
+    comparison: str
+    way: str
+    number: int
+
+
+class TraceRatioRow(TypedDict):
+    """Traces of text for one trace of a way of training, with a 95% interval (see reports.trace_curves).
+
+    comparison: added by the stage that compares. measure: accuracy or kl. low_at_end, high_at_end: the curves are too short for
+    this end.
+    """
+
+    comparison: NotRequired[str]
+    way: str
+    measure: str
+    ratio: float
+    low: float
+    high: float
+    low_at_end: bool
+    high_at_end: bool
+    seeds: int
+
+
 class ArmRow(TypedDict):
     """The results of one arm. tokens, flops and seconds are those of cost["student"].
 
     stage: the stage or model that was evaluated. role: the verdict compares students; a teacher and the common start are
     shown beside them. pass_at, maj_at: by k as text (JSON keys are text). snapshots: without the final model. by_seed: for
     an arm trained with several seeds; its accuracy, tokens, FLOPs and seconds are means over them, and its intervals are
-    over seeds and problems.
+    over seeds and problems. divergence: where the comparison has `targets`. traces: where its training has max_traces.
     """
 
     stage: str
@@ -112,6 +165,8 @@ class ArmRow(TypedDict):
     cost_stages: NotRequired[dict[str, list[str]]]
     snapshots: NotRequired[list[SnapshotRow]]
     by_seed: NotRequired[list[SeedRow]]
+    divergence: NotRequired[DivergenceRow]
+    traces: NotRequired[TracesRow]
 
 
 class ComparisonRow(TypedDict):
@@ -164,6 +219,8 @@ class RunReport(TypedDict):
     stages: list[StageRow]
     arms: dict[str, ArmRow]
     comparisons: list[ComparisonRow]
+    divergence_pairs: NotRequired[list[DivergencePairRow]]
+    trace_ratios: NotRequired[list[TraceRatioRow]]
     examples: list[ExampleRow]
     recipe: str
     reproduce: list[str]

@@ -108,26 +108,28 @@ def seed_variance(values_SP: Floats) -> tuple[float, float, float]:
     return seed_part, problem_part, float((rest_SP**2).sum()) / ((s - 1) * (p - 1)) / (s * p)
 
 
-def over_seeds(values: Sequence[Sequence[float]] | Floats, level: float = LEVEL) -> Interval:
-    """Mean of value[training seed][problem] in [0, 1], with an interval over both seeds and problems.
+def over_seeds(values: Sequence[Sequence[float]] | Floats, level: float = LEVEL, *, bounded: bool = True) -> Interval:
+    """Mean of value[training seed][problem], with an interval over both seeds and problems.
 
     Student's t interval with the variance of the two-way random-effects model and Satterthwaite's (1946) degrees of
-    freedom. With one seed, the interval over problems. n is the number of problems.
+    freedom. With one seed, the interval over problems. n is the number of problems. bounded: the values are in [0, 1].
     """
     values_SP = np.asarray(values, np.float64)
     if values_SP.ndim != 2 or not values_SP.size or bool(np.isnan(values_SP).any()):
         raise ValueError("every seed needs a value for every problem")
     s, num = values_SP.shape
+    over_problems = mean_interval if bounded else bca
     if s < 2 or num < 2:
-        return mean_interval(values_SP.mean(0), level)
+        return over_problems(values_SP.mean(0), level)
     seed_part, problem_part, noise = seed_variance(values_SP)
     variance = max(seed_part + problem_part - noise, seed_part, problem_part)
     value = float(values_SP.mean())
     if variance <= 1e-24:
-        return mean_interval(values_SP.mean(0), level)
+        return over_problems(values_SP.mean(0), level)
     squares = seed_part**2 / (s - 1) + problem_part**2 / (num - 1)
     half = float(special.stdtrit(variance**2 / squares, 0.5 + level / 2)) * math.sqrt(variance)
-    return Interval(value, max(value - half, 0.0), min(value + half, 1.0), num, "seeds and problems")
+    low, high = (max(value - half, 0.0), min(value + half, 1.0)) if bounded else (value - half, value + half)
+    return Interval(value, low, high, num, "seeds and problems")
 
 
 # ---------------------------------------------------------------------------------------------- pass@k

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.reports.run_report import ComparisonRow, IntervalRow, RunReport
+from distill.reports.run_report import ComparisonRow, IntervalRow, RunReport, TraceRatioRow
 
 
 def percent(share: float) -> str:
@@ -66,15 +66,41 @@ def reading(row: ComparisonRow) -> str:
 
 
 def verdict(report: RunReport) -> str:
-    """The result of a run in one sentence: the students, best first, and the evidence for their differences."""
-    arms = report["arms"]
-    if not arms:
+    """The result of a run in a sentence or two: the students, best first, the evidence for their differences, and what a
+    trace with its distribution is worth, if the run says so."""
+    if not report["arms"]:
         return "No arm of this run has been evaluated yet."
+    return f"{_compared(report)}{_worth(report)}"
+
+
+def _worth(report: RunReport) -> str:
+    """Traces of text for one trace of each way of training; "" if the run does not compare numbers of traces."""
+    by_place: dict[str, list[str]] = {}
+    for row in report.get("trace_ratios", []):
+        measure = {"accuracy": "accuracy", "kl": "held-out KL"}[row["measure"]]
+        place = f"by {measure} ({row.get('comparison', '')})"
+        by_place.setdefault(place, []).append(f"{ratio_text(row)} for {row['way']}")
+    said = [f"{place} {_listed(ratios)}" for place, ratios in by_place.items()]
+    return f" One trace is worth this many traces of text: {'; '.join(said)}." if said else ""
+
+
+def ratio_text(row: TraceRatioRow) -> str:
+    """A ratio with its interval: 2.1 [1.4, 3.3]; an end that the curves are too short for has a sign: [1.4, >16]."""
+    low = f"{'<' if row['low_at_end'] else ''}{row['low']:.2g}"
+    high = f"{'>' if row['high_at_end'] else ''}{row['high']:.2g}"
+    return f"{row['ratio']:.2g} [{low}, {high}]"
+
+
+def _compared(report: RunReport) -> str:
+    arms = report["arms"]
 
     def said(name: str) -> str:
         return f"{name} {interval_text(arms[name]['accuracy'])}"
 
     ranked = sorted(arms, key=lambda name: -arms[name]["accuracy"]["value"])
+    most = max((arm["traces"]["number"] for arm in arms.values() if "traces" in arm), default=None)
+    if most is not None:  # of arms that differ in their number of traces, those with the most
+        ranked = [name for name in ranked if "traces" not in arms[name] or arms[name]["traces"]["number"] == most]
     students = [name for name in ranked if arms[name]["role"] == "student"] or ranked
     compared = {row[key] for row in report["comparisons"] for key in ("a", "b")} or {*ranked}
     others = [name for name in ranked if name not in students and name in compared]
@@ -92,11 +118,40 @@ def verdict(report: RunReport) -> str:
     over_seeds = [reading for reading in readings if reading.seeds]
     if over_seeds:
         seeds = " and ".join(str(n) for n in sorted({n for one in over_seeds for n in one.seeds}))
-        return f"{start}; over {seeds} training seeds an arm {_evidence(over_seeds, SEEDS_WORDS)}."
+        said_of = f"over {seeds} training seeds an arm {_evidence(over_seeds, SEEDS_WORDS)}."
+    else:
+        said_of = f"{_evidence(readings, CHECKPOINT_WORDS)}, and one training seed an arm says nothing about the ways of training in general."
+    return f"{start}; {said_of}{_divergence_said(report, students)}"
+
+
+def _divergence_said(report: RunReport, students: list[str]) -> str:
+    """The students' held-out KL to the teacher in a sentence, nearest first; "" where it was not measured."""
+    kl = {name: arm["divergence"]["kl"] for name in students if "divergence" in (arm := report["arms"][name])}
+    if len(kl) < 2:
+        return ""
+    ranked = sorted(kl, key=lambda name: kl[name]["value"])
+    pairs = {(row["a"], row["b"]): row["difference"] for row in report.get("divergence_pairs", [])}
+    apart: list[str] = []
+    level: list[str] = []
+    for near, far in itertools.combinations(ranked, 2):
+        row, sign = (pairs[far, near], 1) if (far, near) in pairs else (pairs.get((near, far)), -1)
+        if row is not None:
+            low, high = sorted(sign * row[key] for key in ("low", "high"))
+            text = f"{far} − {near} {_nats({'value': sign * row['value'], 'low': low, 'high': high}, '+')}"
+            (apart if low > 0 else level).append(text)
+    parts = [f"they differ ({'; '.join(apart)})"] if apart else []
+    parts += [f"no difference is shown ({'; '.join(level)})"] if level else []
     return (
-        f"{start}; {_evidence(readings, CHECKPOINT_WORDS)}, and one training seed an arm says nothing about the ways "
-        "of training in general."
+        f" In held-out KL to the teacher, {_listed([f'{name} {_nats(kl[name])}' for name in ranked])} nats a token, "
+        f"{', '.join(parts)}."
+        if parts
+        else ""
     )
+
+
+def _nats(row: Mapping[str, Any], sign: str = "") -> str:
+    value, low, high = (f"{row[key]:{sign}.3f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 SEEDS_WORDS = {

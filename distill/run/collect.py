@@ -15,8 +15,9 @@ import yaml
 from distill import run_folder
 from distill.compute.ledger import ArmCost, arm_cost, mean_cost
 from distill.recipe import Recipe, RewardConfig, StageConfig, base_name
-from distill.recipe.lineage import parents_of, role_of, roles_of
-from distill.reports.run_report import ArmRow, RunReport, SeedRow, SnapshotRow, StageRow, view
+from distill.recipe.lineage import parents_of, role_of, roles_of, traces_learned
+from distill.reports.run_report import ArmRow, RunReport, SeedRow, SnapshotRow, StageRow, TracesRow, view
+from distill.run.weak_teachers import weak_teachers
 from distill.stages.budget import stage_costs
 
 MAX_POINTS = 240
@@ -26,11 +27,13 @@ MAX_POINTS = 240
 def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunReport:
     """Collect everything that the run holds so far. names: of its nodes, in order. command: the one that repeats the run."""
     states = {name: standing for name in names if (standing := run_folder.read(run / name)) is not None}
-    comparisons, examples = [], []
+    comparisons, examples, divergence_pairs, trace_ratios = [], [], [], []
     for standing in states.values():
         if "comparisons" in standing.metrics:
             comparisons += standing.metrics["comparisons"]
             examples += standing.metrics.get("examples", [])
+            divergence_pairs += standing.metrics.get("divergence_pairs", [])
+            trace_ratios += standing.metrics.get("trace_ratios", [])
     arms = _arms(recipe, run, states)
     return RunReport(
         name=recipe.name,
@@ -42,10 +45,12 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
         stages=[_stage_row(name, states.get(name), recipe, run) for name in names],
         arms=arms,
         comparisons=comparisons,
+        divergence_pairs=divergence_pairs,
+        trace_ratios=trace_ratios,
         examples=examples,
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         reproduce=[command],
-        notes=[*_notes(states), *_sandboxes(recipe)],
+        notes=[*weak_teachers(recipe, states), *_notes(states), *_sandboxes(recipe)],
     )
 
 
@@ -142,6 +147,12 @@ def _arms(recipe: Recipe, run: Path, states: dict[str, run_folder.State]) -> dic
             before = cost.student.flops - sum(last) / max(len(last), 1)
             key = one.arm if one.arm not in arms else f"{one.stage}.{one.arm}"
             arms[key] = _arm(one, roles[one.models[0]], metrics, cost, before)
+            compared = states.get(one.stage)
+            if compared is not None and (row := compared.metrics.get("divergence", {}).get(one.arm)) is not None:
+                arms[key]["divergence"] = row
+            if (learned := traces_learned(recipe, one.models[0])) is not None:
+                way = one.arm.removesuffix(f"-{learned[1]}")
+                arms[key]["traces"] = TracesRow(comparison=one.stage, way=way, number=learned[1])
     return arms
 
 

@@ -126,13 +126,19 @@ def _as_decided(
     return before, {**now, first: value} if now.get(first) == "auto" else now
 
 
+def _default(info: Any) -> Any:
+    """The default of a field as JSON: what a stage was made with that is older than the field; None without one."""
+    default = None if info is None or info.is_required() else info.get_default(call_default_factory=True)
+    return default.model_dump(mode="json") if isinstance(default, Config) else default
+
+
 def _differences(model: Any, before: dict[str, Any], now: dict[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for field in sorted({*before, *now}):
-        old, new = before.get(field), now.get(field)
+        info = model.model_fields.get(field)
+        old, new = before[field] if field in before else _default(info), now.get(field)
         if old == new:
             continue
         role = model.role(field) if issubclass(model, Config) else "identity"
-        info = model.model_fields.get(field)
         nested = info.annotation if info is not None else None
         if isinstance(old, dict) and isinstance(new, dict) and hasattr(nested, "model_fields"):
             yield from _differences(nested, old, new, f"{prefix}{field}.")

@@ -17,7 +17,16 @@ from distill.compute.flops import ModelShape
 from distill.conversations import Reader
 from distill.models import PACKAGE, architectures, check_folder, config_of, gguf, package_file
 from distill.plug import nearest
-from distill.recipe import ModelConfig, PolicyStage, Recipe, RewardConfig, RowsConfig, StageConfig, TrainStage
+from distill.recipe import (
+    ModelConfig,
+    PolicyStage,
+    Recipe,
+    RewardConfig,
+    RowsConfig,
+    StageConfig,
+    TrainStage,
+    WeightsConfig,
+)
 from distill.records import Task, UserError
 from distill.stages.context import find_data, make_task
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, is_hub_id, nothing_found, open_rows
@@ -36,7 +45,7 @@ class Known:
     """Sizes of the recipe's models, data and tasks, filled in stage by stage, inputs first.
 
     By name: shapes of models; replies: mean reply tokens that a model learned; traces: (number, prompt tokens, reply
-    tokens); tasks_of: the task of a set of traces; tasks: (task, mean prompt tokens); spent: FLOPs of the whole training of a
+    tokens); held: the positions of a set of traces that have a distribution, where not all have; tasks_of: the task of a set of traces; tasks: (task, mean prompt tokens); spent: FLOPs of the whole training of a
     model; snapshots: number of snapshots.
     """
 
@@ -44,6 +53,7 @@ class Known:
     shapes: dict[str, ModelShape] = field(default_factory=dict)
     replies: dict[str, float] = field(default_factory=dict)
     traces: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    held: dict[str, WeightsConfig] = field(default_factory=dict)
     tasks_of: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, tuple[Task, float]] = field(default_factory=dict)
     spent: dict[str, float] = field(default_factory=dict)

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -22,6 +23,8 @@ from distill.reports.run_report import RunReport
 from distill.reports.wording import interval_text, reading
 from distill.traces.reader import open_traces
 
+PRUNED = "pruned.json"
+"""The record of a prune stage, in its folder."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -97,9 +100,34 @@ def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
         seconds=standing.seconds if standing else 0.0,
         facts=[
             *((key, f"{one['value']}: {one['why']}") for key, one in decided.items()),
+            *_pruned(run / name / PRUNED),
             *_facts(run / name / "traces"),
         ],
     )
+
+
+def _pruned(record: Path) -> Iterator[tuple[str, str]]:
+    """What a prune stage has left of its model; nothing for a stage of another kind."""
+    if not record.is_file():
+        return
+    kept = json.loads(record.read_text(encoding="utf-8"))
+    yield "layers kept", f"{len(kept['layers_kept'])} of {kept['layers']}: {ranges(kept['layers_kept'])}"
+    for key, size in kept.get("widths", {}).items():
+        yield f"width ({key})", str(size)
+    if repaired := kept.get("repair"):
+        fitted = len(repaired["fitted"])
+        yield "repair", f"{fitted} layers fit, ridge strength {repaired['strength']}" if fitted else "none was better"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers in words, runs of them together: "0-3, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _facts(traces: Path) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from distill import models
+from distill.models import gguf, prune_width
 from distill.recipe import ModelConfig, OnPolicyStage, OptimStage, PruneStage, Recipe, served_models
+from distill.recipe.lineage import origin
 from distill.records import UserError
 
 
@@ -18,6 +20,7 @@ def check_models(recipe: Recipe) -> None:
         if folder is not None:
             models.check_model(folder, trust_remote_code=model.trust_remote_code)
             _check_quantised(name, folder, recipe)
+    _check_widths(recipe)
 
 
 def local_folder(model: ModelConfig) -> Path | None:
@@ -73,6 +76,27 @@ def _check_quantised(name: str, folder: Path, recipe: Recipe) -> None:
                 f"{where}: the trainer cannot read the quantised weights of {name} ({method}: {reason}): install what is "
                 "missing, or name the model that it was made from."
             )
+
+
+def _check_widths(recipe: Recipe) -> None:
+    """Refuse to cut the width of a model of a type whose parts are not known. Models that are not here are checked when they run."""
+    for stage, each in recipe.stages.items():
+        if not isinstance(each, PruneStage) or not each.narrows:
+            continue
+        model = recipe.models.get(origin(recipe, each.model))
+        if model is not None and (found := _model_type(model)):
+            try:
+                prune_width.check_family(found)
+            except UserError as error:
+                raise UserError(f"stages.{stage}.{error}") from None
+
+
+def _model_type(model: ModelConfig) -> str:
+    """Return the type of a model that is on this machine; "" of one that is not."""
+    if model.source.startswith(models.PACKAGE):
+        return str(gguf.header(models.package_file(model.source)[1])[0].get("general.architecture", ""))
+    folder = local_folder(model)
+    return "" if folder is None else str(models.text_part(models.config_of(folder)).get("model_type", ""))
 
 
 def _unreadable(config: dict[str, Any]) -> str:

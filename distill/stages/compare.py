@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from distill.recipe import CompareStage, Recipe, base_name
 from distill.recipe.lineage import role_of, roles_of, training_line
@@ -11,6 +12,7 @@ from distill.records import Cost, stable_hash
 from distill.reports.arms import ArmResults, examples, score_seeds
 from distill.reports.comparison import check_same_start, compare_trained
 from distill.reports.run_report import comparison_row
+from distill.stages import compare_measures
 from distill.stages.context import Context, Result
 from distill.stages.eval import read_results, snapshot_rows
 from distill.stages.snapshots import snapshots_of
@@ -28,7 +30,7 @@ def run(config: CompareStage, context: Context) -> Result:
         for arm, by_seed in folders.items()
     }
     correct = {arm: {seed: results.correct for seed, results in runs.items()} for arm, runs in arms.items()}
-    pairs = compare_trained(correct, seed=context.seed)
+    pairs = compare_trained(correct, seed=context.seed, among=compare_measures.pairs_to_compare(config, context.recipe))
     rows = [comparison_row(a, b, result) for (a, b), result in pairs.items()]
     merged = {arm: ArmResults.merge(runs.values()) for arm, runs in arms.items()}
     questions = {
@@ -39,7 +41,7 @@ def run(config: CompareStage, context: Context) -> Result:
     roles = roles_of(context.recipe, models.values())
     students = sorted(arms, key=lambda arm: roles[models[arm]] == "student")[-2:]
     same = context.task(config.task).same_answer
-    metrics = {
+    metrics: dict[str, Any] = {
         "comparisons": rows,
         "examples": examples(merged, students[0], students[1], questions),
         "arms": {
@@ -49,6 +51,11 @@ def run(config: CompareStage, context: Context) -> Result:
             if len(runs) > 1
         },
     }
+    if config.targets is not None:
+        metrics |= compare_measures.divergences(
+            config, context, [arm for arm in arms if roles[models[arm]] == "student"]
+        )
+    metrics["trace_ratios"] = compare_measures.trace_ratios(config, context, arms)
     return Result(Cost(), metrics, stable_hash(json.dumps(metrics, sort_keys=True)))
 
 

@@ -1,4 +1,4 @@
-"""generate: sample a model's completions of a task's train problems, with its distribution at every position."""
+"""generate: sample a model's completions of a task's problems, with its distribution at every position."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.traces.summary import stats
 
 def run(config: GenerateStage, context: Context) -> Result:
     folder = context.folder / "traces"
-    counts, cost = sample_traces(leaving_rewards(config), context, folder, "train")
+    counts, cost = sample_traces(leaving_rewards(config), context, folder, config.split)
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
     metrics = {**held.as_dict(), "prompts_too_long": counts.prompts_too_long}

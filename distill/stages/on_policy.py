@@ -15,8 +15,10 @@ from distill.stages import beside
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.forward_proof import prove_forward
+from distill.stages.inputs.own_traces import other_teacher
 from distill.stages.inputs.resolve import load_teachers, resolve_loss, teacher_dir
 from distill.stages.inputs.student import load_student, save_student
+from distill.stages.inputs.tails import bucket_tail
 from distill.stages.inputs.train_examples import open_source, reader_for
 from distill.stages.policy_metrics import LOGGED_GROUPS, CompletionLog, PolicyProgress, policy_metrics
 from distill.stages.policy_sampling import open_policy_sampler, read_prompts
@@ -45,6 +47,8 @@ def run(config: OnPolicyStage, context: Context) -> Result:
     retokenizer = reader_for(config, context, tokenizer)
     read = pool, _, max_model_len = read_prompts(config, context, tokenizer)
     names = list(teachers_of(config.teacher))
+    if warning := other_teacher(context.recipe, config.model, names):
+        context.say(warning)
     settings, teacher_settings = beside.shared_engines(
         config,
         context,
@@ -128,7 +132,7 @@ class OfflineExamples:
             model=config.model,
             data=str(config.data),
             task=config.task,
-            loss=config.loss,
+            loss=bucket_tail(config.loss),
             teacher=teacher,
             keep_truncated=True,
             steps=1,

@@ -158,13 +158,15 @@ def sample_completions(
     grader: Grader,
     *,
     top_k: int = 0,
+    tail_draws: int = 0,
     receive: Callable[[Completion], Completion] = lambda completion: completion,
     messages: Callable[[Messages], Messages] | None = None,
 ) -> Iterator[GradedCompletion]:
     """Yield graded completions in the order in which the engine finishes them; threads judge while it generates.
 
     receive: called with each completion when it arrives, before its verdict. An iterator `requests` that goes on after it
-    was empty is asked again as long as the engine works. messages: a problem's messages -> those of its prompt, for an engine
+    was empty is asked again as long as the engine works. tail_draws: number of draws a position from the ids beyond the top_k.
+    messages: a problem's messages -> those of its prompt, for an engine
     that may need them beside the ids.
     """
     open_requests: dict[str, CompletionRequest] = {}
@@ -173,7 +175,7 @@ def sample_completions(
         open_requests[request.request_id] = request
         prompt = request.prompt
         if messages is None:
-            return Request(request.request_id, prompt.ids, request.seed)
+            return Request(request.request_id, prompt.ids, request.seed, tail_draws=tail_draws)
         told = messages(prompt.problem.messages)
         return Request(request.request_id, prompt.ids, request.seed, messages=told, opened=grader.begun)
 

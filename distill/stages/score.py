@@ -10,7 +10,7 @@ import dataclasses
 import shutil
 import time
 from collections import deque
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,28 @@ import numpy as np
 from distill import engines, models
 from distill.compute.flops import ModelShape, causal_context, forward_flops
 from distill.recipe import EngineConfig, ScoreStage
-from distill.records import Cost, Engine, Ragged, Request, Sampling, TopK, Traces, UserError
+from distill.records import (
+    Completion,
+    Cost,
+    Draws,
+    Engine,
+    Ragged,
+    Request,
+    Sampling,
+    TopK,
+    Traces,
+    UserError,
+    draw_seed,
+)
+from distill.stages.captured_positions import keep_positions, positions_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.conversation_data import DroppedRows
 from distill.stages.inputs.score_inputs import ScoreInputs, open_score_inputs, take
 from distill.stages.kept_answers import KeptAnswers, dollars
 from distill.stages.sampling import context_length, context_limit
+from distill.stages.trace_rows import cut_to
 from distill.stages.trace_sampling import package_versions, served_versions, weights_of
+from distill.traces import provenance
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
 from distill.traces.summary import stats
@@ -133,6 +148,10 @@ def _fill(
     """Score the traces that the folder does not hold yet."""
     folder = context.folder / "traces"
     kept = None
+
+    def seed(trace_id: str) -> int:
+        return draw_seed(context.seed, context.name, trace_id, "tail")
+
     with TraceWriter(folder, metadata, shard_rows=config.shard_rows) as writer:
         ids = list(wanted)
         missing = {ids[n] for n in np.flatnonzero(writer.lacks(ids))}
@@ -153,7 +172,7 @@ def _fill(
             num = len(wanted) - len(missing)
             live = context.live(len(wanted), "traces", num)
             kept = KeptAnswers(engine, folder, writer)
-            for block in _scored(config, engine, inputs, missing):
+            for block in _scored(config, engine, inputs, missing, metadata, seed, f"stages.{context.name}"):
                 writer.add(block)
                 kept.added(block.trace_id)
                 num += len(block)
@@ -164,8 +183,16 @@ def _fill(
     kept.close()
 
 
-def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Container[str]) -> Iterator[Traces]:
-    """Yield blocks of the missing traces with the engine's log-probabilities.
+def _scored(
+    config: ScoreStage,
+    engine: Engine,
+    inputs: ScoreInputs,
+    missing: Container[str],
+    metadata: Metadata,
+    seed: Callable[[str], int],
+    where: str,
+) -> Iterator[Traces]:
+    """Yield blocks of the missing traces with the engine's log-probabilities. seed: of a trace's draws from the tail.
 
     The engine gets all traces in one stream, so that no block's last traces leave it half empty.
     """
@@ -179,18 +206,23 @@ def _scored(config: ScoreStage, engine: Engine, inputs: ScoreInputs, missing: Co
             block = take(block, index)
             blocks.append(block)
             for n, trace_id in enumerate(block.trace_id):
-                yield Request(trace_id, block.prompt_ids[n], completion_ids=np.array(block.completion_ids[n]))
+                ids_T = np.array(block.completion_ids[n])
+                yield Request(trace_id, block.prompt_ids[n], seed(trace_id), ids_T, tail_draws=metadata.tail_draws)
 
-    tops, logprobs = [], []
+    scored: list[Completion] = []
+    keep = keep_positions(config, where)
     for completion in engine.score(requests(), top_k=config.top_logprobs):
-        assert completion.top is not None
-        tops.append(completion.top.truncate(top_k=config.top_logprobs, mass=config.mass))
-        logprobs.append(completion.logprob_T)
-        if len(tops) == len(blocks[0]):
+        scored.append(keep(cut_to(metadata, completion, seed(completion.request_id))))
+        if len(scored) == len(blocks[0]):
             yield dataclasses.replace(
-                blocks.popleft(), logprob=Ragged.from_rows(logprobs, np.float32), top=TopK.concat(tops)
+                blocks.popleft(),
+                logprob=Ragged.from_rows([one.logprob_T for one in scored], np.float32),
+                top=TopK.concat([one.top for one in scored if one.top is not None]),
+                draws=Draws.concat([one.draws for one in scored if one.draws is not None])
+                if metadata.tail_draws
+                else None,
             )
-            tops, logprobs = [], []
+            scored = []
 
 
 def _say_left_out(context: Context, left_out: DroppedRows) -> None:
@@ -232,6 +264,7 @@ def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenize
     The sampling is that of the shards that hold the text; for a file it is unknown, and the defaults are stored.
     """
     origin = inputs.origin
+    held_out = provenance.HELD_OUT if origin is not None and provenance.is_held_out(origin) else {}
     return Metadata(
         model=config.model,
         weights=weights_of(config.engine, model_dir),
@@ -246,9 +279,11 @@ def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenize
         sampling=origin.sampling if origin is not None else Sampling(),
         top_k=config.top_logprobs,
         mass=config.mass,
+        tail_draws=config.tail_draws,
         exact=config.exact,
+        **positions_of(config),
         engine=config.engine.fn,
         dtype=config.engine.dtype,
         source=inputs.text_from,
-        versions=package_versions() | served_versions(config.engine),
+        versions=package_versions() | served_versions(config.engine) | held_out,
     )

@@ -10,8 +10,23 @@ from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
+from distill import tail_draws
 from distill.recipe import EvalStage, GenerateStage
-from distill.records import Completion, Engine, Group, Prompt, Ragged, TopK, Traces, draw_seed, stable_hash
+from distill.records import (
+    NO_TAIL,
+    Completion,
+    Draws,
+    Engine,
+    Group,
+    Prompt,
+    Ragged,
+    TopK,
+    Traces,
+    UserError,
+    draw_seed,
+    stable_hash,
+)
+from distill.stages.captured_positions import keep_positions
 from distill.stages.sampling import CompletionRequest, GradedCompletion, Grader, sample_completions
 from distill.stages.trace_rewards import RewardedCompletion, by_verdict, rewarded
 from distill.tasks.combined_reward import CombinedReward
@@ -78,6 +93,10 @@ class Generation:
         mark = stable_hash(metadata.weights, metadata.tokenizer, metadata.template, metadata.sampling, metadata.task)
         return Generation(mark, seed, stage)
 
+    def tail_seed(self, trace_id: str) -> int:
+        """Return the seed of a trace's draws from the tail."""
+        return draw_seed(self.seed, self.stage, trace_id, "tail")
+
     def trace_id(self, problem_id: str, sample: int) -> str:
         return stable_hash(problem_id, sample, self.mark)
 
@@ -85,6 +104,22 @@ class Generation:
         problem = prompt.problem.problem_id
         seed = draw_seed(self.seed, self.stage, problem, sample, "generate")
         return CompletionRequest(self.trace_id(problem, sample), prompt, sample, seed)
+
+
+def cut_to(metadata: Metadata, completion: Completion, seed: int) -> Completion:
+    """Return a completion with the entries that are stored, and with draws from the tail that this leaves.
+
+    seed: of the trace's draws. Raises UserError for an engine that does not draw.
+    """
+    full = completion.top
+    if full is None:
+        return completion
+    top, draws = full.truncate(top_k=metadata.top_k, mass=metadata.mass), None
+    if metadata.tail_draws:
+        if completion.beyond is None:
+            raise UserError(f"tail_draws: the engine {metadata.engine!r} gives no draws from the tail; remove the key.")
+        draws = tail_draws.draw(full, top, completion.beyond, metadata.tail_draws, seed, NO_TAIL)
+    return replace(completion, top=top, beyond=None, draws=draws)
 
 
 class _Requests:
@@ -141,16 +176,23 @@ class RowSampler:
     def _graded(self, engine: Engine, requests: Iterable[CompletionRequest]) -> Iterator[GradedCompletion]:
         """Yield the missing completions as they finish."""
         counts, metadata = self.counts, self.metadata
+        keep = keep_positions(self.config, f"stages.{self.generation.stage}")
 
         def truncated(completion: Completion) -> Completion:
-            if completion.top is None:
-                return completion
-            return replace(completion, top=completion.top.truncate(top_k=metadata.top_k, mass=metadata.mass))
+            cut = cut_to(metadata, completion, self.generation.tail_seed(completion.request_id))
+            return keep(cut)
 
         sampling = self.config.sampling.record()
         messages = self.grader.chat_messages if self.config.engine.is_served else None
         for graded in sample_completions(
-            engine, requests, sampling, self.grader, top_k=metadata.top_k, receive=truncated, messages=messages
+            engine,
+            requests,
+            sampling,
+            self.grader,
+            top_k=metadata.top_k,
+            tail_draws=metadata.tail_draws,
+            receive=truncated,
+            messages=messages,
         ):
             if metadata.top_k and graded.completion.top is None:
                 counts.completions_unmapped += 1
@@ -166,6 +208,7 @@ def as_traces(rows: Sequence[RewardedCompletion]) -> Traces:
     requests = [one.request for one in graded]
     completions = [one.completion for one in graded]
     tops = [completion.top for completion in completions if completion.top is not None]
+    draws = [completion.draws for completion in completions if completion.draws is not None]
     return Traces(
         trace_id=[request.request_id for request in requests],
         problem_id=[request.prompt.problem.problem_id for request in requests],
@@ -182,4 +225,5 @@ def as_traces(rows: Sequence[RewardedCompletion]) -> Traces:
         rewards={name: [row.rewards[name] for row in rows] for name in rows[0].rewards},
         correct=[one.verdict.correct for one in graded],
         finish_reason=[completion.finish_reason for completion in completions],
+        draws=Draws.concat(draws) if draws else None,
     )

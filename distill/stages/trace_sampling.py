@@ -20,6 +20,7 @@ from distill.compute.flops import ModelShape, generate_flops
 from distill.progress import Live
 from distill.recipe import EngineConfig, EvalStage, GenerateStage
 from distill.records import Array, Cost, Engine, Prompt, Split, Task, Template, stable_hash
+from distill.stages.captured_positions import positions_of
 from distill.stages.context import Context
 from distill.stages.inputs.named_rewards import named_rewards
 from distill.stages.kept_answers import KeptAnswers, dollars
@@ -35,6 +36,7 @@ from distill.stages.snapshots import Snapshot
 from distill.stages.trace_replicas import fill_by_replicas, writes_itself
 from distill.stages.trace_rewards import in_blocks, stored_completions
 from distill.stages.trace_rows import BLOCK_ROWS, Generation, RowSampler, SamplingCounts, WantedProblem, as_traces
+from distill.traces import provenance
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter, adopt_shards
@@ -260,10 +262,15 @@ def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, 
         sampling=config.sampling.record(),
         top_k=captured.top_logprobs if captured else 0,
         mass=captured.mass if captured else 1.0,
+        tail_draws=captured.tail_draws if captured else 0,
         exact=captured.exact if captured else False,
+        **positions_of(config),
         engine=config.engine.fn,
         dtype=config.engine.dtype,
-        versions=package_versions() | template_date(tokenizer, task.template) | served_versions(config.engine),
+        versions=package_versions()
+        | template_date(tokenizer, task.template)
+        | served_versions(config.engine)
+        | (provenance.HELD_OUT if captured and captured.split == "held_out" else {}),
     )
 
 

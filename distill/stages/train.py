@@ -15,11 +15,14 @@ from distill.records import draw_seed
 from distill.stages.budget import budget_of
 from distill.stages.context import Context, Result
 from distill.stages.inputs.forward_proof import prove_forward
+from distill.stages.inputs.matched_layers import hidden_match
 from distill.stages.inputs.resolve import load_teachers, resolve_loss
 from distill.stages.inputs.student import live_steps, load_student, save_student
 from distill.stages.inputs.train_examples import open_source, reader_for
 from distill.stages.snapshots import keep_snapshots
 from distill.training import loop
+from distill.training.loss.hidden_states import MatchedObjective
+from distill.training.loss.objective import Objective
 from distill.training.packing import Source, packed_steps, steps_per_epoch
 from distill.training.policy import Policy
 from distill.training.step import Length, Step, WorkCounts
@@ -27,7 +30,7 @@ from distill.training.step import Length, Step, WorkCounts
 
 def run(config: TrainStage, context: Context) -> Result:
     where = f"stages.{context.name}"
-    objective = resolve_loss(config, where, draw_seed(context.seed, context.name, "draws"))
+    objective: Objective = resolve_loss(config, where, draw_seed(context.seed, context.name, "draws"))
     folder, trust = context.model_dir(config.model), context.trusts(config.model)
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     vocab_size = models.vocabulary_size(tokenizer, models.config_of(folder))
@@ -43,6 +46,8 @@ def run(config: TrainStage, context: Context) -> Result:
 
     model = load_student(config, context)
     plan = prove_forward(model, config.model, vocab_size, context, config.max_tokens)
+    if teachers and (match := hidden_match(config, context, model, teachers[0].model)) is not None:
+        objective = MatchedObjective(objective, match)
 
     attention = attention_share(ModelShape.from_config(models.config_of(folder)))
 

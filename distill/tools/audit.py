@@ -253,7 +253,7 @@ def _compare(found: _Differences, block: Traces, n: int, positions: Array, again
     found.token += np.abs(block.logprob[n][positions] - again.logprob_T[positions]).tolist()
     if stored is None or again.top is None:
         return
-    for t in positions.tolist():
+    for t in positions[stored.count_T[positions] > 0].tolist():
         entry, kl, unlisted = _compare_position(stored.slice(t, t + 1), again.top.slice(t, t + 1))
         found.entry += entry.tolist()
         found.kl.append(kl)

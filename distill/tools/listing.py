@@ -20,6 +20,7 @@ from distill.records import UserError
 HOMES = {
     "losses": ("distill.training.loss.sparse", "distill.training.loss.cross_tokenizer.losses"),
     "objectives": ("distill.training.rl.policy_objectives",),
+    "weights": ("distill.token_weights",),
     "rewards": ("distill.tasks.rewards",),
     "filters": ("distill.traces.filters",),
     "tasks": ("distill.tasks",),

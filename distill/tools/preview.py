@@ -65,8 +65,8 @@ def _of_stage(name: str, stage: StageConfig, model: str, recipe: Recipe) -> Iter
     reads_rows = data is not None and data not in recipe.stages and not is_traces(find_data(data))
     if reads_rows and isinstance(stage, TrainStage | ScoreStage):
         yield from _rows(name, stage, str(data), tokenizer, task, folder)
-    elif task is not None and (data is None or stage.kind in ("on_policy", "grpo")):
-        split: Any = "held_out" if stage.kind in ("eval", "compare") else "train"
+    elif task is not None and (data is None or stage.kind in ("on_policy", "grpo", "compare")):
+        split: Any = "held_out" if stage.kind in ("eval", "compare") else getattr(stage, "split", "train")
         for problem in list(task.problems(split, EXAMPLES, recipe.seed))[:1]:
             prompt = models.render_prompt(tokenizer, task.template, problem.messages)
             yield _preview(f"{name}: first prompt", tokenizer, prompt, None, task.template, folder)

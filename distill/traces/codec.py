@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.records import Array, Messages, Ragged, TopK, Traces, UserError
+from distill.records import Array, Draws, Messages, Ragged, TopK, Traces, UserError
 from distill.traces import quantisation
-from distill.traces.schema import ARROW_SCHEMA, DISTRIBUTION_COLUMNS, METADATA_KEY, Metadata
+from distill.traces.schema import DISTRIBUTION_COLUMNS, DRAW_COLUMNS, METADATA_KEY, Metadata
 
 MAX_LOGPROB = 1e-3
 """Rounding may raise a log-probability this far above 0; a higher value is an error."""
@@ -64,17 +64,23 @@ def to_table(traces: Traces, metadata: Metadata) -> pa.Table:
         "correct": pa.array(traces.correct, pa.bool_()),
         "finish_reason": pa.array(traces.finish_reason, pa.string()),
     }
-    columns |= {name: pa.nulls(num, ARROW_SCHEMA.field(name).type) for name in DISTRIBUTION_COLUMNS}
+    columns |= {name: pa.nulls(num, metadata.arrow_schema.field(name).type) for name in DISTRIBUTION_COLUMNS}
     if traces.top is not None:
         columns |= _distribution(traces.top, traces.completion_ids.offsets, metadata)
-    schema = ARROW_SCHEMA.with_metadata({METADATA_KEY: metadata.to_json()})
-    return pa.Table.from_arrays([columns[name] for name in ARROW_SCHEMA.names], schema=schema)
+    if traces.draws is not None:
+        columns |= _draws(traces.draws, traces.completion_ids.offsets, metadata)
+    schema = metadata.arrow_schema.with_metadata({METADATA_KEY: metadata.to_json()})
+    return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
 def encode(table: pa.Table, metadata: Metadata) -> pa.Buffer:
     """Return the table as one Parquet file with a checksum on every page; equal tables give equal bytes."""
-    split = [*_SPLIT, "tail_logprob"] if metadata.exact else _SPLIT
-    words = ["finish_reason", "rewards.list.element.name"]
+    floats, words = ["tail_logprob"], ["finish_reason", "rewards.list.element.name"]
+    if metadata.tail_draws:
+        floats.append("draw_logprobs")
+    split = [*_SPLIT, *(["draw_ids"] if metadata.tail_draws else []), *(floats if metadata.exact else [])]
+    if not metadata.exact:  # rounded tails and draws are a few hundred distinct floats
+        words += [f"{name}.list.element" for name in floats]
     sink = pa.BufferOutputStream()
     pq.write_table(
         table.combine_chunks(),
@@ -84,8 +90,7 @@ def encode(table: pa.Table, metadata: Metadata) -> pa.Buffer:
         compression_level=1,
         write_page_checksum=True,
         column_encoding={f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in split},
-        # Rounded tails are a few hundred distinct floats.
-        use_dictionary=words if metadata.exact else [*words, "tail_logprob.list.element"],
+        use_dictionary=words,
         write_statistics=[
             "trace_id",
             "problem_id",
@@ -125,7 +130,37 @@ def check(traces: Traces, metadata: Metadata) -> None:
     _check_logprobs(top.logp_E, "top log-probabilities")
     if len(top) and not top.tail_T.max() <= MAX_LOGPROB:
         raise ValueError("a tail's log-mass is above 0 or not a number")
-    quantisation.check(top, metadata.top_k)
+    held_T = _held(top.count_T, metadata)
+    if not held_T.all() and np.any(top.tail_T[~held_T] != 0):
+        raise ValueError("a position without entries has a tail whose mass is not 1")
+    quantisation.check(_at(top, held_T), metadata.top_k)
+    _check_draws(traces, metadata)
+
+
+def _held(count_T: Array, metadata: Metadata) -> Array:
+    """Return the positions that have a distribution: all, unless the metadata says that only a share of them does."""
+    return np.ones(len(count_T), bool) if metadata.position_share == 1 else np.asarray(count_T) > 0
+
+
+def _at(top: TopK, held_T: Array) -> TopK:
+    """Return the distributions at the positions that have entries."""
+    return top if held_T.all() else TopK(top.count_T[held_T], top.ids_E, top.logp_E, top.tail_T[held_T])
+
+
+def _check_draws(traces: Traces, metadata: Metadata) -> None:
+    draws = traces.draws
+    if (draws is None) != (metadata.tail_draws == 0) and len(traces):
+        raise ValueError(f"tail_draws is {metadata.tail_draws}, but draws are {'none' if draws is None else 'given'}")
+    if draws is None:
+        return
+    if len(draws) != traces.completion_ids.offsets[-1]:
+        raise ValueError(f"draws has {len(draws)} positions, not {traces.completion_ids.offsets[-1]}")
+    if not int(draws.count_T.sum(dtype=np.int64)) == len(draws.ids_E) == len(draws.logp_E):
+        raise ValueError("the columns of draws differ in length")
+    if len(draws) and not 0 <= draws.count_T.min() <= draws.count_T.max() <= metadata.tail_draws:
+        raise ValueError(f"positions have up to {draws.count_T.max()} draws, not {metadata.tail_draws} (tail_draws)")
+    _check_ids(draws.ids_E, metadata, "drawn ids")
+    _check_logprobs(draws.logp_E, "log-probabilities of draws")
 
 
 def _check_ids(ids: Array, metadata: Metadata, what: str) -> None:
@@ -150,13 +185,26 @@ def _distribution(top: TopK, position_offsets: Array, metadata: Metadata) -> dic
     if metadata.exact:
         values = {"top_logprobs": _list(Ragged(top.logp_E, entry_offsets), np.float32)}
     else:
-        steps_E, tail_T = quantisation.quantise(top)
+        held_T = _held(top.count_T, metadata)
+        steps_E, quantised_T = quantisation.quantise(_at(top, held_T))
+        tail_T = np.zeros(len(top), np.float32)
+        tail_T[held_T] = quantised_T
         values = {"top_steps": _list(Ragged(steps_E, entry_offsets), np.uint16)}
     return {
         "top_count": _list(Ragged(top.count_T, position_offsets), np.int32),
         "top_ids": _list(Ragged(top.ids_E, entry_offsets), np.uint32),
         "tail_logprob": _list(Ragged(tail_T, position_offsets), np.float32),
         **values,
+    }
+
+
+def _draws(draws: Draws, position_offsets: Array, metadata: Metadata) -> dict[str, pa.Array]:
+    offsets = draws.offsets[position_offsets]
+    logp_E = draws.logp_E if metadata.exact else quantisation.round_draws(draws.logp_E)
+    return {
+        "draw_count": _list(Ragged(draws.count_T, position_offsets), np.uint8),
+        "draw_ids": _list(Ragged(draws.ids_E, offsets), np.uint32),
+        "draw_logprobs": _list(Ragged(logp_E, offsets), np.float32),
     }
 
 
@@ -211,7 +259,7 @@ def _rewards(rewards: dict[str, list[float | None]], num: int) -> pa.Array:
 def from_table(table: pa.Table, metadata: Metadata) -> Traces:
     """Convert a table to Traces. Columns that were not read are empty: no tokens, no text, no verdict.
 
-    `top` is None if no distribution was captured or one of its columns was not read.
+    `top` and `draws` are None if they were not captured or one of their columns was not read.
     """
     num = len(table)
     column = {name: _whole(table.column(name)) for name in table.column_names}
@@ -240,6 +288,7 @@ def from_table(table: pa.Table, metadata: Metadata) -> Traces:
         rewards=_reward_columns(texts("rewards", ())),
         correct=texts("correct", None),
         finish_reason=texts("finish_reason"),
+        draws=_draws_of(column, metadata),
     )
 
 
@@ -267,11 +316,23 @@ def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
     count_T, ids_E, tail_T = flat("top_count"), flat("top_ids"), flat("tail_logprob")
     value_E = flat("top_logprobs" if metadata.exact else "top_steps")
     adds_up = int(count_T.sum(dtype=np.int64)) == len(ids_E) == len(value_E)
-    if not adds_up or len(count_T) != len(tail_T) or (len(count_T) and count_T.min() < 1):
+    held_T = _held(count_T, metadata)
+    if not adds_up or len(count_T) != len(tail_T) or (len(count_T) and count_T[held_T].min(initial=1) < 1):
         raise UserError("top_count does not add up to top_ids: the file is damaged or was written by another program.")
     if not metadata.exact:
-        value_E = quantisation.dequantise(count_T, value_E, tail_T)
+        value_E = quantisation.dequantise(count_T[held_T], value_E, tail_T[held_T])
     return TopK(count_T, ids_E, value_E, tail_T)
+
+
+def _draws_of(column: dict[str, Any], metadata: Metadata) -> Draws | None:
+    if metadata.tail_draws == 0 or not all(name in column for name in DRAW_COLUMNS):
+        return None
+    count_T, ids_E, logp_E = (_ragged(column[name], metadata).values for name in DRAW_COLUMNS)
+    if not int(count_T.sum(dtype=np.int64)) == len(ids_E) == len(logp_E):
+        raise UserError(
+            "draw_count does not add up to draw_ids: the file is damaged or was written by another program."
+        )
+    return Draws(count_T.astype(np.int32), ids_E, logp_E)
 
 
 def _reward_columns(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.tail_draws import DRAW_MASS
 from distill.traces import folder, provenance
 from distill.traces.reader import SELECTION_FILE, TraceReader, open_traces
 from distill.traces.summary import Stats, stats
@@ -75,6 +76,12 @@ def _lineage(reader: TraceReader) -> list[tuple[str, str]]:
         ("log-probabilities", f"{meta.logprob_mode}, temperature {meta.logprob_temperature:g}: before top-p"),
         ("support", f"at most {meta.top_k} entries a position, until they hold {meta.mass:g} of the mass"
          if meta.top_k else "none"),
+        *(
+            [("draws from the tail", f"up to {meta.tail_draws} a position: `draw_count`, `draw_ids`, `draw_logprobs`; each stands for "
+              f"max(exp(tail_logprob), {DRAW_MASS:g}) / {meta.tail_draws} of the tail's mass")]
+            if meta.tail_draws
+            else []
+        ),
         ("engine", _code(f"{meta.engine} {meta.dtype}".strip())),
         ("packages", ", ".join(_code(f"{key} {value}") for key, value in meta.versions.items()) or "not recorded"),
     ]  # fmt: skip
@@ -140,6 +147,12 @@ def _reading(reader: TraceReader) -> str:
         "\nPosition t (token t of the completion) has `top_count[t]` entries, position after position, the most probable "
         "first: `top_ids` and "
     )
+    if reader.metadata.position_share < 1:
+        text = text.replace(
+            "\nPosition t",
+            f"\nDistributions are stored at {reader.metadata.position_share:.0%} of each completion's positions, chosen by "
+            f"{_code(reader.metadata.positions)}; at the others `top_count` is 0.\n\nPosition t",
+        )
     steps = reader.metadata.steps_per_nat
     if reader.metadata.exact:
         text += "their log-probabilities `top_logprobs`."
@@ -196,7 +209,7 @@ with counts as (
     select trace_id, generate_subscripts(top_count, 1) as t, unnest(top_count) as num, unnest(tail_logprob) as tail
     from '*.parquet'
 ), positions as (
-    select *, sum(num) over (partition by trace_id order by t) - num + 1 as first from counts
+    select *, sum(num) over (partition by trace_id order by t) - num + 1 as first from counts where num > 0
 ), entries as (
     select trace_id, generate_subscripts(top_ids, 1) as i, unnest(top_ids) as id, unnest(VALUE) as value
     from '*.parquet'

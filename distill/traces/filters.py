@@ -128,6 +128,10 @@ def paragraphs(group: Traces, *, max_chars: Count | None = 2000, max_words: Coun
     )
 
 
+PROMPT_FILTERS = frozenset({"decontaminate"})
+"""Filters that look at prompts only: what they keep does not depend on the completions."""
+
+
 def code_blocks(group: Traces, *, max_blocks: Count = 0) -> Array:
     """Keep reasoning with at most max_blocks fenced code blocks.
 

@@ -52,7 +52,7 @@ class Manifest:
             {
                 "format": FORMAT,
                 "writer": self.writer,
-                "metadata": self.metadata.model_dump(),
+                "metadata": self.metadata.tree(),
                 "shards": [asdict(shard) for shard in self.shards],
             },
         )

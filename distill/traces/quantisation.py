@@ -2,6 +2,7 @@
 
     top_steps      uint16 an entry: its distance below the previous entry, in 1/32 nat; 0 for the first
     tail_logprob   float32 a position: log of the mass in no entry, its log-odds rounded to 1/16 nat
+    draw_logprobs  float32 a draw from the tail (schema 2): rounded to 1/8 nat
 
 To decode a position, let x be the running sum of its steps over 32. An entry's probability is
 
@@ -30,6 +31,9 @@ STEPS_PER_NAT: Final = 32
 TAIL_STEPS_PER_NAT = 16
 LOGPROB_STEPS_PER_NAT = 1024
 """The sampled token's log-probability is a float32 rounded to a multiple of this, which halves its compressed size."""
+
+DRAW_STEPS_PER_NAT = 8
+"""A draw's log-probability enters the value of a loss, times its part of the tail's mass, and no gradient."""
 
 MAX_MASS_ERROR = 1e-2
 """Entries and tail of a position add up to 1 within this tolerance, the error of half-precision logits."""
@@ -78,6 +82,12 @@ def round_logprobs(logprobs: Array) -> Array:
     """Round the sampled tokens' log-probabilities for the quantised variant; the error is at most 1/2048 nat."""
     scale = np.float32(LOGPROB_STEPS_PER_NAT)
     return np.asarray(np.rint(np.asarray(logprobs, np.float32) * scale) / scale)
+
+
+def round_draws(logprobs: Array) -> Array:
+    """Round the log-probabilities of draws from the tail for the quantised variant; the error is at most 1/16 nat."""
+    scale = np.float32(DRAW_STEPS_PER_NAT)
+    return np.asarray(np.minimum(np.rint(np.asarray(logprobs, np.float32) * scale) / scale, 0))
 
 
 def check(top: TopK, top_k: int) -> None:

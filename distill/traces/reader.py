@@ -26,6 +26,7 @@ from distill.traces import codec, folder
 from distill.traces.schema import (
     COLUMNS,
     DISTRIBUTION_COLUMNS,
+    DRAW_COLUMNS,
     VALUE_COLUMNS,
     Metadata,
     metadata_of,
@@ -129,7 +130,7 @@ class TraceReader:
             del parts
             order = _hash_order(seed, table.column("trace_id").to_pylist())[mine]
             if columns is not None:
-                table = table.select(_column_names(columns, with_id=False))
+                table = table.select(self._names(columns, with_id=False))
             for start in range(skip, num_mine, rows):
                 yield codec.from_table(_take(table, order[start : start + rows]), self.metadata)
             skip = 0
@@ -163,7 +164,7 @@ class TraceReader:
         with_id: bool = False,
     ) -> Iterator[tuple[Array, pa.Table]]:
         """Yield one shard's (selected) rows: their numbers in the shard, and a table."""
-        names = _column_names(columns, with_id)
+        names = self._names(columns, with_id)
         keep = None if self.selected is None else self.selected.get(shard.file, np.empty(0, int))
         if keep is not None and not len(keep):
             return
@@ -181,6 +182,11 @@ class TraceReader:
             start = stop
         if start != shard.rows:
             raise damaged(self.base / shard.file, f"{start} rows instead of {shard.rows}")
+
+    def _names(self, columns: Sequence[str] | None, with_id: bool) -> list[str]:
+        """Check column names and return those that these traces have, in the schema's order."""
+        has = set(self.metadata.arrow_schema.names)
+        return [name for name in _column_names(columns, with_id) if name in has]
 
     def _num_rows(self, shard: folder.Shard) -> int:
         return shard.rows if self.selected is None else len(self.selected.get(shard.file, ()))
@@ -292,7 +298,7 @@ def damaged(path: Path, why: str) -> UserError:
 
 def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names: list[str]) -> Iterator[pa.Table]:
     """Verify a shard file, then yield its columns, `rows` at a time."""
-    source = _checked_source(path, shard, whole=any(name in DISTRIBUTION_COLUMNS for name in names))
+    source = _checked_source(path, shard, whole=any(name in (*DISTRIBUTION_COLUMNS, *DRAW_COLUMNS) for name in names))
     with source:
         try:
             file = pq.ParquetFile(source, page_checksum_verification=True)

@@ -5,7 +5,13 @@ position t, which is token t of the completion, has `top_count[t]` entries; they
 in `top_ids` (by descending probability) and `top_steps`, which one formula turns into probabilities
 (`quantisation.py`; data/README.md has it for pandas and DuckDB). `tail_logprob[t]` is the log of the mass outside the
 entries. If a folder's metadata says `exact: true`, `top_logprobs` holds the entries' float32 log-probabilities and
-`top_steps` is null; otherwise `top_logprobs` is null. Without a distribution (`top_k: 0`) all five columns are null.
+`top_steps` is null; otherwise `top_logprobs` is null. Without a distribution (`top_k: 0`) all five columns are null. If the
+metadata has a `position_share` below 1, only that share of each completion's positions has a distribution; at the others
+`top_count` is 0 and `tail_logprob` is 0 (all mass is outside the entries).
+
+Schema 2 is schema 1 with draws from the tail: position t has `draw_count[t]` of them, ids in `draw_ids` and their
+log-probabilities in `draw_logprobs`. Each stands for max(exp(tail_logprob[t]), 0.01) / tail_draws of the tail's mass. Traces without
+draws (`tail_draws: 0`) are written in schema 1.
 
 The metadata is stored as JSON under the key `distill` in every file's key-value metadata, and in the manifest. How shards
 are cut, found and locked is in `folder.py`.
@@ -23,16 +29,19 @@ from pydantic import Field
 
 from distill import plug
 from distill.records import Sampling, UserError
+from distill.tail_draws import MAX_DRAWS
 from distill.traces.quantisation import STEPS_PER_NAT
 
-SCHEMA_VERSION: Final = 1
-"""Frozen: `data/golden/` holds shards of it that every later version must read. Other versions are refused."""
+SCHEMA_VERSIONS: Final = (1, 2)
+"""Frozen: `data/golden/` holds shards of them that every later version must read. Other versions are refused."""
 
 METADATA_KEY = b"distill"
 
 VALUE_COLUMNS = ("top_steps", "top_logprobs")
 """The two forms of an entry's value; a folder has one of them. Asking for either column reads both."""
 DISTRIBUTION_COLUMNS = ("top_count", "top_ids", *VALUE_COLUMNS, "tail_logprob")
+DRAW_COLUMNS = ("draw_count", "draw_ids", "draw_logprobs")
+"""Only in schema 2."""
 
 
 # Lists of tokens have 64-bit offsets in memory: a buffer of long traces may hold more than 2^31 entries, and the offsets
@@ -70,8 +79,12 @@ ARROW_SCHEMA = pa.schema(
         pa.field("finish_reason", pa.string()),
     ]
 )
-COLUMNS = tuple(ARROW_SCHEMA.names)
-LIGHT_COLUMNS = tuple(name for name in COLUMNS if name not in DISTRIBUTION_COLUMNS and name != "logprob")
+_DRAW_FIELDS = (("draw_count", _list_of(pa.uint8())), ("draw_ids", _IDS), ("draw_logprobs", _LOGPROBS))
+ARROW_SCHEMAS: Final = {1: ARROW_SCHEMA, 2: pa.schema([*ARROW_SCHEMA, *(pa.field(*each) for each in _DRAW_FIELDS)])}
+COLUMNS = tuple(ARROW_SCHEMAS[2].names)
+LIGHT_COLUMNS = tuple(
+    name for name in COLUMNS if name not in (*DISTRIBUTION_COLUMNS, *DRAW_COLUMNS) and name != "logprob"
+)
 """The columns without a value a position; filters read these."""
 
 Fingerprint = str
@@ -85,7 +98,8 @@ class Metadata(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = 1
+    """2 if and only if there are draws from the tail."""
     model: str
     """The teacher as the recipe names it: a hub id, a folder, a stage."""
     source: str = ""
@@ -111,11 +125,38 @@ class Metadata(pydantic.BaseModel):
     top_k: int = Field(ge=0)
     """The largest number of entries a position; 0: no distribution was captured."""
     mass: float = Field(gt=0, le=1)
+    tail_draws: int = Field(0, ge=0, le=MAX_DRAWS)
+    """The largest number of draws from the tail a position; 0: none were captured."""
+    positions: str = ""
+    """The function (`weights.fn`) that chose the positions whose distributions are stored. Empty: all positions."""
+    position_share: float = Field(1.0, gt=0, le=1)
+    """The share of each completion's positions that it chose, rounded up; the others have `top_count` 0 and `tail_logprob` 0."""
     engine: str
     dtype: str = ""
     """The engine's dtype; recorded, never compared. Empty: not recorded."""
     versions: dict[str, str] = {}
     """Versions of the packages that wrote the traces; recorded, never compared."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _version_of_draws(cls, tree: Any) -> Any:
+        """Fill in the schema's version where none is given."""
+        if isinstance(tree, dict) and "schema_version" not in tree and tree.get("tail_draws"):
+            return {**tree, "schema_version": 2}
+        return tree
+
+    @pydantic.model_validator(mode="after")
+    def _draws_in_schema_2(self) -> Metadata:
+        if (self.schema_version == 2) != (self.tail_draws > 0):
+            raise ValueError(
+                f"schema_version {self.schema_version} with tail_draws {self.tail_draws}: draws are what schema 2 adds"
+            )
+        return self
+
+    @property
+    def arrow_schema(self) -> pa.Schema:
+        """The columns of these traces."""
+        return ARROW_SCHEMAS[self.schema_version]
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that must be equal for rows to share a folder, flat: dotted key -> value."""
@@ -129,7 +170,18 @@ class Metadata(pydantic.BaseModel):
         return [f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
 
     def to_json(self) -> str:
-        return self.model_dump_json()
+        """Return the metadata as JSON, without the keys that belong to other traces."""
+        return self.model_dump_json(exclude=self._absent)
+
+    def tree(self) -> dict[str, Any]:
+        """Return the metadata as a tree, as a manifest holds it."""
+        return self.model_dump(exclude=self._absent)
+
+    @property
+    def _absent(self) -> set[str]:
+        """Keys of other traces: of draws from the tail, and of distributions at a share of the positions."""
+        draws = {"tail_draws"} if self.schema_version == 1 else set()
+        return draws | ({"positions", "position_share"} if self.position_share == 1 else set())
 
     @staticmethod
     def parse(text: str | bytes | Mapping[str, Any], where: str) -> Metadata:
@@ -142,9 +194,9 @@ class Metadata(pydantic.BaseModel):
         except ValueError as error:
             raise UserError(f"{where}: its metadata is not JSON: {error}.") from None
         version = tree.get("schema_version") if isinstance(tree, dict) else None
-        if version != SCHEMA_VERSION:
+        if version not in SCHEMA_VERSIONS:
             raise UserError(
-                f"{where}: trace schema version {version!r}; this version of distill reads version {SCHEMA_VERSION}. "
+                f"{where}: trace schema version {version!r}; this version of distill reads versions 1 and 2. "
                 "Read it with the distill that wrote it, or generate the traces again."
             )
         try:
@@ -169,6 +221,6 @@ def metadata_of(schema: Any, where: str) -> Metadata:
     if text is None:
         raise UserError(f"{where}: not a trace shard: it carries no distill metadata.")
     metadata = Metadata.parse(text, where)
-    if not schema.remove_metadata().equals(ARROW_SCHEMA):
-        raise UserError(f"{where}: its columns are not those of trace schema {SCHEMA_VERSION}.")
+    if not schema.remove_metadata().equals(metadata.arrow_schema):
+        raise UserError(f"{where}: its columns are not those of trace schema {metadata.schema_version}.")
     return metadata

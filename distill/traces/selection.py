@@ -129,6 +129,15 @@ def select(
     return result
 
 
+def filters_of(path: str | Path) -> tuple[str, ...]:
+    """Return the names of the filters that chose the traces at a path, of all selections on the way; none for shards."""
+    path = Path(path)
+    if not (path / SELECTION_FILE).is_file():
+        return ()
+    tree = folder.read_json(path / SELECTION_FILE)
+    return (*filters_of((path / tree["source"]).resolve()), *(each["fn"] for each in tree["filters"]))
+
+
 def _bind(config: PlugConfig, held_out: Callable[[str], HeldOut] | None) -> Any:
     """Bind a filter to its options and, if it takes one, to the evaluation set."""
     where = f"keep.{config.fn}"

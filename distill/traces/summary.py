@@ -13,14 +13,15 @@ import pyarrow.compute as pc
 from distill.traces.reader import open_traces
 
 _COLUMNS = ("problem_id", "prompt_tokens", "completion_tokens", "reward", "correct", "finish_reason",
-            "top_count", "tail_logprob")  # fmt: skip
+            "top_count", "tail_logprob", "draw_count")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
     """Statistics of traces. Rates are over the traces that have the value; nan if none has.
 
-    mean_support: entries a position. mean_tail_mass: probability outside the entries, a position.
+    mean_support: entries a position. mean_tail_mass: probability outside the entries, a position. Both of positions that have a
+    distribution. mean_draws: draws from the tail, a position.
     bytes_per_position: of the shards on disk, all their rows and columns.
     completion_lengths: upper bound (a power of two) -> number of traces with at most that many tokens and more than half.
     """
@@ -31,6 +32,7 @@ class Stats:
     completion_tokens: int
     mean_support: float
     mean_tail_mass: float
+    mean_draws: float
     bytes_per_position: float
     correct_rate: float
     mean_reward: float
@@ -60,7 +62,9 @@ def stats(path: str | Path) -> Stats:
     """Compute the statistics of the traces at a path. Raises UserError as reading does."""
     reader = open_traces(path)
     problems: set[str] = set()
-    sums = dict.fromkeys(("prompt", "entries", "tail", "correct", "judged", "reward", "rewarded", "cut"), 0.0)
+    sums = dict.fromkeys(
+        ("prompt", "entries", "tail", "held", "draws", "correct", "judged", "reward", "rewarded", "cut"), 0.0
+    )
     lengths = np.zeros(64, np.int64)
     num_completion = 0
     for table in reader.tables(1024, _COLUMNS):
@@ -71,10 +75,13 @@ def stats(path: str | Path) -> Stats:
         exponents = np.ceil(np.log2(np.maximum(tokens, 1))).astype(int)
         lengths += np.bincount(exponents, minlength=64)
         tail = pc.list_flatten(column["tail_logprob"]).to_numpy().astype(np.float64)
+        held = pc.list_flatten(column["top_count"]).to_numpy() > 0
         for key, amount in (
             ("prompt", pc.sum(column["prompt_tokens"]).as_py()),
             ("entries", pc.sum(pc.list_flatten(column["top_count"])).as_py()),
-            ("tail", np.exp(tail).sum()),
+            ("tail", np.exp(tail[held]).sum()),
+            ("held", held.sum()),
+            ("draws", pc.sum(pc.list_flatten(column["draw_count"])).as_py() if "draw_count" in column else 0),
             ("correct", pc.sum(column["correct"]).as_py()),
             ("judged", pc.count(column["correct"]).as_py()),
             ("reward", pc.sum(column["reward"]).as_py()),
@@ -88,8 +95,9 @@ def stats(path: str | Path) -> Stats:
         problems=len(problems),
         prompt_tokens=int(sums["prompt"]),
         completion_tokens=num_completion,
-        mean_support=_ratio(sums["entries"], num_completion),
-        mean_tail_mass=_ratio(sums["tail"], num_completion) if reader.metadata.top_k else math.nan,
+        mean_support=_ratio(sums["entries"], sums["held"] or num_completion),
+        mean_tail_mass=_ratio(sums["tail"], sums["held"]) if reader.metadata.top_k else math.nan,
+        mean_draws=_ratio(sums["draws"], num_completion) if reader.metadata.tail_draws else math.nan,
         bytes_per_position=_ratio(sum(shard.bytes for shard in reader.shards), positions_on_disk),
         correct_rate=_ratio(sums["correct"], sums["judged"]),
         mean_reward=_ratio(sums["reward"], sums["rewarded"]),

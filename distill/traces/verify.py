@@ -6,7 +6,7 @@ Re-scoring with the teacher is an audit (`tools.audit`): this room loads no mode
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from distill.records import Array, TopK, UserError
+from distill.records import Array, Draws, TopK, UserError
 from distill.traces import codec, folder, reader, writer
 from distill.traces.schema import Metadata
 
@@ -212,6 +212,8 @@ def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
         bounds = np.concatenate([[0], np.cumsum(lengths("top_count"))])
         if not np.array_equal(np.diff(running[bounds]), lengths("top_ids")):
             faults.append("top_count does not add up to the entries of its trace")
+    if metadata.tail_draws:
+        faults += _draw_faults(lengths, table)
     if faults:
         return faults
     try:
@@ -221,6 +223,22 @@ def check_table(table: pa.Table, metadata: Metadata) -> list[str]:
         return [str(error)]
     if traces.top is not None and (repeated := _num_repeated(traces.top)):
         return [f"{repeated} positions have an id twice among their entries"]
+    if traces.top is not None and traces.draws is not None and (kept := _num_kept(traces.top, traces.draws)):
+        return [f"{kept} draws from the tail are among the entries of their position"]
+    return []
+
+
+def _draw_faults(lengths: Callable[[str], Array], table: pa.Table) -> list[str]:
+    """Return the contradictions between the columns of draws."""
+    if not np.array_equal(lengths("draw_ids"), lengths("draw_logprobs")):
+        return ["draw_ids and draw_logprobs differ in length"]
+    if not np.array_equal(lengths("draw_count"), lengths("completion_ids")):
+        return ["draw_count and completion_ids differ in length"]
+    counts = pc.list_flatten(table.column("draw_count")).to_numpy()
+    running = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    bounds = np.concatenate([[0], np.cumsum(lengths("draw_count"))])
+    if not np.array_equal(np.diff(running[bounds]), lengths("draw_ids")):
+        return ["draw_count does not add up to the draws of its trace"]
     return []
 
 
@@ -231,6 +249,14 @@ def _columns_with_nulls(table: pa.Table) -> list[str]:
         items = pc.list_flatten(table.column(name))
         columns |= {f"{name} items": items, f"{name}.{field}": pc.struct_field(items, field)}
     return [name for name, column in columns.items() if column.null_count]
+
+
+def _num_kept(top: TopK, draws: Draws) -> int:
+    """Count the draws whose id is an entry of the same position."""
+    top_E, draw_E = (
+        np.repeat(np.arange(len(each), dtype=np.int64), each.count_T) << 32 | each.ids_E for each in (top, draws)
+    )
+    return int(np.isin(draw_E, top_E).sum())
 
 
 def _num_repeated(top: TopK) -> int:

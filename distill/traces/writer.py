@@ -320,6 +320,8 @@ def row_bytes(traces: Traces) -> Array:
     bytes_N += 4 * traces.prompt_ids.lengths + 16 * traces.completion_ids.lengths
     if traces.top is not None:
         bytes_N += 8 * np.diff(traces.top.offsets[traces.completion_ids.offsets])
+    if traces.draws is not None:
+        bytes_N += 8 * np.diff(traces.draws.offsets[traces.completion_ids.offsets])
     return bytes_N
 
 

@@ -28,6 +28,9 @@ class Batch:
     teacher_ids_TK               int64 [T, K], -1 = no entry;  teacher_logp_TK float32, -inf there
     teacher_tail_T               float32 [T], log of the teacher's mass outside teacher_ids_TK
     each_logp_TMK, each_tail_TM  float32 [T, M, K], [T, M]: of each of several teachers, where teacher_* are their mixture
+    draw_ids_TN, draw_logp_TN    int64 [T, N], -1 = none; float32: ids drawn from the teacher's tail (an id twice counts twice) and
+                                 the teacher's log-probabilities of them;  draw_mass_T float32 [T]: the tail's mass for a draw
+    teacher_label_T              float32 [T]: the log-probability of label_T under the model that wrote or scored the trace
     advantage_T, old_logp_T, ref_logp_T, engine_logp_T   float32 [T], of label_T; rollouts only
     progress                     share of the steps done before this one: 0 at the first, 1 at the last
     cross_tokenizer              the same texts re-tokenised for a teacher with another tokenizer
@@ -47,6 +50,10 @@ class Batch:
     teacher_tail_T: Any = None
     each_logp_TMK: Any = None
     each_tail_TM: Any = None
+    draw_ids_TN: Any = None
+    draw_logp_TN: Any = None
+    draw_mass_T: Any = None
+    teacher_label_T: Any = None
     advantage_T: Any = None
     old_logp_T: Any = None
     ref_logp_T: Any = None

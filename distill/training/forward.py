@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.models.prune import decoder_layers
 from distill.training.attention import PACKED, Layout
 from distill.training.batch import Batch
+from distill.training.layer_outputs import LayerOutputs
 from distill.training.loss.kernels import HeadForm
 
 LayoutName = Literal["packed", "rows", "single"]
@@ -51,11 +53,18 @@ class ForwardPlan:
         if self.layout == "packed":
             base_model(model).set_attn_implementation(PACKED)
 
-    def hidden(self, model: Any, batch: Batch, rows: Tensor) -> Tensor:
-        """Return the last hidden states [rows, D] at `rows` (positions of the packed batch)."""
+    def hidden(self, model: Any, batch: Batch, rows: Tensor, outputs: LayerOutputs | None = None) -> Tensor:
+        """Return the last hidden states [rows, D] at `rows` (positions of the packed batch).
+
+        outputs: filled with those of the layers that it names, at the same rows.
+        """
+        wanted = outputs or LayerOutputs(())
         if self.layout == "packed":
-            return _packed(model, batch).index_select(0, rows)
-        return _by_rows(model, batch, rows, alone=self.layout == "single")
+            found = [state.index_select(0, rows) for state in _packed(model, batch, wanted)]
+        else:
+            found = _by_rows(model, batch, rows, wanted, alone=self.layout == "single")
+        last, *wanted.rows = found
+        return last
 
 
 def base_model(model: Any) -> Any:
@@ -79,19 +88,27 @@ def is_adapted(model: Any) -> bool:
     return hasattr(model, "get_base_model")
 
 
-def _packed(model: Any, batch: Batch) -> Tensor:
-    """Compute all documents of a batch end to end, [T, D]."""
-    out: Tensor = decoder_of(model)(
-        input_ids=batch.ids_T[None],
-        position_ids=batch.position_T[None],
-        use_cache=False,
-        layout=Layout.of(batch.doc_offsets, batch.parent, batch.ids_T.device),
-    ).last_hidden_state[0]
-    return out
+def _packed(model: Any, batch: Batch, wanted: LayerOutputs) -> list[Tensor]:
+    """Compute all documents of a batch end to end; return the last hidden states and the wanted layers', [T, D] each."""
+    with wanted.recorded(_layers(model, wanted)) as states:
+        last: Tensor = decoder_of(model)(
+            input_ids=batch.ids_T[None],
+            position_ids=batch.position_T[None],
+            use_cache=False,
+            layout=Layout.of(batch.doc_offsets, batch.parent, batch.ids_T.device),
+        ).last_hidden_state
+    return [state[0] for state in (last, *states)]
 
 
-def _by_rows(model: Any, batch: Batch, rows: Tensor, *, alone: bool) -> Tensor:
-    """Compute each trace, its shared prefixes included, as a row of its own; [rows, D].
+def _layers(model: Any, wanted: LayerOutputs) -> Sequence[Any]:
+    """Return a model's decoder layers, if any is wanted."""
+    return decoder_layers(base_model(model)) if wanted.layers else ()
+
+
+def _by_rows(model: Any, batch: Batch, rows: Tensor, outputs: LayerOutputs, *, alone: bool) -> list[Tensor]:
+    """Compute each trace, its shared prefixes included, as a row of its own.
+
+    Returns the last hidden states and the wanted layers', [rows, D] each.
 
     Rows are padded at the right, where a causal model's earlier positions do not see it.
     """
@@ -102,21 +119,25 @@ def _by_rows(model: Any, batch: Batch, rows: Tensor, *, alone: bool) -> Tensor:
     for n, doc in enumerate(doc_R.tolist()):
         wanted.setdefault(doc, []).append(n)
     decoder = decoder_of(model)
-    parts, order = [], []
+    parts: list[list[Tensor]] = [[] for _ in range(1 + len(outputs.layers))]
+    order: list[int] = []
     for docs in _groups({doc: int(layout.lengths[doc] + layout.before[doc]) for doc in wanted}, alone):
         ids = [batch.ids_T[layout.tokens(doc)] for doc in docs]
         width = max(map(len, ids))
         ids_BL = torch.stack([F.pad(each, (0, width - len(each))) for each in ids])
-        out_BLD = decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
+        with outputs.recorded(_layers(model, outputs)) as states:
+            out_BLD = decoder(input_ids=ids_BL, use_cache=False).last_hidden_state
         for b, doc in enumerate(docs):
-            parts.append(out_BLD[b].index_select(0, place_R[wanted[doc]].to(rows.device)))
+            places = place_R[wanted[doc]].to(rows.device)
+            for part, state_BLD in zip(parts, (out_BLD, *states), strict=True):
+                part.append(state_BLD[b].index_select(0, places))
             order += wanted[doc]
-    if not parts:
+    if not order:
         weight: Tensor = base_model(model).get_output_embeddings().weight
-        return weight.new_zeros(0, weight.shape[1])
+        return [weight.new_zeros(0, weight.shape[1]) for _ in parts]
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
-    return torch.cat(parts).index_select(0, back.to(rows.device))
+    return [torch.cat(part).index_select(0, back.to(rows.device)) for part in parts]
 
 
 def _groups(lengths: dict[int, int], alone: bool) -> Iterator[list[int]]:

@@ -274,10 +274,10 @@ class _Loop:
         for number, batch in enumerate(micro_batches, 1):
             self._check_ids(batch)
             rows = torch.from_numpy(batch.weight_T.nonzero()[0])
-            report.counts.add_batch(batch, len(rows))
             report.tokens += len(batch.ids_T) if len(rows) else 0
             parallel.before_backward(self.module, last=number == len(micro_batches))
             out = self.module(batch.to_torch(self.device), rows.to(self.device))
+            report.counts.add_batch(batch, len(rows), None if out.chosen is None else len(out.chosen))
             (out.loss * factor if factor > 1 else out.loss).backward()
             self.optimizer.accumulate()
             loss += out.loss.detach().float()

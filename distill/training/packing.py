@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from distill.records import Array, TopK, Traces
+from distill.records import Array, Draws, TopK, Traces
+from distill.tail_draws import weights
 from distill.training.batch import Batch, CrossTokenizerBatch
 from distill.training.loss.cross_tokenizer.alignment import Alignment, RetokenizedTrace
 from distill.training.loss.multi_teacher import TeacherMixture
@@ -39,8 +40,11 @@ class Example:
     """One trace to learn from: prompt_ids int [P], completion_ids int [C], and what a loss needs of it.
 
     top: distributions of one teacher or several, C rows each, or None. advantage (rollouts): one number, or one a
-    completion token. engine_logp (rollouts): the engine's log-probability of each completion token, float32 [C].
+    completion token. draws: from the teacher's tail, with draw_mass [C], the mass that one draw of a position stands for.
+    teacher_logp: log-probability of each completion token under the teacher, float32 [C]. engine_logp (rollouts): the engine's log-probability of each completion token, float32 [C].
     retokenized: the trace re-tokenised for a teacher with another tokenizer.
+    weighted: bool [C], the tokens that may have a weight; None = all. num_weighted: the number of those that have one in the loss;
+    None = as many as weighted. A loss that chooses them itself, in the step, chooses as many.
     """
 
     trace_id: str
@@ -50,9 +54,32 @@ class Example:
     advantage: float | Array | None = None
     engine_logp: Array | None = None
     retokenized: RetokenizedTrace | None = None
+    draws: Draws | None = None
+    draw_mass: Array | None = None
+    teacher_logp: Array | None = None
+    weighted: Array | None = None
+    num_weighted: int | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def num_learned(self) -> int:
+        """The number of completion tokens that count in the loss."""
+        if self.num_weighted is not None:
+            return self.num_weighted
+        return len(self.completion_ids) if self.weighted is None else int(self.weighted.sum())
+
+    def first(self, num: int) -> Example:
+        """Return the example with the first `num` tokens of its completion, and what it holds of those."""
+        changes: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, np.ndarray) and f.name != "prompt_ids":
+                changes[f.name] = value[:num]
+            elif hasattr(value, "slice"):  # distributions
+                changes[f.name] = value.slice(0, num)
+        return replace(self, **changes)
 
 
 class Source(Protocol):
@@ -73,11 +100,21 @@ class Source(Protocol):
         ...
 
 
-def examples_of(traces: Traces, *, with_top: bool = True) -> Iterator[Example]:
-    """The traces of a block as examples."""
+def examples_of(traces: Traces, *, with_top: bool = True, tail_draws: int = 0) -> Iterator[Example]:
+    """The traces of a block as examples, with what was read of their distributions. tail_draws: of the traces' metadata."""
+    has_logprob = bool(traces.logprob.offsets[-1])
     for n, trace_id in enumerate(traces.trace_id):
         top = traces.top_of(n) if with_top else None
-        yield Example(trace_id, traces.prompt_ids[n], traces.completion_ids[n], top)
+        draws = traces.draws_of(n) if with_top else None
+        yield Example(
+            trace_id,
+            traces.prompt_ids[n],
+            traces.completion_ids[n],
+            top,
+            draws=draws,
+            draw_mass=weights(top.tail_T, tail_draws) if top is not None and draws is not None else None,
+            teacher_logp=traces.logprob[n] if with_top and has_logprob else None,
+        )
 
 
 def steps(source: Source, *, batch_traces: int, start: int = 0) -> Iterator[list[Example]]:
@@ -145,7 +182,7 @@ def pack(
 ) -> list[Batch]:
     """Pack the examples of one optimiser step into one process's micro-batches (numpy).
 
-    normalise "token": every completion token has weight 1; "sequence": every trace has weight 1, spread over its tokens.
+    normalise "token": every completion token that counts has weight 1; "sequence": every trace has weight 1, spread over them.
     denominator: None = the sum of all weights.
     With several processes each gets its share of the work (`split`), and all get equally many micro-batches: a process
     with fewer gets empty ones (weight 0), so that ranks stay in step. complete: adds to this process's examples what was
@@ -154,7 +191,7 @@ def pack(
     of text between common cuts take the place of tokens.
     """
     if denominator is None:
-        counts = [len(e.completion_ids) for e in examples]
+        counts = [e.num_learned for e in examples]
         denominator = float(sum(counts) if normalise == "token" else np.count_nonzero(counts))
     spans = [e.retokenized.alignment.num_spans for e in examples if e.retokenized is not None]
     num_spans = float(sum(spans) if normalise == "token" else np.count_nonzero(spans))
@@ -220,7 +257,8 @@ def _batch(group: ExampleGroup, normalise: str, denominator: float, *, masked: b
         label_T[start : stop - 1] = ids_T[start + 1 : stop]
         rows = slice(stop - num - 1, stop - 1)
         if not masked:
-            weight_T[rows] = 1.0 if normalise == "token" else 1.0 / max(num, 1)
+            each = 1.0 if normalise == "token" else 1.0 / max(example.num_learned, 1)
+            weight_T[rows] = each if example.weighted is None else np.where(example.weighted, each, 0.0)
         place_T[rows] = np.arange(num)
         rows_of.append(rows)
     position_T = np.arange(total) - np.repeat(offsets[:-1] - starts, lengths)
@@ -235,6 +273,7 @@ def _batch(group: ExampleGroup, normalise: str, denominator: float, *, masked: b
         denominator=denominator,
         trace_ids=tuple(e.trace_id for e in examples),
         **_teacher_fields(examples, rows_of, total),
+        **_tail_fields(examples, rows_of, total),
         **_rollout_fields(examples, rows_of, total),
     )
 
@@ -261,6 +300,25 @@ def _teacher_fields(examples: Sequence[Example], rows_of: Sequence[slice], total
         if isinstance(top, TeacherMixture):
             fields["each_logp_TMK"][rows] = top.each(width)
             fields["each_tail_TM"][rows] = top.each_tail_CM
+    return fields
+
+
+def _tail_fields(examples: Sequence[Example], rows_of: Sequence[slice], total: int) -> dict[str, Any]:
+    """Return the draws from the teacher's tail and its log-probabilities of the labels, where every example has them."""
+    fields: dict[str, Any] = {}
+    draws = [e.draws for e in examples if e.draws is not None]
+    if examples and len(draws) == len(examples):
+        width = max(each.width for each in draws)
+        fields["draw_ids_TN"] = np.full((total, width), -1, np.int64)
+        fields["draw_logp_TN"] = np.full((total, width), -np.inf, np.float32)
+        fields["draw_mass_T"] = np.zeros(total, np.float32)
+        for example, drawn, rows in zip(examples, draws, rows_of, strict=True):
+            fields["draw_ids_TN"][rows], fields["draw_logp_TN"][rows] = drawn.dense(width)
+            fields["draw_mass_T"][rows] = example.draw_mass
+    if examples and all(e.teacher_logp is not None for e in examples):
+        fields["teacher_label_T"] = np.zeros(total, np.float32)
+        for example, rows in zip(examples, rows_of, strict=True):
+            fields["teacher_label_T"][rows] = example.teacher_logp
     return fields
 
 

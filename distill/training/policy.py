@@ -22,6 +22,7 @@ from distill.records import Array
 from distill.training import parallel
 from distill.training.batch import Batch
 from distill.training.forward import ForwardPlan, base_model, is_adapted, with_vocab
+from distill.training.layer_outputs import LayerOutputs
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.dense import Logits
 from distill.training.loss.head import Student, Targets, head_loss
@@ -56,11 +57,13 @@ class TeacherModule(nn.Module):
         plan = teacher.plan or ForwardPlan.of(teacher.model, student_vocab_size)
         self.plan = with_vocab(plan, min(teacher.vocab_size or student_vocab_size, _head_rows(teacher.model)))
         self.plan.apply(teacher.model)
+        self.outputs: LayerOutputs | None = None
 
     @torch.no_grad()
     def forward(self, batch: Batch, rows: Tensor) -> Logits:
-        """rows: indices of the tokens that have a weight."""
-        return _logits(self.model, self.plan, self.plan.hidden(self.model, batch, rows), self.share)
+        """rows: indices of the tokens that have a weight. Fills `outputs`, if it is set."""
+        hidden_TE = self.plan.hidden(self.model, batch, rows, self.outputs)
+        return _logits(self.model, self.plan, hidden_TE, self.share)
 
     @torch.no_grad()
     def label_logp(self, batch: Batch, rows: Tensor) -> Tensor:
@@ -89,14 +92,15 @@ class StudentModule(nn.Module):
         self.plan = plan or ForwardPlan.of(model, vocab_size)
         self.plan.apply(model)
         self.teachers = tuple(TeacherModule(teacher, vocab_size) for teacher in teachers)
+        self.outputs: LayerOutputs | None = None
 
     def forward(self, batch: Batch, rows: Tensor) -> Output:
         """rows: indices of the tokens that have a weight; only they reach the head."""
         return self.objective.forward(self, batch, rows)
 
     def hidden(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Return the student's last hidden states [rows, D] for the given rows of a packed batch."""
-        return self.plan.hidden(self.model, batch, rows)
+        """Return the student's last hidden states [rows, D] for the given rows of a packed batch. Fills `outputs`, if set."""
+        return self.plan.hidden(self.model, batch, rows, self.outputs)
 
     def output_head(self) -> tuple[Tensor, Tensor | None]:
         """Return the student's output head: weight [V, D] and bias [V]."""

@@ -21,7 +21,7 @@ class WorkCounts:
 
     tokens through the body and head_tokens through the head, forward and backward, with the sum over traces of
     length squared; scored_*: the same, forward only; teacher_*: through a teacher's engine or a teacher with another
-    tokenizer; prompt_tokens and generated_tokens of completions sampled.
+    tokenizer; ranked_head_tokens: through the head, forward only, to choose those that are learned; prompt_tokens and generated_tokens of completions sampled.
     """
 
     tokens: int = 0
@@ -33,6 +33,7 @@ class WorkCounts:
     teacher_tokens: int = 0
     teacher_head_tokens: int = 0
     teacher_squared_lengths: int = 0
+    ranked_head_tokens: int = 0
     completions: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
@@ -42,12 +43,19 @@ class WorkCounts:
     bad_steps: int = 0
     seconds: float = 0.0
 
-    def add_batch(self, batch: Batch, num_rows: int) -> None:
-        """Count the training on a micro-batch, of which num_rows tokens have a weight; one without any only fills in."""
+    def add_batch(self, batch: Batch, num_rows: int, num_chosen: int | None = None) -> None:
+        """Count the training on a micro-batch, of which num_rows tokens have a weight; one without any only fills in.
+
+        num_chosen: the number of tokens that the loss chose among them in the step; None = it took them all.
+        """
         if not num_rows:
             return
         self.tokens += len(batch.ids_T)
-        self.head_tokens += num_rows
+        if num_chosen is None:
+            self.head_tokens += num_rows
+        else:
+            self.head_tokens += num_chosen
+            self.ranked_head_tokens += num_rows
         self.squared_lengths += batch.squared_lengths
         if batch.cross_tokenizer is not None:
             self.teacher_tokens += len(batch.cross_tokenizer.batch.ids_T)

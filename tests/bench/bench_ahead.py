@@ -1,6 +1,6 @@
 """Rollouts one ahead of the training against one after the other: learning curves over seeds, and the time that it would save.
 
-The quickstart's teacher stage: SmolLM2-135M after a cold start learns two-digit sums by GRPO, with `ahead` 0 and 1, engines in Ray
+The quickstart's teacher stage: SmolLM2-135M after a cold start learns short sums by GRPO, with `ahead` 0 and 1, engines in Ray
 actors, in float32. final: reward over the last third of the steps, mean and 95% interval over the seeds (t distribution).
 The two cores are shared by trainer and engines here, so the time with engines apart is computed from the measured parts of each
 step: one after the other, generate + train; ahead, the larger of the two (simulated).

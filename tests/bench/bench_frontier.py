@@ -12,6 +12,7 @@ Shapes: T positions, D hidden size, V vocabulary, K entries.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ from torch import Tensor
 
 from distill.records import Array
 from distill.reports.statistics import bca
+from distill.tail_draws import weights
 from distill.traces.reader import open_traces
+from distill.traces.schema import DISTRIBUTION_COLUMNS, DRAW_COLUMNS
 from distill.training.loss import divergences, sparse
 from distill.training.loss.dense import Logits, dense_loss
 from distill.training.loss.head import HeadForm, Targets, head_loss
 
 SETTINGS = ((4, 1.0), (8, 0.9), (16, 0.95), (32, 0.95), (64, 0.98), (64, 1.0), (128, 1.0))
+MARKS = {
+    ("bucket", False): "", ("own_token", False): " own", ("own_token", True): " half own", ("draws", False): f" {targets.DRAWS} draws",
+}  # fmt: skip
+"""How the plot calls an estimate of the tail."""
 STRIDE = 4
 """Every STRIDE-th held-out position is in the gradient's error."""
 
@@ -39,6 +46,7 @@ def main() -> None:
     targets.capture(sizes)
     held_out, (seed, *_) = HeldOut.of(sizes), asked.seeds
     arms = [ONLINE, TEXT, *(Arm(k, mass) for k, mass in SETTINGS)]
+    arms += [arm for setting in targets.TAILS for arm in targets.tails(*setting) if arm not in arms]
     students = {arm: targets.train(arm, sizes, seed, keep=asked.keep) for arm in arms}
     found = {arm: held_out.kl(student) for arm, student in students.items()}
     stored = {arm: cut_columns(arm, sizes) for arm in arms[2:]}
@@ -58,12 +66,13 @@ def main() -> None:
 def cut_columns(arm: Arm, sizes: Sizes) -> dict[str, Any]:
     """What the stored targets of an arm weigh: entries and bytes a position."""
     assert arm.top_k is not None
-    folder = targets.cut(sizes, arm.top_k, arm.mass)
+    folder = targets.stored(arm, sizes)
     reader = open_traces(folder)
     positions = int(reader.lengths().completion.sum())
     entries = sum(shard.entries for shard in reader.shards)
-    size = sum(chat_traces.column_bytes(file.read_bytes()) for file in folder.glob("*.parquet"))
-    return {"k": arm.top_k, "mass": arm.mass, "entries": entries / positions, "bytes": size / positions}  # fmt: skip
+    columns = (*DISTRIBUTION_COLUMNS, *DRAW_COLUMNS)
+    size = sum(chat_traces.column_bytes(file.read_bytes(), columns) for file in folder.glob("*.parquet"))
+    return {"k": arm.top_k, "mass": arm.mass, "tail": arm.tail, "entries": entries / positions, "bytes": size / positions}  # fmt: skip
 
 
 def gradient_errors(held_out: HeldOut, student: Path, sizes: Sizes, arms: list[Arm]) -> dict[Arm, float]:
@@ -79,7 +88,9 @@ def gradient_errors(held_out: HeldOut, student: Path, sizes: Sizes, arms: list[A
     (exact_TD,) = torch.autograd.grad(exact.loss, hidden_TD)
     errors = {}
     for arm in arms:
-        out = head_loss(hidden_TD, head_VD, sparse.forward_kl, stored_targets(arm, sizes, plain, pick))
+        options = {"tail": arm.tail, "bucket_share": arm.bucket_share}
+        loss = functools.partial(sparse.forward_kl, **options)
+        out = head_loss(hidden_TD, head_VD, loss, stored_targets(arm, sizes, plain, pick))
         (mine_TD,) = torch.autograd.grad(out.loss, hidden_TD)
         errors[arm] = float((mine_TD - exact_TD).norm() / exact_TD.norm())
     return errors
@@ -88,12 +99,17 @@ def gradient_errors(held_out: HeldOut, student: Path, sizes: Sizes, arms: list[A
 def stored_targets(arm: Arm, sizes: Sizes, plain: Targets, pick: Tensor) -> Targets:
     """The held-out positions as this arm's folder would hold them."""
     assert arm.top_k is not None
-    folder = targets.cut(sizes, arm.top_k, arm.mass, held_out=True)
+    folder = targets.stored(arm, sizes, held_out=True)
     (block,) = open_traces(folder).blocks(sizes.held_out)
     assert block.top is not None
     ids_TK, logp_TK = (torch.from_numpy(column)[pick] for column in block.top.dense())
     tail_T = torch.from_numpy(block.top.tail_T.copy())[pick]
-    return Targets(plain.label_T, plain.weight_T, ids_TK, logp_TK, tail_T)
+    sampled = {"teacher_label_T": torch.from_numpy(block.logprob.values.copy())[pick]}
+    if block.draws is not None:
+        for name, column in zip(("draw_ids_TN", "draw_logp_TN"), block.draws.dense(block.draws.width), strict=True):
+            sampled[name] = torch.from_numpy(column)[pick]
+        sampled["draw_mass_T"] = torch.from_numpy(weights(block.top.tail_T, arm.draws))[pick]
+    return Targets(plain.label_T, plain.weight_T, ids_TK, logp_TK, tail_T, **sampled)
 
 
 # ----------------------------------------------------------------------------------------------- the plot
@@ -121,7 +137,7 @@ def plot(stored: dict[Arm, dict[str, Any]], found: dict[Arm, Array], path: Path)
         bar = [[more.value - more.low], [more.high - more.value]]
         below.errorbar(row["bytes"], exact + more.value, bar, fmt="o", color="#1f5fa8", capsize=3)
         place = {"textcoords": "offset points", "ha": "left", "va": "center", "fontsize": 7}
-        name = f"{arm.top_k}, {arm.mass:g}".replace("0.", ".")
+        name = f"{arm.top_k}, {arm.mass:g}".replace("0.", ".") + MARKS[arm.tail, bool(arm.bucket_share)]
         below.annotate(name, (row["bytes"], exact + more.value), (6, 0), **place)
     below.axhline(exact, color="#3b7d3b", linestyle="--", label="online: exact targets")
     below.axhline(found[TEXT].mean(), color="#888888", linestyle=":", label="text alone (SFT)")

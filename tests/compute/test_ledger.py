@@ -249,6 +249,14 @@ def test_the_model_that_was_pruned_is_a_teacher_not_the_student() -> None:
     assert set(cost.stages["teacher"]) == {"teacher", "cold_start"}
 
 
+def test_traces_that_a_prune_stage_reads_count_for_its_student() -> None:
+    parents = {**PARENTS, "student": [Input("model", "teacher"), Input("data", "traces")]}
+    cost = arm_cost("student", STAGES, parents)
+    assert cost.student.flops == total("student")
+    assert set(cost.stages["inference"]) == {"traces"}
+    assert set(cost.stages["teacher"]) == {"teacher", "cold_start"}
+
+
 def test_a_teacher_in_the_loop() -> None:
     stages = {**STAGES, "on_policy": replace(STAGES["on_policy"], teacher=spent(7))}
     cost = arm_cost("on_policy", stages, PARENTS)

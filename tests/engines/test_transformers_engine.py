@@ -327,3 +327,45 @@ def test_a_users_own_engine_is_imported(tiny_dir):
 def test_a_context_past_the_models_positions_is_refused(tiny_dir):
     with pytest.raises(UserError, match=r"engine\.max_model_len.*512 positions"):
         engines.open_engine(EngineConfig(fn="reference"), tiny_dir, max_model_len=513, max_top_k=0)
+
+
+def test_draws_from_the_tail_have_its_probabilities_and_change_no_token(reference, batched):
+    """Pooled over many seeds: chi-square over 16 ranges of ids of the model's own distribution beyond the top entries."""
+    prompt = np.array([5, 600, 7000], np.int32)
+    asked = [Request(f"r{n}", prompt, seed=n, tail_draws=8) for n in range(250)]
+    one = Sampling(temperature=1.0, max_tokens=1)
+    written = sorted(batched.generate(asked, one, top_k=4), key=lambda c: int(c.request_id[1:]))
+    plain = sorted(
+        batched.generate([Request(r.request_id, prompt, seed=r.seed) for r in asked], one, top_k=4),
+        key=lambda c: int(c.request_id[1:]),
+    )
+    assert [content(c) for c in written] == [content(c) for c in plain]
+    assert plain[0].beyond is None
+    logp_V = reference.plain_logits(torch.tensor(prompt, dtype=torch.long))[-1].double().log_softmax(0).numpy()
+    drawn = np.concatenate([c.beyond.ids_TN.ravel() for c in written])
+    assert drawn.shape == (2000,)
+    np.testing.assert_allclose(np.concatenate([c.beyond.logp_TN.ravel() for c in written]), logp_V[drawn], atol=1e-4)
+    p_V = np.exp(logp_V)
+    p_V[written[0].top.ids_E] = 0
+    np.testing.assert_allclose(written[0].top.tail_T, np.log(p_V.sum()), atol=1e-4)
+    assert not np.isin(drawn, written[0].top.ids_E).any()
+    ranges = np.arange(len(p_V)) * 16 // len(p_V)
+    expected = np.bincount(ranges, p_V / p_V.sum() * len(drawn))
+    chi_square = ((np.bincount(ranges[drawn], minlength=16) - expected) ** 2 / expected).sum()
+    assert chi_square < 37.7  # 15 degrees of freedom: one in a thousand
+
+
+def test_scored_draws_depend_on_seed_and_position_alone(reference, batched):
+    asked = requests(5)
+    scored = [
+        Request(r.request_id, r.prompt_ids, r.seed, np.arange(50, 60 + n, dtype=np.int32), tail_draws=3)
+        for n, r in enumerate(asked)
+    ]
+    alone = {c.request_id: c.beyond.ids_TN for c in reference.score(scored, top_k=4)}
+    together = {c.request_id: c.beyond.ids_TN for c in batched.score(scored, top_k=4)}
+    assert [ids.shape for ids in alone.values()] == [(10 + n, 3) for n in range(5)]
+    same = np.concatenate([(alone[i] == together[i]).ravel() for i in alone])
+    assert same.mean() > 0.9  # float32 sums in another order move a few draws to a neighbour
+    mixed = [Request("a", asked[0].prompt_ids, 1, tail_draws=2), Request("b", asked[0].prompt_ids, 2)]
+    with pytest.raises(ValueError, match="same number of tail draws"):
+        list(batched.generate(mixed, SAMPLING, top_k=4))

@@ -132,12 +132,24 @@ def test_prompt_logits_come_in_chunks_with_v2_and_whole_with_v1():
 
 
 def test_the_cpus_sampler_and_head_can_be_replaced():
-    """vllm_patches.drop_ranks and float32_head, on runner V1."""
+    """vllm_patches.take_tails and float32_head, on runner V1."""
     assert arguments("v1/sample/sampler.py", "Sampler.gather_logprobs") == ["logprobs", "num_logprobs", "token_ids"]
     assert "self.gather_logprobs(" in source("v1/sample/sampler.py", "Sampler.forward")
     assert "self.sampler.gather_logprobs(scores, num_prompt_logprobs, tgt_token_ids)" in source(
         RUNNERS["V1"], "GPUModelRunner"
     )
+    runner = source(RUNNERS["V1"], "GPUModelRunner._get_prompt_logprobs_dict")
+    assert "for req_id, num_prompt_logprobs in num_prompt_logprobs_dict.items()" in runner
+    assert "start_idx = request.num_computed_tokens" in runner
+    assert "num_remaining_tokens = num_prompt_tokens - start_tok" in runner
+    assert arguments(RUNNERS["V1"], "GPUModelRunner._get_prompt_logprobs_dict") == [
+        "hidden_states",
+        "num_scheduled_tokens",
+    ]
+    assert {"sampling_params", "output_token_ids", "num_computed_tokens"} <= {
+        *fields("v1/worker/gpu_input_batch.py", "CachedRequestState")
+    }
+    assert "extra_args" in fields("sampling_params.py", "SamplingParams")
     head = "model_executor/layers/logits_processor.py"
     assert arguments(head, "LogitsProcessor._apply_head") == ["lm_head", "hidden_states", "embedding_bias"]
     assert "self._apply_head(lm_head, hidden_states, embedding_bias)" in source(head, "LogitsProcessor._get_logits")

@@ -92,10 +92,10 @@ def vllm_engine(at: Context) -> str:
 # -------------------------------------------------------------------------------------------------------- recipes
 
 SHORT = (
-    "stages.cold_start.steps=8", "stages.teacher.steps=2", "stages.teacher.prompts=4", "stages.traces.problems=64",
+    "stages.cold_start.steps=8", "stages.teacher.steps=2", "stages.teacher.prompts=4", "stages.traces.problems=64", "stages.unseen.problems=16",
     "stages.clean.keep=[{fn: length, max_tokens: 1000}]", "stages.kl.epochs=null", "stages.kl.steps=4", "stages.kl.keep_truncated=true",
     "stages.sft.epochs=null", "stages.sft.steps=4", "stages.sft.keep_truncated=true", "stages.verdict.problems=32",
-    *(f"stages.{stage}.engine.fn=transformers" for stage in ("teacher", "traces", "verdict")),
+    *(f"stages.{stage}.engine.fn=transformers" for stage in ("teacher", "traces", "unseen", "verdict")),
 )  # fmt: skip
 
 

@@ -370,6 +370,26 @@ def test_verdict_over_seeds(report: RunReport) -> None:
     assert "is inconclusive" in wording.verdict({**report, "comparisons": [equal]})
 
 
+def test_the_verdict_says_where_the_students_held_out_kl_differs(report: RunReport) -> None:
+    def measured(value: float) -> dict[str, object]:
+        return {"kl": {"value": value, "low": value - 0.01, "high": value + 0.02, "n": 9}}
+
+    arms = {
+        name: {**arm, "divergence": measured(kl)}
+        for (name, arm), kl in zip(report["arms"].items(), (0.0, 0.02, 0.1), strict=True)
+    }
+    pair = {"a": "kl", "b": "sft|<b>", "difference": {"value": -0.08, "low": -0.1, "high": -0.05, "n": 9}}
+
+    def said(low: float) -> str:
+        pairs = [{**pair, "difference": {**pair["difference"], "high": -low}}]  # type: ignore[dict-item]
+        return wording.verdict({**report, "arms": arms, "divergence_pairs": pairs})  # type: ignore[typeddict-item]
+
+    both = "In held-out KL to the teacher, kl 0.020 [0.010, 0.040] and sft|<b> 0.100 [0.090, 0.120] nats a token, "
+    assert said(0.05).startswith(wording.verdict(report))
+    assert said(0.05).endswith(f" {both}they differ (sft|<b> − kl +0.080 [+0.050, +0.100]).")
+    assert said(-0.01).endswith(f" {both}no difference is shown (sft|<b> − kl +0.080 [-0.010, +0.100]).")
+
+
 def test_verdict_of_three_students_groups_the_pairs_by_their_evidence(
     report: RunReport,
 ) -> None:

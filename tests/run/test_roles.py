@@ -17,6 +17,7 @@ from distill.recipe.lineage import role_of, roles_of, training_line
 from distill.records import UserError
 from distill.reports import pages, terminal
 from distill.run.collect import MAX_POINTS, collect_run, read_curves
+from distill.run.weak_teachers import weak_teachers
 from distill.stages.compare import check_start
 
 
@@ -189,3 +190,27 @@ def test_a_run_half_way_and_a_teacher_shared_by_its_students(tmp_path: Path) -> 
     terminal.show(report, Console(file=out, width=140, color_system=None))
     assert "█▁" in out.getvalue()
     assert "plots/compute_with_teacher.svg" in pages.write_report(report, tmp_path / "out")
+
+
+def test_students_of_a_weak_teacher_s_distributions_are_warned_of() -> None:
+    losses = {"sft": "cross_entropy", "both": "ce_kl", "jsd": "jsd", "other": "forward_kl"}
+    learn = {"kind": "train", "model": "student", "data": "long", "steps": 2}
+    made = resolved(
+        ARMS,
+        long={"kind": "filter", "data": "clean", "keep": [{"fn": "finished"}]},
+        finished={"kind": "filter", "data": "traces", "keep": [{"fn": "finished"}]},
+        wrong_too={**learn, "data": "finished"},
+        by_another={**learn, "teacher": "base"},
+        **{name: {**learn, "loss": {"fn": fn}} for name, fn in losses.items()},
+    )
+
+    def warnings(right: float) -> list[str]:
+        metrics = {"correct_rate": right}
+        return weak_teachers(made, {"traces": run_folder.State("generate", {}, {}, status="done", metrics=metrics)})
+
+    [warning] = warnings(0.62)
+    # kl learns cross entropy in this recipe; wrong_too learns the errors on purpose; by_another has another teacher.
+    assert warning.startswith("warning: jsd, other: the teacher teacher was right in only 62% of its traces.")
+    assert "ce_kl" in warning
+    assert warnings(0.9) == warnings(float("nan")) == []
+    assert weak_teachers(made, {}) == []

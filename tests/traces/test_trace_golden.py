@@ -18,7 +18,7 @@ from distill.traces.verify import verify
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "data" / "golden"
 
-# Digests of the committed files. Changing a byte of them would change the meaning of version 1.
+# Digests of the committed files. Changing a byte of them would change the meaning of their version.
 SHA256 = {
     "v1/manifest-0.json": "8f97df8cb84e9e9a37b5d5c6956739f76fa590f0bc73c44a3a965cefca1a25c8",
     "v1/shard-0-00000.parquet": "553e3e020827fba81cd4ee44975354c5e751191ce45d6187a72def2267d53307",
@@ -27,6 +27,13 @@ SHA256 = {
     "v1_exact/shard-0-00000.parquet": "dae76a4649a3b69deb05006c7dfe1ce1f946205af87b3bcede89b7b62bf9d132",
     "v1_exact/shard-0-00001.parquet": "1f8a57a4906d3959f1a5952604b4b23f6d5a95f8332ee518286040611c424224",
     "v1_expected.npz": "c650af738c3b54f8fc1ffbb5261c8991e24c7a3270f2ee45efabd3f3320287e1",
+    "v2/manifest-0.json": "ccc84a7eee29bdfd1cd84d24edf2b5f4247605c105477b032ce89bc8f38ba682",
+    "v2/shard-0-00000.parquet": "f712a3f93369fdeed676c891711c93dc7fe19ed124cda6c54e77f2a90f17be43",
+    "v2/shard-0-00001.parquet": "52d1c5b5d83952a196267aa8867c450398f2b417b32ed00739d8d216353d1b89",
+    "v2_exact/manifest-0.json": "9e4e2ca018d040692aa2e5947eab2e3f1ac004fc667ee6cabcb24cc4549630a6",
+    "v2_exact/shard-0-00000.parquet": "75d90bd02159924270050f7484ebc2b3ebdcd35f5d3d48f4567a6f15275a021b",
+    "v2_exact/shard-0-00001.parquet": "dea8eaf0bd0c0ba8ded33023521765ee484c559474c2d8bff20a62b86c8427c7",
+    "v2_expected.npz": "e882e611d5a9a05fd0f2c03cc22939b016f26d1514c06daab4d2195058a22cca",
 }
 
 
@@ -79,6 +86,27 @@ def test_our_reader_reads_version_1(name, truth, texts):
     assert [text for block in blocks for text in block.completion] == texts
     assert [m[0]["content"] for block in blocks for m in block.messages] == texts
     assert shard_a.rewards == {"accuracy": [None, 0.0, 1.0, None, 0.0, 1.0, None, 0.0], "format": [0.25] * 8}  # fmt: skip
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_our_reader_reads_version_2(exact):
+    """The traces of version 1, and draws from their tails."""
+    name, truth = "v2_exact" if exact else "v2", np.load(GOLDEN / "v2_expected.npz")
+    assert verify(GOLDEN / name).ok
+    reader, older = open_traces(GOLDEN / name), open_traces(GOLDEN / name.replace("2", "1"))
+    assert (reader.metadata.schema_version, reader.metadata.tail_draws) == (2, 4)
+    blocks, former = (list(each.blocks(8)) for each in (reader, older))
+    count, ids, logp = (
+        np.concatenate([getattr(block.draws, field) for block in blocks]) for field in ("count_T", "ids_E", "logp_E")
+    )
+    np.testing.assert_array_equal(count, truth["count"])
+    np.testing.assert_array_equal(ids, truth["ids"])
+    np.testing.assert_allclose(logp, truth["logp"].astype(np.float32), atol=0 if exact else 1 / 16 + 1e-6)
+    assert 0 < (count == 0).sum() < len(count)
+    for one, other in zip(blocks, former, strict=True):
+        assert one.completion == other.completion
+        np.testing.assert_array_equal(one.top.logp_E, other.top.logp_E)
+        assert other.draws is None
 
 
 def divergence(truth, logp, tail) -> float:

@@ -267,14 +267,14 @@ def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
     assert "manifest-b.json" in {finding.file for finding in verify(path).findings}
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 3, None, "1"])
 def test_a_folder_of_another_schema_is_refused_naming_both(tmp_path, version):
     path = samples.write(tmp_path / "traces", 3)
     tree = folder.read_json(path / "manifest-0.json")
     tree["metadata"]["schema_version"] = version
     folder.write_json(path / "manifest-0.json", tree)
     for use in (open_traces, lambda p: TraceWriter(p, samples.metadata())):
-        with pytest.raises(UserError, match=rf"manifest-0.*version {version!r}.*version 1"):
+        with pytest.raises(UserError, match=rf"manifest-0.*version {version!r}.*versions 1 and 2"):
             use(path)
 
 

@@ -4,6 +4,7 @@ but what WAITS lists."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from waits import Waits
 
 from distill import models, plug
 from distill.recipe import LoraConfig
-from distill.records import TopK
+from distill.records import Draws, TopK
 from distill.training import attention, gpu_attention
 from distill.training.loop import _Loop
 from distill.training.loss import divergences, multi_teacher, sparse
@@ -61,6 +62,15 @@ def top(n):
     return TopK.from_dense(ids, np.log(rng.dirichlet(np.ones(8), 6) * 0.95))
 
 
+def drawn(n):
+    """An example with none to three draws a position, and the teacher's log-probabilities of its tokens."""
+    count_T = np.array([0, 1, 3, 2, 0, 3], np.int32)
+    rng = np.random.default_rng(n)
+    draws = Draws(count_T, rng.integers(0, V, 9), np.full(9, -6.0, np.float32))
+    logp, mass = np.full(6, -2.0, np.float32), np.full(6, 0.02, np.float32)
+    return dataclasses.replace(example(n, top(n)), draws=draws, draw_mass=mass, teacher_logp=logp)
+
+
 def step(module, batches, waits):
     """A whole optimiser step with the trainer's own code, as in `_Loop._step`; returns the optimiser."""
     with pytest.MonkeyPatch.context() as patch:  # the fused one knows no meta tensors
@@ -102,6 +112,14 @@ def test_no_loss_is_left_out():
 def test_stored_targets(name):
     module = StudentModule(tiny(), stored(getattr(sparse, name)), V)
     check_step(module, pack([example(n, top(n)) for n in range(4)], micro_tokens=64))
+
+
+@pytest.mark.parametrize("tail", ["own_token", "draws"])
+def test_samples_of_the_tail(tail):
+    loss = functools.partial(sparse.forward_kl, tail=tail, bucket_share=0.5)
+    batches = pack([drawn(n) for n in range(4)], micro_tokens=64)
+    assert batches[0].draw_ids_TN.shape == (len(batches[0].ids_T), 3)
+    check_step(StudentModule(tiny(), stored(loss), V), batches)
 
 
 def test_stored_targets_of_several_teachers():

@@ -26,6 +26,7 @@ from distill.run.predictions.row import (
     start_seconds,
 )
 from distill.run.predictions.training import Training, adapter_params, num_snapshots, prompt_trained_tokens
+from distill.stages.inputs import own_traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,8 @@ def on_policy(name: str, config: OnPolicyStage, known: Known, machine: Machine) 
     """Sampling, the teachers' forward passes and training."""
     teachers = [known.shape(teacher) for teacher in teachers_of(config.teacher)]
     in_engines = config.scoring == "engine"
+    if warning := own_traces.other_teacher(known.recipe, config.model, list(teachers_of(config.teacher))):
+        known.notes.append(f"{name}: {warning}")
     policy = _policy(config, known, passes=1, scorings=0)
     return [_policy_row(name, policy, known, machine, teachers=teachers, in_engines=in_engines)]
 

@@ -12,6 +12,8 @@ from distill.compute.flops import ModelShape
 from distill.compute.memory import Memory, train_memory
 from distill.machine import Dtype, Machine
 from distill.recipe import OptimStage, PolicyStage, TrainStage, data_of, teachers_of
+from distill.recipe.lineage import origin
+from distill.records import UserError
 from distill.run.known_sizes import Known, rows_of
 from distill.run.predictions.row import (
     Part,
@@ -21,6 +23,9 @@ from distill.run.predictions.row import (
     on_machine,
     start_seconds,
 )
+from distill.stages.inputs import own_traces
+from distill.stages.inputs.layer_pairs import different_depths, different_widths, prune_stages
+from distill.token_choice import PREFIX
 from distill.training import prefix_sharing
 
 
@@ -88,7 +93,8 @@ class Training:
         )
 
     def memory(self, dtype: Dtype, machine: Machine) -> Memory:
-        return train_memory(
+        matched = Memory(activations=self.micro_tokens * matched_bytes(self.config, self.shape, dtype))
+        return matched + train_memory(
             self.shape,
             self.micro_tokens,
             dtype=dtype,
@@ -112,8 +118,21 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     shape = known.shape(config.model)
     # Several sets are joined by trace; the result has at most as many traces as the smallest set.
     rows, prompt, reply = min(known.traces.get(data) or rows_of(data, config, known) for data in data_of(config.data))
+    if config.max_traces is not None:
+        if config.max_traces > rows:
+            known.notes.append(
+                f"{name}: max_traces is {config.max_traces}, and about {rows:.0f} traces are expected; the stage refuses to learn from fewer"
+            )
+        rows = min(rows, config.max_traces)
     steps_an_epoch = max(1, -(-int(rows) // config.batch_traces))
     frame = known.frame(next(iter(data_of(config.data))), config.task)
+    _check_hidden(name, config, known)
+    whole = reply
+    reply, learned = learned_tokens(config, reply, known)
+    if learned.trained < whole:
+        known.notes.append(
+            f"stages.{name}: about {learned.trained / whole:.0%} of the completions' tokens are learned; the others have weight 0"
+        )
     prompt_trained = prompt_trained_tokens(prompt, reply, frame)
 
     def own_flops(traces: float) -> float:
@@ -121,11 +140,11 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
             shape,
             traces * (prompt_trained + reply),
             (prompt + reply + 1) / 2,
-            traces * reply,
+            traces * learned.trained,
             lora=config.lora is not None,
             adapters=adapter_params(shape, config),
             checkpointing=config.gradient_checkpointing,
-        )
+        ) + flops.forward_flops(shape, 0, 0, traces * learned.ranked)
 
     a_step = min(config.batch_traces, rows)
     if config.epochs is not None:
@@ -133,7 +152,7 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     else:
         num_steps = config.steps or known.budget(config) / own_flops(a_step)
         seen = num_steps * a_step
-    tokens, head_tokens = seen * (prompt_trained + reply), seen * reply
+    tokens, head_tokens = seen * (prompt_trained + reply), seen * (learned.trained + learned.ranked)
     total = own_flops(seen)
     known.spent[name] = known.spent.get(config.model, 0.0) + total
     known.snapshots[name] = num_snapshots(config, num_steps)
@@ -141,7 +160,9 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
     taught = tuple(
         (each, flops.forward_flops(each, tokens, (prompt + reply + 1) / 2, head_tokens)) for each in teachers
     )
-    known.shapes[name], known.replies[name] = shape, reply
+    if own_traces.required(config):
+        known.notes += own_traces.warnings(name, config, known.recipe)
+    known.shapes[name], known.replies[name] = shape, whole
     step_tokens = a_step * (prompt_trained + reply)
     training = Training(
         config, shape, total, tokens, num_steps, step_tokens, taught=taught, length=prompt_trained + reply
@@ -165,6 +186,65 @@ def train(name: str, config: TrainStage, known: Known, machine: Machine) -> list
         processes=config.parallel.world_size,
     )
     return [row]
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedTokens:
+    """Mean tokens of a trace through the output head: trained, and ranked (forward only, to choose those that are trained)."""
+
+    trained: float
+    ranked: float = 0.0
+
+
+def learned_tokens(config: TrainStage, reply: float, known: Known) -> tuple[float, LearnedTokens]:
+    """Return the mean tokens of a completion that are computed, and those through the head."""
+    held = known.held.get(next(iter(data_of(config.data)))) if stored_read(config) else None
+    if held is not None and held.fn == PREFIX:
+        reply *= held.share
+    learned = reply if held is None or held.fn == PREFIX else reply * held.share
+    if config.weights is None:
+        return reply, LearnedTokens(learned)
+    share = config.weights.share
+    if config.weights.fn == PREFIX:
+        return reply * share if learned == reply else reply, LearnedTokens(learned * share)
+    in_step = config.weights.fn == "divergence" or (config.weights.fn == "entropy" and config.teacher is not None)
+    return reply, LearnedTokens(learned * share, learned if in_step else 0.0)
+
+
+def stored_read(config: TrainStage) -> bool:
+    """Return whether a stage reads stored distributions."""
+    weights = config.weights is not None and config.weights.fn != PREFIX
+    return config.teacher is None and (weights or config.loss.fn != "cross_entropy")
+
+
+def _check_hidden(name: str, config: TrainStage, known: Known) -> None:
+    """Refuse to match hidden states of models whose sizes are known and do not go together."""
+    if config.hidden is None:
+        return
+    (teacher,) = teachers_of(config.teacher)
+    mine, theirs = known.shape(config.model), known.shape(teacher)
+    unknown = {origin(known.recipe, model) for model in (config.model, teacher)}
+    if any(note.startswith(f"models.{each} unverified") for each in unknown for note in known.notes):
+        return
+    where = f"stages.{name}"
+    if mine.hidden != theirs.hidden:
+        raise UserError(different_widths(where, config.model, teacher, mine.hidden, theirs.hidden))
+    pruned = prune_stages(known.recipe, config.model)
+    made_of = known.shape(known.recipe.stages[pruned[0]].reads("model")[0]) if pruned else mine
+    if made_of.layers != theirs.layers:
+        raise UserError(
+            different_depths(
+                where, config.model, teacher, mine.layers, theirs.layers, made_of.layers if pruned else None
+            )
+        )
+
+
+def matched_bytes(config: OptimStage, shape: ModelShape, dtype: Dtype) -> float:
+    """Bytes a token that matching hidden states holds: of each layer both models' states, and two copies in fp32."""
+    if not isinstance(config, TrainStage) or config.hidden is None:
+        return 0.0
+    layers = {"all": shape.layers, "last": 1}.get(str(config.hidden.layers)) or len(config.hidden.layers)
+    return float(layers * shape.hidden * (2 * flops.BYTES[dtype] + 8))
 
 
 def num_snapshots(config: TrainStage | PolicyStage, num_steps: float) -> int:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from distill import models, plug
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage, teachers_of
 from distill.records import Template, UserError
+from distill.stages.inputs import own_traces
+from distill.stages.inputs.learned_tokens import row_choice
 from distill.stages.inputs.score_inputs import template_of
+from distill.stages.inputs.tails import check_tail
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import VocabularyMap
 from distill.training.loss.head import LossFn
@@ -26,6 +30,7 @@ from distill.training.loss.objective import (
     TeacherTopObjective,
     label_nll,
 )
+from distill.training.loss.own_traces import OwnTracesObjective, own_trace_metrics, prefix_log_ratio
 from distill.training.loss.stored_targets import on_outcomes
 from distill.training.loss.weight_schedule import LinearWeight
 
@@ -82,7 +87,23 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) 
     that does not fit the stage's data or teacher.
     """
     here = f"{where}.loss"
+    choice = row_choice(config, where) if isinstance(config, TrainStage) else None
+    objective = _objective(config, here, seed)
+    if isinstance(config, TrainStage) and config.weights is not None and isinstance(objective, CrossTokenizerObjective):
+        raise UserError(
+            f"{where}.weights: {config.loss.fn} compares stretches of text, not tokens, so no token can be left out. Use a loss for "
+            "one tokenizer, or remove weights."
+        )
+    if choice is None:
+        return objective
+    assert isinstance(objective, StoredObjective | DenseObjective)
+    return replace(objective, choice=choice)
+
+
+def _objective(config: TrainStage | OnPolicyStage, here: str, seed: int) -> Objective:
     form = _form(config.loss.fn, here)
+    if form == "targets":
+        check_tail(config, here.removesuffix(".loss"))
     in_trainer = bool(teachers_of(config.teacher)) and not _is_scored_by_engine(config)
     if form == "pair":
         return _cross_tokenizer(config, here, in_trainer)
@@ -91,12 +112,29 @@ def resolve_loss(config: TrainStage | OnPolicyStage, where: str, seed: int = 0) 
     if in_trainer:
         return _with_teacher(config, here, form)
     loss: LossFn = plug.bind(config.loss.fn, config.loss.options, LOSSES, here)
+    if own_traces.required(config):
+        return _on_own_traces(config, here, loss)
     if form == "rows":
         loss = on_outcomes(loss)
     if isinstance(config, TrainStage) and isinstance(config.data, dict):
         total = sum(config.data.values())
         loss = over_teachers(loss, [share / total for share in config.data.values()])
     return StoredObjective(loss, distribution_metrics)
+
+
+def _on_own_traces(config: TrainStage | OnPolicyStage, here: str, loss: LossFn) -> Objective:
+    """Return the objective of a loss that weighs tokens or prefixes by importance."""
+    is_gradient = config.loss.fn == own_traces.POLICY_GRADIENT
+    if isinstance(config, OnPolicyStage):
+        if not is_gradient:
+            raise UserError(
+                f"{here}.{own_traces.IMPORTANCE_CAP}: every rollout is of the present weights here; remove the key, which is for a train "
+                "stage on traces that the model generated and a teacher scored."
+            )
+        return StoredObjective(loss, distribution_metrics)
+    cap = plug.all_options(config.loss.fn, config.loss.options, LOSSES, here)[own_traces.IMPORTANCE_CAP]
+    measure = functools.partial(own_trace_metrics, importance_cap=cap)
+    return OwnTracesObjective(loss, measure, couple=None if is_gradient else prefix_log_ratio)
 
 
 def _is_scored_by_engine(config: TrainStage | OnPolicyStage) -> bool:

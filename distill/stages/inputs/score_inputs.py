@@ -119,7 +119,9 @@ def check_unused_options(config: RowsConfig, data: str) -> None:
             "of the stage that generates: tasks.NAME.template_options."
         )
     if config.max_rows is not None:
-        raise UserError(f"max_rows: {data!r} holds traces, of which all are used; select some with a filter stage.")
+        raise UserError(
+            f"max_rows: {data!r} holds traces; a train stage takes some of them with max_traces, a filter stage selects them."
+        )
 
 
 def is_traces(path: Path | None) -> bool:

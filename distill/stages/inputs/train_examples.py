@@ -16,19 +16,32 @@ import numpy as np
 from distill import models, plug, world
 from distill.conversations import Reader
 from distill.recipe import OnPolicyStage, TrainStage, teachers_of
-from distill.records import Array, Template, UserError, draw_seed
+from distill.records import Array, Template, Traces, UserError, draw_seed
 from distill.stages.context import Context, find_data
+from distill.stages.inputs import own_traces
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, nothing_found, open_rows
+from distill.stages.inputs.learned_tokens import (
+    may_read_distributions,
+    needs_distributions,
+    no_distributions,
+    with_learned_tokens,
+)
 from distill.stages.inputs.multi_teacher import join
 from distill.stages.inputs.resolve import LOSSES, is_cross_tokenizer, shared_template
 from distill.stages.inputs.score_inputs import check_unused_options, is_traces, question_of, template_of
+from distill.stages.inputs.tails import TraceOrigin, refuse_dropped, tail_of, used_tail
+from distill.traces import provenance
 from distill.traces.reader import TraceReader, open_traces
+from distill.traces.schema import DRAW_COLUMNS
 from distill.training.loss import sparse
 from distill.training.loss.cross_tokenizer.alignment import Retokenizer
+from distill.training.loss.stored_targets import Tail
 from distill.training.packing import Example, Source, examples_of
 
 IDS = ["trace_id", "prompt_ids", "completion_ids"]
 TOP = ["top_count", "top_ids", "top_logprobs", "tail_logprob"]
+TAIL_COLUMNS: dict[Tail, tuple[str, ...]] = {"bucket": (), "own_token": ("logprob",), "draws": DRAW_COLUMNS}
+"""The columns that each estimate of the tail reads besides."""
 
 
 def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Retokenizer | None = None) -> Source:
@@ -38,15 +51,21 @@ def open_source(config: TrainStage, context: Context, tokenizer: Any, read: Reto
     """
     seed = draw_seed(context.seed, context.name, "order")
     source: Source
+    if config.max_traces is not None and not isinstance(config.data, dict) and not _are_traces(config.data, context):
+        raise UserError(f"stages.{context.name}.max_traces: {config.data!r} holds conversations; use max_rows.")
     if isinstance(config.data, dict):
         source = _joined_source(config, config.data, context, tokenizer, seed)
-    elif config.data not in context.recipe.stages and not is_traces(find_data(config.data)):
+    elif not _are_traces(config.data, context):
         source = _conversation_source(config, config.data, context, tokenizer, seed, read)
     else:
         source = _shard_source(config, config.data, context, tokenizer, seed, read)
     if source.num_examples == 0:
         raise UserError(f"stages.{context.name}.data: {config.data!r} holds nothing to learn from.")
     return source
+
+
+def _are_traces(data: str, context: Context) -> bool:
+    return data in context.recipe.stages or is_traces(find_data(data))
 
 
 def reader_for(config: TrainStage | OnPolicyStage, context: Context, tokenizer: Any) -> Retokenizer | None:
@@ -65,12 +84,14 @@ class ShardSource:
     """Traces streamed from shards in a shuffled order; only the columns that the loss needs are read.
 
     Where several processes train, `epoch` reads ids alone, from which the work is divided; `complete` then reads the
-    distributions of a process's own traces.
+    distributions of a process's own traces. sampled: for the student's own traces, the sampler's log-probabilities by trace id.
     """
 
     reader: TraceReader
     seed: int
     with_top: bool
+    tail: Tail = "bucket"
+    sampled: Mapping[str, Array] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -82,9 +103,8 @@ class ShardSource:
 
     def epoch(self, index: int, skip: int = 0) -> Iterator[Example]:
         with_top = self.with_top and world.size() == 1
-        columns = [*IDS, *TOP] if with_top else IDS
-        for block in self.reader.shuffled(draw_seed(self.seed, index), skip=skip, columns=columns):
-            yield from examples_of(block, with_top=with_top)
+        for block in self.reader.shuffled(draw_seed(self.seed, index), skip=skip, columns=self._columns(with_top)):
+            yield from self._examples(block, with_top)
 
     def complete(self, examples: list[Example]) -> list[Example]:
         if not self.with_top or all(example.top is not None for example in examples):
@@ -93,10 +113,20 @@ class ShardSource:
         keep[[self._rows[example.trace_id] for example in examples]] = True
         found = {
             example.trace_id: example
-            for block in self.reader.where(keep).blocks(256, [*IDS, *TOP])
-            for example in examples_of(block)
+            for block in self.reader.where(keep).blocks(256, self._columns(with_top=True))
+            for example in self._examples(block, with_top=True)
         }
         return [found[example.trace_id] for example in examples]
+
+    def _columns(self, with_top: bool) -> list[str]:
+        """The columns that the loss needs."""
+        distribution = (*TOP, *TAIL_COLUMNS[self.tail]) if with_top else ()
+        sampled = ("logprob",) if self.sampled is not None else ()
+        return list(dict.fromkeys((*IDS, *distribution, *sampled)))
+
+    def _examples(self, block: Traces, with_top: bool) -> Iterator[Example]:
+        examples = examples_of(block, with_top=with_top, tail_draws=self.reader.metadata.tail_draws)
+        return examples if self.sampled is None else own_traces.with_sampler(examples, block, self.sampled)
 
     @functools.cached_property
     def _rows(self) -> dict[str, int]:
@@ -113,17 +143,29 @@ def _shard_source(
     seed: int,
     read: Retokenizer | None,
 ) -> Source:
-    with_top = _wants_teacher(config)
-    if with_top:
+    where = f"stages.{context.name}"
+    needed = _wants_teacher(config) or needs_distributions(config, where)
+    tail: Tail = "bucket"
+    if needed:
         reader = _open_scored(config, data, context, tokenizer)
+        tail = _tail(config, context, reader) if _wants_teacher(config) else tail
     else:
-        reader = open_traces(context.data_path(data))
+        reader = _open_traces(data, context)
     same = models.tokenizer_fingerprint(tokenizer) == reader.metadata.tokenizer
-    reader = _usable(reader, config, context)
+    if own_traces.required(config) and not same:
+        raise UserError(
+            f"stages.{context.name}.data: {data!r} holds tokens of another tokenizer than the model's, so they are not the ones that it "
+            "sampled; score with a teacher of the same tokenizer."
+        )
+    reader = _usable(reader, config, context, tail)
     if same and read is None:
         check_unused_options(config, data)
-        return ShardSource(reader, seed, with_top)
-    return _text_source(config, context, tokenizer, reader, seed, read, rendered=not same)
+        with_top = needed or (reader.metadata.top_k > 0 and may_read_distributions(config, where))
+        sampled = own_traces.sampled_logprobs(config, context) if own_traces.required(config) else None
+        source = ShardSource(reader, seed, with_top, tail, sampled)
+        return with_learned_tokens(source, config, reader.metadata, context, needed=with_top, with_top=with_top)
+    texts = _text_source(config, context, tokenizer, reader, seed, read, rendered=not same)
+    return with_learned_tokens(texts, config, None, context, needed=False, with_top=False)
 
 
 def _joined_source(
@@ -136,15 +178,33 @@ def _joined_source(
             "Name one of them."
         )
     readers = [_open_scored(config, name, context, tokenizer) for name in sets]
+    if partial := [name for name, reader in zip(sets, readers, strict=True) if reader.metadata.position_share < 1]:
+        raise UserError(
+            f"{where}: {', '.join(partial)} hold distributions at a share of the positions only (`weights` at capture), and "
+            "several sets are mixed at every position. Score the traces without weights, or name one set."
+        )
     source, missing = join([_usable(readers[0], config, context), *readers[1:]], sets, seed, where)
     _say_dropped(context, missing=missing)
-    return source
+    return with_learned_tokens(source, config, None, context, needed=True, with_top=True)
+
+
+def _open_traces(data: str, context: Context) -> TraceReader:
+    """Open traces to train on. Raises UserError for traces of held-out problems."""
+    reader = open_traces(context.data_path(data))
+    if provenance.is_held_out(reader.metadata):
+        raise UserError(
+            f"stages.{context.name}.data: {data!r} holds traces of held-out problems, which would spoil every evaluation; "
+            "train on traces that were generated with split: train."
+        )
+    return reader
 
 
 def _open_scored(config: TrainStage, data: str, context: Context, tokenizer: Any) -> TraceReader:
     """Traces with a teacher's distributions over the student's own tokens. Raises UserError where they are not."""
     where = f"stages.{context.name}"
-    reader = open_traces(context.data_path(data))
+    reader = _open_traces(data, context)
+    if reader.metadata.top_k == 0 and not _wants_teacher(config):
+        raise UserError(no_distributions(config, where, f"{data!r} was generated with top_logprobs: 0"))
     if reader.metadata.top_k == 0:
         raise UserError(
             f"{where}.loss: {config.loss.fn} learns from the teacher's distributions, and {data!r} was generated "
@@ -160,7 +220,16 @@ def _open_scored(config: TrainStage, data: str, context: Context, tokenizer: Any
     return reader
 
 
-def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceReader:
+def _tail(config: TrainStage, context: Context, reader: TraceReader) -> Tail:
+    """Return the estimate of the tail that the stage makes, and say it where the recipe does not."""
+    where = f"stages.{context.name}"
+    tail = used_tail(config, where, TraceOrigin.of_reader(reader))
+    if tail != "bucket" and tail_of(config.loss, f"{where}.loss") is None:
+        context.say(f"loss.tail: {tail}, {reader.metadata.tail_draws} a position, which the traces have")
+    return tail
+
+
+def _usable(reader: TraceReader, config: TrainStage, context: Context, tail: Tail = "bucket") -> TraceReader:
     """The traces that are short enough and, unless the stage keeps them all, that ended by themselves."""
     lengths = reader.lengths()
     fits = lengths.prompt + lengths.completion <= config.max_tokens
@@ -168,14 +237,33 @@ def _usable(reader: TraceReader, config: TrainStage, context: Context) -> TraceR
         [np.array([r != "length" for r in b.finish_reason], bool) for b in reader.blocks(4096, ["finish_reason"])]
         or [np.empty(0, bool)]
     )
+    refuse_dropped(config, f"stages.{context.name}", tail, int((~fits).sum()))
     keep = fits & (True if config.keep_truncated else finished)
     _say_dropped(context, longer=int((~fits).sum()), truncated=int((~keep).sum() - (~fits).sum()))
+    return _some(reader.where(keep), config, context)
+
+
+def _some(reader: TraceReader, config: TrainStage, context: Context) -> TraceReader:
+    """Choose max_traces of the traces. The choice depends on the stage's seed and the trace ids only, not on the stage's name,
+    so that stages with other losses learn from the same traces, and a larger number includes the traces of a smaller one."""
+    if config.max_traces is None:
+        return reader
+    ids = [trace_id for block in reader.blocks(4096, ["trace_id"]) for trace_id in block.trace_id]
+    if len(ids) < config.max_traces:
+        raise UserError(
+            f"stages.{context.name}.max_traces: {config.max_traces} traces are wanted, and {config.data!r} has {len(ids)} that can be used: "
+            "generate more, or lower it."
+        )
+    order = np.argsort([draw_seed(context.seed, "max_traces", trace_id) for trace_id in ids])
+    keep = np.zeros(len(ids), bool)
+    keep[order[: config.max_traces]] = True
     return reader.where(keep)
 
 
 def _wants_teacher(config: TrainStage) -> bool:
-    """Whether the loss reads a stored distribution: every loss but cross entropy may, without a teacher in the trainer."""
-    return config.teacher is None and plug.find(config.loss.fn, LOSSES) is not sparse.cross_entropy
+    """Whether the loss reads a stored distribution: every loss but two may, without a teacher in the trainer."""
+    without = (sparse.cross_entropy, sparse.policy_gradient)
+    return config.teacher is None and plug.find(config.loss.fn, LOSSES) not in without
 
 
 def _say_dropped(context: Context, **reasons: int) -> None:
@@ -272,6 +360,8 @@ def _conversation_source(
 ) -> Source:
     """Render the conversations of a data set, an example for each of the assistant's turns that is learned."""
     where = f"stages.{context.name}.data"
+    if needs_distributions(config, f"stages.{context.name}"):
+        raise UserError(no_distributions(config, f"stages.{context.name}", f"{data!r} holds conversations"))
     task = context.task(config.task) if config.task else None
     table = open_rows(data, config, where)
     template = template_of(config, task)
@@ -309,4 +399,5 @@ def _conversation_source(
     _say_dropped(context, longer=longer, unread=unread)
     if not examples:
         raise UserError(f"{where}: {data!r} holds nothing to learn from. {nothing_found(table, left_out)}".rstrip())
-    return ListSource(examples, seed, table.name)
+    source = ListSource(examples, seed, table.name)
+    return with_learned_tokens(source, config, None, context, needed=False, with_top=False)

@@ -14,7 +14,7 @@ With z the logits, S the chosen ids, g the derivative by the K+1 numbers (z at S
 The passes over a chunk are a `HeadKernel` (`kernels`): in torch anywhere, in Triton on a GPU.
 
 Losses are in `sparse`, weights and denominators in `training.packing`.
-Shapes: T tokens with a loss, C of them in a chunk, D hidden, V vocabulary, K teacher entries.
+Shapes: T tokens with a loss, C of them in a chunk, D hidden, V vocabulary, K teacher entries, N draws from the teacher's tail.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Targets:
     """The targets of a loss: the rows of a Batch that have a weight.
 
     label_T int64; weight_T float32, already divided by the denominator; place_T int64; teacher_ids_TK int64 (-1 = none) with
-    teacher_logp_TK (-inf there), teacher_tail_T, each_logp_TMK and each_tail_TM; the rollout streams as in Batch. coupled_T:
+    teacher_logp_TK (-inf there), teacher_tail_T, each_logp_TMK and each_tail_TM; draw_ids_TN int64 (-1 = none) with draw_logp_TN
+    and draw_mass_T, and teacher_label_T, as in Batch; the rollout streams as in Batch. coupled_T:
     the result of a first pass over the tokens' log-probabilities, for losses that couple the tokens of a trace. All go by
     row, so that they can be sliced, but progress, which is as in Batch, for losses that change during training.
     """
@@ -57,6 +58,10 @@ class Targets:
     teacher_tail_T: Tensor | None = None
     each_logp_TMK: Tensor | None = None
     each_tail_TM: Tensor | None = None
+    draw_ids_TN: Tensor | None = None
+    draw_logp_TN: Tensor | None = None
+    draw_mass_T: Tensor | None = None
+    teacher_label_T: Tensor | None = None
     advantage_T: Tensor | None = None
     old_logp_T: Tensor | None = None
     ref_logp_T: Tensor | None = None
@@ -73,6 +78,10 @@ class Targets:
         picked["weight_T"] = picked["weight_T"] / batch.denominator
         return Targets(**picked)
 
+    def select(self, rows: Tensor) -> Targets:
+        """Select rows by index."""
+        return Targets(**_rows({f.name: getattr(self, f.name) for f in fields(Targets)}, rows))
+
     def __getitem__(self, rows: slice) -> Targets:
         return Targets(**_rows({f.name: getattr(self, f.name) for f in fields(Targets)}, rows))
 
@@ -88,13 +97,15 @@ class Student:
 
     label_T: at the label. top_TK: at teacher_ids_TK (any finite number where an id is -1: mask by the
     teacher's -inf). tail_T: log of the student's mass outside the teacher's ids (OUTSIDE if there is none).
-    best_outside_T: the highest log-probability outside the teacher's ids, detached.
+    best_outside_T: the highest log-probability outside the teacher's ids, detached. draws_TN: at draw_ids_TN (any finite number
+    where an id is -1); None without draws.
     """
 
     label_T: Tensor
     top_TK: Tensor
     tail_T: Tensor
     best_outside_T: Tensor
+    draws_TN: Tensor | None = None
 
 
 LossFn = Callable[[Student, Targets], Tensor]
@@ -189,12 +200,16 @@ class _SparsePass:
         # An unused entry points to the label, which is chosen anyway, so no other id is masked for it.
         ids_CK = torch.where(used_CK, targets.teacher_ids_TK, label_C1)
         ids_CS = torch.cat([label_C1, ids_CK], dim=1)
+        drawn_CN = None
+        if targets.draw_ids_TN is not None:
+            drawn_CN = torch.where(targets.draw_ids_TN >= 0, targets.draw_ids_TN, label_C1)
+            ids_CS = torch.cat([ids_CS, drawn_CN], dim=1)
         rest = self.kernel.rest(hidden_CD, ids_CS)
         in_top_C = (used_CK & (targets.teacher_ids_TK == label_C1)).any(1)
         z_CS, lse_C = rest.z_CS.requires_grad_(), rest.lse_C.requires_grad_()
         dz_CV = factor_C = None
         with torch.enable_grad():
-            student = _student(z_CS, lse_C, rest.best_C, used_CK, in_top_C)
+            student = _student(z_CS, lse_C, rest.best_C, used_CK, _counts_outside(ids_CS, used_CK, in_top_C))
             loss_C = self.loss_fn(student, targets)
             if grads:
                 g = torch.autograd.grad((loss_C * targets.weight_T).sum(), [z_CS, lse_C])
@@ -209,11 +224,32 @@ class _SparsePass:
         self.kernel.close()
 
 
-def _student(z_CS: Tensor, rest_C: Tensor, best_C: Tensor, used_CK: Tensor, in_top_C: Tensor) -> Student:
-    """Normalise the K+1 numbers; column 0 of z_CS is the label, the others are the teacher's ids."""
-    label_C, z_CK = z_CS[:, 0], z_CS[:, 1:]
-    outside_C = torch.where(in_top_C, OUTSIDE, label_C)
-    tail_C = torch.logaddexp(rest_C, outside_C)
+def _counts_outside(ids_CS: Tensor, used_CK: Tensor, in_top_C: Tensor) -> Tensor:
+    """Return which of the label and the draws are mass outside the teacher's ids, each id once, bool [C, 1 + N]."""
+    width = used_CK.shape[1]
+    if ids_CS.shape[1] == 1 + width:
+        return ~in_top_C[:, None]
+    top_CK, drawn_CN = ids_CS[:, 1 : 1 + width], ids_CS[:, 1 + width :]
+    in_top_CN = (used_CK[:, None] & (top_CK[:, None] == drawn_CN[:, :, None])).any(2)
+    # Equal to the label, which is counted before them, or to an earlier draw.
+    seen_CNN = (drawn_CN[:, :, None] == drawn_CN[:, None]).tril(-1)
+    again_CN = (drawn_CN == ids_CS[:, :1]) | seen_CNN.any(2)
+    return torch.cat([~in_top_C[:, None], ~in_top_CN & ~again_CN], dim=1)
+
+
+def _student(z_CS: Tensor, rest_C: Tensor, best_C: Tensor, used_CK: Tensor, outside_CO: Tensor) -> Student:
+    """Normalise the chosen numbers: column 0 of z_CS is the label, then the teacher's ids, then the draws.
+
+    outside_CO: `_counts_outside` of the label and the draws.
+    """
+    width = used_CK.shape[1]
+    label_C, z_CK, z_CN = z_CS[:, 0], z_CS[:, 1 : 1 + width], z_CS[:, 1 + width :]
+    z_CO = torch.where(outside_CO, torch.cat([z_CS[:, :1], z_CN], dim=1), OUTSIDE)
+    # With the label alone logaddexp is the same number, in one pass less.
+    tail_C = torch.logaddexp(rest_C, z_CO[:, 0])
+    if z_CO.shape[1] > 1:
+        tail_C = torch.cat([tail_C[:, None], z_CO[:, 1:]], dim=1).logsumexp(1)
     lse_C = torch.cat([torch.where(used_CK, z_CK, OUTSIDE), tail_C[:, None]], dim=1).logsumexp(1)
-    best_C = torch.maximum(best_C, outside_C.detach()) - lse_C.detach()
-    return Student(label_C - lse_C, z_CK - lse_C[:, None], tail_C - lse_C, best_C)
+    best_C = torch.maximum(best_C, z_CO.detach().amax(1)) - lse_C.detach()
+    draws_CN = z_CN - lse_C[:, None] if z_CN.shape[1] else None
+    return Student(label_C - lse_C, z_CK - lse_C[:, None], tail_C - lse_C, best_C, draws_CN)

@@ -13,7 +13,7 @@ Shapes: C positions of a trace, T tokens of a batch, M teachers, K entries of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -76,6 +76,10 @@ class TeacherMixture:
     @property
     def width(self) -> int:
         return int(self.ids_CK.shape[1])
+
+    def slice(self, start: int, stop: int) -> TeacherMixture:
+        """Positions start to stop - 1."""
+        return TeacherMixture(*(getattr(self, f.name)[start:stop] for f in fields(self)))
 
     def dense(self, width: int) -> tuple[Array, Array]:
         """Return the union and the mixture [C, width], padded as in TopK.dense."""

@@ -25,6 +25,7 @@ from distill.training.loss.cross_tokenizer.losses import Pair
 from distill.training.loss.dense import Divergence, dense_loss, sample_ids, top_entries
 from distill.training.loss.head import HeadOutput, LossFn, Measure, Student, Targets, head_loss
 from distill.training.loss.metrics import by_position, full_vocabulary_metrics
+from distill.training.loss.row_choice import RowChoice
 from distill.training.loss.weight_schedule import LinearWeight
 
 if TYPE_CHECKING:
@@ -37,11 +38,15 @@ WEIGHT_ONE, WEIGHT_ZERO = LinearWeight(1.0), LinearWeight(0.0)
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The result of an objective. loss: the weighted sum, differentiable. measures (metrics) and weight_T: [T], detached."""
+    """The result of an objective. loss: the weighted sum, differentiable. measures (metrics) and weight_T: [T], detached.
+
+    chosen: the indices of the T tokens among the rows that the objective got, if it chose some of them; None = all.
+    """
 
     loss: Tensor
     measures: Mapping[str, Tensor]
     weight_T: Tensor
+    chosen: Tensor | None = None
 
 
 class Objective(Protocol):
@@ -64,17 +69,23 @@ def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
 class StoredObjective:
     """A loss on the batch's own streams. loss: unreduced, [T]. measure: metrics a token, averaged with the loss's weights.
 
-    couple: a first pass over whole traces, for losses that couple a trace's tokens; it fills Targets.coupled_T.
+    couple: a first pass over whole traces, for losses that couple a trace's tokens; it fills Targets.coupled_T. choice: which
+    tokens are learned, if that is decided in the step; None = all that have a weight.
     """
 
     loss: LossFn
     measure: Measure = label_nll
     couple: Couple | None = None
     reference: bool = False
+    choice: RowChoice | None = None
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
         hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
         targets = self.with_teacher(module, batch, rows, targets)
+        chosen = None
+        if self.choice is not None:
+            chosen = self.choice.by_targets(module.logits(hidden_TD), targets, batch, rows)
+            hidden_TD, targets, rows = hidden_TD.index_select(0, chosen), targets.select(chosen), rows[chosen]
         if self.couple is not None and targets.old_logp_T is not None:
             trace_T = torch.searchsorted(batch.doc_offsets.to(rows.device), rows, right=True) - 1
             coupled_T = self.couple(module.label_logp_from_hidden(hidden_TD, targets), targets, trace_T)
@@ -83,7 +94,7 @@ class StoredObjective:
         out = head_loss(
             hidden_TD, weight_VD, self.loss, targets, form=module.plan.form, bias_V=bias_V, measure=self.measure
         )
-        return Output(out.loss, out.measures, targets.weight_T)
+        return Output(out.loss, out.measures, targets.weight_T, chosen)
 
     def with_teacher(self, module: StudentModule, batch: Batch, rows: Tensor, targets: Targets) -> Targets:
         """Add to the targets what the batch does not hold."""
@@ -118,22 +129,33 @@ class SampledTeacherObjective(StoredObjective):
 
 @dataclass(frozen=True, slots=True)
 class DenseObjective:
-    """kl * temperature^2 * divergence over the whole vocabulary + ce * -log q(label), with teachers in the trainer."""
+    """kl * temperature^2 * divergence over the whole vocabulary + ce * -log q(label), with teachers in the trainer.
+
+    choice: which tokens are learned, if that is decided in the step; None = all that have a weight.
+    """
 
     divergence: Divergence
     temperature: float = 1.0
     kl: LinearWeight = WEIGHT_ONE
     ce: LinearWeight = WEIGHT_ZERO
+    choice: RowChoice | None = None
 
     @property
     def reference(self) -> bool:
         return False
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
-        hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
+        student, targets = module.logits(module.hidden(batch, rows)), Targets.of(batch, rows)
+        teachers, chosen = module.teacher_logits(batch, rows), None
+        if self.choice is not None:
+            chosen = self.choice.by_models(student, teachers, targets, batch, rows, self.temperature)
+            student, *teachers = (
+                replace(each, hidden_TD=each.hidden_TD.index_select(0, chosen)) for each in (student, *teachers)
+            )
+            targets = targets.select(chosen)
         out = dense_loss(
-            module.logits(hidden_TD),
-            module.teacher_logits(batch, rows),
+            student,
+            teachers,
             self.divergence,
             targets,
             temperature=self.temperature,
@@ -144,7 +166,7 @@ class DenseObjective:
         measures = {"label_nll": -out.label_logp_T, "divergence": out.loss_T, **out.measures}
         if "kl" in measures:  # not where there is no token at all
             measures |= by_position("kl", measures["kl"], targets.place_T)
-        return Output(out.loss, measures, targets.weight_T)
+        return Output(out.loss, measures, targets.weight_T, chosen)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from distill.records import NO_TAIL, UserError
 from distill.training.loss import divergences
 from distill.training.loss.divergences import Alpha, Beta
 from distill.training.loss.head import Student, Targets
-from distill.training.loss.stored_targets import outcomes, stored
+from distill.training.loss.stored_targets import Tail, outcomes, stored, support_kl, tail_kl
 from distill.training.loss.weight_schedule import LinearWeight
 
 REFUSED_OPTIONS = {
@@ -33,6 +33,7 @@ REFUSED_OPTIONS = {
 """Options that users may look for and that these losses cannot have, with the reason."""
 
 Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 def cross_entropy(student: Student, targets: Targets) -> Tensor:
@@ -40,18 +41,41 @@ def cross_entropy(student: Student, targets: Targets) -> Tensor:
     return -student.label_T
 
 
-def forward_kl(student: Student, targets: Targets) -> Tensor:
-    """KL(p || q) over S and the tail, nats [T]:  sum_S p log(p/q) + T log(T/P)."""
-    return divergences.forward_kl(*outcomes(student, targets))
+def forward_kl(student: Student, targets: Targets, *, tail: Tail | None = None, bucket_share: Share = 0.0) -> Tensor:
+    """KL(p || q), nats [T]:  sum_S p log(p/q) + an estimate of the tail's part.
+
+    tail (`stored_targets.tail_kl`): bucket, T log(T/P), which is biased and has no variance; own_token, the trace's own token where
+    it is outside S, unbiased for traces sampled at temperature 1 and not selected, no byte more; draws, ids drawn from the
+    teacher's tail at capture (tail_draws), unbiased for any traces, with less variance. None: draws where the traces have
+    some, else bucket. bucket_share, for the samples: the share of the bucket in a mixture; bias in proportion to it, variance
+    in proportion to (1 - bucket_share) squared.
+    """
+    if tail is None:
+        tail = "bucket" if targets.draw_ids_TN is None else "draws"
+    if tail == "bucket":
+        return divergences.forward_kl(*outcomes(student, targets))
+    sampled_T = (1 - bucket_share) * tail_kl(student, targets, tail)
+    if bucket_share:
+        sampled_T = sampled_T + bucket_share * tail_kl(student, targets, "bucket")
+    return support_kl(student, targets) + sampled_T
 
 
-def reverse_kl(student: Student, targets: Targets) -> Tensor:
+def reverse_kl(student: Student, targets: Targets, *, importance_cap: PositiveFloat | None = None) -> Tensor:
     """KL(q || p) over S and the tail, nats [T]:  sum_S q log(q/p) + P log(P/T).
+
+    importance_cap: only on traces that the student wrote itself and a teacher scored. Weighs each position by how much
+    likelier its prefix has become since it was sampled, at most importance_cap: min(prod q / q sampled, importance_cap) over the
+    tokens before. It corrects the traces' staleness; the cap bounds the variance and leaves a bias (`own_traces`). None = no weight.
 
     A teacher's tail below 1e-6 counts as 1e-6. With zero mass the loss would be infinite, and without the tail's term the
     student would be rewarded for moving mass there; with 1e-6 the loss is finite and above -1e-6.
     """
-    return divergences.reverse_kl(*outcomes(student, targets, least_tail=NO_TAIL))
+    value_T = divergences.reverse_kl(*outcomes(student, targets, least_tail=NO_TAIL))
+    if importance_cap is None:
+        return value_T
+    if targets.coupled_T is None:
+        raise UserError("reverse_kl: importance_cap is for traces that the student wrote itself and a teacher scored.")
+    return targets.coupled_T.exp().clamp(max=importance_cap) * value_T
 
 
 def jsd(student: Student, targets: Targets, *, beta: Beta = 0.5) -> Tensor:
@@ -82,14 +106,18 @@ def ce_kl(
     kl_weight: Weight = 0.5,
     final_ce_weight: Weight | None = None,
     final_kl_weight: Weight | None = None,
+    tail: Tail | None = None,
+    bucket_share: Share = 0.0,
 ) -> Tensor:
     """ce_weight * cross entropy + kl_weight * forward KL, nats [T] (Hinton et al. 2015, at temperature 1).
 
-    A final weight is the weight at the last step, reached linearly; None: the weight is constant.
+    A final weight is the weight at the last step, reached linearly; None: the weight is constant. tail, bucket_share: as in
+    forward_kl.
     """
     ce = LinearWeight(ce_weight, final_ce_weight).at(targets.progress)
     kl = LinearWeight(kl_weight, final_kl_weight).at(targets.progress)
-    return ce * cross_entropy(student, targets) + kl * forward_kl(student, targets)
+    kl_T = forward_kl(student, targets, tail=tail, bucket_share=bucket_share)
+    return ce * cross_entropy(student, targets) + kl * kl_T
 
 
 def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -> Tensor:
@@ -106,16 +134,20 @@ def sampled_kd(student: Student, targets: Targets, *, draws: PositiveInt = 64) -
 
 
 def policy_gradient(student: Student, targets: Targets, *, importance_cap: PositiveFloat = 2.0) -> Tensor:
-    """Reverse KL as a policy gradient, [T]: -w A rho on the student's own tokens, for on_policy stages with scoring: engine.
+    """Reverse KL as a policy gradient, [T]: -w A rho on the student's own tokens: in on_policy stages with scoring: engine, and in
+    train stages on traces that the model generated and a teacher scored.
 
-    A = log p(token) - log q(token) when it was sampled, a constant; rho = q / q sampled, 1 with its gradient; w = min(q trainer
-    / q engine, importance_cap), a constant. Its gradient equals that of KL(q || p) a token in expectation, plus sampling
-    noise. It needs the teacher's log-probability of the sampled token only.
+    A = log p(token) - log q(token) of the present student, a constant; rho = q / q now, 1 with its gradient; w = min(q now /
+    q sampled, importance_cap), a constant. Its gradient equals that of KL(q || p) a token in expectation, plus sampling
+    noise, where w is below the cap: also for traces of earlier weights, but for their prefixes (`own_traces`). It needs the
+    teacher's log-probability of the sampled token only.
     """
     if targets.advantage_T is None or targets.engine_logp_T is None:
         raise UserError(
-            "policy_gradient learns from the student's own completions: use it in a stage of kind on_policy."
+            "policy_gradient learns from the student's own completions: use it in a stage of kind on_policy, or on traces that "
+            "the model generated and a teacher scored."
         )
     own_T = student.label_T.detach()
     weight_T = (own_T - targets.engine_logp_T).exp().clamp(max=importance_cap)
-    return -weight_T * targets.advantage_T * (student.label_T - own_T).exp()
+    advantage_T = targets.advantage_T + targets.engine_logp_T - own_T
+    return -weight_T * advantage_T * (student.label_T - own_T).exp()

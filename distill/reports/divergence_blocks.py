@@ -1,0 +1,51 @@
+"""The report's section on held-out KL: each arm's distance from the teacher, and the students' paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distill.reports.block_kinds import Block, Heading, Table, Text
+from distill.reports.divergence import text
+from distill.reports.run_report import DivergencePairRow, RunReport
+from distill.reports.wording import interval_text
+
+
+def divergence_blocks(report: RunReport) -> list[Block]:
+    """The tables of the arms that were measured; the caller leaves the section out if there is none."""
+    found: list[Block] = [
+        Heading("Held-out KL"),
+        divergence_table(report),
+        Text(
+            "On traces that the teacher sampled from held-out problems, in nats a token. KL: of the teacher to the arm over the whole "
+            "vocabulary, an unbiased estimate; at least: with all tokens that are not stored as one outcome; label NLL: of the teacher's "
+            "tokens, the KL plus the teacher's entropy. Overconfidence: the probability of the arm's likeliest token minus how often "
+            "the teacher wrote it, in points. Brackets are 95% intervals with the trace as the unit, and over training seeds if an arm "
+            "has several."
+        ),
+    ]
+    if pairs := report.get("divergence_pairs"):
+        found += [pair_table(pairs), Text("Paired, trace by trace; below 0 the first arm is nearer to the teacher.")]
+    return found
+
+
+def divergence_table(report: RunReport) -> Table:
+    measured = {name: arm["divergence"] for name, arm in report["arms"].items() if "divergence" in arm}
+    rows = [
+        [
+            name,
+            text(row["kl"]),
+            f"{row['bound']['value']:.3f}",
+            text(row["label_nll"]),
+            interval_text(row["overconfidence"], signed=True),
+            str(row["traces"]),
+            str(row["tokens"]),
+        ]
+        for name, row in measured.items()
+    ]
+    header = ["arm, nats a token", "KL to the teacher", "at least", "label NLL", "overconfidence", "traces", "tokens"]
+    return Table(header, rows, "l" + "r" * (len(header) - 1))
+
+
+def pair_table(pairs: Sequence[DivergencePairRow]) -> Table:
+    rows = [[f"{row['a']} − {row['b']}", text(row["difference"], signed=True)] for row in pairs]
+    return Table(["pair", "difference in KL"], rows, "lr")
