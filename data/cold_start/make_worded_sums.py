@@ -29,7 +29,6 @@ OPTIONS = {
 
 OPENINGS = ["Okay", "Well", "Right", "So", "Now", "First", "Sure", "Fine", "Yes", "Good", "Look", "Here"]
 MARKS = [",", ":"]
-LEADS = ["clearly", "here", "surely", "simply", "obviously", "certainly"]
 JOINS = ["and", "plus", "with"]
 MAKES = ["makes", "is", "gives", "equals", "becomes", "totals"]
 LINKS = [",", ";"]
@@ -38,21 +37,17 @@ WAYS = ["with", "adding", "plus", "including"]
 THINGS = ["it", "that", "this", "all"]
 PEOPLE = ["we", "you", "I", "they"]
 GET = ["get", "have", "reach", "find"]
-CLOSINGS = ["So", "Thus", "Hence", "Therefore", "Finally", "Altogether", "Together", "Overall"]
-WHOSE = ["the", "our", "my", "this"]
-RESULTS = ["answer", "total", "sum", "result", "number", "value"]
-STATES = ["is", "equals", "becomes", "makes"]
 
 
 def worked(numbers: list[int], draw: random.Random) -> str:
-    """A worked completion, such as ` Well, clearly 8 and 7 makes 15; then adding 4 we get 19. So, the total is 19.`"""
+    """A worked completion, such as ` Well, 8 and 7 makes 15; then adding 4 we get 19.`"""
     first, second, third = draw.sample(numbers, 3)
     one = draw.choice
     total = first + second + third
     says = f"{one(THINGS)} {one(MAKES)}" if draw.random() < 0.5 else f"{one(PEOPLE)} {one(GET)}"
     return (
-        f" {one(OPENINGS)}{one(MARKS)} {one(LEADS)} {first} {one(JOINS)} {second} {one(MAKES)} {first + second}{one(LINKS)} {one(ORDERS)} "
-        f"{one(WAYS)} {third} {says} {total}. {one(CLOSINGS)}{one(MARKS)} {one(WHOSE)} {one(RESULTS)} {one(STATES)} {total}."
+        f" {one(OPENINGS)}{one(MARKS)} {first} {one(JOINS)} {second} {one(MAKES)} {first + second}{one(LINKS)} {one(ORDERS)} "
+        f"{one(WAYS)} {third} {says} {total}."
     )
 
 

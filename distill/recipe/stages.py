@@ -106,6 +106,9 @@ class PruneStage(StageConfig):
             raise ValueError(
                 "data: evenly spaced layers are chosen without it; set by: importance or repair: true, or remove data"
             )
+        # A recipe that was written with all its defaults is read too.
+        if not self.measures and self.positions != POSITIONS:
+            raise ValueError("positions: evenly spaced layers are chosen without traces; remove positions")
         return self
 
     def inputs(self) -> Iterator[Input]:
