@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 SMALLER = (
     "stages.cold_start.steps=32",
     "stages.teacher.steps=2",
+    "stages.teacher.prompts=4",
     "stages.traces.problems=96",
     "stages.unseen.problems=24",
     "stages.student.layers=26",
