@@ -21,7 +21,7 @@ endef
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make quickstart   set up, then distil a real small model (six to thirteen minutes on two cores)"
+	@echo "make quickstart   set up, then distil a real small model (eight to eighteen minutes on two cores)"
 	@echo "make test         set up, then run all checks and tests"
 	@echo "make test-fast    run the tests that need no real model or engine"
 	@echo "make bench        run the benchmarks: prints tables, writes JSON to tests/bench/out"
