@@ -26,6 +26,8 @@ from distill.models.prune import decoder_layers
 from distill.models.prune_probe import Probe, hidden_states, mean_kl, prepare, run_layer
 from distill.records import UserError
 
+HELD = 4
+"""Every HELD-th trace chooses the strength; the others are fit."""
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Ridge strengths, of which held-out positions choose one."""
 CLOSE = 1e-3

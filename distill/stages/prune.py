@@ -23,8 +23,6 @@ from distill.stages.inputs.prune_traces import read_traces
 
 SAVED = "bfloat16"
 RECORD = "pruned.json"
-HELD = 4
-"""Every HELD-th trace chooses the repair's strength; the others are fit."""
 
 
 def run(config: PruneStage, context: Context) -> Result:
@@ -73,8 +71,9 @@ def measured(model: Any, config: PruneStage, context: Context, tokenizer: Any) -
     traces = read_traces(config, context, tokenizer)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)
-    held = traces[HELD - 1 :: HELD] if config.repair else []
-    fit = [trace for n, trace in enumerate(traces) if not config.repair or n % HELD != HELD - 1]
+    every = prune_repair.HELD
+    held = traces[every - 1 :: every] if config.repair else []
+    fit = [trace for n, trace in enumerate(traces) if not config.repair or n % every != every - 1]
     work = _Work(model, make_probe(fit, device), make_probe(held, device))
     shape = ModelShape.from_config(model.config.to_dict())
     for probe in (work.fit, work.held):

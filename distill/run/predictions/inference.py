@@ -11,7 +11,7 @@ from distill.compute.memory import PROCESS_BYTES, Memory
 from distill.machine import Machine
 from distill.models import check_layers
 from distill.models.prune_choice import CANDIDATES
-from distill.models.prune_repair import STRENGTHS
+from distill.models.prune_repair import HELD, STRENGTHS
 from distill.models.prune_width import Widths
 from distill.recipe import (
     CompareStage,
@@ -93,21 +93,24 @@ def prune_work(
     taken = max(1.0, min(reply, config.positions // 8))
     rows = min(math.ceil(config.positions / taken), traces)
     row_tokens = rows * (prompt + taken)
-    # Full passes through the layers, and passes through the output head.
+    # Passes through all layers, and passes through the output head. What repair holds out is not read by the others.
+    fit = 1 - 1 / HELD if config.repair else 1.0
+    left = layers / shape.layers
     passes = heads = 1.0
     removed = shape.layers - layers
     if config.by == "block_influence":
-        passes += 1
+        passes += fit
     if config.by == "importance" and removed:
         tried = [shape.layers, *(min(CANDIDATES, shape.layers - n) for n in range(1, removed))]
         # A round runs all layers that are left once, and for each layer that is tried those above it: half of them.
-        passes += sum((1 + num / 2) * (shape.layers - n) / shape.layers for n, num in enumerate(tried))
-        heads += sum(tried)
+        passes += fit * sum((1 + num / 2) * (shape.layers - n) / shape.layers for n, num in enumerate(tried))
+        heads += fit * sum(tried)
     if config.narrows:
-        passes += 1
+        passes += fit
     if config.repair:
-        passes += 2 + len(STRENGTHS) * 2
-        heads += 1 + len(STRENGTHS) / 4
+        # Once the whole model and once the pruned one, then for every strength the fit and its KL.
+        passes += fit * (1 + left) + len(STRENGTHS) * left
+        heads += (1 - fit) * (1 + len(STRENGTHS))
     tokens = row_tokens * passes
     context = (prompt + taken + 1) / 2
     head_tokens = rows * taken * heads
