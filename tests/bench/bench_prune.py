@@ -1,9 +1,9 @@
 """Untrained students of one teacher, pruned in several ways: their KL to it on traces that the pruning has not read.
 
-    python tests/bench/bench_prune.py MODEL TRACES [--ways NAME ...] [--positions N] [--out DIR]
+    python tests/bench/bench_prune.py [MODEL TRACES] [--ways NAME ...] [--positions N]
 
 MODEL: the folder of a teacher. TRACES: a folder of shards that it wrote, with distributions; at least twice as many as the
-pruning reads. Each way is a prune stage of its own, with the stage's own choice of traces; the seconds are the stage's without
+pruning reads. Without them: SmolLM2-135M-Instruct and the open-ended answers that `bench_targets.py` captures. Each way is a prune stage of its own, with the stage's own choice of traces; the seconds are the stage's without
 loading and saving, on the wall and of the processor. The KL is to the stored distributions (entries and a tail bucket), a mean over positions, with an
 interval of 95% over traces (bootstrap).
 """
@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_targets as targets
+import chat_traces
 import harness
 import numpy as np
 
@@ -59,12 +61,19 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("traces", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("traces", type=Path, nargs="?")
     parser.add_argument("--ways", nargs="*", default=list(WAYS))
     parser.add_argument("--positions", type=int, default=400)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
+    if (options.model is None) != (options.traces is None):
+        parser.error("MODEL and TRACES go together")
+    options.out = targets.OUT
+    if options.model is None:
+        sizes = targets.Sizes()
+        targets.capture(sizes)
+        options.model = models.resolve(recipe.ModelConfig(source=chat_traces.SOURCE))
+        options.traces = targets.cut(sizes, 64, 0.98)
     teacher, tokenizer = models.load(options.model, dtype="float32").eval(), models.load_tokenizer(options.model)
     rest = unread(options, tokenizer)
     rows = [measure(name, teacher, tokenizer, rest, options) for name in options.ways]
