@@ -39,6 +39,8 @@ SMALLER = (
     "stages.kl.steps=6",
     "stages.sft.epochs=null",
     "stages.sft.steps=2",
+    "stages.both.epochs=null",
+    "stages.both.steps=2",
     "stages.verdict.problems=48",
 )
 
@@ -128,7 +130,7 @@ def test_train_and_held_out_problems_are_disjoint():
 
 def test_no_problem_that_was_evaluated_was_trained_on(run):
     trained = {p for f in (run / "traces" / "traces").glob("*.parquet") for p in pd.read_parquet(f)["problem_id"]}
-    for arm in ("start", "teacher", "kl", "sft"):
+    for arm in ("start", "teacher", "kl", "sft", "both"):
         files = (run / f"verdict.{arm}" / "traces").glob("*.parquet")
         evaluated = {p for f in files for p in pd.read_parquet(f)["problem_id"]}
         assert len(evaluated) == 48

@@ -52,9 +52,15 @@ WAYS: dict[str, dict[str, Any]] = {
     "26 layers": {"layers": 26, "by": "importance"},
     "20 layers": {"layers": 20, "by": "importance"},
     "20 layers, repair": {"layers": 20, "by": "importance", "repair": True},
+    "20 layers, block_influence": {"layers": 20, "by": "block_influence"},
+    "20 layers, block_influence, repair": {"layers": 20, "by": "block_influence", "repair": True},
+    "20 layers, even, repair": {"layers": 20, "repair": True},
     "15 layers": {"layers": 15, "by": "importance"},
     "15 layers, repair": {"layers": 15, "by": "importance", "repair": True},
+    "15 layers, block_influence": {"layers": 15, "by": "block_influence"},
+    "15 layers, block_influence, repair": {"layers": 15, "by": "block_influence", "repair": True},
     "15 layers, even": {"layers": 15},
+    "15 layers, even, repair": {"layers": 15, "repair": True},
 }
 """Ways to prune SmolLM2-135M; those of the first group have about the parameters of 24 of its 30 layers."""
 
