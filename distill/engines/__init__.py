@@ -17,7 +17,7 @@ from distill import models, plug
 from distill.engines.auto import AUTO, Choice, choose, expected, installed_vllm
 from distill.machine import cores
 from distill.recipe import EngineConfig
-from distill.records import Engine
+from distill.records import Engine, UserError
 
 KINDS = "distill.engines.factories"
 NO_RAY = "Ray is not installed. Install it with: pip install 'distill[ray]', or remove `ray` and `replicas`."
@@ -43,10 +43,14 @@ def open_engine(config: EngineConfig, model_dir: Path, *, max_model_len: int, ma
     return cast(Engine, engine)
 
 
-def environment(config: EngineConfig) -> dict[str, str]:
+RUNNER_V2 = "VLLM_USE_V2_MODEL_RUNNER"
+"""vLLM's variable that chooses its model runner; without it V2 runs wherever Triton works. Only V1 gives draws from the tail."""
+
+
+def environment(config: EngineConfig, tail_draws: int = 0) -> dict[str, str]:
     """Environment variables to set before the engine's process starts (before its first import of vLLM).
 
-    Variables that the user has set are left out, so the user's values hold.
+    Variables that the user has set are left out, so the user's values hold. tail_draws: draws that requests will ask for.
     """
     if expected(config) != "vllm":
         return {}
@@ -55,6 +59,8 @@ def environment(config: EngineConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_DO_NOT_TRACK": "1",
     }
+    if tail_draws:
+        wanted[RUNNER_V2] = "0"
     if _is_cpu_build():
         wanted |= {
             # vLLM's own thread binding would leave cores unused; without it the process's affinity mask holds.
@@ -65,6 +71,16 @@ def environment(config: EngineConfig) -> dict[str, str]:
         }
     missing = {key: value for key, value in wanted.items() if key not in os.environ}
     return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **missing}
+
+
+def check_draws(config: EngineConfig, tail_draws: int) -> None:
+    """Raise UserError if the user's own environment makes the engine run in a way that gives no draws from the tail."""
+    runs_v2 = os.environ.get(RUNNER_V2, "0").strip().lower() not in ("", "0", "false")
+    if tail_draws and runs_v2 and expected(config) == "vllm" and not _is_cpu_build():
+        raise UserError(
+            f"tail_draws: vLLM's model runner V2 gives no draws from the tail, and the environment asks for it; unset {RUNNER_V2}, or "
+            "use engine: {fn: transformers}."
+        )
 
 
 def _is_cpu_build() -> bool:

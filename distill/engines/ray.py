@@ -8,6 +8,7 @@ an address, a Ray cluster that runs.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -213,6 +214,8 @@ def _ask(run: Run, actor: Any, given: list[tuple[int, Request]]) -> Any:
 def _variables(config: EngineConfig) -> dict[str, str]:
     """Return the environment of an actor: its engine's, with a share of the cores where all are on this machine."""
     variables = engines.environment(config)
+    if (runner := os.environ.get(engines.RUNNER_V2)) is not None:
+        variables[engines.RUNNER_V2] = runner
     if config.ray == "local":
         variables["OMP_NUM_THREADS"] = str(max(1, cores() // config.replicas))
     else:

@@ -274,8 +274,8 @@ class VllmEngine:
         num = request.tail_draws if top_k else 0
         if num and not self._is_v1:
             raise UserError(
-                "tail_draws: vLLM's model runner V2, the default on a GPU, does not give draws from the tail. Set the environment "
-                "variable VLLM_USE_V2_MODEL_RUNNER=0, or use engine: {fn: transformers}."
+                "tail_draws: this engine's model runner is vLLM's V2, which gives no draws from the tail. Start it in a process with "
+                "the environment variable VLLM_USE_V2_MODEL_RUNNER=0, as distill run does, or use engine: {fn: transformers}."
             )
         return num
 

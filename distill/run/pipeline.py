@@ -28,6 +28,7 @@ from distill.records import UserError
 from distill.run import launch
 from distill.run.decide import decide, input_fingerprints
 from distill.run.nodes import Node, nodes
+from distill.run.readiness import check_ready
 from distill.run.unfinished import kept
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class Runner:
             plan.check_plugs(self.recipe)
         for node, stage in zip(wanted, standing, strict=True):
             if stage is None or stage.status != "done":
-                node.config.check_environment(f"stages.{node.name}")
+                check_ready(node)
 
     def _prepare(self, node: Node, number: int, num: int, predictions: Mapping[str, dict[str, float]]) -> str | None:
         """Write the stage.json that a node starts from. Return the reason to run the node, or None if it is finished.
@@ -223,7 +224,7 @@ class Runner:
         if isinstance(engine, EngineConfig) and not node.config.children():
             from distill import engines
 
-            mine |= engines.environment(engine)
+            mine |= engines.environment(engine, getattr(node.config, "tail_draws", 0))
         return mine
 
 

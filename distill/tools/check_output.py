@@ -15,6 +15,7 @@ from distill.recipe import Recipe
 from distill.records import UserError
 from distill.reports.wording import duration, money, scaled
 from distill.run import advice, decide, nodes, plan
+from distill.run.readiness import check_ready
 
 
 def print_previews(resolved: Recipe, folder: Path) -> None:
@@ -71,7 +72,7 @@ def print_plan(resolved: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
     for node in by_name.values():
         if decide.decide(node, resolved, folder, redo).action != "skip":
             try:
-                node.config.check_environment(f"stages.{node.name}")
+                check_ready(node)
             except UserError as error:
                 typer.echo(f"not ready: {error}")
     for note in (note for row in rows for note in row.notes):

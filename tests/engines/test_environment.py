@@ -8,9 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from project import SUMS
 
-from distill import engines
+from distill import engines, recipe
 from distill.recipe import EngineConfig
+from distill.records import UserError
+from distill.run.nodes import nodes
+from distill.run.readiness import check_ready
 
 WHEELS = ("x86_64", "aarch64")
 
@@ -34,6 +38,31 @@ def test_the_environment_keeps_vllm_in_process_and_what_the_user_set(monkeypatch
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     assert "VLLM_LOGGING_LEVEL" not in engines.environment(config)
     assert engines.environment(EngineConfig(fn="reference")) == {}
+
+
+def test_draws_run_on_the_runner_that_gives_them_unless_the_user_asks_for_the_other(monkeypatch):
+    config = EngineConfig(fn="vllm")
+    monkeypatch.delenv(engines.RUNNER_V2, raising=False)
+    assert engines.RUNNER_V2 not in engines.environment(config)
+    assert engines.environment(config, tail_draws=4)[engines.RUNNER_V2] == "0"
+    monkeypatch.setattr(engines, "_is_cpu_build", lambda: False)
+    engines.check_draws(config, 4)
+    monkeypatch.setenv(engines.RUNNER_V2, "1")
+    assert engines.RUNNER_V2 not in engines.environment(config, tail_draws=4)
+    engines.check_draws(config, 0)
+    engines.check_draws(EngineConfig(fn="transformers"), 4)
+    with pytest.raises(UserError, match=r"tail_draws: .*unset VLLM_USE_V2_MODEL_RUNNER"):
+        engines.check_draws(config, 4)
+
+
+def test_draws_that_the_environment_prevents_are_refused_before_the_run(monkeypatch):
+    monkeypatch.setenv(engines.RUNNER_V2, "1")
+    monkeypatch.setattr(engines, "_is_cpu_build", lambda: False)
+    stage = {"kind": "generate", "model": "base", "task": "sums", "problems": 2, "tail_draws": 4, "engine": "vllm"}
+    tree = {"name": "a", "models": {"base": "owner/name"}, "tasks": {"sums": SUMS}, "stages": {"traces": stage}}
+    (node,) = nodes(recipe.validate(tree))
+    with pytest.raises(UserError, match=r"stages\.traces\.tail_draws: .*unset VLLM_USE_V2_MODEL_RUNNER"):
+        check_ready(node)
 
 
 @pytest.mark.skipif(
