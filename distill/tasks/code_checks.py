@@ -14,6 +14,9 @@ from typing import Any
 from distill.tasks.sandbox import FaultError, Isolation, Limits, RaisedError, SandboxError, Session
 
 
+_ENDS_ITERATION = (StopIteration, StopAsyncIteration)
+
+
 class _StopError(BaseException):
     """Ends a check whose program has ended; not an Exception, so that no test's `except Exception` catches it."""
 
@@ -41,9 +44,12 @@ class Candidate:
 
 
 def _builtin(error: RaisedError) -> Exception:
-    """Return the built-in exception of that name if a message alone can construct it, else the error itself."""
+    """Return the built-in exception of that name if a message alone can construct it, else the error itself.
+
+    Those that end an iteration are never built: a `map` or `zip` over the candidate in a check would end early, and pass.
+    """
     kind = getattr(builtins, error.name, None)
-    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+    if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, _ENDS_ITERATION):
         return error
     try:
         return kind(error.message)

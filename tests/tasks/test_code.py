@@ -6,8 +6,9 @@ import pytest
 
 from distill.errors import UserError
 from distill.records import Group, Problem, Verdict
-from distill.tasks import rewards, sandbox, templates
+from distill.tasks import code, rewards, sandbox, templates
 from distill.tasks.code import code_verdict, code_verdicts, complete, extract, lines, same_value
+from distill.tasks.judge import worker_pool
 from distill.tasks.sandbox import Isolation, Limits
 
 BROKEN = Isolation(2, ("/bin/false",), False, "broken")
@@ -153,6 +154,44 @@ def test_what_cannot_be_run_is_wrong_and_what_cannot_be_judged_is_nothing(held):
     assert judged("#" * 300_000, STDIN, held).score == 0.0
     assert judged("pass", {"tests": []}, held).correct is None
     assert judged("print(1)", STDIN, BROKEN).correct is None
+
+
+ALL_OF_MANY = {
+    "prompt": "def f(x):\n    ...\n",
+    "entry_point": "f",
+    "check": "def check(candidate):\n    for got, x in zip(map(candidate, range(5)), range(5)):\n        assert got == x + 1\n"
+    "    for _ in range(candidate(4) - 5): pass\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "raised",
+    ["StopIteration", "StopAsyncIteration", "GeneratorExit", "SystemExit", "KeyboardInterrupt", "type('StopIteration', (Exception,), {})"],
+)  # fmt: skip
+def test_what_a_program_raises_does_not_end_a_check_early(raised, held):
+    assert judged("def f(x):\n    return x + 1", ALL_OF_MANY, held).correct
+    verdict = judged(f"def f(x):\n    raise {raised}", ALL_OF_MANY, held)
+    assert (verdict.correct, verdict.score) == (False, 0.0)
+
+
+def test_a_check_that_never_ends_with_what_the_program_returned_is_wrong(monkeypatch, held):
+    """The trusted process computes on and on with a huge number: that is the program's fault, not the judge's."""
+    assert judged("def f(x):\n    return x + 1", ALL_OF_MANY, held).correct  # a worker has started
+    monkeypatch.setattr(code, "CHECK_GRACE_S", 6.0)
+    source = "def f(x):\n    global n\n    n += 1\n    return x + 1 if n < 6 else 1 << 70\nn = 0"
+    verdict = code_verdict(source, ALL_OF_MANY, held, Limits(30, 2))
+    assert (verdict.correct, verdict.score) == (False, 0.0)
+    assert "the test did not end" in verdict.reason
+    assert judged("def f(x):\n    return x + 1\n# again", ALL_OF_MANY, held).correct
+
+
+def test_a_check_that_the_machine_kept_waiting_is_not_judged(monkeypatch, held):
+    def slow(*_args, **_kwargs):
+        raise worker_pool.SlowError(0.1)
+
+    monkeypatch.setattr(worker_pool, "ask", slow)
+    verdict = judged("def f(x):\n    return x + 1\n# waits", ALL_OF_MANY, held)
+    assert (verdict.correct, verdict.score, verdict.reason) == (None, None, "not judged: timeout")
 
 
 def test_a_program_is_run_once_for_the_judge_and_the_rewards_but_again_after_a_failure(tmp_path, held):

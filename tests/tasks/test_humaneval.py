@@ -156,7 +156,7 @@ def test_a_check_that_swallows_everything_does_not_pass_a_program_that_is_gone()
     assert fails("import time\ndef f(x): time.sleep(600)", check, test_s=2) == "timeout"
 
 
-def test_a_check_that_does_not_end_gives_no_verdict(monkeypatch):
+def test_a_check_that_does_not_end_is_not_passed(monkeypatch):
     monkeypatch.setattr("distill.tasks.code.CHECK_GRACE_S", 1.0)
     payload = {
         "prompt": "",
@@ -164,4 +164,5 @@ def test_a_check_that_does_not_end_gives_no_verdict(monkeypatch):
         "check": "def check(candidate):\n    while candidate(1): pass\n    while True: pass",
     }
     verdict = code_verdict("def f(x): return 0", payload, sandbox.choose(unsafe=True), Limits(2, 2))
-    assert (verdict.correct, verdict.reason) == (None, "not judged: timeout")
+    assert (verdict.correct, verdict.score) == (False, 0.0)
+    assert verdict.reason == "timeout: the test did not end with what the program returned"

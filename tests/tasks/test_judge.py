@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 from answer_table import KINDS, RIGHT_COMPLETIONS, ROWS, WRONG_COMPLETIONS
 from hypothesis import given, settings
@@ -160,6 +161,25 @@ def test_a_killed_worker_is_replaced():
         with pytest.raises(worker_pool.StuckError, match="ended"):
             worker_pool.ask("math", "y+x", "x+y", True)
     assert worker_pool.ask("math", "y+x", "x+y", True) is True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of pipes are Linux's")
+def test_a_worker_ends_with_a_killed_parent_even_within_one_long_operation(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import threading, time\nfrom distill.tasks.judge import worker_pool\n"
+        "worker_pool.ask('math', 'x+1', '1+x', True)\n"
+        f"threading.Thread(target=worker_pool.ask, args=('math', {TOWER + '+1'!r}, {TOWER!r}, True)).start()\n"
+        "time.sleep(1)\nprint(*[w.process.pid for w in worker_pool._pools['math']._started], flush=True)\ntime.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        pid = int(parent.stdout.readline())
+        assert psutil.pid_exists(pid)
+        parent.kill()
+    deadline = time.monotonic() + 5 * slowness()
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the worker is still at work"
+        time.sleep(0.05)
 
 
 def test_an_unguarded_script_may_judge_and_leaves_no_process_behind(tmp_path):

@@ -5,18 +5,20 @@ expressions (`symbolic`), `score` runs generators and their scorers (`reasoning_
 written as code (`code_checks`).
 
 `worker_pool` kills the process after a time limit: towers of powers and deep parentheses keep sympy busy forever. It ends
-by itself if its parent does, or if the parent has not killed it soon after the limit.
+by itself if its parent does (at once on Linux, even within a single operation on huge numbers), or if the parent has not
+killed it soon after the limit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 MEMORY_BYTES = 4 * 2**30
@@ -73,6 +75,27 @@ def _replier(job: str) -> Callable[[list[Any]], Any]:
     return reply_score
 
 
+@contextlib.contextmanager
+def _ending_with_parent() -> Iterator[None]:
+    """Let the kernel end this process when the parent does: its end of the pipe closes, which raises SIGIO (fatal by default).
+
+    The parent writes nothing while it waits for a reply, so nothing else raises the signal. A signal needs no interpreter, which
+    may be in one long operation. Linux only (fcntl(2), O_ASYNC).
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    flags = fcntl.fcntl(0, fcntl.F_GETFL)
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, flags | os.O_ASYNC)
+    try:
+        if os.getppid() == 1:  # the parent ended before
+            os._exit(1)
+        yield
+    finally:
+        fcntl.fcntl(0, fcntl.F_SETFL, flags)
+
+
 def main() -> None:
     """Answer requests from standard input until it ends."""
     job, limit_s = sys.argv[1], float(sys.argv[2])
@@ -91,7 +114,8 @@ def main() -> None:
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, 2 * limit_s + 1)
         request = json.loads(line)
-        answer = reply(request)
+        with _ending_with_parent():
+            answer = reply(request)
         signal.setitimer(signal.ITIMER_REAL, 0)
         replies.write(json.dumps(answer) + "\n")
 

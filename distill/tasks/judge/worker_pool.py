@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+
 Job = Literal["math", "score", "check"]
 
 NUM_WORKERS = max(1, min(4, (os.cpu_count() or 1) // 2))
@@ -36,6 +38,14 @@ START_LIMIT_S = 120.0
 
 class StuckError(Exception):
     """There is no reply. The message is the reason: `timeout`, or that the worker ended."""
+
+
+class SlowError(StuckError):
+    """There is no reply to a request within its limit. busy_s: seconds of the processor that the worker has spent on it."""
+
+    def __init__(self, busy_s: float = 0.0) -> None:
+        super().__init__("timeout")
+        self.busy_s = busy_s
 
 
 class _Worker:
@@ -67,21 +77,32 @@ class _Worker:
 
     def ask(self, request: list[object], limit_s: float) -> Any:
         assert self.process.stdin is not None
+        before = self._busy_s()
         try:
             self.process.stdin.write(json.dumps(request).encode() + b"\n")
             self.process.stdin.flush()
         except OSError:
             raise StuckError("the judge's worker ended") from None
-        return json.loads(self._line(limit_s))
+        try:
+            return json.loads(self._line(limit_s))
+        except SlowError:
+            raise SlowError(self._busy_s() - before) from None
+
+    def _busy_s(self) -> float:
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.Error:
+            return 0.0
+        return float(times.user + times.system)
 
     def _line(self, limit_s: float) -> bytes:
-        """Return the next line of the output; raises StuckError after the limit or at the end of the output."""
+        """Return the next line of the output; raises SlowError after the limit and StuckError at the end of the output."""
         assert self.process.stdout is not None
         pipe, deadline, read = self.process.stdout.fileno(), time.monotonic() + limit_s, b""
         while not read.endswith(b"\n"):
             ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise StuckError("timeout")
+                raise SlowError
             chunk = os.read(pipe, 4096)
             if not chunk:
                 raise StuckError("the judge's worker ended")

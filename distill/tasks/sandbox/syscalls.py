@@ -2,8 +2,9 @@
 
 These calls allocate memory outside resource limits (shared memory, message queues, memory files), access other
 processes, or expose a large part of the kernel. They are refused with EPERM; `clone` only if it asks
-for a namespace, and `clone3`, whose flags a filter cannot see, with ENOSYS, so that libc falls back to `clone`.
-Without bubblewrap also: sockets, leaving the process group, and sending signals.
+for a namespace, and `clone3`, whose flags a filter cannot see, with ENOSYS, so that libc falls back to `clone`. Sockets of
+families outside FAMILIES are refused: AF_VSOCK, for one, reaches a virtual machine's host from any network namespace.
+Without namespaces also: all sockets, leaving the process group, and sending signals.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ _ALWAYS = {
     "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
 }  # fmt: skip
 _WITHOUT_NAMESPACES = {
-    "socket": (41, 198), "setsid": (112, 157), "setpgid": (109, 154), "kill": (62, 129),
+    "setsid": (112, 157), "setpgid": (109, 154), "kill": (62, 129),
     "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
 }  # fmt: skip
+FAMILIES = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10}
+"""Families of the sockets that a program in a network namespace of its own may open."""
+_SOCKETS = {"socket": (41, 198), "socketpair": (53, 199)}
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _NEW_NAMESPACE = 0x7E020000  # CLONE_NEWNS | NEWCGROUP | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET
 _X32 = 0x40000000  # call numbers from here on are the x32 variants of the same calls on x86-64
@@ -53,6 +57,17 @@ def denied(namespaces: bool) -> bytes:
     ]
     for numbers in calls.values():
         code += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _ERRNO | _EPERM)]
+    families = [*FAMILIES.values()] if namespaces else []
+    for name, numbers in _SOCKETS.items():
+        allowed = families if name == "socket" else [FAMILIES["AF_UNIX"]]
+        num = len(allowed)
+        code += [
+            (_EQUAL, 0, num + 3, numbers[column]),
+            (_LOAD, 0, 0, 16),
+            *[(_EQUAL, num - n, 0, family) for n, family in enumerate(allowed)],
+            (_RETURN, 0, 0, _ERRNO | _EPERM),
+            (_RETURN, 0, 0, _ALLOW),
+        ]
     code += [
         (_EQUAL, 0, 1, _CLONE3[column]),
         (_RETURN, 0, 0, _ERRNO | _ENOSYS),
