@@ -13,7 +13,6 @@ from typing import Any
 
 from distill.tasks.sandbox import FaultError, Isolation, Limits, RaisedError, SandboxError, Session
 
-
 _ENDS_ITERATION = (StopIteration, StopAsyncIteration)
 
 
