@@ -73,9 +73,9 @@ class ArmResults:
         return merged
 
     @property
-    def correct(self) -> dict[str, list[bool | None]]:
-        """correct[problem_id][sample]; None where a sample could not be judged."""
-        return {key: [one.correct for one in samples] for key, samples in self.samples.items()}
+    def correct(self) -> dict[str, list[bool]]:
+        """correct[problem_id][sample]. What could not be judged counts as wrong: an answer must not gain by being unreadable."""
+        return {key: [one.correct is True for one in samples] for key, samples in self.samples.items()}
 
 
 def score(
@@ -86,12 +86,15 @@ def score(
 ) -> dict[str, Any]:
     """Compute the scores of an arm in the report: accuracy, pass_at, maj_at, clipped_ratio, mean_length and counts.
 
-    maj@k is computed for every k of `pass_at` above 1; an invalid answer never wins the vote. Raises ValueError if no
-    problem was judged.
+    maj@k is computed for every k of `pass_at` above 1; an invalid answer never wins the vote. unjudged: completions that could
+    not be judged, which count as wrong, so the accuracy is at most their share too low. Raises ValueError if no completion was
+    judged.
     """
     correct = list(results.correct.values())
     answers = [[one.answer for one in samples] for samples in results.samples.values()]
     everything = [one for samples in results.samples.values() for one in samples]
+    if all(one.correct is None for one in everything):
+        raise ValueError("no problem was judged")
     return {
         "accuracy": interval_row(statistics.accuracy(correct, seed=seed)),
         "pass_at": {str(k): interval_row(statistics.pass_at(correct, k, seed=seed)) for k in pass_at},
@@ -115,7 +118,7 @@ def score_seeds(
 ) -> dict[str, Any]:
     """The scores of an arm trained with several seeds, as `score` returns them: runs[training seed] on the same problems.
 
-    Intervals are over both seeds and problems, and use problems of which every seed has enough judged samples. by_seed:
+    Intervals are over both seeds and problems, and use problems of which every seed has enough samples. by_seed:
     the accuracy of each seed. samples: per problem and seed.
     """
     check_same_problems({f"seed {seed}": results.samples for seed, results in runs.items()})
@@ -146,9 +149,10 @@ def score_seeds(
     }
 
 
-def _correct(results: ArmResults) -> list[list[bool | None]]:
+def _correct(results: ArmResults) -> list[list[bool]]:
     """correct[problem][sample], problems by id."""
-    return [[one.correct for one in results.samples[key]] for key in sorted(results.samples)]
+    correct = results.correct
+    return [correct[key] for key in sorted(correct)]
 
 
 def _answers(results: ArmResults) -> list[list[str | None]]:
@@ -156,7 +160,7 @@ def _answers(results: ArmResults) -> list[list[str | None]]:
 
 
 def _pass_at(results: ArmResults, k: int) -> statistics.Floats:
-    """[P] pass@k; nan for problems with fewer than k judged samples."""
+    """[P] pass@k; nan for problems with fewer than k samples."""
     num_P, right_P = statistics.counts(_correct(results))
     found_P = statistics.pass_at_k(np.maximum(num_P, k), np.minimum(right_P, num_P), k)
     return np.where(num_P >= k, found_P, np.nan)

@@ -163,7 +163,8 @@ def accuracy_table(report: RunReport) -> Table:
     ks = sorted({int(k) for arm in arms.values() for k in arm["pass_at"]} - {1})[-1:]
     votes = sorted({int(k) for arm in arms.values() for k in arm["maj_at"]})[-1:]
     header = ["arm", "accuracy (pass@1)", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in votes)]
-    header += ["truncated", "mean tokens", "problems", "samples", "seeds"]
+    unjudged = any(arm["unjudged"] for arm in arms.values())
+    header += ["truncated", *(["not judged (wrong)"] if unjudged else []), "mean tokens", "problems", "samples", "seeds"]
     rows = []
     for name, arm in arms.items():
         curve = [arm["pass_at"].get(str(k)) for k in ks] + [arm["maj_at"].get(str(k)) for k in votes]
@@ -173,6 +174,7 @@ def accuracy_table(report: RunReport) -> Table:
                 interval_text(arm["accuracy"]),
                 *(interval_text(one) if one else "–" for one in curve),
                 percent(arm["clipped_ratio"]),
+                *([str(arm["unjudged"])] if unjudged else []),
                 f"{arm['mean_length']:.1f}",
                 str(arm["problems"]),
                 str(arm["samples"]),

@@ -235,6 +235,8 @@ def _notes(states: dict[str, run_folder.State]) -> list[str]:
     for name, standing in states.items():
         if skipped := standing.metrics.get("prompts_too_long"):
             notes.append(f"{name}: {skipped} prompts were longer than the context and skipped")
+        if (unjudged := standing.metrics.get("unjudged")) and "accuracy" in standing.metrics:
+            notes.append(f"{name}: {unjudged} completions could not be judged and count as wrong")
         if bad := standing.metrics.get("bad_steps"):
             notes.append(f"{name}: {bad} steps were skipped because loss or gradient was not finite")
     return notes

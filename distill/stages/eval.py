@@ -47,6 +47,7 @@ def run(config: EvalStage, context: Context) -> Result:
     context.say(
         f"accuracy {accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}] "
         f"on {accuracy['n']} held-out problems"
+        + (f"; {metrics['unjudged']} completions could not be judged and count as wrong" if metrics["unjudged"] else "")
     )
     made = [content_fingerprint(context.folder / FOLDER / snapshot.name) for snapshot in snapshots]
     return Result(cost, metrics, stable_hash(content_fingerprint(folder), *made))

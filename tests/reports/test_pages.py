@@ -126,6 +126,31 @@ def test_scores_of_traces() -> None:
     assert (scores["problems"], scores["samples"], scores["unjudged"]) == (4, 2, 0)
 
 
+def test_what_could_not_be_judged_counts_as_wrong_and_is_shown(report: RunReport) -> None:
+    """An arm does not gain by answers that no judge can read, alone, over seeds or against another arm."""
+    block = traces(0.5, 2, problems=40)
+    right = np.array(block.correct)
+    block.correct[:] = [None if n % 3 == 0 else bool(ok) for n, ok in enumerate(right)]
+    unjudged = sum(one is None for one in block.correct)
+    kept = np.array([one is True for one in block.correct]).reshape(40, 2)
+    results = ArmResults.collect([block])
+    scores = arms_module.score(results, (1, 2))
+    assert scores["accuracy"]["value"] == kept.mean()
+    assert scores["accuracy"]["n"] == 40
+    assert scores["pass_at"]["2"]["value"] == kept.any(1).mean()
+    assert scores["unjudged"] == unjudged > 20
+    seeds = arms_module.score_seeds({1: results, 2: results}, (1, 2))
+    assert seeds["accuracy"]["value"] == kept.mean()
+    assert seeds["unjudged"] == 2 * unjudged
+    whole: RunReport = {**report, "arms": {"kl": arm(results, "student", Cost(), "kl")}}
+    table = report_blocks.accuracy_table(whole)
+    column = table.header.index("not judged (wrong)")
+    assert table.rows[0][column] == str(unjudged)
+    block.correct[:] = [None] * len(right)
+    with pytest.raises(ValueError, match="no problem was judged"):
+        arms_module.score(ArmResults.collect([block]))
+
+
 def test_scores_over_seeds_by_hand() -> None:
     runs = {seed: ArmResults.collect([traces(0.5, seed, problems=30)]) for seed in (1, 2, 3)}
     scores = arms_module.score_seeds(runs, (1, 2))
