@@ -61,11 +61,12 @@ def train_flops(
 def generate_flops(shape: ModelShape, prompt_tokens: float, new_tokens: float, sequences: float) -> float:
     """FLOPs of prefill and decoding of `sequences` completions; token counts are totals over all of them.
 
-    Prompts pass the layers only; each new token costs 2N. Attention is taken at the mean lengths. Where an
-    engine shares a prompt between samples, count the prompt tokens that it computed.
+    The head is applied once for each new token: first to the prompt's last position, then to every new token but the last, which no
+    pass reads. Attention is taken at the mean lengths. Where an engine shares a prompt between samples, count the prompt tokens
+    that it computed.
     """
     if sequences <= 0:
         return 0.0
     prompt, new = prompt_tokens / sequences, new_tokens / sequences
     prefill = forward_flops(shape, prompt_tokens, (prompt + 1) / 2, 0)
-    return prefill + forward_flops(shape, new_tokens, prompt + (new + 1) / 2)
+    return prefill + forward_flops(shape, max(new_tokens - sequences, 0.0), prompt + new / 2, new_tokens)

@@ -164,7 +164,14 @@ def accuracy_table(report: RunReport) -> Table:
     votes = sorted({int(k) for arm in arms.values() for k in arm["maj_at"]})[-1:]
     header = ["arm", "accuracy (pass@1)", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in votes)]
     unjudged = any(arm["unjudged"] for arm in arms.values())
-    header += ["truncated", *(["not judged (wrong)"] if unjudged else []), "mean tokens", "problems", "samples", "seeds"]
+    header += [
+        "truncated",
+        *(["not judged (wrong)"] if unjudged else []),
+        "mean tokens",
+        "problems",
+        "samples",
+        "seeds",
+    ]
     rows = []
     for name, arm in arms.items():
         curve = [arm["pass_at"].get(str(k)) for k in ks] + [arm["maj_at"].get(str(k)) for k in votes]

@@ -123,11 +123,11 @@ def test_training_is_six_lora_four_and_checkpointing_eight() -> None:
         assert with_attention - flops.train_flops(shape(), 100, 0, lora=lora) == pytest.approx(3 * attention)
 
 
-def test_generation_is_two_n_a_token() -> None:
-    # Two completions of a 4-token prompt and 3 new tokens each: contexts 1..4, then 5, 6, 7.
+def test_generation_is_one_pass_a_token_but_the_last() -> None:
+    # Two completions of a 4-token prompt and 3 new tokens each: contexts 1..4, then 5 and 6; the last token passes no layer.
     counted = flops.generate_flops(shape(), 8, 6, 2)
-    matmuls = 2 * shape().params_body * 8 + 2 * shape().params_matmul * 6
-    contexts = 2 * (1 + 2 + 3 + 4) + 2 * (5 + 6 + 7)
+    matmuls = 2 * shape().params_body * (8 + 4) + 2 * shape().params_head * 6
+    contexts = 2 * (1 + 2 + 3 + 4) + 2 * (5 + 6)
     assert counted == pytest.approx(matmuls + 4 * 30 * 576 * contexts)
     assert flops.generate_flops(shape(), 0, 0, 0) == 0
 

@@ -100,7 +100,8 @@ def rollouts(objective, config):
 
 
 def rollout_of(numbers, source):
-    return Rollout(numbers.groups(source), num_groups=len(numbers.rewards))
+    groups = numbers.groups(source)
+    return Rollout(groups, list(groups))
 
 
 __all__ = ["MAX_TOKENS", "Numbers", "by_row", "key_of", "rollout_of", "rollouts"]

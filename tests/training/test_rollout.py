@@ -267,7 +267,17 @@ def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(tiny_dir, e
     assert asked[0] == 4
     assert asked[1] == 2  # p0 and p1 are replaced
     assert all(s.advantage.any() for s in rollout.groups)
-    assert metrics(tmp_path)[0]["frac_reward_zero_std"] == pytest.approx(2 / sum(asked), abs=0.2)
+    (line,) = metrics(tmp_path)
+    assert line["frac_reward_zero_std"] == pytest.approx(2 / sum(asked), abs=0.2)
+    everything = [t for s in rollout.sampled for t in s.scores.total]
+    trained = [t for s in rollout.groups for t in s.scores.total]
+    assert len(everything) == 4 * sum(asked)
+    assert line["reward"] == pytest.approx(np.mean(everything))
+    assert line["kept/reward"] == pytest.approx(np.mean(trained))
+    assert line["reward"] > line["kept/reward"]  # the dull groups got 1.0
+    lengths = [n for s in rollout.sampled for n in s.graded.group.num_tokens]
+    assert line["length"] == pytest.approx(np.mean(lengths))
+    assert {f"kept/{key}" for key in ("length", "entropy", "clipped_ratio", "unjudged")} <= set(line)
 
     def always_dull(group):
         return [1.0] * len(group)

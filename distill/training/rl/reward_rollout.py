@@ -46,12 +46,11 @@ class ScoredGroup:
 class Rollout:
     """The groups of a rollout, and the work of making them.
 
-    groups: those used for training. num_groups: the number sampled; num_zero_std: the number of those without an advantage.
+    groups: those used for training. sampled: all, of every attempt.
     """
 
     groups: list[ScoredGroup]
-    num_groups: int = 0
-    num_zero_std: int = 0
+    sampled: list[ScoredGroup] = field(default_factory=list)
     generate_seconds: float = 0.0
     reward_seconds: float = 0.0
     counts: WorkCounts = field(default_factory=WorkCounts)
@@ -130,8 +129,7 @@ class RewardRollouts:
         rollout.counts.judge_seconds += seconds
         rollout.counts.samples_failed += sum(len(one.scores.total) for one in scored if one.scores.failed)
         scored = world.joined(scored)
-        rollout.num_groups += len(scored)
-        rollout.num_zero_std += sum(not one.advantage.any() for one in scored)
+        rollout.sampled += scored
         return scored
 
     def score(self, graded: GradedGroup, scores: Scores) -> ScoredGroup:
@@ -217,22 +215,31 @@ def _count_scored(counts: WorkCounts, batch: Batch) -> None:
 
 
 def _metrics(rollout: Rollout) -> dict[str, float]:
-    """Compute a rollout's metrics: `completion_metrics`, and those of rewards.
+    """Compute a rollout's metrics: `completion_metrics`, and those of rewards, over all completions that were sampled.
 
     reward and reward/<name>: means of the known values, absent if there are none. frac_reward_zero_std: share of the
-    sampled groups without any advantage. unjudged: share of completions without a total.
+    sampled groups without any advantage. unjudged: share of completions without a total. kept/<metric>: the same over the groups
+    that are trained on, where groups without an advantage were sampled again (DAPO): those are not like the others.
     """
-    totals = [t for s in rollout.groups for t in s.scores.total]
-    scores = {"reward": totals}
-    for name in rollout.groups[0].scores.parts:
-        scores[f"reward/{name}"] = [v for s in rollout.groups for v in s.scores.parts[name]]
-    known = {key: [v for v in values if v is not None] for key, values in scores.items()}
-    metrics = {key: float(np.mean(values)) for key, values in known.items() if values}
+    metrics = _quality(rollout.sampled)
+    if len(rollout.groups) < len(rollout.sampled):
+        metrics |= {f"kept/{key}": value for key, value in _quality(rollout.groups).items()}
     return metrics | {
-        **completion_metrics([s.graded for s in rollout.groups]),
-        "frac_reward_zero_std": rollout.num_zero_std / rollout.num_groups,
-        "groups": float(rollout.num_groups),
-        "unjudged": sum(t is None for t in totals) / len(totals),
+        "frac_reward_zero_std": sum(not one.advantage.any() for one in rollout.sampled) / len(rollout.sampled),
+        "groups": float(len(rollout.sampled)),
         "generate_seconds": rollout.generate_seconds,
         "reward_seconds": rollout.reward_seconds,
+    }
+
+
+def _quality(groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    totals = [t for s in groups for t in s.scores.total]
+    scores = {"reward": totals}
+    for name in groups[0].scores.parts:
+        scores[f"reward/{name}"] = [v for s in groups for v in s.scores.parts[name]]
+    known = {key: [v for v in values if v is not None] for key, values in scores.items()}
+    return {
+        **{key: float(np.mean(values)) for key, values in known.items() if values},
+        **completion_metrics([s.graded for s in groups]),
+        "unjudged": sum(t is None for t in totals) / len(totals),
     }
