@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Literal
 
 import pydantic
@@ -220,7 +222,10 @@ class OnPolicyStage(PolicyStage):
         None, description="stored traces to mix with the student's own completions; needs offline_share"
     )
     offline_share: float = Field(
-        0.0, ge=0, lt=1, description="share of traces in a step that come from `data`; the student writes the others"
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of traces that come from `data`, over the steps; the student writes the others, in every step some",
     )
     group_size: int = Field(4, ge=1, description="number of completions for each problem")
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
@@ -229,6 +234,11 @@ class OnPolicyStage(PolicyStage):
     def _consistent(self) -> OnPolicyStage:
         if (self.data is None) != (self.offline_share == 0):
             raise ValueError("data and offline_share need each other: set both, or neither")
+        if self.prompts * (1 - Fraction(str(self.offline_share))) < 1:
+            raise ValueError(
+                f"offline_share: {self.offline_share} of {self.prompts} prompts leaves less than one in a step to the student itself; "
+                f"set prompts to {math.ceil(1 / (1 - Fraction(str(self.offline_share))))} or more, or a smaller share"
+            )
         if self.scoring == "engine":
             if not isinstance(self.teacher, str):
                 raise ValueError("scoring: engine supports one teacher; use scoring: trainer to mix several")

@@ -123,7 +123,7 @@ def _teacher_engine(
 
 
 class OfflineExamples:
-    """Stored traces of `data` for each step, epoch by epoch in the source's order; deterministic for a step."""
+    """Stored traces of `data`, epoch by epoch in the source's order; deterministic for a place in that order."""
 
     def __init__(self, config: OnPolicyStage, context: Context, tokenizer: Any, read: Retokenizer | None) -> None:
         teacher = config.teacher if config.scoring == "trainer" else None
@@ -138,16 +138,14 @@ class OfflineExamples:
             steps=1,
         )
         self.source = open_source(stored, context, tokenizer, read)
-        self.step = -1
-        self.place = 0
+        self.place = -1
         self.rows: Iterator[Example] = iter(())
 
-    def __call__(self, step: int, num: int) -> list[Example]:
-        if step != self.step + 1 or self.step < 0:
-            self.place = step * num
-            epoch, within = divmod(self.place, self.source.num_examples)
+    def __call__(self, first: int, num: int) -> list[Example]:
+        if first != self.place:
+            self.place = first
+            epoch, within = divmod(first, self.source.num_examples)
             self.rows = self.source.epoch(epoch, skip=within)
-        self.step = step
         taken: list[Example] = []
         while len(taken) < num:
             example = next(self.rows, None)

@@ -215,10 +215,10 @@ def test_a_teacher_equal_to_the_student_gives_no_gradient(tiny_dir, engine, tmp_
 def test_the_offline_share_is_taken_from_stored_traces(tiny_dir, teacher_dir, engine, tmp_path):
     asked = []
 
-    def offline(step, num):
-        asked.append((step, num))
+    def offline(first, num):
+        asked.append((first, num))
         ids = np.array([40, 50, 60, 2], np.int32)
-        return [Example(f"off{step}.{n}", np.array([1, 9, 9], np.int32), ids) for n in range(num)]
+        return [Example(f"off{first + n}", np.array([1, 9, 9], np.int32), ids) for n in range(num)]
 
     config = stage(steps=2, offline_share=0.5, data="traces")
     seen = []
@@ -236,10 +236,27 @@ def test_the_offline_share_is_taken_from_stored_traces(tiny_dir, teacher_dir, en
 
     teacher = Teacher(models.load(teacher_dir, dtype="float32"))
     run(tiny_dir, tmp_path, Watching(), beside(divergences.jsd), [teacher])
-    assert asked == [(0, 8), (1, 8)]
+    assert asked == [(0, 8), (8, 8)]
     for ids in seen:
         assert sum(i.startswith("off") for i in ids) == 8
         assert sum(i.startswith("rollout-") for i in ids) == 8
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.7, 0.75])
+def test_any_share_is_kept_over_the_steps_and_the_student_writes_in_each(engine, share):
+    config = stage(steps=200, offline_share=share, data="traces")
+    made = source(engine, config, offline=lambda first, num: [])
+    nums = [made._num_offline(step) for step in range(200)]
+    assert sum(nums) == int(200 * config.prompts * round(100 * share)) // 100
+    assert max(nums) < config.prompts
+    assert max(nums) - min(nums) <= 1
+    assert [made._offline_before(step) for step in range(200)] == [sum(nums[:step]) for step in range(200)]
+
+
+def test_a_share_that_leaves_nothing_to_the_student_is_refused():
+    with pytest.raises(ValueError, match=r"0\.9 of 4 prompts leaves less than one .*set prompts to 10 or more"):
+        stage(prompts=4, offline_share=0.9, data="traces")
+    assert stage(prompts=10, offline_share=0.9, data="traces").prompts == 10
 
 
 def test_resumed_equals_uninterrupted(tiny_dir, teacher_dir, tmp_path):

@@ -9,9 +9,11 @@ arXiv 2306.13649).
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 
@@ -43,8 +45,8 @@ class TeacherRollouts:
     """A source of steps (see loop.Source), one rollout each.
 
     teacher: the engine that scores the completions (None: the loss does, in the trainer). retokenizer: for a
-    teacher with another tokenizer; completions that it cannot re-tokenise are left out. offline(step, num):
-    stored traces, deterministic. on_rollout(step, groups): called for each rollout before training on it. attention: see
+    teacher with another tokenizer; completions that it cannot re-tokenise are left out. offline(first, num):
+    `num` stored traces from the `first` on, deterministic. on_rollout(step, groups): called for each rollout before training on it. attention: see
     `rank_split`. journal: of the sampler, if rollouts are sampled one ahead. Every process samples and scores its share of the
     prompts.
     """
@@ -73,8 +75,9 @@ class TeacherRollouts:
                 metrics["kl_teacher"] = _reverse_kl(every, world.joined(scored))
             of_groups = world.joined(self._examples(step, groups, scored))
             examples = [example for group in of_groups for example in group]
-            if self.offline is not None and self._num_offline:
-                examples += self.offline(step, self._num_offline * self.config.group_size)
+            if self.offline is not None and (num := self._num_offline(step)):
+                size = self.config.group_size
+                examples += self.offline(self._offline_before(step) * size, num * size)
             batches = pack(
                 examples,
                 micro_tokens=self.config.micro_tokens,
@@ -84,16 +87,18 @@ class TeacherRollouts:
             )
             yield Step(batches, metrics, counts)
 
-    @property
-    def _num_offline(self) -> int:
-        """The number of a step's prompts whose traces are stored ones."""
-        return round(self.config.prompts * self.config.offline_share)
+    def _num_offline(self, step: int) -> int:
+        """The number of a step's prompts whose traces are stored ones; over the steps their share is `offline_share`."""
+        return self._offline_before(step + 1) - self._offline_before(step)
+
+    def _offline_before(self, step: int) -> int:
+        return math.floor(step * self.config.prompts * Fraction(str(self.config.offline_share)))
 
     def _sample(self, step: int, version: int) -> TeacherRollout:
         """Sample a step's completions with the engine's weights, and let the teacher's engine score them."""
         counts = WorkCounts()
         began = time.perf_counter()
-        groups = self.sampler.groups(step, self.config.prompts - self._num_offline, version=version)
+        groups = self.sampler.groups(step, self.config.prompts - self._num_offline(step), version=version)
         rest(self.sampler.engine, self.config.engine.sleep)
         count_completions(counts, groups)
         sampled = time.perf_counter()
