@@ -89,7 +89,9 @@ def oracle(
             rho = sequence if name == "gspo" else math.exp(new[t] - old[t])
             w = 1.0
             if cap is not None:
-                w = min(math.exp(old[t] - float(numbers.engine[key][t])), cap)
+                engine = [float(x) for x in numbers.engine[key]]
+                every = sum(x - y for x, y in zip(old, engine, strict=True))
+                w = min(math.exp(every if name == "gspo" else old[t] - engine[t]), cap)
             if name == "cispo":
                 value, s = -min(rho, ratio_max) * a * new[t], -min(rho, ratio_max) * a
             else:
@@ -142,7 +144,7 @@ def computed(numbers, objective, config):
         rows = torch.from_numpy(batch.weight_T.nonzero()[0])
         logp_T = torch.from_numpy(by_row(batch, numbers.new))[rows].double().requires_grad_()
         targets = Targets.of(batch.to_torch(), rows)
-        if objective.couple is not None and targets.old_logp_T is not None:
+        if objective.couples(targets):
             trace_T = torch.searchsorted(torch.from_numpy(batch.doc_offsets), rows, right=True) - 1
             from dataclasses import replace
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from distill.training.policy import StudentModule
 
 Couple = Callable[[Tensor, Targets, Tensor], Tensor]
-"""(log-probs of the labels [T], targets, trace index [T]) -> a value of the whole trace at each of its tokens, [T]."""
+"""(log-probs of the labels [T], targets, trace index [T]) -> a value of the whole trace at each of its tokens, [T] or [T, C]."""
 WEIGHT_ONE, WEIGHT_ZERO = LinearWeight(1.0), LinearWeight(0.0)
 
 
@@ -69,8 +69,9 @@ def label_nll(student: Student, targets: Targets) -> dict[str, Tensor]:
 class StoredObjective:
     """A loss on the batch's own streams. loss: unreduced, [T]. measure: metrics a token, averaged with the loss's weights.
 
-    couple: a first pass over whole traces, for losses that couple a trace's tokens; it fills Targets.coupled_T. choice: which
-    tokens are learned, if that is decided in the step; None = all that have a weight.
+    couple: a first pass over whole traces, for losses that couple a trace's tokens; it fills Targets.coupled_T.
+    couples_engine: whether it is made before the first update too, when the policy is its own old one. choice: which tokens
+    are learned, if that is decided in the step; None = all that have a weight.
     """
 
     loss: LossFn
@@ -78,6 +79,12 @@ class StoredObjective:
     couple: Couple | None = None
     reference: bool = False
     choice: RowChoice | None = None
+    couples_engine: bool = False
+
+    def couples(self, targets: Targets) -> bool:
+        """Whether the loss needs the first pass over whole traces for these tokens."""
+        engine = self.couples_engine and targets.engine_logp_T is not None
+        return self.couple is not None and (engine or targets.old_logp_T is not None)
 
     def forward(self, module: StudentModule, batch: Batch, rows: Tensor) -> Output:
         hidden_TD, targets = module.hidden(batch, rows), Targets.of(batch, rows)
@@ -86,7 +93,7 @@ class StoredObjective:
         if self.choice is not None:
             chosen = self.choice.by_targets(module.logits(hidden_TD), targets, batch, rows)
             hidden_TD, targets, rows = hidden_TD.index_select(0, chosen), targets.select(chosen), rows[chosen]
-        if self.couple is not None and targets.old_logp_T is not None:
+        if self.couple is not None and self.couples(targets):
             trace_T = torch.searchsorted(batch.doc_offsets.to(rows.device), rows, right=True) - 1
             coupled_T = self.couple(module.label_logp_from_hidden(hidden_TD, targets), targets, trace_T)
             targets = replace(targets, coupled_T=coupled_T)

@@ -55,19 +55,26 @@ def advantages(rewards: Sequence[float | None], *, scale: bool = True) -> Array:
     return out
 
 
-def sequence_log_ratio(logp_T: Tensor, targets: Targets, trace_T: Tensor) -> Tensor:
-    """Mean over each trace's tokens of log pi/pi_old, at every one of its tokens [T], without a gradient.
+def sequence_log_ratios(logp_T: Tensor, targets: Targets, trace_T: Tensor) -> Tensor:
+    """Two log-ratios of whole traces, at every one of their tokens [T, 2], without a gradient.
 
-    trace_T: which trace a token is of; a trace's tokens follow each other.
+    The mean over a trace's tokens of log pi/pi_old (GSPO's ratio), and the sum of log pi_old/pi_engine (the importance weight of
+    a completion that another policy sampled; 0 without engine_logp_T). trace_T: which trace a token is of; a trace's tokens
+    follow each other.
     """
-    gap_T = logp_T.detach() - old_logp(logp_T, targets)
+    old_T = old_logp(logp_T, targets)
+    gaps_T2 = torch.zeros(len(logp_T), 2, dtype=logp_T.dtype, device=logp_T.device)
+    gaps_T2[:, 0] = logp_T.detach() - old_T
+    if targets.engine_logp_T is not None:
+        gaps_T2[:, 1] = old_T - targets.engine_logp_T
     # Numbered anew from 0, so that there are at most T of them: the largest index would have to be waited for.
     first_T = torch.ones_like(trace_T)
     first_T[1:] = trace_T[1:] != trace_T[:-1]
     index_T = first_T.cumsum(0) - 1
-    sums = torch.zeros_like(gap_T).index_add_(0, index_T, gap_T)
-    counts = torch.zeros_like(gap_T).index_add_(0, index_T, torch.ones_like(gap_T))
-    return (sums / counts.clamp(min=1))[index_T]
+    sums_T2 = torch.zeros_like(gaps_T2).index_add_(0, index_T, gaps_T2)
+    counts_T = torch.zeros_like(gaps_T2[:, 0]).index_add_(0, index_T, torch.ones_like(gaps_T2[:, 0]))
+    sums_T2[:, 0] /= counts_T.clamp(min=1)
+    return sums_T2[index_T]
 
 
 def policy_kl(logp_T: Tensor, targets: Targets, kl: Kl) -> Tensor:

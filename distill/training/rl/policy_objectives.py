@@ -5,7 +5,7 @@ function's name; keyword-only parameters are its options.
 
     rho  policy over the policy that wrote the rollout, at the sampled token; A advantage; G completions a group
     w    min(pi_old / pi_engine, importance_cap), a constant: a truncated importance weight that corrects for the small
-         difference between the engine's probabilities and the trainer's (Yao et al. 2025)
+         difference between the engine's probabilities and the trainer's (Yao et al. 2025); gspo's is of a whole completion
     d    log pi_ref - log pi
 
 Before the first update after a rollout there is no old_logp_T: rho is then 1, with its gradient.
@@ -27,7 +27,7 @@ from distill.training.rl.advantages import (
     old_logp,
     policy_kl,
     required,
-    sequence_log_ratio,
+    sequence_log_ratios,
 )
 
 # ---------------------------------------------------------------------------------------------- objectives
@@ -110,7 +110,7 @@ def gspo(
 ) -> PolicyObjective:
     """GSPO (arXiv 2507.18071): GRPO with one ratio a completion, rho = exp(mean over its tokens of log pi/pi_old).
 
-    Every token carries its completion's ratio and a gradient of its own log-probability (the paper's GSPO-token
+    w is of the completion too: exp(sum over its tokens of log pi_old/pi_engine), truncated (TRL's `sequence_truncate`). Every token carries its completion's ratio and a gradient of its own log-probability (the paper's GSPO-token
     form, whose value and gradient equal the sequence form's when A is one number a completion).
     """
     return _clipped_objective(
@@ -122,7 +122,7 @@ def gspo(
         mask_truncated,
         scale=True,
         normalise="sequence",
-        couple=sequence_log_ratio,
+        couple=sequence_log_ratios,
     )
 
 
@@ -190,6 +190,7 @@ def _clipped_objective(
         normalise=normalise,
         mask_truncated=mask_truncated,
         resample=resample,
+        couples_engine=couple is not None and importance_cap is not None,
     )
 
 
@@ -205,15 +206,18 @@ def _with_correction_and_kl(
     importance_cap: float | None,
 ) -> Tensor:
     if importance_cap is not None and targets.engine_logp_T is not None:
-        weight_T = (old_logp(logp_T, targets) - targets.engine_logp_T).exp().clamp(max=importance_cap)
-        policy_T = policy_T * weight_T
+        if targets.coupled_T is None:
+            log_weight_T = old_logp(logp_T, targets) - targets.engine_logp_T
+        else:
+            log_weight_T = targets.coupled_T[:, 1]
+        policy_T = policy_T * log_weight_T.exp().clamp(max=importance_cap)
     return policy_T + beta * policy_kl(logp_T, targets, kl) if beta else policy_T
 
 
 def _log_ratio(logp_T: Tensor, targets: Targets) -> Tensor:
     if targets.coupled_T is None:
         return logp_T - old_logp(logp_T, targets)
-    return targets.coupled_T + (logp_T - logp_T.detach())
+    return targets.coupled_T[:, 0] + (logp_T - logp_T.detach())
 
 
 def _kl_metrics(logp_T: Tensor, targets: Targets) -> dict[str, Tensor]:
