@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import numpy as np
 
 from distill import engines, models, world
 from distill.recipe import EngineConfig, PolicyStage
-from distill.records import Completion, Engine, GradedGroup, Prompt, Sampling, Task, UserError, draw_seed
+from distill.records import Array, Completion, Engine, GradedGroup, Prompt, Sampling, Task, UserError, draw_seed
 from distill.stages import beside
 from distill.stages.context import Context
 from distill.stages.sampling import (
@@ -35,7 +37,8 @@ class PolicySampler:
     """A `GroupSampler` on an engine; completions are judged while the engine generates.
 
     prompts(rollout, attempt, num): the prompts to use, of which a process samples its share. Draws depend only on (seed,
-    rollout, attempt, problem, sample). journal: keeps the completions, if rollouts are sampled one ahead.
+    rollout, attempt, problem, sample); where a prompt is used twice, the samples of the second time are numbered on, so that no
+    completion is drawn twice. journal: keeps the completions, if rollouts are sampled one ahead.
     """
 
     engine: Engine
@@ -48,15 +51,18 @@ class PolicySampler:
 
     def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
         """See `GroupSampler`. Raises RuntimeError if the engine answers with weights of another version."""
-        prompts = world.share(self.prompts(rollout, attempt, num))
+        shared = world.share(_numbered(self.prompts(rollout, attempt, num)))
+        prompts = [prompt for prompt, _ in shared]
         requests = [
             CompletionRequest(
                 f"{n}/{sample}",
                 prompt,
-                sample,
-                draw_seed(self.seed, rollout, attempt, prompt.problem.problem_id, sample, "rollout"),
+                time * self.group_size + sample,
+                draw_seed(
+                    self.seed, rollout, attempt, prompt.problem.problem_id, time * self.group_size + sample, "rollout"
+                ),
             )
-            for n, prompt in enumerate(prompts)
+            for n, (prompt, time) in enumerate(shared)
             for sample in range(self.group_size)
         ]
 
@@ -106,12 +112,24 @@ class PolicySampler:
         return GradedGroup(prompt, [one.completion for one in graded], group, sum(one.seconds for one in graded))
 
 
+def _numbered(prompts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
+    """Each prompt, and how many times its problem came before."""
+    times: Counter[str] = Counter()
+    found = []
+    for prompt in prompts:
+        key = prompt.problem.problem_id
+        found.append((prompt, times[key]))
+        times[key] += 1
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptPool:
     """The train problems of a stage, and the choice of problems for each rollout.
 
     The first epoch takes them in the task's order, later ones in shuffled orders; groups that are sampled again
-    take random other problems.
+    take random other problems. A rollout holds no problem twice, also where one epoch ends in it, unless there are fewer problems
+    than it needs.
     """
 
     prompts: list[Prompt]
@@ -143,7 +161,9 @@ class PromptPool:
         """Return `num` prompts of a rollout; deterministic for the arguments."""
         size = len(self.prompts)
         first = range(rollout * self.a_rollout, (rollout + 1) * self.a_rollout)
-        orders = {epoch: self._order(epoch) for epoch in {slot // size for slot in first}}
+        orders = {
+            epoch: epoch_order(self.seed, size, self.a_rollout, epoch) for epoch in {slot // size for slot in first}
+        }
         regular = [orders[slot // size][slot % size] for slot in first]
         if attempt == 0:
             return [self.prompts[n] for n in regular[:num]]
@@ -153,10 +173,26 @@ class PromptPool:
         chosen = rng.choice(candidates, num, replace=len(candidates) < num)
         return [self.prompts[n] for n in chosen]
 
-    def _order(self, epoch: int) -> np.ndarray[Any, Any]:
-        if epoch == 0:
-            return np.arange(len(self.prompts))
-        return np.random.default_rng(draw_seed(self.seed, epoch)).permutation(len(self.prompts))
+
+@functools.lru_cache(maxsize=4)
+def epoch_order(seed: int, size: int, a_rollout: int, epoch: int) -> Array:
+    """Return the order [size] of an epoch's problems, read-only: in epoch 0 as they are, then shuffled.
+
+    Problems of the rollout in which the last epoch ended come after what is missing of that rollout, if there are enough others.
+    """
+    start = epoch
+    while start * size % a_rollout and size >= a_rollout:
+        start -= 1  # that epoch's order depends on the one before
+    order = np.arange(size)
+    for number in range(start, epoch + 1):
+        before, order = order, np.arange(size)
+        if number:
+            order = np.random.default_rng(draw_seed(seed, number)).permutation(size)
+        if (begun := number * size % a_rollout) and size >= a_rollout:
+            rest = order[~np.isin(order, before[size - begun :])][: a_rollout - begun]
+            order = np.concatenate([rest, order[~np.isin(order, rest)]])
+    order.setflags(write=False)
+    return order
 
 
 def read_prompts(config: PolicyStage, context: Context, tokenizer: Any) -> tuple[PromptPool, Task, int]:
