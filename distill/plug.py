@@ -47,8 +47,11 @@ def find(name: str, home: str, where: str = "") -> Function:
         module_name, _, attribute = name.partition(":")
         try:
             function = getattr(_import_user_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"{prefix}cannot import {name!r}: {error}. Write it as package.module:function.") from error
+        except Exception as error:  # whatever the user's own module does when it is imported
+            said = f"{type(error).__name__}: {error}"
+            raise UserError(f"{prefix}cannot import {name!r}: its module fails with {said}.") from error
         if not callable(function):
             raise UserError(f"{prefix}{name!r} is not a function.")
         return typing.cast(Function, function)

@@ -23,6 +23,7 @@ from distill import __version__, plug
 from distill.files import write_atomic
 from distill.machine import Machine, cores, processor
 from distill.recipe import Recipe, validate
+from distill.recipe.load import read_file
 
 FILE = "stage.json"
 RESOLVED = "resolved.yaml"
@@ -39,7 +40,7 @@ def recipe(run: Path) -> Recipe:
     if beside := environment(run).get("modules"):
         plug.add_import_folder(Path(beside))
     path = run / RESOLVED
-    return validate(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    return validate(read_file(path), str(path))
 
 
 def environment(run: Path) -> dict[str, Any]:

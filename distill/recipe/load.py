@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 from pydantic import BaseModel
 
 from distill import synonyms
 from distill.files import SHIPPED
 from distill.plug import add_import_folder, nearest
+from distill.recipe import document
 from distill.recipe.fields import ModelConfig, PlugConfig
 from distill.recipe.seeds import expand
 from distill.recipe.stages import KINDS, kind_class
@@ -36,16 +36,24 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
         raise UserError(
             f"recipe {str(path)!r}: no such file. `distill ls recipes` lists the recipes that come with the project."
         )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    tree = read_file(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping with name, models, tasks and stages.")
     for key, value in parse_overrides(overrides).items():
         _set(tree, key, value)
     add_import_folder(path.resolve().parent)
     return validate(tree, str(path))
+
+
+def read_file(path: Path) -> Any:
+    """Return the value of a YAML file. Raises UserError if it cannot be read, or is no document that a recipe may be."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML: not UTF-8 (byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return document.read(text, str(path))
 
 
 def find(path: Path) -> Path:
@@ -114,19 +122,8 @@ def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dic
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise UserError(f"override {text!r}: write it as key=value, for example stages.kl.lr=1e-4.")
-        try:
-            parsed[key] = _yaml_value(value)
-        except yaml.YAMLError:
-            raise UserError(f"override {text!r}: the value is not valid YAML.") from None
+        parsed[key] = document.read(value, f"override {text[:80]!r}")
     return parsed
-
-
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    # YAML 1.1 reads 1e-4 as text; a user means the number.
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -483,6 +483,6 @@ def kind_class(kind: object) -> type[StageConfig]:
         if not hasattr(found, "run"):
             raise UserError(f"{kind!r} has no method run(self, context).")
         return found
-    if kind not in KINDS:
-        raise UserError(f"there is no stage kind {kind!r}.{plug.nearest(str(kind), KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UserError(f"there is no stage kind {str(kind)[:80]!r}.{plug.nearest(str(kind), KINDS)}")
     return KINDS[str(kind)]
