@@ -68,16 +68,27 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def room_for(path: Path) -> Iterator[None]:
-    """Turn the OSError of a full disk into a UserError that names the path and the free space."""
+    """Turn the error of a full disk into a UserError that names the path and the free space.
+
+    Libraries in other languages (safetensors) raise their own errors, which hold the system's message.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
+    except Exception as error:
+        why = _disk_full(error)
+        if why is None:
             raise
         raise UserError(
-            f"{path}: no room to write it ({error.strerror}, {free_space(path.parent):,} bytes free). "
+            f"{path}: no room to write it ({why}, {free_space(path.parent):,} bytes free). "
             "All files written before are complete. Free some disk space and run the same command again to continue."
         ) from error
+
+
+def _disk_full(error: Exception) -> str | None:
+    """The system's message of a full disk or quota in an error; None if it is another one."""
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in _DISK_FULL else None
+    return next((why for number in _DISK_FULL if (why := os.strerror(number)) in str(error)), None)
 
 
 def free_space(folder: Path) -> int:

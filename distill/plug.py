@@ -91,7 +91,7 @@ def check_options(function: Function, options: Mapping[str, Any], where: str) ->
     hints = typing.get_type_hints(function, include_extras=True)
     schema: Any = pydantic.create_model(  # type: ignore[call-overload]
         "Options",
-        __config__=pydantic.ConfigDict(extra="forbid", strict=False, arbitrary_types_allowed=True),
+        __config__=pydantic.ConfigDict(extra="forbid", strict=False, arbitrary_types_allowed=True, allow_inf_nan=False),
         **{
             key: (
                 hints.get(key, Any),

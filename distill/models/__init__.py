@@ -11,6 +11,7 @@ are used by processes that never load a model.
 from distill.files import cache_home, file_hash
 from distill.models.chat_template import opened_by, pin_date, pinned_date
 from distill.models.checkpoint_folder import check_folder, check_vocabulary, has_tokenizer
+from distill.models.integrity import seal, verify
 from distill.models.loading import (
     auto_dtype,
     config_of,
@@ -43,6 +44,7 @@ from distill.models.rendering import (
 from distill.models.replies import render_reply
 from distill.models.saving import (
     cast,
+    check_finite,
     check_merged,
     label_logps,
     mend_generation_config,
@@ -72,6 +74,7 @@ __all__ = [
     "cast",
     "chat_messages",
     "chat_template_of",
+    "check_finite",
     "check_folder",
     "check_layers",
     "check_merged",
@@ -113,6 +116,7 @@ __all__ = [
     "render_reply",
     "resolve",
     "save",
+    "seal",
     "stop_ids",
     "template_hash",
     "text_part",
@@ -121,6 +125,7 @@ __all__ = [
     "touched_ends",
     "turn_end",
     "turn_end_ids",
+    "verify",
     "vocabulary_bytes",
     "vocabulary_size",
     "weights_fingerprint",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from distill.files import cache_home, file_hash, whole_folder
 from distill.models.checkpoint_folder import check_folder, check_is_model
+from distill.models.integrity import SUMS, seal, verify
 from distill.models.loading import save
 from distill.records import UserError, stable_hash
 
@@ -90,9 +91,10 @@ def _dequantised(source: str, say: Callable[[str], None] | None) -> Path:
 
     distribution, path = package_file(source)
     content = file_hash(path)
-    key = stable_hash(distribution, content, "bfloat16", transformers.__version__)
+    key = stable_hash(distribution, content, "bfloat16", transformers.__version__, SUMS)
     target = cache_home() / "models" / f"{path.stem}-{key}"
     if target.is_dir():
+        verify(target, "It is a copy: remove this folder, and it is made again.")
         return target
     if say is not None:
         say(f"dequantising {path.name} into {target}, once")
@@ -117,3 +119,4 @@ def _dequantise(path: Path, target: Path) -> None:
         model.config.quantization_config = None
         del model.config.quantization_config
         save(model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), building)
+        seal(building)

@@ -116,6 +116,22 @@ def rehearse_merge(model: Any) -> None:
 # -------------------------------------------------------------------------------------------- after training
 
 
+def check_finite(model: Any, where: str) -> None:
+    """Raise UserError if a weight of a model is infinite or not a number. where: whose model, for the message."""
+    import torch
+
+    bad = [
+        name
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    ]
+    if bad:
+        raise UserError(
+            f"{where}: {len(bad)} of the model's tensors hold infinite or undefined numbers ({', '.join(bad[:3])}), so it is not "
+            f"saved. Training has diverged: lower lr, raise warmup_ratio, and begin again with --redo {where.removeprefix('stages.')}."
+        )
+
+
 def cast(model: Any, dtype: str) -> Any:
     """Convert what a model saves to a dtype ("bfloat16", "float32") in place, as loading in that dtype would.
 

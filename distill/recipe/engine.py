@@ -21,7 +21,9 @@ class EngineConfig(Config):
     """The inference engine that runs a model, and its resources. A single name is short for `{fn: name}`."""
 
     # A key that was written where its variable's name belongs is in no message.
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), hide_input_in_errors=True, allow_inf_nan=False
+    )
 
     fn: str = Field(
         "auto", description="inference engine; auto = vllm if it is installed and can be used, else transformers"

@@ -55,7 +55,7 @@ def execution(default: Any = ..., **constraints: Any) -> Any:
 class Config(BaseModel):
     """Base of all config classes: frozen, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     @classmethod
     def role(cls, field: str) -> Role:

@@ -72,9 +72,14 @@ class Context:
             self.say(note)
 
     def model_dir(self, reference: str) -> Path:
-        """Return the folder of a model of the recipe or of a stage; without weights if only an endpoint runs the model."""
+        """Return the folder of a model of the recipe or of a stage; without weights if only an endpoint runs the model.
+
+        Raises UserError if a stage's model is no longer what the stage wrote.
+        """
         if reference in self.recipe.stages:
-            return self.run / reference / "model"
+            folder = self.run / reference / "model"
+            models.verify(folder, f"Put back a copy, or make it again with --redo {reference}.")
+            return folder
         return models.resolve(
             self.recipe.models[reference], self.phase, weights=reference not in served_models(self.recipe)
         )
@@ -125,11 +130,14 @@ def make_task(name: str, config: TaskConfig) -> Task:
 def save_model(model: Any, tokenizer: Any, context: Context, dtype: str, *, trust_remote_code: bool = False) -> str:
     """Write the stage's model atomically and prove it by loading it; return the weights' fingerprint. Casts the model in place."""
     folder = context.folder / "model"
+    model = models.cast(model, dtype)
+    models.check_finite(model, f"stages.{context.name}")
     with whole_folder(folder) as building:
-        models.save(models.cast(model, dtype), tokenizer, building)
+        models.save(model, tokenizer, building)
         context.phase("comparing the saved model with the one in memory")
         if note := models.prove_saved(model, building, trust_remote_code):
             context.say(note)
+        models.seal(building)
     return models.weights_fingerprint(folder)
 
 

@@ -161,6 +161,7 @@ class _Loop:
             self.policy.loaded(facts["tensors"])
             self.counts = WorkCounts(**facts["counts"])
             self.best.load(facts.get("best"))
+            self.bad_in_a_row = facts.get("bad_in_a_row", 0)
             if self.carried is not None:
                 self.carried.restore(facts["carried"])
         if world.is_main():
@@ -181,6 +182,11 @@ class _Loop:
                     if last:
                         break
         self._finish_checkpoint()
+        if self.bad_in_a_row > 1:
+            raise UserError(
+                f"training ended with {self.bad_in_a_row} steps in a row whose loss or gradient is not finite, so the weights are of no "
+                "use. Lower lr or raise warmup_ratio, and begin the stage again with --redo."
+            )
         if self.config.load_best_model_at_end and self.best.step not in (None, self.counts.steps):
             self.say(f"the model of step {self.best.step} is saved: the best {self.config.metric_for_best_model}")
             path = self.folder / "checkpoints" / f"step-{self.best.step:08d}"
@@ -308,7 +314,11 @@ class _Loop:
         """Write a checkpoint, or begin to write one in a thread."""
         self._finish_checkpoint()
         wish = self.config.async_checkpoints
-        facts = {"counts": asdict(self.counts), "best": self.best.decide(done)}
+        facts = {
+            "counts": asdict(self.counts),
+            "best": self.best.decide(done),
+            "bad_in_a_row": self.bad_in_a_row,
+        }
         self.pending = checkpoint.save(
             self.folder / "checkpoints",
             done,

@@ -168,7 +168,7 @@ def holds_together(text, tmp_path):
 
 
 FEW = settings(max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
-MANY = settings(FEW, max_examples=6000)
+MANY = settings(FEW, max_examples=5000)
 
 
 def mutated(draw):
