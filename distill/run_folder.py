@@ -9,6 +9,7 @@ RUN/STAGE/stage.json      the stage's config, status, cost and results
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -20,12 +21,15 @@ from typing import Any, Literal, TypedDict
 import yaml
 
 from distill import __version__, plug
-from distill.files import write_atomic
+from distill.errors import UserError
+from distill.files import file_hash, write_atomic
 from distill.machine import Machine, cores, processor
 from distill.recipe import Recipe, validate
 from distill.recipe.load import read_file
 
 FILE = "stage.json"
+DIGEST = "sha256"
+LOGGED = "metrics.jsonl"
 RESOLVED = "resolved.yaml"
 ENVIRONMENT = "environment.json"
 
@@ -46,7 +50,14 @@ def recipe(run: Path) -> Recipe:
 def environment(run: Path) -> dict[str, Any]:
     """Return the content of a run's environment.json; empty if the run has not begun."""
     path = run / ENVIRONMENT
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        found = error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not as written. Remove this file: the next `distill run` writes it anew.")
     return found
 
 
@@ -102,7 +113,7 @@ class State:
 
     config: the resolved config. inputs: input fingerprints by field. seconds: wall time of all ended attempts; a killed
     one counts until the last file that it wrote. began: start of the running attempt, in seconds since 1970, else 0.
-    decided: values chosen for "auto" fields, by dotted field.
+    decided: values chosen for "auto" fields, by dotted field. logged: the hash of metrics.jsonl at the end of the stage.
     """
 
     kind: str
@@ -119,6 +130,7 @@ class State:
     attempts: int = 0
     version: str = ""
     decided: dict[str, Decided] = field(default_factory=dict)
+    logged: str = ""
 
     @property
     def dtypes(self) -> str:
@@ -128,12 +140,27 @@ class State:
 
 
 def read(folder: Path) -> State | None:
-    """Return the state of a stage from its folder; None if it never started."""
+    """Return the state of a stage from its folder; None if it never started. Raises UserError if the file is not as written."""
     path = folder / FILE
     if not path.is_file():
         return None
-    tree: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return State(**tree)
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        written = tree.pop(DIGEST, None)
+        if written is not None and written != _digest(tree):
+            raise ValueError("its content does not match its digest")
+        return State(**tree)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not as written ({' '.join(str(error).split())[:120]}). Remove this file: `distill run` then makes the stage "
+            "again, from the files that it has kept."
+        ) from None
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    """A hash of a state's values, whatever the order of the keys."""
+    text = json.dumps(tree, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def add_killed_time(folder: Path, state: State) -> None:
@@ -144,7 +171,19 @@ def add_killed_time(folder: Path, state: State) -> None:
         state.began = 0.0
 
 
+def log_of(folder: Path, state: State) -> tuple[Path | None, bool]:
+    """Return a stage's metrics.jsonl (None if it has none, or not the one it ended with), and whether it is as it was written."""
+    path = folder / LOGGED
+    there = path.is_file()
+    if state.status != "done" or not state.logged:
+        return (path if there else None), True
+    whole = there and file_hash(path) == state.logged
+    return (path if whole else None), whole
+
+
 def write(folder: Path, state: State) -> None:
-    """Write the state into a stage's folder."""
+    """Write the state into a stage's folder, with a digest that `read` compares."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / FILE, json.dumps(asdict(state), indent=1, ensure_ascii=False))
+    tree = json.loads(json.dumps(asdict(state)))  # as it will be read: tuples are lists, keys are texts
+    text = json.dumps({**tree, DIGEST: _digest(tree)}, indent=1, ensure_ascii=False)
+    write_atomic(folder / FILE, text)

@@ -50,7 +50,7 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
         examples=examples,
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         reproduce=[command],
-        notes=[*weak_teachers(recipe, states), *_notes(states), *_sandboxes(recipe)],
+        notes=[*weak_teachers(recipe, states), *_notes(states, run), *_sandboxes(recipe)],
     )
 
 
@@ -86,8 +86,8 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
         row["predicted"] = {key: standing.predicted[key] for key in ("tokens", "bytes", "flops", "seconds", "memory")}  # type: ignore[typeddict-item]
         if dollars := standing.predicted.get("dollars"):
             row["predicted"]["dollars"] = dollars
-    lines = run / name / "metrics.jsonl"
-    if lines.is_file():
+    lines, _ = run_folder.log_of(run / name, standing)
+    if lines is not None:
         row["curve_steps"], row["curves"] = read_curves(lines)
     return row
 
@@ -226,7 +226,7 @@ def _arm(found: _Found, role: Any, metrics: dict[str, Any], cost: ArmCost, befor
     return cast(ArmRow, row)
 
 
-def _notes(states: dict[str, run_folder.State]) -> list[str]:
+def _notes(states: dict[str, run_folder.State], run: Path) -> list[str]:
     decided: dict[str, list[str]] = {}
     for name, standing in states.items():
         for key, one in standing.decided.items():
@@ -239,6 +239,8 @@ def _notes(states: dict[str, run_folder.State]) -> list[str]:
             notes.append(f"{name}: {unjudged} completions could not be judged and count as wrong")
         if bad := standing.metrics.get("bad_steps"):
             notes.append(f"{name}: {bad} steps were skipped because loss or gradient was not finite")
+        if not run_folder.log_of(run / name, standing)[1]:
+            notes.append(f"{name}: {run_folder.LOGGED} is not as the stage wrote it, so its curves are left out")
     return notes
 
 

@@ -148,6 +148,7 @@ class Runner:
         for key in world.ENVIRONMENT:
             env.pop(key, None)
         process = None
+        launched = time.monotonic()
         try:
             with interrupt.held_back():
                 process = subprocess.Popen(command, env=env)
@@ -160,11 +161,11 @@ class Runner:
                     interrupt.end_after_checkpoint(process)
                 else:
                     interrupt.end(process)
-            node = self._fail(nodes)
+            node = self._fail(nodes, time.monotonic() - launched)
             raise interrupt.Interrupted(number, self._kept(node)) from None
         if status == 0:
             return
-        node = self._fail(nodes)
+        node = self._fail(nodes, time.monotonic() - launched)
         message_file = self.run / node.name / "error.txt"
         message = message_file.read_text(encoding="utf-8") if message_file.is_file() else ""
         log = launch.failed_log(self.run / node.name)
@@ -203,15 +204,18 @@ class Runner:
         found = kept(self.run / node.name, node.config)
         return f"in {node.name}{', which keeps ' if found else ''}{found}"
 
-    def _fail(self, nodes: list[Node]) -> Node:
-        """Mark the unfinished nodes of a process as failed and return the one that was running."""
+    def _fail(self, nodes: list[Node], lived: float) -> Node:
+        """Mark the unfinished nodes of a process as failed and return the one that was running. lived: seconds of the process."""
         unfinished = []
         for node in nodes:
             standing = run_folder.read(self.run / node.name)
             if standing is not None and standing.status == "running":
                 unfinished.append(node)
                 standing.status = "failed"
-                standing.seconds += time.time() - standing.began if standing.began else 0.0
+                if standing.began:
+                    # The clock may be set meanwhile: an attempt took no less than nothing, and no more than its process.
+                    standing.seconds += min(max(time.time() - standing.began, 0.0), lived)
+                    standing.began = 0.0
                 run_folder.write(self.run / node.name, standing)
         return unfinished[0] if unfinished else nodes[-1]
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill import __version__, interrupt, world
 from distill.errors import UserError
+from distill.files import file_hash
 from distill.progress import Screen, clock
 from distill.run import launch
 
@@ -127,6 +128,8 @@ def _run(run: Path, name: str, screen: Screen, engines: list[SharedEngine], last
     standing.seconds += time.monotonic() - began
     standing.status = "done"
     standing.fingerprint = result.fingerprint
+    lines = run / name / run_folder.LOGGED
+    standing.logged = file_hash(lines) if lines.is_file() else ""
     standing.cost = asdict(
         replace(
             result.cost,
