@@ -202,8 +202,13 @@ def die_with_parent() -> None:
             os._exit(1)
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
+"""How CUDA, torch on a CPU, the system and numpy say it."""
+
+
 def _memory_hint(error: BaseException) -> str:
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    said = str(error).lower()
+    if isinstance(error, MemoryError) or any(words in said for words in OUT_OF_MEMORY):
         return (
             "\nOut of memory. Lower micro_tokens or set gradient_checkpointing: true (train), lower engine.batch_size, "
             "engine.kv_cache_gib or engine.memory_share (generate, eval), or set engine.sleep: true (grpo, on_policy); then run "
