@@ -144,6 +144,7 @@ class _Loop:
     counts: WorkCounts = field(default_factory=WorkCounts)
     best: BestCheckpoint = field(default_factory=BestCheckpoint)
     bad_in_a_row: int = 0
+    schedule_from: int = 0
     due: bool = False
     stopping: bool = False
     saved_at: float = field(default_factory=time.monotonic)
@@ -162,11 +163,23 @@ class _Loop:
             self.counts = WorkCounts(**facts["counts"])
             self.best.load(facts.get("best"))
             self.bad_in_a_row = facts.get("bad_in_a_row", 0)
+            self.schedule_from = facts.get("schedule_from", 0)
+            if facts.get("ended") and not self.length.reached(self.counts):
+                self._begin_schedule()
             if self.carried is not None:
                 self.carried.restore(facts["carried"])
         if world.is_main():
             drop_lines_after(self.folder / "metrics.jsonl", self.counts.steps)
         world.wait()
+
+    def _begin_schedule(self) -> None:
+        """Give the steps that were added to a finished stage a learning-rate schedule of their own."""
+        self.schedule_from = self.counts.steps
+        more = self.length.steps(self.counts) - self.schedule_from
+        self.say(
+            f"training had ended at step {self.schedule_from}; the {more} steps that were added get a learning-rate schedule of their own, "
+            "with its warm-up. This is not the longer run: for that one, do the stage again with --redo"
+        )
 
     def run(self, source: Source) -> None:
         """Make all steps from the current one to the end."""
@@ -213,9 +226,9 @@ class _Loop:
         self.counts.add(whole.counts)
         norm = self.optimizer.clip(config.max_grad_norm)
         lr = learning_rate(
-            done - 1,
+            done - 1 - self.schedule_from,
             lr=config.lr,
-            num_steps=num_steps,
+            num_steps=num_steps - self.schedule_from,
             warmup_ratio=config.warmup_ratio,
             min_lr_ratio=config.min_lr_ratio,
         )
@@ -318,6 +331,8 @@ class _Loop:
             "counts": asdict(self.counts),
             "best": self.best.decide(done),
             "bad_in_a_row": self.bad_in_a_row,
+            "schedule_from": self.schedule_from,
+            "ended": last,
         }
         self.pending = checkpoint.save(
             self.folder / "checkpoints",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from needs import slowness
 from project import REFERENCE, SUMS, Project
 
@@ -20,6 +21,7 @@ from distill import models, recipe, run_folder
 from distill.machine import memory_bytes
 from distill.records import UserError
 from distill.run import decide, nodes
+from distill.training.optim import learning_rate
 
 
 def recipe_tree(tiny_dir: Path, other_dir: Path) -> dict:
@@ -172,6 +174,31 @@ def test_growing_steps_goes_on_from_the_last_one(copy):
     assert grown.returncode == 0, grown.stdout + grown.stderr
     assert len(copy.losses("kl")) == 9
     assert copy.losses("kl")[:6] == before
+    assert "the 3 steps that were added get a learning-rate schedule of their own" in grown.stdout
+    config = yaml.safe_load((copy.run_dir / "resolved.yaml").read_text())["stages"]["kl"]
+    schedule = {key: config[key] for key in ("lr", "warmup_ratio", "min_lr_ratio")}
+    lines = [json.loads(line) for line in (copy.run_dir / "kl" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        within, num = (line["step"] - 1, 6) if line["step"] <= 6 else (line["step"] - 7, 3)
+        assert line["lr"] == pytest.approx(learning_rate(within, num_steps=num, **schedule)), line["step"]
+
+
+def test_added_steps_that_are_killed_keep_their_schedule(copy, tmp_path):
+    """Killed after the growth began, it goes on as if nothing had happened; a fresh longer run has another schedule."""
+    (tmp_path / "whole").mkdir()
+    whole = Project(tmp_path / "whole", copy.tree)
+    shutil.copytree(copy.run_dir, whole.run_dir, dirs_exist_ok=True)
+    assert whole.run("stages.kl.steps=40", "--only", "kl").returncode == 0
+    copy.kill_when(
+        lambda: any((copy.run_dir / "kl" / "checkpoints").glob("step-0000001*")), "stages.kl.steps=40", "--only", "kl"
+    )
+    assert len(copy.losses("kl")) < 40
+    assert copy.run("stages.kl.steps=40", "--only", "kl").returncode == 0
+    assert copy.losses("kl") == whole.losses("kl")
+    rates = [json.loads(line)["lr"] for line in (copy.run_dir / "kl" / "metrics.jsonl").read_text().splitlines()]
+    assert rates == [
+        json.loads(line)["lr"] for line in (whole.run_dir / "kl" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_killed_in_generation_it_continues_to_the_same_rows(finished, tmp_path):
