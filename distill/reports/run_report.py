@@ -123,8 +123,8 @@ class TracesRow(TypedDict):
 class TraceRatioRow(TypedDict):
     """Traces of text for one trace of a way of training, with a 95% interval (see reports.trace_curves).
 
-    comparison: added by the stage that compares. measure: accuracy or kl. low_at_end, high_at_end: the curves are too short for
-    this end.
+    comparison: added by the stage that compares. measure: accuracy or kl. low_at_end, high_at_end, at_end: the curves are too short for
+    this end, or for the ratio itself.
     """
 
     comparison: NotRequired[str]
@@ -135,6 +135,7 @@ class TraceRatioRow(TypedDict):
     high: float
     low_at_end: bool
     high_at_end: bool
+    at_end: bool
     seeds: int
 
 

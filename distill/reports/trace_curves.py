@@ -2,7 +2,8 @@
 
 In: for each way of training and each number of traces, values by training seed and problem (accuracy) or trace (minus the held-out
 KL); larger is better. Out: the ratio of a way of training to the text's: the factor r for which its curve, drawn over log n, lies
-best on the text's curve moved by log r (least squares, the text's curve interpolated in log n and level beyond its ends).
+best on the text's curve moved by log r (least squares, the text's curve interpolated in log n and level beyond its ends). Where all of
+one curve lies above all of the other, no number of traces makes up for it, and the ratio is at the end of the range.
 Its interval is a bootstrap over seeds and problems, both drawn for all arms at once: a seed decides the traces of every arm.
 
 Shape suffixes: S training seeds, P problems, N numbers of traces.
@@ -69,13 +70,21 @@ def ratio(name: str, way: Curve, text: Curve, measure: str, seed: int = 0) -> Tr
         high=math.exp(high),
         low_at_end=bool(low <= -limit + 1e-9),
         high_at_end=bool(high >= limit - 1e-9),
+        at_end=found.at_end,
         seeds=seeds,
     )
 
 
 def best_shift(way_n: Sequence[int], way_N: Floats, text_n: Sequence[int], text_N: Floats) -> Shift:
-    """Return the shift of the text's curve, in log n, that brings it closest to a way's; of equal ones the smallest."""
+    """Return the shift of the text's curve, in log n, that brings it closest to a way's; of equal ones the smallest.
+
+    A way that is better everywhere than text is anywhere gets the largest shift, one that is worse everywhere the least.
+    """
     limit = _range(way_n, text_n)
+    if way_N.min() > text_N.max():
+        return Shift(limit, True)
+    if way_N.max() < text_N.min():
+        return Shift(-limit, True)
     shifts = np.linspace(-limit, limit, GRID)
     shifted = np.log(way_n)[None, :] + shifts[:, None]
     squares = ((np.interp(shifted, np.log(text_n), text_N) - way_N) ** 2).sum(1)

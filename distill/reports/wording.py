@@ -85,10 +85,11 @@ def _worth(report: RunReport) -> str:
 
 
 def ratio_text(row: TraceRatioRow) -> str:
-    """A ratio with its interval: 2.1 [1.4, 3.3]; an end that the curves are too short for has a sign: [1.4, >16]."""
+    """A ratio with its interval: 2.1 [1.4, 3.3]; what the curves are too short for has a sign: >16 [1.4, >16]."""
     low = f"{'<' if row['low_at_end'] else ''}{row['low']:.2g}"
     high = f"{'>' if row['high_at_end'] else ''}{row['high']:.2g}"
-    return f"{row['ratio']:.2g} [{low}, {high}]"
+    sign = "" if not row["at_end"] else ">" if row["ratio"] > 1 else "<"
+    return f"{sign}{row['ratio']:.2g} [{low}, {high}]"
 
 
 def _compared(report: RunReport) -> str:

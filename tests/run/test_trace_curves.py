@@ -109,9 +109,27 @@ def test_the_shift_is_the_ratio_of_the_numbers_of_traces():
     assert row["low"] < 2 < row["high"]
     assert row["high"] / row["low"] < 4
     assert (
-        ratio_text({**row, "ratio": 2.1, "low": 1.4, "high": 16, "high_at_end": True, "low_at_end": False})
+        ratio_text(
+            {**row, "ratio": 2.1, "low": 1.4, "high": 16, "high_at_end": True, "low_at_end": False, "at_end": False}
+        )
         == "2.1 [1.4, >16]"
     )
+
+
+def test_a_way_that_text_never_reaches_is_beyond_the_range_whatever_texts_order():
+    """Text that is level, but for noise, says nothing by its shape; that the other is better everywhere does."""
+    rng = np.random.default_rng(4)
+
+    def curve(means):
+        return {n: mean + 0.01 * rng.standard_normal((1, 200)) for n, mean in zip((64, 256, 1024), means, strict=True)}
+
+    text, way = curve([-0.045, -0.050, -0.043]), curve([-0.030, -0.027, -0.020])
+    row = ratio("kl", way, text, "kl")
+    assert ratio_text(row) == ">16 [>16, >16]" or ratio_text(row) == ">16 [16, >16]"
+    worse = ratio("kl", text, way, "kl")
+    assert worse["at_end"]
+    assert worse["ratio"] == pytest.approx(1 / 16)
+    assert ratio_text(worse).startswith("<0.062 [<0.062, ")
 
 
 def test_a_small_run_of_the_whole_experiment(tiny_dir, student_dir, tmp_path):
