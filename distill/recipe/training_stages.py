@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import pydantic
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from distill.recipe.fields import (
     AUTO_DTYPE,
@@ -71,8 +71,10 @@ class OptimStage(StageConfig):
     checkpoint_every: PositiveInt = execution(
         50, description="write a checkpoint, from which an interrupted stage resumes, every N optimiser steps"
     )
-    keep_checkpoints: PositiveInt = execution(
-        2, description="number of newest checkpoints to keep; older ones are deleted"
+    keep_checkpoints: NonNegativeInt = execution(
+        2,
+        description="number of newest checkpoints to keep; older ones are deleted; once the model is saved, the last one is kept to train "
+        "on from; 0 = none then, which saves three times the model's size in float32 a stage",
     )
     checkpoint_minutes: float | None = execution(
         None,

@@ -43,7 +43,11 @@ class Stats:
         return asdict(self)
 
     def __str__(self) -> str:
-        numbers = list(self.as_dict().items())[:-1]
+        numbers = [
+            (name, value)
+            for name, value in list(self.as_dict().items())[:-1]
+            if isinstance(value, int) or not math.isnan(value)
+        ]
         lines = [f"{name.replace('_', ' ')}: {_show(value)}" for name, value in numbers]
         widest = max(self.completion_lengths.values(), default=1)
         lines.append("completion lengths:")

@@ -340,7 +340,7 @@ class _Loop:
             {**self.optimizer.state(), **self.policy.state()},
             facts,
             # Once the model is saved, only the last checkpoint is of use: to continue training.
-            keep=1 if last else self.config.keep_checkpoints,
+            keep=1 if last else max(1, self.config.keep_checkpoints),
             asynchronous=self.device.type == "cuda" if wish is None else wish,
             carried=None if self.carried is None else self.carried.held(),
         )

@@ -1,6 +1,6 @@
 """Matching hidden states of a pruned student: price of a step, and steps to the same held-out KL.
 
-    python tests/bench/bench_hidden.py [--every 2] [--arms plain,mse-1,...] [the sizes of bench_targets.py]
+    python tests/bench/bench_hidden.py [--every 2] [--ways plain,mse-1,...] [the sizes of bench_targets.py]
 
 The teacher is in the trainer (forward KL over the whole vocabulary); an arm `mse-W` or `cosine-W` adds `hidden` with weight W on
 all layers, `last-W` on the last one. All see the same batches from the same start. Steps: of an arm where its KL is first what
@@ -22,13 +22,13 @@ ARMS = (PLAIN, "mse-1", "mse-0.1", "cosine-1")
 
 
 def main() -> None:
-    asked, sizes = targets.arguments(__doc__, every=Path("2"), arms=Path(",".join(ARMS)))
+    asked, sizes = targets.arguments(__doc__, every=Path("2"), ways=Path(",".join(ARMS)))
     targets.capture(sizes)
     data = str(targets.cut(sizes, 1, 1.0))
     held_out, rows = learning_curves.HeldOut.of(sizes), []
     for seed in asked.seeds:
         found = {}
-        for arm in str(asked.arms).split(","):
+        for arm in str(asked.ways).split(","):
             stage = {"data": data, "loss": {"fn": "forward_kl"}, "teacher": "teacher", **hidden_of(arm)}
             name = f"hidden-{arm.replace('.', '')}"
             found[arm] = learning_curves.curve(name, stage, sizes, seed, held_out, int(str(asked.every)))

@@ -80,7 +80,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="more fields of the recipe, as for distill run")
     options = parser.parse_args()
     seeds = f"[{', '.join(str(seed) for seed in range(1, options.seeds + 1))}]"
-    fields = [f"stages.{arm}.{field}" for arm in students() for field in (f"seeds={seeds}", f"dtype={options.dtype}")]
+    fields = [
+        f"stages.{arm}.{field}"
+        for arm in students()
+        for field in (f"seeds={seeds}", f"dtype={options.dtype}", "keep_checkpoints=0")
+    ]
     command = [sys.executable, "-m", "distill.cli", "run", RECIPE, "--runs", str(options.runs.resolve())]
     subprocess.run([*command, *fields, *options.overrides], check=True, cwd=ROOT)
     found = json.loads((options.runs / "quickstart" / "report.json").read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Which tokens matter: a share of the tokens against all of them, by FLOPs and bytes to the same held-out KL.
 
-    python tests/bench/bench_token_weights.py [--every 4] [--arms entropy-0.5 ...] [the sizes of bench_targets.py]
+    python tests/bench/bench_token_weights.py [--every 4] [--ways all,entropy-0.5,...] [the sizes of bench_targets.py]
 
 The student learns stored distributions (k 64, mass .98) from the same traces in the same batches, with `weights` or without.
 FLOPs: of an arm where its KL is first within 10% of what all tokens reach at their end, by all their FLOPs (`flops`). Bytes:
@@ -29,8 +29,8 @@ WITHIN = 0.1
 
 
 def main() -> None:
-    asked, sizes = targets.arguments(__doc__, every=Path("4"), arms=Path(",".join(ARMS)))
-    arms = str(asked.arms).split(",")
+    asked, sizes = targets.arguments(__doc__, every=Path("4"), ways=Path(",".join(ARMS)))
+    arms = str(asked.ways).split(",")
     targets.capture(sizes)
     whole = targets.cut(sizes, 64, 0.98)
     held_out = learning_curves.HeldOut.of(sizes)

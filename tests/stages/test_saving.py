@@ -134,3 +134,12 @@ def test_a_model_that_does_not_fit_twice_is_compared_file_by_file(
             parameter[3] += 1.0
         with pytest.raises(UserError, match=r"Weights that differ: .*(embed_tokens|wte)\.weight"):
             models.prove_saved(model, folder)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(0, []), (1, ["step-00000002"]), (2, ["step-00000002"])])
+def test_checkpoints_that_are_left_when_the_model_is_saved(base, tmp_path, keep, left):
+    stage = {"kind": "train", "keep_checkpoints": keep, "checkpoint_every": 1, "dtype": "float32"}
+    context = stage_context(tmp_path, base, stage)
+    train.run(context.recipe.stages["s"], context)
+    assert sorted(path.name for path in (context.folder / "checkpoints").glob("*")) == left
+    assert (context.folder / "model" / "model.safetensors").is_file()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from distill import models, world
@@ -77,6 +78,8 @@ def save_student(
             model = model.merge_and_unload()
             models.check_merged(model, trained_T)
         fingerprint = save_model(model, tokenizer, context, config.saved_in, trust_remote_code=trust)
+        if config.keep_checkpoints == 0:
+            shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
     fingerprint = world.broadcast(fingerprint)
     return fingerprint, ModelShape.from_config(models.config_of(context.folder / "model"))
 
