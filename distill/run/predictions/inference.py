@@ -108,8 +108,10 @@ def prune_work(
     if config.narrows:
         passes += fit
     if config.repair:
-        # Once the whole model and once the pruned one, then for every strength the fit and its KL.
-        passes += fit * (1 + left) + len(STRENGTHS) * left
+        # Once the whole model and once the pruned one, then for every strength the fit and its KL. A fit runs the layers from the
+        # lowest gap to the highest: where they will be is not known, so what places drawn at random span on average.
+        span = 1.0 if config.narrows else (removed - 1) / (removed + 1)
+        passes += fit * (1 + left) + len(STRENGTHS) * left * (fit * span + 1 - fit)
         heads += (1 - fit) * (1 + len(STRENGTHS))
     tokens = row_tokens * passes
     context = (prompt + taken + 1) / 2
