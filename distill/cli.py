@@ -95,6 +95,10 @@ def run(
         ),
     ] = None,
     dry_run: DryRun = False,
+    no_trials: Annotated[
+        bool,
+        typer.Option("--no-trials", help="Do not try prompts, tokenizers, judges and rewards before the first stage."),
+    ] = False,
     runs: RunsDir = Path("runs"),
 ) -> None:
     """Run a recipe: skip finished stages, resume interrupted ones."""
@@ -107,6 +111,7 @@ def run(
         redo=tuple(redo or ()),
         kinds=tuple(kind or ()),
         dry_run=dry_run,
+        trials=not no_trials,
     )
 
 
@@ -120,6 +125,7 @@ def _run(
     redo: tuple[str, ...] = (),
     kinds: tuple[str, ...] = (),
     dry_run: bool = False,
+    trials: bool = True,
 ) -> None:
     from distill import interrupt, recipe
     from distill.recipe.load import find
@@ -139,7 +145,7 @@ def _run(
         check_output.print_plan(resolved, folder, redo)
         return
     nodes.require_inputs(resolved, folder, wanted)
-    runner = pipeline.Runner(resolved, find(path), folder, redo)
+    runner = pipeline.Runner(resolved, find(path), folder, redo, trials=trials)
     command = shlex.join(["distill", "run", str(path), *(overrides or [])])
     try:
         with interrupt.interruptible():
@@ -200,6 +206,26 @@ def check(
         check_output.print_previews(resolved, runs / resolved.name)
         return
     check_output.print_plan(resolved, runs / resolved.name, ())
+
+
+@app.command()
+def doctor(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the trials as JSON.")] = False,
+    runs: RunsDir = Path("runs"),
+) -> None:
+    """Try a recipe's parts with small real experiments: what would go wrong in silence. Exit status 1 if a trial fails.
+
+    Prompts and replies as the models read them, the ends of turns, teacher's and student's tokenizers, judges on right and wrong
+    answers, rewards, the sandbox against a hostile program, data, disk, memory, and each engine against the trainer.
+    """
+    from distill import recipe as recipes
+    from distill.tools.doctor import diagnose
+
+    resolved = recipes.load(recipe, overrides or [])
+    if not diagnose(resolved, runs / resolved.name, as_json=as_json):
+        raise typer.Exit(1)
 
 
 @app.command("ls")

@@ -81,6 +81,13 @@ class Screen:
             self._draw(0.0)
         return live
 
+    def pause(self) -> None:
+        """On a terminal, erase the progress line, before something is written there by others; the next tick shows it again."""
+        with self._lock:
+            if self.terminal:
+                self.stream.write(CLEAR)
+                self.stream.flush()
+
     def tick(self) -> None:
         """Show the current activity again: on a terminal always, elsewhere after QUIET seconds without output."""
         self._draw(0.0 if self.terminal or not self._shown else QUIET)

@@ -37,12 +37,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Runner:
-    """One `distill run`: a recipe, the run's folder, and the stages to do again."""
+    """One `distill run`: a recipe, the run's folder, the stages to do again, and whether the cheap trials are made first."""
 
     recipe: Recipe
     source: Path
     run: Path
     redo: tuple[str, ...] = ()
+    trials: bool = True
 
     def do(self, wanted: Iterable[Node]) -> None:
         """Run the wanted nodes in order. Raises UserError or StageError at the first failure; finished nodes stay."""
@@ -57,6 +58,8 @@ class Runner:
                 here = self._machine()
                 rows = self._predictions(here)
             self._check_memory_and_time(wanted, rows, here)
+            if self.trials:
+                self._try(wanted, rows)
             predictions = {row.name: row.amounts for row in rows}
             run_folder.write_recipe(self.run, self.recipe, self.source, here)
             numbered = enumerate(wanted, 1)
@@ -86,6 +89,23 @@ class Runner:
         advice.refuse(ahead, here)
         for line in (*advice.memory_lines(ahead, here), *advice.short_lines(ahead)):
             print(line, flush=True)
+
+    def _try(self, wanted: list[Node], rows: Sequence[Row]) -> None:
+        """Make the cheap trials of the stages that are due. Prints warnings; raises UserError if one fails."""
+        standing = {node.name: run_folder.read(self.run / node.name) for node in wanted}
+        due = dict.fromkeys(
+            name.partition(".")[0] for name, stage in standing.items() if stage is None or stage.status != "done"
+        )
+        if not due:
+            return
+        from distill.run import trials
+
+        with working("trying prompts, tokenizers, judges and rewards"):
+            found = list(trials.cheap(self.recipe, self.run, list(due), rows))
+        trials.refuse_failed(found)
+        for trial in found:
+            if trial.status == "warn":
+                print(f"warning: {trial.subject}: {trial.name}: {trial.figure}. {trial.remedy}", flush=True)
 
     def _machine(self) -> Machine:
         """This machine; measured once per run and machine."""

@@ -1,0 +1,76 @@
+"""Trials: what a run would get wrong in silence, found by small real experiments before it.
+
+`cheap` are those that a run makes by itself at its start: prompts, replies, tokenizers, judges, rewards, sandbox and disk. `all_trials`
+are those of `distill doctor`; they also start engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from distill.machine import Machine
+from distill.progress import Screen
+from distill.recipe import Recipe
+from distill.records import UserError
+from distill.run.predictions.row import Row
+from distill.run.trials import engine_path, isolation, judging, rendering, resources
+from distill.run.trials.trial import Patient, Trial
+
+__all__ = ["Trial", "all_trials", "cheap", "refuse_failed"]
+
+UNTRIED = "could not be tried"
+Step = tuple[str, Callable[[Patient], Iterator[Trial]]]
+_QUICK: tuple[Step, ...] = (
+    ("prompt and reply", rendering.templates),
+    ("context", rendering.contexts),
+    ("tokenizers", rendering.pairs),
+    ("judge", judging.judges),
+    ("rewards", partial(judging.rewards, with_models=False)),
+    ("sandbox", isolation.sandboxes),
+)
+
+
+def cheap(recipe: Recipe, run: Path, due: Sequence[str], rows: Sequence[Row]) -> Iterator[Trial]:
+    """Yield the trials of the due stages that need no engine and no network. rows: the plan's."""
+    patient = Patient(recipe, run, tuple(due))
+    for what, trial in _QUICK:
+        for one in _guarded(what, trial, patient):
+            # What cannot even be tried is refused by the stage that needs it, which says more.
+            yield one if one.figure != UNTRIED else dataclasses.replace(one, status="skip")
+    yield resources.disk(patient, [row for row in rows if row.name.partition(".")[0] in due])
+
+
+def all_trials(
+    recipe: Recipe, run: Path, due: Sequence[str], rows: Sequence[Row], machine: Machine, screen: Screen
+) -> Iterator[Trial]:
+    """Yield every trial of the due stages. Tokenizers may be fetched from the hub; weights are not."""
+    patient = Patient(recipe, run, tuple(due), fetches=True)
+    for what, trial in (*_QUICK[:4], ("rewards", judging.rewards), _QUICK[5], ("data", rendering.data)):
+        screen.phase(f"trying: {what}")
+        yield from _guarded(what, trial, patient)
+    yield from resources.resources(patient, rows, machine)
+    screen.phase("trying: engines")
+    yield from _guarded("engine and trainer", lambda one: engine_path.engine_paths(one, machine, screen), patient)
+
+
+def _guarded(what: str, trial: Callable[[Patient], Iterator[Trial]], patient: Patient) -> Iterator[Trial]:
+    """Yield a sort's trials; a mistake of the recipe that one finds is a failure with the mistake's own words."""
+    try:
+        yield from trial(patient)
+    except UserError as error:
+        yield Trial(what, "recipe", "fail", UNTRIED, str(error))
+
+
+def refuse_failed(trials: Sequence[Trial]) -> None:
+    """Raise UserError if a trial failed, with the first one's words."""
+    failed = [trial for trial in trials if trial.status == "fail"]
+    if failed:
+        first = failed[0]
+        more = f" {len(failed) - 1} more failed." if len(failed) > 1 else ""
+        raise UserError(
+            f"{first.subject}: {first.name}: {first.figure}. {first.remedy}{more}\n`distill doctor` shows every trial; `distill run "
+            "--no-trials` runs in spite of it."
+        )

@@ -1,0 +1,245 @@
+"""The trial of the whole path of a distribution: engine, shard, packed batch, output head.
+
+A model's own completions are sampled and stored as a stage would, and read by the trainer with the same model. Then KL(model ||
+model) must be 0 up to rounding, and every token's log-probability the same on both sides.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill import engines, models, world
+from distill.machine import Machine
+from distill.progress import Screen
+from distill.recipe import (
+    CompareStage,
+    EngineConfig,
+    EvalStage,
+    GenerateStage,
+    GrpoStage,
+    OnPolicyStage,
+    Recipe,
+    ScoreStage,
+)
+from distill.recipe.lineage import origin
+from distill.records import Array, UserError
+from distill.run.known_sizes import model_shape
+from distill.run.trials.trial import Patient, Trial
+
+PROBLEMS, SAMPLES, NEW = 6, 4, 48
+"""Problems, completions of each, and tokens of a completion at most."""
+NAME = "doctor"
+MAX_MEAN = 0.05
+"""Largest accepted mean difference of a token's log-probability, nats. In bfloat16 two computations differ by less than 0.02."""
+MAX_KL = 0.03
+"""Largest accepted KL of a model to itself, nats a token."""
+ROOM = 0.6
+"""Share of the memory that the model may take in float32, once in the engine and once in the trainer."""
+
+
+def engine_paths(patient: Patient, machine: Machine, screen: Screen) -> Iterator[Trial]:
+    """Try the path of every model of the recipe with every engine that runs it or a model made from it."""
+    seen = set()
+    for name, stage in patient.stages(GenerateStage, ScoreStage, EvalStage, CompareStage, GrpoStage, OnPolicyStage):
+        for model in stage.reads("model"):
+            source, task = origin(patient.recipe, model), next(iter(stage.reads("task")), None)
+            key = (source, stage.engine.fn, stage.engine.dtype, stage.engine.tensor_parallel)
+            if key in seen:
+                continue
+            seen.add(key)
+            subject = f"stages.{name}: {source} with {stage.engine.fn}"
+            why = _unfit(patient, source, stage.engine, task, machine)
+            if why:
+                yield Trial("engine and trainer", subject, "skip", why)
+            else:
+                yield from _path(patient, source, stage, str(task), subject, screen)
+
+
+def _unfit(patient: Patient, source: str, engine: EngineConfig, task: str | None, machine: Machine) -> str:
+    """Return why a path is not tried; "" if it can be."""
+    if engine.is_served:
+        return "an endpoint is tried by the stage itself, with requests of one token"
+    if not patient.has_weights(source):
+        return f"the weights of {source} are not on this machine yet"
+    if task is None:
+        return "the stage has no task to take prompts from"
+    size = 8.0 * model_shape(patient.recipe.models[source])[0].params_total
+    if size > ROOM * machine.memory:
+        return f"{source} takes {size / 1e9:.3g} GB in engine and trainer, too much for a trial"
+    return ""
+
+
+def _mini(patient: Patient, source: str, stage: Any, task: str) -> Recipe:
+    """Return a recipe of one generate stage, with the engine and what is captured as in `stage`."""
+    engine = stage.engine.model_copy(update={"batch_size": PROBLEMS * SAMPLES, "replicas": 1, "ray": None})
+    generate = GenerateStage(
+        kind="generate",
+        model=source,
+        task=task,
+        split=_split(patient, task),
+        problems=PROBLEMS,
+        samples=SAMPLES,
+        sampling={
+            "temperature": 1.0,
+            "max_tokens": min(stage.sampling.max_tokens, NEW) if hasattr(stage, "sampling") else NEW,
+        },
+        top_logprobs=getattr(stage, "top_logprobs", 0) or 64,
+        mass=getattr(stage, "mass", 0.98),
+        exact=getattr(stage, "exact", False),
+        engine=engine,
+    )
+    return Recipe(
+        name=NAME,
+        seed=patient.recipe.seed,
+        models={source: patient.recipe.models[source]},
+        tasks={task: patient.recipe.tasks[task]},
+        stages={NAME: generate},
+    )
+
+
+def _split(patient: Patient, task: str) -> Any:
+    try:
+        patient.problems(task, "train", PROBLEMS)
+    except UserError:
+        return "held_out"
+    return "train"
+
+
+def _path(patient: Patient, source: str, stage: Any, task: str, subject: str, screen: Screen) -> Iterator[Trial]:
+    from distill.stages.context import Context
+    from distill.stages.trace_sampling import sample_traces
+
+    recipe = _mini(patient, source, stage, task)
+    generate: Any = recipe.stages[NAME]
+    os.environ.update(engines.environment(generate.engine))
+    with tempfile.TemporaryDirectory(prefix="distill-doctor-") as temporary:
+        context = Context(recipe, Path(temporary), NAME, screen)
+        folder = context.folder / "traces"
+        try:
+            sample_traces(generate, context, folder, generate.split)
+        finally:
+            context.engine.close()
+        found = _measured(context, source, folder)
+    yield from found.trials(subject, isinstance(stage, GrpoStage) and stage.model == source)
+
+
+@dataclass(slots=True, eq=False)
+class _Found:
+    """What was measured on some traces of a model, read by the same model in the trainer.
+
+    kl_T, gap_T, position_T: of every token: KL over kept entries and tail, difference of the token's log-probability, position in its
+    completion. text: completions whose text is that of their ids, of all `traces`; again: those whose text gives the same ids.
+    ended: completions that end in a token that stops generation, of those that ended by themselves. correct: [problems, samples].
+    """
+
+    kl_T: Array
+    gap_T: Array
+    position_T: Array
+    traces: int
+    text: int
+    again: int
+    stopped: int
+    ended: int
+    correct: dict[str, list[bool | None]]
+
+    def trials(self, subject: str, learns: bool) -> Iterator[Trial]:
+        kl = float(self.kl_T.mean())
+        figure = f"KL(model || model) {kl:.2g} nats a token, of {len(self.kl_T)} tokens, from the engine through a shard to the loss"
+        remedy = "What the student would learn is not what the teacher computes. Try another engine (engine: transformers) or dtype."
+        failed = not np.isfinite(kl) or kl > MAX_KL
+        yield Trial("distribution", subject, "fail" if failed else "pass", figure, remedy if failed else "")
+        worst = int(np.nanargmax(self.gap_T)) if len(self.gap_T) else 0
+        half = self.position_T >= np.median(self.position_T)
+        figure = (
+            f"a token's log-probability differs by {self.gap_T.mean():.2g} nats on average ({self.gap_T[~half].mean():.2g} in the first half "
+            f"of a completion, {self.gap_T[half].mean():.2g} in the second), at most by {self.gap_T[worst]:.2g} (token {self.position_T[worst]})"
+        )
+        failed = not self.gap_T.mean() <= MAX_MEAN
+        remedy = "Engine and trainer do not compute the same model. Set engine.dtype and the stages' dtype alike, or use engine: transformers."
+        yield Trial("engine and trainer", subject, "fail" if failed else "pass", figure, remedy if failed else "")
+        lost = self.text < self.traces or self.ended < self.stopped
+        figure = (
+            f"{self.text} of {self.traces} texts are those of their ids, {self.ended} of {self.stopped} that stopped end in a stop token; "
+            f"{self.again} of {self.traces} texts would be tokenised to the ids that were sampled"
+        )
+        remedy = (
+            "Ids and text of stored traces do not belong together; compare the engine's tokenizer with the model's."
+        )
+        yield Trial("sampled ids", subject, "fail" if lost else "pass", figure, remedy if lost else "")
+        if learns:
+            yield self._spread(subject)
+
+    def _spread(self, subject: str) -> Trial:
+        groups = [group for group in self.correct.values() if len(group) > 1]
+        mixed = sum(len({*group}) > 1 for group in groups)
+        figure = f"{mixed} of {len(groups)} groups of {SAMPLES} have right and wrong completions"
+        if self.stopped < self.traces / 2:
+            return Trial(
+                "reward signal", subject, "skip", f"most completions go on beyond {NEW} tokens, where the trial ends"
+            )
+        if mixed:
+            return Trial("reward signal", subject, "pass", figure)
+        remedy = "Where all completions of a group are alike, its advantages are 0. Start from a better model, or take easier problems."
+        return Trial("reward signal", subject, "warn", figure, remedy)
+
+
+def _measured(context: Any, source: str, folder: Path) -> _Found:
+    """Read the traces with the trainer's own forward pass and head."""
+    import torch
+
+    from distill.stages.divergence import BLOCK_ROWS, divergences_of, divergences_of_token
+    from distill.stages.inputs.forward_proof import prove_forward
+    from distill.traces.reader import open_traces
+    from distill.training.loss.objective import StoredObjective
+    from distill.training.packing import examples_of, pack
+    from distill.training.policy import StudentModule
+
+    model_dir, trust = context.model_dir(source), context.trusts(source)
+    tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
+    model = models.load(model_dir, dtype="float32", trust_remote_code=trust).eval().requires_grad_(False)
+    model.to(world.device())
+    vocab_size = models.vocabulary_size(tokenizer, models.config_of(model_dir))
+    reader = open_traces(folder)
+    lengths = reader.lengths()
+    plan = prove_forward(model, source, vocab_size, context, int((lengths.prompt + lengths.completion).max()))
+    module = StudentModule(model, StoredObjective(divergences_of, divergences_of_token), vocab_size, plan=plan).eval()
+    stops = {*models.stop_ids(model_dir, tokenizer, context.task(next(iter(context.recipe.tasks))).template)}
+    kl, gap, position = [], [], []
+    text = again = stopped = ended = 0
+    correct: dict[str, list[bool | None]] = {}
+    for block in reader.blocks(BLOCK_ROWS):
+        rows_of = {trace_id: n for n, trace_id in enumerate(block.trace_id)}
+        for batch in pack(list(examples_of(block)), micro_tokens=2048):
+            rows = torch.from_numpy(batch.weight_T.nonzero()[0]).to(world.device())
+            with torch.no_grad():
+                measures = module(batch.to_torch(world.device()), rows).measures
+            stored = np.concatenate([block.logprob[rows_of[trace_id]] for trace_id in batch.trace_ids])
+            kl.append(measures["bound"].double().cpu().numpy())
+            gap.append(np.abs(stored + measures["label_nll"].double().cpu().numpy()))
+            position += [np.arange(len(block.logprob[rows_of[trace_id]])) for trace_id in batch.trace_ids]
+        for n in range(len(block)):
+            ids = block.completion_ids[n]
+            text += block.completion[n] == models.decode(tokenizer, ids)
+            stop = block.finish_reason[n] == "stop"
+            stopped, ended = stopped + stop, ended + (stop and int(ids[-1]) in stops)
+            written = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            again += tokenizer(written, add_special_tokens=False)["input_ids"] == ids.tolist()
+            correct.setdefault(block.problem_id[n], []).append(block.correct[n])
+    return _Found(
+        np.concatenate(kl),
+        np.concatenate(gap),
+        np.concatenate(position),
+        len(reader.lengths().completion),
+        text,
+        again,
+        stopped,
+        ended,
+        correct,
+    )

@@ -1,0 +1,194 @@
+"""Trials of judges and rewards: right answers are right, wrong ones are not, and rewards tell them apart.
+
+A reply with a problem's own gold answer, in the form that the task's template reads, must be judged correct; with another problem's
+gold answer it must not. A group of such replies must get rewards that differ, the right one's the highest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from distill.recipe import CompareStage, EvalStage, GenerateStage, GrpoStage
+from distill.records import Group, Problem, Task, Template, UserError, Verdict
+from distill.run.trials.trial import Patient, Trial
+from distill.stages.inputs.named_rewards import combined_reward
+
+PROBLEMS = 12
+"""Problems whose gold answers are judged."""
+ENOUGH = 4
+"""The least number of pairs of different answers for which a share says anything."""
+LEAST_GOLD, MOST_SHUFFLED = 0.8, 0.2
+"""Shares of accepted answers below (own gold) and above (another's gold) which a judge fails."""
+THOUGHT = "<think>\nI work it out step by step.\n</think>\n\n"
+FORMS = (
+    f"{THOUGHT}<answer>{{}}</answer>",
+    f"{THOUGHT}The answer is \\boxed{{{{{{}}}}}}",
+    f"{THOUGHT}{{}}",
+    f"{THOUGHT}#### {{}}",
+    f"{THOUGHT}```python\n{{}}\n```",
+    "{}",
+)
+"""Replies with an answer, of which a template reads at least one."""
+PROSE = f"{THOUGHT}I do not know."
+NO_ORDER = frozenset({"random"})
+"""Rewards that do not depend on the text."""
+WITH_MODEL = frozenset({"model"})
+"""Rewards that load a model."""
+
+
+def form_of(template: Template, golds: Sequence[str]) -> str | None:
+    """Return the form of a reply from which the template reads most of the answers as they are; None if it reads none."""
+    read = {form: sum(template.extract(form.format(gold)) == gold.strip() for gold in golds) for form in FORMS}
+    found = {form: sum(template.extract(form.format(gold)) is not None for gold in golds) for form in FORMS}
+    best = max(FORMS, key=lambda form: (read[form], found[form]))
+    return best if found[best] else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A task's problems, the form of their answers, and (problem, own gold, another problem's gold) of each."""
+
+    task: Task
+    form: str
+    triples: list[tuple[Problem, str, str | None]]
+
+    def verdict(self, problem: Problem, answer: str) -> Verdict:
+        return self.task.judge(problem, self.form.format(answer), True)
+
+
+def _judged(patient: Patient, name: str) -> _Judged | Trial:
+    """Return what a task's judge is tried on, or why it cannot be."""
+    what, subject = "judge", f"tasks.{name}"
+    task = patient.task(name)
+    problems: list[Problem] = []
+    for split in ("train", "held_out"):
+        try:
+            problems = problems or patient.problems(name, split, PROBLEMS)
+        except UserError as error:
+            if split == "held_out":
+                return Trial(what, subject, "fail", "the task has no problems", str(error))
+    with_gold = [(problem, problem.gold) for problem in problems if problem.gold]
+    if not with_gold:
+        return Trial(what, subject, "skip", "its problems have no gold answers")
+    form = form_of(task.template, [gold for _, gold in with_gold])
+    if form is None:
+        remedy = "Its `extract` returned None for answers in tags, in a box, after four hash signs, in a code block and bare."
+        return Trial(what, subject, "warn", f"template {task.template.name} reads an answer in no usual form", remedy)
+    golds = [gold for _, gold in with_gold]
+    triples = []
+    for number, (problem, gold) in enumerate(with_gold):
+        others = [*golds[number + 1 :], *golds[:number]]
+        other = next((one for one in others if one != gold and not task.same_answer(one, gold)), None)
+        triples.append((problem, gold, other))
+    return _Judged(task, form, triples)
+
+
+def judges(patient: Patient) -> Iterator[Trial]:
+    """Judge gold answers and shuffled ones of every task that a due stage uses."""
+    used = {task: None for name in patient.due for task in patient.recipe.stages[name].reads("task")}
+    for name in used:
+        judged = _judged(patient, name)
+        yield judged if isinstance(judged, Trial) else _judge(name, judged)
+
+
+def _judge(name: str, judged: _Judged) -> Trial:
+    what, subject = "judge", f"tasks.{name}"
+    own = [(problem, judged.verdict(problem, gold)) for problem, gold, _ in judged.triples]
+    swapped = [(p, judged.verdict(p, other)) for p, _, other in judged.triples if other is not None]
+    right = sum(verdict.correct is True for _, verdict in own)
+    wrong = sum(verdict.correct is True for _, verdict in swapped)
+    figure = f"{right} of {len(own)} gold answers are correct, {wrong} of {len(swapped)} of other problems"
+    if right < len(own):
+        problem, verdict = next((p, v) for p, v in own if v.correct is not True)
+        remedy = (
+            f"Problem {problem.problem_id}, gold {problem.gold!r:.60}: the template reads {verdict.answer!r:.60}, judged "
+            f"{verdict.reason or 'wrong'!r}. Use the template that the answers' form needs, or another judge."
+        )
+        return Trial(what, subject, "fail" if right < LEAST_GOLD * len(own) else "warn", figure, remedy)
+    if wrong:
+        problem, verdict = next((p, v) for p, v in swapped if v.correct is True)
+        remedy = (
+            f"Problem {problem.problem_id}, gold {problem.gold!r:.60}: the answer {verdict.answer!r:.60} is accepted too. A judge that "
+            "accepts wrong answers rewards them; use a stricter one."
+        )
+        many = len(swapped) >= ENOUGH and wrong > MOST_SHUFFLED * len(swapped)
+        return Trial(what, subject, "fail" if many else "warn", figure, remedy)
+    return Trial(what, subject, "pass", figure)
+
+
+def rewards(patient: Patient, *, with_models: bool = True) -> Iterator[Trial]:
+    """Score a right reply, a wrong one, one without an answer, an empty and a cut one with each stage's rewards."""
+    for name, stage in patient.stages(GrpoStage, GenerateStage):
+        names = [reward.fn for reward in stage.rewards]
+        if not names:
+            continue
+        subject = f"stages.{name}"
+        if not with_models and WITH_MODEL & {*names}:
+            yield Trial("rewards", subject, "skip", "a reward model is not loaded for a trial")
+            continue
+        judged = _judged(patient, stage.task)
+        if isinstance(judged, Trial):
+            yield Trial("rewards", subject, "skip", judged.figure)
+            continue
+        yield _reward(subject, stage, names, judged)
+
+
+def _reward(subject: str, stage: GrpoStage | GenerateStage, names: list[str], judged: _Judged) -> Trial:
+    what = "rewards"
+    found = next(((p, gold, other) for p, gold, other in judged.triples if other is not None), None)
+    if found is None:
+        return Trial(what, subject, "skip", "all problems have the same answer")
+    problem, gold, other = found
+    limit = stage.sampling.max_tokens
+    right = judged.form.format(gold)
+    # (text, whether it ended by itself)
+    tried = ((right, True), (judged.form.format(other), True), (PROSE, True), ("", True), (right[:20], False))
+    group = Group(
+        problem=problem,
+        template=judged.task.template,
+        texts=tuple(text for text, _ in tried),
+        num_tokens=tuple(min(len(text) // 3 + 1, limit) if ended else limit for text, ended in tried),
+        finished=tuple(ended for _, ended in tried),
+        verdicts=tuple(judged.task.judge(problem, text, ended) for text, ended in tried),
+        max_tokens=limit,
+    )
+    (scores,) = combined_reward(stage, subject)([group])
+    totals = scores.total
+    shown = ", ".join("none" if one is None else f"{one:.3g}" for one in totals)
+    figure = f"right, wrong, without an answer, empty, cut: {shown}"
+    if scores.failed:
+        return Trial(what, subject, "fail", figure, f"{', '.join(scores.failed)} raised or took too long; mend it.")
+    known = [one for one in totals if one is not None]
+    if totals[0] is None or len(known) < 2:
+        return Trial(
+            what, subject, "fail", figure, "A right reply gets no score, so that nothing can be learned from it."
+        )
+    if NO_ORDER & {*names}:
+        return Trial(what, subject, "pass", figure)
+    if max(known) - min(known) < 1e-9:
+        remedy = "All replies get the same score, so every advantage is 0. Use a reward that tells a right reply from others."
+        return Trial(what, subject, "fail", figure, remedy)
+    if {"accuracy", "code"} & {*names} and max(known[1:]) >= known[0]:
+        remedy = (
+            "Another reply gets as much as the right one, and training would go there. Compare weights and their signs."
+        )
+        return Trial(what, subject, "fail", figure, remedy)
+    return Trial(what, subject, "pass", figure)
+
+
+def needs_sandbox(patient: Patient) -> Iterator[tuple[str, bool, str | None]]:
+    """Yield (where, unsafe, sandbox_command) of everything in the recipe that runs programs."""
+    for name, config in patient.recipe.tasks.items():
+        used = any(name in patient.recipe.stages[stage].reads("task") for stage in patient.due)
+        if used and hasattr(patient.task(name), "isolation"):
+            yield f"tasks.{name}", bool(config.options.get("unsafe")), config.options.get("sandbox_command")
+    for name, stage in patient.stages(GrpoStage, GenerateStage, EvalStage, CompareStage):
+        for number, reward in enumerate(getattr(stage, "rewards", ())):
+            if reward.fn == "code":
+                options = reward.options
+                yield (
+                    f"stages.{name}.rewards.{number}",
+                    bool(options.get("unsafe")),
+                    options.get("sandbox_command"),
+                )

@@ -1,0 +1,122 @@
+"""What a trial says, and what all trials of a recipe share: models, tokenizers and tasks, each loaded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from distill import models
+from distill.recipe import Recipe, StageConfig, served_models
+from distill.recipe.lineage import origin
+from distill.records import Problem, Split, Task, UserError
+from distill.run.model_checks import local_folder
+from distill.stages.context import make_task
+
+Status = Literal["pass", "fail", "warn", "skip"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The outcome of one trial.
+
+    name: what was tried. subject: the part of the recipe it is about. status: "fail" ends a run before it begins, "warn" does not,
+    "skip" could not be tried. figure: what was found, with its number. remedy: what to change; empty unless it failed.
+    shown: lines to be read by the user, such as a rendered prompt.
+    """
+
+    name: str
+    subject: str
+    status: Status
+    figure: str
+    remedy: str = ""
+    shown: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, eq=False)
+class Pupil:
+    """A model's folder and tokenizer, as the trials of rendering read them."""
+
+    source: str
+    folder: Path
+    tokenizer: Any
+
+
+@dataclass(slots=True, eq=False)
+class Patient:
+    """A recipe on trial. run: the folder of its run, which need not exist. due: the stages that are still to be run.
+
+    fetches: whether a tokenizer that is not on this machine may be fetched from the hub.
+    """
+
+    recipe: Recipe
+    run: Path
+    due: tuple[str, ...]
+    fetches: bool = False
+    _pupils: dict[str, Pupil | str] = field(default_factory=dict)
+    _tasks: dict[str, Task | UserError] = field(default_factory=dict)
+    _problems: dict[tuple[str, Split], list[Problem]] = field(default_factory=dict)
+
+    def stages(self, *kinds: type[StageConfig]) -> Iterator[tuple[str, Any]]:
+        """Yield the due stages of some kinds, with their names."""
+        for name in self.due:
+            if isinstance(self.recipe.stages[name], kinds):
+                yield name, self.recipe.stages[name]
+
+    def pupil(self, model: str) -> Pupil | str:
+        """Return the folder and tokenizer of a model of the recipe, or of the one that a stage's model was made from; or the
+        reason why it cannot be had."""
+        source = origin(self.recipe, model)
+        if source not in self._pupils:
+            self._pupils[source] = self._load(source)
+        return self._pupils[source]
+
+    def _load(self, source: str) -> Pupil | str:
+        if source not in self.recipe.models:
+            return f"{source} is made by a stage"
+        model = self.recipe.models[source]
+        weights = source not in served_models(self.recipe)
+        folder = local_folder(model)
+        if folder is None and (model.source.startswith(models.PACKAGE) or self.fetches):
+            try:
+                local = model.source.startswith(models.PACKAGE)
+                folder = models.resolve(model, weights=weights and local)
+            except UserError as error:
+                return str(error)
+        if folder is None:
+            return f"{model.source} is not on this machine yet"
+        return Pupil(source, folder, models.load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
+
+    def has_weights(self, model: str) -> bool:
+        """Whether the weights of a model's origin are on this machine."""
+        config = self.recipe.models.get(origin(self.recipe, model))
+        if config is None or origin(self.recipe, model) in served_models(self.recipe):
+            return False
+        return config.source.startswith(models.PACKAGE) or local_folder(config) is not None
+
+    def task(self, name: str) -> Task:
+        """Return a task of the recipe. Raises UserError if it cannot be made."""
+        if name not in self._tasks:
+            try:
+                self._tasks[name] = make_task(name, self.recipe.tasks[name])
+            except UserError as error:
+                self._tasks[name] = error
+        found = self._tasks[name]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def problems(self, name: str, split: Split, most: int) -> list[Problem]:
+        """Return the first problems of a task, fewer where it has fewer. Raises UserError if it has none."""
+        key = (name, split)
+        if key not in self._problems or len(self._problems[key]) < most:
+            task = self.task(name)
+            num = most if task.is_endless else None
+            self._problems[key] = list(islice(task.problems(split, num, self.recipe.seed), most))
+        return self._problems[key][:most]
+
+
+Kind = Callable[[Patient], Iterator[Trial]]
+"""A sort of trials."""
