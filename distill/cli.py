@@ -10,12 +10,13 @@ import shlex
 import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from distill.errors import UserError
+from distill.errors import DEBUG, UserError, debugging, of_system
 
 app = typer.Typer(
     help="Distil large language models into small ones: generate traces with a teacher's token distributions, train "
@@ -45,8 +46,11 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere in the command.")
+    ] = False,
 ) -> None:
-    pass
+    """`main` has taken --debug from the command already."""
 
 
 def _recipes(incomplete: str) -> list[str]:
@@ -518,18 +522,33 @@ def _refuse_under_launcher() -> None:
 
 
 def main() -> None:
-    """Run the `distill` command. A UserError prints one message and exits with status 2, a failed stage with 1."""
+    """Run the `distill` command. Every failure is one message; its traceback is shown with --debug only.
+
+    Exit status: 1 a failed stage, check or bug; 2 a mistake in the recipe or command; 3 something missing on this machine; 4 a
+    damaged or unusable file; 130 interrupted.
+    """
+    if "--debug" in sys.argv[1:]:
+        sys.argv[1:] = [word for word in sys.argv[1:] if word != "--debug"]
+        os.environ[DEBUG] = "1"
     try:
         _refuse_under_launcher()
         app()
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
-    except Exception as error:
-        if type(error).__name__ != "StageError":
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        sys.exit(130)
+    except Exception as raised:
+        error = of_system(raised) or raised
+        if debugging():
+            traceback.print_exc()
+        typer.echo(f"error: {_in_words(error)}", err=True)
+        sys.exit(error.exit_status if isinstance(error, UserError) else 1)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, UserError) or type(error).__name__ == "StageError":
+        return str(error)
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:500]}\nThis is a fault of distill; --debug shows where it happened."
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.errors import UserError
+from distill.errors import MachineError, UserError
 
 _PACKAGE = Path(__file__).resolve().parent
 SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
@@ -78,7 +78,7 @@ def room_for(path: Path) -> Iterator[None]:
         why = _disk_full(error)
         if why is None:
             raise
-        raise UserError(
+        raise MachineError(
             f"{path}: no room to write it ({why}, {free_space(path.parent):,} bytes free). "
             "All files written before are complete. Free some disk space and run the same command again to continue."
         ) from error
@@ -121,15 +121,15 @@ def locked(path: Path, refusal: str) -> Iterator[None]:
         with room_for(path):
             lock.acquire()
     except filelock.Timeout:
-        raise UserError(refusal.format(holder=_in_words(_holder(beside)))) from None
+        raise MachineError(refusal.format(holder=_in_words(_holder(beside)))) from None
     except NotImplementedError as error:
-        raise UserError(
+        raise MachineError(
             f"{path}: this file system has no file locks ({error}); choose a folder on another one."
         ) from error
     try:
         holder = _holder(beside)
         if holder.get("host", here["host"]) != here["host"]:
-            raise UserError(refusal.format(holder=_in_words(holder)) + f" If that machine is gone, remove {beside}.")
+            raise MachineError(refusal.format(holder=_in_words(holder)) + f" If that machine is gone, remove {beside}.")
         for killed in path.parent.glob(f".{beside.name}.*.tmp"):
             killed.unlink()
         write_atomic(beside, json.dumps(here))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from distill.records import UserError
+from distill.errors import DataError
 
 MAX_LINE_BYTES = 10 * 2**20
 
@@ -30,10 +30,10 @@ def read_rows(
     try:
         file = path.open("rb")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
 
     def refuse(number: int, reason: str) -> None:
-        raise UserError(f"{path}: line {number}: {reason}.")
+        raise DataError(f"{path}: line {number}: {reason}.")
 
     with file:
         yield from rows(file, on_reject or refuse, max_line_bytes)

@@ -21,7 +21,7 @@ from typing import Any, Literal, TypedDict
 import yaml
 
 from distill import __version__, plug
-from distill.errors import UserError
+from distill.errors import DataError
 from distill.files import file_hash, write_atomic
 from distill.machine import Machine, cores, processor
 from distill.recipe import Recipe, validate
@@ -57,7 +57,7 @@ def environment(run: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         found = error
     if not isinstance(found, dict):
-        raise UserError(f"{path}: not as written. Remove this file: the next `distill run` writes it anew.")
+        raise DataError(f"{path}: not as written. Remove this file: the next `distill run` writes it anew.")
     return found
 
 
@@ -151,7 +151,7 @@ def read(folder: Path) -> State | None:
             raise ValueError("its content does not match its digest")
         return State(**tree)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
+        raise DataError(
             f"{path}: not as written ({' '.join(str(error).split())[:120]}). Remove this file: `distill run` then makes the stage "
             "again, from the files that it has kept."
         ) from None

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from distill import jsonl
+from distill.errors import DataError
 from distill.files import file_hash
 from distill.plug import nearest
-from distill.records import UserError, stable_hash
+from distill.records import stable_hash
 
 Reject = Callable[[int, str], None]
 Rows = Iterator[tuple[int, dict[str, Any]]]
@@ -76,7 +77,7 @@ def open_table(path: Path, where: str, split: str = "train") -> Table:
         kind = kind_of(path)
         if kind is None:
             known = ", ".join((*LINES, *JSON, *CSV, *PARQUET, *ARROW))
-            raise UserError(
+            raise DataError(
                 f"{where}: {path}: unknown file format; known are {known}, and {', '.join(COMPRESSED)} of them."
             )
         return Table(f"{path.name} ({file_hash(path)[:16]})", lambda reject: _read(path, kind, reject, where))
@@ -86,12 +87,12 @@ def open_table(path: Path, where: str, split: str = "train") -> Table:
     for file in _files(path):
         by_split.setdefault(_split_of(file, path), []).append(file)
     if not by_split:
-        raise UserError(
+        raise DataError(
             f"{where}: {path}: holds no data files (JSON lines, JSON, CSV, Parquet, Arrow) and no saved data set."
         )
     chosen = split if split in by_split else next(iter(by_split)) if len(by_split) == 1 and split == "train" else None
     if chosen is None:
-        raise UserError(f"{where}: {path}: there is no split {split!r}.{nearest(split, by_split)}")
+        raise DataError(f"{where}: {path}: there is no split {split!r}.{nearest(split, by_split)}")
     files = by_split[chosen]
     mark = stable_hash(*(f"{file.relative_to(path)}={file_hash(file)}" for file in files))
     return Table(
@@ -110,14 +111,14 @@ def _saved(path: Path, split: str, where: str) -> Table:
     try:
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise UserError(
+        raise DataError(
             f"{where}: {path}: cannot be read as a saved data set: {' '.join(str(error).split())}"
         ) from None
     splits: tuple[str, ...] = ()
     if isinstance(found, Mapping):
         splits = tuple(found)
         if split not in found:
-            raise UserError(f"{where}: {path}: there is no split {split!r}.{nearest(split, found)}")
+            raise DataError(f"{where}: {path}: there is no split {split!r}.{nearest(split, found)}")
         found = found[split]
     table = of_dataset(f"{path.name}, split {split}", found)
     return Table(table.name, table.rows, splits)
@@ -179,7 +180,7 @@ def _read(path: Path, kind: str, reject: Reject, where: str) -> Rows:
             else:
                 yield from _json(file, path, reject)
     except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
-        raise UserError(f"{where}: {path}: cannot be read: {' '.join(str(error).split())}") from None
+        raise DataError(f"{where}: {path}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _open(path: Path) -> io.BufferedReader:

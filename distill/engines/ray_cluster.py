@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from distill import engines, world
+from distill.errors import MachineError
 from distill.machine import cores
 from distill.recipe import EngineConfig
-from distill.records import UserError
 
 OPTIONS: dict[str, Any] = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": True}
 AUTHENTICATION = "RAY_AUTH_MODE"
@@ -32,7 +32,7 @@ def connect(config: EngineConfig) -> None:
     """
     global _users
     if importlib.util.find_spec("ray") is None:
-        raise UserError(f"engine.ray: {engines.NO_RAY}")
+        raise MachineError(f"engine.ray: {engines.NO_RAY}")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of the other actors, where one's error ends the stage
@@ -70,7 +70,7 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, **OPTIONS)
     except ConnectionError as error:
-        raise UserError(_missing(address, str(error).splitlines()[0][:200])) from None
+        raise MachineError(_missing(address, str(error).splitlines()[0][:200])) from None
 
 
 def _knock(address: str) -> None:
@@ -81,7 +81,7 @@ def _knock(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK).close()
     except OSError as error:
-        raise UserError(_missing(address, str(error))) from None
+        raise MachineError(_missing(address, str(error))) from None
 
 
 def _missing(address: str, why: str) -> str:
@@ -138,7 +138,7 @@ def check_room(config: EngineConfig, replicas: int, gpus: int, cpus: int) -> Non
     for kind, each in (("GPU", gpus), ("CPU", cpus)):
         if free.get(kind, 0) < each * replicas:
             what = "engine.replicas x engine.tensor_parallel" if gpus > 1 else "engine.replicas"
-            raise UserError(
+            raise MachineError(
                 f"{what}: {each * replicas} {kind}s are needed, but the Ray cluster has {there.get(kind, 0):g}, of which "
                 f"{free.get(kind, 0):g} are free. Lower it, or wait until other work on the cluster has ended."
             )

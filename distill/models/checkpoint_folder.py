@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.errors import DataError
 from distill.models.shape import text_part
-from distill.records import UserError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
@@ -40,7 +40,7 @@ def check_folder(folder: Path) -> None:
     for file, names in _weight_files(folder).items():
         there = check_file(file)
         if missing := sorted(names - there.keys()):
-            raise UserError(
+            raise DataError(
                 f"{file}: lacks {len(missing)} of the weights that {INDEX} says it holds ({missing[0]}): the index belongs to "
                 "other files; download or save the model again."
             )
@@ -52,7 +52,7 @@ def check_is_model(folder: Path) -> None:
     if adapter.is_file():
         base = _read_json(adapter).get("base_model_name_or_path") or "a model that it does not name"
         beside = " beside another model's config" if config.is_file() else ""
-        raise UserError(
+        raise DataError(
             f"{folder}: holds a LoRA adapter for {base}{beside}, which is not a model of its own: merge it with peft "
             "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(NEW)), save the tokenizer to "
             "NEW too, and name NEW."
@@ -63,18 +63,18 @@ def check_is_model(folder: Path) -> None:
     nearby += [parent / "model" / "config.json" for parent in folder.resolve().parents[:2]]
     models = sorted({str(path.parent) for path in nearby if path.is_file()})
     if models:
-        raise UserError(f"{folder}: is not a model's folder (it holds no config.json); name {' or '.join(models[:3])}.")
+        raise DataError(f"{folder}: is not a model's folder (it holds no config.json); name {' or '.join(models[:3])}.")
     others = _other_weights(folder)
     if others:
-        raise UserError(f"{folder}: holds no config.json and {others[0]}: {_way_out(others[0])}.")
-    raise UserError(f"model folder {str(folder)!r} holds no config.json. Name a folder in transformers format.")
+        raise DataError(f"{folder}: holds no config.json and {others[0]}: {_way_out(others[0])}.")
+    raise DataError(f"model folder {str(folder)!r} holds no config.json. Name a folder in transformers format.")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json. Raises UserError if it is damaged or names no type of model."""
     config = _read_json(folder / "config.json")
     if not config.get("model_type") and not config.get("auto_map"):
-        raise UserError(
+        raise DataError(
             f"{folder}/config.json: has no model_type, so that nobody can tell what the weights are; copy the config.json that "
             "belongs to them."
         )
@@ -86,10 +86,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         if path.read_bytes().startswith(LFS):
-            raise UserError(_pointer(path)) from None
-        raise UserError(f"{path}: is not JSON ({error}); download or save the model again.") from None
+            raise DataError(_pointer(path)) from None
+        raise DataError(f"{path}: is not JSON ({error}); download or save the model again.") from None
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: is not a JSON object; download or save the model again.")
+        raise DataError(f"{path}: is not a JSON object; download or save the model again.")
     return loaded
 
 
@@ -101,7 +101,7 @@ def _check_pointers(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         small = path.suffix in READ_ENDS and path.is_file() and path.stat().st_size < 1024
         if small and path.read_bytes().startswith(LFS):
-            raise UserError(_pointer(path))
+            raise DataError(_pointer(path))
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -117,23 +117,23 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
                 way = f"several files need {INDEX}: download it, or save the model again"
             else:
                 way = f"transformers reads {WEIGHTS}: rename it if it holds the whole model"
-            raise UserError(f"{folder}: holds {others[0]} and neither {WEIGHTS} nor {INDEX}; {way}.")
+            raise DataError(f"{folder}: holds {others[0]} and neither {WEIGHTS} nor {INDEX}; {way}.")
         if others := _other_weights(folder):
-            raise UserError(f"{folder}: holds {others[0]} and no safetensors: {_way_out(others[0])}.")
-        raise UserError(f"{folder}: holds a config and no weights (*.safetensors).")
+            raise DataError(f"{folder}: holds {others[0]} and no safetensors: {_way_out(others[0])}.")
+        raise DataError(f"{folder}: holds a config and no weights (*.safetensors).")
     files: dict[Path, set[str]] = {}
     try:
         for name, file in _read_json(index)["weight_map"].items():
             files.setdefault(folder / file, set()).add(name)
     except (KeyError, AttributeError, TypeError):
-        raise UserError(f"{index}: is not an index of weights; download or save the model again.") from None
+        raise DataError(f"{index}: is not an index of weights; download or save the model again.") from None
     if single.is_file() and {*files} != {single}:
-        raise UserError(
+        raise DataError(
             f"{folder}: holds {WEIGHTS} and an index of other files ({INDEX}), which may be two different models: remove the "
             "one that is left over."
         )
     if missing := sorted(file.name for file in files if not file.is_file()):
-        raise UserError(
+        raise DataError(
             f"{folder}: {len(missing)} of {len(files)} weight files are missing ({', '.join(missing[:3])}); download or "
             "copy the model again."
         )
@@ -167,16 +167,16 @@ def check_file(file: Path) -> dict[str, list[int]]:
         first = opened.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
         if length > size - 8:
-            raise UserError(f"{file}: is cut or no safetensors file ({size} bytes); download or save the model again.")
+            raise DataError(f"{file}: is cut or no safetensors file ({size} bytes); download or save the model again.")
         try:
             header = json.loads(opened.read(length))
             weights = {name: entry for name, entry in header.items() if name != "__metadata__"}
             end = max((entry["data_offsets"][1] for entry in weights.values()), default=0)
             shapes = {name: list(entry["shape"]) for name, entry in weights.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}: has a damaged header; download or save the model again.") from None
+            raise DataError(f"{file}: has a damaged header; download or save the model again.") from None
     if size != 8 + length + end:
-        raise UserError(
+        raise DataError(
             f"{file}: has {size} bytes and its header promises {8 + length + end}; download or save the model again."
         )
     return shapes
@@ -189,13 +189,13 @@ def check_loaded(folder: Path | str, info: Mapping[str, Any]) -> str:
     """
     missing = sorted(info.get("missing_keys") or ())
     if missing:
-        raise UserError(
+        raise DataError(
             f"{folder}: the checkpoint lacks {len(missing)} weights, which would be random ({', '.join(missing[:3])}). Is it a "
             "model of another class, an adapter, or incomplete?"
         )
     if mismatched := list(info.get("mismatched_keys") or ()):
         name = mismatched[0][0] if isinstance(mismatched[0], tuple) else mismatched[0]
-        raise UserError(f"{folder}: {len(mismatched)} weights have another shape than the config says ({name}).")
+        raise DataError(f"{folder}: {len(mismatched)} weights have another shape than the config says ({name}).")
     unused = sorted(info.get("unexpected_keys") or ())
     return f"{len(unused)} weights of the checkpoint are not part of the language model ({unused[0]})" if unused else ""
 
@@ -208,7 +208,7 @@ def check_vocabulary(
     rows = min(embedding_rows, head_rows)
     if num_tokens > rows:
         which = "embedding" if embedding_rows <= head_rows else "output head"
-        raise UserError(
+        raise DataError(
             f"{name}: the tokenizer has {num_tokens} tokens and the model's {which} {rows} rows (vocab_size "
             f"{text.get('vocab_size')}): call model.resize_token_embeddings({num_tokens}) and save the model."
         )

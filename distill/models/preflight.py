@@ -8,11 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.errors import DataError
 from distill.models.checkpoint_folder import check_folder, check_loaded, has_tokenizer, read_config, weight_headers
 from distill.models.loading import model_class
 from distill.models.shape import text_part
 from distill.models.tokenizer import load_tokenizer, stop_ids
-from distill.records import UserError
 
 LAYER = re.compile(r"(?P<layers>.*?\.(?:layers|h|blocks))\.(?P<number>\d+)\.(?P<rest>.+)")
 
@@ -47,7 +47,7 @@ def check_code(folder: Path, config: Mapping[str, Any], trust_remote_code: bool)
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
-        raise UserError(
+        raise DataError(
             f"{folder}: the model comes with Python code of its own (auto_map), which is not run unless the recipe allows it: "
             "read the code, then set trust_remote_code: true at the model."
         )
@@ -55,20 +55,20 @@ def check_code(folder: Path, config: Mapping[str, Any], trust_remote_code: bool)
     try:
         AutoConfig.from_pretrained(folder, local_files_only=True)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{folder}/config.json: transformers cannot read it ({_in_a_line(error)}).") from None
+        raise DataError(f"{folder}/config.json: transformers cannot read it ({_in_a_line(error)}).") from None
 
 
 def check_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """Return the tokenizer of a model folder. Raises UserError if it is missing or damaged."""
     if not has_tokenizer(folder) and not trust_remote_code:
-        raise UserError(
+        raise DataError(
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy the tokenizer's files from the model that "
             "these weights come from."
         )
     try:
         return load_tokenizer(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # `tokenizers` raises plain Exception for a damaged file.
-        raise UserError(
+        raise DataError(
             f"{folder}: the tokenizer cannot be loaded ({_in_a_line(error)}): copy its files again from the model that these weights come "
             "from."
         ) from None
@@ -130,7 +130,7 @@ def _check_unused(folder: Path, used: Collection[str], headers: Collection[str],
             continue
         if number not in known:
             if any(rest == same for same in known.values()):
-                raise UserError(
+                raise DataError(
                     f"{folder}: the files hold a layer {where}.{number} and config.json has {len(known)} layers "
                     "(num_hidden_layers): the layers above would be dropped; copy the config.json that belongs to the weights."
                 )
@@ -140,7 +140,7 @@ def _check_unused(folder: Path, used: Collection[str], headers: Collection[str],
             whole = f"{where}.{number}.{name}"
             module, _, last = whole.rpartition(".")
             if last == "weight" or (last == "bias" and f"{module}.weight" in headers):
-                raise UserError(
+                raise DataError(
                     f"{folder}: the files hold {whole}, which the model of config.json does not have: it would be dropped; copy "
                     "the config.json that belongs to the weights."
                 )
@@ -156,7 +156,7 @@ def _check_ids(folder: Path, config: Mapping[str, Any], tokenizer: Any) -> None:
     added = tokenizer.added_tokens_decoder
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if number >= rows and (number not in added or token in template or number in stops):
-            raise UserError(
+            raise DataError(
                 f"{folder}: the tokenizer's token {token!r} has id {number} and the model {rows} embeddings: take the model's own "
                 f"tokenizer, or call model.resize_token_embeddings({len(tokenizer)}) and save the model."
             )

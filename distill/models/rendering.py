@@ -229,7 +229,7 @@ def check_template(tokenizer: Any, template: Template, where: str) -> None:
     try:
         render_prompt(tokenizer, template, ({"role": "user", "content": PROBE[0]},))
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise error.within(f"{where}: {error}") from None
 
 
 def _leading(tokenizer: Any, template: Template) -> Array:

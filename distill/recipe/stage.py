@@ -150,7 +150,7 @@ class StageConfig(Config):
             try:
                 served.secret(engine.key)
             except UserError as error:
-                raise UserError(f"{where}.{error}") from None
+                raise error.within(f"{where}.{error}") from None
 
     def predict(self, name: str, known: Any, machine: Any) -> list[Any]:
         """Predicted cost: one `run.predictions.row.Row` for each process of the stage; empty if it is unknown."""

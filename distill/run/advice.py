@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from distill.errors import MachineError
 from distill.machine import Machine
 from distill.recipe import (
     Recipe,
     base_name,
 )
-from distill.records import UserError
 from distill.reports.wording import duration
 from distill.run.predictions.row import Part, Row
 
@@ -67,7 +67,7 @@ def too_large(rows: Sequence[Row], machine: Machine) -> list[str]:
 def refuse(rows: Sequence[Row], machine: Machine) -> None:
     """Raise UserError if a stage cannot fit the machine's memory."""
     if lines := too_large(rows, machine):
-        raise UserError(lines[0])
+        raise MachineError(lines[0])
 
 
 def memory_lines(rows: Sequence[Row], machine: Machine) -> list[str]:

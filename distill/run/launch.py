@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from distill import interrupt
-from distill.errors import UserError
+from distill.errors import STATUSES, UserError
 from distill.recipe import DistributedConfig
 
 PEER_LOST = 75
@@ -205,7 +205,7 @@ def _order(item: tuple[int, int], folder: Path) -> tuple[int, float, int]:
         return 0, 0.0, rank
     path = folder / error_name(rank)
     when = path.stat().st_mtime if path.exists() else time.time()
-    return (1 if status == 2 else 2), when, rank
+    return (1 if status in STATUSES else 2), when, rank
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def _check_widths(recipe: Recipe) -> None:
             try:
                 prune_width.check_family(found)
             except UserError as error:
-                raise UserError(f"stages.{stage}.{error}") from None
+                raise error.within(f"stages.{stage}.{error}") from None
 
 
 def _model_type(model: ModelConfig) -> str:

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import interrupt, machine, run_folder, world
+from distill.errors import STATUSES, debugging
 from distill.files import locked
 from distill.machine import Machine
 from distill.models import cache_home
 from distill.progress import working
 from distill.recipe import EngineConfig, OptimStage, Recipe
-from distill.records import UserError
 from distill.run import launch
 from distill.run.decide import decide, input_fingerprints
 from distill.run.nodes import Node, nodes
@@ -192,15 +192,20 @@ class Runner:
         for number in interrupt.SIGNALS:
             if status in (128 + number, -number):
                 raise interrupt.Interrupted(number, self._kept(node))
-        if status == 2 and message:
-            raise UserError(message)
+        if status in STATUSES and message:
+            raise STATUSES[status](message)
         if status == -signal.SIGKILL:
             message = (
                 "The process was killed, most likely because memory ran out: lower micro_tokens (train) or engine.batch_size "
                 "and engine.kv_cache_gib (generate, eval), then run the same command; the stage resumes."
             )
         raise StageError(
-            f"stage {node.name!r} failed with status {status}. {message}\nThe last lines of {log}:\n{_tail(log)}"
+            f"stage {node.name!r} failed with status {status}. {message}\n"
+            + (
+                f"The last lines of {log}:\n{_tail(log)}"
+                if debugging() or not message
+                else f"Its log is {log}; --debug shows the end of it."
+            )
         )
 
     def _command(self, nodes: list[Node]) -> list[str]:

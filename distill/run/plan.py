@@ -15,10 +15,10 @@ from distill import machine as machines
 from distill import plug
 from distill.compute import estimate
 from distill.engines import NO_RAY
+from distill.errors import MachineError
 from distill.machine import Machine, Width
 from distill.models import cache_home
 from distill.recipe import EngineConfig, Recipe, StageConfig, order
-from distill.records import UserError
 from distill.run.known_sizes import Known, model_shape
 from distill.run.model_checks import check_models
 from distill.run.predictions.row import Row, make_amounts
@@ -83,5 +83,5 @@ def check_plugs(recipe: Recipe) -> None:
         if isinstance(engine := getattr(config, "engine", None), EngineConfig):
             plug.find(engine.fn, "distill.engines.factories", f"stages.{name}.engine.fn")
             if engine.ray is not None and importlib.util.find_spec("ray") is None:
-                raise UserError(f"stages.{name}.engine.ray: {NO_RAY}")
+                raise MachineError(f"stages.{name}.engine.ray: {NO_RAY}")
     check_models(recipe)

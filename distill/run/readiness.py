@@ -18,4 +18,4 @@ def check_ready(node: Node) -> None:
         try:
             engines.check_draws(engine, getattr(node.config, "tail_draws", 0))
         except UserError as error:
-            raise UserError(f"{where}.{error}") from None
+            raise error.within(f"{where}.{error}") from None

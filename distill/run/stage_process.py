@@ -3,7 +3,7 @@
 
 The process reads RUN/resolved.yaml, runs the stage and writes its stage.json. Evaluations in one process share an
 engine, which loads each model's weights in turn. The first stage that fails ends the process. Output of libraries goes
-to the stage's log.txt; the terminal shows the live line. Exit status: 0 done, 2 a user error (its text in error.txt),
+to the stage's log.txt; the terminal shows the live line. Exit status: 0 done, 2 to 4 a UserError (its text in error.txt),
 1 a bug, 130 or 143 interrupted by SIGINT or SIGTERM. Slow imports come after the first line is shown.
 
 Started by torch's launcher (`launch`, or torchrun) it is one process of several. Only the main one shows a live line and
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill import __version__, interrupt, world
-from distill.errors import UserError
+from distill.errors import UserError, of_system
 from distill.files import file_hash
 from distill.progress import Screen, clock
 from distill.run import launch
@@ -75,7 +75,7 @@ def _guarded(run: Path, name: str, screen: Screen, engines: list[SharedEngine], 
                     world.leave()
     except UserError as error:
         error_file.write_text(str(error), encoding="utf-8")
-        return 2
+        return error.exit_status
     except interrupt.Interrupted as stopped:
         if watcher is not None:
             watcher.stop()
@@ -84,6 +84,9 @@ def _guarded(run: Path, name: str, screen: Screen, engines: list[SharedEngine], 
         traceback.print_exc()
         if watcher is not None and watcher.lost():
             return launch.PEER_LOST
+        if (known := of_system(error)) is not None:
+            error_file.write_text(str(known), encoding="utf-8")
+            return known.exit_status
         hint = _memory_hint(error)
         error_file.write_text(f"{type(error).__name__}: {error}{hint}", encoding="utf-8")
         return 1

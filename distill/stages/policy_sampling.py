@@ -147,7 +147,7 @@ class PromptPool:
             problems = list(task.problems("train", num, context.seed))
         except UserError as error:
             hint = "" if config.problems else f" Set stages.{context.name}.problems to use fewer and repeat them."
-            raise UserError(f"{error}{hint}") from None
+            raise error.within(f"{error}{hint}") from None
         fitting, too_long = fitting_prompts(problems, tokenizer, task.template, limit, context.say)
         if len(fitting) < min(a_rollout, num):
             raise UserError(

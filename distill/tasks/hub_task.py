@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.conversations.tables import of_dataset
+from distill.errors import DataError, MachineError
 from distill.models import file_hash
 from distill.models.hub import offline_unless_reachable
 from distill.plug import nearest
@@ -120,7 +121,7 @@ def _read_hub(source: Source, where: str) -> Mapping[str, Any]:
         try:
             return dict(datasets.load_dataset(source.dataset, source.subset))
         except (OSError, ValueError) as error:
-            raise UserError(
+            raise MachineError(
                 f"{where}.dataset: {source.dataset!r} cannot be loaded: {_first_line(error)}. Without a "
                 f"network, give `folder:` a local copy (written by datasets' save_to_disk, or of parquet or "
                 f"JSON files), fill the Hugging Face cache beforehand, or use a JSONL file with fn: jsonl."
@@ -137,7 +138,7 @@ def _read_folder(folder: Path, where: str) -> Mapping[str, Any]:
             return {"test": datasets.load_from_disk(str(folder))}
         files = _data_files(folder)
         if not files:
-            raise UserError(f"{where}: {folder}: holds neither a saved dataset nor parquet, JSON or CSV files.")
+            raise DataError(f"{where}: {folder}: holds neither a saved dataset nor parquet, JSON or CSV files.")
         suffix = files[0].suffix
         by_split: dict[str, list[str]] = {}
         for file in files:
@@ -145,7 +146,7 @@ def _read_folder(folder: Path, where: str) -> Mapping[str, Any]:
                 by_split.setdefault(_split_name(file.stem), []).append(str(file))
         return dict(datasets.load_dataset(_READERS[suffix], data_files=by_split))
     except (OSError, ValueError) as error:
-        raise UserError(f"{where}: {folder}: cannot be read: {_first_line(error)}.") from error
+        raise DataError(f"{where}: {folder}: cannot be read: {_first_line(error)}.") from error
 
 
 def _data_files(folder: Path) -> list[Path]:

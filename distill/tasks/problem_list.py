@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distill.errors import DataError
 from distill.records import Message, Problem, Split, Template, UserError, Verdict, draw_seed
 from distill.tasks import splits
 from distill.tasks.judge import worker_pool
@@ -72,7 +73,7 @@ class FiniteTask:
         if self._loaded is None:
             loaded = self._load()
             if not any(loaded.by_split.values()):
-                raise UserError(f"tasks.{self.name}: {self.origin} has no usable problem.{describe(loaded.rejected)}")
+                raise DataError(f"tasks.{self.name}: {self.origin} has no usable problem.{describe(loaded.rejected)}")
             self._loaded = loaded
         return self._loaded
 

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distill.records import Array, Draws, Messages, Ragged, TopK, Traces, UserError
+from distill.errors import DataError
+from distill.records import Array, Draws, Messages, Ragged, TopK, Traces
 from distill.traces import quantisation
 from distill.traces.schema import DISTRIBUTION_COLUMNS, DRAW_COLUMNS, METADATA_KEY, Metadata
 
@@ -318,7 +319,7 @@ def _top(column: dict[str, Any], metadata: Metadata) -> TopK | None:
     adds_up = int(count_T.sum(dtype=np.int64)) == len(ids_E) == len(value_E)
     held_T = _held(count_T, metadata)
     if not adds_up or len(count_T) != len(tail_T) or (len(count_T) and count_T[held_T].min(initial=1) < 1):
-        raise UserError("top_count does not add up to top_ids: the file is damaged or was written by another program.")
+        raise DataError("top_count does not add up to top_ids: the file is damaged or was written by another program.")
     if not metadata.exact:
         value_E = quantisation.dequantise(count_T[held_T], value_E, tail_T[held_T])
     return TopK(count_T, ids_E, value_E, tail_T)
@@ -329,7 +330,7 @@ def _draws_of(column: dict[str, Any], metadata: Metadata) -> Draws | None:
         return None
     count_T, ids_E, logp_E = (_ragged(column[name], metadata).values for name in DRAW_COLUMNS)
     if not int(count_T.sum(dtype=np.int64)) == len(ids_E) == len(logp_E):
-        raise UserError(
+        raise DataError(
             "draw_count does not add up to draw_ids: the file is damaged or was written by another program."
         )
     return Draws(count_T.astype(np.int32), ids_E, logp_E)

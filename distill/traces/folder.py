@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.errors import DataError, MachineError
 from distill.files import locked, write_atomic
 from distill.records import UserError, stable_hash
 from distill.traces.schema import Metadata
@@ -80,7 +81,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read one manifest and check its checksum and schema version."""
     tree = read_json(path)
     if tree.get("format") != FORMAT:
-        raise UserError(f"{path}: not a manifest of traces.")
+        raise DataError(f"{path}: not a manifest of traces.")
     metadata = Metadata.parse(tree["metadata"], str(path))
     return Manifest(tree["writer"], metadata, tuple(Shard(**shard) for shard in tree["shards"]))
 
@@ -112,7 +113,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot create this folder: {error.strerror}.") from None
+        raise MachineError(f"{folder}: cannot create this folder: {error.strerror}.") from None
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:
@@ -127,11 +128,11 @@ def read_json(path: Path) -> dict[str, Any]:
         tree = json.loads(path.read_bytes())
         checksum = tree.pop("checksum")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}.") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
     except (ValueError, AttributeError, KeyError, TypeError):
-        raise UserError(f"{path}: damaged (not the JSON that was written).") from None
+        raise DataError(f"{path}: damaged (not the JSON that was written).") from None
     if stable_hash(json.dumps(tree, sort_keys=True), length=64) != checksum:
-        raise UserError(f"{path}: damaged or edited by hand (its checksum does not match).")
+        raise DataError(f"{path}: damaged or edited by hand (its checksum does not match).")
     return dict(tree)
 
 

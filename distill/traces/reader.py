@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from distill.errors import DataError
 from distill.plug import nearest
 from distill.records import Array, Traces, UserError, stable_hash
 from distill.traces import codec, folder
@@ -226,8 +227,8 @@ def open_traces(path: str | Path, writers: Sequence[str] | None = None) -> Trace
     manifests = folder.read_manifests(path) if path.is_dir() else []
     if not manifests:
         if path.is_dir() and folder.shard_files(path):
-            raise UserError(f"{path}: there are shards, but no manifest that lists them. {_REPAIR_HINT}")
-        raise UserError(f"{path}: no traces here (a folder with a manifest, a selection, or a .parquet shard).")
+            raise DataError(f"{path}: there are shards, but no manifest that lists them. {_REPAIR_HINT}")
+        raise DataError(f"{path}: no traces here (a folder with a manifest, a selection, or a .parquet shard).")
     chosen = [manifest for manifest in manifests if writers is None or manifest.writer in writers]
     shards = tuple(shard for manifest in chosen for shard in manifest.shards)
     fingerprint = stable_hash(*(shard.sha256 for shard in shards))
@@ -260,17 +261,17 @@ def _open_file(path: Path) -> TraceReader:
 def _open_selection(path: Path) -> TraceReader:
     tree = folder.read_json(path / SELECTION_FILE)
     if tree.get("format") != SELECTION_FORMAT:
-        raise UserError(f"{path / SELECTION_FILE}: not a selection of traces.")
+        raise DataError(f"{path / SELECTION_FILE}: not a selection of traces.")
     source = open_traces((path / tree["source"]).resolve())
     if source.fingerprint != tree["source_fingerprint"]:
-        raise UserError(f"{path}: selects from {tree['source']}, which has changed since. Run the filter stage again.")
+        raise DataError(f"{path}: selects from {tree['source']}, which has changed since. Run the filter stage again.")
     keep_path = path / KEEP_FILE
     try:
         data = keep_path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{keep_path}: is missing. Run the filter stage again.") from None
+        raise DataError(f"{keep_path}: is missing. Run the filter stage again.") from None
     if folder.sha256(data) != tree["keep_sha256"]:
-        raise UserError(f"{keep_path}: damaged. Run the filter stage again.")
+        raise DataError(f"{keep_path}: damaged. Run the filter stage again.")
     keep = pq.read_table(pa.BufferReader(data), columns=["shard", "row"])
     shards = np.asarray(keep.column("shard").to_pylist(), dtype=object)
     rows = keep.column("row").to_numpy()
@@ -314,7 +315,7 @@ def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names:
 def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
     """Compare a file's size and SHA-256 with the manifest's and return it, in memory if all of it is needed."""
     if not path.exists():
-        raise UserError(f"{path}: is listed in the manifest, but missing. {_REPAIR_HINT}")
+        raise DataError(f"{path}: is listed in the manifest, but missing. {_REPAIR_HINT}")
     found = path.stat()
     if found.st_size != shard.bytes:
         size = found.st_size

@@ -28,7 +28,8 @@ import pydantic
 from pydantic import Field
 
 from distill import plug
-from distill.records import Sampling, UserError
+from distill.errors import DataError
+from distill.records import Sampling
 from distill.tail_draws import MAX_DRAWS
 from distill.traces.quantisation import STEPS_PER_NAT
 
@@ -192,17 +193,17 @@ class Metadata(pydantic.BaseModel):
         try:
             tree = json.loads(text) if isinstance(text, str | bytes) else dict(text)
         except ValueError as error:
-            raise UserError(f"{where}: its metadata is not JSON: {error}.") from None
+            raise DataError(f"{where}: its metadata is not JSON: {error}.") from None
         version = tree.get("schema_version") if isinstance(tree, dict) else None
         if version not in SCHEMA_VERSIONS:
-            raise UserError(
+            raise DataError(
                 f"{where}: trace schema version {version!r}; this version of distill reads versions 1 and 2. "
                 "Read it with the distill that wrote it, or generate the traces again."
             )
         try:
             return Metadata.model_validate(tree)
         except pydantic.ValidationError as error:
-            raise UserError(plug.explain(error, where, Metadata.model_fields)) from None
+            raise DataError(plug.explain(error, where, Metadata.model_fields)) from None
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -219,8 +220,8 @@ def metadata_of(schema: Any, where: str) -> Metadata:
     """Return the metadata in an Arrow schema. Raises UserError if the file is not a trace shard."""
     text = (schema.metadata or {}).get(METADATA_KEY)
     if text is None:
-        raise UserError(f"{where}: not a trace shard: it carries no distill metadata.")
+        raise DataError(f"{where}: not a trace shard: it carries no distill metadata.")
     metadata = Metadata.parse(text, where)
     if not schema.remove_metadata().equals(metadata.arrow_schema):
-        raise UserError(f"{where}: its columns are not those of trace schema {metadata.schema_version}.")
+        raise DataError(f"{where}: its columns are not those of trace schema {metadata.schema_version}.")
     return metadata

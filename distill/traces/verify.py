@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from distill.errors import DataError
 from distill.records import Array, Draws, TopK, UserError
 from distill.traces import codec, folder, reader, writer
 from distill.traces.schema import Metadata
@@ -71,7 +72,7 @@ def verify(path: str | Path, expected_ids: Iterable[str] | None = None) -> Repor
     names = folder.shard_files(path) if path.is_dir() else {}
     manifest_paths = sorted(path.glob("manifest-*.json")) if path.is_dir() else []
     if not names and not manifest_paths:
-        raise UserError(f"{path}: no traces here to verify (a folder with shards and a manifest).")
+        raise DataError(f"{path}: no traces here to verify (a folder with shards and a manifest).")
     manifests = []
     for manifest_path in manifest_paths:
         try:

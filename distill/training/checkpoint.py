@@ -27,8 +27,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 
 from distill import world
+from distill.errors import DataError, MachineError
 from distill.files import file_hash, whole_folder
-from distill.records import UserError
 
 FORMAT = 2
 """The version of the format, in state.json."""
@@ -180,7 +180,7 @@ def _verified(path: Path) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return {}, f"{FACTS}: {error}"
     if found != FORMAT:
-        raise UserError(
+        raise DataError(
             f"{path}: a checkpoint of format {found}, but this version of distill reads format {FORMAT}. Continue with the "
             "version that wrote it, or do the stage again with --redo."
         )
@@ -236,7 +236,7 @@ def _refusing(final: Path) -> Any:
     try:
         yield
     except (OSError, CheckpointException) as error:
-        raise UserError(
+        raise MachineError(
             f"cannot write the checkpoint {final}: {_reason(error)}. Make room if the disk is full, and run again."
         ) from None
 

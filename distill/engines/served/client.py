@@ -20,8 +20,8 @@ import httpx2
 from pydantic import SecretStr
 
 from distill.engines.served.limits import RateLimits
+from distill.errors import MachineError
 from distill.recipe import EngineConfig, served
-from distill.records import UserError
 
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
@@ -143,7 +143,7 @@ class Client:
                 failure = error
             if attempt < self._max_retries:
                 self._pause(attempt, failure.after)
-        raise UserError(
+        raise MachineError(
             f"engine: the endpoint {self._base} did not answer a request in {self._max_retries + 1} "
             f"{'attempt' if self._max_retries == 0 else 'attempts'}; the last time: {failure}. Run the same command again when it "
             "works: what was answered is kept."

@@ -56,7 +56,7 @@ def prune(name: str, config: PruneStage, known: Known, machine: Machine) -> list
             config.hidden, config.ffn, config.heads
         )
     except UserError as error:
-        raise UserError(f"stages.{name}.{error}") from None
+        raise error.within(f"stages.{name}.{error}") from None
     narrow = replace(shape, hidden=new.hidden, intermediate=new.ffn, heads=new.heads, kv_heads=new.groups)
     known.shapes[name] = narrow.with_layers(layers)
     known.replies[name] = known.replies.get(config.model, 0.0)

@@ -7,10 +7,12 @@ are those of `distill doctor`; they also start engines.
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+from distill.errors import MachineError, debugging
 from distill.machine import Machine
 from distill.progress import Screen
 from distill.recipe import Recipe
@@ -57,11 +59,24 @@ def all_trials(
 
 
 def _guarded(what: str, trial: Callable[[Patient], Iterator[Trial]], patient: Patient) -> Iterator[Trial]:
-    """Yield a sort's trials; a mistake of the recipe that one finds is a failure with the mistake's own words."""
+    """Yield a sort's trials; an error that one ends with is a failure, with the words of a mistake of the recipe."""
     try:
         yield from trial(patient)
+    except MachineError as error:
+        yield Trial(what, "recipe", "skip", str(error))
     except UserError as error:
         yield Trial(what, "recipe", "fail", UNTRIED, str(error))
+    except Exception as error:
+        if debugging():
+            traceback.print_exc()
+        said = " ".join(str(error).split())[:300]
+        yield Trial(
+            what,
+            "recipe",
+            "fail",
+            UNTRIED,
+            f"{type(error).__name__}: {said}. A stage would end so too; --debug shows where.",
+        )
 
 
 def refuse_failed(trials: Sequence[Trial]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from distill.errors import MachineError
 from distill.recipe import CompareStage, EvalStage, GenerateStage, GrpoStage
 from distill.records import Group, Problem, Task, Template, UserError, Verdict
 from distill.run.trials.trial import Patient, Trial
@@ -39,8 +40,14 @@ WITH_MODEL = frozenset({"model"})
 
 def form_of(template: Template, golds: Sequence[str]) -> str | None:
     """Return the form of a reply from which the template reads most of the answers as they are; None if it reads none."""
-    read = {form: sum(template.extract(form.format(gold)) == gold.strip() for gold in golds) for form in FORMS}
-    found = {form: sum(template.extract(form.format(gold)) is not None for gold in golds) for form in FORMS}
+    got = {form: [template.extract(form.format(gold)) for gold in golds] for form in FORMS}
+    found = {form: sum(answer is not None for answer in answers) for form, answers in got.items()}
+    read = {
+        form: sum(
+            answer is not None and answer.strip() == gold.strip() for answer, gold in zip(answers, golds, strict=True)
+        )
+        for form, answers in got.items()
+    }
     best = max(FORMS, key=lambda form: (read[form], found[form]))
     return best if found[best] else None
 
@@ -65,6 +72,8 @@ def _judged(patient: Patient, name: str) -> _Judged | Trial:
     for split in ("train", "held_out"):
         try:
             problems = problems or patient.problems(name, split, PROBLEMS)
+        except MachineError as error:
+            return Trial(what, subject, "skip", str(error))
         except UserError as error:
             if split == "held_out":
                 return Trial(what, subject, "fail", "the task has no problems", str(error))

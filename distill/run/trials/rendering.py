@@ -263,7 +263,10 @@ def _rows(patient: Patient, name: str, stage: TrainStage | ScoreStage) -> Trial:
     table = open_rows(stage.data, stage.model_copy(update={"max_rows": ROWS}), f"{subject}.data")
     kept, lost, longest, shown = 0, 0, 0, ""
     for given in conversations(table, Reader(stage.fields, stage.keep_wrong), left_out):
-        for messages, reply in given.replies(stage.turns if isinstance(stage, TrainStage) else "last"):
+        replies = list(given.replies(stage.turns if isinstance(stage, TrainStage) else "last"))
+        if not replies:
+            left_out.reject(given.number, "there is no reply to learn")
+        for messages, reply in replies:
             if task is not None and task.holds_out(question_of(messages)):
                 left_out.add("held-out problems of the task")
                 continue

@@ -11,6 +11,7 @@ from typing import Any
 
 from distill.conversations import Conversation, Reader, Table, is_table, open_table
 from distill.conversations.tables import of_dataset
+from distill.errors import DataError, MachineError
 from distill.models import hub
 from distill.plug import nearest
 from distill.recipe import RowsConfig
@@ -66,7 +67,7 @@ def _open(data: str, config: RowsConfig, where: str) -> Table:
     if path is None:
         return _from_hub(data, config.split, config.subset, where)
     if not is_table(path) and not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        raise UserError(
+        raise DataError(
             f"{where}: {path} is neither a folder of traces, a data file (JSON lines, JSON, CSV, Parquet, Arrow), a folder of "
             "them, nor what `datasets` saved."
         )
@@ -110,13 +111,13 @@ def _from_hub(data: str, split: str, subset: str | None, where: str) -> Table:
         try:
             loaded = datasets.load_dataset(name, subset, revision=revision if commit == hub.UNVERIFIED else commit)
         except (OSError, ValueError) as error:
-            raise UserError(
+            raise MachineError(
                 f"{where}: {data!r} cannot be loaded: {' '.join(str(error).split())} Without a network, give a JSONL file "
                 "or a folder that `datasets` saved."
             ) from None
     table = _split_of(loaded, split, where)
     if revision is not None and hub.loaded_commit(table) not in (commit, hub.UNVERIFIED):
-        raise UserError(
+        raise MachineError(
             f"{where}: {data!r} is asked for, and without a network there is only {name}@{hub.loaded_commit(table)} in the "
             "cache. Take that one, or run where the hub can be reached."
         )

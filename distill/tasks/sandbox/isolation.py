@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distill.errors import UserError
+from distill.errors import MachineError, UserError
 from distill.tasks.sandbox import syscalls
 
 Level = Literal[1, 2, 3]
@@ -88,7 +88,7 @@ def choose(unsafe: bool = False, command: str | None = None) -> Isolation:
     except UnavailableError as error:
         if unsafe:
             return limits_only()
-        raise UserError(f"generated code is not run without a sandbox: {error}. {INSTALL}.") from None
+        raise MachineError(f"generated code is not run without a sandbox: {error}. {INSTALL}.") from None
 
 
 def describe(unsafe: bool = False, command: str | None = None) -> str:
@@ -108,7 +108,7 @@ def by_command(command: str) -> Isolation:
     """Level 1. The command's last word is a Python (3.8 or newer) that reads its standard input. Raises UserError."""
     words = shlex.split(command)
     if not words or shutil.which(words[0]) is None:
-        raise UserError(f"sandbox_command: {command!r}: there is no such program.")
+        raise MachineError(f"sandbox_command: {command!r}: there is no such program.")
     return Isolation(1, (*words, "-B", "-c", CHILD), False, f"the user's command, {words[0]}")
 
 
@@ -141,7 +141,7 @@ def bubblewrap() -> Isolation:
 def limits_only() -> Isolation:
     """Level 3. Raises UserError if this is not Linux, where the limits cannot be set."""
     if sys.platform != "linux":
-        raise UserError(
+        raise MachineError(
             "generated code runs only on Linux. On this system, set `sandbox_command` to a command that starts a Python in a container."
         )
     own_uid = os.geteuid() == 0 and _may_change_uid()

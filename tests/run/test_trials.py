@@ -1,0 +1,332 @@
+"""Trials find planted faults, each with the part of the recipe it is in, and raise no false alarm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from needs import missing
+
+from distill import models, recipe
+from distill.files import free_space
+from distill.machine import Machine
+from distill.progress import Screen
+from distill.run import plan, trials
+from distill.run.trials import rendering, resources
+from distill.run.trials.trial import Patient, Trial
+from distill.tasks.sandbox.isolation import UnavailableError, bubblewrap
+from distill.tools.listing import RECIPES
+
+SUMS: dict[str, Any] = {
+    "fn": "reasoning_gym",
+    "dataset": "basic_arithmetic",
+    "options": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
+    "template": "think_answer",
+}
+SHORT = {"temperature": 1.0, "max_tokens": 12}
+
+
+def stages(**changes: dict[str, Any]) -> dict[str, Any]:
+    """A teacher's traces, a student of them and its evaluation."""
+    made: dict[str, Any] = {
+        "traces": {"kind": "generate", "model": "teacher", "task": "sums", "problems": 8, "sampling": SHORT, "engine": "transformers"},
+        "kl": {"kind": "train", "model": "student", "data": "traces", "loss": {"fn": "forward_kl"}, "steps": 2, "lr": 1e-3},
+        "verdict": {"kind": "eval", "model": "kl", "task": "sums", "problems": 8, "sampling": SHORT, "engine": "transformers"},
+    }  # fmt: skip
+    return {name: {**made.get(name, {}), **changes.get(name, {})} for name in {**made, **changes}}
+
+
+def load(folder: Path, teacher: Path, student: Path | None = None, **tree: Any) -> recipe.Recipe:
+    """Write and load a recipe."""
+    given = {
+        "name": "probe",
+        "seed": 3,
+        "models": {"teacher": str(teacher), "student": str(student or teacher)},
+        "tasks": {"sums": SUMS},
+        "stages": stages(),
+        **tree,
+    }
+    path = folder / "probe.yaml"
+    path.write_text(yaml.safe_dump(given), encoding="utf-8")
+    return recipe.load(path, [])
+
+
+def tried(resolved: recipe.Recipe, run: Path, *names: str) -> list[Trial]:
+    """The cheap trials, or those of some names."""
+    found = list(trials.cheap(resolved, run, list(resolved.stages), ()))
+    return [trial for trial in found if not names or trial.name in names]
+
+
+def failures(found: list[Trial]) -> dict[str, Trial]:
+    assert all(trial.remedy for trial in found if trial.status == "fail")
+    return {trial.name: trial for trial in found if trial.status == "fail"}
+
+
+def changed(folder: Path, source: Path, **tokenizer: Any) -> Path:
+    """A copy of a model with attributes of its tokenizer changed."""
+    shutil.copytree(source, folder)
+    theirs = models.load_tokenizer(folder)
+    for name, value in tokenizer.items():
+        setattr(theirs, name, value)
+    for file in folder.glob("chat_template*"):
+        file.unlink()
+    theirs.save_pretrained(folder)
+    return folder
+
+
+def test_nothing_is_wrong_with_a_sound_recipe(tmp_path, tiny_dir):
+    found = tried(load(tmp_path, tiny_dir), tmp_path / "run")
+    assert not failures(found)
+    assert {"prompt and reply", "context", "tokenizers", "end of a completion", "judge", "disk"} <= {
+        t.name for t in found
+    }
+    (reply,) = [trial for trial in found if trial.name == "prompt and reply"][:1]
+    assert "⟦<think>" in reply.shown[0]
+    assert reply.shown[0].endswith("<|im_end|>⟧")
+
+
+def test_a_chat_template_that_drops_the_answer_s_end(tmp_path, tiny_dir):
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} ;{% endfor %}[assistant] "
+    endless = changed(tmp_path / "endless", tiny_dir, chat_template=template, eos_token=None)
+    (endless / "generation_config.json").unlink(missing_ok=True)
+    found = failures(tried(load(tmp_path, endless), tmp_path / "run"))
+    assert "does not stop" in found["prompt and reply"].figure
+
+
+def test_a_prompt_with_two_bos_tokens(tmp_path, tiny_dir):
+    twice = changed(
+        tmp_path / "twice",
+        tiny_dir,
+        bos_token="<|im_start|>",
+        chat_template="{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    found = failures(tried(load(tmp_path, twice), tmp_path / "run", "prompt and reply"))
+    assert "two BOS" in found["prompt and reply"].figure
+
+
+def test_a_base_student_of_an_instructed_teacher_does_not_stop_where_its_teacher_does(tmp_path, tiny_dir):
+    base = changed(tmp_path / "base", tiny_dir, eos_token="<|endoftext|>")
+    settings = json.loads((base / "generation_config.json").read_text())
+    settings["eos_token_id"] = models.load_tokenizer(base).eos_token_id
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    plain = {"sums": {**SUMS, "template": "raw"}}
+    found = failures(tried(load(tmp_path, tiny_dir, base, tasks=plain), tmp_path / "run"))
+    assert "<|im_end|>" in found["end of a completion"].figure
+    assert "eos_token_id" in found["end of a completion"].remedy
+    # In the chat template both end the assistant's turn in the same token.
+    assert not failures(tried(load(tmp_path, tiny_dir, base), tmp_path / "run"))
+
+
+def test_a_student_with_another_tokenizer(tmp_path, tiny_dir, narrow_dir):
+    found = failures(tried(load(tmp_path, tiny_dir, narrow_dir), tmp_path / "run", "tokenizers"))
+    assert "two" in found["tokenizers"].figure
+    text = stages(kl={"loss": {"fn": "cross_entropy"}, "task": "sums"})
+    assert not failures(tried(load(tmp_path, tiny_dir, narrow_dir, stages=text), tmp_path / "run", "tokenizers"))
+
+
+def own_module(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of the user's own beside the recipe."""
+    (folder / "mine_trials.py").write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    sys.modules.pop("mine_trials", None)
+
+
+JUDGES = """
+from distill.tasks.reasoning_gym_task import reasoning_gym
+from distill.records import Verdict
+
+def lenient(name, *, dataset, options=None, template="think_answer"):
+    made = reasoning_gym(name, dataset=dataset, options=options, template=template)
+    made.judge = lambda problem, completion, finished=True: Verdict(True, 1.0, "anything")
+    return made
+
+def strict(name, *, dataset, options=None, template="think_answer"):
+    made = reasoning_gym(name, dataset=dataset, options=options, template=template)
+    made.judge = lambda problem, completion, finished=True: Verdict(False, 0.0, None, "no answer")
+    return made
+
+def constant(group):
+    return [1.0] * len(group)
+
+def upside_down(group):
+    return [-2.0 * v.score for v in group.verdicts]
+
+def raises(group):
+    raise ValueError("no")
+"""
+
+
+@pytest.mark.parametrize(("judge", "words"), [("lenient", "is accepted too"), ("strict", "no answer")])
+def test_a_judge_that_accepts_or_refuses_everything(tmp_path, tiny_dir, monkeypatch, judge, words):
+    own_module(tmp_path, JUDGES, monkeypatch)
+    found = failures(
+        tried(load(tmp_path, tiny_dir, tasks={"sums": {**SUMS, "fn": f"mine_trials:{judge}"}}), tmp_path / "run")
+    )
+    assert words in found["judge"].remedy
+
+
+def test_a_template_that_does_not_read_the_form_of_the_answers(tmp_path, tiny_dir, monkeypatch):
+    own_module(
+        tmp_path,
+        "from dataclasses import replace\nfrom distill.tasks.templates import boxed\n"
+        "cut = replace(boxed, name='cut', extract=lambda text: (boxed.extract(text) or '')[:-1] or '0')\n",
+        monkeypatch,
+    )
+    found = failures(
+        tried(load(tmp_path, tiny_dir, tasks={"sums": {**SUMS, "template": "mine_trials:cut"}}), tmp_path / "run")
+    )
+    assert "gold" in found["judge"].remedy
+
+
+GRPO = {"kind": "grpo", "model": "teacher", "task": "sums", "steps": 1, "prompts": 2, "group_size": 2, "sampling": SHORT, "engine": "transformers", "lr": 1e-6}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rewards", "words"),
+    [
+        (["mine_trials:constant"], "same score"),
+        (["accuracy", "mine_trials:upside_down"], "as much as the right one"),
+        (["accuracy", "mine_trials:raises"], "raises"),
+    ],
+)
+def test_rewards_that_do_not_tell_a_right_reply_from_others(tmp_path, tiny_dir, monkeypatch, rewards, words):
+    own_module(tmp_path, JUDGES, monkeypatch)
+    rl = stages(rl={**GRPO, "rewards": [{"fn": fn} for fn in rewards]})
+    found = failures(tried(load(tmp_path, tiny_dir, stages=rl), tmp_path / "run"))
+    assert words in found["rewards"].remedy
+
+
+def test_the_shipped_rewards_are_sound(tmp_path, tiny_dir):
+    names = [{"fn": "accuracy"}, {"fn": "think_format"}, {"fn": "language"}, {"fn": "length", "cache": 4}]
+    rl = stages(rl={**GRPO, "rewards": names}, control={**GRPO, "rewards": [{"fn": "random"}]})
+    found = tried(load(tmp_path, tiny_dir, stages=rl), tmp_path / "run", "rewards")
+    assert [trial.status for trial in found] == ["pass", "pass"]
+
+
+def test_a_prompt_that_leaves_no_room_for_the_completion(tmp_path, tiny_dir):
+    long = stages(traces={"sampling": {"temperature": 1.0, "max_tokens": 100_000}})
+    found = failures(tried(load(tmp_path, tiny_dir, stages=long), tmp_path / "run"))
+    assert "100000 of completion" in found["context"].figure
+
+
+CODE: dict[str, Any] = {"fn": "humaneval"}
+
+
+def code_stages() -> dict[str, Any]:
+    return {"verdict": {"kind": "eval", "model": "teacher", "task": "code", "problems": 4, "sampling": SHORT, "engine": "transformers"}}  # fmt: skip
+
+
+def test_a_sandbox_command_without_isolation_lets_a_hostile_program_out(tmp_path, tiny_dir):
+    options = {"sandbox_command": sys.executable}
+    resolved = load(tmp_path, tiny_dir, tasks={"code": {**CODE, **options}}, stages=code_stages())
+    found = failures(tried(resolved, tmp_path / "run", "sandbox"))
+    assert "reads files of this machine" in found["sandbox"].figure
+
+
+def test_nothing_gets_out_of_bubblewrap(tmp_path, tiny_dir):
+    try:
+        bubblewrap()
+    except UnavailableError as error:
+        missing("bwrap", str(error))
+    found = tried(
+        load(tmp_path, tiny_dir, tasks={"code": CODE}, stages=code_stages()), tmp_path / "run", "sandbox", "judge"
+    )
+    assert {trial.name: trial.status for trial in found} == {"sandbox": "pass", "judge": "pass"}
+    assert "does not get out" in next(trial for trial in found if trial.name == "sandbox").figure
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no rows"),
+        ('{"question": "1 + 1?"}\n' * 8, "left out"),
+        ("not json\n" * 8, "not usable"),
+    ],
+)
+def test_a_data_file_that_gives_nothing_to_learn(tmp_path, tiny_dir, text, words):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text, encoding="utf-8")
+    learn = {"text": {"kind": "train", "model": "teacher", "task": "sums", "data": str(file), "loss": {"fn": "cross_entropy"}, "steps": 1, "lr": 1e-3}}  # fmt: skip
+    resolved = load(tmp_path, tiny_dir, stages=learn)
+    (found,) = rendering.data(Patient(resolved, tmp_path / "run", ("text",)))
+    assert found.status == "fail"
+    assert words in found.remedy
+
+
+def test_rows_that_are_longer_than_max_tokens_are_counted(tmp_path, tiny_dir):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{n} + 1?", "completion": "word " * (200 if n % 4 else 2)} for n in range(16)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    learn = {"text": {"kind": "train", "model": "teacher", "task": "sums", "data": str(file), "loss": {"fn": "cross_entropy"}, "steps": 1, "lr": 1e-3, "max_tokens": 100}}  # fmt: skip
+    (found,) = rendering.data(Patient(load(tmp_path, tiny_dir, stages=learn), tmp_path / "run", ("text",)))
+    assert found.status == "fail"
+    assert "12 left out: longer than max_tokens" in found.remedy
+
+
+def test_a_disk_that_is_too_small(tmp_path, tiny_dir, monkeypatch):
+    resolved = load(tmp_path, tiny_dir)
+    rows = plan.predict(resolved, a_machine())
+    patient = Patient(resolved, tmp_path / "run", tuple(resolved.stages))
+    assert resources.disk(patient, rows).status == "pass"
+    monkeypatch.setattr(resources, "free_space", lambda folder: 1000)
+    assert resources.disk(patient, rows).status == "fail"
+    assert free_space(tmp_path) > 1000
+
+
+def a_machine() -> Machine:
+    from distill.machine import measure
+
+    return measure([(64, 128)])
+
+
+PERTURBED = """
+from distill.engines.factories import transformers
+
+def perturbed(model_dir, config, **given):
+    engine = transformers(model_dir, config, **given)
+    whole = engine.generate
+    def generate(requests, sampling, *, top_k=0):
+        for one in whole(requests, sampling, top_k=top_k):
+            one.logprob_T[:] -= 0.5
+            one.top.ids_E[:] = (one.top.ids_E + 1) % 49152
+            yield one
+    engine.generate = generate
+    return engine
+"""
+
+
+def test_an_engine_that_computes_another_distribution_than_the_trainer(tmp_path, tiny_dir, monkeypatch):
+    own_module(tmp_path, PERTURBED, monkeypatch)
+    sound = paths(load(tmp_path, tiny_dir), tmp_path)
+    assert {trial.name: trial.status for trial in sound} == dict.fromkeys(
+        ("distribution", "engine and trainer", "sampled ids"), "pass"
+    )
+    off = stages(
+        traces={"engine": {"fn": "mine_trials:perturbed"}}, verdict={"engine": {"fn": "mine_trials:perturbed"}}
+    )
+    found = failures(paths(load(tmp_path, tiny_dir, stages=off), tmp_path))
+    assert {"distribution", "engine and trainer"} <= {*found}
+
+
+def paths(resolved: recipe.Recipe, folder: Path) -> list[Trial]:
+    from distill.run.trials.engine_path import engine_paths
+
+    with open(folder / "screen", "w", encoding="utf-8") as file:
+        patient = Patient(resolved, folder / "run", ("traces",))
+        return list(engine_paths(patient, a_machine(), Screen(file)))
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_no_shipped_recipe_raises_a_false_alarm(tmp_path, name):
+    """The trials that a run makes by itself; what lies on the hub is not tried here."""
+    resolved = recipe.load(RECIPES / name, [])
+    found = tried(resolved, tmp_path / "run")
+    assert not failures(found)
+    on_hub = any("/" in model.source and "://" not in model.source for model in resolved.models.values())
+    assert on_hub or {"prompt and reply", "judge"} <= {trial.name for trial in found if trial.status == "pass"}
