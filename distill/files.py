@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.errors import MachineError, UserError
+from distill.errors import MachineError
 
 _PACKAGE = Path(__file__).resolve().parent
 SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
@@ -27,10 +27,12 @@ def write_atomic(path: Path, data: str | bytes | memoryview) -> Path:
     Text is written as UTF-8. Raises UserError if the disk is full or a folder has that name; the old file then stays.
     """
     if path.is_dir():
-        raise UserError(f"{path}: a folder has this name, but a file must be written here. Move the folder away.")
+        raise MachineError(f"{path}: a folder has this name, but a file must be written here. Move the folder away.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with room_for(path), open(temporary, "wb") as file:
+        # A new file, never one that a link of this name leads to.
+        temporary.unlink(missing_ok=True)
+        with room_for(path), open(temporary, "xb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -50,20 +52,27 @@ def whole_folder(final: Path) -> Iterator[Path]:
     the disk is full.
     """
     temporary = final.with_name(f".building-{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    clear(temporary)
     temporary.mkdir(parents=True)
     try:
         with room_for(final):
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
                 sync(path)
-        if final.exists():
-            shutil.rmtree(final)
+        clear(final)
         temporary.rename(final)
         sync(final.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def clear(path: Path) -> None:
+    """Remove what has a name: a folder with all that is in it, a file, or a link but not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

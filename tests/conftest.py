@@ -50,6 +50,9 @@ SANDBOXES = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+    for item in items:
+        for mark in item.iter_markers("fault"):
+            item.extra_keyword_matches.update(f"fault_{number:02}" for number in mark.args)
 
 
 @pytest.hookimpl(optionalhook=True)

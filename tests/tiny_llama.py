@@ -1,4 +1,4 @@
-"""Two random layers of a Llama, behind any tokenizer."""
+"""A few random layers of a Llama, behind any tokenizer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def save(tokenizer: Any, folder: Path) -> Path:
+def save(tokenizer: Any, folder: Path, layers: int = 2) -> Path:
     """Save the model, tied embeddings, fp32, with its tokenizer.
 
     Its heads are as wide as the narrowest that vLLM's attention on CPUs takes.
@@ -21,7 +21,7 @@ def save(tokenizer: Any, folder: Path) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,

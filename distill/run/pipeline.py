@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING
 
 from distill import interrupt, machine, run_folder, world
 from distill.errors import STATUSES, debugging
-from distill.files import locked
+from distill.files import locked, write_atomic
 from distill.machine import Machine
 from distill.models import cache_home
 from distill.progress import working
 from distill.recipe import EngineConfig, OptimStage, Recipe
+from distill.records import stable_hash
 from distill.run import launch
 from distill.run.decide import decide, input_fingerprints
 from distill.run.nodes import Node, nodes
@@ -33,6 +34,10 @@ from distill.run.unfinished import kept
 
 if TYPE_CHECKING:
     from distill.run.predictions.row import Row
+
+
+TRIED = ".tried"
+"""The file of a run that names the recipe whose trials have passed, so that a run that goes on does not make them again."""
 
 
 @dataclass(slots=True)
@@ -96,7 +101,8 @@ class Runner:
         due = dict.fromkeys(
             name.partition(".")[0] for name, stage in standing.items() if stage is None or stage.status != "done"
         )
-        if not due:
+        tried, recipe = self.run / TRIED, stable_hash(self.recipe.model_dump_json())
+        if not due or (tried.is_file() and tried.read_text(encoding="utf-8", errors="replace") == recipe):
             return
         from distill.run import trials
 
@@ -106,6 +112,7 @@ class Runner:
         for trial in found:
             if trial.status == "warn":
                 print(f"warning: {trial.subject}: {trial.name}: {trial.figure}. {trial.remedy}", flush=True)
+        write_atomic(tried, recipe)
 
     def _machine(self) -> Machine:
         """This machine; measured once per run and machine."""

@@ -15,6 +15,8 @@ def run(config: GenerateStage, context: Context) -> Result:
     counts, cost = sample_traces(leaving_rewards(config), context, folder, config.split)
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
+    if held.warning:
+        context.say(held.warning)
     metrics = {**held.as_dict(), "prompts_too_long": counts.prompts_too_long}
     if config.rewards:
         metrics["rewards_failed"] = counts.rewards_failed

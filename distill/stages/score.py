@@ -69,6 +69,8 @@ def run(config: ScoreStage, context: Context) -> Result:
     _fill(config, context, inputs, metadata, wanted)
     held = stats(folder)
     context.say(str(held).replace("\n", "\n  "))
+    if held.warning:
+        context.say(held.warning)
     # Rates of values that the data does not have (no verdicts, for example) are nan.
     known = {key: value for key, value in held.as_dict().items() if value == value}
     metrics = {**known, "mean_nll": _mean_nll(folder), "left_out": dict(left_out.reasons)}

@@ -16,6 +16,10 @@ _COLUMNS = ("problem_id", "prompt_tokens", "completion_tokens", "reward", "corre
             "top_count", "tail_logprob", "draw_count")  # fmt: skip
 
 
+LEAST_MASS = 0.9
+"""The mean mass of the stored entries below which a warning is given."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """Statistics of traces. Rates are over the traces that have the value; nan if none has.
@@ -41,6 +45,16 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def warning(self) -> str:
+        """A line if the entries hold less than LEAST_MASS of the probability on average; else empty."""
+        if not self.mean_tail_mass > 1 - LEAST_MASS:
+            return ""
+        return (
+            f"warning: the stored entries hold {1 - self.mean_tail_mass:.0%} of the probability on average, and a student learns of the rest "
+            "only how much it is; raise top_logprobs and mass, or store tail_draws"
+        )
 
     def __str__(self) -> str:
         numbers = [

@@ -208,6 +208,7 @@ def with_stop_ids(folder: Path, target: Path, ids: list[int]) -> Path:
     return target
 
 
+@pytest.mark.fault(12)
 def test_first_of_several_stop_ids_ends_and_is_kept(reference, tiny_dir, tmp_path):
     asked = requests(6)
     free = {c.request_id: c.ids_T.tolist() for c in reference.generate(asked, SAMPLING)}
@@ -295,6 +296,7 @@ def test_options_of_vllm_are_refused(tiny_dir):
             start(tiny_dir, "transformers", **{key: value})
 
 
+@pytest.mark.fault(9)
 def test_padding_of_the_head_has_no_probability(tiny_dir, tmp_path, tokenizer):
     """A head with padding rows of large weights: the distribution is that of the unpadded model."""
     model = models.load(tiny_dir, dtype="float32")

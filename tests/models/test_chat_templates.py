@@ -86,6 +86,7 @@ REPLIES = (
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.fault(10)
 def test_replies_hold_reasoning_and_answer_once_and_end_at_a_stop_token(
     family: str, smollm2_dir: Any, tmp_path: Any
 ) -> None:

@@ -67,6 +67,7 @@ def test_the_package_model_is_dequantised_once(smollm2_dir):
         ("not a model", "Without a network"),
     ],
 )
+@pytest.mark.fault(31)
 def test_a_model_that_cannot_be_had_says_what_works(source, said):
     with pytest.raises(UserError) as error:
         models.resolve(ModelConfig(source=source))
@@ -78,6 +79,7 @@ def test_a_folder_without_a_config_is_refused(tmp_path):
         models.resolve(ModelConfig(source=str(tmp_path)))
 
 
+@pytest.mark.fault(8)
 def test_tokenizer_fingerprints_go_by_content_not_by_size(tiny_dir, tokenizer, tmp_path):
     mine = models.tokenizer_fingerprint(tokenizer)
     shutil.copytree(tiny_dir, tmp_path / "same")
@@ -106,6 +108,7 @@ def test_rendering_by_chat_template_by_plain_text_and_with_a_prefill(tokenizer):
     assert tokenizer.decode(models.render_prompt(tokenizer, raw, ASK)) == "Q: 4 + 5 =\nA: <think>"
 
 
+@pytest.mark.fault(11)
 def test_a_written_completion_ends_with_the_eos_the_student_must_learn(tokenizer):
     ids = models.render_completion(tokenizer, "nine")
     assert ids[-1] == tokenizer.eos_token_id
@@ -113,6 +116,7 @@ def test_a_written_completion_ends_with_the_eos_the_student_must_learn(tokenizer
     assert ids.dtype == np.int32
 
 
+@pytest.mark.fault(12)
 def test_stop_ids_are_the_first_of_any(tiny_dir, tokenizer, tmp_path):
     assert models.stop_ids(tiny_dir, tokenizer) == (2,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')

@@ -60,6 +60,7 @@ def test_a_good_recipe_and_its_overrides(tmp_path):
         ("stages.kl.lora={rnk: 8}", "Did you mean 'rank'"),
     ],
 )
+@pytest.mark.fault(30)
 def test_mistakes_are_one_message_with_the_key_and_the_way_out(tmp_path, override, said):
     with pytest.raises(UserError) as error:
         load(tmp_path, override)

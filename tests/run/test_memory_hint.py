@@ -26,6 +26,7 @@ def system():
     "action",
     [lambda: torch.empty(2**56, dtype=torch.float64), lambda: np.empty(2**58), lambda: bytearray(2**60), system],
 )
+@pytest.mark.fault(32)
 def test_memory_that_is_not_there_is_answered_with_what_to_lower(action):
     assert "Lower micro_tokens" in _memory_hint(error_of(action))
 

@@ -201,6 +201,7 @@ def test_added_steps_that_are_killed_keep_their_schedule(copy, tmp_path):
     ]
 
 
+@pytest.mark.fault(3)
 def test_killed_in_generation_it_continues_to_the_same_rows(finished, tmp_path):
     project = Project(tmp_path, finished.tree)
     folder = tmp_path / "runs" / "road" / "traces" / "traces"
@@ -253,6 +254,7 @@ def test_ctrl_c_says_how_to_go_on_and_the_same_command_does(finished, tmp_path):
     assert 0 < len(project.rows("traces")) < 300
 
 
+@pytest.mark.fault(6)
 def test_two_runs_of_one_name_at_once_are_refused(copy):
     import filelock
 

@@ -269,6 +269,7 @@ def test_rows_that_are_longer_than_max_tokens_are_counted(tmp_path, tiny_dir):
     assert "12 left out: longer than max_tokens" in found.remedy
 
 
+@pytest.mark.fault(4)
 def test_a_disk_that_is_too_small(tmp_path, tiny_dir, monkeypatch):
     resolved = load(tmp_path, tiny_dir)
     rows = plan.predict(resolved, a_machine())

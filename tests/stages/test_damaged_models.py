@@ -134,6 +134,7 @@ def test_a_model_with_numbers_that_are_none_is_not_saved(tiny_dir):
         models.check_finite(model, "stages.kl")
 
 
+@pytest.mark.fault(4)
 def test_a_full_disk_in_a_librarys_own_words_is_the_same_message(tmp_path):
     class SafetensorError(Exception):
         pass

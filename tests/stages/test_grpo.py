@@ -168,6 +168,7 @@ def test_more_steps_go_on_from_the_last(finished, tiny_dir, tmp_path):
         ({"rewards": [{"fn": "nomodule:nothing"}]}, "cannot import 'nomodule:nothing'"),
     ],
 )
+@pytest.mark.fault(24)
 def test_mistakes_are_one_message_before_anything_loads(tiny_dir, changes, message):
     with pytest.raises(UserError) as caught:
         check_plugs(recipe.validate(tree(tiny_dir, **changes)))

@@ -93,6 +93,7 @@ def test_generated_log_probs_are_the_model_s_own(tiny_dir, tmp_path):
     assert result.cost.tokens_generated == block.completion_ids.lengths.sum()
 
 
+@pytest.mark.fault(23)
 def test_a_prompt_that_fills_the_context_is_skipped_and_counted(tiny_dir, tmp_path):
     questions = ["What is 1?", "word " * 700, "And 2 - 1?"]
     in_train = [question for question in questions if split_of(question) == "train"]
@@ -112,6 +113,7 @@ def test_too_few_problems_is_an_error_that_says_how_many_there_are(tiny_dir, tmp
         run_generate(tmp_path, tiny_dir, {"sums": {**SUMS, "options": options}}, problems=5000)
 
 
+@pytest.mark.fault(8)
 def test_kl_on_another_tokenizer_is_refused_and_sft_on_the_text_works(tiny_dir, tmp_path):
     run_generate(tmp_path, tiny_dir)
     other = tmp_path / "other"
@@ -152,6 +154,7 @@ def test_kl_on_traces_without_distributions_is_refused(tiny_dir, tmp_path):
         run_train(tmp_path, tiny_dir)
 
 
+@pytest.mark.fault(20)
 def test_truncated_and_long_traces_are_left_out_and_counted(tiny_dir, tmp_path):
     run_generate(tmp_path, tiny_dir)
     with pytest.raises(UserError, match="nothing to learn from"):
@@ -160,6 +163,7 @@ def test_truncated_and_long_traces_are_left_out_and_counted(tiny_dir, tmp_path):
         run_train(tmp_path, tiny_dir, max_tokens=10)
 
 
+@pytest.mark.fault(28)
 def test_a_held_out_question_in_the_training_file_is_left_out_and_said(tiny_dir, tmp_path):
     task = reasoning_gym("sums", **{k: v for k, v in SUMS.items() if k != "fn"})
     (leak,) = task.problems("held_out", 1, 0)

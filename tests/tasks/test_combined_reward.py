@@ -139,6 +139,7 @@ def test_a_reward_that_raises_once_is_tried_again():
 
 
 @pytest.mark.parametrize("error", [OSError("down"), SystemExit(0), OverflowError("x")])
+@pytest.mark.fault(18)
 def test_a_reward_that_raises_twice_scores_none_for_that_group_and_never_nought(error):
     def fails_on_one(group):
         if index(group) == 1:
@@ -260,6 +261,7 @@ def failing(*failures):
     return fails
 
 
+@pytest.mark.fault(18)
 def test_too_many_failures_end_it_with_the_name_and_the_last_exception():
     rewards = CombinedReward([("good", 1.0, given(1, 1)), ("code", 1.0, failing(*range(1000)))], num_threads=1)
     with pytest.raises(

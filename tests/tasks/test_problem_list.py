@@ -20,6 +20,7 @@ def addition(n):
     return {"question": f"What is {n} + {n}?", "answer": str(2 * n)}
 
 
+@pytest.mark.fault(27)
 def test_rows_that_cannot_be_read_are_rejected_by_line(tmp_path):
     path = write(
         tmp_path / "rows.jsonl",
@@ -55,6 +56,7 @@ def test_rows_that_cannot_be_read_are_rejected_by_line(tmp_path):
         list(read_rows(tmp_path / "missing.jsonl"))
 
 
+@pytest.mark.fault(27)
 def test_a_ten_megabyte_line_is_rejected_and_the_next_one_read(tmp_path):
     path = write(tmp_path / "rows.jsonl", [b'{"question": "' + b"a" * 11_000_000 + b'"}\n', addition(1)])
     rejected = []
@@ -80,6 +82,7 @@ def test_a_file_is_split_ordered_and_judged(tmp_path):
         task.problems("train", 1000, 1)
 
 
+@pytest.mark.fault(26)
 def test_rows_without_a_usable_answer_are_rejected_by_line(tmp_path):
     user = {"role": "user", "content": "What is 1 + 1?"}
     rows = [

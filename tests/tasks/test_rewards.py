@@ -108,6 +108,7 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("template", "expected", "text"), FORMATS)
+@pytest.mark.fault(22)
 def test_format(template, expected, text):
     found = {**templates.TEMPLATES, "prefilled": PREFILLED}[template]
     assert rewards.think_format(group(text, template=found)) == [expected]

@@ -32,6 +32,7 @@ PREFILLED = Template("prefilled", None, "{question}", templates.think_answer.ext
         ("", None),
     ],
 )
+@pytest.mark.fault(22)
 def test_think_answer_reads_the_last_answer_after_the_thinking(text, answer):
     assert templates.think_answer.extract(text) == answer
 
@@ -96,6 +97,7 @@ def test_an_answer_after_whatever_was_thought_is_found(thought, number):
     assert templates.boxed.extract(f"<think>{thought}</think>\\boxed{{{number}}}") == str(number)
 
 
+@pytest.mark.fault(10)
 def test_a_prefilled_think_counts_whether_or_not_the_completion_repeats_it():
     def verdict(text):
         return judge(PREFILLED, text, True, lambda answer: exact_verdict(answer, "4"))

@@ -243,6 +243,7 @@ def test_the_file_says_what_it_is(tmp_path):
     assert tree == open_traces(path).metadata.tree()
 
 
+@pytest.mark.fault(7)
 def test_another_schema_version_is_refused_naming_both():
     table = codec.to_table(samples.traces([1]), samples.metadata())
     tree = json.loads(samples.metadata().to_json()) | {"schema_version": 7}

@@ -233,6 +233,7 @@ def asking(*questions: str) -> Traces:
     return group(messages=messages + filler)
 
 
+@pytest.mark.fault(28)
 def test_decontaminate_by_the_whole_question_and_in_prose_by_ten_words():
     prose = [
         "Tom has seven apples and he gives three of them away to Ann. How many are left?",

@@ -196,6 +196,7 @@ def flipped(good: bytes, draw: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.fault(2)
 def test_a_thousand_flipped_bits_are_all_caught_naming_the_file_and_none_is_decoded(tmp_path, exact):
     with TraceWriter(tmp_path, samples.metadata(exact=exact)) as writer:
         writer.add(samples.traces(range(16)))
@@ -278,6 +279,7 @@ def test_a_folder_of_another_schema_is_refused_naming_both(tmp_path, version):
             use(path)
 
 
+@pytest.mark.fault(2)
 def test_verify_catches_every_flipped_bit_in_shards_and_manifest(tmp_path):
     path = samples.write(tmp_path / "traces", 32)
     draw = random.Random(9)
@@ -311,6 +313,7 @@ def _parses_the_same(good: bytes, bad: bytes) -> bool:
         (lambda p: p.write_bytes(p.read_bytes()[::-1]), "SHA-256"),
     ],
 )
+@pytest.mark.fault(1)
 def test_a_damaged_shard_is_named_with_the_fix_and_repair_drops_just_that(tmp_path, damage, says):
     path = samples.write(tmp_path / "traces", 48)
     shard = path / "shard-0-00001.parquet"
@@ -381,6 +384,7 @@ def test_missing_traces_are_an_error(tmp_path):
             verify(path)
 
 
+@pytest.mark.fault(5)
 def test_verify_finds_duplicates_and_missing_rows(tmp_path):
     path = samples.write(tmp_path / "traces", 16)
     with TraceWriter(tmp_path / "other", samples.metadata(), writer="b") as writer:

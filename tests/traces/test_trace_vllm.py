@@ -79,6 +79,7 @@ STAGE = """
 
 
 @pytest.mark.slow
+@pytest.mark.fault(3)
 def test_killed_while_vllm_writes_the_traces_are_those_of_an_uninterrupted_run(tiny_dir, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(

@@ -52,6 +52,7 @@ def test_shards_do_not_depend_on_how_rows_were_added(tmp_path):
     assert samples.row_digests(ways[0]) == samples.expected_digests(range(40))
 
 
+@pytest.mark.fault(5)
 def test_a_resumed_folder_gets_exactly_what_is_missing(tmp_path):
     with TraceWriter(tmp_path, samples.metadata(), shard_rows=8) as writer:
         writer.add(samples.traces(range(11)))
@@ -63,6 +64,7 @@ def test_a_resumed_folder_gets_exactly_what_is_missing(tmp_path):
     assert verify(tmp_path, expected_ids=[f"trace{n:06d}" for n in range(30)]).ok
 
 
+@pytest.mark.fault(5)
 def test_a_trace_is_never_stored_twice(tmp_path):
     with TraceWriter(tmp_path, samples.metadata()) as writer:
         writer.add(samples.traces([1, 2]))
@@ -126,6 +128,7 @@ def test_writers_with_different_names_share_a_folder(tmp_path):
 # ------------------------------------------------------------------------------------------------ the lock
 
 
+@pytest.mark.fault(6)
 def test_a_second_writer_is_refused_naming_the_first(tmp_path):
     with TraceWriter(tmp_path, samples.metadata()):
         with pytest.raises(UserError, match=f"process {os.getpid()}"):
@@ -222,6 +225,7 @@ KILLER = """
 
 
 @pytest.mark.parametrize(("kind", "num_kills", "num_rows"), [("random", 60, 800), ("step", 24, 100)])
+@pytest.mark.fault(3)
 def test_killed_again_and_again_the_rows_are_those_of_an_uninterrupted_run(tmp_path, kind, num_kills, num_rows):
     run = run_python(KILLER, tmp_path / "killed", kind, num_kills, num_rows)
     assert run.returncode == 0, run.stderr
@@ -332,6 +336,7 @@ def small_disk(tmp_path):
     signal.signal(signal.SIGXFSZ, handler)
 
 
+@pytest.mark.fault(4)
 def test_a_full_disk_stops_cleanly_and_what_was_there_stays(small_disk):
     def fill():
         with TraceWriter(small_disk, samples.metadata(), shard_rows=16, flush_every=1e9) as writer:

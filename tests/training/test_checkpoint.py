@@ -39,6 +39,7 @@ def test_the_newest_is_read_in_place_with_the_random_state(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing", "facts", "other_step"])
+@pytest.mark.fault(29)
 def test_a_damaged_one_is_set_aside_and_the_one_before_it_read(tmp_path, how):
     write(tmp_path, 1, 1)
     write(tmp_path, 2, 2)

@@ -162,6 +162,7 @@ def test_schedule_by_hand():
     assert at[12] == pytest.approx(0.1)
 
 
+@pytest.mark.fault(15)
 def test_a_step_that_is_not_finite_is_skipped_and_named_and_too_many_stop(tiny_dir, tmp_path):
     def poisoned(student, targets):
         return student.label_T * math.nan
@@ -173,6 +174,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named_and_too_many_stop(tiny_d
     assert len(dumped[0]["trace_ids"]) == 8
 
 
+@pytest.mark.fault(15)
 def test_one_bad_step_leaves_the_weights_alone(tiny_dir, tmp_path):
     calls = []
 
@@ -202,6 +204,7 @@ def test_a_token_without_an_embedding_is_refused(tiny_dir, tmp_path):
         )
 
 
+@pytest.mark.fault(29)
 def test_an_interrupted_save_is_never_resumed_from(tiny_dir, tmp_path):
     from distill.training import checkpoint
 

@@ -31,6 +31,7 @@ def example(name, prompt, completion, k=None, seed=0):
     return Example(name, np.array(prompt, np.int32), np.array(completion, np.int32), top)
 
 
+@pytest.mark.fault(11)
 def test_one_trace_by_hand():
     """Prompt 10 11 12, completion 20 21 2: rows 2, 3, 4 predict 20, 21 and the final EOS."""
     (batch,) = pack([example("a", [10, 11, 12], [20, 21, 2], k=3)], micro_tokens=100)
@@ -70,6 +71,7 @@ def test_sequence_mean_counts_every_trace_equally():
     assert by_trace == pytest.approx([1, 1])
 
 
+@pytest.mark.fault(21)
 def test_processes_get_equally_many_batches_and_together_everything():
     examples = [example(str(n), [1, 1], [5] * 6) for n in range(5)]
     ranks = [pack(examples, micro_tokens=8, rank=r, world=4) for r in range(4)]

@@ -237,6 +237,7 @@ def test_the_engine_samples_with_the_current_weights(tiny_dir, engine, tmp_path,
     assert max(m["kl_engine"] for m in metrics(tmp_path)) < 1e-8
 
 
+@pytest.mark.fault(25)
 def test_a_stale_engine_is_refused(tiny_dir, engine, tmp_path, share):
     class Stale(Spy):
         def sync(self, weights, version):
@@ -246,6 +247,7 @@ def test_a_stale_engine_is_refused(tiny_dir, engine, tmp_path, share):
         run(tiny_dir, tmp_path, source(Stale(engine), stage(), objectives.grpo(beta=0.0), share))
 
 
+@pytest.mark.fault(16)
 def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(tiny_dir, engine, tmp_path, share):
     spy = Spy(engine)
     kept = []
@@ -296,6 +298,7 @@ def test_groups_without_a_difference_are_sampled_again_up_to_the_cap(tiny_dir, e
         assert torch.equal(a, b)
 
 
+@pytest.mark.fault(20)
 def test_cut_completions_leave_the_loss_or_stay_in_it(tiny_dir, engine, tmp_path, share):
     """All completions of four tokens are cut: masked there is nothing to learn, penalised there is."""
     for mask, tokens in ((True, 0), (False, 4 * 4 * (3 + 4))):
@@ -307,6 +310,7 @@ def test_cut_completions_leave_the_loss_or_stay_in_it(tiny_dir, engine, tmp_path
         assert line["tokens"] == tokens
 
 
+@pytest.mark.fault(17)
 def test_unjudged_completions_are_counted_and_carry_no_advantage(tiny_dir, engine, tmp_path, share):
     kept = []
 
