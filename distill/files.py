@@ -173,3 +173,36 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+DIGEST = "sha256"
+"""The key of a JSON file's own digest."""
+
+
+def write_digested(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write an object as JSON, with a digest of its values that `read_digested` compares."""
+    whole = json.loads(json.dumps(tree))  # as it will be read: tuples are lists, keys are texts
+    write_atomic(path, json.dumps({**whole, DIGEST: _digest(whole)}, indent=1, ensure_ascii=False))
+
+
+def read_digested(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds, without its digest. Raises ValueError if the file is not as written.
+
+    A file without a digest is one of an older version.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no object")
+    written = tree.pop(DIGEST, None)
+    if written is not None and written != _digest(tree):
+        raise ValueError("its content does not match its digest")
+    return tree
+
+
+def _digest(tree: Mapping[str, Any]) -> str:
+    """A hash of an object's values, whatever the order of the keys."""
+    text = json.dumps(tree, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

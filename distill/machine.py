@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.files import write_atomic
+from distill.files import read_digested, write_atomic, write_digested
 from distill.records import UserError, stable_hash
 
 Dtype = Literal["bfloat16", "float32"]
@@ -318,16 +318,18 @@ def in_stage(run: Path, width: Width, cache: Path) -> Machine:
     if known is not None:
         found = replace(known, rates={**known.rates, **found.rates})
     file = run / "environment.json"
-    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    write_atomic(file, json.dumps({**tree, "machine": asdict(found)}, indent=1))
+    write_digested(file, {**(read_digested(file) if file.is_file() else {}), "machine": asdict(found)})
     return found
 
 
 def recorded(run: Path) -> Machine | None:
-    """Return the machine in a run's environment.json; None if there is none."""
+    """Return the machine in a run's environment.json; None if there is none, or if the file is not as written."""
     file = run / "environment.json"
-    tree = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return Machine.from_json(tree["machine"]) if "machine" in tree else None
+    try:
+        tree = read_digested(file) if file.is_file() else {}
+        return Machine.from_json(tree["machine"]) if "machine" in tree else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def key() -> str:

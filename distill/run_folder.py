@@ -9,11 +9,8 @@ RUN/STAGE/stage.json      the stage's config, status, cost and results
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
-import json
 import platform
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -22,13 +19,12 @@ import yaml
 
 from distill import __version__, plug
 from distill.errors import DataError
-from distill.files import file_hash, write_atomic
+from distill.files import file_hash, read_digested, write_atomic, write_digested
 from distill.machine import Machine, cores, processor
 from distill.recipe import Recipe, validate
 from distill.recipe.load import read_file
 
 FILE = "stage.json"
-DIGEST = "sha256"
 LOGGED = "metrics.jsonl"
 RESOLVED = "resolved.yaml"
 ENVIRONMENT = "environment.json"
@@ -53,12 +49,11 @@ def environment(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        found = error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: not as written. Remove this file: the next `distill run` writes it anew.")
-    return found
+        return read_digested(path)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not as written ({error}). Remove this file: the next `distill run` writes it anew."
+        ) from None
 
 
 def write_recipe(run: Path, resolved: Recipe, source: Path, machine: Machine) -> None:
@@ -68,7 +63,7 @@ def write_recipe(run: Path, resolved: Recipe, source: Path, machine: Machine) ->
     write_atomic(run / RESOLVED, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
     date = environment(run).get("date") or datetime.date.today().isoformat()
     here = {**_versions(), "date": date, "modules": str(source.resolve().parent), "machine": asdict(machine)}
-    write_atomic(run / ENVIRONMENT, json.dumps(here, indent=1))
+    write_digested(run / ENVIRONMENT, here)
 
 
 def _versions() -> dict[str, Any]:
@@ -145,22 +140,12 @@ def read(folder: Path) -> State | None:
     if not path.is_file():
         return None
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        written = tree.pop(DIGEST, None)
-        if written is not None and written != _digest(tree):
-            raise ValueError("its content does not match its digest")
-        return State(**tree)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        return State(**read_digested(path))
+    except (ValueError, TypeError) as error:
         raise DataError(
             f"{path}: not as written ({' '.join(str(error).split())[:120]}). Remove this file: `distill run` then makes the stage "
             "again, from the files that it has kept."
         ) from None
-
-
-def _digest(tree: Mapping[str, Any]) -> str:
-    """A hash of a state's values, whatever the order of the keys."""
-    text = json.dumps(tree, sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def add_killed_time(folder: Path, state: State) -> None:
@@ -184,6 +169,4 @@ def log_of(folder: Path, state: State) -> tuple[Path | None, bool]:
 def write(folder: Path, state: State) -> None:
     """Write the state into a stage's folder, with a digest that `read` compares."""
     folder.mkdir(parents=True, exist_ok=True)
-    tree = json.loads(json.dumps(asdict(state)))  # as it will be read: tuples are lists, keys are texts
-    text = json.dumps({**tree, DIGEST: _digest(tree)}, indent=1, ensure_ascii=False)
-    write_atomic(folder / FILE, text)
+    write_digested(folder / FILE, asdict(state))

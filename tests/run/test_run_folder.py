@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from distill import run_folder
+from distill.files import DIGEST
 from distill.records import UserError
 from distill.run.pipeline import Runner
 
@@ -67,7 +68,7 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
 def test_a_state_without_a_digest_is_one_of_an_older_version(tmp_path):
     run_folder.write(tmp_path, standing())
     tree = json.loads((tmp_path / "stage.json").read_text())
-    del tree[run_folder.DIGEST], tree["logged"]
+    del tree[DIGEST], tree["logged"]
     (tmp_path / "stage.json").write_text(json.dumps(tree))
     assert run_folder.read(tmp_path).seconds == 5.0
 
@@ -94,7 +95,7 @@ def test_a_changed_state_is_named_with_its_remedy(tmp_path, damage):
 def test_a_changed_environment_is_named_with_its_remedy(tmp_path):
     for text in ("", "[]", '{"date": '):
         (tmp_path / "environment.json").write_text(text)
-        with pytest.raises(UserError, match=r"environment\.json: not as written\. Remove"):
+        with pytest.raises(UserError, match=r"environment\.json: not as written \(.*\)\. Remove"):
             run_folder.environment(tmp_path)
 
 
