@@ -24,8 +24,8 @@ EXACT_FLOAT = 2**53
 TAGS: dict[type, str] = {list: "l", tuple: "t", set: "s", frozenset: "z"}
 
 
-def confine(uid: int, limits: dict[str, int], denied: bytes | None) -> None:
-    """Change the user, set limits and drop privileges for good. denied: a seccomp filter; None if bubblewrap sets one."""
+def confine(uid: int, limits: dict[str, int], calls: bytes | None) -> None:
+    """Change the user, set limits and drop privileges for good. calls: a seccomp filter; None if bubblewrap sets one."""
     import resource
 
     try:
@@ -43,15 +43,15 @@ def confine(uid: int, limits: dict[str, int], denied: bytes | None) -> None:
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-    if denied is not None:
+    if calls is not None:
         control(PR_SET_DUMPABLE, 0)
         control(PR_SET_NO_NEW_PRIVS, 1)
-    if denied:
+    if calls:
         import ctypes
         import struct
 
-        filters = ctypes.create_string_buffer(denied, len(denied))
-        header = struct.pack("H6xQ", len(denied) // 8, ctypes.addressof(filters))
+        filters = ctypes.create_string_buffer(calls, len(calls))
+        header = struct.pack("H6xQ", len(calls) // 8, ctypes.addressof(filters))
         program = ctypes.create_string_buffer(header, len(header))
         control(PR_SET_SECCOMP, 2, ctypes.addressof(program))
 
@@ -200,7 +200,7 @@ def main() -> str:
         os.dup2(nowhere, fd)
     os.close(nowhere)
     hello = read_frame(requests)
-    confine(hello["uid"], hello["limits"], hello["denied"])
+    confine(hello["uid"], hello["limits"], hello["calls"])
     if hello["die_with_parent"]:
         control(PR_SET_PDEATHSIG, SIGKILL)
     import builtins

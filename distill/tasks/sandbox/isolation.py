@@ -61,13 +61,13 @@ class Isolation:
     @contextlib.contextmanager
     def command(self) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]:
         """The command that starts the child, and the file descriptors that it inherits; valid within the context."""
-        refused = syscalls.denied(namespaces=True) if self.level == 2 else b""
-        if not refused:
+        calls = syscalls.allowed(namespaces=True) if self.level == 2 else b""
+        if not calls:
             yield self.argv, ()
             return
         file = os.memfd_create("seccomp")
         try:
-            os.pwrite(file, refused, 0)
+            os.pwrite(file, calls, 0)
             yield (self.argv[0], "--seccomp", str(file), *self.argv[1:]), (file,)
         finally:
             os.close(file)

@@ -191,7 +191,7 @@ class Session:
             "nonce": self._mark,
             "uid": self._uid,
             "limits": limits,
-            "denied": None if level == 2 else syscalls.denied(namespaces=level == 1),
+            "calls": None if level == 2 else syscalls.allowed(namespaces=level == 1),
             "die_with_parent": level == 3,
             "source": self._source,
             "entry_point": self._entry_point,
