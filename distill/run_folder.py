@@ -18,7 +18,7 @@ from typing import Any, Literal, TypedDict
 import yaml
 
 from distill import __version__, plug
-from distill.errors import DataError
+from distill.errors import DataError, UserError
 from distill.files import file_hash, read_digested, write_atomic, write_digested
 from distill.machine import Machine, cores, processor
 from distill.recipe import Recipe, validate
@@ -40,7 +40,13 @@ def recipe(run: Path) -> Recipe:
     if beside := environment(run).get("modules"):
         plug.add_import_folder(Path(beside))
     path = run / RESOLVED
-    return validate(read_file(path), str(path))
+    try:
+        tree = read_file(path)
+        if not isinstance(tree, dict):
+            raise UserError(f"{path}: holds no recipe.")
+        return validate(tree, str(path))
+    except UserError as error:
+        raise DataError(f"{error} `distill run` writes this file anew.") from None
 
 
 def environment(run: Path) -> dict[str, Any]:
