@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.errors import MachineError
+from distill.errors import DataError, MachineError
 
 _PACKAGE = Path(__file__).resolve().parent
 SHIPPED = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
@@ -173,6 +173,15 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, as hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path, remedy: str = "") -> Any:
+    """Return what a JSON file holds. Raises DataError, with the remedy, if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        said = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: not as written ({said}). {remedy}".rstrip()) from None
 
 
 DIGEST = "sha256"

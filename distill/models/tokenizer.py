@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.files import read_json
 from distill.models.rendering import turn_end_ids
 from distill.models.shape import text_part
 from distill.records import Template, UserError, stable_hash
@@ -80,7 +81,7 @@ def stop_ids(folder: str | Path, tokenizer: Any, template: Template | None = Non
     UserError if a chat template refuses an assistant's turn.
     """
     path = Path(folder) / "generation_config.json"
-    stored = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    stored = read_json(path).get("eos_token_id") if path.is_file() else None
     ids = stored if isinstance(stored, list) else [stored]
     turn = turn_end_ids(tokenizer, template)
     return tuple(sorted({int(i) for i in (*ids, *turn, tokenizer.eos_token_id) if i is not None}))

@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 
-from distill.files import write_atomic
+from distill.files import read_json, write_atomic
 from distill.printable import printable
 from distill.reports.block_kinds import (
     Answer,
@@ -69,7 +69,7 @@ def figures(content: list[Block]) -> list[Figure]:
 
 def read_report(path: str | Path) -> RunReport:
     """Read a report.json."""
-    report: RunReport = json.loads(Path(path).read_text(encoding="utf-8"))
+    report: RunReport = read_json(Path(path), "`distill run` writes it anew.")
     return report
 
 

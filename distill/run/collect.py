@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -95,10 +96,14 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
 def read_curves(lines: Path) -> tuple[list[float], dict[str, list[float | None]]]:
     """Return (steps, values by key) of a metrics.jsonl: all its numbers; None at steps without a value.
 
-    A line that a kill cut short is skipped. Long curves are thinned to `MAX_POINTS` means.
+    A line that a kill cut short, or that is damaged, is skipped. Long curves are thinned to `MAX_POINTS` means.
     """
-    records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    records = [record for record in records if "step" in record]
+    records = []
+    for line in lines.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and _is_number(record.get("step")):
+                records.append(record)
     keys = {key: None for record in records for key, value in record.items() if _is_number(value)}
     stretches = min(MAX_POINTS, len(records))
     edges = [n * len(records) // max(1, stretches) for n in range(stretches + 1)]

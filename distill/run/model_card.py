@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from distill import run_folder
+from distill.files import read_digested
 from distill.models import hub
 from distill.recipe import Recipe
 from distill.recipe.lineage import NOT_UPSTREAM, origin, upstream_stages
@@ -110,7 +110,11 @@ def _pruned(record: Path) -> Iterator[tuple[str, str]]:
     """What a prune stage has left of its model; nothing for a stage of another kind."""
     if not record.is_file():
         return
-    kept = json.loads(record.read_text(encoding="utf-8"))
+    try:
+        kept = read_digested(record)
+    except ValueError:  # the trained models' cards are still written
+        yield "layers kept", f"{record.name} is not as written"
+        return
     yield "layers kept", f"{len(kept['layers_kept'])} of {kept['layers']}: {ranges(kept['layers_kept'])}"
     for key, size in kept.get("widths", {}).items():
         yield f"width ({key})", str(size)

@@ -17,8 +17,11 @@ def kept(folder: Path, config: Any) -> str:
         step = int(steps[-1].parent.name.removeprefix("step-"))
         total = getattr(config, "steps", None)
         return f"the checkpoint of step {step}{f' of {total}' if total else ''}"
-    manifests = [json.loads(path.read_bytes()) for path in folder.glob("traces/manifest-*.json")]
-    rows = sum(shard["rows"] for manifest in manifests for shard in manifest["shards"])
+    try:
+        manifests = [json.loads(path.read_bytes()) for path in folder.glob("traces/manifest-*.json")]
+        rows = sum(shard["rows"] for manifest in manifests for shard in manifest["shards"])
+    except (ValueError, TypeError, KeyError):
+        return ""  # the next start says what is damaged
     if not rows:
         return ""
     problems, samples = getattr(config, "problems", None), getattr(config, "samples", None)

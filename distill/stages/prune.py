@@ -7,13 +7,12 @@ and saved in bfloat16. `pruned.json` in the stage's folder says which layers and
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from distill import models
 from distill.compute.flops import ModelShape, forward_flops
-from distill.files import write_atomic
+from distill.files import write_digested
 from distill.models import prune_choice, prune_repair, prune_width
 from distill.models.prune_probe import Probe, make_probe, mean_kl, own_targets
 from distill.recipe import PruneStage
@@ -45,7 +44,7 @@ def run(config: PruneStage, context: Context) -> Result:
     kept = record["layers_kept"]
     widths = "".join(f", {key} {size}" for key, size in record.get("widths", {}).items())
     context.say(f"kept {len(kept)} of {before} layers{widths}: {params / 1e6:.0f}M parameters")
-    write_atomic(context.folder / RECORD, json.dumps({**record, "layers": before, "params": params}, indent=1) + "\n")
+    write_digested(context.folder / RECORD, {**record, "layers": before, "params": params})
     metrics = {key: value for key, value in record.items() if key != "channels"}
     return Result(cost, {**metrics, "layers_before": before, "params": params}, fingerprint)
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from distill import models, run_folder, world
 from distill.compute.flops import ModelShape
 from distill.compute.training_cost import training_cost
-from distill.files import whole_folder
+from distill.files import read_json, whole_folder
 from distill.recipe import GrpoStage, OnPolicyStage, TrainStage
 from distill.records import Cost
 from distill.stages.context import Context
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FOLDER = "snapshots"
 WEIGHTS = "model.safetensors"
 FACTS = "snapshot.json"
+REMEDY = "Put back a copy, remove the snapshot's folder (its point of the curve is then missing), or train again with --redo."
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ def keep_snapshots(
         with whole_folder(context.folder / FOLDER / f"step-{step:08d}") as building:
             save_file(weights, building / WEIGHTS)
             (building / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+            models.seal(building)
 
     return keep
 
@@ -88,8 +90,9 @@ def snapshots_of(folder: Path) -> list[Snapshot]:
     standing = run_folder.read(folder)
     end = standing.metrics.get("steps") if standing is not None else None
     found = []
-    for one in sorted((folder / FOLDER).glob("step-*")):
-        facts = json.loads((one / FACTS).read_text(encoding="utf-8"))
+    for one in sorted(each for each in (folder / FOLDER).glob("step-*") if each.is_dir()):
+        models.verify(one, REMEDY)
+        facts = read_json(one / FACTS, REMEDY)
         if facts["step"] != end:
             found.append(Snapshot(one, facts["step"], Cost.of(facts["cost"])))
     return found

@@ -355,14 +355,14 @@ class _Loop:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Remove the lines of steps that will be repeated, and a line cut short by a kill."""
+    """Remove the lines of steps that will be repeated, and lines that are damaged or were cut short by a kill."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            break
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -61,6 +61,21 @@ CALLS: dict[str, tuple[int, int | None]] = {
     "openat2": (437, 437), "faccessat2": (439, 439), "epoll_pwait2": (441, 441), "futex_waitv": (449, 449),
 }  # fmt: skip
 NOT_WITHOUT_NAMESPACES = frozenset(
-    ["kill", "tkill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal", "pidfd_open", "setsid", "setpgid", "connect", "accept", "accept4", "bind", "listen"]
+    [
+        "kill",
+        "tkill",
+        "tgkill",
+        "rt_sigqueueinfo",
+        "rt_tgsigqueueinfo",
+        "pidfd_send_signal",
+        "pidfd_open",
+        "setsid",
+        "setpgid",
+        "connect",
+        "accept",
+        "accept4",
+        "bind",
+        "listen",
+    ]
 )
 """Calls that a program may make only where it has processes and a network of its own."""
