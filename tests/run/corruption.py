@@ -102,14 +102,27 @@ def files_of(run: Path) -> list[Path]:
     return sorted(path.relative_to(run) for path in run.rglob("*") if path.is_file())
 
 
+def without(run: Path, stages: tuple[str, ...]) -> None:
+    """Remove some stages of a run, and what a comparison expands into."""
+    for each in run.iterdir():
+        if each.name.partition(".")[0] in stages:
+            shutil.rmtree(each)
+
+
 def corrupt(
-    project: Project, pristine: Path, file: Path, kind: Callable[[Path, random.Random], None], seed: int
+    project: Project,
+    pristine: Path,
+    file: Path,
+    kind: Callable[[Path, random.Random], None],
+    seed: int,
+    missing: tuple[str, ...] = (),
 ) -> Outcome:
-    """Put the run back as it was, corrupt one file, and run again, with half the stages' later parts still to be done or not."""
+    """Put the run back as it was, corrupt one file, and run again. missing: stages that are then still to be done."""
     run = project.run_dir
     shutil.rmtree(run)
     shutil.copytree(pristine, run, symlinks=True)
     before = report_of(project)
+    without(run, missing)
     kind(run / file, random.Random(seed))
     words = []
     for arguments in (("show", str(run)), ("run", project.recipe.name)):
