@@ -130,6 +130,25 @@ def test_a_student_with_another_tokenizer(tmp_path, tiny_dir, narrow_dir):
     assert not failures(tried(load(tmp_path, tiny_dir, narrow_dir, stages=text), tmp_path / "run", "tokenizers"))
 
 
+def test_a_student_whose_chat_template_asks_in_another_way_than_its_teacher_s(tmp_path, tiny_dir):
+    other = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    student = changed(tmp_path / "student", tiny_dir, chat_template=other)
+    found = failures(tried(load(tmp_path, tiny_dir, student), tmp_path / "run"))
+    assert "different prompts" in found["the same prompts"].figure
+    assert [line.partition(":")[0] for line in found["the same prompts"].shown] == ["teacher", "student"]
+    plain = {"sums": {**SUMS, "template": "raw"}}
+    assert not failures(tried(load(tmp_path, tiny_dir, student, tasks=plain), tmp_path / "run"))
+
+
+def test_a_chat_template_that_drops_the_instructions(tmp_path, tiny_dir):
+    deaf = "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    model = changed(tmp_path / "deaf", tiny_dir, chat_template=deaf)
+    found = tried(load(tmp_path, model), tmp_path / "run", "prompt and reply")
+    # The instructions go into the user's turn of such a template.
+    assert not failures(found)
+    assert "Reply as" in found[0].shown[0]
+
+
 def own_module(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module of the user's own beside the recipe."""
     (folder / "mine_trials.py").write_text(text, encoding="utf-8")

@@ -75,9 +75,15 @@ def _template(patient: Patient, pupil: Pupil | str, name: str, subject: str) -> 
         )
         return Trial(what, subject, "fail", "the prompt begins with two BOS tokens", remedy, (shown,))
     question = problem.messages[-1]["content"].strip()
-    if question not in models.prompt_text(tokenizer, template, problem.messages):
+    text = models.prompt_text(tokenizer, template, problem.messages)
+    if question not in text:
         remedy = "The template changes or drops the question; compare it with the model's own."
         return Trial(what, subject, "fail", "the prompt does not hold the problem's text", remedy, (shown,))
+    first = next(iter(problem.messages))["role"]
+    system = (template.system or "").strip()
+    if template.chat and tokenizer.chat_template and first not in ("system", "developer") and system not in text:
+        remedy = "The chat template drops the task's instructions; use one with a system role, or put them into the question."
+        return Trial(what, subject, "fail", "the prompt does not hold the system message", remedy, (shown,))
     return _reply(pupil, template, problem.messages, prompt, subject, shown)
 
 
@@ -176,6 +182,7 @@ def pairs(patient: Patient) -> Iterator[Trial]:
         same = models.tokenizer_fingerprint(student.tokenizer) == models.tokenizer_fingerprint(teacher.tokenizer)
         if same and pair.task is not None:
             yield _ends(subject, student, teacher, patient.task(pair.task).template)
+            yield _prompts(subject, student, teacher, patient, pair.task)
 
 
 def _pairs(patient: Patient) -> Iterator[_Pair]:
@@ -238,6 +245,26 @@ def _ends(subject: str, student: Pupil, teacher: Pupil, template: Template) -> T
         "student's generation_config.json, or take a teacher and a student that were both instructed, or neither."
     )
     return Trial(what, subject, "fail", f"the teacher ends in {token}, and the student stops at {named}", remedy)
+
+
+def _prompts(subject: str, student: Pupil, teacher: Pupil, patient: Patient, task: str) -> Trial:
+    """Compare the prompts that the teacher answers, from which the student learns, with those that the student is asked later."""
+    what, template = "the same prompts", patient.task(task).template
+    messages = _some_problems(patient, task, 1)[0].messages
+    mine, theirs = (models.render_prompt(one.tokenizer, template, messages) for one in (student, teacher))
+    if mine.tolist() == theirs.tolist():
+        return Trial(what, subject, "pass", f"teacher and student read the same {len(mine)} tokens")
+    shown = tuple(
+        f"{name}: {_spelled(one.tokenizer, ids)}"
+        for name, one, ids in (("teacher", teacher, theirs), ("student", student, mine))
+    )
+    remedy = (
+        "The student learns to answer the teacher's prompts, and is evaluated and used under its own chat template. Give it the teacher's "
+        "(chat_template.jinja in the student's folder), set the task's template_options so that both agree, or use template: raw."
+    )
+    return Trial(
+        what, subject, "fail", "teacher and student read different prompts for the same problem", remedy, shown
+    )
 
 
 def data(patient: Patient) -> Iterator[Trial]:
