@@ -25,7 +25,7 @@ from distill.traces.schema import Metadata
 from distill.training.packing import Example, pack
 
 FEW = settings(max_examples=150, deadline=None, derandomize=True, database=None, suppress_health_check=[*HealthCheck])
-MANY = settings(FEW, max_examples=2500)
+MANY = settings(FEW, max_examples=2000)
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "v1"
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20))

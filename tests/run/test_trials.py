@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from needs import missing
+from project import REFERENCE, Project
 
 from distill import models, recipe
 from distill.files import free_space
@@ -350,3 +351,60 @@ def test_no_shipped_recipe_raises_a_false_alarm(tmp_path, name):
     assert not failures(found)
     on_hub = any("/" in model.source and "://" not in model.source for model in resolved.models.values())
     assert on_hub or {"prompt and reply", "judge"} <= {trial.name for trial in found if trial.status == "pass"}
+
+
+def test_the_command_prints_every_trial_and_its_status_is_its_exit_status(tmp_path, tiny_dir):
+    engine = {"engine": REFERENCE}
+    tree = {
+        "name": "whole",
+        "models": {"teacher": str(tiny_dir), "student": str(tiny_dir)},
+        "tasks": {"sums": SUMS},
+        "stages": stages(traces=engine, verdict=engine),
+    }
+    made = Project(tmp_path, tree)
+    done = made.distill("doctor", made.recipe.name, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["ok"]
+    names = {trial["name"] for trial in said["trials"]}
+    assert {
+        "prompt and reply",
+        "judge",
+        "disk",
+        "memory",
+        "time",
+        "distribution",
+        "engine and trainer",
+        "sampled ids",
+    } <= names
+    assert not made.run_dir.exists()
+    made.tree["stages"]["traces"]["sampling"] = {"max_tokens": 100_000}
+    failed = made.rewrite().distill("doctor", made.recipe.name)
+    assert failed.returncode == 1
+    assert "FAILED    context  stages.traces" in failed.stdout
+    assert "Lower sampling.max_tokens" in failed.stdout
+
+
+def test_a_run_makes_the_cheap_trials_once_and_stops_if_one_fails(tmp_path, tiny_dir):
+    engine = {"engine": REFERENCE}
+    tree = {
+        "name": "tried",
+        "models": {"teacher": str(tiny_dir), "student": str(tiny_dir)},
+        "tasks": {"sums": SUMS},
+        "stages": {"traces": {**stages(traces=engine)["traces"], "sampling": {"max_tokens": 600}}},
+    }
+    made = Project(tmp_path, tree)
+    refused = made.run()
+    assert refused.returncode == 2
+    assert "stages.traces: context: " in refused.stderr
+    assert "distill doctor" in refused.stderr
+    assert not (made.run_dir / "traces").exists()
+    made.tree["stages"]["traces"]["sampling"] = {"max_tokens": 4}
+    assert made.rewrite().run().returncode == 0
+    assert (made.run_dir / ".tried").is_file()
+    # What the trials refuse runs all the same if it is asked for.
+    (tmp_path / "other").mkdir()
+    forced = Project(tmp_path / "other", {**tree, "tasks": {"sums": {**SUMS, "fn": "mine_judge:strict"}}})
+    (tmp_path / "other" / "mine_judge.py").write_text(JUDGES, encoding="utf-8")
+    assert forced.run().returncode == 2
+    assert forced.run("--no-trials").returncode == 0
