@@ -260,7 +260,7 @@ def test_two_runs_of_one_name_at_once_are_refused(copy):
 
     with filelock.FileLock(copy.run_dir / ".lock"):
         refused = copy.run()
-    assert refused.returncode == 2
+    assert refused.returncode == 3
     assert "in use" in refused.stderr
 
 

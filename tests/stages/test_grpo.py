@@ -195,7 +195,7 @@ def test_a_reward_that_never_works_stops_the_stage_by_name(tiny_dir, tmp_path, r
         group_size=2,
         reward_timeout=seconds,
     )
-    done = made.run("--only", "rl")
+    done = made.run("--only", "rl", "--no-trials")
     assert done.returncode == 2
     assert f"rewards.{reward}" in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,7 +13,8 @@ from distill.errors import MachineError
 from distill.recipe import CompareStage, EvalStage, GenerateStage, GrpoStage
 from distill.records import Group, Problem, Task, Template, UserError, Verdict
 from distill.run.trials.trial import Patient, Trial
-from distill.stages.inputs.named_rewards import combined_reward
+from distill.stages.inputs.named_rewards import resolve_rewards
+from distill.tasks.combined_reward import CombinedReward
 
 PROBLEMS = 12
 """Problems whose gold answers are judged."""
@@ -32,6 +33,11 @@ FORMS = (
 )
 """Replies with an answer, of which a template reads at least one."""
 PROSE = f"{THOUGHT}I do not know."
+GROUPS = 3
+"""Problems of which a group of replies is scored."""
+PATIENCE = 20.0
+"""Seconds that a reward may take for a group in a trial."""
+ALIKE = "All replies get the same score, so every advantage is 0. Use a reward that tells a right reply from others."
 NO_ORDER = frozenset({"random"})
 """Rewards that do not depend on the text."""
 WITH_MODEL = frozenset({"model"})
@@ -145,15 +151,38 @@ def rewards(patient: Patient, *, with_models: bool = True) -> Iterator[Trial]:
 
 def _reward(subject: str, stage: GrpoStage | GenerateStage, names: list[str], judged: _Judged) -> Trial:
     what = "rewards"
-    found = next(((p, gold, other) for p, gold, other in judged.triples if other is not None), None)
-    if found is None:
+    found = [(problem, gold, other) for problem, gold, other in judged.triples if other is not None][:GROUPS]
+    if not found:
         return Trial(what, subject, "skip", "all problems have the same answer")
-    problem, gold, other = found
+    reward = CombinedReward(
+        resolve_rewards(stage, subject),
+        limit_s=min(stage.reward_timeout, PATIENCE),
+        first_limit_s=PATIENCE,
+        max_failed=stage.max_failed_rewards,
+    )
+    scores = reward([_group(stage, judged, problem, gold, other) for problem, gold, other in found])
+    told = [_told(each.total) for each in scores]
+    figure = f"right, wrong, without an answer, empty, cut: {told[0]}"
+    failed = [each for each in scores if each.failed]
+    if failed:
+        figure = f"{', '.join(failed[0].failed)} raised or took longer than {PATIENCE:g} s in {len(failed)} of {len(scores)} groups"
+        remedy = "A group whose reward fails is not learned from, and a stage of which many fail ends. Mend the reward."
+        return Trial(what, subject, "fail" if len(failed) == len(scores) else "warn", figure, remedy)
+    alike = all(_alike(each.total) for each in scores) and not NO_ORDER & {*names}
+    for each, shown in zip(scores, told, strict=True):
+        remedy = ALIKE if alike else _wrong(each.total, names)
+        if remedy:
+            return Trial(what, subject, "fail", f"right, wrong, without an answer, empty, cut: {shown}", remedy)
+    return Trial(what, subject, "pass", figure)
+
+
+def _group(stage: GrpoStage | GenerateStage, judged: _Judged, problem: Problem, gold: str, other: str) -> Group:
+    """A right reply, a wrong one, one without an answer, an empty and a cut one."""
     limit = stage.sampling.max_tokens
     right = judged.form.format(gold)
     # (text, whether it ended by itself)
     tried = ((right, True), (judged.form.format(other), True), (PROSE, True), ("", True), (right[:20], False))
-    group = Group(
+    return Group(
         problem=problem,
         template=judged.task.template,
         texts=tuple(text for text, _ in tried),
@@ -162,28 +191,29 @@ def _reward(subject: str, stage: GrpoStage | GenerateStage, names: list[str], ju
         verdicts=tuple(judged.task.judge(problem, text, ended) for text, ended in tried),
         max_tokens=limit,
     )
-    (scores,) = combined_reward(stage, subject)([group])
-    totals = scores.total
-    shown = ", ".join("none" if one is None else f"{one:.3g}" for one in totals)
-    figure = f"right, wrong, without an answer, empty, cut: {shown}"
-    if scores.failed:
-        return Trial(what, subject, "fail", figure, f"{', '.join(scores.failed)} raised or took too long; mend it.")
+
+
+def _told(totals: Sequence[float | None]) -> str:
+    return ", ".join("none" if one is None else f"{one:.3g}" for one in totals)
+
+
+def _alike(totals: Sequence[float | None]) -> bool:
+    known = [one for one in totals if one is not None]
+    return len(known) > 1 and max(known) - min(known) < 1e-9
+
+
+def _wrong(totals: Sequence[float | None], names: list[str]) -> str:
+    """Return what is wrong with the rewards of a group whose first reply is right; empty if nothing is."""
     known = [one for one in totals if one is not None]
     if totals[0] is None or len(known) < 2:
-        return Trial(
-            what, subject, "fail", figure, "A right reply gets no score, so that nothing can be learned from it."
-        )
+        return "A right reply gets no score, so that nothing can be learned from it."
     if NO_ORDER & {*names}:
-        return Trial(what, subject, "pass", figure)
-    if max(known) - min(known) < 1e-9:
-        remedy = "All replies get the same score, so every advantage is 0. Use a reward that tells a right reply from others."
-        return Trial(what, subject, "fail", figure, remedy)
+        return ""
     if {"accuracy", "code"} & {*names} and max(known[1:]) >= known[0]:
-        remedy = (
+        return (
             "Another reply gets as much as the right one, and training would go there. Compare weights and their signs."
         )
-        return Trial(what, subject, "fail", figure, remedy)
-    return Trial(what, subject, "pass", figure)
+    return ""
 
 
 def needs_sandbox(patient: Patient) -> Iterator[tuple[str, bool, str | None]]:
