@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distill.reports.run_report import ComparisonRow, IntervalRow, RunReport, TraceRatioRow
+if TYPE_CHECKING:
+    from distill.reports.run_report import ComparisonRow, IntervalRow, RunReport, TraceRatioRow
 
 
 def percent(share: float) -> str:

@@ -212,7 +212,7 @@ GRPO = {"kind": "grpo", "model": "teacher", "task": "sums", "steps": 1, "prompts
     [
         (["mine_trials:constant"], "same score"),
         (["accuracy", "mine_trials:upside_down"], "as much as the right one"),
-        (["accuracy", "mine_trials:raises"], "raises"),
+        (["accuracy", "mine_trials:raises"], "Mend the reward"),
     ],
 )
 def test_rewards_that_do_not_tell_a_right_reply_from_others(tmp_path, tiny_dir, monkeypatch, rewards, words):
