@@ -19,7 +19,7 @@ from distill.machine import Machine
 from distill.progress import Screen
 from distill.run import plan, trials
 from distill.run.trials import rendering, resources
-from distill.run.trials.trial import Patient, Trial
+from distill.run.trials.trial import Trial, TrialSetup
 from distill.tasks.sandbox.isolation import UnavailableError, bubblewrap
 from distill.tools.listing import RECIPES
 
@@ -274,7 +274,7 @@ def test_a_data_file_that_gives_nothing_to_learn(tmp_path, tiny_dir, text, words
     file.write_text(text, encoding="utf-8")
     learn = {"text": {"kind": "train", "model": "teacher", "task": "sums", "data": str(file), "loss": {"fn": "cross_entropy"}, "steps": 1, "lr": 1e-3}}  # fmt: skip
     resolved = load(tmp_path, tiny_dir, stages=learn)
-    (found,) = rendering.data(Patient(resolved, tmp_path / "run", ("text",)))
+    (found,) = rendering.data(TrialSetup(resolved, tmp_path / "run", ("text",)))
     assert found.status == "fail"
     assert words in found.remedy
 
@@ -284,7 +284,7 @@ def test_rows_that_are_longer_than_max_tokens_are_counted(tmp_path, tiny_dir):
     rows = [{"prompt": f"{n} + 1?", "completion": "word " * (200 if n % 4 else 2)} for n in range(16)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     learn = {"text": {"kind": "train", "model": "teacher", "task": "sums", "data": str(file), "loss": {"fn": "cross_entropy"}, "steps": 1, "lr": 1e-3, "max_tokens": 100}}  # fmt: skip
-    (found,) = rendering.data(Patient(load(tmp_path, tiny_dir, stages=learn), tmp_path / "run", ("text",)))
+    (found,) = rendering.data(TrialSetup(load(tmp_path, tiny_dir, stages=learn), tmp_path / "run", ("text",)))
     assert found.status == "fail"
     assert "12 left out: longer than max_tokens" in found.remedy
 
@@ -293,10 +293,10 @@ def test_rows_that_are_longer_than_max_tokens_are_counted(tmp_path, tiny_dir):
 def test_a_disk_that_is_too_small(tmp_path, tiny_dir, monkeypatch):
     resolved = load(tmp_path, tiny_dir)
     rows = plan.predict(resolved, a_machine())
-    patient = Patient(resolved, tmp_path / "run", tuple(resolved.stages))
-    assert resources.disk(patient, rows).status == "pass"
+    setup = TrialSetup(resolved, tmp_path / "run", tuple(resolved.stages))
+    assert resources.disk(setup, rows).status == "pass"
     monkeypatch.setattr(resources, "free_space", lambda folder: 1000)
-    assert resources.disk(patient, rows).status == "fail"
+    assert resources.disk(setup, rows).status == "fail"
     assert free_space(tmp_path) > 1000
 
 
@@ -339,8 +339,8 @@ def paths(resolved: recipe.Recipe, folder: Path) -> list[Trial]:
     from distill.run.trials.engine_path import engine_paths
 
     with open(folder / "screen", "w", encoding="utf-8") as file:
-        patient = Patient(resolved, folder / "run", ("traces",))
-        return list(engine_paths(patient, a_machine(), Screen(file)))
+        setup = TrialSetup(resolved, folder / "run", ("traces",))
+        return list(engine_paths(setup, a_machine(), Screen(file)))
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))

@@ -19,12 +19,12 @@ from distill.recipe import Recipe
 from distill.records import UserError
 from distill.run.predictions.row import Row
 from distill.run.trials import engine_path, isolation, judging, rendering, resources
-from distill.run.trials.trial import Patient, Trial
+from distill.run.trials.trial import Trial, TrialSetup
 
 __all__ = ["Trial", "all_trials", "cheap", "refuse_failed"]
 
 UNTRIED = "could not be tried"
-Step = tuple[str, Callable[[Patient], Iterator[Trial]]]
+Step = tuple[str, Callable[[TrialSetup], Iterator[Trial]]]
 _QUICK: tuple[Step, ...] = (
     ("prompt and reply", rendering.templates),
     ("context", rendering.contexts),
@@ -37,31 +37,31 @@ _QUICK: tuple[Step, ...] = (
 
 def cheap(recipe: Recipe, run: Path, due: Sequence[str], rows: Sequence[Row]) -> Iterator[Trial]:
     """Yield the trials of the due stages that need no engine and no network. rows: the plan's."""
-    patient = Patient(recipe, run, tuple(due))
+    setup = TrialSetup(recipe, run, tuple(due))
     for what, trial in _QUICK:
-        for one in _guarded(what, trial, patient):
+        for one in _guarded(what, trial, setup):
             # What cannot even be tried is refused by the stage that needs it, which says more.
             yield one if one.figure != UNTRIED else dataclasses.replace(one, status="skip")
-    yield resources.disk(patient, [row for row in rows if row.name.partition(".")[0] in due])
+    yield resources.disk(setup, [row for row in rows if row.name.partition(".")[0] in due])
 
 
 def all_trials(
     recipe: Recipe, run: Path, due: Sequence[str], rows: Sequence[Row], machine: Machine, screen: Screen
 ) -> Iterator[Trial]:
     """Yield every trial of the due stages. Tokenizers may be fetched from the hub; weights are not."""
-    patient = Patient(recipe, run, tuple(due), fetches=True)
+    setup = TrialSetup(recipe, run, tuple(due), fetches=True)
     for what, trial in (*_QUICK[:4], ("rewards", judging.rewards), _QUICK[5], ("data", rendering.data)):
         screen.phase(f"trying: {what}")
-        yield from _guarded(what, trial, patient)
-    yield from resources.resources(patient, rows, machine)
+        yield from _guarded(what, trial, setup)
+    yield from resources.resources(setup, rows, machine)
     screen.phase("trying: engines")
-    yield from _guarded("engine and trainer", lambda one: engine_path.engine_paths(one, machine, screen), patient)
+    yield from _guarded("engine and trainer", lambda one: engine_path.engine_paths(one, machine, screen), setup)
 
 
-def _guarded(what: str, trial: Callable[[Patient], Iterator[Trial]], patient: Patient) -> Iterator[Trial]:
+def _guarded(what: str, trial: Callable[[TrialSetup], Iterator[Trial]], setup: TrialSetup) -> Iterator[Trial]:
     """Yield a sort's trials; an error that one ends with is a failure, with the words of a mistake of the recipe."""
     try:
-        yield from trial(patient)
+        yield from trial(setup)
     except MachineError as error:
         yield Trial(what, "recipe", "skip", str(error))
     except UserError as error:

@@ -31,7 +31,7 @@ from distill.recipe import (
 from distill.recipe.lineage import origin
 from distill.records import Array, UserError
 from distill.run.known_sizes import model_shape
-from distill.run.trials.trial import Patient, Trial
+from distill.run.trials.trial import Trial, TrialSetup
 
 PROBLEMS, SAMPLES, NEW = 6, 4, 48
 """Problems, completions of each, and tokens of a completion at most."""
@@ -44,46 +44,46 @@ ROOM = 0.6
 """Share of the memory that the model may take in float32, once in the engine and once in the trainer."""
 
 
-def engine_paths(patient: Patient, machine: Machine, screen: Screen) -> Iterator[Trial]:
+def engine_paths(setup: TrialSetup, machine: Machine, screen: Screen) -> Iterator[Trial]:
     """Try the path of every model of the recipe with every engine that runs it or a model made from it."""
     seen = set()
-    for name, stage in patient.stages(GenerateStage, ScoreStage, EvalStage, CompareStage, GrpoStage, OnPolicyStage):
+    for name, stage in setup.stages(GenerateStage, ScoreStage, EvalStage, CompareStage, GrpoStage, OnPolicyStage):
         for model in stage.reads("model"):
-            source, task = origin(patient.recipe, model), next(iter(stage.reads("task")), None)
+            source, task = origin(setup.recipe, model), next(iter(stage.reads("task")), None)
             key = (source, stage.engine.fn, stage.engine.dtype, stage.engine.tensor_parallel)
             if key in seen:
                 continue
             seen.add(key)
             subject = f"stages.{name}: {source} with {stage.engine.fn}"
-            why = _unfit(patient, source, stage.engine, task, machine)
+            why = _unfit(setup, source, stage.engine, task, machine)
             if why:
                 yield Trial("engine and trainer", subject, "skip", why)
             else:
-                yield from _path(patient, source, stage, str(task), subject, screen)
+                yield from _path(setup, source, stage, str(task), subject, screen)
 
 
-def _unfit(patient: Patient, source: str, engine: EngineConfig, task: str | None, machine: Machine) -> str:
+def _unfit(setup: TrialSetup, source: str, engine: EngineConfig, task: str | None, machine: Machine) -> str:
     """Return why a path is not tried; "" if it can be."""
     if engine.is_served:
         return "an endpoint is tried by the stage itself, with requests of one token"
-    if not patient.has_weights(source):
+    if not setup.has_weights(source):
         return f"the weights of {source} are not on this machine yet"
     if task is None:
         return "the stage has no task to take prompts from"
-    size = 8.0 * model_shape(patient.recipe.models[source])[0].params_total
+    size = 8.0 * model_shape(setup.recipe.models[source])[0].params_total
     if size > ROOM * machine.memory:
         return f"{source} takes {size / 1e9:.3g} GB in engine and trainer, too much for a trial"
     return ""
 
 
-def _mini(patient: Patient, source: str, stage: Any, task: str) -> Recipe:
+def _mini(setup: TrialSetup, source: str, stage: Any, task: str) -> Recipe:
     """Return a recipe of one generate stage, with the engine and what is captured as in `stage`."""
     engine = stage.engine.model_copy(update={"batch_size": PROBLEMS * SAMPLES, "replicas": 1, "ray": None})
     generate = GenerateStage(
         kind="generate",
         model=source,
         task=task,
-        split=_split(patient, task),
+        split=_split(setup, task),
         problems=PROBLEMS,
         samples=SAMPLES,
         sampling={
@@ -97,26 +97,26 @@ def _mini(patient: Patient, source: str, stage: Any, task: str) -> Recipe:
     )
     return Recipe(
         name=NAME,
-        seed=patient.recipe.seed,
-        models={source: patient.recipe.models[source]},
-        tasks={task: patient.recipe.tasks[task]},
+        seed=setup.recipe.seed,
+        models={source: setup.recipe.models[source]},
+        tasks={task: setup.recipe.tasks[task]},
         stages={NAME: generate},
     )
 
 
-def _split(patient: Patient, task: str) -> Any:
+def _split(setup: TrialSetup, task: str) -> Any:
     try:
-        patient.problems(task, "train", PROBLEMS)
+        setup.problems(task, "train", PROBLEMS)
     except UserError:
         return "held_out"
     return "train"
 
 
-def _path(patient: Patient, source: str, stage: Any, task: str, subject: str, screen: Screen) -> Iterator[Trial]:
+def _path(setup: TrialSetup, source: str, stage: Any, task: str, subject: str, screen: Screen) -> Iterator[Trial]:
     from distill.stages.context import Context
     from distill.stages.trace_sampling import sample_traces
 
-    recipe = _mini(patient, source, stage, task)
+    recipe = _mini(setup, source, stage, task)
     generate: Any = recipe.stages[NAME]
     os.environ.update(engines.environment(generate.engine))
     with tempfile.TemporaryDirectory(prefix="distill-doctor-") as temporary:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from distill.records import UserError
 from distill.run.trials.judging import needs_sandbox
-from distill.run.trials.trial import Patient, Trial
+from distill.run.trials.trial import Trial, TrialSetup
 from distill.tasks import sandbox
 
 HOSTILE = """
@@ -51,10 +51,10 @@ ALLOWED = {1: frozenset[str](), 2: frozenset[str](), 3: frozenset({"read"})}
 the same user, which a sandbox started by root does not have."""
 
 
-def sandboxes(patient: Patient) -> Iterator[Trial]:
+def sandboxes(setup: TrialSetup) -> Iterator[Trial]:
     """Run a hostile program in every sandbox that the recipe's tasks and rewards use."""
     seen = set()
-    for where, unsafe, command in needs_sandbox(patient):
+    for where, unsafe, command in needs_sandbox(setup):
         if (unsafe, command) not in seen:
             seen.add((unsafe, command))
             yield _probe(where, unsafe, command)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from distill.errors import MachineError
 from distill.recipe import CompareStage, EvalStage, GenerateStage, GrpoStage
 from distill.records import Group, Problem, Task, Template, UserError, Verdict
-from distill.run.trials.trial import Patient, Trial
+from distill.run.trials.trial import Trial, TrialSetup
 from distill.stages.inputs.named_rewards import resolve_rewards
 from distill.tasks.combined_reward import CombinedReward
 
@@ -70,14 +70,14 @@ class _Judged:
         return self.task.judge(problem, self.form.format(answer), True)
 
 
-def _judged(patient: Patient, name: str) -> _Judged | Trial:
+def _judged(setup: TrialSetup, name: str) -> _Judged | Trial:
     """Return what a task's judge is tried on, or why it cannot be."""
     what, subject = "judge", f"tasks.{name}"
-    task = patient.task(name)
+    task = setup.task(name)
     problems: list[Problem] = []
     for split in ("train", "held_out"):
         try:
-            problems = problems or patient.problems(name, split, PROBLEMS)
+            problems = problems or setup.problems(name, split, PROBLEMS)
         except MachineError as error:
             return Trial(what, subject, "skip", str(error))
         except UserError as error:
@@ -99,11 +99,11 @@ def _judged(patient: Patient, name: str) -> _Judged | Trial:
     return _Judged(task, form, triples)
 
 
-def judges(patient: Patient) -> Iterator[Trial]:
+def judges(setup: TrialSetup) -> Iterator[Trial]:
     """Judge gold answers and shuffled ones of every task that a due stage uses."""
-    used = {task: None for name in patient.due for task in patient.recipe.stages[name].reads("task")}
+    used = {task: None for name in setup.due for task in setup.recipe.stages[name].reads("task")}
     for name in used:
-        judged = _judged(patient, name)
+        judged = _judged(setup, name)
         yield judged if isinstance(judged, Trial) else _judge(name, judged)
 
 
@@ -132,9 +132,9 @@ def _judge(name: str, judged: _Judged) -> Trial:
     return Trial(what, subject, "pass", figure)
 
 
-def rewards(patient: Patient, *, with_models: bool = True) -> Iterator[Trial]:
+def rewards(setup: TrialSetup, *, with_models: bool = True) -> Iterator[Trial]:
     """Score a right reply, a wrong one, one without an answer, an empty and a cut one with each stage's rewards."""
-    for name, stage in patient.stages(GrpoStage, GenerateStage):
+    for name, stage in setup.stages(GrpoStage, GenerateStage):
         names = [reward.fn for reward in stage.rewards]
         if not names:
             continue
@@ -142,7 +142,7 @@ def rewards(patient: Patient, *, with_models: bool = True) -> Iterator[Trial]:
         if not with_models and WITH_MODEL & {*names}:
             yield Trial("rewards", subject, "skip", "a reward model is not loaded for a trial")
             continue
-        judged = _judged(patient, stage.task)
+        judged = _judged(setup, stage.task)
         if isinstance(judged, Trial):
             yield Trial("rewards", subject, "skip", judged.figure)
             continue
@@ -216,13 +216,13 @@ def _wrong(totals: Sequence[float | None], names: list[str]) -> str:
     return ""
 
 
-def needs_sandbox(patient: Patient) -> Iterator[tuple[str, bool, str | None]]:
+def needs_sandbox(setup: TrialSetup) -> Iterator[tuple[str, bool, str | None]]:
     """Yield (where, unsafe, sandbox_command) of everything in the recipe that runs programs."""
-    for name, config in patient.recipe.tasks.items():
-        used = any(name in patient.recipe.stages[stage].reads("task") for stage in patient.due)
-        if used and hasattr(patient.task(name), "isolation"):
+    for name, config in setup.recipe.tasks.items():
+        used = any(name in setup.recipe.stages[stage].reads("task") for stage in setup.due)
+        if used and hasattr(setup.task(name), "isolation"):
             yield f"tasks.{name}", bool(config.options.get("unsafe")), config.options.get("sandbox_command")
-    for name, stage in patient.stages(GrpoStage, GenerateStage, EvalStage, CompareStage):
+    for name, stage in setup.stages(GrpoStage, GenerateStage, EvalStage, CompareStage):
         for number, reward in enumerate(getattr(stage, "rewards", ())):
             if reward.fn == "code":
                 options = reward.options

@@ -23,7 +23,7 @@ from distill.recipe import (
     teachers_of,
 )
 from distill.records import Array, Template, UserError
-from distill.run.trials.trial import Patient, Pupil, Trial
+from distill.run.trials.trial import LocalModel, Trial, TrialSetup
 from distill.stages.context import find_data
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, open_rows
 from distill.stages.inputs.resolve import is_cross_tokenizer
@@ -40,32 +40,32 @@ LONGEST_SHOWN = 600
 """Characters of an example that are shown."""
 
 
-def templates(patient: Patient) -> Iterator[Trial]:
+def templates(setup: TrialSetup) -> Iterator[Trial]:
     """Render a problem and a reply with reasoning for every pair of a model and a task: nothing is lost, and the turn ends."""
     seen = set()
-    for name, stage in patient.stages(*SAMPLERS, TrainStage, ScoreStage):
+    for name, stage in setup.stages(*SAMPLERS, TrainStage, ScoreStage):
         for model in _models_of(stage):
             for task in stage.reads("task"):
-                pupil = patient.pupil(model)
-                source = pupil if isinstance(pupil, str) else pupil.source
+                local = setup.local(model)
+                source = local if isinstance(local, str) else local.source
                 if (source, task) in seen:
                     continue
                 seen.add((source, task))
-                subject = f"models.{source}, tasks.{task}" if not isinstance(pupil, str) else f"stages.{name}"
-                yield _template(patient, pupil, task, subject)
+                subject = f"models.{source}, tasks.{task}" if not isinstance(local, str) else f"stages.{name}"
+                yield _template(setup, local, task, subject)
 
 
 def _models_of(stage: Any) -> list[str]:
     return list(stage.reads("model"))
 
 
-def _template(patient: Patient, pupil: Pupil | str, name: str, subject: str) -> Trial:
+def _template(setup: TrialSetup, local: LocalModel | str, name: str, subject: str) -> Trial:
     what = "prompt and reply"
-    if isinstance(pupil, str):
-        return Trial(what, subject, "skip", pupil)
-    task = patient.task(name)
-    template, tokenizer = task.template, pupil.tokenizer
-    problem = next(iter(_some_problems(patient, name)))
+    if isinstance(local, str):
+        return Trial(what, subject, "skip", local)
+    task = setup.task(name)
+    template, tokenizer = task.template, local.tokenizer
+    problem = next(iter(_some_problems(setup, name)))
     prompt = models.render_prompt(tokenizer, template, problem.messages)
     shown = _spelled(tokenizer, prompt)
     bos = tokenizer.bos_token_id
@@ -84,11 +84,11 @@ def _template(patient: Patient, pupil: Pupil | str, name: str, subject: str) -> 
     if template.chat and tokenizer.chat_template and first not in ("system", "developer") and system not in text:
         remedy = "The chat template drops the task's instructions; use one with a system role, or put them into the question."
         return Trial(what, subject, "fail", "the prompt does not hold the system message", remedy, (shown,))
-    return _reply(pupil, template, problem.messages, prompt, subject, shown)
+    return _reply(local, template, problem.messages, prompt, subject, shown)
 
 
-def _reply(pupil: Pupil, template: Template, messages: Any, prompt: Array, subject: str, shown: str) -> Trial:
-    what, tokenizer = "prompt and reply", pupil.tokenizer
+def _reply(local: LocalModel, template: Template, messages: Any, prompt: Array, subject: str, shown: str) -> Trial:
+    what, tokenizer = "prompt and reply", local.tokenizer
     _, thought, answer, _ = PROBE
     given = {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{answer}"}
     note = ""
@@ -107,7 +107,7 @@ def _reply(pupil: Pupil, template: Template, messages: Any, prompt: Array, subje
                 "plain text (template: raw)."
             )
             return Trial(what, subject, "fail", f"the rendered reply has lost its {called}", remedy, (shown,))
-    stops = models.stop_ids(pupil.folder, tokenizer, template)
+    stops = models.stop_ids(local.folder, tokenizer, template)
     if not len(ids) or int(ids[-1]) not in stops:
         ends = repr(tokenizer.decode(ids[-1:])) if len(ids) else "nothing"
         remedy = (
@@ -126,25 +126,25 @@ def _spelled(tokenizer: Any, ids: Array) -> str:
     return printable(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} …")
 
 
-def _some_problems(patient: Patient, task: str, most: int = PROBLEMS) -> list[Any]:
+def _some_problems(setup: TrialSetup, task: str, most: int = PROBLEMS) -> list[Any]:
     """Return some problems of a task: train ones, or held-out ones where there are no others."""
     try:
-        return patient.problems(task, "train", most)
+        return setup.problems(task, "train", most)
     except UserError:
-        return patient.problems(task, "held_out", most)
+        return setup.problems(task, "held_out", most)
 
 
-def contexts(patient: Patient) -> Iterator[Trial]:
+def contexts(setup: TrialSetup) -> Iterator[Trial]:
     """Prompts and completions fit the context of the model that writes them."""
-    for name, stage in patient.stages(*SAMPLERS):
-        pupil = patient.pupil(_models_of(stage)[0])
-        if isinstance(pupil, str):
+    for name, stage in setup.stages(*SAMPLERS):
+        local = setup.local(_models_of(stage)[0])
+        if isinstance(local, str):
             continue
-        limit = models.config_of(pupil.folder).get("max_position_embeddings")
-        template = patient.task(stage.task).template
+        limit = models.config_of(local.folder).get("max_position_embeddings")
+        template = setup.task(stage.task).template
         longest = max(
-            len(models.render_prompt(pupil.tokenizer, template, problem.messages))
-            for problem in _some_problems(patient, stage.task)
+            len(models.render_prompt(local.tokenizer, template, problem.messages))
+            for problem in _some_problems(setup, stage.task)
         )
         wanted = longest + stage.sampling.max_tokens
         figure = f"{longest} tokens of prompt and {stage.sampling.max_tokens} of completion, of {limit or 'any number'}"
@@ -166,11 +166,11 @@ class _Pair:
     task: str | None
 
 
-def pairs(patient: Patient) -> Iterator[Trial]:
+def pairs(setup: TrialSetup) -> Iterator[Trial]:
     """Teacher and student have the same tokenizer where ids are compared, and stop at the same token."""
     seen = set()
-    for pair in _pairs(patient):
-        student, teacher = patient.pupil(pair.student), patient.pupil(pair.teacher)
+    for pair in _pairs(setup):
+        student, teacher = setup.local(pair.student), setup.local(pair.teacher)
         if isinstance(student, str) or isinstance(teacher, str):
             continue
         key = (student.source, teacher.source, pair.ids or student.source == teacher.source, pair.task)
@@ -181,12 +181,12 @@ def pairs(patient: Patient) -> Iterator[Trial]:
         yield _vocabularies(subject, pair, student, teacher)
         same = models.tokenizer_fingerprint(student.tokenizer) == models.tokenizer_fingerprint(teacher.tokenizer)
         if same and pair.task is not None:
-            yield _ends(subject, student, teacher, patient.task(pair.task).template)
-            yield _prompts(subject, student, teacher, patient, pair.task)
+            yield _ends(subject, student, teacher, setup.task(pair.task).template)
+            yield _prompts(subject, student, teacher, setup, pair.task)
 
 
-def _pairs(patient: Patient) -> Iterator[_Pair]:
-    for name, stage in patient.stages(TrainStage, OnPolicyStage):
+def _pairs(setup: TrialSetup) -> Iterator[_Pair]:
+    for name, stage in setup.stages(TrainStage, OnPolicyStage):
         cross = is_cross_tokenizer(stage)
         if isinstance(stage, OnPolicyStage):
             for teacher in teachers_of(stage.teacher):
@@ -195,15 +195,15 @@ def _pairs(patient: Patient) -> Iterator[_Pair]:
         for teacher in teachers_of(stage.teacher) if stage.teacher else ():
             yield _Pair(name, stage.model, teacher, not cross, stage.task)
         for data in data_of(stage.data):
-            writer = patient.recipe.stages.get(data)
+            writer = setup.recipe.stages.get(data)
             while isinstance(writer, FilterStage):
-                writer = patient.recipe.stages.get(writer.data)
+                writer = setup.recipe.stages.get(writer.data)
             if isinstance(writer, GenerateStage | ScoreStage):
                 reads = stage.loss.fn != "cross_entropy" and stage.teacher is None
                 yield _Pair(name, stage.model, writer.model, reads, writer.task)
 
 
-def _vocabularies(subject: str, pair: _Pair, student: Pupil, teacher: Pupil) -> Trial:
+def _vocabularies(subject: str, pair: _Pair, student: LocalModel, teacher: LocalModel) -> Trial:
     what = "tokenizers"
     rows = []
     for one in (student, teacher):
@@ -228,7 +228,7 @@ def _vocabularies(subject: str, pair: _Pair, student: Pupil, teacher: Pupil) -> 
     return Trial(what, subject, "fail", f"two, {mine} and {theirs}; {figure}", remedy)
 
 
-def _ends(subject: str, student: Pupil, teacher: Pupil, template: Template) -> Trial:
+def _ends(subject: str, student: LocalModel, teacher: LocalModel, template: Template) -> Trial:
     """Compare the token at which the teacher ends its completions with those at which the student's generation stops."""
     what = "end of a completion"
     end = models.end_id(teacher.tokenizer, template)
@@ -247,10 +247,10 @@ def _ends(subject: str, student: Pupil, teacher: Pupil, template: Template) -> T
     return Trial(what, subject, "fail", f"the teacher ends in {token}, and the student stops at {named}", remedy)
 
 
-def _prompts(subject: str, student: Pupil, teacher: Pupil, patient: Patient, task: str) -> Trial:
+def _prompts(subject: str, student: LocalModel, teacher: LocalModel, setup: TrialSetup, task: str) -> Trial:
     """Compare the prompts that the teacher answers, from which the student learns, with those that the student is asked later."""
-    what, template = "the same prompts", patient.task(task).template
-    messages = _some_problems(patient, task, 1)[0].messages
+    what, template = "the same prompts", setup.task(task).template
+    messages = _some_problems(setup, task, 1)[0].messages
     mine, theirs = (models.render_prompt(one.tokenizer, template, messages) for one in (student, teacher))
     if mine.tolist() == theirs.tolist():
         return Trial(what, subject, "pass", f"teacher and student read the same {len(mine)} tokens")
@@ -267,25 +267,25 @@ def _prompts(subject: str, student: Pupil, teacher: Pupil, patient: Patient, tas
     )
 
 
-def data(patient: Patient) -> Iterator[Trial]:
+def data(setup: TrialSetup) -> Iterator[Trial]:
     """The first rows of every data set of conversations can be rendered, fit, and are no held-out problems."""
-    for name, stage in patient.stages(TrainStage, ScoreStage):
-        if isinstance(stage.data, dict) or stage.data in patient.recipe.stages:
+    for name, stage in setup.stages(TrainStage, ScoreStage):
+        if isinstance(stage.data, dict) or stage.data in setup.recipe.stages:
             continue
         path = find_data(stage.data)
-        if path is None and not patient.fetches:
+        if path is None and not setup.fetches:
             yield Trial("data", f"stages.{name}", "skip", f"{stage.data} is not on this machine yet")
         elif path is None or not is_traces(path):
-            yield _rows(patient, name, stage)
+            yield _rows(setup, name, stage)
 
 
-def _rows(patient: Patient, name: str, stage: TrainStage | ScoreStage) -> Trial:
+def _rows(setup: TrialSetup, name: str, stage: TrainStage | ScoreStage) -> Trial:
     assert isinstance(stage.data, str), "several sets are stages' traces"
     what, subject = "data", f"stages.{name}"
-    pupil = patient.pupil(stage.model)
-    if isinstance(pupil, str):
-        return Trial(what, subject, "skip", pupil)
-    task = patient.task(stage.task) if stage.task is not None else None
+    local = setup.local(stage.model)
+    if isinstance(local, str):
+        return Trial(what, subject, "skip", local)
+    task = setup.task(stage.task) if stage.task is not None else None
     template, left_out = template_of(stage, task), DroppedRows()
     table = open_rows(stage.data, stage.model_copy(update={"max_rows": ROWS}), f"{subject}.data")
     kept, lost, longest, shown = 0, 0, 0, ""
@@ -298,15 +298,15 @@ def _rows(patient: Patient, name: str, stage: TrainStage | ScoreStage) -> Trial:
                 left_out.add("held-out problems of the task")
                 continue
             try:
-                prompt = models.render_prompt(pupil.tokenizer, template, messages, given.tools)
-                ids = models.render_reply(pupil.tokenizer, template, messages, reply, given.tools)
+                prompt = models.render_prompt(local.tokenizer, template, messages, given.tools)
+                ids = models.render_reply(local.tokenizer, template, messages, reply, given.tools)
             except UserError as error:
                 left_out.reject(given.number, str(error))
                 continue
             longest = max(longest, len(prompt) + len(ids))
             fits = stage.max_tokens is None or len(prompt) + len(ids) <= stage.max_tokens
             kept, lost = kept + fits, lost + (not fits)
-            shown = shown or f"{_spelled(pupil.tokenizer, prompt)}⟦{_spelled(pupil.tokenizer, ids)}⟧"
+            shown = shown or f"{_spelled(local.tokenizer, prompt)}⟦{_spelled(local.tokenizer, ids)}⟧"
     if lost:
         left_out.add(f"longer than max_tokens (the longest has {longest} tokens)", lost)
     out = sum(left_out.reasons.values())

@@ -13,15 +13,15 @@ from distill.reports.wording import duration, scaled
 from distill.run import advice, nodes
 from distill.run.predictions.row import Row
 from distill.run.readiness import check_ready
-from distill.run.trials.trial import Patient, Trial
+from distill.run.trials.trial import Trial, TrialSetup
 
 GB = 1e9
 
 
-def resources(patient: Patient, rows: Sequence[Row], machine: Machine) -> Iterator[Trial]:
+def resources(setup: TrialSetup, rows: Sequence[Row], machine: Machine) -> Iterator[Trial]:
     """Compare the plan's rows of the due stages with this machine."""
-    ahead = [row for row in rows if row.name.partition(".")[0] in patient.due]
-    yield disk(patient, ahead)
+    ahead = [row for row in rows if row.name.partition(".")[0] in setup.due]
+    yield disk(setup, ahead)
     too_large, tight = advice.too_large(ahead, machine), advice.memory_lines(ahead, machine)
     most = max((row.amounts["memory"] for row in ahead), default=0.0)
     figure = f"up to {most / GB:.3g} GB at the peak, of {machine.memory / GB:.3g} GB"
@@ -31,15 +31,15 @@ def resources(patient: Patient, rows: Sequence[Row], machine: Machine) -> Iterat
         yield Trial("memory", "machine", "warn" if tight else "pass", figure, " ".join(tight).removeprefix("warning: "))
     seconds = sum(row.amounts["seconds"] for row in ahead)
     yield Trial("time", "machine", "pass", f"about {duration(seconds)} on {machine.name}, {machine.cores} cores")
-    for node in nodes.nodes(patient.recipe):
-        if node.name.partition(".")[0] in patient.due:
+    for node in nodes.nodes(setup.recipe):
+        if node.name.partition(".")[0] in setup.due:
             try:
                 check_ready(node)
             except UserError as error:
                 yield Trial("environment", f"stages.{node.name}", "fail", "something is missing", str(error))
 
 
-def disk(patient: Patient, ahead: Sequence[Row]) -> Trial:
+def disk(setup: TrialSetup, ahead: Sequence[Row]) -> Trial:
     """Compare what the stages will write with the free space of the run's disk.
 
     Traces, models, and of each training stage the checkpoints: as many as it keeps while it runs, one at its end.
@@ -47,7 +47,7 @@ def disk(patient: Patient, ahead: Sequence[Row]) -> Trial:
     traces = sum(row.amounts["bytes"] for row in ahead)
     models, last, most = 0.0, 0.0, 0.0
     for row in ahead:
-        stage = patient.recipe.stages[row.name.partition(".")[0]]
+        stage = setup.recipe.stages[row.name.partition(".")[0]]
         if stage.writes == "model":
             models += row.memory.weights
         if isinstance(stage, OptimStage):
@@ -55,7 +55,7 @@ def disk(patient: Patient, ahead: Sequence[Row]) -> Trial:
             one = (row.memory.masters + row.memory.moments) * shards
             last += min(stage.keep_checkpoints, 1) * one
             most = max(most, max(stage.keep_checkpoints, 1) * one)
-    folder = next(one for one in (patient.run, *patient.run.absolute().parents) if Path(one).is_dir())
+    folder = next(one for one in (setup.run, *setup.run.absolute().parents) if Path(one).is_dir())
     free = free_space(folder)
     least = traces + models + last
     parts = f"traces {scaled(traces)}B, models {scaled(models)}B, checkpoints {scaled(last)}B"

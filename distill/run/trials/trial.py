@@ -36,8 +36,8 @@ class Trial:
 
 
 @dataclass(slots=True, eq=False)
-class Pupil:
-    """A model's folder and tokenizer, as the trials of rendering read them."""
+class LocalModel:
+    """The folder and tokenizer of a model of the recipe, by its name there; the weights need not be there."""
 
     source: str
     folder: Path
@@ -45,7 +45,7 @@ class Pupil:
 
 
 @dataclass(slots=True, eq=False)
-class Patient:
+class TrialSetup:
     """A recipe on trial. run: the folder of its run, which need not exist. due: the stages that are still to be run.
 
     fetches: whether a tokenizer that is not on this machine may be fetched from the hub.
@@ -55,7 +55,7 @@ class Patient:
     run: Path
     due: tuple[str, ...]
     fetches: bool = False
-    _pupils: dict[str, Pupil | str] = field(default_factory=dict)
+    _models: dict[str, LocalModel | str] = field(default_factory=dict)
     _tasks: dict[str, Task | UserError] = field(default_factory=dict)
     _problems: dict[tuple[str, Split], list[Problem]] = field(default_factory=dict)
 
@@ -65,15 +65,15 @@ class Patient:
             if isinstance(self.recipe.stages[name], kinds):
                 yield name, self.recipe.stages[name]
 
-    def pupil(self, model: str) -> Pupil | str:
+    def local(self, model: str) -> LocalModel | str:
         """Return the folder and tokenizer of a model of the recipe, or of the one that a stage's model was made from; or the
         reason why it cannot be had."""
         source = origin(self.recipe, model)
-        if source not in self._pupils:
-            self._pupils[source] = self._load(source)
-        return self._pupils[source]
+        if source not in self._models:
+            self._models[source] = self._load(source)
+        return self._models[source]
 
-    def _load(self, source: str) -> Pupil | str:
+    def _load(self, source: str) -> LocalModel | str:
         if source not in self.recipe.models:
             return f"{source} is made by a stage"
         model = self.recipe.models[source]
@@ -87,7 +87,7 @@ class Patient:
                 return str(error)
         if folder is None:
             return f"{model.source} is not on this machine yet"
-        return Pupil(source, folder, models.load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
+        return LocalModel(source, folder, models.load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
 
     def has_weights(self, model: str) -> bool:
         """Whether the weights of a model's origin are on this machine."""
@@ -118,5 +118,5 @@ class Patient:
         return self._problems[key][:most]
 
 
-Kind = Callable[[Patient], Iterator[Trial]]
+Kind = Callable[[TrialSetup], Iterator[Trial]]
 """A sort of trials."""
