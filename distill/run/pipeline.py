@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from distill import interrupt, machine, run_folder, world
 from distill.errors import STATUSES, debugging
-from distill.files import locked, write_atomic
+from distill.files import locked, read_digested, write_digested
 from distill.machine import Machine
 from distill.models import cache_home
 from distill.progress import working
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 TRIED = ".tried"
-"""The file of a run that names the recipe whose trials have passed, so that a run that goes on does not make them again."""
+"""The file of a run that names the recipe and the stages whose trials have passed, so that a run that goes on does not repeat them."""
 
 
 @dataclass(slots=True)
@@ -101,8 +101,9 @@ class Runner:
         due = dict.fromkeys(
             name.partition(".")[0] for name, stage in standing.items() if stage is None or stage.status != "done"
         )
-        tried, recipe = self.run / TRIED, stable_hash(self.recipe.model_dump_json())
-        if not due or (tried.is_file() and tried.read_text(encoding="utf-8", errors="replace") == recipe):
+        recipe = stable_hash(self.recipe.model_dump_json())
+        tried = _tried(self.run / TRIED, recipe)
+        if not due.keys() - tried:
             return
         from distill.run import trials
 
@@ -112,7 +113,7 @@ class Runner:
         for trial in found:
             if trial.status == "warn":
                 print(f"warning: {trial.subject}: {trial.name}: {trial.figure}. {trial.remedy}", flush=True)
-        write_atomic(tried, recipe)
+        write_digested(self.run / TRIED, {"recipe": recipe, "stages": sorted(tried | due.keys())})
 
     def _machine(self) -> Machine:
         """This machine; measured once per run and machine."""
@@ -281,6 +282,15 @@ def _announce(doing: Mapping[int, tuple[Node, str]], num: int) -> None:
 
 class StageError(Exception):
     """A stage failed because of a bug or the machine, not because of a user error."""
+
+
+def _tried(file: Path, recipe: str) -> set[str]:
+    """Return the stages whose trials have passed with this recipe."""
+    try:
+        known = read_digested(file)
+    except (OSError, ValueError):
+        return set()
+    return set(known.get("stages", ())) if known.get("recipe") == recipe else set()
 
 
 def _tail(log: Path, lines: int = 15) -> str:
