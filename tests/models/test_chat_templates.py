@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
-import re
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from chat_families import FAMILIES, family_tokenizer, source, with_template
 from transformers import AutoTokenizer
 
 from distill import models
@@ -17,46 +15,10 @@ from distill.reasoning import canonical, reasoning_of
 from distill.records import Template, UserError
 from distill.tasks import templates
 
-FAMILIES = sorted(
-    path.name.removesuffix(".jinja")
-    for path in (importlib.resources.files("trl") / "chat_templates").iterdir()
-    if path.name.endswith(".jinja") and not path.name.endswith("_training.jinja")
-)
 SWITCHED_OFF = {"qwen3_5_nothink"}
-SPECIAL = re.compile(
-    r"<\|[^|<>'\"{}\s]{1,40}\|>|<｜[^｜<>'\"{}]{1,40}｜>|\[/?[A-Z_]{3,25}\]|</?(?:start_of_turn|end_of_turn|bos|eos|s)>|<turn\|>|<channel\|>|<end_of_utterance>"
-)
-ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<｜end▁of▁sentence｜>",
-    "<|return|>",
-    "<|END_OF_TURN_TOKEN|>",
-    "<|end|>",
-    "<end_of_turn>",
-)
 ASK = ({"role": "user", "content": "What is 3+4?"},)
 PLAIN = Template("t", system=None, plain="{question}", extract=lambda text: text)
 SYSTEM = replace(PLAIN, system="Reply with INSTRUCTION-XYZ.")
-
-
-def _source(family: str) -> str:
-    return (importlib.resources.files("trl") / "chat_templates" / f"{family}.jinja").read_text(encoding="utf-8")
-
-
-@functools.cache
-def _family(folder: Any, family: str) -> Any:
-    return _tokenizer(folder, _source(family))
-
-
-def _tokenizer(folder: Any, chat_template: Any) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = chat_template if isinstance(chat_template, str) else " ".join(chat_template.values())
-    found = sorted(set(SPECIAL.findall(text)) - set(tokenizer.get_vocab()))
-    tokenizer.add_special_tokens({"additional_special_tokens": found})
-    tokenizer.chat_template = chat_template
-    tokenizer.eos_token = next((end for end in ENDS if end in text), tokenizer.eos_token)
-    return tokenizer
 
 
 def _text(tokenizer: Any, ids: Any) -> str:
@@ -65,7 +27,7 @@ def _text(tokenizer: Any, ids: Any) -> str:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_hold_every_message_once(family: str, smollm2_dir: Any) -> None:
-    tokenizer = _family(smollm2_dir, family)
+    tokenizer = family_tokenizer(smollm2_dir, family)
     prompt = _text(tokenizer, models.render_prompt(tokenizer, PLAIN, ASK))
     plain = tokenizer.apply_chat_template([dict(m) for m in ASK], tokenize=False, add_generation_prompt=True)
     assert prompt == plain or "What is 3+4?" not in plain  # templates that read parts only
@@ -90,7 +52,7 @@ REPLIES = (
 def test_replies_hold_reasoning_and_answer_once_and_end_at_a_stop_token(
     family: str, smollm2_dir: Any, tmp_path: Any
 ) -> None:
-    tokenizer = _family(smollm2_dir, family)
+    tokenizer = family_tokenizer(smollm2_dir, family)
     begun = models.opened_thinking(tokenizer, PLAIN)
     stops = models.stop_ids(tmp_path, tokenizer)
     answer = models.render_reply(tokenizer, PLAIN, ASK, {"content": "It is 7."})
@@ -122,7 +84,7 @@ def test_the_format_reward_can_be_one_whatever_the_family_opens(family: str, smo
         template = templates.find("think_answer")
         judge = staticmethod(lambda problem, text, finished: Verdict(True, 1.0, "7"))
 
-    tokenizer = _family(smollm2_dir, family)
+    tokenizer = family_tokenizer(smollm2_dir, family)
     grader = Grader.of(OneTask(), tokenizer)  # type: ignore[arg-type]
     reply = {"content": "<think>three and four</think><answer>7</answer>"}
     text = grader.seen(models.decode(tokenizer, models.render_reply(tokenizer, OneTask.template, ASK, reply)))
@@ -133,7 +95,7 @@ def test_the_format_reward_can_be_one_whatever_the_family_opens(family: str, smo
 
 
 def test_a_switch_is_passed_on_and_an_option_that_is_not_read_is_refused(smollm2_dir: Any) -> None:
-    tokenizer = _tokenizer(smollm2_dir, _source("qwen3"))
+    tokenizer = with_template(smollm2_dir, source("qwen3"))
     off = replace(PLAIN, options={"enable_thinking": False})
     assert "<think>\n\n</think>" in _text(tokenizer, models.render_prompt(tokenizer, off, ASK))
     assert "<think>" not in _text(tokenizer, models.render_prompt(tokenizer, PLAIN, ASK))
@@ -142,7 +104,9 @@ def test_a_switch_is_passed_on_and_an_option_that_is_not_read_is_refused(smollm2
 
 
 def test_one_of_several_named_templates_is_chosen(smollm2_dir: Any) -> None:
-    tokenizer = _tokenizer(smollm2_dir, {"plain": "{{ messages[0].content }}!", "rag": "RAG {{ messages[0].content }}"})
+    tokenizer = with_template(
+        smollm2_dir, {"plain": "{{ messages[0].content }}!", "rag": "RAG {{ messages[0].content }}"}
+    )
     with pytest.raises(UserError, match="choose one of plain, rag"):
         models.render_prompt(tokenizer, PLAIN, ASK)
     chosen = replace(PLAIN, options={"chat_template": "rag"})
@@ -153,7 +117,7 @@ def test_a_date_in_a_template_is_the_pinned_one(smollm2_dir: Any, monkeypatch: p
     from distill.models import chat_template
 
     monkeypatch.setattr(chat_template, "_pinned", None)
-    tokenizer = _tokenizer(smollm2_dir, "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    tokenizer = with_template(smollm2_dir, "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     models.pin_date("2024-02-29")
     assert _text(tokenizer, models.render_prompt(tokenizer, PLAIN, ASK)) == "29 Feb 2024 What is 3+4?"
     assert models.chat_template_of(tokenizer, PLAIN).has_date
@@ -164,11 +128,11 @@ def test_tools_are_passed_on_or_refused(smollm2_dir: Any) -> None:
         "type": "function",
         "function": {"name": "add_up", "description": "Adds.", "parameters": {"type": "object", "properties": {}}},
     }
-    tokenizer = _tokenizer(smollm2_dir, _source("qwen3"))
+    tokenizer = with_template(smollm2_dir, source("qwen3"))
     assert "add_up" in _text(tokenizer, models.render_prompt(tokenizer, PLAIN, ASK, [tool]))
     call = {"content": "", "tool_calls": [{"type": "function", "function": {"name": "add_up", "arguments": {"a": 3}}}]}
     assert "add_up" in _text(tokenizer, models.render_reply(tokenizer, PLAIN, ASK, call, [tool]))
-    without = _tokenizer(smollm2_dir, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    without = with_template(smollm2_dir, "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     with pytest.raises(UserError, match="does not read tools"):
         models.render_prompt(without, PLAIN, ASK, [tool])
     with pytest.raises(UserError, match="does not render the tool calls"):
@@ -176,11 +140,11 @@ def test_tools_are_passed_on_or_refused(smollm2_dir: Any) -> None:
 
 
 def test_a_template_that_leaves_a_message_out_or_refuses_it_is_one_message(smollm2_dir: Any) -> None:
-    last_only = _tokenizer(smollm2_dir, "{{ messages[-1].content }}")
+    last_only = with_template(smollm2_dir, "{{ messages[-1].content }}")
     turns = (*ASK, {"role": "assistant", "content": "7"}, {"role": "user", "content": "And?"})
     with pytest.raises(UserError, match="leaves out a message of role 'user'"):
         models.render_prompt(last_only, PLAIN, turns)
-    gemma = _tokenizer(smollm2_dir, _source("gemma"))
+    gemma = with_template(smollm2_dir, source("gemma"))
     with pytest.raises(UserError, match="refuses the conversation"):
         models.render_prompt(gemma, PLAIN, (*ASK, *ASK))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from chat_families import FAMILIES, family_tokenizer
 from needs import missing
 from project import REFERENCE, Project
 
@@ -19,7 +20,8 @@ from distill.machine import Machine
 from distill.progress import Screen
 from distill.run import plan, trials
 from distill.run.trials import rendering, resources
-from distill.run.trials.trial import Trial, TrialSetup
+from distill.run.trials.trial import LocalModel, Trial, TrialSetup
+from distill.tasks import templates
 from distill.tasks.sandbox.isolation import UnavailableError, bubblewrap
 from distill.tools.listing import RECIPES
 
@@ -134,11 +136,46 @@ def test_a_student_with_another_tokenizer(tmp_path, tiny_dir, narrow_dir):
 def test_a_student_whose_chat_template_asks_in_another_way_than_its_teacher_s(tmp_path, tiny_dir):
     other = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
     student = changed(tmp_path / "student", tiny_dir, chat_template=other)
-    found = failures(tried(load(tmp_path, tiny_dir, student), tmp_path / "run"))
-    assert "different prompts" in found["the same prompts"].figure
-    assert [line.partition(":")[0] for line in found["the same prompts"].shown] == ["teacher", "student"]
+    (found,) = tried(load(tmp_path, tiny_dir, student), tmp_path / "run", "the same prompts")
+    assert found.status == "warn"
+    assert "different prompts" in found.figure
+    assert [line.partition(":")[0] for line in found.shown] == ["teacher", "student"]
     plain = {"sums": {**SUMS, "template": "raw"}}
     assert not failures(tried(load(tmp_path, tiny_dir, student, tasks=plain), tmp_path / "run"))
+
+
+def test_a_student_without_the_chat_template_of_its_teacher(tmp_path, tiny_dir):
+    bare = changed(tmp_path / "bare", tiny_dir, chat_template=None)
+    found = failures(tried(load(tmp_path, tiny_dir, bare), tmp_path / "run"))
+    assert "different prompts" in found["the same prompts"].figure
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_s_chat_template_is_taken_for_a_fault(tmp_path, smollm2_dir, family):
+    tokenizer = family_tokenizer(smollm2_dir, family)
+    ask = ({"role": "user", "content": "What is 3+4?"},)
+    for template in (templates.boxed, templates.think_answer, templates.raw):
+        prompt = models.render_prompt(tokenizer, template, ask)
+        found = rendering._reply(LocalModel(family, tmp_path, tokenizer), template, ask, prompt, family, "")
+        assert found.status == "pass", found
+
+
+def test_a_plain_template_without_a_place_for_the_question(tmp_path, tiny_dir, monkeypatch):
+    text = "from dataclasses import replace\nfrom distill.tasks.templates import raw\nlost = replace(raw, name='lost', plain='Answer: ')\n"
+    own_module(tmp_path, text, monkeypatch)
+    found = failures(
+        tried(load(tmp_path, tiny_dir, tasks={"sums": {**SUMS, "template": "mine_trials:lost"}}), tmp_path / "run")
+    )
+    assert "no place for the question" in found["prompt and reply"].figure
+
+
+def test_a_completion_that_the_context_cuts_is_a_warning(tmp_path, tiny_dir):
+    long = stages(traces={"sampling": {"temperature": 1.0, "max_tokens": 500}})
+    found = {
+        trial.subject: trial for trial in tried(load(tmp_path, tiny_dir, stages=long), tmp_path / "run", "context")
+    }
+    assert found["stages.traces"].status == "warn"
+    assert found["stages.verdict"].status == "pass"
 
 
 def test_a_chat_template_that_drops_the_instructions(tmp_path, tiny_dir):
@@ -232,7 +269,7 @@ def test_the_shipped_rewards_are_sound(tmp_path, tiny_dir):
 def test_a_prompt_that_leaves_no_room_for_the_completion(tmp_path, tiny_dir):
     long = stages(traces={"sampling": {"temperature": 1.0, "max_tokens": 100_000}})
     found = failures(tried(load(tmp_path, tiny_dir, stages=long), tmp_path / "run"))
-    assert "100000 of completion" in found["context"].figure
+    assert "100000 of completion, of 512" in found["context"].figure
 
 
 CODE: dict[str, Any] = {"fn": "humaneval"}

@@ -74,16 +74,10 @@ def _template(setup: TrialSetup, local: LocalModel | str, name: str, subject: st
             "The chat template writes a BOS and the tokenizer adds another; use a tokenizer with add_bos_token: false."
         )
         return Trial(what, subject, "fail", "the prompt begins with two BOS tokens", remedy, (shown,))
-    question = problem.messages[-1]["content"].strip()
-    text = models.prompt_text(tokenizer, template, problem.messages)
-    if question not in text:
-        remedy = "The template changes or drops the question; compare it with the model's own."
-        return Trial(what, subject, "fail", "the prompt does not hold the problem's text", remedy, (shown,))
-    first = next(iter(problem.messages))["role"]
-    system = (template.system or "").strip()
-    if template.chat and tokenizer.chat_template and first not in ("system", "developer") and system not in text:
-        remedy = "The chat template drops the task's instructions; use one with a system role, or put them into the question."
-        return Trial(what, subject, "fail", "the prompt does not hold the system message", remedy, (shown,))
+    # Of a chat template, `render_prompt` itself refuses to lose a message.
+    if models.chat_template_of(tokenizer, template) is None and "{question}" not in template.plain:
+        remedy = "Write {question} where the problem's text belongs in the template's `plain`."
+        return Trial(what, subject, "fail", f"template {template.name} has no place for the question", remedy, (shown,))
     return _reply(local, template, problem.messages, prompt, subject, shown)
 
 
@@ -146,13 +140,17 @@ def contexts(setup: TrialSetup) -> Iterator[Trial]:
             len(models.render_prompt(local.tokenizer, template, problem.messages))
             for problem in _some_problems(setup, stage.task)
         )
-        wanted = longest + stage.sampling.max_tokens
-        figure = f"{longest} tokens of prompt and {stage.sampling.max_tokens} of completion, of {limit or 'any number'}"
-        if limit and wanted > limit:
+        most = stage.sampling.max_tokens
+        figure = f"{longest} tokens of prompt and at most {most} of completion, of {limit or 'any number'}"
+        subject = f"stages.{name}"
+        if limit and max(longest, most) >= limit:
             remedy = f"Lower sampling.max_tokens to {max(limit - longest, 1)} or less, or take a model with a longer context."
-            yield Trial("context", f"stages.{name}", "fail", figure, remedy)
+            yield Trial("context", subject, "fail", figure, remedy)
+        elif limit and longest + most > limit:
+            remedy = f"A completion ends where the context does, after {limit - longest} tokens."
+            yield Trial("context", subject, "warn", figure, remedy)
         else:
-            yield Trial("context", f"stages.{name}", "pass", figure)
+            yield Trial("context", subject, "pass", figure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,13 +256,14 @@ def _prompts(subject: str, student: LocalModel, teacher: LocalModel, setup: Tria
         f"{name}: {_spelled(one.tokenizer, ids)}"
         for name, one, ids in (("teacher", teacher, theirs), ("student", student, mine))
     )
+    chats = [models.chat_template_of(one.tokenizer, template) is not None for one in (student, teacher)]
     remedy = (
         "The student learns to answer the teacher's prompts, and is evaluated and used under its own chat template. Give it the teacher's "
         "(chat_template.jinja in the student's folder), set the task's template_options so that both agree, or use template: raw."
     )
-    return Trial(
-        what, subject, "fail", "teacher and student read different prompts for the same problem", remedy, shown
-    )
+    figure = "teacher and student read different prompts for the same problem"
+    # Two chat templates may differ in a date or a greeting alone; a chat and plain text do not.
+    return Trial(what, subject, "warn" if chats[0] == chats[1] else "fail", figure, remedy, shown)
 
 
 def data(setup: TrialSetup) -> Iterator[Trial]:
