@@ -47,7 +47,7 @@ def test_a_served_teacher_in_a_run(tokenizer, tiny_dir, tmp_path, monkeypatch):
         monkeypatch.delenv("SERVED_RUN_KEY", raising=False)
         refused = made.run()
         said.append(refused)
-        assert refused.returncode == 2
+        assert refused.returncode == 3
         assert "the environment variable SERVED_RUN_KEY is not set" in refused.stderr
         assert not stub.asked
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Set
 from urllib.parse import urlsplit
 
-from distill.errors import UserError
+from distill.errors import MachineError, UserError
 
 FN = "openai"
 """The name of the engine that sends its requests to an endpoint."""
@@ -54,7 +54,7 @@ def secret(key: str | None) -> str:
     name = variable(key)
     value = os.environ.get(name, "").strip()
     if not value:
-        raise UserError(f"engine.key: the environment variable {name} is not set; export it, or name another.")
+        raise MachineError(f"engine.key: the environment variable {name} is not set; export it, or name another.")
     if not value.isascii() or not value.isprintable():
         raise UserError(f"engine.key: the environment variable {name} holds characters that no header can carry.")
     return value

@@ -188,7 +188,7 @@ def test_a_reward_that_never_works_stops_the_stage_by_name(tiny_dir, tmp_path, r
         samples=1,
         reward_timeout=seconds,
     )
-    done = made.run("--only", "traces")
+    done = made.run("--only", "traces", "--no-trials")
     assert done.returncode == 2
     assert f"rewards.{reward}" in done.stderr
     assert "Traceback" not in done.stderr
