@@ -110,7 +110,7 @@ def test_an_arm_that_fails_is_the_one_that_is_named_and_the_others_keep_what_the
     spoiling.start()
     failed = project.run()
     spoiling.join(1)
-    assert failed.returncode == 2
+    assert failed.returncode == 4
     assert "the checkpoint lacks 1 weights, which would be random (model.norm.weight)" in failed.stderr
     assert project.state("verdict.tiny")["status"] == "done"
     assert project.state("verdict.deeper")["status"] == "failed"
