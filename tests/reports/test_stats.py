@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -208,3 +209,83 @@ def test_majority_of_64_is_quick_and_bounded() -> None:
     for k in (1, 8, 32, 64):
         assert 0 <= statistics.maj_at(answers, correct, k).value <= 1
     assert statistics.maj_at(answers, correct, 1).value == pytest.approx(statistics.accuracy(correct).value, abs=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "spread"), [((3, 7), 0.1), ((2, 2), 0.3), ((5, 40), 0.0), ((4, 3), 0.5)])
+def test_the_interval_over_seeds_is_satterthwaites(shape: tuple[int, int], spread: float) -> None:
+    """Against the two-way table of an analysis of variance, computed with loops."""
+    rng = np.random.default_rng(sum(shape))
+    values = 0.4 + 0.1 * rng.random(shape) + spread * rng.random((shape[0], 1)) * 0.5
+    s, p = shape
+    grand = sum(values[a, b] for a in range(s) for b in range(p)) / (s * p)
+    rows = [sum(values[a, b] for b in range(p)) / p for a in range(s)]
+    columns = [sum(values[a, b] for a in range(s)) / s for b in range(p)]
+    seeds = sum((row - grand) ** 2 for row in rows) / (s - 1) / s
+    problems = sum((column - grand) ** 2 for column in columns) / (p - 1) / p
+    rest = sum((values[a, b] - rows[a] - columns[b] + grand) ** 2 for a in range(s) for b in range(p))
+    noise = rest / ((s - 1) * (p - 1)) / (s * p)
+    assert statistics.seed_variance(values) == pytest.approx((seeds, problems, noise))
+    variance = max(seeds + problems - noise, seeds, problems)
+    freedom = variance**2 / (seeds**2 / (s - 1) + problems**2 / (p - 1))
+    for level in (0.95, 0.5):
+        half = distributions.t.ppf(0.5 + level / 2, freedom) * math.sqrt(variance)
+        found = statistics.over_seeds(values, level)
+        assert (found.value, found.low, found.high) == pytest.approx(
+            (grand, max(grand - half, 0), min(grand + half, 1))
+        )
+        assert (found.n, found.method) == (p, "seeds and problems")
+    wide = statistics.over_seeds(40 * values, bounded=False)
+    half = 40 * distributions.t.ppf(0.975, freedom) * math.sqrt(variance)
+    assert (wide.low, wide.high) == pytest.approx((40 * grand - half, 40 * grand + half))
+
+
+def test_the_part_of_noise_is_taken_off_once_and_never_below_a_part() -> None:
+    seeds_alone = np.array([[0.2] * 6, [0.4] * 6, [0.9] * 6])
+    found = statistics.over_seeds(seeds_alone)
+    assert found.high - found.low == pytest.approx(1.0 - max(0.5 - 4.3027 * 0.2082, 0.0), abs=1e-3)
+    rng = np.random.default_rng(5)
+    noise_alone = rng.normal(0.0, 1.0, (6, 6))
+    seed_part, problem_part, noise = statistics.seed_variance(noise_alone)
+    assert seed_part + problem_part - noise < seed_part + problem_part
+    both = statistics.over_seeds(noise_alone, bounded=False)
+    assert ((both.high - both.low) / 2) ** 2 > max(seed_part, problem_part)
+
+
+def test_intervals_of_one_problem_one_seed_and_no_spread() -> None:
+    one = statistics.mean_interval([0.25])
+    assert dataclasses.astuple(one) == (0.25, 0.0, 1.0, 1, "one problem")
+    assert statistics.mean_interval([1.0]).method == "wilson"
+    two = statistics.mean_interval([0.25, 0.75])
+    assert (two.method, two.n, two.value) == ("bootstrap", 2, 0.5)
+    values = np.random.default_rng(3).random(9).tolist()
+    assert statistics.mean_interval(values, 0.8, 500, 7) == statistics.bca(np.array(values), 0.8, 500, 7)
+    assert statistics.mean_interval(values, seed=1) != statistics.mean_interval(values, seed=2)
+    assert statistics.mean_interval(values) == statistics.mean_interval(values, seed=0)
+    assert statistics.mean_interval([0.0, 1.0, 1.0], 0.8) == statistics.wilson(2, 3, 0.8)
+    same = np.array([[0.2, 0.4, 0.9], [0.2, 0.4, 0.9]]) * 0 + 0.5
+    assert statistics.over_seeds(same, 0.8) == statistics.mean_interval(same.mean(0), 0.8)
+    assert statistics.over_seeds(2 * same, 0.8, bounded=False) == statistics.bca(2 * same.mean(0), 0.8)
+    assert statistics.over_seeds([[0.1], [0.7], [0.4]], 0.8).method == "one problem"
+    assert statistics.wilson(2, 3).n == 3
+    for wrong in ([0.1, 0.2], [], [[]], [[[0.1]]]):
+        with pytest.raises(ValueError, match=r"^every seed needs a value for every problem$"):
+            statistics.over_seeds(wrong)
+    with pytest.raises(ValueError, match=r"^no problem was judged$"):
+        statistics.mean_interval([])
+    with pytest.raises(ValueError, match=r"^a proportion needs at least one observation$"):
+        statistics.wilson(0, 0)
+
+
+def test_votes_leave_out_what_they_cannot_count() -> None:
+    answers = [["1", "1", "2"], ["3", None, "3"], ["4"]]
+    correct = [[True, True, False], [False, False, False], [True]]
+    assert statistics.maj_at_k(answers, correct, 3).tolist()[:2] == [1.0, 0.0]
+    assert np.isnan(statistics.maj_at_k(answers, correct, 3)[2])
+    found = statistics.maj_at(answers, correct, 3, level=0.8)
+    assert found == statistics.wilson(1, 2, 0.8)
+    with pytest.raises(ValueError, match="maj@4: no problem has 4 samples"):
+        statistics.maj_at(answers, correct, 4)
+    assert statistics.clusters(["a", None, "b", "a"], [True, True, None, False], str.__eq__) == [(2, 0.5), (1, 0.0)]
+    num, right = statistics.counts([[True, None, False], []])
+    assert (num.tolist(), right.tolist()) == ([2, 0], [1, 0])
+    assert (num.dtype, right.dtype) == (np.int64, np.int64)
