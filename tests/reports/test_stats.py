@@ -289,3 +289,20 @@ def test_votes_leave_out_what_they_cannot_count() -> None:
     num, right = statistics.counts([[True, None, False], []])
     assert (num.tolist(), right.tolist()) == ([2, 0], [1, 0])
     assert (num.dtype, right.dtype) == (np.int64, np.int64)
+
+
+def test_pass_at_k_of_several_problems_leaves_out_those_with_too_few_samples() -> None:
+    assert statistics.pass_at_k([4, 4], [1, 4], 2).tolist() == pytest.approx([0.5, 1.0])
+    correct = [[True, False, False, False], [True] * 4, [None, True, True, None], [False]]
+    found = statistics.pass_at(correct, 2, 0.8, 400, 3)
+    assert found == statistics.mean_interval(np.array([0.5, 1.0, 1.0]), 0.8, 400, 3)
+    assert statistics.pass_at(correct, 2).value == pytest.approx(2.5 / 3)
+    with pytest.raises(ValueError, match="pass@5: no problem has 5 judged samples"):
+        statistics.pass_at(correct, 5)
+    for n, c in ((4, -1), (4, 5), ([4, 4], [1, 5])):
+        with pytest.raises(ValueError, match="needs 1 <= k <= n and 0 <= c <= n"):
+            statistics.pass_at_k(n, c, 1)
+    with pytest.raises(ValueError, match="zip"):
+        statistics.clusters(["a", "b"], [True], str.__eq__)
+    with pytest.raises(ValueError, match="maj@3 needs 1 <= k <= n, not n=2"):
+        statistics.majority([(2, 1.0)], 2, 3)
