@@ -107,9 +107,8 @@ class Screen:
         finally:
             ended.set()
             with self._lock:
-                if self.terminal and self._current is not None:
-                    self.stream.write(CLEAR)
-                    self.stream.flush()
+                if self._current is not None:
+                    self.pause()
                 self._current = None
 
     def _draw(self, every: float) -> None:

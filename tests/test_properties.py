@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from changed_trees import changed, places
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -88,22 +89,6 @@ def _has(task: Any, split: str) -> bool:
 # ------------------------------------------------------------------------------------------------- metadata
 
 STORED = open_traces(GOLDEN).metadata.tree()
-
-
-def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [path, *(place for key, value in items for place in places(value, (*path, key)))]
-
-
-def changed(tree: Any, path: tuple[Any, ...], value: Any, remove: bool) -> Any:
-    if not path:
-        return value
-    copy = dict(tree) if isinstance(tree, dict) else list(tree)
-    if len(path) == 1 and remove:
-        del copy[path[0]]
-    else:
-        copy[path[0]] = changed(tree[path[0]], path[1:], value, remove)
-    return copy
 
 
 @st.composite

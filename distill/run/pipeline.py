@@ -59,12 +59,13 @@ class Runner:
         with locked(self.run / ".lock", refusal):
             wanted = list(wanted)
             with working("checking the recipe"):
-                self._refuse_early(wanted)
+                due = self._due(wanted)
+                self._refuse_early(due)
                 here = self._machine()
                 rows = self._predictions(here)
-            self._check_memory_and_time(wanted, rows, here)
+            self._check_memory_and_time(due, rows, here)
             if self.trials:
-                self._try(wanted, rows)
+                self._try(due, rows)
             predictions = {row.name: row.amounts for row in rows}
             run_folder.write_recipe(self.run, self.recipe, self.source, here)
             numbered = enumerate(wanted, 1)
@@ -84,36 +85,37 @@ class Runner:
 
         return plan.predict(self.recipe, here)
 
-    def _check_memory_and_time(self, wanted: list[Node], rows: Sequence[Row], here: Machine) -> None:
+    def _due(self, wanted: Iterable[Node]) -> list[Node]:
+        """The wanted nodes that are not done."""
+        standing = [(node, run_folder.read(self.run / node.name)) for node in wanted]
+        return [node for node, stage in standing if stage is None or stage.status != "done"]
+
+    def _check_memory_and_time(self, due: list[Node], rows: Sequence[Row], here: Machine) -> None:
         """Warn about nodes that take long; refuse those that do not fit this machine's memory."""
         from distill.run import advice
 
-        standing = {node.name: run_folder.read(self.run / node.name) for node in wanted}
-        due = {name for name, stage in standing.items() if stage is None or stage.status != "done"}
-        ahead = [row for row in rows if row.name in due]
+        names = {node.name for node in due}
+        ahead = [row for row in rows if row.name in names]
         advice.refuse(ahead, here)
         for line in (*advice.memory_lines(ahead, here), *advice.short_lines(ahead)):
             print(line, flush=True)
 
-    def _try(self, wanted: list[Node], rows: Sequence[Row]) -> None:
+    def _try(self, due: list[Node], rows: Sequence[Row]) -> None:
         """Make the cheap trials of the stages that are due. Prints warnings; raises UserError if one fails."""
-        standing = {node.name: run_folder.read(self.run / node.name) for node in wanted}
-        due = dict.fromkeys(
-            name.partition(".")[0] for name, stage in standing.items() if stage is None or stage.status != "done"
-        )
+        stages = dict.fromkeys(node.name.partition(".")[0] for node in due)
         recipe = stable_hash(self.recipe.model_dump_json())
         tried = _tried(self.run / TRIED, recipe)
-        if not due.keys() - tried:
+        if not stages.keys() - tried:
             return
         from distill.run import trials
 
         with working("trying prompts, tokenizers, judges and rewards"):
-            found = list(trials.cheap(self.recipe, self.run, list(due), rows))
+            found = list(trials.cheap(self.recipe, self.run, list(stages), rows))
         trials.refuse_failed(found)
         for trial in found:
             if trial.status == "warn":
                 print(f"warning: {trial.subject}: {trial.name}: {trial.figure}. {trial.remedy}", flush=True)
-        write_digested(self.run / TRIED, {"recipe": recipe, "stages": sorted(tried | due.keys())})
+        write_digested(self.run / TRIED, {"recipe": recipe, "stages": sorted(tried | stages.keys())})
 
     def _machine(self) -> Machine:
         """This machine; measured once per run and machine."""
@@ -121,19 +123,17 @@ class Runner:
 
         return machine.of_run(self.run, plan.widths(self.recipe), cache_home() / "machine")
 
-    def _refuse_early(self, wanted: list[Node]) -> None:
+    def _refuse_early(self, due: list[Node]) -> None:
         """Decide for every node before anything is written or moved, so that a refusal changes nothing."""
         for node in nodes(self.recipe):
             if all(run_folder.read(self.run / ref) for ref in node.stages_read(self.recipe)):
                 decide(node, self.recipe, self.run, self.redo)
-        standing = [run_folder.read(self.run / node.name) for node in wanted]
-        if any(stage is None or stage.status != "done" for stage in standing):
+        if due:
             from distill.run import plan
 
             plan.check_plugs(self.recipe)
-        for node, stage in zip(wanted, standing, strict=True):
-            if stage is None or stage.status != "done":
-                check_ready(node)
+        for node in due:
+            check_ready(node)
 
     def _prepare(self, node: Node, number: int, num: int, predictions: Mapping[str, dict[str, float]]) -> str | None:
         """Write the stage.json that a node starts from. Return the reason to run the node, or None if it is finished.

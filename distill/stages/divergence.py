@@ -22,7 +22,7 @@ from torch import Tensor
 from distill import models, world
 from distill.compute.flops import ModelShape, forward_flops
 from distill.recipe import DivergenceStage
-from distill.records import Array, Cost, UserError, stable_hash
+from distill.records import Array, Cost, Traces, UserError, stable_hash
 from distill.reports.divergence import FILE, TraceSums, summary
 from distill.stages.context import Context, Result
 from distill.stages.inputs.forward_proof import prove_forward
@@ -52,13 +52,7 @@ def run(config: DivergenceStage, context: Context) -> Result:
     tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
     reader = open_targets(config, context, tokenizer)
     lengths = reader.lengths()
-    context.phase(f"loading {config.model}")
-    model = models.load(folder, dtype=config.dtype, trust_remote_code=trust).eval().requires_grad_(False)
-    model.to(world.device())
-    models.without_dropout(model)
-    vocab_size = models.vocabulary_size(tokenizer, models.config_of(folder))
-    plan = prove_forward(model, config.model, vocab_size, context, int((lengths.prompt + lengths.completion).max()))
-    module = StudentModule(model, StoredObjective(divergences_of, divergences_of_token), vocab_size, plan=plan).eval()
+    module = measuring_module(config.model, config.dtype, reader, context)
     live = context.live(reader.num_rows, "traces", 0)
     parts = []
     for part in measured(module, reader, config.micro_tokens):
@@ -105,18 +99,40 @@ def open_targets(config: DivergenceStage, context: Context, tokenizer: object) -
     return reader
 
 
+def measuring_module(model_name: str, dtype: str, reader: TraceReader, context: Context) -> StudentModule:
+    """Load a model of the recipe for `token_measures` on traces of its tokenizer; its forward pass is proven first."""
+    folder, trust = context.model_dir(model_name), context.trusts(model_name)
+    context.phase(f"loading {model_name}")
+    model = models.load(folder, dtype=dtype, trust_remote_code=trust).eval().requires_grad_(False)
+    model.to(world.device())
+    models.without_dropout(model)
+    tokenizer = models.load_tokenizer(folder, trust_remote_code=trust)
+    vocab_size = models.vocabulary_size(tokenizer, models.config_of(folder))
+    lengths = reader.lengths()
+    plan = prove_forward(model, model_name, vocab_size, context, int((lengths.prompt + lengths.completion).max()))
+    return StudentModule(model, StoredObjective(divergences_of, divergences_of_token), vocab_size, plan=plan).eval()
+
+
 def measured(module: StudentModule, reader: TraceReader, micro_tokens: int) -> Iterator[TraceSums]:
     """Yield the sums of the traces, block by block."""
-    device = world.device()
     for block in reader.blocks(BLOCK_ROWS, COLUMNS):
-        rows_of = {trace_id: n for n, trace_id in enumerate(block.trace_id)}
-        for batch in pack(list(examples_of(block)), micro_tokens=micro_tokens):
-            rows = torch.from_numpy(batch.weight_T.nonzero()[0]).to(device)
-            with torch.no_grad():
-                measures = module(batch.to_torch(device), rows).measures
-            each = {name: value.double().cpu().numpy() for name, value in measures.items()}
-            numbers = [rows_of[trace_id] for trace_id in batch.trace_ids]
-            yield trace_sums(batch.trace_ids, [block.logprob[n] for n in numbers], each)
+        for numbers, each in token_measures(module, block, micro_tokens):
+            trace_ids = tuple(block.trace_id[n] for n in numbers)
+            yield trace_sums(trace_ids, [block.logprob[n] for n in numbers], each)
+
+
+def token_measures(
+    module: StudentModule, block: Traces, micro_tokens: int
+) -> Iterator[tuple[list[int], dict[str, Array]]]:
+    """Yield, for some of a block's rows at a time, (the rows, `divergences_of_token` of their tokens, [T] of all rows in turn)."""
+    device = world.device()
+    rows_of = {trace_id: n for n, trace_id in enumerate(block.trace_id)}
+    for batch in pack(list(examples_of(block)), micro_tokens=micro_tokens):
+        rows = torch.from_numpy(batch.weight_T.nonzero()[0]).to(device)
+        with torch.no_grad():
+            measures = module(batch.to_torch(device), rows).measures
+        each = {name: value.double().cpu().numpy() for name, value in measures.items()}
+        yield [rows_of[trace_id] for trace_id in batch.trace_ids], each
 
 
 def trace_sums(trace_ids: tuple[str, ...], logprob: list[Array], each: dict[str, Array]) -> TraceSums:

@@ -22,6 +22,7 @@ from distill import engines, models, recipe, run_folder
 from distill.progress import PATIENCE, Screen
 from distill.recipe import EngineConfig, GenerateStage, ModelConfig, ScoreStage, served
 from distill.records import Array, Completion, Engine, Request, TopK, Traces, UserError
+from distill.run.trials.engine_path import MAX_MEAN
 from distill.stages.sampling import context_length
 from distill.stages.trace_sampling import package_versions
 from distill.traces import provenance
@@ -29,9 +30,6 @@ from distill.traces.reader import TraceReader, open_traces
 
 MARGIN = 16
 """Entries requested beyond the stored number: near the end of the list two computations rank them differently."""
-MAX_MEAN = 0.05
-"""Largest accepted mean difference in nats. Engines differ by less than 0.02 on average in bfloat16, other weights by
-tenths or whole nats."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,10 @@ MARKS = {
 """How a trial's status is shown, and its style."""
 
 
-def diagnose(recipe: Recipe, folder: Path, *, as_json: bool = False, due: tuple[str, ...] | None = None) -> bool:
+def diagnose(recipe: Recipe, folder: Path, *, as_json: bool = False) -> bool:
     """Make and print all trials of a recipe. Return whether none failed.
 
-    folder: of the run, which need not exist. due: the stages that are tried; None = all of them.
+    folder: of the run, which need not exist.
     """
     began = time.monotonic()
     found: list[Trial] = []
@@ -46,7 +46,7 @@ def diagnose(recipe: Recipe, folder: Path, *, as_json: bool = False, due: tuple[
             plan.check_plugs(recipe)
             machine = plan.measured(recipe)
             rows = plan.predict(recipe, machine)
-            for trial in trials.all_trials(recipe, folder, due or tuple(recipe.stages), rows, machine, screen):
+            for trial in trials.all_trials(recipe, folder, tuple(recipe.stages), rows, machine, screen):
                 found.append(trial)
                 if not as_json:
                     screen.pause()

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import yaml
+from changed_trees import changed, places
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from needs import slowness
@@ -127,25 +128,6 @@ scalars = st.one_of(
     st.sampled_from([":", "a:b", "..", "/", "-1", "0", "1e400", "none:none", "distill.cli:main", "auto", "owner/name", "\u0000", "~"]),
 )  # fmt: skip
 values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6) | st.sampled_from(["fn", "kind", "model"]), inner, max_size=3), max_leaves=6)  # fmt: skip
-
-
-def places(tree, path=()):
-    """The path of every value in a tree."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [path, *(place for key, value in items for place in places(value, (*path, key)))]
-
-
-def changed(tree, path, value, remove):
-    """A copy of a tree with another value at a place, or without it."""
-    if not path:
-        return value
-    key, *rest = path
-    copy = dict(tree) if isinstance(tree, dict) else list(tree)
-    if not rest and remove:
-        del copy[key]
-    else:
-        copy[key] = changed(tree[key], rest, value, remove)
-    return copy
 
 
 def holds_together(text, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,13 +19,12 @@ from distill.recipe import Recipe
 from distill.records import UserError
 from distill.run.predictions.row import Row
 from distill.run.trials import engine_path, isolation, judging, rendering, resources
-from distill.run.trials.trial import Trial, TrialSetup
+from distill.run.trials.trial import Step, Trial, TrialSetup
 
 __all__ = ["Trial", "all_trials", "cheap", "refuse_failed"]
 
 UNTRIED = "could not be tried"
-Step = tuple[str, Callable[[TrialSetup], Iterator[Trial]]]
-_QUICK: tuple[Step, ...] = (
+_QUICK: tuple[tuple[str, Step], ...] = (
     ("prompt and reply", rendering.templates),
     ("context", rendering.contexts),
     ("tokenizers", rendering.pairs),
@@ -42,7 +41,7 @@ def cheap(recipe: Recipe, run: Path, due: Sequence[str], rows: Sequence[Row]) ->
         for one in _guarded(what, trial, setup):
             # What cannot even be tried is refused by the stage that needs it, which says more.
             yield one if one.figure != UNTRIED else dataclasses.replace(one, status="skip")
-    yield resources.disk(setup, [row for row in rows if row.name.partition(".")[0] in due])
+    yield resources.disk(setup, rows)
 
 
 def all_trials(
@@ -58,7 +57,7 @@ def all_trials(
     yield from _guarded("engine and trainer", lambda one: engine_path.engine_paths(one, machine, screen), setup)
 
 
-def _guarded(what: str, trial: Callable[[TrialSetup], Iterator[Trial]], setup: TrialSetup) -> Iterator[Trial]:
+def _guarded(what: str, trial: Step, setup: TrialSetup) -> Iterator[Trial]:
     """Yield a sort's trials; an error that one ends with is a failure, with the words of a mistake of the recipe."""
     try:
         yield from trial(setup)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from distill import engines, models, world
+from distill import engines, models
 from distill.machine import Machine
 from distill.progress import Screen
 from distill.recipe import (
@@ -29,15 +29,18 @@ from distill.recipe import (
     ScoreStage,
 )
 from distill.recipe.lineage import origin
-from distill.records import Array, UserError
+from distill.records import Array
 from distill.run.known_sizes import model_shape
 from distill.run.trials.trial import Trial, TrialSetup
 
 PROBLEMS, SAMPLES, NEW = 6, 4, 48
 """Problems, completions of each, and tokens of a completion at most."""
+MICRO_TOKENS = 2048
+"""Tokens of one forward pass in the trainer."""
 NAME = "doctor"
 MAX_MEAN = 0.05
-"""Largest accepted mean difference of a token's log-probability, nats. In bfloat16 two computations differ by less than 0.02."""
+"""Largest accepted mean difference of a token's log-probability between two computations of one model, nats. Engines differ by less
+than 0.02 on average in bfloat16, other weights by tenths or whole nats."""
 MAX_KL = 0.03
 """Largest accepted KL of a model to itself, nats a token."""
 ROOM = 0.6
@@ -78,13 +81,14 @@ def _unfit(setup: TrialSetup, source: str, engine: EngineConfig, task: str | Non
 
 def _mini(setup: TrialSetup, source: str, stage: Any, task: str) -> Recipe:
     """Return a recipe of one generate stage, with the engine and what is captured as in `stage`."""
+    split, problems = setup.some_problems(task, PROBLEMS)
     engine = stage.engine.model_copy(update={"batch_size": PROBLEMS * SAMPLES, "replicas": 1, "ray": None})
     generate = GenerateStage(
         kind="generate",
         model=source,
         task=task,
-        split=_split(setup, task),
-        problems=PROBLEMS,
+        split=split,
+        problems=len(problems),
         samples=SAMPLES,
         sampling={
             "temperature": 1.0,
@@ -102,14 +106,6 @@ def _mini(setup: TrialSetup, source: str, stage: Any, task: str) -> Recipe:
         tasks={task: setup.recipe.tasks[task]},
         stages={NAME: generate},
     )
-
-
-def _split(setup: TrialSetup, task: str) -> Any:
-    try:
-        setup.problems(task, "train", PROBLEMS)
-    except UserError:
-        return "held_out"
-    return "train"
 
 
 def _path(setup: TrialSetup, source: str, stage: Any, task: str, subject: str, screen: Screen) -> Iterator[Trial]:
@@ -192,38 +188,23 @@ class _Found:
 
 def _measured(context: Any, source: str, folder: Path) -> _Found:
     """Read the traces with the trainer's own forward pass and head."""
-    import torch
-
-    from distill.stages.divergence import BLOCK_ROWS, divergences_of, divergences_of_token
-    from distill.stages.inputs.forward_proof import prove_forward
+    from distill.stages.divergence import BLOCK_ROWS, measuring_module, token_measures
     from distill.traces.reader import open_traces
-    from distill.training.loss.objective import StoredObjective
-    from distill.training.packing import examples_of, pack
-    from distill.training.policy import StudentModule
 
-    model_dir, trust = context.model_dir(source), context.trusts(source)
-    tokenizer = models.load_tokenizer(model_dir, trust_remote_code=trust)
-    model = models.load(model_dir, dtype="float32", trust_remote_code=trust).eval().requires_grad_(False)
-    model.to(world.device())
-    vocab_size = models.vocabulary_size(tokenizer, models.config_of(model_dir))
     reader = open_traces(folder)
-    lengths = reader.lengths()
-    plan = prove_forward(model, source, vocab_size, context, int((lengths.prompt + lengths.completion).max()))
-    module = StudentModule(model, StoredObjective(divergences_of, divergences_of_token), vocab_size, plan=plan).eval()
+    module = measuring_module(source, "float32", reader, context)
+    model_dir = context.model_dir(source)
+    tokenizer = models.load_tokenizer(model_dir, trust_remote_code=context.trusts(source))
     stops = {*models.stop_ids(model_dir, tokenizer, context.task(next(iter(context.recipe.tasks))).template)}
     kl, gap, position = [], [], []
     text = again = stopped = ended = 0
     correct: dict[str, list[bool | None]] = {}
     for block in reader.blocks(BLOCK_ROWS):
-        rows_of = {trace_id: n for n, trace_id in enumerate(block.trace_id)}
-        for batch in pack(list(examples_of(block)), micro_tokens=2048):
-            rows = torch.from_numpy(batch.weight_T.nonzero()[0]).to(world.device())
-            with torch.no_grad():
-                measures = module(batch.to_torch(world.device()), rows).measures
-            stored = np.concatenate([block.logprob[rows_of[trace_id]] for trace_id in batch.trace_ids])
-            kl.append(measures["bound"].double().cpu().numpy())
-            gap.append(np.abs(stored + measures["label_nll"].double().cpu().numpy()))
-            position += [np.arange(len(block.logprob[rows_of[trace_id]])) for trace_id in batch.trace_ids]
+        for rows, each in token_measures(module, block, MICRO_TOKENS):
+            stored = [block.logprob[n] for n in rows]
+            kl.append(each["bound"])
+            gap.append(np.abs(np.concatenate(stored) + each["label_nll"]))
+            position += [np.arange(len(logprob)) for logprob in stored]
         for n in range(len(block)):
             ids = block.completion_ids[n]
             text += block.completion[n] == models.decode(tokenizer, ids)
@@ -233,13 +214,13 @@ def _measured(context: Any, source: str, folder: Path) -> _Found:
             again += tokenizer(written, add_special_tokens=False)["input_ids"] == ids.tolist()
             correct.setdefault(block.problem_id[n], []).append(block.correct[n])
     return _Found(
-        np.concatenate(kl),
-        np.concatenate(gap),
-        np.concatenate(position),
-        len(reader.lengths().completion),
-        text,
-        again,
-        stopped,
-        ended,
-        correct,
+        kl_T=np.concatenate(kl),
+        gap_T=np.concatenate(gap),
+        position_T=np.concatenate(position),
+        traces=reader.num_rows,
+        text=text,
+        again=again,
+        stopped=stopped,
+        ended=ended,
+        correct=correct,
     )

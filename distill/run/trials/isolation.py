@@ -11,8 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill.recipe import CompareStage, EvalStage, GenerateStage, GrpoStage
 from distill.records import UserError
-from distill.run.trials.judging import needs_sandbox
 from distill.run.trials.trial import Trial, TrialSetup
 from distill.tasks import sandbox
 
@@ -54,10 +54,27 @@ the same user, which a sandbox started by root does not have."""
 def sandboxes(setup: TrialSetup) -> Iterator[Trial]:
     """Run a hostile program in every sandbox that the recipe's tasks and rewards use."""
     seen = set()
-    for where, unsafe, command in needs_sandbox(setup):
+    for where, unsafe, command in _users(setup):
         if (unsafe, command) not in seen:
             seen.add((unsafe, command))
             yield _probe(where, unsafe, command)
+
+
+def _users(setup: TrialSetup) -> Iterator[tuple[str, bool, str | None]]:
+    """Yield (where, unsafe, sandbox_command) of everything in the recipe that runs programs."""
+    for name, config in setup.recipe.tasks.items():
+        used = any(name in setup.recipe.stages[stage].reads("task") for stage in setup.due)
+        if used and hasattr(setup.task(name), "isolation"):
+            yield f"tasks.{name}", bool(config.options.get("unsafe")), config.options.get("sandbox_command")
+    for name, stage in setup.stages(GrpoStage, GenerateStage, EvalStage, CompareStage):
+        for number, reward in enumerate(getattr(stage, "rewards", ())):
+            if reward.fn == "code":
+                options = reward.options
+                yield (
+                    f"stages.{name}.rewards.{number}",
+                    bool(options.get("unsafe")),
+                    options.get("sandbox_command"),
+                )
 
 
 def _probe(where: str, unsafe: bool, command: str | None) -> Trial:

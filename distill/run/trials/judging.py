@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from distill.errors import MachineError
-from distill.recipe import CompareStage, EvalStage, GenerateStage, GrpoStage
+from distill.recipe import GenerateStage, GrpoStage, base_name
 from distill.records import Group, Problem, Task, Template, UserError, Verdict
 from distill.run.trials.trial import Trial, TrialSetup
 from distill.stages.inputs.named_rewards import resolve_rewards
@@ -78,15 +78,12 @@ def _judged(setup: TrialSetup, name: str) -> _Judged | Trial:
     """Return what a task's judge is tried on, or why it cannot be."""
     what, subject = "judge", f"tasks.{name}"
     task = setup.task(name)
-    problems: list[Problem] = []
-    for split in ("train", "held_out"):
-        try:
-            problems = problems or setup.problems(name, split, PROBLEMS)
-        except MachineError as error:
-            return Trial(what, subject, "skip", str(error))
-        except UserError as error:
-            if split == "held_out":
-                return Trial(what, subject, "fail", "the task has no problems", str(error))
+    try:
+        _, problems = setup.some_problems(name, PROBLEMS)
+    except MachineError as error:
+        return Trial(what, subject, "skip", str(error))
+    except UserError as error:
+        return Trial(what, subject, "fail", "the task has no problems", str(error))
     with_gold = [(problem, problem.gold) for problem in problems if problem.gold]
     if not with_gold:
         return Trial(what, subject, "skip", "its problems have no gold answers")
@@ -140,16 +137,24 @@ def _judge(name: str, judged: _Judged) -> Trial:
 
 
 def rewards(setup: TrialSetup, *, with_models: bool = True) -> Iterator[Trial]:
-    """Score a right reply, a wrong one, one without an answer, an empty and a cut one with each stage's rewards."""
+    """Score a right reply, a wrong one, one without an answer, an empty and a cut one with each stage's rewards.
+
+    Of the copies of a stage with other training seeds, whose rewards are the same, the first is tried.
+    """
+    tried: set[str] = set()
+    judged_of: dict[str, _Judged | Trial] = {}
     for name, stage in setup.stages(GrpoStage, GenerateStage):
         names = [reward.fn for reward in stage.rewards]
-        if not names:
+        if not names or base_name(name) in tried:
             continue
+        tried.add(base_name(name))
         subject = f"stages.{name}"
         if not with_models and WITH_MODEL & {*names}:
             yield Trial("rewards", subject, "skip", "a reward model is not loaded for a trial")
             continue
-        judged = _judged(setup, stage.task)
+        if stage.task not in judged_of:
+            judged_of[stage.task] = _judged(setup, stage.task)
+        judged = judged_of[stage.task]
         if isinstance(judged, Trial):
             yield Trial("rewards", subject, "skip", judged.figure)
             continue
@@ -221,20 +226,3 @@ def _wrong(totals: Sequence[float | None], names: list[str]) -> str:
             "Another reply gets as much as the right one, and training would go there. Compare weights and their signs."
         )
     return ""
-
-
-def needs_sandbox(setup: TrialSetup) -> Iterator[tuple[str, bool, str | None]]:
-    """Yield (where, unsafe, sandbox_command) of everything in the recipe that runs programs."""
-    for name, config in setup.recipe.tasks.items():
-        used = any(name in setup.recipe.stages[stage].reads("task") for stage in setup.due)
-        if used and hasattr(setup.task(name), "isolation"):
-            yield f"tasks.{name}", bool(config.options.get("unsafe")), config.options.get("sandbox_command")
-    for name, stage in setup.stages(GrpoStage, GenerateStage, EvalStage, CompareStage):
-        for number, reward in enumerate(getattr(stage, "rewards", ())):
-            if reward.fn == "code":
-                options = reward.options
-                yield (
-                    f"stages.{name}.rewards.{number}",
-                    bool(options.get("unsafe")),
-                    options.get("sandbox_command"),
-                )

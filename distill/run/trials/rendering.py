@@ -44,7 +44,7 @@ def templates(setup: TrialSetup) -> Iterator[Trial]:
     """Render a problem and a reply with reasoning for every pair of a model and a task: nothing is lost, and the turn ends."""
     seen = set()
     for name, stage in setup.stages(*SAMPLERS, TrainStage, ScoreStage):
-        for model in _models_of(stage):
+        for model in stage.reads("model"):
             for task in stage.reads("task"):
                 local = setup.local(model)
                 source = local if isinstance(local, str) else local.source
@@ -55,17 +55,13 @@ def templates(setup: TrialSetup) -> Iterator[Trial]:
                 yield _template(setup, local, task, subject)
 
 
-def _models_of(stage: Any) -> list[str]:
-    return list(stage.reads("model"))
-
-
 def _template(setup: TrialSetup, local: LocalModel | str, name: str, subject: str) -> Trial:
     what = "prompt and reply"
     if isinstance(local, str):
         return Trial(what, subject, "skip", local)
     task = setup.task(name)
     template, tokenizer = task.template, local.tokenizer
-    problem = next(iter(_some_problems(setup, name)))
+    problem = setup.some_problems(name, PROBLEMS)[1][0]
     prompt = models.render_prompt(tokenizer, template, problem.messages)
     shown = _spelled(tokenizer, prompt)
     bos = tokenizer.bos_token_id
@@ -120,26 +116,22 @@ def _spelled(tokenizer: Any, ids: Array) -> str:
     return printable(text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]} …")
 
 
-def _some_problems(setup: TrialSetup, task: str, most: int = PROBLEMS) -> list[Any]:
-    """Return some problems of a task: train ones, or held-out ones where there are no others."""
-    try:
-        return setup.problems(task, "train", most)
-    except UserError:
-        return setup.problems(task, "held_out", most)
-
-
 def contexts(setup: TrialSetup) -> Iterator[Trial]:
     """Prompts and completions fit the context of the model that writes them."""
+    longest_of: dict[tuple[str, str], int] = {}
     for name, stage in setup.stages(*SAMPLERS):
-        local = setup.local(_models_of(stage)[0])
+        local = setup.local(stage.reads("model")[0])
         if isinstance(local, str):
             continue
         limit = models.config_of(local.folder).get("max_position_embeddings")
-        template = setup.task(stage.task).template
-        longest = max(
-            len(models.render_prompt(local.tokenizer, template, problem.messages))
-            for problem in _some_problems(setup, stage.task)
-        )
+        key = (local.source, stage.task)
+        if key not in longest_of:
+            template = setup.task(stage.task).template
+            longest_of[key] = max(
+                len(models.render_prompt(local.tokenizer, template, problem.messages))
+                for problem in setup.some_problems(stage.task, PROBLEMS)[1]
+            )
+        longest = longest_of[key]
         most = stage.sampling.max_tokens
         figure = f"{longest} tokens of prompt and at most {most} of completion, of {limit or 'any number'}"
         subject = f"stages.{name}"
@@ -248,7 +240,7 @@ def _ends(subject: str, student: LocalModel, teacher: LocalModel, template: Temp
 def _prompts(subject: str, student: LocalModel, teacher: LocalModel, setup: TrialSetup, task: str) -> Trial:
     """Compare the prompts that the teacher answers, from which the student learns, with those that the student is asked later."""
     what, template = "the same prompts", setup.task(task).template
-    messages = _some_problems(setup, task, 1)[0].messages
+    messages = setup.some_problems(task, 1)[1][0].messages
     mine, theirs = (models.render_prompt(one.tokenizer, template, messages) for one in (student, teacher))
     if mine.tolist() == theirs.tolist():
         return Trial(what, subject, "pass", f"teacher and student read the same {len(mine)} tokens")

@@ -20,8 +20,8 @@ GB = 1e9
 
 def resources(setup: TrialSetup, rows: Sequence[Row], machine: Machine) -> Iterator[Trial]:
     """Compare the plan's rows of the due stages with this machine."""
-    ahead = [row for row in rows if row.name.partition(".")[0] in setup.due]
-    yield disk(setup, ahead)
+    ahead = _due(setup, rows)
+    yield disk(setup, rows)
     too_large, tight = advice.too_large(ahead, machine), advice.memory_lines(ahead, machine)
     most = max((row.amounts["memory"] for row in ahead), default=0.0)
     figure = f"up to {most / GB:.3g} GB at the peak, of {machine.memory / GB:.3g} GB"
@@ -39,11 +39,16 @@ def resources(setup: TrialSetup, rows: Sequence[Row], machine: Machine) -> Itera
                 yield Trial("environment", f"stages.{node.name}", "fail", "something is missing", str(error))
 
 
-def disk(setup: TrialSetup, ahead: Sequence[Row]) -> Trial:
-    """Compare what the stages will write with the free space of the run's disk.
+def _due(setup: TrialSetup, rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.name.partition(".")[0] in setup.due]
+
+
+def disk(setup: TrialSetup, rows: Sequence[Row]) -> Trial:
+    """Compare what the due stages will write with the free space of the run's disk. rows: the plan's.
 
     Traces, models, and of each training stage the checkpoints: as many as it keeps while it runs, one at its end.
     """
+    ahead = _due(setup, rows)
     traces = sum(row.amounts["bytes"] for row in ahead)
     models, last, most = 0.0, 0.0, 0.0
     for row in ahead:

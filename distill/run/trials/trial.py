@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill import models
+from distill.errors import MachineError
 from distill.recipe import Recipe, StageConfig, served_models
 from distill.recipe.lineage import origin
 from distill.records import Problem, Split, Task, UserError
@@ -77,12 +78,11 @@ class TrialSetup:
         if source not in self.recipe.models:
             return f"{source} is made by a stage"
         model = self.recipe.models[source]
-        weights = source not in served_models(self.recipe)
+        packaged = model.source.startswith(models.PACKAGE)
         folder = local_folder(model)
-        if folder is None and (model.source.startswith(models.PACKAGE) or self.fetches):
+        if folder is None and (packaged or self.fetches):
             try:
-                local = model.source.startswith(models.PACKAGE)
-                folder = models.resolve(model, weights=weights and local)
+                folder = models.resolve(model, weights=packaged and source not in served_models(self.recipe))
             except UserError as error:
                 return str(error)
         if folder is None:
@@ -117,6 +117,20 @@ class TrialSetup:
             self._problems[key] = list(islice(task.problems(split, num, self.recipe.seed), most))
         return self._problems[key][:most]
 
+    def some_problems(self, name: str, most: int) -> tuple[Split, list[Problem]]:
+        """Return a split and its first problems: train ones, or held-out ones where there are no others.
 
-Kind = Callable[[TrialSetup], Iterator[Trial]]
-"""A sort of trials."""
+        Raises UserError if the task has none, MachineError if they cannot be reached.
+        """
+        try:
+            if found := self.problems(name, "train", most):
+                return "train", found
+        except MachineError:
+            raise
+        except UserError:
+            pass  # a task for evaluation has no train problems
+        return "held_out", self.problems(name, "held_out", most)
+
+
+Step = Callable[[TrialSetup], Iterator[Trial]]
+"""Makes the trials of one sort."""
