@@ -265,6 +265,7 @@ def test_intervals_of_one_problem_one_seed_and_no_spread() -> None:
     same = np.array([[0.2, 0.4, 0.9], [0.2, 0.4, 0.9]]) * 0 + 0.5
     assert statistics.over_seeds(same, 0.8) == statistics.mean_interval(same.mean(0), 0.8)
     assert statistics.over_seeds(2 * same, 0.8, bounded=False) == statistics.bca(2 * same.mean(0), 0.8)
+    assert dataclasses.astuple(statistics.bca(np.full(4, 0.3))) == (0.3, 0.3, 0.3, 4, "bootstrap")
     assert statistics.over_seeds([[0.1], [0.7], [0.4]], 0.8).method == "one problem"
     assert statistics.wilson(2, 3).n == 3
     for wrong in ([0.1, 0.2], [], [[]], [[[0.1]]]):
