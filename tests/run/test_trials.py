@@ -259,6 +259,14 @@ def test_rewards_that_do_not_tell_a_right_reply_from_others(tmp_path, tiny_dir, 
     assert words in found["rewards"].remedy
 
 
+def test_a_reward_about_the_length_alone_is_not_called_constant(tmp_path, tiny_dir, monkeypatch):
+    own_module(
+        tmp_path, "def even(group):\n    return [1.0 if n % 2 == 0 else -1.0 for n in group.num_tokens]\n", monkeypatch
+    )
+    rl = stages(rl={**GRPO, "rewards": [{"fn": "mine_trials:even"}]})
+    assert "rewards" not in failures(tried(load(tmp_path, tiny_dir, stages=rl), tmp_path / "run"))
+
+
 def test_the_shipped_rewards_are_sound(tmp_path, tiny_dir):
     names = [{"fn": "accuracy"}, {"fn": "think_format"}, {"fn": "language"}, {"fn": "length", "cache": 4}]
     rl = stages(rl={**GRPO, "rewards": names}, control={**GRPO, "rewards": [{"fn": "random"}]})

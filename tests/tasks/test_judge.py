@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -162,6 +163,14 @@ def test_a_killed_worker_is_replaced():
         with pytest.raises(worker_pool.StuckError, match="ended"):
             worker_pool.ask("math", "y+x", "x+y", True)
     assert worker_pool.ask("math", "y+x", "x+y", True) is True
+
+
+def test_a_worker_that_the_machine_held_up_is_asked_once_more():
+    assert worker_pool.ask("math", "y+z", "z+y", True) is True
+    for worker in list(worker_pool._pools["math"]._started):
+        worker.process.send_signal(signal.SIGSTOP)
+    for _ in range(worker_pool.NUM_WORKERS):
+        assert worker_pool.ask("math", "y+z", "z+y", True, limit_s=1.0) is True
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="signals of pipes are Linux's")

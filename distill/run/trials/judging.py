@@ -33,6 +33,10 @@ FORMS = (
 )
 """Replies with an answer, of which a template reads at least one."""
 PROSE = f"{THOUGHT}I do not know."
+LOREM = ("So", "we", "add", "2", "and", "3,", "Wait!", "wait?\n\n")
+"""Words of the replies that differ in length only."""
+SHOWN = 5
+"""Replies of a group that are told: right, wrong, without an answer, empty and cut."""
 GROUPS = 3
 """Problems of which a group of replies is scored."""
 PATIENCE = 20.0
@@ -181,24 +185,30 @@ def _reward(subject: str, stage: GrpoStage | GenerateStage, names: list[str], ju
         remedy = "A group whose reward fails is not learned from, and a stage of which many fail ends. Mend the reward."
         return Trial(what, subject, "fail" if len(failed) == len(scores) else "warn", figure, remedy)
     alike = all(_alike(each.total) for each in scores) and not NO_ORDER & {*names}
+    if alike:
+        return Trial(what, subject, "warn" if isinstance(stage, GenerateStage) else "fail", figure, ALIKE)
     for each, shown in zip(scores, told, strict=True):
-        remedy = ALIKE if alike else _wrong(each.total, names)
-        if remedy:
+        if remedy := _wrong(each.total, names):
             return Trial(what, subject, "fail", f"right, wrong, without an answer, empty, cut: {shown}", remedy)
     return Trial(what, subject, "pass", figure)
 
 
 def _group(stage: GrpoStage | GenerateStage, judged: _Judged, problem: Problem, gold: str, other: str) -> Group:
-    """A right reply, a wrong one, one without an answer, an empty and a cut one."""
+    """A right reply, a wrong one, one without an answer, an empty and a cut one; then some that differ in length and in form,
+    which a reward may be about."""
     limit = stage.sampling.max_tokens
     right = judged.form.format(gold)
     # (text, whether it ended by itself)
-    tried = ((right, True), (judged.form.format(other), True), (PROSE, True), ("", True), (right[:20], False))
+    tried = (
+        *((right, True), (judged.form.format(other), True), (PROSE, True), ("", True), (right[:20], False)),
+        *((form.format(gold), True) for form in FORMS),
+        *((" ".join(LOREM[:words]), True) for words in range(1, len(LOREM) + 1)),
+    )
     return Group(
         problem=problem,
         template=judged.task.template,
         texts=tuple(text for text, _ in tried),
-        num_tokens=tuple(1 if ended else limit for _, ended in tried),
+        num_tokens=tuple(min(limit, len(text.split()) + 1) if ended else limit for text, ended in tried),
         finished=tuple(ended for _, ended in tried),
         verdicts=tuple(judged.task.judge(problem, text, ended) for text, ended in tried),
         max_tokens=limit,
@@ -206,7 +216,7 @@ def _group(stage: GrpoStage | GenerateStage, judged: _Judged, problem: Problem, 
 
 
 def _told(totals: Sequence[float | None]) -> str:
-    return ", ".join("none" if one is None else f"{one:.3g}" for one in totals)
+    return ", ".join("none" if one is None else f"{one:.3g}" for one in totals[:SHOWN])
 
 
 def _alike(totals: Sequence[float | None]) -> bool:
@@ -216,7 +226,7 @@ def _alike(totals: Sequence[float | None]) -> bool:
 
 def _wrong(totals: Sequence[float | None], names: list[str]) -> str:
     """Return what is wrong with the rewards of a group whose first reply is right; empty if nothing is."""
-    known = [one for one in totals if one is not None]
+    known = [one for one in totals[:SHOWN] if one is not None]
     if totals[0] is None or len(known) < 2:
         return "A right reply gets no score, so that nothing can be learned from it."
     if NO_ORDER & {*names}:

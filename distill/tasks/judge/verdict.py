@@ -273,9 +273,14 @@ def _same_value(claim: str, last: str) -> bool:
 _NUMERAL = re.compile(r"(?:[\d\s+\-*/.,(){}|]|\^ ?\{|\\(?:frac|cdot|times|div)(?![a-zA-Z]))+")
 
 
+_DIGITS = re.compile(r"[\d\s]+")
+
+
 def _equal_expressions(answer: str, gold: str) -> bool:
     if numbers.number(gold) is not None and not _NUMERAL.fullmatch(answer):
         return r"\pi" in answer and _equal_angles(answer, gold)  # a plain number is written with digits
+    if numbers.number(gold) is not None and _DIGITS.fullmatch(answer):
+        return False  # `17 000`: digits that are no number have no operator that a parser could find
     if r"\pi" in answer + gold and "degree" in answer + gold:
         return _equal_angles(answer, gold)
     if structure.positional(gold) or structure.positional(answer) or structure.words(answer) is not None:
