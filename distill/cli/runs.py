@@ -1,0 +1,200 @@
+"""Verbs that run, check and try a recipe, and that show a run."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distill.cli.apps import DryRun, Overrides, RecipeFile, RunsDir, app
+from distill.errors import UserError
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    only: Annotated[str | None, typer.Option(metavar="STAGE", help="Run this stage only.")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="STAGE", help="Run this stage and all that come after it.")
+    ] = None,
+    redo: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STAGE", help="Run a finished stage again, and all stages that depend on it. May be repeated."
+        ),
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="Run the stages of this kind: train, generate, ... (see `distill ls stages`). May be repeated.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    no_trials: Annotated[
+        bool,
+        typer.Option("--no-trials", help="Do not try prompts, tokenizers, judges and rewards before the first stage."),
+    ] = False,
+    runs: RunsDir = Path("runs"),
+) -> None:
+    """Run a recipe: skip finished stages, resume interrupted ones."""
+    _run(
+        recipe,
+        overrides,
+        runs,
+        only=only,
+        start=start,
+        redo=tuple(redo or ()),
+        kinds=tuple(kind or ()),
+        dry_run=dry_run,
+        trials=not no_trials,
+    )
+
+
+def _run(
+    path: Path,
+    overrides: list[str] | None,
+    runs: Path,
+    *,
+    only: str | None = None,
+    start: str | None = None,
+    redo: tuple[str, ...] = (),
+    kinds: tuple[str, ...] = (),
+    dry_run: bool = False,
+    trials: bool = True,
+) -> None:
+    from distill import interrupt, recipe
+    from distill.recipe.load import find
+    from distill.run import nodes, pipeline
+
+    resolved = recipe.load(path, overrides or [])
+    wanted = nodes.select(resolved, kinds=kinds, only=only, start=start)
+    folder = runs / resolved.name
+    known = {name for node in nodes.nodes(resolved) for name in node.stages}
+    if unknown := [name for name in redo if name not in known]:
+        from distill.plug import nearest
+
+        raise UserError(f"--redo: there is no stage {unknown[0]!r}.{nearest(unknown[0], known)}")
+    if dry_run:
+        from distill.tools import check_output
+
+        check_output.print_plan(resolved, folder, redo)
+        return
+    nodes.require_inputs(resolved, folder, wanted)
+    runner = pipeline.Runner(resolved, find(path), folder, redo, trials=trials)
+    command = shlex.join(["distill", "run", str(path), *(overrides or [])])
+    try:
+        with interrupt.interruptible():
+            runner.do(wanted)
+            _write_report(resolved, folder, command)
+    except interrupt.Interrupted as stopped:
+        where = f" {stopped.kept}" if stopped.kept else ""
+        typer.echo(f"\ninterrupted{where}; run the same command again to continue", err=True)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(stopped.status)  # a normal exit would spend another second on unloading libraries
+
+
+def _write_report(resolved: Any, folder: Path, command: str) -> None:
+    from distill import progress
+    from distill.reports import pages
+    from distill.run import model_card, nodes
+    from distill.run.collect import collect
+
+    with progress.working("writing the report"):
+        stages = [node.name for node in nodes.nodes(resolved)]
+        report = collect(resolved, folder, stages, command)
+        written = pages.write_report(report, folder)
+        model_card.write_all(resolved, folder, report)
+    typer.echo("")
+    _show(pages.read_report(folder / "report.json"))
+    typer.echo(f"\nreport: {written['report.md']}  {written['report.html']}")
+
+
+@app.command()
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    runs: RunsDir = Path("runs"),
+    show_text: Annotated[
+        bool, typer.Option("--show", help="Show the first prompts and supervised tokens instead of the costs.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:COUNT]",
+            help="Predict memory by parts and time on GPUs that are not here, such as h100:8 (h100, h200, b200, a100, a100-40, "
+            "l40s, 4090, a10, l4, mi300x, ...), and say what would make a stage fit.",
+        ),
+    ] = None,
+) -> None:
+    """Check a recipe and predict its time, memory and disk space, on this machine or on named GPUs."""
+    from distill import recipe as recipes
+    from distill.tools import check_output
+
+    resolved = recipes.load(recipe, overrides or [])
+    if gpu is not None:
+        from distill.tools import fit_output
+
+        fit_output.print_fit(resolved, gpu)
+        return
+    if show_text:
+        check_output.print_previews(resolved, runs / resolved.name)
+        return
+    check_output.print_plan(resolved, runs / resolved.name, ())
+
+
+@app.command()
+def doctor(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the trials as JSON.")] = False,
+    runs: RunsDir = Path("runs"),
+) -> None:
+    """Try a recipe's parts with small real experiments: what would go wrong in silence. Exit status 1 if a trial fails.
+
+    Prompts and replies as the models read them, the ends of turns, teacher's and student's tokenizers, judges on right and wrong
+    answers, rewards, the sandbox against a hostile program, data, disk, memory, and each engine against the trainer.
+    """
+    from distill import recipe as recipes
+    from distill.tools.doctor import diagnose
+
+    resolved = recipes.load(recipe, overrides or [])
+    if not diagnose(resolved, runs / resolved.name, as_json=as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its name under runs/.")],
+    html: Annotated[bool, typer.Option("--html", help="Also print the path of the HTML report, and open it.")] = False,
+) -> None:
+    """Show the stages and results of a run, finished or not."""
+    from distill import run_folder
+    from distill.reports import pages
+
+    folder = run if run.is_dir() else Path("runs") / run
+    if run_folder.is_run(folder):
+        from distill.run.collect import collect_run
+
+        _show(collect_run(folder))
+    elif (folder / "report.json").is_file():
+        _show(pages.read_report(folder / "report.json"))
+    else:
+        raise UserError(f"{folder} is not the folder of a run: it holds no report.json and no resolved.yaml.")
+    if html:
+        typer.echo(str((folder / "report.html").resolve()))
+        if sys.stdout.isatty() and shutil.which("xdg-open"):
+            typer.launch(str(folder / "report.html"))
+
+
+def _show(report: Any) -> None:
+    from distill.reports import terminal
+
+    terminal.show(report)

@@ -1,0 +1,126 @@
+"""Verbs about folders of traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.cli.apps import traces_app
+from distill.errors import UserError
+
+
+@traces_app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Remove damaged shards, so that running generate again writes what is missing."),
+    ] = False,
+    audit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Score N random positions again with the model that wrote them; the result goes into the data card.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="For --audit: the model that wrote the traces. Default: the one that the run's recipe names."
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="For --audit: the engine. Default: the one that wrote the traces.")
+    ] = None,
+) -> None:
+    """Check that all shards exist and match their checksums. Exit status 1 if they do not."""
+    from distill import progress
+    from distill.traces import verify as verification
+
+    with progress.working(f"reading every shard of {folder}"):
+        report = verification.repair(folder) if repair else verification.verify(folder)
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+    if audit is not None:
+        with progress.working("loading the libraries") as screen:
+            from distill.tools.audit import audit as score_again
+
+            certificate = score_again(folder, audit, model=model, engine=engine, screen=screen)
+        typer.echo(str(certificate))
+        if not certificate.ok:
+            raise typer.Exit(1)
+
+
+@traces_app.command()
+def stats(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
+) -> None:
+    """Print counts, lengths and rates of traces."""
+    from distill import progress
+    from distill.traces.summary import stats as count
+
+    with progress.working(f"reading {folder}"):
+        counted = count(folder)
+    typer.echo(str(counted))
+
+
+@traces_app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    sources: Annotated[list[Path], typer.Argument(help="Folders of traces with the same teacher and settings.")],
+) -> None:
+    """Copy several folders of traces into one."""
+    from distill import progress
+    from distill.traces import export
+
+    with progress.working(f"copying into {out}"):
+        count = export.merge(sources, out)
+    typer.echo(f"{count} traces in {out}")
+
+
+@traces_app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
+    out: Annotated[Path, typer.Argument(help="NAME.jsonl writes a JSONL file; any other name a `datasets` folder.")],
+    style: Annotated[str, typer.Option(help="chat (messages) or text (prompt and completion).")] = "chat",
+) -> None:
+    """Export prompts and completions as text, for other trainers."""
+    from distill import progress
+    from distill.traces import export as exporting
+
+    if style not in ("chat", "text"):
+        raise UserError(f"--style: {style!r} is neither chat nor text.")
+    write = exporting.export_sft if out.suffix == ".jsonl" else exporting.export_dataset
+    with progress.working(f"writing {out}"):
+        count = write(folder, out, style)  # type: ignore[arg-type]
+    typer.echo(f"{count} traces in {out}")
+
+
+@traces_app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
+    repo: Annotated[str, typer.Argument(help="The repository on the hub: owner/name.")],
+    licence: Annotated[
+        str, typer.Option("--license", help="The licence, by the hub's identifier: apache-2.0, cc-by-4.0, ...")
+    ],
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    build: Annotated[
+        Path | None, typer.Option("--folder", help="Write the data set to this folder; upload nothing.")
+    ] = None,
+) -> None:
+    """Publish traces and a data card on the hub, by default private."""
+    from distill import progress
+    from distill.traces import push as pushing
+
+    if build is not None:
+        with progress.working("building the data set"):
+            pushing.build(folder, build, name=repo, licence=licence)
+        typer.echo(f"built in {build}; its card is {build / pushing.README}")
+    else:
+        with progress.working("building and uploading the data set"):
+            pushed = pushing.push(folder, repo, licence=licence, private=not public)
+        typer.echo(pushed)
