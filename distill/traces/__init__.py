@@ -6,6 +6,7 @@
     folder.py          the files in a folder: shards, manifests, the writer's lock
     writer.py          TraceWriter: writes shards in the background; after a kill it adds exactly the missing traces
     reader.py          open_traces: streamed and shuffled reading of a folder, a selection or one shard
+    batches.py         traces as rows and as padded batches of tensors, for one's own trainer
     filters.py         the filters that a recipe may name (this module is their registry)
     contamination.py   an evaluation set for the filter `decontaminate`
     selection.py       runs filters over a folder and writes the numbers of the rows they keep
