@@ -13,7 +13,7 @@ Shapes: B traces, T tokens of the longest, K stored entries, N draws from the ta
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def collate(
             values = np.asarray(row["logprob"], np.float32)
             _check(row, "logprob", len(values), "completion_ids")
             streams["teacher_logprob"][b, cells] = values[: cells.stop - cells.start]
-    return TraceBatch(**{name: torch.from_numpy(stream) for name, stream in streams.items()})  # type: ignore[typeddict-item]
+    return cast(TraceBatch, {name: torch.from_numpy(stream) for name, stream in streams.items()})
 
 
 def _ids(row: Mapping[str, Any], max_length: int | None) -> Array:
@@ -158,7 +158,8 @@ def _ids(row: Mapping[str, Any], max_length: int | None) -> Array:
             f"trace {row.get('trace_id', '?')}: has an empty prompt, so nothing predicts its first token. Leave it out, or put the "
             "tokenizer's first token before it."
         )
-    return np.concatenate([np.asarray(row["prompt_ids"]), np.asarray(row["completion_ids"])])[:max_length]
+    whole = np.concatenate([np.asarray(row["prompt_ids"]), np.asarray(row["completion_ids"])])
+    return np.asarray(whole[:max_length])
 
 
 def _all_have(rows: Sequence[Mapping[str, Any]], column: str) -> bool:
