@@ -17,7 +17,7 @@ ls $$links/torch-*.whl >/dev/null 2>&1 || export UV_TORCH_BACKEND="$${UV_TORCH_B
 $(BIN)/uv pip install --quiet $(COMPILE) --only-binary vllm --python $(BIN)/python
 endef
 
-.PHONY: setup setup-dev quickstart test test-fast bench bench-gpu gpu-smoke lint clean
+.PHONY: setup setup-dev quickstart test test-fast bench bench-gpu gpu-smoke lint docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,7 +28,9 @@ help:
 	@echo "make bench-gpu    run the benchmarks for GPUs"
 	@echo "make gpu-smoke    say in ten minutes what works on this machine's GPU; writes gpu-smoke.json"
 	@echo "make lint         check format, lint, types and import rules"
-	@echo "make clean        remove .venv and runs"
+	@echo "make docs         build the documentation into site/"
+	@echo "make docs-serve   show it on this machine, rebuilt at every change"
+	@echo "make clean        remove .venv, site and runs"
 
 $(VENV)/.uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "python 3.11 or newer is needed (PYTHON=...)" && exit 1)
@@ -83,5 +85,15 @@ bench-gpu: $(VENV)/.setup-dev
 gpu-smoke: $(VENV)/.setup
 	@$(BIN)/python tests/gpu/smoke.py $(OPTIONS)
 
+# The variable silences an advertisement of the theme's successor.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+
+docs: $(VENV)/.setup-dev
+	@$(MKDOCS) build --quiet --config-file docs/site/mkdocs.yml
+	@echo "site/index.html"
+
+docs-serve: $(VENV)/.setup-dev
+	@$(MKDOCS) serve --config-file docs/site/mkdocs.yml --watch distill
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) site runs

@@ -82,7 +82,7 @@ def options(sort: str, name: str) -> tuple[str, list[Option]]:
         from distill.recipe import kind_class
 
         model = kind_class(name)
-        return inspect.getdoc(model) or "", list(_fields(model))
+        return inspect.getdoc(model) or "", list(fields(model))
     if sort in HOMES:
         found = _plugs(sort)
         function = found[name] if name in found else plug.find(name, HOMES[sort][0], sort)
@@ -122,7 +122,7 @@ def _plugs(sort: str) -> dict[str, plug.Function]:
     return {name: function for home in HOMES[sort] for name, function in plug.names(home).items()}
 
 
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
     """Yield the fields of a stage kind; the fields of a section follow it with dotted names."""
     from distill.recipe.fields import Config, PlugConfig
     from distill.recipe.load import section
@@ -136,7 +136,7 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
         )
         below = section(model, name)
         if below is not None and not issubclass(below, PlugConfig):
-            yield from _fields(below, f"{prefix}{name}.")
+            yield from fields(below, f"{prefix}{name}.")
 
 
 def _parameters(function: plug.Function) -> Iterator[Option]:
