@@ -37,7 +37,7 @@ from distill.training.loss.kernels.chunks import (
     over_chunks,
     wide_dtype,
 )
-from distill.training.loss.kernels.plain import TorchHeadKernel
+from distill.training.loss.kernels.plain import LogitsKernel, TorchHeadKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class HeadOutput:
 
 def head_loss(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Tensor | None,
     loss_fn: LossFn,
     targets: Targets,
     *,
@@ -141,12 +141,13 @@ def head_loss(
     """Sum weight * loss over tokens, with gradients to those of hidden, weight and bias that require one.
 
     hidden_TD and weight_VD share a dtype (bf16, fp32, fp64); everything after the logits is fp32 (fp64 for fp64).
+    weight_VD None: hidden_TD are the logits [T, V] themselves, with any padded columns at their end.
     A weight that is sharded over processes (DTensor) is gathered once here; its gradient is averaged over them.
     chunk: tokens at a time; None = as many as fit the memory. With T = 0 the loss is zero, with a zero gradient.
     measure: metrics by row of the same student, each [T].
     """
-    weight_VD, bias_V = gathered(weight_VD), None if bias_V is None else gathered(bias_V)
-    form = form or HeadForm(weight_VD.shape[0])
+    weight_VD, bias_V = (None if each is None else gathered(each) for each in (weight_VD, bias_V))
+    form = form or HeadForm(hidden_TD.shape[1] if weight_VD is None else weight_VD.shape[0])
     kernel = _kernel(hidden_TD, weight_VD, bias_V, form)
     targets = _clean(targets, hidden_TD.device)
     calls = _SparsePass(loss_fn, targets, kernel, measure, {})
@@ -174,7 +175,9 @@ def _clean(targets: Targets, device: torch.device) -> Targets:
     return Targets(**rows)
 
 
-def _kernel(hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, form: HeadForm) -> HeadKernel:
+def _kernel(hidden_TD: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, form: HeadForm) -> HeadKernel:
+    if weight_VD is None:
+        return LogitsKernel(hidden_TD, form)
     weight_VD = weight_VD.detach()
     bias_V = None if bias_V is None else bias_V.detach()[: form.vocab_size]
     if fused.usable(hidden_TD, form):

@@ -87,14 +87,17 @@ def gathered(tensor: Tensor) -> Tensor:
 
 def over_chunks(
     hidden_TD: Tensor,
-    weight_VD: Tensor,
+    weight_VD: Tensor | None,
     bias_V: Tensor | None,
     chunks: Chunks,
     weight_T: Tensor,
     vocab_size: int,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (sum of weight * loss, differentiable; loss [T] and log q(label) [T], detached)."""
+    """Return (sum of weight * loss, differentiable; loss [T] and log q(label) [T], detached).
+
+    weight_VD None: hidden_TD are the logits [T, V] themselves.
+    """
     grads = torch.is_grad_enabled()
     walk = _Walk(chunks, weight_T, vocab_size, chunk, grads)
     loss, loss_T, label_T = _OverChunks.apply(hidden_TD, weight_VD, bias_V, walk)  # type: ignore[no-untyped-call]
@@ -113,7 +116,7 @@ class _Walk:
 class _OverChunks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, walk: _Walk
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, walk: _Walk
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss_T, label_T, ctx.gradients = _run(hidden_TD, weight_VD, bias_V, walk)
         ctx.save_for_backward(hidden_TD, weight_VD, bias_V)
@@ -148,20 +151,21 @@ def _times(grad: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _run(
-    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, walk: _Walk
+    hidden_TD: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, walk: _Walk
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Return loss_T, log q(label) [T], and the required gradients, dweight and dbias in the wide dtype.
 
     With a single chunk nothing is summed, so dweight is the product in its own dtype.
     """
     wide, vocab = wide_dtype(hidden_TD), walk.vocab_size
-    weight_wanted = walk.grads and weight_VD.requires_grad
+    weight_wanted = walk.grads and weight_VD is not None and weight_VD.requires_grad
     bias_wanted = walk.grads and bias_V is not None and bias_V.requires_grad
     grads = weight_wanted or bias_wanted or (walk.grads and hidden_TD.requires_grad)
     dhidden_TD = torch.empty_like(hidden_TD) if grads else None
     single = len(hidden_TD) <= walk.chunk
-    total = weight_VD.dtype if single else wide
-    dweight_VD = torch.empty_like(weight_VD, dtype=total) if weight_wanted else None
+    dweight_VD = None
+    if weight_wanted and weight_VD is not None:
+        dweight_VD = torch.empty_like(weight_VD, dtype=weight_VD.dtype if single else wide)
     dbias_V = torch.zeros_like(bias_V, dtype=wide) if bias_wanted and bias_V is not None else None
     if dweight_VD is not None:
         dweight_VD[vocab if len(hidden_TD) else 0 :].zero_()
@@ -176,10 +180,14 @@ def _run(
         if dz_CV is None or dhidden_TD is None:
             continue
         width = dz_CV.shape[1]
-        torch.mm(dz_CV, weight_VD[:width], out=dhidden_TD[rows])
+        if weight_VD is None:  # the derivative by the logits
+            dhidden_TD[rows, :width] = dz_CV
+            dhidden_TD[rows, width:] = 0
+        else:
+            torch.mm(dz_CV, weight_VD[:width], out=dhidden_TD[rows])
         if factor_C is not None:
             dhidden_TD[rows] *= factor_C[:, None]
-            hidden_CD = hidden_CD * factor_C[:, None]
+            hidden_CD = hidden_CD if dweight_VD is None else hidden_CD * factor_C[:, None]
         if dweight_VD is not None:
             _add_product(dweight_VD[:width], dz_CV.t(), hidden_CD, first=start == 0)
         if dbias_V is not None:

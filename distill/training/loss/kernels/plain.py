@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.training.loss.kernels import OUTSIDE, HeadForm, Rest
-from distill.training.loss.kernels.chunks import wide_product
+from distill.training.loss.kernels.chunks import wide_dtype, wide_product
 
 CACHE_BYTES = 1 << 20
 """Memory of the rows processed together on a CPU: about the size of a core's own cache."""
@@ -134,3 +134,14 @@ class TorchHeadKernel:
             held = self.weight_VD.new_empty(needed, dtype=dtype)
         self.buffers[name] = held
         return held[:needed].view(len(like), -1)
+
+
+class LogitsKernel(TorchHeadKernel):
+    """The same for logits that are there already: `hidden` is them, [C, V or more]. They are not changed."""
+
+    def __init__(self, logits_TV: Tensor, form: HeadForm) -> None:
+        # A weight without columns: it says the vocabulary's size and the device.
+        super().__init__(logits_TV.new_empty(form.vocab_size, 0), None, form, wide_dtype(logits_TV))
+
+    def _product(self, hidden_CD: Tensor) -> Tensor:
+        return self._buffer("z", hidden_CD, self.wide).copy_(hidden_CD[:, : self.form.vocab_size])

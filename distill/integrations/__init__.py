@@ -1,0 +1,1 @@
+"""Stored distributions in the trainers of other libraries."""
