@@ -185,13 +185,13 @@ def targets_of(batch: TraceBatch, device: torch.device | None = None) -> Targets
     return Targets(
         label_T=label_N,
         weight_T=torch.ones(len(label_N), device=device),
-        teacher_ids_TK=at("topk_ids"),
-        teacher_logp_TK=at("topk_logprobs"),
+        teacher_ids_TK=at("top_ids"),
+        teacher_logp_TK=at("top_logprobs"),
         teacher_tail_T=at("tail_logprob"),
         draw_ids_TN=at("draw_ids"),
         draw_logp_TN=at("draw_logprobs"),
         draw_mass_T=at("draw_mass"),
-        teacher_label_T=at("teacher_logprob"),
+        teacher_label_T=at("logprob"),
     )
 
 

@@ -1,7 +1,8 @@
 """Batches of stored traces for one's own trainer: rows of a trace each, padded into tensors.
 
-`rows_of` gives the traces of a block as rows (dictionaries of arrays); `collate` pads rows into a `TraceBatch`, which the
-losses of `distill.losses` and the trainers of `distill.integrations` take. Both work in a torch DataLoader.
+`collate` pads rows into a `TraceBatch`, which the losses of `distill.losses` and the trainers of `distill.integrations` take. A row
+is a dictionary with the columns of a shard: flat as the shard holds them (`rows_of`), or with a list or a row of a tensor for
+each position, as `distill.load_traces` and its `datasets` view have them.
 
 Alignment, the same for every key of a batch: the value at [b, t] is about the token input_ids[b, t], as `labels` are in
 transformers. A model predicts that token at position t - 1. The losses make this shift (`distill.losses.predicting`);
@@ -27,15 +28,16 @@ IGNORED = -100
 
 
 class TraceRow(TypedDict, total=False):
-    """One trace. Arrays or lists; P prompt tokens, C completion tokens, E entries over all C positions.
+    """One trace. Arrays, tensors or lists; P prompt tokens, C completion tokens, E entries over all C positions.
 
     prompt_ids, completion_ids   int [P], [C]: what the engine read and sampled
     logprob                      float [C]: log-probability of each completion token under the model that wrote or scored it
-    top_count                    int [C]: entries at each position; 0: no distribution was stored there
+    top_count                    int [C]: entries at each position; 0: no distribution was stored there. Without it top_ids and
+                                 top_logprobs are nested: lists of each position's entries, or [C, K] with -inf where there is none
     top_ids, top_logprobs        int, float [E]: the entries, position after position, by descending probability
     tail_logprob                 float [C]: log of the mass outside the entries
-    draw_count, draw_ids, draw_logprobs, draw_mass   draws from the tail, if there are any: int [C], int, float over all draws,
-                                 and float [C], the mass that one draw of a position stands for
+    draw_count, draw_ids, draw_logprobs   draws from the tail, if there are any, laid out as the entries
+    draw_mass                    float [C]: the mass that one draw of a position stands for
     """
 
     trace_id: str
@@ -60,10 +62,10 @@ class TraceBatch(TypedDict, total=False):
     attention_mask    int64 [B, T]: 1 at tokens, 0 at padding
     labels            int64 [B, T]: the token where it is learned, else -100: prompts, padding, and positions without a
                       stored distribution if the traces have distributions
-    topk_ids          int64 [B, T, K]: the teacher's stored ids for this token, likeliest first; -1 = no entry
-    topk_logprobs     float32 [B, T, K]: their log-probabilities, normalised over the whole vocabulary; -inf = no entry
+    top_ids          int64 [B, T, K]: the teacher's stored ids for this token, likeliest first; -1 = no entry
+    top_logprobs     float32 [B, T, K]: their log-probabilities, normalised over the whole vocabulary; -inf = no entry
     tail_logprob      float32 [B, T]: log of the teacher's mass outside these ids; -inf = none
-    teacher_logprob   float32 [B, T]: log-probability of the token itself under the model that wrote or scored the trace
+    logprob   float32 [B, T]: log-probability of the token itself under the model that wrote or scored the trace
     draw_ids, draw_logprobs, draw_mass   int64 [B, T, N] (-1 = none), float32 [B, T, N], float32 [B, T]: draws from the tail
 
     The last five groups are there if the rows have them.
@@ -72,10 +74,10 @@ class TraceBatch(TypedDict, total=False):
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
-    topk_ids: Tensor
-    topk_logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
     tail_logprob: Tensor
-    teacher_logprob: Tensor
+    logprob: Tensor
     draw_ids: Tensor
     draw_logprobs: Tensor
     draw_mass: Tensor
@@ -114,11 +116,13 @@ def collate(
     pad_id: int = 0,
     max_length: int | None = None,
     pad_to_multiple_of: int | None = None,
+    tail_draws: int = 0,
 ) -> TraceBatch:
     """Pad traces into a batch.
 
     rows: `TraceRow`s, or rows of a `datasets` table with the same columns. Columns that one row lacks are left out of the batch.
     max_length: tokens of a trace; what lies beyond is cut off, with its distributions. pad_to_multiple_of: of the batch's length T.
+    tail_draws: of the traces' metadata, for rows with draws that do not have draw_mass.
 
     Raises UserError for a trace without a prompt (nothing predicts its first token), or whose columns contradict each other.
     """
@@ -138,16 +142,16 @@ def collate(
         labels[b, start : len(each)] = each[start:]
         places.append((b, slice(start, max(start, len(each)))))
     streams: dict[str, Array] = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-    if _all_have(rows, "top_count"):
+    if _all_have(rows, "top_ids"):
         streams |= _distributions(rows, places, shape, labels)
-    if _all_have(rows, "draw_count"):
-        streams |= _draws(rows, places, shape)
-    if _all_have(rows, "logprob"):
-        streams["teacher_logprob"] = np.zeros(shape, np.float32)
+    if _all_have(rows, "draw_ids") and (tail_draws or _all_have(rows, "draw_mass")):
+        streams |= _draws(rows, places, shape, tail_draws)
+    if _all_have(rows, "logprob") and all(len(row["logprob"]) or not len(row["completion_ids"]) for row in rows):
+        streams["logprob"] = np.zeros(shape, np.float32)
         for row, (b, cells) in zip(rows, places, strict=True):
             values = np.asarray(row["logprob"], np.float32)
             _check(row, "logprob", len(values), "completion_ids")
-            streams["teacher_logprob"][b, cells] = values[: cells.stop - cells.start]
+            streams["logprob"][b, cells] = values[: cells.stop - cells.start]
     return cast(TraceBatch, {name: torch.from_numpy(stream) for name, stream in streams.items()})
 
 
@@ -181,46 +185,47 @@ def _distributions(
     """Return the teacher's streams. Labels of tokens without a distribution become IGNORED."""
     tops = []
     for row, (_, cells) in zip(rows, places, strict=True):
-        top = TopK(
-            np.asarray(row["top_count"], np.int64),
-            np.asarray(row["top_ids"], np.int64),
-            np.asarray(row["top_logprobs"], np.float32),
-            np.asarray(row["tail_logprob"], np.float32),
-        )
-        _check(row, "top_count", len(top.count_T), "completion_ids")
+        top = TopK(*_entries(row, "top"), np.asarray(row["tail_logprob"], np.float32))
         _check(row, "tail_logprob", len(top.tail_T), "completion_ids")
-        for column in ("top_ids", "top_logprobs"):
-            if len(row[column]) != int(top.count_T.sum()):
-                raise UserError(
-                    f"trace {row.get('trace_id', '?')}: {column} has {len(row[column])} values where top_count adds up to "
-                    f"{int(top.count_T.sum())}."
-                )
         tops.append(top.slice(0, cells.stop - cells.start))
     width = max((top.width for top in tops), default=0)
     found: dict[str, Array] = {
-        "topk_ids": np.full((*shape, width), -1, np.int64),
-        "topk_logprobs": np.full((*shape, width), -np.inf, np.float32),
+        "top_ids": np.full((*shape, width), -1, np.int64),
+        "top_logprobs": np.full((*shape, width), -np.inf, np.float32),
         "tail_logprob": np.full(shape, -np.inf, np.float32),
     }
     for top, (b, cells) in zip(tops, places, strict=True):
-        found["topk_ids"][b, cells], found["topk_logprobs"][b, cells] = top.dense(width)
+        found["top_ids"][b, cells], found["top_logprobs"][b, cells] = top.dense(width)
         found["tail_logprob"][b, cells] = top.tail_T
         labels[b, cells] = np.where(np.asarray(top.count_T) > 0, labels[b, cells], IGNORED)
     return found
 
 
+def _entries(row: Mapping[str, Any], kind: str) -> tuple[Array, Array, Array]:
+    """Return counts [C], ids [E] and log-probabilities [E] of a trace's entries (top) or draws (draw), from either layout."""
+    ids, logps, counts = row[f"{kind}_ids"], row[f"{kind}_logprobs"], row.get(f"{kind}_count")
+    if counts is None:
+        nested = [(np.asarray(i, np.int64), np.asarray(p, np.float32)) for i, p in zip(ids, logps, strict=True)]
+        kept = [(i[p > -np.inf], p[p > -np.inf]) for i, p in nested]
+        counts = [len(i) for i, _ in kept]
+        ids = np.concatenate([np.empty(0, np.int64), *(i for i, _ in kept)])
+        logps = np.concatenate([np.empty(0, np.float32), *(p for _, p in kept)])
+    counts = np.asarray(counts, np.int64)
+    _check(row, f"{kind}_count", len(counts), "completion_ids")
+    for name, values in ((f"{kind}_ids", ids), (f"{kind}_logprobs", logps)):
+        if len(values) != int(counts.sum()):
+            raise UserError(
+                f"trace {row.get('trace_id', '?')}: {name} has {len(values)} values where {kind}_count adds up to {int(counts.sum())}."
+            )
+    return counts, np.asarray(ids, np.int64), np.asarray(logps, np.float32)
+
+
 def _draws(
-    rows: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, slice]], shape: tuple[int, int]
+    rows: Sequence[Mapping[str, Any]], places: Sequence[tuple[int, slice]], shape: tuple[int, int], tail_draws: int
 ) -> dict[str, Array]:
     drawn = []
     for row, (_, cells) in zip(rows, places, strict=True):
-        each = Draws(
-            np.asarray(row["draw_count"], np.int64),
-            np.asarray(row["draw_ids"], np.int64),
-            np.asarray(row["draw_logprobs"], np.float32),
-        )
-        _check(row, "draw_count", len(each.count_T), "completion_ids")
-        drawn.append(each.slice(0, cells.stop - cells.start))
+        drawn.append(Draws(*_entries(row, "draw")).slice(0, cells.stop - cells.start))
     width = max((each.width for each in drawn), default=0)
     found: dict[str, Array] = {
         "draw_ids": np.full((*shape, width), -1, np.int64),
@@ -229,5 +234,7 @@ def _draws(
     }
     for row, each, (b, cells) in zip(rows, drawn, places, strict=True):
         found["draw_ids"][b, cells], found["draw_logprobs"][b, cells] = each.dense(width)
-        found["draw_mass"][b, cells] = np.asarray(row["draw_mass"], np.float32)[: cells.stop - cells.start]
+        mass = row.get("draw_mass")
+        mass = weights(np.asarray(row["tail_logprob"]), tail_draws) if mass is None else np.asarray(mass, np.float32)
+        found["draw_mass"][b, cells] = mass[: cells.stop - cells.start]
     return found

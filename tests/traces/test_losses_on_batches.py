@@ -61,8 +61,8 @@ def by_hand(logits_BTV, batch, divergence):
     logq = logits_BTV.log_softmax(-1)
     found = torch.zeros(batch["labels"].shape, dtype=torch.float64)
     for b, t in (batch["labels"] != -100).nonzero().tolist():
-        ids = batch["topk_ids"][b, t]
-        p = batch["topk_logprobs"][b, t].double().exp()
+        ids = batch["top_ids"][b, t]
+        p = batch["top_logprobs"][b, t].double().exp()
         q = logq[b, t - 1, ids].exp()
         if len(ids) < VOCAB:
             rest = [v for v in range(VOCAB) if v not in ids.tolist()]
@@ -314,7 +314,7 @@ def test_a_loss_of_one_s_own():
         (lambda h, w, b: losses.on_batch("policy_gradient", h, b), "no loss on stored distributions"),
         (
             lambda h, w, b: losses.forward_kl(
-                h, {k: v for k, v in b.items() if not k.startswith(("topk", "tail"))}, head=Head(w)
+                h, {k: v for k, v in b.items() if not k.startswith(("top", "tail"))}, head=Head(w)
             ),
             "the data hold none",
         ),
