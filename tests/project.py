@@ -42,6 +42,19 @@ def warm() -> subprocess.Popen[str]:
     )
 
 
+def command_line(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """One `distill` command in a folder, in a fork of the warm process."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out, err = Path(scratch, "out"), Path(scratch, "err")
+        out.touch()
+        err.touch()
+        asked = {"arguments": arguments, "folder": str(folder), "env": dict(os.environ)}
+        server = warm()
+        print(json.dumps({**asked, "out": str(out), "err": str(err)}), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
+
+
 class Project:
     """A working directory with one recipe, and the command line in it.
 
@@ -64,19 +77,7 @@ class Project:
         return [sys.executable, "-m", "distill.cli", *arguments]
 
     def distill(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            out.touch()
-            err.touch()
-            asked = {"arguments": arguments, "folder": str(self.folder), "env": dict(os.environ)}
-            server = warm()
-            print(
-                json.dumps({**asked, "out": str(out), "err": str(err)}),
-                file=server.stdin,
-                flush=True,
-            )
-            status = int(server.stdout.readline())
-            return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
+        return command_line(self.folder, *arguments)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.distill("run", self.recipe.name, *arguments)
