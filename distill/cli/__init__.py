@@ -9,6 +9,8 @@ import os
 import sys
 import time
 import traceback
+from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -37,6 +39,37 @@ def _refuse_under_launcher() -> None:
     )
 
 
+def _refuse_field_options(words: list[str]) -> None:
+    """Raise UserError for a recipe's field that is written as an option: `distill run quickstart --lr 1e-4`."""
+    command: Any = typer.main.get_command(app)
+    verb = command.commands.get(next(iter(words), ""))
+    if verb is None or not any(one.name == "overrides" for one in verb.params):
+        return
+    known = {"--help", *(text for one in verb.params for text in (*one.opts, *one.secondary_opts))}
+    for number, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if not option.startswith("--") or option in known or len(option) == 2:
+            continue
+        value = value if equals else next((one for one in words[number + 1 : number + 2] if one[:2] != "--"), "...")
+        if places := _fields(words[1:number], option[2:].replace("-", "_")):
+            shown = " or ".join(f"{place}={value}" for place in places)
+            raise UserError(f"{option}: a recipe's fields are set without dashes, as key=value: {shown}")
+
+
+def _fields(words: list[str], name: str) -> list[str]:
+    """Return the places of a field of the recipe that a command names; of a dotted name itself."""
+    from distill import recipe
+    from distill.recipe.load import fields_named, find, read_file
+
+    if "." in name:
+        return [name]
+    if name in recipe.Recipe.model_fields:
+        return [name]
+    path = next((find(Path(word)) for word in words if not word.startswith("-")), None)
+    tree = read_file(path) if path is not None and path.is_file() else None
+    return fields_named(name, tree) if isinstance(tree, dict) else []
+
+
 def main() -> None:
     """Run the `distill` command. Every failure is one message; its traceback is shown with --debug only.
 
@@ -48,6 +81,7 @@ def main() -> None:
         os.environ[DEBUG] = "1"
     try:
         _refuse_under_launcher()
+        _refuse_field_options(sys.argv[1:])
         app()
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

@@ -84,7 +84,8 @@ def _run(
     if dry_run:
         from distill.tools import check_output
 
-        check_output.print_plan(resolved, folder, redo)
+        if not check_output.print_plan(resolved, folder, redo):
+            raise typer.Exit(1)
         return
     nodes.require_inputs(resolved, folder, wanted)
     runner = pipeline.Runner(resolved, find(path), folder, redo, trials=trials)
@@ -134,7 +135,11 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Check a recipe and predict its time, memory and disk space, on this machine or on named GPUs."""
+    """Check a recipe and predict its time, memory and disk space, on this machine or on named GPUs.
+
+    Exit status 1 if the run would end in a mistake: too few problems, a prompt longer than the context, a reward that is always the
+    same, ...
+    """
     from distill import recipe as recipes
     from distill.tools import check_output
 
@@ -147,7 +152,8 @@ def check(
     if show_text:
         check_output.print_previews(resolved, runs / resolved.name)
         return
-    check_output.print_plan(resolved, runs / resolved.name, ())
+    if not check_output.print_plan(resolved, runs / resolved.name, ()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -180,6 +186,10 @@ def show(
     from distill.reports import pages
 
     folder = run if run.is_dir() else Path("runs") / run
+    if not folder.exists():
+        known = sorted(path.parent.name for path in Path("runs").glob("*/resolved.yaml"))
+        there = f" The runs there: {', '.join(known)}." if known else " `distill run RECIPE` makes one."
+        raise UserError(f"{run}: no such folder, here or in runs/.{there}")
     if run_folder.is_run(folder):
         from distill.run.collect import collect_run
 

@@ -10,10 +10,17 @@ import typer
 from distill.cli.apps import traces_app
 from distill.errors import UserError
 
+TracesFolder = Annotated[
+    Path, typer.Argument(metavar="TRACES|RUN/STAGE", help="A folder of shards or a selection, or a stage's folder.")
+]
+
 
 @traces_app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="TRACES|RUN", help="A folder of shards or a selection, a stage's folder, or a run's."),
+    ],
     repair: Annotated[
         bool,
         typer.Option("--repair", help="Remove damaged shards, so that running generate again writes what is missing."),
@@ -38,14 +45,19 @@ def verify(
 ) -> None:
     """Check that all shards exist and match their checksums. Exit status 1 if they do not."""
     from distill import progress
+    from distill.tools.trace_places import place, places
     from distill.traces import verify as verification
 
-    with progress.working(f"reading every shard of {folder}"):
-        report = verification.repair(folder) if repair else verification.verify(folder)
-    typer.echo(str(report))
-    if not report.ok:
+    whole = True
+    for each in places(folder):
+        with progress.working(f"reading every shard of {each}"):
+            report = verification.repair(each) if repair else verification.verify(each)
+        typer.echo(str(report))
+        whole = whole and report.ok
+    if not whole:
         raise typer.Exit(1)
     if audit is not None:
+        folder = place(folder)
         with progress.working("loading the libraries") as screen:
             from distill.tools.audit import audit as score_again
 
@@ -57,11 +69,14 @@ def verify(
 
 @traces_app.command()
 def stats(
-    folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
+    folder: TracesFolder,
 ) -> None:
     """Print counts, lengths and rates of traces."""
     from distill import progress
+    from distill.tools.trace_places import place
     from distill.traces.summary import stats as count
+
+    folder = place(folder)
 
     with progress.working(f"reading {folder}"):
         counted = count(folder)
@@ -75,8 +90,10 @@ def merge(
 ) -> None:
     """Copy several folders of traces into one."""
     from distill import progress
+    from distill.tools.trace_places import place
     from distill.traces import export
 
+    sources = [place(source) for source in sources]
     with progress.working(f"copying into {out}"):
         count = export.merge(sources, out)
     typer.echo(f"{count} traces in {out}")
@@ -84,13 +101,16 @@ def merge(
 
 @traces_app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
+    folder: TracesFolder,
     out: Annotated[Path, typer.Argument(help="NAME.jsonl writes a JSONL file; any other name a `datasets` folder.")],
     style: Annotated[str, typer.Option(help="chat (messages) or text (prompt and completion).")] = "chat",
 ) -> None:
     """Export prompts and completions as text, for other trainers."""
     from distill import progress
+    from distill.tools.trace_places import place
     from distill.traces import export as exporting
+
+    folder = place(folder)
 
     if style not in ("chat", "text"):
         raise UserError(f"--style: {style!r} is neither chat nor text.")
@@ -102,7 +122,7 @@ def export(
 
 @traces_app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="A folder of shards, or a selection.")],
+    folder: TracesFolder,
     repo: Annotated[str, typer.Argument(help="The repository on the hub: owner/name.")],
     licence: Annotated[
         str, typer.Option("--license", help="The licence, by the hub's identifier: apache-2.0, cc-by-4.0, ...")
@@ -114,7 +134,10 @@ def push(
 ) -> None:
     """Publish traces and a data card on the hub, by default private."""
     from distill import progress
+    from distill.tools.trace_places import place
     from distill.traces import push as pushing
+
+    folder = place(folder)
 
     if build is not None:
         with progress.working("building the data set"):

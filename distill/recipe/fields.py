@@ -70,10 +70,15 @@ TEMPLATE_OPTIONS = "options that the model's chat template reads, such as enable
 
 
 class PlugConfig(BaseModel):
-    """A function by name (`fn`) and its options."""
+    """A function by name (`fn`) and its options; a name alone is the function without options."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
     fn: str = Field(description="name of a built-in function, or your own as package.module:function")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"fn": value} if isinstance(value, str) else value
 
     @property
     def options(self) -> dict[str, Any]:

@@ -14,7 +14,14 @@ from distill.recipe.stages import KINDS
 from distill.recipe.tree import Recipe
 
 FILE = "recipe.schema.json"
-_SHORT = {"EngineConfig": "an engine's name", "ModelConfig": "the model's source"}
+_SHORT = {
+    "EngineConfig": "an engine's name",
+    "ModelConfig": "the model's source",
+    "PlugConfig": "a function's name",
+    "RewardConfig": "a reward's name",
+    "TaskConfig": "a task's name",
+    "WeightsConfig": "a function's name",
+}
 """Sections that may be written as one word, and the meaning of this word."""
 
 

@@ -22,8 +22,10 @@ from distill.recipe.training_stages import OptimStage
 from distill.recipe.tree import Recipe, check_references
 from distill.records import UserError
 
-SHORTHANDS = {"engine": "fn", "loss": "fn", "objective": "fn"}
+SHORTHANDS = {"engine": "fn", "loss": "fn", "objective": "fn", "weights": "fn"}
 """Sections that may be written as one word, and the field that this word sets."""
+NEEDED = {"stages": "kind", "tasks": "fn"}
+"""Parts of a recipe whose entries need a field, without which an override cannot add one."""
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Recipe:  # type: ignore[assignment]
@@ -33,13 +35,17 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
     """
     path = find(Path(path))
     if not path.is_file():
+        close = nearest(path.stem, [*(one.stem for one in shipped()), *(one.name for one in Path().glob("*.yaml"))])
         raise UserError(
-            f"recipe {str(path)!r}: no such file. `distill ls recipes` lists the recipes that come with the project."
+            f"recipe {str(path)!r}: no such file.{close if 'Did you mean' in close else ''} `distill ls recipes` lists the recipes that "
+            "come with the project."
         )
     tree = read_file(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping with name, models, tasks and stages.")
-    for key, value in parse_overrides(overrides).items():
+    given = parse_overrides(overrides)
+    _refuse_unknown(given, tree)
+    for key, value in given.items():
         _set(tree, key, value)
     add_import_folder(path.resolve().parent)
     return validate(tree, str(path))
@@ -56,10 +62,15 @@ def read_file(path: Path) -> Any:
     return document.read(text, str(path))
 
 
+def shipped() -> list[Path]:
+    """Return the files of the recipes that come with the project, in the order of their names."""
+    return sorted((SHIPPED / "recipes").glob("*.yaml"))
+
+
 def find(path: Path) -> Path:
     """Return a recipe's file: the path, or the shipped recipe of that name."""
-    shipped = SHIPPED / "recipes" / f"{path}.yaml"
-    return shipped if not path.exists() and len(path.parts) == 1 and shipped.is_file() else path
+    known = SHIPPED / "recipes" / f"{path}.yaml"
+    return known if not path.exists() and len(path.parts) == 1 and known.is_file() else path
 
 
 def validate(tree: Mapping[str, Any], where: str = "recipe") -> Recipe:
@@ -126,6 +137,36 @@ def parse_overrides(overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dic
     return parsed
 
 
+def _refuse_unknown(given: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
+    """Raise UserError for an override of a stage or task that is not there, and for a stage's field without its stage."""
+    for key, value in given.items():
+        first, *rest = key.split(".")
+        if first in NEEDED and len(rest) > 1 and isinstance(tree.get(first), Mapping):
+            adds = f"{first}.{rest[0]}" in given or f"{first}.{rest[0]}.{NEEDED[first]}" in given
+            if rest[0] not in tree[first] and not adds:
+                raise UserError(
+                    f"override {key!r}: there is no {first[:-1]} {rest[0]!r} in the recipe.{nearest(rest[0], tree[first])}"
+                )
+        if first not in Recipe.model_fields and (holders := fields_named(key, tree)):
+            shown = value if isinstance(value, str | int | float) else "..."
+            places = " or ".join(f"{one}={shown}" for one in holders)
+            raise UserError(f"override {key!r}: it is a field of stages: write {places}.")
+
+
+def fields_named(key: str, tree: Mapping[str, Any]) -> list[str]:
+    """Return the places in a recipe's stages that have a field, as overrides name them: `stages.kl.lr`.
+
+    key: the field, such as `lr` or `loss.fn`, or its name in another framework.
+    """
+    stages = tree.get("stages")
+    found = []
+    for name, stage in stages.items() if isinstance(stages, Mapping) else ():
+        kind = stage.get("kind") if isinstance(stage, Mapping) else None
+        known = (one for one in (key, *synonyms.KEYS.get(key, ())) if kind in KINDS and _has(KINDS[kind], one))
+        found += [f"stages.{name}.{one}" for one in known]
+    return found
+
+
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     node: Any = tree
@@ -153,6 +194,11 @@ def _explain_one(mistake: Any, tree: Mapping[str, Any], where: str) -> str:
         return f"{where}: {key}: there is no {loc[-1]} {mistake['input']!r}.{nearest(mistake['input'], known)}"
     if mistake["type"] == "missing":
         return f"{where}: {key}: is required."
+    if mistake["type"] == "string_pattern_mismatch":
+        place = f"{where}: {'.'.join(loc[:-1]) or 'recipe'}" if loc[-1] == "[key]" else f"{where}: {key}"
+        return f"{place}: {mistake['input']!r:.80} is no name. A name begins with a letter; then letters, digits, - and _ may follow."
+    if mistake["type"] in ("model_type", "dict_type"):
+        return f"{where}: {key}: is a section with keys, not {str(mistake['input'])[:80]!r}."
     if mistake["type"] == "value_error":
         return f"{where}: {key}: {mistake['ctx']['error']}."
     return f"{where}: {key}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}, got {str(mistake['input'])[:80]!r}."

@@ -14,7 +14,8 @@ from distill.printable import printable
 from distill.recipe import Recipe
 from distill.records import UserError
 from distill.reports.wording import duration, money, scaled
-from distill.run import advice, decide, nodes, plan
+from distill.run import advice, decide, nodes, plan, trials
+from distill.run.predictions.row import Row
 from distill.run.readiness import check_ready
 
 
@@ -42,8 +43,11 @@ def print_previews(resolved: Recipe, folder: Path) -> None:
     )
 
 
-def print_plan(resolved: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
-    """Print the predicted costs of a recipe, stage by stage, and advice. folder: the run's; redo: stages to do again."""
+def print_plan(resolved: Recipe, folder: Path, redo: tuple[str, ...]) -> bool:
+    """Print the predicted costs of a recipe, stage by stage, advice, and what its run would refuse.
+
+    folder: the run's. redo: stages to do again. Return whether the run would begin, on a machine that is large enough.
+    """
     with progress.working("checking the recipe"):
         plan.check_plugs(resolved)
         machine = plan.measured(resolved)
@@ -85,3 +89,22 @@ def print_plan(resolved: Recipe, folder: Path, redo: tuple[str, ...]) -> None:
         typer.echo(line)
     for line in advice.too_large(ahead, machine):
         typer.echo(f"cannot run on this machine: {line}")
+    return _print_trials(resolved, folder, ahead)
+
+
+def _print_trials(resolved: Recipe, folder: Path, ahead: list[Row]) -> bool:
+    """Make the cheap trials of the stages that are due and print what failed. Return whether none but the disk's did."""
+    due = dict.fromkeys(row.name.partition(".")[0] for row in ahead)
+    with progress.working("trying prompts, tokenizers, judges and rewards"):
+        found = list(trials.cheap(resolved, folder, list(due), ahead)) if due else []
+    well = True
+    for trial in found:
+        text = printable(f"{trial.subject}: {trial.name}: {trial.figure}. {trial.remedy}")
+        if trial.status == "warn":
+            typer.echo(f"warning: {text}")
+        elif trial.status == "fail" and trial.name == "disk":
+            typer.echo(f"cannot run on this machine: {text}")
+        elif trial.status == "fail":
+            well = False
+            typer.echo(f"would fail: {text}")
+    return well

@@ -19,6 +19,7 @@ from distill.inspector import token_text, trace_page
 from distill.progress import Screen
 from distill.recipe import EngineConfig, ModelConfig, Recipe, served_models
 from distill.records import Completion, Request, Traces, UserError, stable_hash
+from distill.tools.trace_places import existing
 from distill.traces.reader import TraceReader, open_traces
 from distill.traces.schema import Metadata
 
@@ -86,10 +87,7 @@ def write(
 
 def find(path: Path) -> Found:
     """Find the traces at a path: the path itself, its `traces` folder, or the first stage of a run with distributions."""
-    if not path.exists() and (Path("runs") / path).exists():
-        path = Path("runs") / path
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder, here or in runs/.")
+    path = existing(path)
     if run_folder.is_run(path):
         return _of_run(path)
     traces = path / "traces" if (path / "traces").is_dir() else path

@@ -18,7 +18,7 @@ from distill.progress import Screen
 from distill.recipe import Recipe
 from distill.records import UserError
 from distill.run.predictions.row import Row
-from distill.run.trials import engine_path, isolation, judging, rendering, resources
+from distill.run.trials import amounts, engine_path, isolation, judging, rendering, resources
 from distill.run.trials.trial import Step, Trial, TrialSetup
 
 __all__ = ["Trial", "all_trials", "cheap", "refuse_failed"]
@@ -27,10 +27,12 @@ UNTRIED = "could not be tried"
 _QUICK: tuple[tuple[str, Step], ...] = (
     ("prompt and reply", rendering.templates),
     ("context", rendering.contexts),
+    ("entries", amounts.entries),
     ("tokenizers", rendering.pairs),
     ("judge", judging.judges),
     ("rewards", partial(judging.rewards, with_models=False)),
     ("sandbox", isolation.sandboxes),
+    ("problems", amounts.problems),
 )
 
 
@@ -49,7 +51,8 @@ def all_trials(
 ) -> Iterator[Trial]:
     """Yield every trial of the due stages. Tokenizers may be fetched from the hub; weights are not."""
     setup = TrialSetup(recipe, run, tuple(due), fetches=True)
-    for what, trial in (*_QUICK[:4], ("rewards", judging.rewards), _QUICK[5], ("data", rendering.data)):
+    quick = (("rewards", judging.rewards) if what == "rewards" else (what, trial) for what, trial in _QUICK)
+    for what, trial in (*quick, ("data", rendering.data)):
         screen.phase(f"trying: {what}")
         yield from _guarded(what, trial, setup)
     yield from resources.resources(setup, rows, machine)

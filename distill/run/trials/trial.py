@@ -117,6 +117,13 @@ class TrialSetup:
             self._problems[key] = list(islice(task.problems(split, num, self.recipe.seed), most))
         return self._problems[key][:most]
 
+    def every_problem(self, name: str, split: Split, most: int | None) -> list[Problem]:
+        """Return all problems of a task's split; of an endless task `most`.
+
+        Raises UserError if there are fewer than `most`, or none; MachineError if they cannot be reached.
+        """
+        return list(self.task(name).problems(split, most, self.recipe.seed))
+
     def some_problems(self, name: str, most: int) -> tuple[Split, list[Problem]]:
         """Return a split and its first problems: train ones, or held-out ones where there are no others.
 
