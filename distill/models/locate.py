@@ -13,6 +13,7 @@ from distill.files import cache_home, file_hash, whole_folder
 from distill.models.checkpoint_folder import check_folder, check_is_model
 from distill.models.integrity import SUMS, seal, verify
 from distill.models.loading import save
+from distill.recipe.paths import RULE
 from distill.records import UserError, stable_hash
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def resolve(model: ModelConfig, say: Callable[[str], None] | None = None, *, wei
             check_is_model(folder)
         return folder
     if model.source.startswith((".", "/", "~")) or model.source.count("/") > 1:
-        raise UserError(f"model folder {model.source!r} does not exist.")
+        raise UserError(f"model folder {model.source!r} does not exist. {RULE}.")
     if say is not None:
         say(f"looking for {model.source} in the local cache and on the hub")
     return _from_hub(model, weights)

@@ -15,6 +15,7 @@ from distill.files import SHIPPED
 from distill.plug import add_import_folder, nearest
 from distill.recipe import document
 from distill.recipe.fields import ModelConfig, PlugConfig
+from distill.recipe.paths import from_working_directory
 from distill.recipe.seeds import expand
 from distill.recipe.stages import KINDS, kind_class
 from distill.recipe.sweep import expand_sweeps
@@ -31,6 +32,7 @@ NEEDED = {"stages": "kind", "tasks": "fn"}
 def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Recipe:  # type: ignore[assignment]
     """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
 
+    Relative paths in the file are those of its folder, then of the working directory; those in overrides of the latter.
     Raises UserError with one line for each mistake: the key, what is wrong and the nearest known name.
     """
     path = find(Path(path))
@@ -43,6 +45,7 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
     tree = read_file(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping with name, models, tasks and stages.")
+    tree = from_working_directory(tree, path.resolve().parent)
     given = parse_overrides(overrides)
     _refuse_unknown(given, tree)
     for key, value in given.items():

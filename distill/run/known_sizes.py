@@ -27,6 +27,7 @@ from distill.recipe import (
     TrainStage,
     WeightsConfig,
 )
+from distill.recipe.paths import RULE
 from distill.records import Task, UserError
 from distill.stages.context import find_data, make_task
 from distill.stages.inputs.conversation_data import DroppedRows, conversations, is_hub_id, nothing_found, open_rows
@@ -127,7 +128,7 @@ def rows_of(data: str, config: RowsConfig, known: Known) -> tuple[float, float, 
         known.notes.append(f"data {data!r} unverified: assumed to have {rows:g} traces")
         return rows, lengths[0], lengths[1]
     if path is None:
-        raise UserError(f"data: {data!r} does not exist (looked in {Path.cwd()}).")
+        raise UserError(f"data: {data!r} does not exist. {RULE} ({Path.cwd()}).")
     if is_traces(path):
         return stored(data)
     table, left_out = open_rows(data, config, "data"), DroppedRows()
@@ -249,7 +250,9 @@ def _cached_config(model: ModelConfig) -> dict[str, Any] | None:
     try:
         found = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
     except HFValidationError:
-        raise UserError(f"model {model.source!r} is neither a folder nor a valid hub id (owner/name).") from None
+        raise UserError(
+            f"model {model.source!r} is neither a folder nor a valid hub id (owner/name). {RULE}."
+        ) from None
     return json.loads(Path(found).read_text(encoding="utf-8")) if isinstance(found, str) else None
 
 

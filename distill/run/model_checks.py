@@ -9,6 +9,7 @@ from distill import models
 from distill.models import gguf, prune_width
 from distill.recipe import ModelConfig, OnPolicyStage, OptimStage, PruneStage, Recipe, served_models
 from distill.recipe.lineage import origin
+from distill.recipe.paths import RULE
 from distill.records import UserError
 
 
@@ -36,7 +37,9 @@ def local_folder(model: ModelConfig) -> Path | None:
     try:
         found = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
     except HFValidationError:
-        raise UserError(f"model {model.source!r} is neither a folder nor a valid hub id (owner/name).") from None
+        raise UserError(
+            f"model {model.source!r} is neither a folder nor a valid hub id (owner/name). {RULE}."
+        ) from None
     # A download that was cut goes on when the model is needed.
     complete = isinstance(found, str) and _is_complete(Path(found).parent)
     return Path(found).parent if complete and isinstance(found, str) else None

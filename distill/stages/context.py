@@ -12,6 +12,7 @@ from distill.files import SHIPPED, whole_folder
 from distill.machine import Machine, Width
 from distill.progress import Live, Screen
 from distill.recipe import Recipe, TaskConfig, served_models
+from distill.recipe.paths import RULE
 from distill.records import Cost, Task, UserError, stable_hash
 from distill.stages.shared_engine import SharedEngine
 
@@ -97,7 +98,7 @@ class Context:
             return self.run / reference / "traces"
         path = find_data(reference)
         if path is None:
-            raise UserError(f"stages.{self.name}.data: {reference!r} does not exist (looked in {Path.cwd()}).")
+            raise UserError(f"stages.{self.name}.data: {reference!r} does not exist. {RULE} ({Path.cwd()}).")
         return path
 
     def machine(self, width: Width) -> Machine:

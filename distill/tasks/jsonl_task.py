@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from distill.conversations import Conversation, Reader, Table, open_table
 from distill.models import file_hash
+from distill.recipe.paths import RULE
 from distill.records import Split, UserError, stable_hash
 from distill.tasks import templates
 from distill.tasks.problem_list import FiniteTask, Judge, Loaded, Rejected, Row, assemble
@@ -37,7 +38,7 @@ def jsonl(
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"tasks.{name}.path: {path!r}: no such file.")
+        raise UserError(f"tasks.{name}.path: {path!r}: no such file. {RULE}.")
     found = templates.find(template, f"tasks.{name}.template")
     by_hand = [repr(sorted(fields.items()))] if fields else []
     fingerprint = stable_hash("jsonl", file_hash(file), held_out, judge, *by_hand, *templates.fingerprint(found))
