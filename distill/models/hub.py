@@ -1,4 +1,4 @@
-"""The Hugging Face hub: find out in seconds whether it can be reached and which commit of a data set it would give."""
+"""The Hugging Face hub: whether it can be reached, which commit of a data set it would give, and uploads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from distill.errors import MachineError, UserError
 
 CONNECT_SECONDS = 5.0
 UNVERIFIED = "unverified"
@@ -63,6 +65,93 @@ def loaded_commit(table: Any) -> str:
     folders = {Path(file["filename"]).parent.name for file in table.cache_files}
     found = folders.pop() if len(folders) == 1 else ""
     return found if _COMMIT.fullmatch(found) else UNVERIFIED
+
+
+def endpoint() -> str:
+    """Return the address of the hub, or of the mirror that HF_ENDPOINT names."""
+    import huggingface_hub.constants as constants
+
+    return str(constants.ENDPOINT)
+
+
+def upload(folder: Path, repo: str, *, kind: Literal["model", "dataset"], private: bool, message: str) -> str:
+    """Upload a folder's files in one commit to the repository `repo`, created if missing; return its address.
+
+    private: refuse a repository that exists and is public. Raises UserError for a name, token or permission that the hub
+    refuses, MachineError if it cannot be reached or fails.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
+
+    check_repo(repo)
+    if not huggingface_hub.get_token():
+        raise UserError(
+            f"push: there is no token for the hub ({endpoint()}). Log in with `hf auth login`, or set HF_TOKEN to a token that "
+            f"may write to {repo.partition('/')[0]}."
+        )
+    api = huggingface_hub.HfApi()
+    try:
+        address = str(api.create_repo(repo, repo_type=kind, private=private, exist_ok=True))
+        if private and api.repo_info(repo, repo_type=kind).private is False:
+            raise UserError(
+                f"push: {repo} exists on the hub and is public, so nothing was uploaded. Say --public to upload there, or choose "
+                "another name."
+            )
+        api.upload_folder(repo_id=repo, repo_type=kind, folder_path=folder, commit_message=message)
+    except HfHubHTTPError as error:
+        kind_of_error = UserError if error.response.status_code in _REFUSALS and not _may_pass(error) else MachineError
+        raise kind_of_error(f"push: {_refusal(error, repo)}") from None
+    except ValueError as error:  # a name that is none, or front matter of the card that the hub does not take
+        raise UserError(f"push: {' '.join(str(error).split())[:500]}") from None
+    except (HTTPError, OSError, RuntimeError) as error:
+        raise MachineError(
+            f"push: the hub ({endpoint()}) stopped answering: {_first_line(error)}. Run the same command again; files that are "
+            "there already are not sent again."
+        ) from None
+    return address
+
+
+def check_repo(repo: str) -> None:
+    """Raise UserError unless `repo` is owner/name."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"push: {repo!r} is not the name of a repository: write owner/name.")
+
+
+def unreachable(instead: str) -> MachineError:
+    """Return the error for a hub that does not answer. instead: what can be done without it."""
+    import huggingface_hub.constants as constants
+
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "it does not answer"
+    return MachineError(f"push: the hub ({endpoint()}) cannot be reached ({why}), so nothing was uploaded. {instead}")
+
+
+_REFUSALS = {
+    401: "the hub does not accept the token. Log in again with `hf auth login`, or set HF_TOKEN to a valid token",
+    402: "the hub wants a payment for this account before it takes more",
+    403: "the token may not write to {repo}. Use an account, or a token with the permission to write, that may",
+    404: "the hub has no user or organisation {owner}, or this token may not see {repo}. Check the name, and log in with `hf auth login`",
+    409: "{repo} was changed by somebody else at the same time. Run the same command again",
+    413: "a file is larger than the hub takes",
+}
+"""What an answer of the hub means, by its HTTP status."""
+
+
+def _may_pass(error: Any) -> bool:
+    """Return whether the same command may work later: nothing is wrong with it."""
+    return int(error.response.status_code) in (402, 409)
+
+
+def _refusal(error: Any, repo: str) -> str:
+    """Return what the hub's refusal means, and its own words."""
+    status = error.response.status_code
+    known = _REFUSALS.get(status, "the hub ({endpoint}) failed. Run the same command again later")
+    said = str(getattr(error, "server_message", "") or "").strip()
+    words = known.format(repo=repo, owner=repo.partition("/")[0], endpoint=endpoint())
+    return f"{words} (status {status}{': ' + ' '.join(said.split())[:200] if said else ''})."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def reachable() -> bool:

@@ -162,34 +162,18 @@ def push(reference: Path, repo: str, *, private: bool = True) -> str:
     reference: the model's folder, or the folder of its stage. Raises UserError if there is no model, or if the hub cannot
     be reached or refuses the upload.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
     folder = model_folder(reference)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"push: {repo!r} is not a valid repository name: write owner/name.")
+    hub.check_repo(repo)
     if not (folder / FILE).is_file():
         raise UserError(
             f"push: {folder} has no {FILE}. `distill run` writes one for every model; for a model from elsewhere, write "
             "the file yourself."
         )
-    endpoint = huggingface_hub.constants.ENDPOINT
     if not hub.reachable():
-        raise UserError(
-            f"push: the hub ({endpoint}) cannot be reached, so nothing was uploaded. {folder} is complete: copy it to a "
-            f"machine with a network and run `hf upload {repo} {folder}` there."
+        raise hub.unreachable(
+            f"{folder} is complete: copy it to a machine with a network and run `hf upload {repo} {folder}` there."
         )
-    try:
-        api = huggingface_hub.HfApi()
-        address = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Checkpoint, written by distill")
-    except (LocalTokenNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"push: the hub ({endpoint}) refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) with an "
-            "account that may write there, then run again; only missing files are uploaded."
-        ) from None
-    return str(address)
+    return hub.upload(folder, repo, kind="model", private=private, message="Checkpoint, written by distill")
 
 
 def model_folder(reference: Path) -> Path:

@@ -7,7 +7,6 @@ rows are uploaded, as shards of their own.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,42 +22,22 @@ from distill.traces.verify import verify
 README = "README.md"
 
 
-def push(path: Path, repo: str, *, licence: str, private: bool = False) -> str:
+def push(path: Path, repo: str, *, licence: str, private: bool = True) -> str:
     """Upload to the data set `repo` (owner/name), created if missing; return its address.
 
     Raises UserError if the traces are incomplete, or the hub cannot be reached or refuses.
     """
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"push: {repo!r} is not the name of a data set: write owner/name.")
+    hub.check_repo(repo)
     if not hub.reachable():
-        raise UserError(
-            f"push: the hub ({huggingface_hub.constants.ENDPOINT}) cannot be reached, so nothing was uploaded. With "
-            "--folder OUT the data set is built on this machine; upload it from a machine with a network "
+        raise hub.unreachable(
+            "With --folder OUT the data set is built on this machine; upload it from a machine with a network "
             "(`hf upload --repo-type dataset OWNER/NAME OUT`)."
         )
     path = Path(path)
     beside = (path if path.is_dir() else path.parent).resolve().parent
     with tempfile.TemporaryDirectory(prefix=".push-", dir=beside) as temporary:
         built = build(path, Path(temporary) / "dataset", name=repo, licence=licence)
-        try:
-            api = huggingface_hub.HfApi()
-            address = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo,
-                repo_type="dataset",
-                folder_path=built,
-                commit_message="Traces, written by distill",
-            )
-        except (LocalTokenNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"push: the hub refuses {repo!r}: {reason}. Log in with `hf auth login` (or set HF_TOKEN) with an account that "
-                "may write there, then run again; only missing files are uploaded."
-            ) from None
-    return str(address)
+        return hub.upload(built, repo, kind="dataset", private=private, message="Traces, written by distill")
 
 
 def build(path: Path, out: Path, *, name: str, licence: str) -> Path:
