@@ -1,21 +1,8 @@
-# Each target first creates a virtual environment in .venv and installs the packages. Needs Python 3.11 or newer.
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
-VENV := .venv
+# Each target first runs setup.sh, which creates a virtual environment in .venv and installs the packages. Options of it:
+# PYTHON=python3.12 (3.11 or newer), DEVICE=cpu|gpu.
+VENV ?= .venv
 BIN := $(VENV)/bin
-# Compile packages at installation, not at their first import.
-COMPILE := --compile-bytecode
-# cpu or gpu: the two builds of vLLM cannot be installed together.
-DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-
-# uv does not read pip's settings, so pip's index and find-links are passed to it. Unless a local wheel of torch is found
-# there, uv chooses the build of torch for this machine.
-define INSTALL
-links="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-$$($(BIN)/python -m pip config get global.find-links 2>/dev/null)}}"; \
-[ -n "$$links" ] && export UV_FIND_LINKS="$$links"; \
-[ -n "$$PIP_INDEX_URL" ] && export UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$$PIP_INDEX_URL}"; \
-ls $$links/torch-*.whl >/dev/null 2>&1 || export UV_TORCH_BACKEND="$${UV_TORCH_BACKEND:-auto}"; \
-$(BIN)/uv pip install --quiet $(COMPILE) --only-binary vllm --python $(BIN)/python
-endef
+export PYTHON DEVICE VENV
 
 .PHONY: setup setup-dev quickstart test test-fast bench bench-gpu gpu-smoke lint docs docs-serve clean
 .DEFAULT_GOAL := help
@@ -32,26 +19,12 @@ help:
 	@echo "make docs-serve   show it on this machine, rebuilt at every change"
 	@echo "make clean        remove .venv, site and runs"
 
-$(VENV)/.uv:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "python 3.11 or newer is needed (PYTHON=...)" && exit 1)
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+$(VENV)/.setup: pyproject.toml setup.sh
+	@bash setup.sh
 	@touch $@
 
-# uv exits with 1 if no package version fits, and with another status for other errors (no network, no disk space). If only
-# vLLM has no fitting version, everything else is installed; .extra tells setup-dev which extra that is.
-$(VENV)/.setup: pyproject.toml $(VENV)/.uv
-	@echo "installing ($(DEVICE)); this takes a few minutes, depending on the network"
-	@echo $(DEVICE) >$(VENV)/.extra
-	@($(INSTALL) -e '.[$(DEVICE),ray]') 2>$(VENV)/.said || { status=$$?; \
-	  if [ $$status != 1 ] || ! grep -q vllm $(VENV)/.said; then cat $(VENV)/.said >&2; exit $$status; fi; \
-	  echo model >$(VENV)/.extra; ($(INSTALL) -e '.[model,ray]') || exit; }
-	@ls -d $(VENV)/lib/python*/site-packages/vllm >/dev/null 2>&1 || echo "vLLM is not installed, because there is no" \
-	  "wheel of it for this machine; the transformers engine is used instead (slower)"
-	@touch $@
-
-$(VENV)/.setup-dev: pyproject.toml $(VENV)/.setup
-	@$(INSTALL) -e ".[$$(cat $(VENV)/.extra),dev]"
+$(VENV)/.setup-dev: $(VENV)/.setup
+	@bash setup.sh dev
 	@touch $@
 
 setup: $(VENV)/.setup

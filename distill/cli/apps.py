@@ -24,16 +24,22 @@ app.add_typer(traces_app, name="traces")
 
 def _version(requested: bool) -> None:
     if requested:
-        from distill import __version__
+        from distill.cli import versions
 
-        typer.echo(f"distill {__version__}")
+        typer.echo("\n".join(versions.lines()))
         raise typer.Exit
 
 
 @app.callback()
 def common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Print the versions of distill, Python and the main packages, and exit.",
+        ),
     ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere in the command.")

