@@ -85,6 +85,7 @@ class Settings(TypedDict, total=False):
     temperature: of both distributions; other than 1 only with distributions over the whole vocabulary. The loss is multiplied
     by its square.
     vocab_size: the tokenizer's length; logits beyond it are padding and take no part. None: all take part.
+    progress: share of the training that is done, for losses whose weights change (final_ce_weight, final_kl_weight).
     """
 
     head: Head | None
@@ -92,6 +93,7 @@ class Settings(TypedDict, total=False):
     denominator: Tensor | float | None
     temperature: float
     vocab_size: int | None
+    progress: float
 
 
 def forward_kl(
@@ -132,12 +134,19 @@ def ce_kl(
     *,
     ce_weight: float = 0.5,
     kl_weight: float = 0.5,
+    final_ce_weight: float | None = None,
+    final_kl_weight: float | None = None,
     tail: Tail | None = None,
     bucket_share: float = 0.0,
     **how: Unpack[Settings],
 ) -> Tensor:
-    """ce_weight * cross entropy of the trace's tokens + kl_weight * forward KL, nats."""
-    options = {"ce_weight": ce_weight, "kl_weight": kl_weight, "tail": tail, "bucket_share": bucket_share}
+    """ce_weight * cross entropy of the trace's tokens + kl_weight * forward KL, nats.
+
+    A final weight is reached linearly as `progress` goes from 0 to 1; None: the weight is constant.
+    """
+    weights = {"ce_weight": ce_weight, "kl_weight": kl_weight}
+    final = {"final_ce_weight": final_ce_weight, "final_kl_weight": final_kl_weight}
+    options = {**weights, **final, "tail": tail, "bucket_share": bucket_share}
     return on_batch("ce_kl", student, batch, options, **how)
 
 
@@ -211,6 +220,7 @@ def on_batch(
     temperature = how.get("temperature", 1.0)
     factor = temperature**2
     rows, targets = rows_and_targets(student, batch, how.get("head"), how.get("vocab_size"))
+    targets = replace(targets, progress=how.get("progress", 0.0))
     form = _form(rows, how.get("head"), how.get("vocab_size"))
     if temperature != 1.0:
         if not isinstance(fn, str) or fn in _WITH_LABELS:

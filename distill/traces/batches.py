@@ -33,7 +33,7 @@ class TraceRow(TypedDict, total=False):
     prompt_ids, completion_ids   int [P], [C]: what the engine read and sampled
     logprob                      float [C]: log-probability of each completion token under the model that wrote or scored it
     top_count                    int [C]: entries at each position; 0: no distribution was stored there. Without it top_ids and
-                                 top_logprobs are nested: lists of each position's entries, or [C, K] with -inf where there is none
+                                 top_logprobs are nested: lists of each position's entries, or arrays [C, K] with -inf where there is none
     top_ids, top_logprobs        int, float [E]: the entries, position after position, by descending probability
     tail_logprob                 float [C]: log of the mass outside the entries
     draw_count, draw_ids, draw_logprobs   draws from the tail, if there are any, laid out as the entries
@@ -204,12 +204,14 @@ def _distributions(
 def _entries(row: Mapping[str, Any], kind: str) -> tuple[Array, Array, Array]:
     """Return counts [C], ids [E] and log-probabilities [E] of a trace's entries (top) or draws (draw), from either layout."""
     ids, logps, counts = row[f"{kind}_ids"], row[f"{kind}_logprobs"], row.get(f"{kind}_count")
-    if counts is None:
-        nested = [(np.asarray(i, np.int64), np.asarray(p, np.float32)) for i, p in zip(ids, logps, strict=True)]
-        kept = [(i[p > -np.inf], p[p > -np.inf]) for i, p in nested]
-        counts = [len(i) for i, _ in kept]
-        ids = np.concatenate([np.empty(0, np.int64), *(i for i, _ in kept)])
-        logps = np.concatenate([np.empty(0, np.float32), *(p for _, p in kept)])
+    if counts is None and getattr(logps, "ndim", 1) == 2:
+        padded_CK = np.asarray(logps, np.float32)
+        kept_CK = padded_CK > -np.inf
+        counts, ids, logps = kept_CK.sum(1), np.asarray(ids)[kept_CK], padded_CK[kept_CK]
+    elif counts is None:
+        counts = [len(each) for each in ids]
+        ids = np.concatenate([np.empty(0, np.int64), *(np.asarray(each, np.int64) for each in ids)])
+        logps = np.concatenate([np.empty(0, np.float32), *(np.asarray(each, np.float32) for each in logps)])
     counts = np.asarray(counts, np.int64)
     _check(row, f"{kind}_count", len(counts), "completion_ids")
     for name, values in ((f"{kind}_ids", ids), (f"{kind}_logprobs", logps)):
