@@ -100,6 +100,15 @@ def open_table(path: Path, where: str, split: str = "train") -> Table:
     )
 
 
+def splits_of(path: Path) -> tuple[str, ...]:
+    """Return the splits of a folder of data files or of one that `datasets` saved; none for a file or a single saved split."""
+    if (path / "dataset_dict.json").is_file():
+        return tuple(json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"])
+    if not path.is_dir() or (path / "state.json").is_file():
+        return ()
+    return tuple(dict.fromkeys(_split_of(file, path) for file in _files(path)))
+
+
 def of_dataset(name: str, table: Any) -> Table:
     """Return a `datasets.Dataset` as a table."""
     return Table(name, lambda _: ((number, dict(row)) for number, row in enumerate(table, 1)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from distill import plug
 from distill.recipe import (
     CompareStage,
+    EvalStage,
     FilterStage,
     GenerateStage,
     GrpoStage,
@@ -18,6 +19,10 @@ from distill.recipe import (
     TrainStage,
 )
 from distill.records import UserError
+
+UNJUDGED = (
+    "measure how near to the teacher a student is, with a stage of kind divergence on its traces of held-out questions"
+)
 
 
 def generate(name: str, config: GenerateStage, recipe: Recipe) -> None:
@@ -67,6 +72,19 @@ def grpo(name: str, config: GrpoStage, recipe: Recipe) -> None:
 def filter(name: str, config: FilterStage, recipe: Recipe) -> None:
     for number, keep in enumerate(config.keep):
         plug.bind(keep.fn, keep.options, "distill.traces.filters", f"stages.{name}.keep.{number}")
+        writer = recipe.stages.get(config.data)
+        if keep.fn == "correct" and isinstance(writer, GenerateStage) and not writer.rewards:
+            _check_judged(writer.task, recipe, f"stages.{name}.keep.{number}", "remove the filter")
+
+
+def eval(name: str, config: EvalStage, recipe: Recipe) -> None:
+    _check_judged(config.task, recipe, f"stages.{name}", UNJUDGED)
+
+
+def _check_judged(task: str, recipe: Recipe, where: str, instead: str) -> None:
+    """Refuse a stage that counts right answers of a task that judges none."""
+    if task in recipe.tasks and recipe.tasks[task].options.get("judge") == "none":
+        raise UserError(f"{where}: tasks.{task} judges no answer (judge: none), so none can be right; {instead}.")
 
 
 def prune(name: str, config: PruneStage, recipe: Recipe) -> None:
@@ -97,3 +115,4 @@ def compare(name: str, config: CompareStage, recipe: Recipe) -> None:
     from distill.stages.compare import check_start
 
     check_start(config, recipe)
+    _check_judged(config.task, recipe, f"stages.{name}", UNJUDGED)

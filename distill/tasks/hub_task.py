@@ -65,6 +65,7 @@ def hub(
 
     folder: a local copy of `dataset`. fields: columns of a layout that `distill ls layouts` does not list, by part, such as
     {question: a.b, answer: c}. Splits are named as in the data set, or "none"; those of known data sets are known.
+    held_out_split: "hash" holds out one in ten problems of the train split, by content. judge: "none" needs no answers.
     """
     where = f"tasks.{name}"
     said = {
@@ -93,10 +94,11 @@ def hub(
 
 def _load(name: str, source: Source, local: Path | None, judge: Judge, fields: Mapping[str, str]) -> Loaded:
     where = f"tasks.{name}"
-    tables = _read_folder(local, where) if local is not None else _read_hub(source, where)
-    official: tuple[tuple[Split, str | None], ...] = (
-        ("train", source.train_split),
-        ("held_out", source.held_out_split),
+    tables = _read_folder(local, where) if local is not None else read_hub(source, where)
+    by_content = source.held_out_split == "hash"
+    official: tuple[tuple[Split | None, str | None], ...] = (
+        (None if by_content else "train", source.train_split),
+        ("held_out", None if by_content else source.held_out_split),
     )
     chosen = [(split, tables[key]) for split, key in official if key is not None and key in tables]
     if not chosen:
@@ -107,14 +109,15 @@ def _load(name: str, source: Source, local: Path | None, judge: Judge, fields: M
     rows: list[Row] = []
     rejected: Rejected = []
     for split, table in chosen:
-        rows += problems_of(of_dataset(source.dataset, table), fields, split, rejected)
+        rows += problems_of(of_dataset(source.dataset, table), fields, split, rejected, judged=judge != "none")
     return assemble(name, source.dataset, rows, judge, rejected)
 
 
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def _read_hub(source: Source, where: str) -> Mapping[str, Any]:
+def read_hub(source: Source, where: str) -> Mapping[str, Any]:
+    """The splits of a data set, from the hub or its cache. Raises MachineError if it is in neither."""
     import datasets
 
     with offline_unless_reachable():

@@ -17,18 +17,19 @@ from distill.tasks import splits
 from distill.tasks.judge import worker_pool
 from distill.tasks.judge.verdict import exact_verdict, judge, math_verdict, why_unreadable
 
-Judge = Literal["math", "exact"]
+Judge = Literal["math", "exact", "none"]
+"""How answers are compared: as mathematics, as text, or not at all (questions without answers)."""
 Rejected = list[tuple[int, str]]
 MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A question with its answer, and its line or row number."""
+    """A question with its answer, if it has one, and its line or row number."""
 
     number: int
     messages: tuple[Message, ...]
-    answer: str
+    answer: str | None
     split: Split | None = None
 
     @property
@@ -64,7 +65,8 @@ class FiniteTask:
     ) -> None:
         self.name, self.template, self.fingerprint = name, template, fingerprint
         self.origin = origin
-        self._compare = math_verdict if judge == "math" else exact_verdict
+        self._compare = exact_verdict if judge == "exact" else math_verdict
+        self.is_judged = judge != "none"
         self._load = load
         self._loaded: Loaded | None = None
         self._held_out: frozenset[str] | None = None
@@ -109,6 +111,9 @@ class FiniteTask:
         return splits.content_hash(question) in self._held_out
 
     def judge(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
+        if not self.is_judged:
+            return Verdict(None, None, self.template.extract(completion), "not judged")
+
         def score(answer: str) -> Verdict:
             assert problem.gold is not None
             return self._compare(answer, problem.gold)
@@ -134,10 +139,10 @@ def assemble(task: str, source: str, rows: Sequence[Row], judge: Judge, rejected
     A question in both official splits is held out.
     """
     loaded = Loaded(rejected=rejected)
-    reasons = _unreadable_golds([row.answer for row in rows]) if judge == "math" else {}
+    reasons = _unreadable_golds([row.answer for row in rows if row.answer]) if judge == "math" else {}
     seen: dict[str, Row] = {}
     for row in sorted(rows, key=lambda row: row.split != "held_out"):
-        reason = reasons.get(row.answer)
+        reason = reasons.get(row.answer or "")
         key = splits.content_hash(row.content)
         if reason is None and (first := seen.get(key)) is not None:
             reason = f"the same question as {first.number}"

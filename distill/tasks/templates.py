@@ -84,6 +84,18 @@ def _extract_rest(text: str) -> str | None:
     return rest if rest and rest.strip() else None
 
 
+def ending(text: str) -> str:
+    r"""The answer that a text without reasoning ends in: after `####`, in the last tag or `\boxed{}`, or all of it."""
+    if "####" in text:
+        return text.rpartition("####")[2].strip()
+    return (last_answer_tag(text) or last_box(text) or text).strip()
+
+
+def _extract_ending(text: str) -> str | None:
+    rest = after_thinking(text)
+    return None if rest is None else ending(rest) or None
+
+
 def _extract_tag_or_number(text: str) -> str | None:
     tagged = _extract_answer_tag(text)
     return _extract_last_number(text) if tagged is None else tagged
@@ -124,6 +136,13 @@ boxed = Template(
 
 raw = Template(name="raw", system=None, plain="{question}", extract=_extract_last_number, chat=False)
 
+# Plain text also for models with a chat template, so that an instructed teacher and a base student read the same prompt.
+boxed_plain = replace(boxed, name="boxed_plain", chat=False)
+
+# For questions that stand as they are: nothing is asked beyond them, and an answer may stand in any of the usual marks.
+direct = Template(name="direct", system=None, plain="{question}", extract=_extract_ending)
+direct_plain = replace(direct, name="direct_plain", chat=False)
+
 code = Template(
     name="code",
     system="Write the Python code that is asked for, whole, in one ```python block.",
@@ -133,7 +152,9 @@ code = Template(
 )
 
 _OPTIONS: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("template options", default={})  # noqa: B039
-TEMPLATES = {template.name: template for template in (think_answer, r1_zero, boxed, raw, code)}
+TEMPLATES = {
+    template.name: template for template in (think_answer, r1_zero, boxed, boxed_plain, raw, direct, direct_plain, code)
+}
 
 
 @contextlib.contextmanager

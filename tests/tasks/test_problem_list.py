@@ -3,6 +3,7 @@
 import json
 import time
 
+import datasets
 import pytest
 from needs import slowness
 
@@ -271,3 +272,47 @@ def test_a_vote_counts_answers_by_what_they_mean(tmp_path):
     generated = reasoning_gym("sums", dataset="chain_sum", options={})
     assert generated.same_answer("12", "12.0")
     assert not generated.same_answer("12", "21")
+
+
+def test_questions_without_answers_are_problems_that_nobody_judges(tmp_path):
+    rows = [{"prompt": f"Write a line about {n}."} for n in range(60)]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=r"no usable problem.*there is no answer"):
+        jsonl("lines", path=path).problems("train", 1, 1)
+    task = jsonl("lines", path=path, judge="none", template="direct")
+    problems = [*task.problems("train", None, 1), *task.problems("held_out", None, 1)]
+    assert sorted(problem.question for problem in problems) == sorted(row["prompt"] for row in rows)
+    verdict = task.judge(problems[0], "<think>hm</think>A line.")
+    assert (verdict.correct, verdict.score, verdict.answer) == (None, None, "A line.")
+    assert verdict.reason == "not judged"
+
+
+def test_a_folder_has_its_own_held_out_split_or_none(tmp_path):
+    (tmp_path / "both").mkdir()
+    write(tmp_path / "both" / "train-0.jsonl", [addition(n) for n in range(30)])
+    write(tmp_path / "both" / "test.jsonl", [addition(n) for n in range(25, 40)])
+    task = jsonl("adds", path=str(tmp_path / "both"))
+    held_out = {problem.question for problem in task.problems("held_out", None, 1)}
+    assert held_out == {addition(n)["question"] for n in range(25, 40)}  # what is in both is held out
+    assert len(list(task.problems("train", None, 1))) == 25
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one" / "a.jsonl", [addition(n) for n in range(30)])
+    alone = jsonl("adds", path=str(tmp_path / "one"))
+    by_hash = jsonl("adds", path=str(tmp_path / "one" / "a.jsonl"))
+    for split in ("train", "held_out"):
+        assert [p.problem_id for p in alone.problems(split, None, 1)] == [
+            p.problem_id for p in by_hash.problems(split, None, 1)
+        ]
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(UserError, match=r"holds no data files"):
+        jsonl("adds", path=str(tmp_path / "bare"))
+
+
+def test_a_dataset_without_a_test_split_is_split_by_content(tmp_path):
+    datasets.Dataset.from_list([addition(n) for n in range(80)]).to_parquet(tmp_path / "train-0.parquet")
+    official = hub("adds", dataset=str(tmp_path))
+    assert len(list(official.problems("train", None, 1))) == 80
+    task = hub("adds", dataset=str(tmp_path), held_out_split="hash")
+    held_out = {problem.question for problem in task.problems("held_out", None, 1)}
+    assert held_out == {addition(n)["question"] for n in range(80) if splits.is_held_out(addition(n)["question"])}
+    assert len(list(task.problems("train", None, 1))) == 80 - len(held_out)

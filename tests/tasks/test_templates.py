@@ -135,3 +135,20 @@ def test_r1_zero_takes_a_bare_number_until_the_tags_come():
     assert extract("<think>5 + 7 = 12") is None
     assert templates.r1_zero.plain == templates.think_answer.plain
     assert templates.r1_zero.plain.startswith(templates.r1_zero.system)
+
+
+def test_a_direct_question_has_its_answer_in_any_usual_mark():
+    direct = templates.find("direct")
+    assert (direct.system, direct.plain, direct.chat) == (None, "{question}", True)
+    assert not templates.find("direct_plain").chat
+    assert not templates.find("boxed_plain").chat
+    for completion, answer in [
+        ("<think>1 + 1</think>2", "2"),
+        ("So it is \\boxed{2}.", "2"),
+        ("Two.\n#### 2", "2"),
+        ("<answer>2</answer>", "2"),
+        (" a whole text ", "a whole text"),
+        ("<think>never closed", None),
+        ("<think>a</think>", None),
+    ]:
+        assert direct.extract(completion) == answer
