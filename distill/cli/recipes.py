@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +69,82 @@ def schema(
         typer.echo(
             f"{out} written. To use it in an editor, begin the recipe with: # yaml-language-server: $schema={out}"
         )
+
+
+@app.command()
+def new(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="Name of the new recipe; writes NAME.yaml. Without it: that of the data.", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|FOLDER|ID", help="Questions or conversations: a file, a folder, or a hub data set."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Hub id, folder, package:NAME, or the address of an endpoint (http...)."),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Hub id, folder, package:NAME, or pruned[:LAYERS] of the teacher."),
+    ] = None,
+    learn_from: Annotated[
+        str | None,
+        typer.Option(metavar="teacher|data", help="Completions to learn from: the teacher's, or those in the data."),
+    ] = None,
+    questions: Annotated[str | None, typer.Option(metavar="N", help="Number of questions to learn from.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="The teacher's completions of each question.")
+    ] = None,
+    max_tokens: Annotated[str | None, typer.Option(metavar="N", help="Longest completion in tokens.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[:COUNT]", help="Where it will run, such as h100:1 (see `distill check`); default: here."
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="math|exact|none", help="How answers are compared; default: by the data.")
+    ] = None,
+    column: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PART=COLUMN",
+            help="Name a column: question=..., answer=..., reply=..., system=... May be repeated.",
+        ),
+    ] = None,
+    teacher_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With an endpoint: the model's name there.")
+    ] = None,
+    teacher_key: Annotated[
+        str | None,
+        typer.Option(metavar="$VARIABLE", help="With an endpoint: the environment variable that holds the key."),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Ask nothing: take the default of everything that is not given.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a recipe of that name.")] = False,
+) -> None:
+    """Make a recipe for your own data and models, in a short dialogue or by flags, and say what it costs.
+
+    For example: distill new mine --data questions.jsonl --teacher Qwen/Qwen2.5-7B-Instruct --student Qwen/Qwen2.5-0.5B-Instruct
+    --gpu h100:1
+    """
+    from distill.tools.new import Given, create
+
+    given = Given(
+        name, data, teacher, student, learn_from, gpu, max_tokens, questions, samples, judge, tuple(column or ()), teacher_name, teacher_key, force
+    )  # fmt: skip
+    try:
+        _, ready = create(given, asks=sys.stdin.isatty() and not yes)
+    except (KeyboardInterrupt, EOFError, typer.Abort):
+        typer.echo("\ninterrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+    if not ready:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_bytes
 import yaml
 from chat_families import FAMILIES, family_tokenizer
 from needs import missing
@@ -380,12 +381,25 @@ def test_an_engine_that_computes_another_distribution_than_the_trainer(tmp_path,
     assert {"distribution", "engine and trainer"} <= {*found}
 
 
-def paths(resolved: recipe.Recipe, folder: Path) -> list[Trial]:
+def paths(resolved: recipe.Recipe, folder: Path, *more: str) -> list[Trial]:
     from distill.run.trials.engine_path import engine_paths
 
     with open(folder / "screen", "w", encoding="utf-8") as file:
-        setup = TrialSetup(resolved, folder / "run", ("traces",))
+        setup = TrialSetup(resolved, folder / "run", ("traces", *more))
         return list(engine_paths(setup, a_machine(), Screen(file)))
+
+
+@pytest.mark.parametrize(("answer", "status"), [("4", "pass"), ("5", "warn")])
+def test_a_teacher_that_is_never_right_before_a_filter_of_right_ones(tmp_path, answer, status):
+    rows = [{"question": f"What is 2 + 2, time {n}?", "answer": answer} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = tuple(f"<|user|>{row['question']}<|end|><|assistant|>" for row in rows[:16])
+    teacher = tiny_bytes.save(tmp_path / "teacher", 2, tiny_bytes.tokenizer(), "4", asked)
+    tasks = {"sums": {"fn": "jsonl", "path": str(tmp_path / "rows.jsonl"), "template": "direct"}}
+    clean = {"kind": "filter", "data": "traces", "keep": [{"fn": "correct"}]}
+    found = paths(load(tmp_path, teacher, tasks=tasks, stages=stages(clean=clean)), tmp_path, "clean")
+    assert {trial.name: trial.status for trial in found}["right answers"] == status
+    assert "right answers" not in {trial.name for trial in paths(load(tmp_path, teacher, tasks=tasks), tmp_path)}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))

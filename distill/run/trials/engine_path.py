@@ -22,6 +22,7 @@ from distill.recipe import (
     CompareStage,
     EngineConfig,
     EvalStage,
+    FilterStage,
     GenerateStage,
     GrpoStage,
     OnPolicyStage,
@@ -43,6 +44,8 @@ MAX_MEAN = 0.05
 than 0.02 on average in bfloat16, other weights by tenths or whole nats."""
 MAX_KL = 0.03
 """Largest accepted KL of a model to itself, nats a token."""
+ENOUGH = 6
+"""The least number of finished completions that say whether a model answers right at all."""
 ROOM = 0.6
 """Share of the memory that the model may take in float32, once in the engine and once in the trainer."""
 
@@ -124,6 +127,18 @@ def _path(setup: TrialSetup, source: str, stage: Any, task: str, subject: str, s
             context.engine.close()
         found = _measured(context, source, folder)
     yield from found.trials(subject, isinstance(stage, GrpoStage) and stage.model == source)
+    if any(
+        _keeps_correct(setup, one)
+        for one, each in setup.stages(GenerateStage)
+        if each.model == source and each.task == task
+    ):
+        yield from found.right_ones(subject)
+
+
+def _keeps_correct(setup: TrialSetup, traces: str) -> bool:
+    """Return whether a filter of the recipe keeps only the right ones of some traces."""
+    filters = (stage for _, stage in setup.stages(FilterStage) if stage.data == traces)
+    return any(keep.fn == "correct" for stage in filters for keep in stage.keep)
 
 
 @dataclass(slots=True, eq=False)
@@ -171,6 +186,19 @@ class _Found:
         yield Trial("sampled ids", subject, "fail" if lost else "pass", figure, remedy if lost else "")
         if learns:
             yield self._spread(subject)
+
+    def right_ones(self, subject: str) -> Iterator[Trial]:
+        """Count right completions among those that ended; none where too few did within the trial's length."""
+        judged = [one for group in self.correct.values() for one in group if one is not None]
+        right = sum(judged)
+        if self.stopped < ENOUGH:
+            return
+        figure = f"{right} of {self.stopped} completions that came to an end are right"
+        remedy = (
+            "A filter keeps right ones only, and may keep none, where the run ends. Try a task template whose form the model knows (`distill "
+            "ls templates`), easier questions or a better teacher; or remove {fn: correct} and learn all completions."
+        )
+        yield Trial("right answers", subject, "pass" if right else "warn", figure, "" if right else remedy)
 
     def _spread(self, subject: str) -> Trial:
         groups = [group for group in self.correct.values() if len(group) > 1]
