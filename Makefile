@@ -67,7 +67,7 @@ gpu-smoke: $(VENV)/.setup
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 docs: $(VENV)/.setup-dev
-	@$(MKDOCS) build --quiet --config-file docs/site/mkdocs.yml
+	@$(MKDOCS) build --config-file docs/site/mkdocs.yml
 	@echo "site/index.html"
 
 docs-serve: $(VENV)/.setup-dev

@@ -122,21 +122,24 @@ def _plugs(sort: str) -> dict[str, plug.Function]:
     return {name: function for home in HOMES[sort] for name, function in plug.names(home).items()}
 
 
-def fields(model: type[BaseModel], prefix: str = "") -> Iterator[Option]:
-    """Yield the fields of a stage kind; the fields of a section follow it with dotted names."""
+def fields(model: type[BaseModel], prefix: str = "", within: str = "identity") -> Iterator[Option]:
+    """Yield the fields of a stage kind; the fields of a section follow it with dotted names.
+
+    within: the role of the section; what is in one that may change may change too.
+    """
     from distill.recipe.fields import Config, PlugConfig
     from distill.recipe.load import section
 
     for name, field in model.model_fields.items():
         if name == "kind":
             continue
-        role = model.role(name) if issubclass(model, Config) else "identity"
+        role = model.role(name) if issubclass(model, Config) and within == "identity" else within
         yield Option(
             prefix + name, type_text(field.annotation, field.metadata), _default(field), role, field.description or ""
         )
         below = section(model, name)
         if below is not None and not issubclass(below, PlugConfig):
-            yield from fields(below, f"{prefix}{name}.")
+            yield from fields(below, f"{prefix}{name}.", role)
 
 
 def _parameters(function: plug.Function) -> Iterator[Option]:

@@ -33,6 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def pages() -> Iterator[tuple[str, str]]:
     """Yield (path in docs/, Markdown) of every generated page."""
     yield "reference/index.md", _index()
+    yield "reference/recipes.md", _recipes()
     yield "reference/recipe.md", _recipe()
     yield "reference/stages.md", _stages()
     yield (
@@ -54,12 +55,21 @@ def _index() -> str:
     return (
         "# Reference\n\nThese pages are made from the code when the site is built. `distill ls SORT` and `distill ls SORT NAME` print the "
         "same in a terminal, and `distill schema` writes the JSON schema of recipes, with which an editor completes and checks them.\n\n"
-        "- [The recipe](recipe.md): its top level, models, tasks\n- [Stages](stages.md): every kind with its fields\n"
+        "- [All recipes](recipes.md) that come with distill\n- [The recipe](recipe.md): its top level, models, tasks\n- [Stages](stages.md): every kind with its fields\n"
         "- [Losses, objectives, weights](losses.md)\n- [Rewards, filters, tasks, templates](tasks.md)\n- [Engines](engines.md)\n"
         "- [Data layouts](layouts.md)\n- [The command line](cli.md)\n- [Exit statuses](exit-statuses.md)\n\n"
         "A default `required` means that the field must be given. The last column of a table says what a change means for a finished "
         "stage:\n\n" + "\n".join(f"- **{CHANGE[role]}**: {meaning}" for role, meaning in listing.ROLES.items()) + "\n"
     )
+
+
+def _recipes() -> str:
+    text = "# All recipes\n\nThe recipes that come with distill: `distill run NAME` runs one, `distill init MINE --recipe NAME` copies it.\n"
+    for path in sorted(listing.RECIPES.glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        whole = "\n".join(line for line in lines if "yaml-language-server" not in line)
+        text += f"\n## {path.stem}\n\n```yaml\n{whole}\n```\n"
+    return text
 
 
 def _recipe() -> str:

@@ -30,6 +30,9 @@ REASONS = ("gpu", "network", "cluster", "endpoint", "minutes", "system")
 PARSED_ONLY = {("doctor",), ("push",), ("chat",), ("watch",), ("traces", "push")}
 """Verbs that take minutes, wait for a person or need a network: their options are checked, and their recipe."""
 
+SMALL_ONLY = {("run",), ("check",)}
+"""Verbs that are carried out for recipes whose models are tiny; other recipes are loaded, which is the check of what a page says."""
+
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
 _NOTE = re.compile(r"^ *<!-- block: (?P<note>.+?) -->\s*$")
 _FILE = re.compile(r"^# (?P<name>[\w./-]+\.(?:py|yaml))\s*$")
@@ -223,12 +226,8 @@ class Runner:
             if path is not None and status == 0:
                 self._load(path, options.get("overrides") or [])
             return
-        if (
-            verb == ("run",)
-            and status == 0
-            and not options.get("dry_run")
-            and not self._is_small(path, options.get("overrides") or [])
-        ):
+        cheap = status != 0 or options.get("gpu") or verb not in SMALL_ONLY
+        if not cheap and not self._is_small(path, options.get("overrides") or []):
             return
         done = command_line(self.folder, *words)
         said = f"{shlex.join(['distill', *words])} ended with {done.returncode}, not {status}:\n{done.stdout}\n{done.stderr}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from project import REFERENCE, command_line
 
 from distill.recipe import document
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MOST_NOT_RUN = 0.15
 """Share of the blocks that may have a reason not to be run."""
 TINY = {
@@ -64,6 +65,27 @@ def test_blocks_of(page: Path, quickstart: Path, tmp_path: Path, monkeypatch: py
     runner = Runner(folder)
     for block in blocks(page):
         runner.run(block)
+
+
+def test_the_recipe_that_is_explained_is_the_quickstart() -> None:
+    first = next(block for block in blocks(ROOT / "docs" / "a-recipe.md") if block.language == "yaml")
+    lines = (ROOT / "recipes" / "quickstart.yaml").read_text().splitlines()
+    assert first.text.splitlines() == [line for line in lines if "yaml-language-server" not in line]
+
+
+PREDICTED = re.compile(r"--gpu \S+`: ([\d.]+) hours, ([\d.]+) GB of traces")
+
+
+def test_the_table_of_gpu_recipes_has_the_predictions_of_their_heads() -> None:
+    table = (ROOT / "docs" / "machines.md").read_text()
+    recipes = {path.stem: path.read_text() for path in (ROOT / "recipes").glob("*_qwen.yaml")}
+    rows = {name: row for row in table.splitlines() for name in recipes if row.startswith(f"| `{name}`")}
+    assert rows.keys() == recipes.keys()
+    for name, text in recipes.items():
+        hours, traces = PREDICTED.search(text).groups()
+        fullest = max(float(each) for each in re.findall(r"^#   \w+ \S+ ([\d.]+): ", text, re.MULTILINE))
+        *_, said_hours, said_traces, said_gib, _ = (cell.strip() for cell in rows[name].split("|"))
+        assert (said_hours, said_traces, float(said_gib)) == (hours, f"{traces} GB", fullest), name
 
 
 def test_few_blocks_are_not_run() -> None:

@@ -19,7 +19,7 @@ EXTERNAL = re.compile(r"<(script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=\
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site."""
     folder = tmp_path_factory.mktemp("site")
-    asked = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--config-file", DOCS / "site" / "mkdocs.yml"]
+    asked = [sys.executable, "-m", "mkdocs", "build", "--config-file", DOCS / "site" / "mkdocs.yml"]
     env = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     built = subprocess.run(
         [*asked, "--site-dir", folder], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
@@ -38,6 +38,30 @@ def test_the_site_loads_nothing_from_another_host(site):
     for page in site.glob("**/*.html"):
         found = [match[0] for match in EXTERNAL.finditer(page.read_text()) if 'rel="canonical"' not in match[0]]
         assert not found, f"{page.name}: {found}"
+
+
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+URL = re.compile(r"https?://[\w.-]+\.\w{2,}(:\d+)?(/[\w./%#?=&~+-]*)?")
+
+
+def test_the_readme_links_to_what_is_there(site):
+    links = LINK.findall((ROOT / "README.md").read_text())
+    assert len(links) > 10
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if "://" in link:
+            assert URL.fullmatch(link), link
+            continue
+        assert (ROOT / target).exists(), link
+        if anchor and target.startswith("docs/"):
+            built = site / Path(target).relative_to("docs").with_suffix(".html")
+            assert f'id="{anchor}"' in built.read_text(), link
+
+
+def test_links_to_other_sites_are_well_formed():
+    for page in DOCS.glob("*.md"):
+        for link in LINK.findall(page.read_text()):
+            assert "://" not in link or URL.fullmatch(link), f"{page.name}: {link}"
 
 
 def test_the_reference_names_everything_that_a_recipe_can_name(site):

@@ -48,6 +48,13 @@ def test_a_field_is_printed_with_type_default_role_and_meaning():
     assert "[growth] a larger value adds only the difference to a finished stage" in text
 
 
+def test_what_is_in_a_section_that_may_change_may_change():
+    _, options = listing.options("stages", "train")
+    roles = {one.name: one.role for one in options}
+    assert roles["distributed"] == roles["distributed.processes"] == "execution"
+    assert roles["lora"] == roles["lora.rank"] == "identity"
+
+
 def test_options_of_a_plug_and_its_whole_docstring():
     text = shown("objectives", "grpo")
     assert "loss = -w min(rho A" in text
