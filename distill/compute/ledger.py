@@ -1,7 +1,8 @@
 """The cost of an arm: the sum over all stages that its model depends on, in three views.
 
 Input: each stage's `Cost` and its inputs. Output: the cost of the student alone; that and the teacher's inference; that and
-the teacher's training, divided among its students. Evaluation is not counted, because no model depends on it.
+the teacher's training. Each view is what this one arm needs, so a stage that several arms share is in the views of all of them;
+`shares` lists every stage of a run once. Evaluation is in no view, because no model depends on it.
 """
 
 from __future__ import annotations
@@ -43,21 +44,19 @@ def arm_cost(
     stage: str,
     stages: Mapping[str, StageCost],
     parents: Mapping[str, Sequence[Input]],
-    students: int = 1,
 ) -> ArmCost:
     """Add up the cost of every stage that a trained model depends on, each stage once.
 
     parents: the inputs of every stage. Names that are not stages (models, files, tasks) cost nothing. `lineage.ancestors`
     assigns stages to views: data that an earlier model of the arm itself wrote is the student's cost, as RL's rollouts are.
-    The cost of the teacher's training and of all that it depends on is divided by `students`. A stage reached in several
-    ways counts once, in the first view that includes it.
+    A stage reached in several ways counts once, in the first view that includes it.
     """
     found = ancestors(stage, {name: one.trains for name, one in stages.items()}, parents)
     own = [*found.own, *found.self_written]
     student_cost = _sum(stages[name].cost for name in own)
     inference_cost = _sum(stages[name].cost for name in found.inference)
     inference_cost += _sum(stages[name].teacher for name in own)
-    teacher_cost = _share(_sum(stages[name].cost for name in found.teacher), students)
+    teacher_cost = _sum(stages[name].cost + stages[name].teacher for name in found.teacher)
     return ArmCost(
         student=student_cost,
         with_inference=student_cost + inference_cost,
@@ -74,6 +73,32 @@ def mean_cost(costs: Sequence[ArmCost]) -> ArmCost:
         _share(_sum(cost.with_teacher for cost in costs), len(costs)),
         {view: list(dict.fromkeys(n for c in costs for n in c.stages[view])) for view in VIEWS},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Stages that the same arms depend on, and their cost, counted once. arms: empty for stages that no arm depends on."""
+
+    stages: list[str]
+    arms: list[str]
+    cost: Cost
+
+
+def shares(stages: Mapping[str, StageCost], arms: Mapping[str, Sequence[ArmCost]]) -> list[Share]:
+    """Group the stages of a run by the arms that depend on them, in the order of the stages: each stage is in one share.
+
+    arms: the costs of an arm's models, one for each training seed. The costs of all shares add up to that of all stages.
+    """
+    needed = {
+        arm: {name for cost in costs for names in cost.stages.values() for name in names} for arm, costs in arms.items()
+    }
+    grouped: dict[tuple[str, ...], list[str]] = {}
+    for name in stages:
+        grouped.setdefault(tuple(arm for arm, names in needed.items() if name in names), []).append(name)
+    return [
+        Share(names, list(users), _sum(stages[name].cost + stages[name].teacher for name in names))
+        for users, names in grouped.items()
+    ]
 
 
 def _sum(costs: Iterable[Cost]) -> Cost:

@@ -103,6 +103,8 @@ def role_of(recipe: Recipe, model: str) -> Role:
     for name, inputs in parents.items():
         if any(each.sort == "teacher" and each.name == model for each in inputs):
             return "teacher"
+        if name in recipe.stages and not recipe.stages[name].trains:
+            continue
         data = _reachable(
             _upstream_inputs(name, parents, "data"), parents, lambda one: _upstream_inputs(one, parents, "data")
         )

@@ -15,6 +15,7 @@ from distill.reports.svg import (
     CHAR,
     Canvas,
     Scale,
+    apart,
     group,
     linear,
     linear_ticks,
@@ -194,7 +195,7 @@ def pass_svg(arms: Arms, width: int = WIDE) -> str:
             canvas.mark(round(x(k) + shift, 1), y(row["value"]), list(arms).index(name), 4.0)
         canvas.add("</g>")
         ends.append((y(rows[-1][1]["value"]), name))
-    for at, (wanted, name) in zip(_apart([one for one, _ in sorted(ends)]), sorted(ends), strict=True):
+    for at, (wanted, name) in zip(apart([one for one, _ in sorted(ends)]), sorted(ends), strict=True):
         canvas.add(group(_kind(arms[name]), name))
         canvas.add(f'<line class="lead" x1="{canvas.end - 2}" y1="{wanted:.1f}" x2="{canvas.end + 6}" y2="{at:.1f}"/>')
         canvas.text(canvas.end + 9, at + 4.3, _short(name))
@@ -204,12 +205,3 @@ def pass_svg(arms: Arms, width: int = WIDE) -> str:
 
 def _pass_text(name: str, arm: ArmRow) -> str:
     return f"{name}: " + ", ".join(f"pass@{k} {interval_text(row)}" for k, row in arm["pass_at"].items())
-
-
-def _apart(wanted: list[float], least: float = 15.0) -> list[float]:
-    """Ascending positions near `wanted`, at least `least` pixels apart: each is moved down as needed, then all up."""
-    placed: list[float] = []
-    for position in wanted:
-        placed.append(max(position, placed[-1] + least) if placed else position)
-    overrun = (placed[-1] - wanted[-1]) / 2 if placed else 0.0
-    return [position - overrun for position in placed]

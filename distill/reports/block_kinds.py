@@ -18,11 +18,12 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table. align: l or r for each column."""
+    """A table. align: l or r for each column. stacked: on a narrow screen each row is a block of lines, heading and value."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     align: str
+    stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

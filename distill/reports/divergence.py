@@ -24,6 +24,7 @@ from distill.records import Array, UserError
 from distill.reports.comparison import difference_over_seeds
 from distill.reports.run_report import DivergenceRow, IntervalRow, interval_row
 from distill.reports.statistics import Floats, bca, over_seeds
+from distill.reports.wording import minus
 
 FILE = "divergence.parquet"
 MEASURES = ("kl", "bound", "label_nll", "overconfidence")
@@ -106,4 +107,4 @@ def text(row: IntervalRow | Mapping[str, Any], digits: int = 3, signed: bool = F
     """A value in nats with its interval: 0.031 [0.027, 0.036]."""
     sign = "+" if signed else ""
     value, low, high = (f"{row[key]:{sign}.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    return minus(f"{value} [{low}, {high}]")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from distill.reports.arm_groups import Group
 from distill.reports.block_kinds import Block, Heading, Table, Text
 from distill.reports.divergence import text
-from distill.reports.run_report import DivergencePairRow, RunReport
-from distill.reports.wording import interval_text
+from distill.reports.run_report import ArmRow, DivergencePairRow
+from distill.reports.wording import interval_text, minus
 
 
-def divergence_blocks(report: RunReport) -> list[Block]:
+def divergence_blocks(group: Group) -> list[Block]:
     """The tables of the arms that were measured; the caller leaves the section out if there is none."""
     found: list[Block] = [
-        Heading("Held-out KL"),
-        divergence_table(report),
+        Heading(group.heading("Held-out KL")),
+        divergence_table(group.arms),
         Text(
             "On traces that the teacher sampled from held-out problems, in nats a token. KL: of the teacher to the arm over the whole "
             "vocabulary, an unbiased estimate; at least: with all tokens that are not stored as one outcome; label NLL: of the teacher's "
@@ -23,18 +24,18 @@ def divergence_blocks(report: RunReport) -> list[Block]:
             "has several."
         ),
     ]
-    if pairs := report.get("divergence_pairs"):
+    if pairs := group.divergence_pairs:
         found += [pair_table(pairs), Text("Paired, trace by trace; below 0 the first arm is nearer to the teacher.")]
     return found
 
 
-def divergence_table(report: RunReport) -> Table:
-    measured = {name: arm["divergence"] for name, arm in report["arms"].items() if "divergence" in arm}
+def divergence_table(arms: Mapping[str, ArmRow]) -> Table:
+    measured = {name: arm["divergence"] for name, arm in arms.items() if "divergence" in arm}
     rows = [
         [
             name,
             text(row["kl"]),
-            f"{row['bound']['value']:.3f}",
+            minus(f"{row['bound']['value']:.3f}"),
             text(row["label_nll"]),
             interval_text(row["overconfidence"], signed=True),
             str(row["traces"]),

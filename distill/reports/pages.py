@@ -32,13 +32,13 @@ from distill.reports.block_kinds import (
     Text,
     Views,
 )
+from distill.reports.headline import verdict
 from distill.reports.report_blocks import blocks
 from distill.reports.run_report import RunReport
-from distill.reports.wording import verdict
 
 _MARKUP = re.compile(r"[\\`*|~$]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])|\[(?=\^)|\](?=[(\[:])|<(?=[A-Za-z/!?])|&(?=#?\w+;)")
 """Characters that are markup in Markdown at their place: a closing bracket only before a link, and so on."""
-_INTERVAL = re.compile(r"\[[-+]?[\d.]+, [-+]?[\d.]+\]$")
+_INTERVAL = re.compile(r"\[[−+]?[\d.]+, [−+]?[\d.]+\]$")
 _BLOCK_START = re.compile(r"^(\d*)([-+.)>=#])(?=\s|$|[-=#>])")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distill.reports import arm_plots, curves
+from distill.reports.arm_groups import Group, groups
 from distill.reports.block_kinds import (
     Answer,
     Block,
@@ -19,28 +20,15 @@ from distill.reports.block_kinds import (
     Panels,
     Table,
     Text,
-    Views,
 )
+from distill.reports.cost_blocks import VIEWS as VIEWS
+from distill.reports.cost_blocks import compute_blocks, ledger_blocks
 from distill.reports.divergence_blocks import divergence_blocks
-from distill.reports.run_report import Amounts, ExampleRow, RunReport, StageRow, measured
+from distill.reports.headline import verdict
+from distill.reports.run_report import ArmRow, ExampleRow, RunReport, StageRow
+from distill.reports.stage_blocks import prediction_blocks, stage_blocks
 from distill.reports.trace_curve_blocks import trace_curve_blocks
-from distill.reports.wording import (
-    duration,
-    interval_text,
-    money,
-    p_text,
-    percent,
-    reading,
-    scaled,
-    verdict,
-)
-
-VIEWS = {
-    "student": "own training",
-    "with_inference": "+ teacher inference",
-    "with_teacher": "+ teacher training",
-}
-
+from distill.reports.wording import interval_text, p_text, percent, reading
 
 # ---------------------------------------------------------------------------------------------- blocks
 
@@ -50,40 +38,71 @@ def blocks(report: RunReport) -> list[Block]:
     found: list[Block] = [Text(report.get("verdict") or verdict(report))]
     if report["description"]:
         found.append(Text(report["description"]))
-    if report["arms"]:
-        found += accuracy_blocks(report)
-    if report["comparisons"]:
-        found += [Heading("Differences"), comparison_table(report), Text(_how_compared(report))]
+    ended = all(stage["status"] in ("done", "skipped") for stage in report["stages"])
+    if not ended:
+        found += stage_blocks(report)
+    for group in groups(report):
+        found += about_blocks(group)
+        found += accuracy_blocks(group)
+        if group.comparisons:
+            found += [Heading(group.heading("Differences")), comparison_table(group), Text(_how_compared(group))]
+        if any("divergence" in arm for arm in group.arms.values()):
+            found += divergence_blocks(group)
+        found += compute_blocks(group)
+    if measured := report.get("measurements"):
+        found += measurement_blocks(report, measured)
     found += trace_curve_blocks(report)
-    if any("divergence" in arm for arm in report["arms"].values()):
-        found += divergence_blocks(report)
-    if report["arms"]:
-        found += compute_blocks(report)
+    found += ledger_blocks(report)
     found += curve_blocks(report["stages"])
-    if report["examples"]:
-        found += [Heading("Won and lost"), *example_blocks(report["examples"])]
-    found += [Heading("Stages"), stage_table(report)]
-    if any("predicted" in stage for stage in report["stages"]):
-        found += [
-            Heading("Predicted and measured"),
-            prediction_table(report),
-            Text("× is the measured value divided by the one that `check` predicted."),
-        ]
+    examples = [example for group in groups(report) for example in group.examples]
+    if examples:
+        found += [Heading("Won and lost"), *example_blocks(examples)]
+    if ended:
+        found += stage_blocks(report)
+    found += prediction_blocks(report)
     found += settings_blocks(report)
     return found
 
 
-def accuracy_blocks(report: RunReport) -> list[Block]:
-    arms = report["arms"]
+def about_blocks(group: Group) -> list[Block]:
+    """What each arm is, a line an arm; nothing for reports of earlier versions, which do not say it."""
+    known = {name: (arm, arm["about"]) for name, arm in group.arms.items() if "about" in arm}
+    if not known:
+        return []
+    columns = {
+        "trained by": [row["training"] for _, row in known.values()],
+        "on": [row["data"] for _, row in known.values()],
+        "steps": [row["steps"] for _, row in known.values()],
+        "seeds": [str(arm["seeds"]) if row["steps"] else "" for arm, row in known.values()],
+        "from": [row["start"] for _, row in known.values()],
+        "parameters": [row["size"] for _, row in known.values()],
+    }
+    bases = dict.fromkeys(row["base"] for _, row in known.values() if row["base"])
+    if len(bases) > 1:
+        columns["base model"] = [row["base"] for _, row in known.values()]
+    shown = {title: cells for title, cells in columns.items() if any(cells)}
+    rows = [
+        [name, arm["role"], *(cells[number] or "–" for cells in shown.values())]
+        for number, (name, (arm, _)) in enumerate(known.items())
+    ]
+    align = "ll" + "".join("r" if title in ("steps", "seeds") else "l" for title in shown)
+    found: list[Block] = [Heading(group.heading("Arms")), Table(["arm", "role", *shown], rows, align, stacked=True)]
+    if len(bases) == 1:
+        found.append(Text(f"All were made from {next(iter(bases))}."))
+    return found
+
+
+def accuracy_blocks(group: Group) -> list[Block]:
+    arms = group.arms
     found: list[Block] = [
-        Heading("Accuracy"),
+        Heading(group.heading("Accuracy")),
         Figure(
-            "plots/accuracy.svg",
+            group.file("accuracy"),
             arm_plots.accuracy_svg(arms),
             arm_plots.describe(arms),
             arm_plots.accuracy_svg(arms, arm_plots.NARROW),
         ),
-        accuracy_table(report),
+        accuracy_table(arms),
         Text(
             "Brackets are 95% intervals with the problem as the unit: Wilson's interval if each problem is either always "
             "or never solved, otherwise a bootstrap over problems. For an arm with several training seeds they are over "
@@ -91,48 +110,51 @@ def accuracy_blocks(report: RunReport) -> list[Block]:
         ),
     ]
     if any(len(arm.get("by_seed", [])) > 1 for arm in arms.values()):
-        found.append(seed_table(report))
+        found.append(seed_table(arms))
     if arm_plots.has_pass_curve(arms):
         figure = Figure(
-            "plots/pass_at_k.svg",
+            group.file("pass_at_k"),
             arm_plots.pass_svg(arms),
             "Probability that at least one of k samples is correct, by k",
             arm_plots.pass_svg(arms, arm_plots.NARROW),
         )
         found += [
-            Heading("pass@k"),
+            Heading(group.heading("pass@k")),
             figure,
             Text("Unbiased estimates over the samples of each problem; bars are 95% intervals."),
         ]
     return found
 
 
-def compute_blocks(report: RunReport) -> list[Block]:
-    arms = report["arms"]
-    figures = [
-        Figure(
-            f"plots/compute_{view}.svg",
-            arm_plots.compute_svg(arms, view),
-            f"Accuracy against FLOPs, {label}. {arm_plots.describe(arms)}",
-            arm_plots.compute_svg(arms, view, arm_plots.NARROW),
-            label,
+def measurement_blocks(report: RunReport, measured: Mapping[str, ArmRow]) -> list[Block]:
+    """Evaluations under other conditions than those of the arms: their numbers cannot be compared with the arms'."""
+    tops = {max((int(k) for k in arm["pass_at"]), default=1) for arm in measured.values()}
+    rows = []
+    for name, arm in measured.items():
+        row = report.get("evaluations", {}).get(arm.get("evaluation", ""))
+        k = max((int(one) for one in arm["pass_at"]), default=1)
+        several = f"{f'pass@{k} ' if len(tops) > 1 else ''}{interval_text(arm['pass_at'][str(k)])}" if k > 1 else "–"
+        rows.append(
+            [
+                name,
+                arm["stage"],
+                interval_text(arm["accuracy"]),
+                *([several] if max(tops) > 1 else []),
+                row["task"] if row else "–",
+                f"{arm['problems']} × {arm['samples']}",
+                row["sampling"] if row else "–",
+            ]
         )
-        for view, label in VIEWS.items()
-        if view == "student" or any(_differs(arm, view) for arm in arms.values())
-    ]
+    header = ["measurement", "model", "accuracy (pass@1)"]
+    header += [f"pass@{max(tops)}" if len(tops) == 1 else "of several"] if max(tops) > 1 else []
+    align = "ll" + "r" * (len(header) - 2) + "lrl"
     return [
-        Heading("Accuracy against compute"),
-        Views("View of the cost", figures) if len(figures) > 1 else figures[0],
-        cost_table(report),
+        Heading("Other measurements"),
+        Table([*header, "task", "problems × samples", "sampling"], rows, align, stacked=True),
         Text(
-            "FLOPs; each column includes the one before it. Own training covers all stages that trained the model, with "
-            "its own rollouts. The cost of a teacher's training is divided among its students."
+            "Under other conditions than the arms above (task, problems or sampling), so not to be compared with them."
         ),
     ]
-
-
-def _differs(arm: Any, view: str) -> bool:
-    return bool(arm["cost"][view]["flops"] != arm["cost"]["student"]["flops"])
 
 
 def curve_blocks(stages: Sequence[StageRow]) -> list[Block]:
@@ -147,19 +169,20 @@ def curve_blocks(stages: Sequence[StageRow]) -> list[Block]:
         figures = [Figure(f"plots/{name}_{stem}.svg", svg, label) for stem, label, svg in drawn]
         if figures:
             found.append(Panels(title, figures))
+        if figures and (flat := curves.left_out(copies[0])):
+            found.append(Text(f"Constant, not drawn: {'; '.join(flat)}."))
     return [Heading("Training curves"), *found] if found else []
 
 
-def _how_compared(report: RunReport) -> str:
-    methods = sorted({row["method"] for row in report["comparisons"]})
+def _how_compared(group: Group) -> str:
+    methods = sorted({row["method"] for row in group.comparisons})
     return (
         "Paired on the same problems; p (Holm) is corrected for the number of pairs. A statement about a way of training "
         f"needs several training seeds per arm. Methods: {'; '.join(methods)}."
     )
 
 
-def accuracy_table(report: RunReport) -> Table:
-    arms = report["arms"]
+def accuracy_table(arms: Mapping[str, ArmRow]) -> Table:
     ks = sorted({int(k) for arm in arms.values() for k in arm["pass_at"]} - {1})[-1:]
     votes = sorted({int(k) for arm in arms.values() for k in arm["maj_at"]})[-1:]
     header = ["arm", "accuracy (pass@1)", *(f"pass@{k}" for k in ks), *(f"maj@{k}" for k in votes)]
@@ -191,9 +214,9 @@ def accuracy_table(report: RunReport) -> Table:
     return Table(header, rows, "l" + "r" * (len(header) - 1))
 
 
-def seed_table(report: RunReport) -> Table:
+def seed_table(arms: Mapping[str, ArmRow]) -> Table:
     """Accuracy with a row per arm and a column per training seed."""
-    by_arm = {name: {one["seed"]: one for one in arm.get("by_seed", [])} for name, arm in report["arms"].items()}
+    by_arm = {name: {one["seed"]: one for one in arm.get("by_seed", [])} for name, arm in arms.items()}
     seeds = sorted({seed for found in by_arm.values() for seed in found})
     rows = [
         [name, *(interval_text(found[s]["accuracy"]) if s in found else "–" for s in seeds)]
@@ -204,7 +227,7 @@ def seed_table(report: RunReport) -> Table:
     return Table(header, rows, "l" + "r" * len(seeds))
 
 
-def comparison_table(report: RunReport) -> Table:
+def comparison_table(group: Group) -> Table:
     rows = [
         [
             f"{row['a']} − {row['b']}",
@@ -214,108 +237,10 @@ def comparison_table(report: RunReport) -> Table:
             f"{row['wins']} / {row['losses']}" if "wins" in row and "losses" in row else "–",
             reading(row),
         ]
-        for row in report["comparisons"]
+        for row in group.comparisons
     ]
     header = ["pair", "points", "p", "p (Holm)", "won / lost", "reading"]
     return Table(header, rows, "lrrrrl")
-
-
-def cost_table(report: RunReport) -> Table:
-    shown = {
-        view: label
-        for view, label in VIEWS.items()
-        if view == "student" or any(_differs(arm, view) for arm in report["arms"].values())
-    }
-    paid = any(arm["cost"]["with_teacher"].get("dollars") for arm in report["arms"].values())
-    rows = [
-        [
-            name,
-            *(scaled(arm["cost"][view]["flops"]) for view in shown),  # type: ignore[index]
-            scaled(arm["cost"]["student"]["tokens"]),
-            duration(arm["cost"]["student"]["seconds"]),
-            duration(arm["cost"]["with_teacher"]["seconds"]),
-            *([money(arm["cost"]["with_teacher"].get("dollars", 0.0))] if paid else []),
-        ]
-        for name, arm in report["arms"].items()
-    ]
-    header = ["arm, FLOPs", *shown.values(), "own tokens", "own time", "with teacher", *(["paid"] if paid else [])]
-    return Table(header, rows, "l" + "r" * (len(header) - 1))
-
-
-def stage_table(report: RunReport) -> Table:
-    rows = []
-    paid = any(measured(stage).get("dollars") for stage in report["stages"])
-    for stage in report["stages"]:
-        took = measured(stage)
-        rate = took["tokens"] / took["seconds"] if took["seconds"] > 0 else 0.0
-        left_out = stage["cost"].get("samples_filtered", 0)
-        rows.append(
-            [
-                stage["name"],
-                stage["kind"],
-                stage["status"],
-                stage.get("dtype") or "–",
-                duration(took["seconds"]),
-                scaled(took["tokens"]),
-                scaled(rate) if rate else "–",
-                scaled(took["flops"], "FLOP"),
-                scaled(took["bytes"], "B"),
-                f"{left_out:.0f}",
-                f"{stage['cost'].get('samples_failed', 0):.0f}",
-                *([money(took.get("dollars", 0.0))] if paid else []),
-            ]
-        )
-    header = ["stage", "kind", "status", "dtype", "time", "tokens", "tokens/s", "FLOPs", "written"]
-    more = ["filtered", "failed", *(["paid"] if paid else [])]
-    return Table([*header, *more], rows, "llll" + "r" * (len(header) + len(more) - 4))
-
-
-def prediction_table(report: RunReport) -> Table:
-    pairs = [(stage["name"], stage["predicted"], measured(stage)) for stage in report["stages"] if "predicted" in stage]
-    if len(pairs) > 1:
-        pairs.append(("total", _total([p for _, p, _ in pairs]), _total([m for *_, m in pairs])))
-    priced = any("dollars" in amounts for _, *both in pairs for amounts in both)
-    rows = [
-        [
-            name,
-            duration(guess["seconds"]),
-            duration(took["seconds"]),
-            _ratio(guess["seconds"], took["seconds"]),
-            scaled(guess["tokens"]) if guess["tokens"] else "–",
-            scaled(took["tokens"]) if guess["tokens"] else "–",
-            *(_ratio(guess[key], took[key]) for key in ("tokens", "flops", "bytes")),
-            *_memory_cells(guess, took),
-            *([money(guess.get("dollars", 0.0)), money(took.get("dollars", 0.0))] if priced else []),
-        ]
-        for name, guess, took in pairs
-    ]
-    header = ["stage", "predicted", "time", "×", "predicted", "tokens", "×", "FLOPs ×", "bytes ×"]
-    more = ["predicted", "memory", "×", *(["predicted", "paid"] if priced else [])]
-    return Table([*header, *more], rows, "l" + "r" * (len(header) + len(more) - 1))
-
-
-def _memory_cells(guess: Amounts, took: Amounts) -> list[str]:
-    expected, peak = guess.get("memory", 0.0), took.get("memory", 0.0)
-    if not expected or not peak:
-        return ["–", "–", "–"]
-    return [scaled(expected, "B"), scaled(peak, "B"), _ratio(expected, peak)]
-
-
-def _ratio(guess: float, took: float) -> str:
-    return f"{took / guess:.2f}" if guess else "–"
-
-
-def _total(amounts: Sequence[Amounts]) -> Amounts:
-    total: Amounts = {
-        "tokens": sum(one["tokens"] for one in amounts),
-        "bytes": sum(one["bytes"] for one in amounts),
-        "flops": sum(one["flops"] for one in amounts),
-        "seconds": sum(one["seconds"] for one in amounts),
-        "memory": max((one.get("memory", 0.0) for one in amounts), default=0.0),
-    }
-    if paid := sum(one.get("dollars", 0.0) for one in amounts):
-        total["dollars"] = paid
-    return total
 
 
 def example_blocks(examples: Sequence[ExampleRow]) -> list[Folded]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 from distill.records import Cost
 from distill.reports.comparison import Paired, SeedsDifference
+from distill.reports.context_rows import AboutRow, EvaluationRow, LedgerRow, ProgressRow
 from distill.reports.statistics import Interval
 
 
@@ -37,7 +38,7 @@ class Amounts(TypedDict):
 
 class StageRow(TypedDict):
     """One stage. cost: the fields of `Cost`. curves: for each metric a list with one number for each of `curve_steps`, null
-    where it was not logged."""
+    where it was not logged. progress: of a running or failed stage. error: the message of a failed one."""
 
     name: str
     kind: str
@@ -49,6 +50,8 @@ class StageRow(TypedDict):
     metrics: NotRequired[dict[str, float | str]]
     curves: NotRequired[dict[str, list[float | None]]]
     curve_steps: NotRequired[list[float]]
+    progress: NotRequired[ProgressRow]
+    error: NotRequired[str]
 
 
 class View(TypedDict):
@@ -146,6 +149,7 @@ class ArmRow(TypedDict):
     shown beside them. pass_at, maj_at: by k as text (JSON keys are text). snapshots: without the final model. by_seed: for
     an arm trained with several seeds; its accuracy, tokens, FLOPs and seconds are means over them, and its intervals are
     over seeds and problems. divergence: where the comparison has `targets`. traces: where its training has max_traces.
+    evaluation: the key of `RunReport.evaluations` that says how it was evaluated.
     """
 
     stage: str
@@ -168,6 +172,8 @@ class ArmRow(TypedDict):
     by_seed: NotRequired[list[SeedRow]]
     divergence: NotRequired[DivergenceRow]
     traces: NotRequired[TracesRow]
+    evaluation: NotRequired[str]
+    about: NotRequired[AboutRow]
 
 
 class ComparisonRow(TypedDict):
@@ -209,6 +215,8 @@ class RunReport(TypedDict):
     """The report of a run. environment: versions and machine, nested. recipe: the resolved recipe as YAML.
 
     reproduce: shell commands. notes: limits and warnings for the reader. verdict: added when the report is written.
+    evaluations: by the name of their first stage. measurements: what was evaluated beside the arms, under other conditions.
+    ledger: what the run spent, each stage once.
     """
 
     name: str
@@ -222,6 +230,9 @@ class RunReport(TypedDict):
     comparisons: list[ComparisonRow]
     divergence_pairs: NotRequired[list[DivergencePairRow]]
     trace_ratios: NotRequired[list[TraceRatioRow]]
+    evaluations: NotRequired[dict[str, EvaluationRow]]
+    measurements: NotRequired[dict[str, ArmRow]]
+    ledger: NotRequired[list[LedgerRow]]
     examples: list[ExampleRow]
     recipe: str
     reproduce: list[str]

@@ -20,7 +20,7 @@ STYLE = """
 .dp .other text{fill:#6c7075}.dp .level{stroke:#9a9ea4;stroke-dasharray:3 3}
 .dp .small{opacity:.4}
 .dp:has(.arm:hover) .arm:not(:hover){opacity:.22}
-@media (prefers-color-scheme:dark){.dp text{fill:#d0d3d7}.dp .quiet{fill:#8b9096}.dp .grid{stroke:#26292d}.dp .axis{stroke:#4a4e54}
+@media screen and (prefers-color-scheme:dark){.dp text{fill:#d0d3d7}.dp .quiet{fill:#8b9096}.dp .grid{stroke:#26292d}.dp .axis{stroke:#4a4e54}
 .dp .line,.dp .bar,.dp .faint{stroke:#82b0ff}.dp .mark{fill:#82b0ff;stroke:#141517}.dp .other .line,.dp .other .bar{stroke:#71767d}
 .dp .other .mark{fill:#71767d}.dp .other text{fill:#8b9096}.dp .lead{stroke:#4a4e54}.dp .level{stroke:#71767d}}
 """
@@ -108,15 +108,17 @@ class Canvas:
         css = f' class="{kind}"' if kind else ""
         self.add(f'<text{css}{weight} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
 
-    def x_axis(self, ticks: Sequence[tuple[float, str]], title: str, grid: bool = True) -> None:
-        """Draw the horizontal axis. ticks: (pixel, label) pairs. The title is below its right end."""
+    def x_axis(
+        self, ticks: Sequence[tuple[float, str]], title: str, grid: bool = True, title_drop: float = 30.0
+    ) -> None:
+        """Draw the horizontal axis. ticks: (pixel, label) pairs. The title is `title_drop` pixels below its right end."""
         for x, text in ticks:
             if grid:
                 self.add(f'<line class="grid" x1="{x}" x2="{x}" y1="{self.top}" y2="{self.floor}"/>')
             self.text(x, self.floor + 15, text, "middle", "quiet")
         self.add(f'<line class="axis" x1="{self.left}" x2="{self.end}" y1="{self.floor}" y2="{self.floor}"/>')
         if title:
-            self.text(self.end, self.floor + 30, title, "end", "quiet")
+            self.text(self.end, self.floor + title_drop, title, "end", "quiet")
 
     def y_axis(self, ticks: Sequence[tuple[float, str]], title: str = "") -> None:
         for y, text in ticks:
@@ -186,3 +188,12 @@ def _meet(a: Box, b: Box) -> bool:
 def group(kind: str, title: str) -> str:
     """The start tag of a group of marks, with its tooltip."""
     return f'<g class="{kind}"><title>{escape(title)}</title>'
+
+
+def apart(wanted: list[float], least: float = 15.0) -> list[float]:
+    """Ascending positions near `wanted`, at least `least` pixels apart: each is moved down as needed, then all up."""
+    placed: list[float] = []
+    for position in wanted:
+        placed.append(max(position, placed[-1] + least) if placed else position)
+    overrun = (placed[-1] - wanted[-1]) / 2 if placed else 0.0
+    return [position - overrun for position in placed]

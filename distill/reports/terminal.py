@@ -7,17 +7,25 @@ with control characters replaced.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from distill.printable import printable
+from distill.reports.arm_groups import Group, groups
 from distill.reports.curves import by_stage, shown_keys
-from distill.reports.run_report import RunReport, measured
-from distill.reports.wording import duration, interval_text, money, percent, reading, scaled, verdict
+from distill.reports.headline import verdict
+from distill.reports.run_report import RunReport
+from distill.reports.stage_blocks import rows_of
+from distill.reports.wording import duration, interval_text, minus, money, percent, reading, scaled
 
+GAP = 2
+"""Spaces between two columns."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 STATUS_STYLES = {
     "done": "green",
@@ -29,22 +37,21 @@ STATUS_STYLES = {
 
 
 def show(report: RunReport, console: Console | None = None) -> None:
-    """Print a run."""
+    """Print a run. Tables leave out their least important columns where the terminal is narrow."""
     console = console or Console()
     console.print(_text(report["name"], "bold"))
-    console.print(_text(report.get("verdict") or verdict(report)))
-    if report["arms"]:
-        console.print()
-        console.print(arm_table(report))
-    if report["comparisons"]:
-        console.print()
-        console.print(comparison_table(report))
-    curves = curve_table(report)
-    if curves.row_count:
-        console.print()
-        console.print(curves)
-    console.print()
-    console.print(stage_table(report))
+    for line in (report.get("verdict") or verdict(report)).split("\n"):
+        console.print(_text(line))
+    parts: list[Table | None] = []
+    for group in groups(report):
+        parts.append(arm_table(group, console.width))
+        parts.append(comparison_table(group, console.width) if group.comparisons else None)
+    parts += [measurement_table(report, console.width), curve_table(report, console.width)]
+    parts.append(stage_table(report, console.width))
+    for part in parts:
+        if part is not None and part.row_count:
+            console.print()
+            console.print(part)
 
 
 def sparkline(values: Sequence[float | None], width: int = 40) -> str:
@@ -78,82 +85,144 @@ def interval_bar(interval: Mapping[str, float], width: int = 20, end: float = 1.
     return "".join(cells)
 
 
-def stage_table(report: RunReport) -> Table:
-    paid = any(measured(stage).get("dollars") for stage in report["stages"])
-    more = [">paid", ">predicted"] if paid else []
-    table = _table("stage", "kind", "status", "dtype", ">time", ">predicted", ">tokens", ">tokens/s", *more)
-    for stage in report["stages"]:
-        took = measured(stage)
-        rate = took["tokens"] / took["seconds"] if took["seconds"] > 0 else 0.0
-        table.add_row(
-            _text(stage["name"]),
-            stage["kind"],
-            Text(stage["status"], STATUS_STYLES.get(stage["status"], "")),
-            stage.get("dtype") or "–",
-            duration(took["seconds"]),
-            duration(stage["predicted"]["seconds"]) if "predicted" in stage else "–",
-            scaled(took["tokens"]),
-            scaled(rate) if rate else "–",
-            *([money(took.get("dollars", 0.0)), money(stage.get("predicted", {}).get("dollars", 0.0))] if paid else []),
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table. title: a leading > aligns it to the right. need: of columns that do not fit the largest goes first."""
+
+    title: str
+    cells: Sequence[Text]
+    need: int = 0
+
+    @property
+    def width(self) -> int:
+        return max(cell_len(self.title.lstrip(">")), *(cell.cell_len for cell in self.cells), 0) + GAP
+
+
+def table_of(columns: Sequence[Column], width: int) -> Table:
+    """A table of the columns that fit into `width`; the first, with the names, is always there, and is cut if it must be."""
+    kept = [column for column in columns if column.cells]
+    while len(kept) > 2 and sum(column.width for column in kept) > width:
+        last = max(kept, key=lambda column: column.need)
+        if last.need == 0:
+            break
+        kept.remove(last)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, GAP, 0, 0))
+    for number, column in enumerate(kept):
+        side: Literal["left", "right"] = "right" if column.title.startswith(">") else "left"
+        table.add_column(
+            column.title.lstrip(">"), justify=side, no_wrap=True, overflow="ellipsis", min_width=4 if number else 8
         )
+    for row in zip(*(column.cells for column in kept), strict=True):
+        table.add_row(*row)
     return table
 
 
-def curve_table(report: RunReport) -> Table:
+def stage_table(report: RunReport, width: int) -> Table:
+    """The stages; the copies for seeds and the arms of a comparison are a row each."""
+    rows = rows_of(report["stages"])
+    took = [row.took if row.status != "pending" else None for row in rows]
+    guessed = [row.guess.get("dollars", 0.0) if row.guess else 0.0 for row in rows]
+    paid = any(guessed) or any(row.took.get("dollars") for row in rows)
+    rates = [one["tokens"] / one["seconds"] if one and one["seconds"] > 0 else 0.0 for one in took]
+    columns = [
+        Column("stage", [_text(row.name) for row in rows]),
+        Column("kind", [_text(row.kind) for row in rows], 3),
+        Column("status", [Text(row.status, STATUS_STYLES.get(row.status, "")) for row in rows]),
+        Column(">time", _texts(duration(one["seconds"]) if one else "–" for one in took)),
+        Column(">predicted", _texts(duration(row.guess["seconds"]) if row.guess else "–" for row in rows), 1),
+        Column(">tokens", _texts(scaled(one["tokens"]) if one and one["tokens"] else "–" for one in took), 2),
+        Column(">tokens/s", _texts(scaled(rate) if rate else "–" for rate in rates), 4),
+        Column("dtype", _texts(row.dtype for row in rows), 5),
+    ]
+    if paid:
+        columns.append(Column(">paid", _texts(money(row.took.get("dollars", 0.0)) for row in rows)))
+        columns.append(Column(">of", _texts(map(money, guessed)), 4))
+    return table_of(columns, width)
+
+
+def curve_table(report: RunReport, width: int) -> Table:
     """A sparkline for each quantity that has a panel in the report; with several training seeds, of the first."""
-    table = _table("stage", "curve", "", ">first", ">last")
+    rows: list[tuple[str, str, Sequence[float | None]]] = []
     for stage in (copies[0] for copies in by_stage(report["stages"])):
-        before = None
-        for name in shown_keys(stage):
-            values = stage["curves"][name]
-            known = [value for value in values if value is not None]
-            line = _text(sparkline(values), "cyan" if "/" not in name else "dim")
-            ends = (f"{known[0]:.4g}", f"{known[-1]:.4g}")
-            table.add_row(_text("" if before else stage["name"]), _text(name), line, *ends)
-            before = name
-    return table
+        keys = shown_keys(stage)
+        rows += [(stage["name"] if not n else "", key, stage["curves"][key]) for n, key in enumerate(keys)]
+    known = [[value for value in values if value is not None] for *_, values in rows]
+    line = max(8, min(40, width - 44))
+    columns = [
+        Column("stage", [_text(name) for name, *_ in rows]),
+        Column("curve", [_text(key) for _, key, _ in rows]),
+        Column("", [_text(sparkline(values, line), "cyan" if "/" not in key else "dim") for _, key, values in rows]),
+        Column(">first", _texts(minus(f"{values[0]:.3g}") for values in known), 1),
+        Column(">last", _texts(minus(f"{values[-1]:.3g}") for values in known)),
+    ]
+    return table_of(columns, width)
 
 
-def arm_table(report: RunReport) -> Table:
+def arm_table(group: Group, width: int) -> Table:
     """Every arm with its interval, the best first."""
-    arms = report["arms"]
+    arms = group.arms
     end = min(1.0, max(arm["accuracy"]["high"] for arm in arms.values()) * 1.1) or 1.0
     ks = sorted({int(k) for arm in arms.values() for k in arm["pass_at"]} - {1})[-1:]
-    header = ["arm", f"0 to {percent(end)}", ">accuracy", *(f">pass@{k}" for k in ks), ">truncated"]
     paid = any(arm["cost"]["with_teacher"].get("dollars") for arm in arms.values())
-    table = _table(*header, ">seeds", ">FLOPs", ">with teacher", ">time", *([">paid"] if paid else []))
-    for name, arm in sorted(arms.items(), key=lambda item: -item[1]["accuracy"]["value"]):
-        more = [arm["pass_at"].get(str(k)) for k in ks]
-        bar = {key: arm["accuracy"][key] for key in ("low", "value", "high")}
-        table.add_row(
-            _text(name),
-            Text(interval_bar(bar, end=end), "cyan" if arm["role"] == "student" else "dim"),
-            Text(interval_text(arm["accuracy"])),
-            *(percent(one["value"]) if one else "–" for one in more),
-            percent(arm["clipped_ratio"]),
-            str(arm["seeds"]),
-            scaled(arm["flops"], "FLOP"),
-            scaled(arm["cost"]["with_teacher"]["flops"], "FLOP"),
-            duration(arm["seconds"]),
-            *([money(arm["cost"]["with_teacher"].get("dollars", 0.0))] if paid else []),
+    bar = 20 if width >= 100 else 12
+    bars = [
+        Text(
+            interval_bar({key: arm["accuracy"][key] for key in ("low", "value", "high")}, bar, end),
+            "cyan" if arm["role"] == "student" else "dim",
         )
-    return table
+        for arm in arms.values()
+    ]
+    columns = [
+        Column(group.heading("arm"), [_text(name) for name in arms]),
+        Column(f"0 to {percent(end)}", bars, 4),
+        Column(">accuracy", _texts(interval_text(arm["accuracy"]) for arm in arms.values())),
+    ]
+    for k in ks:
+        several = [arm["pass_at"].get(str(k)) for arm in arms.values()]
+        columns.append(Column(f">pass@{k}", _texts(percent(one["value"]) if one else "–" for one in several), 5))
+    columns += [
+        Column(">truncated", _texts(percent(arm["clipped_ratio"]) for arm in arms.values()), 6),
+        Column(">seeds", _texts(str(arm["seeds"]) for arm in arms.values()), 2),
+        Column(">own FLOPs", _texts(scaled(arm["flops"]) for arm in arms.values()), 1),
+        Column(">with teacher", _texts(scaled(arm["cost"]["with_teacher"]["flops"]) for arm in arms.values()), 7),
+        Column(">time", _texts(duration(arm["seconds"]) for arm in arms.values()), 3),
+    ]
+    if paid:
+        columns.append(
+            Column(">paid", _texts(money(a["cost"]["with_teacher"].get("dollars", 0.0)) for a in arms.values()), 1)
+        )
+    return table_of(columns, width)
 
 
-def comparison_table(report: RunReport) -> Table:
-    table = _table("pair", ">points", "reading")
-    for row in report["comparisons"]:
-        points = Text(interval_text(row["difference"], signed=True))
-        table.add_row(_text(f"{row['a']} − {row['b']}"), points, reading(row))
-    return table
+def comparison_table(group: Group, width: int) -> Table:
+    rows = group.comparisons
+    columns = [
+        Column(group.heading("pair"), [_text(f"{row['a']} − {row['b']}") for row in rows]),
+        Column(">points", _texts(interval_text(row["difference"], signed=True) for row in rows)),
+        Column("reading", _texts(reading(row) for row in rows), 1),
+    ]
+    return table_of(columns, width)
 
 
-def _table(*columns: str) -> Table:
-    """An empty table with these headings; a leading > aligns a column to the right."""
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for column in columns:
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left")
-    return table
+def measurement_table(report: RunReport, width: int) -> Table | None:
+    """What was evaluated under other conditions than the arms."""
+    measured = report.get("measurements", {})
+    if not measured:
+        return None
+    evaluations = report.get("evaluations", {})
+    how = [evaluations.get(arm.get("evaluation", "")) for arm in measured.values()]
+    columns = [
+        Column("measurement", [_text(name) for name in measured]),
+        Column("model", [_text(arm["stage"]) for arm in measured.values()]),
+        Column(">accuracy", _texts(interval_text(arm["accuracy"]) for arm in measured.values())),
+        Column(">problems", _texts(f"{arm['problems']} × {arm['samples']}" for arm in measured.values()), 1),
+        Column("sampling", _texts(row["sampling"] if row else "–" for row in how), 2),
+    ]
+    return table_of(columns, width)
+
+
+def _texts(cells: Iterable[str]) -> list[Text]:
+    return [_text(cell) for cell in cells]
 
 
 def _text(text: str, style: str = "") -> Text:

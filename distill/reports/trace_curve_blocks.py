@@ -10,7 +10,7 @@ from distill.reports.arm_plots import NARROW, WIDE, percent0
 from distill.reports.block_kinds import Block, Figure, Heading, Table, Text
 from distill.reports.run_report import ArmRow, IntervalRow, RunReport
 from distill.reports.svg import CHAR, Canvas, group, linear, linear_ticks, logarithmic
-from distill.reports.wording import interval_text, ratio_text
+from distill.reports.wording import interval_text, minus, ratio_text
 
 MEASURES = {"accuracy": "accuracy", "kl": "held-out KL, nats a token"}
 
@@ -88,7 +88,7 @@ def describe(ways: Mapping[str, Sequence[Point]], measure: str) -> str:
 def _value_text(row: IntervalRow, measure: str) -> str:
     if measure == "accuracy":
         return interval_text(row)
-    return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+    return minus(f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]")
 
 
 def curve_svg(ways: Mapping[str, Sequence[Point]], measure: str, label: str, width: int = WIDE) -> str:
@@ -104,7 +104,7 @@ def curve_svg(ways: Mapping[str, Sequence[Point]], measure: str, label: str, wid
     inset = 14.0
     x = logarithmic(numbers[0], max(numbers[-1], 2 * numbers[0]), canvas.left + inset, canvas.end - inset)
     y = linear(low, top, canvas.floor, canvas.top)
-    ticks = [(y(t), percent0(t) if measure == "accuracy" else f"{t:g}") for t in linear_ticks(low, top)]
+    ticks = [(y(t), percent0(t) if measure == "accuracy" else minus(f"{t:g}")) for t in linear_ticks(low, top)]
     canvas.y_axis(ticks, MEASURES[measure])
     canvas.x_axis([(x(n), str(n)) for n in numbers], "traces, logarithmic", grid=False)
     spread = min(4.0, 2 * inset / max(1, len(ways)))

@@ -7,19 +7,17 @@ import itertools
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
 from distill import run_folder
-from distill.compute.ledger import ArmCost, arm_cost, mean_cost
-from distill.recipe import Recipe, RewardConfig, StageConfig, base_name
-from distill.recipe.lineage import parents_of, role_of, roles_of, traces_learned
-from distill.reports.run_report import ArmRow, RunReport, SeedRow, SnapshotRow, StageRow, TracesRow, view
+from distill.recipe import Recipe, RewardConfig, StageConfig
+from distill.reports.context_rows import ProgressRow
+from distill.reports.run_report import RunReport, StageRow
+from distill.run.collect_arms import collect_arms
 from distill.run.weak_teachers import weak_teachers
-from distill.stages.budget import stage_costs
 
 MAX_POINTS = 240
 """The largest number of points of a curve; longer curves are thinned by averaging."""
@@ -28,14 +26,7 @@ MAX_POINTS = 240
 def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunReport:
     """Collect everything that the run holds so far. names: of its nodes, in order. command: the one that repeats the run."""
     states = {name: standing for name in names if (standing := run_folder.read(run / name)) is not None}
-    comparisons, examples, divergence_pairs, trace_ratios = [], [], [], []
-    for standing in states.values():
-        if "comparisons" in standing.metrics:
-            comparisons += standing.metrics["comparisons"]
-            examples += standing.metrics.get("examples", [])
-            divergence_pairs += standing.metrics.get("divergence_pairs", [])
-            trace_ratios += standing.metrics.get("trace_ratios", [])
-    arms = _arms(recipe, run, states)
+    found = collect_arms(recipe, run, states)
     return RunReport(
         name=recipe.name,
         description=recipe.description,
@@ -44,11 +35,14 @@ def collect(recipe: Recipe, run: Path, names: list[str], command: str) -> RunRep
         task=", ".join(f"{name} ({task.fn})" for name, task in recipe.tasks.items()),
         environment=run_folder.environment(run),
         stages=[_stage_row(name, states.get(name), recipe, run) for name in names],
-        arms=arms,
-        comparisons=comparisons,
-        divergence_pairs=divergence_pairs,
-        trace_ratios=trace_ratios,
-        examples=examples,
+        arms=found.arms,
+        comparisons=found.comparisons,
+        divergence_pairs=found.divergence_pairs,
+        trace_ratios=found.trace_ratios,
+        evaluations=found.evaluations,
+        measurements=found.measurements,
+        ledger=found.ledger,
+        examples=found.examples,
         recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         reproduce=[command],
         notes=[*weak_teachers(recipe, states), *_notes(states, run), *_sandboxes(recipe)],
@@ -73,12 +67,13 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
         config = recipe.stages[stage]
         kind = config.children()[below].kind if below else config.kind
         return StageRow(name=name, kind=kind, status="pending", seconds=0.0, cost={})
+    run_folder.add_killed_time(run / name, standing)  # of a running attempt: up to the newest file that it wrote
     row = StageRow(
         name=name,
         kind=standing.kind,
         status=standing.status,
         seconds=standing.seconds,
-        cost=standing.cost,
+        cost={**standing.cost, **_written(run / name, standing)},
         metrics={key: value for key, value in standing.metrics.items() if isinstance(value, int | float | str)},
     )
     if standing.dtypes:
@@ -90,7 +85,30 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
     lines, _ = run_folder.log_of(run / name, standing)
     if lines is not None:
         row["curve_steps"], row["curves"] = read_curves(lines)
+    if standing.status in ("running", "failed"):
+        row["progress"] = _progress(standing, row.get("curve_steps", []))
+    message = run / name / "error.txt"
+    if standing.status == "failed" and message.is_file():
+        row["error"] = message.read_text(encoding="utf-8", errors="replace").strip()
     return row
+
+
+def _written(folder: Path, standing: run_folder.State) -> dict[str, int]:
+    """The bytes of a model that a stage has written; its cost counts traces only."""
+    model = folder / "model"
+    if standing.cost.get("bytes_written") or not model.is_dir():
+        return {}
+    return {"bytes_written": sum(file.stat().st_size for file in model.rglob("*") if file.is_file())}
+
+
+def _progress(standing: run_folder.State, logged: list[float]) -> ProgressRow:
+    """How far an unfinished stage is: the newest step of its log, and the number of steps if the recipe says it."""
+    progress = ProgressRow()
+    if logged:
+        progress["step"] = logged[-1]
+    if steps := standing.config.get("steps"):
+        progress["steps"] = float(steps)
+    return progress
 
 
 def read_curves(lines: Path) -> tuple[list[float], dict[str, list[float | None]]]:
@@ -123,112 +141,6 @@ def _is_number(value: Any) -> bool:
 def _mean(values: list[float]) -> float | None:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else None
-
-
-def _arms(recipe: Recipe, run: Path, states: dict[str, run_folder.State]) -> dict[str, ArmRow]:
-    costs = stage_costs(recipe, run)
-    parents = parents_of(recipe)
-    found: list[_Found] = []
-    for name, config in recipe.stages.items():
-        for arm, runs in config.evaluations().items():
-            nodes = {seed: f"{name}.{child}" if child else name for seed, (child, _) in runs.items()}
-            found.append(_Found(arm or name, name, nodes, [model for _, model in runs.values()]))
-    # A teacher's training cost is shared by all its students; the training seeds of one arm are one student.
-    taught = {
-        base_name(model)
-        for one in found
-        for model in one.models
-        if role_of(recipe, model) == "student" and arm_cost(model, costs, parents).stages["teacher"]
-    }
-    roles = roles_of(recipe, [one.models[0] for one in found])
-    arms: dict[str, ArmRow] = {}
-    for one in found:
-        metrics = one.metrics(states)
-        if metrics is not None:
-            students = max(1, len(taught))
-            spent = [arm_cost(m, costs, parents, students=students) for m in one.models]
-            cost = spent[0] if len(spent) == 1 else mean_cost(spent)
-            last = [costs[m].cost.flops for m in one.models if m in costs]
-            before = cost.student.flops - sum(last) / max(len(last), 1)
-            key = one.arm if one.arm not in arms else f"{one.stage}.{one.arm}"
-            arms[key] = _arm(one, roles[one.models[0]], metrics, cost, before)
-            compared = states.get(one.stage)
-            if compared is not None and (row := compared.metrics.get("divergence", {}).get(one.arm)) is not None:
-                arms[key]["divergence"] = row
-            if (learned := traces_learned(recipe, one.models[0])) is not None:
-                way = one.arm.removesuffix(f"-{learned[1]}")
-                arms[key]["traces"] = TracesRow(comparison=one.stage, way=way, number=learned[1])
-    return arms
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """An arm: the stage that evaluates it, the evaluation node of each training seed, and their models."""
-
-    arm: str
-    stage: str
-    nodes: dict[int, str]
-    models: list[str]
-
-    def metrics(self, states: dict[str, run_folder.State]) -> dict[str, Any] | None:
-        """Return the arm's scores, over its training seeds if there are several; None before they exist."""
-        if any(node not in states or states[node].status != "done" for node in self.nodes.values()):
-            return None
-        if len(self.nodes) == 1:
-            return states[next(iter(self.nodes.values()))].metrics
-        standing = states.get(self.stage)
-        if standing is None or standing.status != "done":
-            return None
-        found: dict[str, Any] | None = standing.metrics["arms"].get(self.arm)
-        return found
-
-
-def _arm(found: _Found, role: Any, metrics: dict[str, Any], cost: ArmCost, before: float) -> ArmRow:
-    """Describe one arm. before: the student's FLOPs up to the stage that was evaluated."""
-    model = found.models[0]
-    scores = {
-        key: metrics[key]
-        for key in (
-            "accuracy",
-            "pass_at",
-            "maj_at",
-            "clipped_ratio",
-            "mean_length",
-            "problems",
-            "samples",
-            "unjudged",
-        )
-    }
-    row: dict[str, Any] = dict(
-        stage=model if len(found.models) == 1 else base_name(model),
-        role=role,
-        **scores,
-        seeds=len(found.models),
-        **view(cost.student),
-        cost={
-            "student": view(cost.student),
-            "with_inference": view(cost.with_inference),
-            "with_teacher": view(cost.with_teacher),
-        },
-        cost_stages=cost.stages,
-    )
-    if snapshots := metrics.get("snapshots"):
-        row["snapshots"] = [
-            SnapshotRow(
-                flops=before + snapshot["flops"],
-                accuracy=snapshot["accuracy"]["value"],
-                low=snapshot["accuracy"]["low"],
-                high=snapshot["accuracy"]["high"],
-            )
-            for snapshot in snapshots
-        ]
-    if len(found.models) > 1:
-        by_seed = {one["seed"]: one["accuracy"] for one in metrics["by_seed"]}
-        row["by_seed"] = [
-            SeedRow(seed=seed, stage=model, accuracy=by_seed[seed])
-            for seed, model in zip(found.nodes, found.models, strict=True)
-        ]
-    return cast(ArmRow, row)
 
 
 def _notes(states: dict[str, run_folder.State], run: Path) -> list[str]:

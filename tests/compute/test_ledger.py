@@ -9,7 +9,7 @@ import pytest
 from distill.compute import estimate, flops
 from distill.compute.adapters import lora_params
 from distill.compute.flops import ModelShape
-from distill.compute.ledger import StageCost, arm_cost
+from distill.compute.ledger import StageCost, arm_cost, shares
 from distill.compute.memory import engine_memory, train_memory
 from distill.machine import DTYPES, Dtype, Machine, Rates
 from distill.recipe import Input, LoraConfig
@@ -227,12 +227,31 @@ def test_data_used_twice_counts_once() -> None:
     assert cost.with_inference.flops - cost.student.flops == total("clean", "traces")
 
 
-def test_the_teachers_cost_is_divided_among_its_students() -> None:
-    alone, shared = (arm_cost("kl", STAGES, PARENTS, students=m) for m in (1, 4))
-    assert shared.with_inference == alone.with_inference
-    added = shared.with_teacher.flops - shared.with_inference.flops
-    assert added == total("teacher", "cold_start") / 4
-    assert isinstance(shared.with_teacher.tokens_trained, int)
+def test_what_arms_share_is_listed_once_and_the_parts_add_up_to_the_whole() -> None:
+    """Three students of one teacher: its training is in the views of all three, and in one share."""
+    arms = {name: [arm_cost(name, STAGES, PARENTS)] for name in ("kl", "polish", "on_policy", "teacher")}
+    found = shares(STAGES, arms)
+    assert sorted(name for one in found for name in one.stages) == sorted(STAGES)
+    assert sum(one.cost.flops for one in found) == total(*STAGES)
+    by_stage = {name: one for one in found for name in one.stages}
+    assert by_stage["teacher"].arms == ["kl", "polish", "on_policy", "teacher"]
+    assert by_stage["kl"].arms == ["kl", "polish"]
+    assert by_stage["polish"].arms == ["polish"]
+    assert by_stage["rejection"].arms == []
+
+
+def test_the_copies_of_an_arm_for_its_seeds_are_one_share() -> None:
+    stages = {name: StageCost(True, spent(n)) for n, name in enumerate(("start", "kl@1", "kl@2", "sft"), 1)}
+    parents = {name: [Input("model", "start")] for name in ("kl@1", "kl@2", "sft")}
+    arms = {
+        "kl": [arm_cost(name, stages, parents) for name in ("kl@1", "kl@2")],
+        "sft": [arm_cost("sft", stages, parents)],
+    }
+    assert [(one.stages, one.arms, one.cost.flops) for one in shares(stages, arms)] == [
+        (["start"], ["kl", "sft"], 1),
+        (["kl@1", "kl@2"], ["kl"], 5),
+        (["sft"], ["sft"], 4),
+    ]
 
 
 def test_data_written_by_the_students_own_line_is_its_own_cost() -> None:

@@ -17,8 +17,22 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from distill.records import Cost, Ragged, Traces, UserError
-from distill.reports import arm_plots, comparison, curves, pages, report_blocks, svg, terminal, wording
+from distill.reports import (
+    arm_plots,
+    columns,
+    comparison,
+    cost_blocks,
+    curves,
+    headline,
+    pages,
+    report_blocks,
+    stage_blocks,
+    svg,
+    terminal,
+    wording,
+)
 from distill.reports import arms as arms_module
+from distill.reports.arm_groups import flipped, groups
 from distill.reports.arms import ArmResults
 from distill.reports.run_report import ArmRow, RunReport, StageRow, comparison_row, view
 
@@ -143,7 +157,7 @@ def test_what_could_not_be_judged_counts_as_wrong_and_is_shown(report: RunReport
     assert seeds["accuracy"]["value"] == kept.mean()
     assert seeds["unjudged"] == 2 * unjudged
     whole: RunReport = {**report, "arms": {"kl": arm(results, "student", Cost(), "kl")}}
-    table = report_blocks.accuracy_table(whole)
+    table = report_blocks.accuracy_table(whole["arms"])
     column = table.header.index("not judged (wrong)")
     assert table.rows[0][column] == str(unjudged)
     block.correct[:] = [None] * len(right)
@@ -206,7 +220,7 @@ def test_report_json_has_the_declared_fields(report: RunReport, tmp_path: Path) 
         assert one["accuracy"]["n"] == 40
         assert all(isinstance(one[key], (int, float)) for key in ("tokens", "flops", "seconds"))
         assert set(one["cost"]) == {"student", "with_inference", "with_teacher"}
-    assert tree["verdict"] == wording.verdict(report)
+    assert tree["verdict"] == headline.verdict(report)
     assert tree["environment"]["machine"]["odd"] is None
     again = pages.read_report(paths["report.json"])
     pages.write_report(again, tmp_path / "again")
@@ -341,17 +355,57 @@ def test_markdown_and_html_agree(report: RunReport) -> None:
     assert [[" ".join(c.split()) for c in row] for row in page.rows] == rows
     assert len(rows) > 10
     assert sorted(fences) == sorted(code.rstrip() for code in page.codes)
-    assert wording.verdict(report) in " ".join(
+    assert headline.verdict(report) in " ".join(
         re.sub("<[^>]*>", "", html).replace("&lt;", "<").replace("&gt;", ">").split()
     )
 
 
-def test_predicted_and_measured_memory_stand_side_by_side(report: RunReport) -> None:
-    table = report_blocks.prediction_table(report)
-    assert table.header[-3:] == ["predicted", "memory", "×"]
-    assert [row[-3:] for row in table.rows] == [["4 GB", "5 GB", "1.25"]] * 3  # both, and the most
-    unmeasured = {**report, "stages": [{**report["stages"][0], "metrics": {}}]}
-    assert report_blocks.prediction_table(unmeasured).rows[0][-3:] == ["–", "–", "–"]
+def test_predicted_and_measured_stand_side_by_side_in_one_unit(report: RunReport) -> None:
+    table = stage_blocks.prediction_table(stage_blocks.rows_of(report["stages"]))
+    assert len({*table.header}) == len(table.header)  # every × says of what
+    assert table.header[1:7] == [
+        "predicted time (min)", "time (min)", "time ×", "predicted memory (GB)", "memory (GB)", "memory ×",
+    ]  # fmt: skip
+    assert table.rows[0][1:7] == ["1.33", "1.59", "1.19", "4", "5", "1.25"]
+    assert [row[4:7] for row in table.rows] == [["4", "5", "1.25"]] * 3  # both, and the most
+    unmeasured = stage_blocks.rows_of([{**report["stages"][0], "metrics": {}}])
+    assert stage_blocks.prediction_table(unmeasured).rows[0][4:7] == ["–", "–", "–"]
+
+
+def test_copies_for_seeds_and_the_arms_of_a_comparison_are_a_row_each(report: RunReport) -> None:
+    one = report["stages"][0]
+    names = ["kl@1", "kl@2", "v.kl@1", "v.kl@2", "v", "rl@1"]
+    stages: list[StageRow] = [{**one, "name": name} for name in names]
+    stages.append({**one, "name": "rl@2", "status": "running"})
+    rows = stage_blocks.rows_of(stages)
+    assert [(row.name, row.status) for row in rows] == [
+        ("kl, 2 seeds", "done"), ("v, 2 arms", "done"), ("v", "done"), ("rl@1", "done"), ("rl@2", "running"),
+    ]  # fmt: skip
+    assert rows[0].took["tokens"] == 240_000
+    assert rows[0].took["memory"] == 5e9
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "cells"),
+    [
+        ([1.2e15, 3e12, 0.0, 2e9, None], "TFLOP", ["1,200.0", "3.0", "0", "<0.1", "–"]),
+        ([9.0, 5.5], "FLOP", ["9.00", "5.50"]),
+    ],
+)
+def test_a_column_of_amounts_has_one_unit(values: list[float | None], unit: str, cells: list[str]) -> None:
+    assert columns.amounts(values, "FLOP") == (unit, cells)
+
+
+@pytest.mark.parametrize(
+    ("values", "unit", "cells"),
+    [
+        ([3.25, 60.0, None], "s", ["3.2", "60.0", "–"]),
+        ([1.0, 600.0, -60.0], "min", ["<0.1", "10.0", "−1.0"]),
+        ([7200.0, 36000.0], "h", ["2", "10"]),
+    ],
+)
+def test_a_column_of_times_has_one_unit(values: list[float | None], unit: str, cells: list[str]) -> None:
+    assert columns.times(values) == (unit, cells)
 
 
 def test_the_plot_is_wellformed_and_ordered(report: RunReport) -> None:
@@ -363,85 +417,94 @@ def test_the_plot_is_wellformed_and_ordered(report: RunReport) -> None:
         assert 0 <= float(line.get("x1", "0")) <= arm_plots.WIDE
 
 
-# ---------------------------------------------------------------------------------------------- verdicts
+# -------------------------------------------------------------------------------------- arms and their order
 
 
-def test_verdict_of_one_seed_claims_nothing_about_training(report: RunReport) -> None:
-    sentence = wording.verdict(report)
-    assert sentence.startswith("On 40 held-out problems kl ")
-    assert "(teacher " in sentence
-    assert "these two checkpoints differ" in sentence
-    assert "says nothing about the ways of training" in sentence
-    assert "supported" not in sentence
-    swapped = {**report, "comparisons": [flip(row) for row in report["comparisons"]]}
-    assert wording.verdict(swapped) == sentence  # type: ignore[arg-type]
+def test_the_tables_have_the_order_and_the_signs_of_the_chart(report: RunReport) -> None:
+    """Best arm first in every table; a pair is the better arm minus the other, those of students first."""
+    (group,) = groups({**report, "arms": dict(reversed(report["arms"].items()))})
+    order = ["teacher", "kl", "sft|<b>"]
+    assert list(group.arms) == order
+    assert [row[0] for row in report_blocks.accuracy_table(group.arms).rows] == order
+    assert [row[0] for row in cost_blocks.cost_table(group.arms).rows] == order
+    table = report_blocks.comparison_table(group)
+    assert [row[0] for row in table.rows] == ["kl − sft|<b>", "teacher − kl", "teacher − sft|<b>"]
+    assert all(row[1].startswith("+") for row in table.rows)
+    (turned,) = groups({**report, "comparisons": [flipped(row) for row in report["comparisons"]]})
+    assert report_blocks.comparison_table(turned).rows == table.rows
 
 
-def flip(row: dict) -> dict:  # type: ignore[type-arg]
-    ends = row["difference"]
-    turned = {**ends, "value": -ends["value"], "low": -ends["high"], "high": -ends["low"]}
-    return {**row, "a": row["b"], "b": row["a"], "difference": turned}
+def test_what_was_evaluated_otherwise_is_no_arm(report: RunReport) -> None:
+    evaluations = {
+        "signal": {"stages": ["signal"], "task": "sums", "split": "held_out", "problems": 48, "samples": 8,
+                   "sampling": "temperature 1, at most 48 tokens", "main": False},
+    }  # fmt: skip
+    measured = {"signal": {**report["arms"]["teacher"], "evaluation": "signal"}}
+    whole: RunReport = {**report, "evaluations": evaluations, "measurements": measured}  # type: ignore[typeddict-item]
+    content = report_blocks.blocks(whole)
+    tables = [block for block in content if isinstance(block, report_blocks.Table)]
+    (table,) = (one for one in tables if one.header[0] == "measurement")
+    assert table.rows[0][0] == "signal"
+    assert "temperature 1, at most 48 tokens" in table.rows[0]
+    assert not any("signal" in row[0] for one in tables if one is not table for row in one.rows)
+    assert headline.verdict(whole) == headline.verdict(report)
 
 
-def test_verdict_over_seeds(report: RunReport) -> None:
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(0.6, 0.05, (3, 40)), rng.normal(0.2, 0.05, (3, 40))
-    supported = comparison.difference_over_seeds(a.tolist(), b.tolist())
-    row = comparison_row("kl", "sft|<b>", supported)
-    assert "over 3 training seeds an arm the difference is supported" in wording.verdict(
-        {**report, "comparisons": [*report["comparisons"], row]}
-    )
-    equal = comparison_row("kl", "sft|<b>", comparison.difference_over_seeds(a.tolist(), a.tolist()))
-    assert "is inconclusive" in wording.verdict({**report, "comparisons": [equal]})
-
-
-def test_the_verdict_says_where_the_students_held_out_kl_differs(report: RunReport) -> None:
-    def measured(value: float) -> dict[str, object]:
-        return {"kl": {"value": value, "low": value - 0.01, "high": value + 0.02, "n": 9}}
-
-    arms = {
-        name: {**arm, "divergence": measured(kl)}
-        for (name, arm), kl in zip(report["arms"].items(), (0.0, 0.02, 0.1), strict=True)
-    }
-    pair = {"a": "kl", "b": "sft|<b>", "difference": {"value": -0.08, "low": -0.1, "high": -0.05, "n": 9}}
-
-    def said(low: float) -> str:
-        pairs = [{**pair, "difference": {**pair["difference"], "high": -low}}]  # type: ignore[dict-item]
-        return wording.verdict({**report, "arms": arms, "divergence_pairs": pairs})  # type: ignore[typeddict-item]
-
-    both = "In held-out KL to the teacher, kl 0.020 [0.010, 0.040] and sft|<b> 0.100 [0.090, 0.120] nats a token, "
-    assert said(0.05).startswith(wording.verdict(report))
-    assert said(0.05).endswith(f" {both}they differ (sft|<b> − kl +0.080 [+0.050, +0.100]).")
-    assert said(-0.01).endswith(f" {both}no difference is shown (sft|<b> − kl +0.080 [-0.010, +0.100]).")
-
-
-def test_verdict_of_three_students_groups_the_pairs_by_their_evidence(
-    report: RunReport,
-) -> None:
-    rng = np.random.default_rng(0)
-    runs = {name: rng.normal(mean, 0.05, (3, 40)) for name, mean in (("kl", 0.6), ("rl", 0.2))}
-    runs["sft"] = runs["kl"] + rng.normal(0, 0.1, (3, 1))
-    some = next(arm for arm in report["arms"].values() if arm["role"] == "student")
-    arms = {
-        name: {**some, "accuracy": {**some["accuracy"], "value": float(values.mean())}} for name, values in runs.items()
-    }
-    rows = [
-        comparison_row(a, b, comparison.difference_over_seeds(runs[a].tolist(), runs[b].tolist()))
-        for a, b in (("kl", "rl"), ("kl", "sft"), ("rl", "sft"))
+def test_the_ledger_adds_up_and_names_who_shares(report: RunReport) -> None:
+    ledger = [
+        {
+            "what": "stages",
+            "stages": ["teacher"],
+            "arms": ["kl", "sft", "both", "rl", "own"],
+            "flops": 3e14,
+            "seconds": 60.0,
+        },
+        {"what": "stages", "stages": ["kl"], "arms": ["kl"], "flops": 1e14, "seconds": 30.0},
+        {"what": "unused", "stages": ["tried"], "arms": [], "flops": 0.0, "seconds": 1.0},
+        {"what": "evaluation", "stages": ["verdict"], "arms": [], "flops": 1e14, "seconds": 9.0},
     ]
-    said = wording.verdict({**report, "arms": arms, "comparisons": rows})  # type: ignore[typeddict-item]
-    supported, inconclusive = said.split("these are inconclusive")
-    assert "over 3 training seeds an arm these differences are supported" in supported
-    assert "kl − rl +" in supported
-    assert "sft − rl +" in supported
-    assert "rl" not in inconclusive
-    assert "and rl " in said  # students by accuracy, the worst one last
+    table = cost_blocks.ledger_blocks({**report, "ledger": ledger})[1]  # type: ignore[typeddict-item]
+    assert isinstance(table, report_blocks.Table)
+    assert table.header == ["stages", "needed by", "compute (TFLOP)", "share", "time (s)"]
+    assert [row[1] for row in table.rows] == ["kl, sft, both and 2 more", "kl", "no arm", "evaluation", ""]
+    assert [row[2:] for row in table.rows] == [
+        ["300", "60%", "60"], ["100", "20%", "30"], ["0", "0%", "1"], ["100", "20%", "9"], ["500", "100%", "100"],
+    ]  # fmt: skip
+
+
+def test_an_unfinished_run_shows_its_stages_first(report: RunReport) -> None:
+    stages: list[StageRow] = [
+        report["stages"][0],
+        {**report["stages"][1], "status": "failed", "error": "no trace is left"},
+    ]
+    content = report_blocks.blocks({**report, "stages": stages})
+    headings = [block.text for block in content if isinstance(block, report_blocks.Heading)]
+    assert headings[0] == "Stages"
+    assert headings.count("Stages") == 1
+    assert "sft failed: no trace is left" in [block.text for block in content if isinstance(block, report_blocks.Text)]
+
+
+def test_the_minus_sign_is_no_hyphen(report: RunReport) -> None:
+    """A hyphen before a digit stands in no cell, no sentence and no label."""
+    worse = [flipped(row) for row in report["comparisons"]]
+    content = report_blocks.blocks(
+        {**report, "comparisons": worse, "description": "", "examples": [], "recipe": "", "created": ""}
+    )
+    texts = [block.text for block in content if isinstance(block, report_blocks.Text)]
+    texts += [cell for block in content if isinstance(block, report_blocks.Table) for row in block.rows for cell in row]
+    negative = {"loss": [-0.5, -1.5, -1e-4]}
+    drawn = curves.panels({**report["stages"][0], "curves": negative})  # type: ignore[typeddict-item]
+    texts += [label.text or "" for label in ElementTree.fromstring(drawn[0][2]).iter(f"{SVG}text")]
+    assert any("−1.5" in text or "−1" in text for text in texts)
+    assert not [text for text in texts if re.search(r"(?<!\w)-\d", text)]
+    assert wording.span(-0.021 * 100, 9.24) == "−2.1 to 9.2"
+    assert wording.span(12.54, 24.7) == "12.5–24.7"
 
 
 def test_a_run_without_arms_still_reports(report: RunReport, tmp_path: Path) -> None:
     bare: RunReport = {**report, "arms": {}, "comparisons": [], "examples": []}
     assert "plots/accuracy.svg" not in pages.write_report(bare, tmp_path)
-    assert "No arm of this run has been evaluated yet." in (tmp_path / "report.md").read_text()
+    assert "All 2 stages are done. This recipe evaluates no model." in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -484,8 +547,26 @@ def test_show_prints_a_run_and_no_control_characters(report: RunReport) -> None:
     text = out.getvalue()
     assert "[red]x[/red]" in text
     assert "\x1b" not in text
-    for expected in ("kl", "sft|<b>", "●", "loss", "▁", "these two checkpoints differ"):
+    for expected in ("kl", "sft|<b>", "●", "loss", "▁", "no claim about"):
         assert expected in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_show_fits_the_terminal(report: RunReport, width: int) -> None:
+    """Nothing is wrapped in a table; narrow terminals lose columns, but no name and no interval."""
+    out = io.StringIO()
+    stages: list[StageRow] = [{**report["stages"][0], "name": f"stage_with_a_long_name@{n}"} for n in (1, 2)]
+    whole: RunReport = {**report, "verdict": "v", "stages": stages, "measurements": {"signal": report["arms"]["kl"]}}
+    terminal.show(whole, Console(file=out, width=width, color_system=None))
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert max(map(len, lines)) <= width
+    assert not any("…" in line for line in lines)
+    for name, arm in report["arms"].items():
+        interval = wording.interval_text(arm["accuracy"])
+        assert len([line for line in lines if line.startswith(f"{name} ") and interval in line]) == 1
+    assert any(line.startswith("stage_with_a_long_name, 2 seeds") and "done" in line for line in lines)
+    assert any("kl − sft|<b>" in line and "+" in line for line in lines)
+    assert ("with teacher" in out.getvalue()) == (width == 120)
 
 
 # ---------------------------------------------------------------------------------------- compute, curves
@@ -580,6 +661,43 @@ def test_curves_show_all_logged_quantities() -> None:
     assert lines[-1].get("d", "").count("M") == 2  # a gap where nothing was logged
 
 
+def test_panels_that_say_nothing_or_the_same_twice_are_left_out_and_named() -> None:
+    stage: StageRow = {
+        "name": "kl", "kind": "train", "status": "done", "seconds": 1.0, "cost": {}, "curve_steps": [1.0, 2.0],
+        "curves": {"loss": [2.0, 1.0], "kl": [2.0001, 1.00005], "label_nll": [2.5, 1.5], "clipped_ratio": [0.0, 0.0],
+                   "kl_engine": [2e-7, -1e-7], "frac_reward_zero_std": [0.25, 0.25]},
+    }  # fmt: skip
+    assert [(stem, label) for stem, label, _ in curves.panels(stage)] == [
+        ("loss", "kl: loss = KL to the teacher (nats)"), ("nll", "kl: label NLL (nats)"),
+    ]  # fmt: skip
+    assert curves.left_out(stage) == [
+        "share truncated 0", "groups with equal rewards 0.25", "KL, engine to trainer (nats) at most 2e−7",
+    ]  # fmt: skip
+    noise = {**stage, "curves": {"loss": [1e-7, -3e-8]}}
+    assert curves.panels(noise) == []  # type: ignore[arg-type]
+
+
+def test_title_values_and_axis_of_a_panel_do_not_cover_one_another() -> None:
+    """The title and the values have a line each above the plot, and the axis says that it counts steps."""
+    stage: StageRow = {
+        "name": "kl", "kind": "train", "status": "done", "seconds": 1.0, "cost": {}, "curve_steps": [1.0, 2.0],
+        "curves": {"agreement": [0.25, 0.75], "reward": [0.0, 1.0], "reward/think_format": [0.5, 0.9], "reward/accuracy": [0.5, 0.91]},
+    }  # fmt: skip
+    for _, label, drawn in curves.panels(stage):
+        texts = list(ElementTree.fromstring(drawn).iter(f"{SVG}text"))
+        title = label.partition(": ")[2]
+        places = {one.text: float(one.get("y", "0")) for one in texts}
+        assert len(title) * 6.6 < curves.WIDTH
+        assert (
+            places[title] + 12
+            <= places["from 0.25 to 0.75" if "reward" not in title else "from 0 to 1"]
+            < curves.TOP - 8
+        )
+        assert places["step"] > curves.HEIGHT - curves.BOTTOM + 20
+        ends = sorted(y for text, y in places.items() if text in ("think_format", "accuracy"))
+        assert not ends or ends[1] - ends[0] >= 11
+
+
 def test_copies_of_a_stage_share_a_panel_with_a_line_a_seed() -> None:
     def copy(seed: int, values: list[float]) -> StageRow:
         return {
@@ -597,7 +715,7 @@ def test_copies_of_a_stage_share_a_panel_with_a_line_a_seed() -> None:
     assert (found[0], found[1]) == ("reward", "rl: reward")
     tree = ElementTree.fromstring(found[2])
     assert len([p for p in tree.iter(f"{SVG}path") if p.get("class") == "line seed"]) == 2
-    assert "mean 0.35" in {t.text for t in tree.iter(f"{SVG}text")}
+    assert "2 seeds; mean of the last 0.35" in {t.text for t in tree.iter(f"{SVG}text")}
 
 
 def test_smoothing_by_hand() -> None:
@@ -648,3 +766,7 @@ def test_the_page_in_a_browser(
     assert "<script>alert(1)</script>" in page.locator("details[open]").first.inner_text()
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(20, 21, 23)")
+    # A table that is wider than the page shows a shadow at the side where it goes on; the name of the row stays in sight.
+    assert "gradient" in page.evaluate("getComputedStyle(document.querySelector('.table')).backgroundImage")
+    first = page.evaluate("getComputedStyle(document.querySelector('.table:not(.stacked) td')).position")
+    assert first == ("sticky" if width < 640 else "static")

@@ -98,6 +98,18 @@ def test_a_line_ends_at_the_start() -> None:
     assert training_line(made, "teacher") == ["teacher", "cold", "base"]
 
 
+def test_a_student_whose_completions_a_teacher_scores_is_no_teacher() -> None:
+    """Two rounds of on-policy distillation from files: each student writes, the teacher scores, the next student learns."""
+    scored = {"kind": "score", "model": "teacher", "data": "own"}
+    round1 = {"kind": "train", "model": "student", "data": "scored", "steps": 2, "loss": {"fn": "reverse_kl"}}
+    own2 = {"kind": "generate", "model": "round1", "task": "sums", "problems": 4}
+    made = resolved(ARMS, scored=scored, round1=round1, own2=own2, scored2={**scored, "data": "own2"},
+                    round2={**round1, "model": "round1", "data": "scored2"})  # fmt: skip
+    assert {name: role_of(made, name) for name in ("student", "round1", "round2", "teacher")} == {
+        "student": "start", "round1": "student", "round2": "student", "teacher": "teacher",
+    }  # fmt: skip
+
+
 def test_a_model_that_scores_its_own_traces_is_not_its_own_teacher() -> None:
     scored = {"kind": "score", "model": "student", "data": "own"}
     polish = {"kind": "train", "model": "student", "data": "scored", "steps": 2}
@@ -153,7 +165,7 @@ def test_long_curves_are_thinned_to_means(tmp_path: Path) -> None:
 
 
 def test_a_run_half_way_and_a_teacher_shared_by_its_students(tmp_path: Path) -> None:
-    """kl and kl_rl learned from the teacher: each bears half of the cost of the teacher's training."""
+    """kl and kl_rl learned from the teacher: its training is in the cost of both, and once in the ledger."""
     made = resolved({name: name for name in ("student", "teacher", "kl", "rl", "kl_rl")})
     run = tmp_path / "roles"
     flops = {"cold": 1e12, "teacher": 9e12, "traces": 3e12, "kl": 2e12, "rl": 7e12, "kl_rl": 4e12}
@@ -179,9 +191,13 @@ def test_a_run_half_way_and_a_teacher_shared_by_its_students(tmp_path: Path) -> 
         "rl",
     ]  # kl_rl has not been evaluated
     cost = {name: {view: one["flops"] for view, one in arm["cost"].items()} for name, arm in report["arms"].items()}
-    assert cost["kl"] == {"student": 2e12, "with_inference": 5e12, "with_teacher": 10e12}
+    assert cost["kl"] == {"student": 2e12, "with_inference": 5e12, "with_teacher": 15e12}
     assert cost["rl"] == {"student": 7e12, "with_inference": 7e12, "with_teacher": 7e12}
     assert cost["teacher"]["student"] == 10e12
+    assert sum(row["flops"] for row in report["ledger"]) == sum(flops.values())
+    by_stages = {tuple(row["stages"]): (row["arms"], row["flops"]) for row in report["ledger"]}
+    assert by_stages["cold", "teacher"] == (["teacher", "kl", "kl_rl"], 10e12)
+    assert by_stages["traces", "clean", "kl"] == (["kl", "kl_rl"], 5e12)
     status = {stage["name"]: stage["status"] for stage in report["stages"]}
     assert (status["kl"], status["verdict.kl"], status["verdict.kl_rl"], status["verdict"]) == (
         "done", "done", "pending", "pending",
