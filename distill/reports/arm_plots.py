@@ -46,6 +46,13 @@ def _top(arms: Arms) -> float:
     return min(1.0, math.ceil(round(high / step, 9)) * step) or step
 
 
+def _bottom(arms: Arms) -> float:
+    """The start of an accuracy axis: 0, or the ten percent below the lowest interval end where all arms are above one half."""
+    low = min(arm["accuracy"]["low"] for arm in arms.values())
+    low = min([low, *(point["low"] for arm in arms.values() for point in arm.get("snapshots", []))])
+    return math.floor(low * 10) / 10 if low > 0.5 else 0.0
+
+
 def describe(arms: Arms) -> str:
     """The accuracies in words, as the plot's alternative text."""
     return "Accuracy: " + "; ".join(f"{name} {interval_text(arm['accuracy'])}" for name, arm in arms.items())
@@ -63,9 +70,10 @@ def accuracy_svg(arms: Arms, width: int = WIDE) -> str:
         right=62,
         bottom=38,
     )
-    end = _top(arms)
-    x = linear(0, end, canvas.left, canvas.end)
-    canvas.x_axis([(x(t), percent0(t)) for t in linear_ticks(0, end)], "accuracy, 95% intervals")
+    start, end = _bottom(arms), _top(arms)
+    x = linear(start, end, canvas.left, canvas.end)
+    title = f"accuracy from {percent0(start)}, 95% intervals" if start else "accuracy, 95% intervals"
+    canvas.x_axis([(x(t), percent0(t)) for t in linear_ticks(start, end)], title)
     for i, name in enumerate(order):
         interval, y = arms[name]["accuracy"], canvas.top + row * (i + 0.5)
         low, high = x(interval["low"]), x(min(interval["high"], end))
@@ -94,31 +102,31 @@ def compute_svg(arms: Arms, view: str, width: int = WIDE) -> str:
     canvas = Canvas(width, round(width * 0.52) if width > 500 else 300, describe(arms), top=30, bottom=40)
     costs = {name: _points(arm, view) for name, arm in arms.items()}
     paid = [point["flops"] for points in costs.values() for point in points if point["flops"] > 0]
-    end = _top(arms)
-    y = linear(0, end, canvas.floor, canvas.top)
-    canvas.y_axis([(y(t), percent0(t)) for t in linear_ticks(0, end)], "accuracy")
+    start, end = _bottom(arms), _top(arms)
+    y = linear(start, end, canvas.floor, canvas.top)
+    canvas.y_axis(
+        [(y(t), percent0(t)) for t in linear_ticks(start, end)],
+        f"accuracy from {percent0(start)}" if start else "accuracy",
+    )
     low, high = (min(paid) / 1.35, max(paid) * 1.5) if paid else (1.0, 10.0)
     x = logarithmic(low, high, canvas.left, canvas.end)
     ticks = log_ticks(low, high, 6 if width > 500 else 4)
     canvas.x_axis([(x(t), scaled(t)) for t in ticks] if paid else [], "FLOPs, logarithmic", grid=False)
     shapes = {name: number for number, name in enumerate(arms)}
-    for name, points in costs.items():
-        if not any(point["flops"] > 0 for point in points):
-            level = y(arms[name]["accuracy"]["value"])
-            canvas.add(group("arm other", f"{name}: {interval_text(arms[name]['accuracy'])}"))
-            canvas.add(f'<line class="level" x1="{canvas.left}" x2="{canvas.end}" y1="{level}" y2="{level}"/>')
-            canvas.text(canvas.left + 6, level - 5, f"{_short(name)} (no compute)")
-            canvas.taken.append((canvas.left, level - 16, canvas.left + 150, level))
-            canvas.add("</g>")
-    drawn = sorted(
-        (name for name in costs if any(point["flops"] > 0 for point in costs[name])),
-        key=lambda name: -arms[name]["accuracy"]["value"],
-    )
+    drawn = [name for name in costs if any(point["flops"] > 0 for point in costs[name])]
     for name in drawn:  # reserve the space of all marks first, so that labels avoid them
         for point in costs[name]:
             if point["flops"] > 0:
                 px = x(point["flops"])
                 canvas.taken.append((px - 5, y(point["high"]) - 2, px + 5, y(point["low"]) + 2))
+    for name in costs:
+        if name not in drawn:
+            level = y(arms[name]["accuracy"]["value"])
+            canvas.add(group("arm other", f"{name}: {interval_text(arms[name]['accuracy'])}"))
+            canvas.add(f'<line class="level" x1="{canvas.left}" x2="{canvas.end}" y1="{level}" y2="{level}"/>')
+            canvas.along(level, f"{_short(name)} (no compute)")
+            canvas.add("</g>")
+    drawn.sort(key=lambda name: -arms[name]["accuracy"]["value"])
     for name in drawn:
         _compute_arm(canvas, name, arms[name], costs[name], shapes[name], (x, y), end)
     return canvas.render()

@@ -11,7 +11,7 @@ from typing import Any
 
 from distill.reports.arm_groups import Group, groups
 from distill.reports.run_report import ArmRow, ComparisonRow, IntervalRow, RunReport, StageRow
-from distill.reports.wording import duration, listed, minus, percent, ratio_text, span
+from distill.reports.wording import duration, listed, minus, p_text, percent, ratio_text, span
 
 NAMED = 4
 """The largest number of ways of training that the headline names one by one; of more, those with the best scores."""
@@ -181,7 +181,17 @@ def _bracket(row: ComparisonRow | None, best: str, first: bool) -> str:
         return " (not compared)"
     value, low, high = _points(row, best)
     words = "difference " if _apart(row) else "no difference shown: "
-    return f" ({words}{minus(f'{value:.1f}')} points, {'95% CI ' if first else ''}{span(low, high)})"
+    return f" ({words}{minus(f'{value:.1f}')} points, {'95% CI ' if first else ''}{span(low, high)}{_corrected(row)})"
+
+
+def _corrected(row: ComparisonRow) -> str:
+    """Why no difference is shown although the interval leaves 0 out: the p-value after the correction for several pairs."""
+    outside = row["difference"]["low"] > 0 or row["difference"]["high"] < 0
+    return (
+        f", p = {p_text(row['p_holm'])} after Holm's correction"
+        if outside and not _apart(row) and row["p_holm"] >= 0.05
+        else ""
+    )
 
 
 def _claim(rows: Sequence[ComparisonRow], best: str, pairs: int) -> str:

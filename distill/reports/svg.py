@@ -169,6 +169,20 @@ class Canvas:
             self.add(f'<line class="lead" x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{middle:.1f}"/>')
         self.text(box[0], middle + 4.3, text)
 
+    def along(self, level: float, text: str) -> None:
+        """Draw the label of a horizontal line above or below it, at the left or right end: the first place that is free."""
+        wide = len(text) * CHAR
+        boxes = [
+            (x, y - 16, x + wide, y)
+            for y in (level, level + 16)
+            for x in (self.left + 6, self.end - wide)
+            if y <= self.floor and y - 16 >= 0
+        ]
+        free = [box for box in boxes if not any(_meet(box, other) for other in (*self.taken, *self.labels))]
+        box = (free or boxes)[0]
+        self.labels.append(box)
+        self.text(box[0], box[3] - 5, text)
+
     def render(self) -> str:
         return "\n".join(
             [

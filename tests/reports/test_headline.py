@@ -106,6 +106,12 @@ def test_a_student_is_held_against_its_start_and_its_teacher() -> None:
     )
 
 
+def test_an_interval_without_zero_that_shows_no_difference_says_why() -> None:
+    row = pair("kl", "sft", -0.07) | {"verdict": "not shown", "p_holm": 0.071}
+    said = verdict(report({"kl": KL, "sft": SFT}, row))
+    assert "(no difference shown: 7.0 points, 95% CI 1.0–13.0, p = 0.071 after Holm's correction)." in said
+
+
 def test_a_pipeline_is_its_last_model_against_the_first_with_the_stations_in_order() -> None:
     """R1: rl taught sft, but both began with the base, so rl is a station and not the teacher."""
     arms = {

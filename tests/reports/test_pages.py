@@ -621,6 +621,24 @@ def test_an_arm_without_compute_is_a_horizontal_line(report: RunReport) -> None:
     ElementTree.fromstring(everything)
 
 
+def test_the_axis_of_good_arms_does_not_begin_at_zero(report: RunReport) -> None:
+    """Arms between 94% and 100% are told apart, the axis says where it begins, and a level's label avoids the marks."""
+    base = report["arms"]["kl"]
+    near = {"value": 0.96, "low": 0.94, "high": 0.98, "n": 512}
+    free = {**base, "accuracy": near, "cost": {view: {**row, "flops": 0.0} for view, row in base["cost"].items()}}
+    arms = {"kl": {**base, "accuracy": {**near, "value": 0.99, "low": 0.97, "high": 1.0}}, "start": free}
+    tree = ElementTree.fromstring(arm_plots.accuracy_svg(arms))  # type: ignore[arg-type]
+    texts = [one.text for one in tree.iter(f"{SVG}text")]
+    assert "accuracy from 90%, 95% intervals" in texts
+    assert "90%" in texts
+    assert "0%" not in texts
+    drawn = ElementTree.fromstring(arm_plots.compute_svg(arms, "student", arm_plots.NARROW))  # type: ignore[arg-type]
+    (label,) = (one for one in drawn.iter(f"{SVG}text") if one.text == "start (no compute)")
+    left, y = float(label.get("x", "0")), float(label.get("y", "0"))
+    ((at, middle),) = marks(arm_plots.compute_svg(arms, "student", arm_plots.NARROW), "kl")  # type: ignore[arg-type]
+    assert not (left < at < left + 18 * svg.CHAR and abs(y - middle) < 12)
+
+
 @pytest.mark.parametrize("width", [arm_plots.WIDE, arm_plots.NARROW])
 def test_labels_of_many_arms_do_not_cover_one_another(report: RunReport, width: int) -> None:
     arms = {}

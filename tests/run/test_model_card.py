@@ -93,7 +93,7 @@ def test_scores_come_with_the_report_as_a_model_index(run: Path) -> None:
     assert result.metric_value == 0.41
     assert result.metric_name == "pass@1 41.0% [35.0, 47.0]"
     assert "pass@8 80.0% [35.0, 47.0]" in read.text
-    assert "+2.0 [-3.0, +7.0] points (no difference shown)" in read.text
+    assert "+2.0 [−3.0, +7.0] points (no difference shown)" in read.text
     assert "9 TFLOP" in read.text
     assert "distill run recipes/carded.yaml" in read.text
     assert not ModelCard.load(run / "teacher" / "model" / "README.md").data.eval_results
