@@ -6,6 +6,7 @@ with the page and the line.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -112,7 +113,10 @@ class Runner:
                 target = self.folder / block.file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(block.text, encoding="utf-8")
-            if block.language != "text":
+            if block.language == "yaml":  # a recipe may name modules of the page
+                with self._inside():
+                    self._yaml(block)
+            elif block.language != "text":
                 ways[block.language](block)
         except AssertionError as error:
             raise AssertionError(f"{block.place}: {error}") from error
@@ -184,11 +188,17 @@ class Runner:
         code = compile(block.text, block.place, "exec")
         if block.reason or block.file:
             return
+        with self._inside():
+            exec(code, self.names)
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Work in the page's folder, whose modules can be imported."""
         before, path = Path.cwd(), list(sys.path)
         os.chdir(self.folder)
         sys.path.insert(0, str(self.folder))
         try:
-            exec(code, self.names)
+            yield
         finally:
             os.chdir(before)
             sys.path[:] = path

@@ -11,6 +11,7 @@ import page_blocks
 import pytest
 import tiny_llama
 import yaml
+from glossary_names import in_run, unexplained
 from page_blocks import ROOT, Runner, blocks
 from project import REFERENCE, command_line
 
@@ -86,6 +87,12 @@ def test_the_table_of_gpu_recipes_has_the_predictions_of_their_heads() -> None:
         fullest = max(float(each) for each in re.findall(r"^#   \w+ \S+ ([\d.]+): ", text, re.MULTILINE))
         *_, said_hours, said_traces, said_gib, _ = (cell.strip() for cell in rows[name].split("|"))
         assert (said_hours, said_traces, float(said_gib)) == (hours, f"{traces} GB", fullest), name
+
+
+def test_the_glossary_has_what_a_run_holds(quickstart: Path) -> None:
+    found = in_run(quickstart / "runs" / "quickstart")
+    assert {"loss", "kl", "reward/accuracy", "mean_support", "accuracy", "p_holm", "flops"} <= found
+    assert not unexplained(found)
 
 
 def test_few_blocks_are_not_run() -> None:
