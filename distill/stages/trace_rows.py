@@ -40,13 +40,14 @@ BLOCK_ROWS = 32
 class SamplingCounts:
     """The counts of one attempt at sampling.
 
-    rewards_failed: the number of groups that each named reward failed on. completions_unrewarded: completions in such groups.
+    judged: completions with a verdict, of which `correct` are right. rewards_failed: the number of groups that each named reward failed on. completions_unrewarded: completions in such groups.
     completions_unmapped: completions of an endpoint whose tokens are not those of the model's tokenizer.
     """
 
     tokens_generated: int = 0
     completions: int = 0
     prompts_too_long: int = 0
+    judged: int = 0
     correct: int = 0
     judge_seconds: float = 0.0
     completions_unrewarded: int = 0
@@ -57,6 +58,7 @@ class SamplingCounts:
         """Count a completion."""
         self.completions += 1
         self.tokens_generated += len(graded.completion.ids_T)
+        self.judged += graded.verdict.correct is not None
         self.correct += graded.verdict.correct is True
         self.judge_seconds += graded.seconds
 

@@ -188,7 +188,7 @@ class _Progress:
         assert self._live is not None
         self._live.update(
             self._live.first + counts.completions,
-            correct=f"{counts.correct / counts.completions:.0%}",
+            **({"correct": f"{counts.correct / counts.judged:.0%}"} if counts.judged else {}),
             tokens_per_second=counts.tokens_generated / (time.monotonic() - self._began),
         )
 

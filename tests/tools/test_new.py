@@ -152,6 +152,14 @@ def test_questions_without_answers_are_measured_by_distance(here, tiny):
     assert "verdict" not in stages
 
 
+def test_programs_with_tests_are_not_judged_and_that_is_said(here, tiny, capsys):
+    rows = [
+        {"prompt": f"Write a function f{n}.", "code": "def f(): 4", "test_list": ["assert f() == 4"]} for n in range(40)
+    ]
+    assert made(tiny, lines(here, rows))["tasks"]["questions"]["judge"] == "none"
+    assert "column 'test_list' looks like tests of programs" in capsys.readouterr().out
+
+
 def test_completions_in_the_data_are_learned_and_scored(here, tiny):
     data = lines(here, chats())
     stages = made(tiny, data)["stages"]
@@ -315,6 +323,7 @@ def test_what_is_missing_is_one_message(here):
 def test_wrong_answers_by_flags(here, tiny):
     data = lines(here, judged(40))
     (here / "empty.jsonl").touch()
+    (here / "some.gguf").touch()
     for said, file, given in [
         (r"--data: dat.jsonl: no such file.*Did you mean 'data.jsonl'", "dat.jsonl", {}),
         (r"--data: empty.jsonl: has no rows", "empty.jsonl", {}),
@@ -444,4 +453,5 @@ def test_a_new_recipe_runs_to_its_end(here, tiny, rows):
     else:
         kl, start = (project.state(name)["metrics"]["kl"]["value"] for name in ("near_kl", "near_start"))
         assert kl < start
+        assert "correct" not in (project.run_dir / "unseen" / "log.txt").read_text()
     assert (project.run_dir / "report.html").is_file()

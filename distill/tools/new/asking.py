@@ -17,7 +17,7 @@ from distill.tasks.problem_list import Judge
 from distill.tools.new import costing, settings
 from distill.tools.new.data_look import DataLook, UnknownLayoutError, look_at
 from distill.tools.new.dialogue import Dialogue, Question, one_of, whole_number
-from distill.tools.new.model_look import ModelLook, check_pair, layers_kept
+from distill.tools.new.model_look import PRUNED, ModelLook, check_pair, layers_kept
 from distill.tools.new.model_look import look_at as look_at_model
 from distill.tools.new.settings import Endpoint, LearnFrom, Settings, Training
 
@@ -188,7 +188,7 @@ def _models(
     """Return (teacher, student, layers of a pruned student). A served teacher is read with the student's tokenizer."""
 
     def read(text: str) -> tuple[ModelLook, int | None]:
-        if text.partition(":")[0] == "pruned":
+        if text.partition(":")[0] in PRUNED:
             if teacher is None:
                 raise UserError("pruned: a served teacher cannot be pruned; name a model.")
             return teacher, layers_kept(text, teacher)

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill.conversations import Conversation, Reader, Table, is_table, open_table, splits_of
 from distill.conversations.tables import of_dataset
-from distill.errors import DataError
+from distill.errors import DataError, MachineError
 from distill.models import hub as hubs
 from distill.plug import nearest
 from distill.recipe import TaskConfig
@@ -179,7 +179,14 @@ def _on_hub(given: str) -> tuple[None, tuple[str, str], Table]:
         near = nearest(given, [name for name in there if Path(name).is_dir() or is_table(Path(name))][:20])
         raise UserError(f"{given}: no such file or folder (looked in {Path.cwd()}).{near}")
     source = hub_task.KNOWN.get(given, hub_task.Source(given))
-    tables = hub_task.read_hub(source, "data")
+    try:
+        tables = hub_task.read_hub(source, "data")
+    except MachineError as error:
+        reason = str(error).partition(" cannot be loaded: ")[2].partition(". Without a network")[0]
+        raise MachineError(
+            f"{source.dataset}: is no file or folder here, and cannot be had as a data set of the hub ({reason}). Without a network name a file or "
+            "a folder."
+        ) from None
     train = next((name for name in (source.train_split, "train") if name in tables), None) or sorted(tables)[0]
     wanted = (source.held_out_split, "test", "validation")
     held_out = next((name for name in wanted if name and name in tables and name != train), "hash")

@@ -5,6 +5,7 @@ Only config and tokenizer are read, and fetched from the hub if need be; weights
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,14 @@ from distill import models
 from distill.compute.flops import ModelShape
 from distill.errors import MachineError
 from distill.models import architectures
+from distill.models import hub as hubs
 from distill.models.locate import PACKAGE
 from distill.recipe import ModelConfig
 from distill.records import UserError
 from distill.run.known_sizes import model_shape
+
+PRUNED = ("pruned", "prune")
+"""Words for a student that is made of the teacher; the first is the one that pages name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +70,10 @@ def source_of(text: str) -> str:
     package, _, file = text.removeprefix(PACKAGE).partition("/")
     if file:
         return text
-    try:
-        models.package_file(f"{PACKAGE}{package}/none.gguf")
-    except MachineError:
-        raise
-    except UserError as error:
-        there = [
-            name.strip() for name in str(error).rpartition("There: ")[2].rstrip(".").split(", ") if ".gguf" in name
-        ]
-        if len(there) == 1:
-            return f"{PACKAGE}{package}/{there[0]}"
-        raise UserError(
-            f"{text}: name one of the GGUF files in the package: {', '.join(there) or 'it has none'}."
-        ) from None
-    raise AssertionError("there is no such file")
+    there = models.package_files(text)
+    if len(there) != 1:
+        raise UserError(f"{text}: name one of the GGUF files in the package: {', '.join(there) or 'it has none'}.")
+    return f"{PACKAGE}{package}/{there[0]}"
 
 
 def look_at(text: str, *, elsewhere: bool = False) -> ModelLook:
@@ -89,13 +84,20 @@ def look_at(text: str, *, elsewhere: bool = False) -> ModelLook:
     source = source_of(text)
     if not source:
         raise UserError("name a model: a hub id (owner/name), a folder, or package:NAME.")
+    if source.endswith(".gguf") and Path(source).expanduser().is_file():
+        raise UserError(
+            f"{source}: a GGUF file is read from an installed package only (package:NAME). Convert it once: transformers' from_pretrained(FOLDER, "
+            "gguf_file=...) of model and tokenizer, then save_pretrained(NEW) of both; and name NEW."
+        )
     if Path(source).expanduser().is_file():
         raise UserError(
             f"{source}: is a file. Name a folder in transformers format, a hub id (owner/name), or package:NAME."
         )
     model = ModelConfig(source=source)
+    here = source.startswith(PACKAGE) or Path(source).expanduser().is_dir()
     try:
-        folder = models.resolve(model, weights=source.startswith(PACKAGE) or Path(source).expanduser().is_dir())
+        with contextlib.nullcontext() if here else hubs.offline_unless_reachable():
+            folder = models.resolve(model, weights=here)
     except MachineError as error:
         if (known := architectures.known_config(source)) is None or source.startswith(PACKAGE):
             raise
@@ -139,7 +141,7 @@ def check_pair(teacher: ModelLook, student: ModelLook) -> None:
 def layers_kept(text: str, teacher: ModelLook) -> int | None:
     """Return the number of layers of a student `pruned` or `pruned:N`, two thirds by default; None for another model."""
     word, _, number = text.strip().partition(":")
-    if word != "pruned":
+    if word not in PRUNED:
         return None
     layers = teacher.shape.layers
     if not number:

@@ -179,11 +179,8 @@ class Settings:
         """What the user should know before the run."""
         found = []
         if self.train + self.held_out < LITTLE:
-            on = (
-                f" (an accuracy on {self.held_out} held-out questions has an interval of tens of points)"
-                if self.held_out > 1
-                else ""
-            )
+            tens = f" (an accuracy on {self.held_out} held-out questions has an interval of tens of points)"
+            on = tens if self.judged and self.held_out > 1 else ""
             found.append(
                 f"{self.train + self.held_out} questions are few: enough to see that everything works, too few to tell one way of training "
                 f"from another{on}. Some hundreds are better."
