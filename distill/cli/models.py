@@ -56,3 +56,27 @@ def push_model(
     with progress.working("uploading the model"):
         pushed = model_card.push(model, repo, private=not public)
     typer.echo(pushed)
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A model's folder, RUN/STAGE, RUN/MODEL, package://… or a hub id.")
+    ],
+    ask: Annotated[
+        str | None, typer.Option(metavar="QUESTION", help="Ask one question, print the answer and exit.")
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help='The system message; "" for none. Default: the one that the model was trained under.'),
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 takes the most probable token.")] = 0.7,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The longest reply, in tokens.")] = 1024,
+) -> None:
+    """Talk to a model in the terminal, under the prompt that it was trained on; its reasoning is dimmed.
+
+    Ctrl-C stops a reply, a second one ends; /reset forgets the conversation, /help lists the other commands.
+    """
+    from distill.tools import chat_terminal
+
+    chat_terminal.run(model, ask=ask, system=system, temperature=temperature, max_tokens=max_tokens)
