@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from distill.cli.apps import traces_app
-from distill.errors import UserError
 
 TracesFolder = Annotated[
     Path, typer.Argument(metavar="TRACES|RUN/STAGE", help="A folder of shards or a selection, or a stage's folder.")
@@ -103,20 +102,22 @@ def merge(
 def export(
     folder: TracesFolder,
     out: Annotated[Path, typer.Argument(help="NAME.jsonl writes a JSONL file; any other name a `datasets` folder.")],
-    style: Annotated[str, typer.Option(help="chat (messages) or text (prompt and completion).")] = "chat",
+    style: Annotated[
+        str, typer.Option(help="chat (messages), or text (prompt as the model read it, and completion).")
+    ] = "chat",
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="The tokenizer of the traces, if text needs it and it is not found."),
+    ] = None,
 ) -> None:
-    """Export prompts and completions as text, for other trainers."""
+    """Export whole conversations as they were sampled, system message included, for other trainers."""
     from distill import progress
+    from distill.tools import export_text
     from distill.tools.trace_places import place
-    from distill.traces import export as exporting
 
     folder = place(folder)
-
-    if style not in ("chat", "text"):
-        raise UserError(f"--style: {style!r} is neither chat nor text.")
-    write = exporting.export_sft if out.suffix == ".jsonl" else exporting.export_dataset
     with progress.working(f"writing {out}"):
-        count = write(folder, out, style)  # type: ignore[arg-type]
+        count = export_text.write(folder, out, style, tokenizer)
     typer.echo(f"{count} traces in {out}")
 
 

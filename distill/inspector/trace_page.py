@@ -26,6 +26,7 @@ import numpy as np
 from markupsafe import Markup
 
 from distill.inspector import token_text
+from distill.inspector.sections import thinking
 from distill.inspector.top_tokens import TEACHER_COLUMNS, Matched, entropy, match
 from distill.records import Array, Completion, Messages, TopK, Traces
 
@@ -260,6 +261,7 @@ def _trace(
 ) -> dict[str, Any]:
     prompt = b"".join(bytes_of(row.prompt_ids.tolist()))
     spelled = [pieces[i] for i in row.ids_T.tolist()]
+    sections, completed = thinking(prompt, spelled), token_text.completed(spelled)
     return {
         "id": row.trace_id,
         "problem": row.problem_id,
@@ -272,20 +274,7 @@ def _trace(
         "finish": row.finish_reason,
         "rewards": {name: value for name, value in row.rewards.items() if value is not None and math.isfinite(value)},
         "tokens": len(row.ids_T),
-        "thinking": thinking(prompt, spelled),
-        "completed": token_text.completed(spelled),
+        "thinking": sections.tokens,
+        "split": None if sections.tokens - 1 in completed else sections.split,
+        "completed": completed,
     }
-
-
-def thinking(prompt: bytes, spelled: Sequence[bytes]) -> int:
-    """The number of leading tokens that are reasoning: up to and including the last </think>.
-
-    All tokens if <think> is opened (in the completion or at the end of the prompt) and never closed; 0 without a tag.
-    """
-    joined = b"".join(spelled)
-    end = joined.rfind(b"</think>")
-    if end < 0:
-        opened = b"<think>" in joined or prompt.rstrip().endswith(b"<think>")
-        return len(spelled) if opened else 0
-    reach = np.cumsum([len(piece) for piece in spelled])
-    return int(np.searchsorted(reach, end + len(b"</think>")) + 1)

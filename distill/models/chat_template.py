@@ -156,22 +156,14 @@ class ChatTemplate:
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """Return the conversation as the template takes it: system text in the first user's turn if it has no such role."""
-        given = list(messages)
-        if not given or given[0]["role"] not in ("system", "developer") or self._has_role(given[0]["role"]):
-            return given
-        system, *rest = given
-        if self._has_role("system"):
-            return [{**system, "role": "system"}, *rest]
-        first = next((n for n, message in enumerate(rest) if message["role"] == "user"), None)
-        if first is None:
-            raise UserError(
-                "the model's chat template has no system role, and there is no user's turn to hold the system message."
-            )
-        joined = {**rest[first], "content": f"{system['content']}\n\n{rest[first]['content']}"}
-        return [*rest[:first], joined, *rest[first + 1 :]]
+        if not messages or messages[0]["role"] not in ("system", "developer"):
+            return list(messages)
+        return in_roles(messages, self.roles)
 
-    def _has_role(self, role: str) -> bool:
-        return self._roles[role]
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of `system` and `developer`, the roles that the template has."""
+        return tuple(role for role, there in self._roles.items() if there)
 
     @cached_property
     def _roles(self) -> dict[str, bool]:
@@ -263,6 +255,26 @@ class ChatTemplate:
             lambda pair: pair[0] == pair[1], zip(reversed(between), reversed(start), strict=False)
         )
         return between, between[len(between) - len(list(same)) :]
+
+
+def in_roles(messages: Sequence[Message], roles: Sequence[str]) -> list[Message]:
+    """Return a conversation for a template that has these of the roles system and developer.
+
+    Without either, the system text stands in front of the first question. Raises UserError if there is no question.
+    """
+    given = list(messages)
+    if not given or given[0]["role"] not in ("system", "developer") or given[0]["role"] in roles:
+        return given
+    system, *rest = given
+    if "system" in roles:
+        return [{**system, "role": "system"}, *rest]
+    first = next((n for n, message in enumerate(rest) if message["role"] == "user"), None)
+    if first is None:
+        raise UserError(
+            "the model's chat template has no system role, and there is no user's turn to hold the system message."
+        )
+    joined = {**rest[first], "content": f"{system['content']}\n\n{rest[first]['content']}"}
+    return [*rest[:first], joined, *rest[first + 1 :]]
 
 
 def opened_by(prompt: str) -> str:

@@ -73,7 +73,7 @@ def prompt_text(tokenizer: Any, template: Template, messages: Sequence[Message],
     if chat is None:
         if tools or any(message.get(key) for message in messages for key in TOOL_KEYS):
             raise UserError("tools need a chat template, and the prompts are plain text.")
-        return _plain(template, messages) + template.prefill
+        return plain_text(template.plain, messages) + template.prefill
     text = _rendered(chat, conversation_of(chat, template, messages), tools)
     return text + rest_of_prefill(template, opened_by(text))
 
@@ -83,7 +83,7 @@ def chat_messages(tokenizer: Any, template: Template, messages: Sequence[Message
     message, or one message that holds a prompt of plain text. What the prompt begins for the assistant is left out."""
     chat = chat_template_of(tokenizer, template)
     if chat is None:
-        return ({"role": "user", "content": _plain(template, messages)},)
+        return ({"role": "user", "content": plain_text(template.plain, messages)},)
     return tuple(conversation_of(chat, template, messages))
 
 
@@ -131,10 +131,11 @@ def _forms(content: str) -> tuple[str, ...]:
     return content, json.dumps(content, ensure_ascii=False)[1:-1], json.dumps(content)[1:-1]
 
 
-def _plain(template: Template, messages: Sequence[Message]) -> str:
+def plain_text(plain: str, messages: Sequence[Message]) -> str:
+    """Return a prompt of plain text: earlier messages as paragraphs, then `plain` around the last question."""
     *earlier, last = messages
     parts = [m["content"] if m["role"] == "system" else f"{m['role'].capitalize()}: {m['content']}" for m in earlier]
-    return "".join(f"{part}\n\n" for part in parts) + template.plain.replace("{question}", last["content"])
+    return "".join(f"{part}\n\n" for part in parts) + plain.replace("{question}", last["content"])
 
 
 def render_completion(tokenizer: Any, completion: str, finished: bool = True) -> Array:

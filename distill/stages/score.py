@@ -40,7 +40,7 @@ from distill.stages.inputs.score_inputs import ScoreInputs, open_score_inputs, t
 from distill.stages.kept_answers import KeptAnswers, dollars
 from distill.stages.sampling import context_length, context_limit
 from distill.stages.trace_rows import cut_to
-from distill.stages.trace_sampling import package_versions, served_versions, weights_of
+from distill.stages.trace_sampling import package_versions, prompt_record, served_versions, weights_of
 from distill.traces import provenance
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.schema import Metadata
@@ -288,4 +288,7 @@ def _metadata(config: ScoreStage, inputs: ScoreInputs, model_dir: Path, tokenize
         dtype=config.engine.dtype,
         source=inputs.text_from,
         versions=package_versions() | served_versions(config.engine) | held_out,
+        prompt=origin.prompt
+        if origin is not None and inputs.same_ids
+        else prompt_record(tokenizer, inputs.rendered_with),
     )

@@ -19,7 +19,7 @@ from distill import models
 from distill.compute.flops import ModelShape, generate_flops
 from distill.progress import Live
 from distill.recipe import EngineConfig, EvalStage, GenerateStage
-from distill.records import Array, Cost, Engine, Prompt, Split, Task, Template, stable_hash
+from distill.records import Array, Cost, Engine, Prompt, Split, Task, Template, UserError, stable_hash
 from distill.stages.captured_positions import positions_of
 from distill.stages.context import Context
 from distill.stages.inputs.named_rewards import named_rewards
@@ -37,6 +37,7 @@ from distill.stages.trace_replicas import fill_by_replicas, writes_itself
 from distill.stages.trace_rewards import in_blocks, stored_completions
 from distill.stages.trace_rows import BLOCK_ROWS, Generation, RowSampler, SamplingCounts, WantedProblem, as_traces
 from distill.traces import provenance
+from distill.traces.prompts import PromptRecord
 from distill.traces.reader import open_traces
 from distill.traces.schema import Metadata
 from distill.traces.writer import TraceWriter, adopt_shards
@@ -271,6 +272,27 @@ def _metadata(config: GenerateStage | EvalStage, model_dir: Path, weights: str, 
         | template_date(tokenizer, task.template)
         | served_versions(config.engine)
         | (provenance.HELD_OUT if captured and captured.split == "held_out" else {}),
+        prompt=prompt_record(tokenizer, task.template),
+    )
+
+
+def prompt_record(tokenizer: Any, template: Template) -> PromptRecord:
+    """Return what the traces' metadata says about their prompts."""
+    chat = models.chat_template_of(tokenizer, template)
+    opened = models.opened_thinking(tokenizer, template)
+    try:
+        rendered = models.prompt_text(tokenizer, template, ({"role": "user", "content": "{question}"},))
+    except UserError:
+        rendered = ""
+    return PromptRecord(
+        chat=chat is not None,
+        system=template.system if chat is not None else None,
+        plain="" if chat is not None else template.plain,
+        prefill=template.prefill,
+        begun=opened,
+        roles=() if chat is None else chat.roles,
+        options=dict(template.options),
+        rendered=rendered,
     )
 
 

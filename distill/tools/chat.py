@@ -76,7 +76,9 @@ def _of_run(run: Path, name: str) -> FoundModel:
     if name not in recipe.stages:
         raise UserError(f"{run} has no stage or model {name!r}; its models are: {_models_of(run)}.")
     if recipe.stages[name].writes != "model":
-        raise UserError(f"{run}/{name} is a {recipe.stages[name].kind} stage, which makes no model; name {_models_of(run)}.")
+        raise UserError(
+            f"{run}/{name} is a {recipe.stages[name].kind} stage, which makes no model; name {_models_of(run)}."
+        )
     state = run_folder.read(run / name)
     raise DataError(
         f"{run}/{name} has no model yet: the stage {'has not started' if state is None else f'is {state.status}'}. "

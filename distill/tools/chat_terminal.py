@@ -25,9 +25,7 @@ Ctrl-C stops a reply; a second one leaves."""
 def run(reference: str, *, ask: str | None, system: str | None, temperature: float, max_tokens: int) -> None:
     """Run the verb. Raises UserError for a model that cannot be talked to."""
     with progress.working("loading the libraries") as screen:
-        chat, found = open_chat(
-            reference, system=system, temperature=temperature, max_tokens=max_tokens, screen=screen
-        )
+        chat, found = open_chat(reference, system=system, temperature=temperature, max_tokens=max_tokens, screen=screen)
     if ask is not None:
         _ask_once(chat, ask)
         return

@@ -64,7 +64,7 @@ def write(
     if not len(reader):
         raise UserError(f"{found.traces}: holds no traces.")
     blocks = list(_sampled(reader, sample).blocks(256))
-    own = _tokenizer(found, reader.metadata, tokenizer, student)
+    own = tokenizer_of(found, reader.metadata, tokenizer, student)
     scores: Mapping[str, Completion] = {}
     if student is not None:
         scores = score(blocks, _folder(found, student), reader.metadata, screen or Screen())
@@ -130,7 +130,7 @@ def _folder(found: Found, reference: str) -> Path:
     return models.resolve(ModelConfig(source=reference))
 
 
-def _tokenizer(found: Found, metadata: Metadata, given: str | None, student: str | None) -> Any:
+def tokenizer_of(found: Found, metadata: Metadata, given: str | None = None, student: str | None = None) -> Any:
     """The tokenizer of the traces' ids: the given one, else the student's or the writer's, whichever matches."""
     tried = []
     for reference in (given, student, metadata.model):

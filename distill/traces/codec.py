@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from distill.errors import DataError
 from distill.records import Array, Draws, Messages, Ragged, TopK, Traces
-from distill.traces import quantisation
+from distill.traces import prompts, quantisation
 from distill.traces.schema import DISTRIBUTION_COLUMNS, DRAW_COLUMNS, METADATA_KEY, Metadata
 
 MAX_LOGPROB = 1e-3
@@ -51,7 +51,7 @@ def to_table(traces: Traces, metadata: Metadata) -> pa.Table:
         "trace_id": pa.array(traces.trace_id, pa.string()),
         "problem_id": pa.array(traces.problem_id, pa.string()),
         "sample": pa.array(np.asarray(traces.sample, np.int32)),
-        "messages": _messages(traces.messages),
+        "messages": _messages([prompts.whole(row, metadata.prompt) for row in traces.messages]),
         "completion": _text(traces.completion),
         "answer": _text(traces.answer),
         "gold": _text(traces.gold),
@@ -277,7 +277,7 @@ def from_table(table: pa.Table, metadata: Metadata) -> Traces:
         trace_id=texts("trace_id"),
         problem_id=texts("problem_id"),
         sample=column["sample"].to_numpy() if "sample" in column else np.zeros(num, np.int32),
-        messages=[tuple(row or ()) for row in texts("messages", ())],
+        messages=[prompts.own(tuple(row or ()), metadata.prompt) for row in texts("messages", ())],
         completion=texts("completion"),
         answer=texts("answer", None),
         gold=texts("gold", None),

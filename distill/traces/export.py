@@ -4,40 +4,46 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
-from distill.records import UserError
+from distill import models
+from distill.errors import DataError
+from distill.models.rendering import plain_text
+from distill.records import Message, UserError
 from distill.traces import codec, folder
-from distill.traces.reader import SELECTION_FILE, open_traces
+from distill.traces.prompts import PromptRecord, conversation
+from distill.traces.reader import SELECTION_FILE, TraceReader, open_traces
 from distill.traces.writer import TraceWriter
 
 Style = Literal["chat", "text"]
 _SFT_LABELS = ("trace_id", "problem_id", "gold")
 
 
-def export_sft(source: str | Path, out: str | Path, style: Style = "chat") -> int:
+def export_sft(source: str | Path, out: str | Path, style: Style = "chat", tokenizer: Any = None) -> int:
     """Write one JSON object a trace; return their number.
 
-    chat: {"messages": [..., {"role": "assistant", "content": completion}], "trace_id", "problem_id", "gold"},
-    which chat trainers and the `datasets` library read directly; text: {"prompt", "completion", ...} with the
-    contents of the turns joined by blank lines.
+    chat: {"messages": [..., {"role": "assistant", "content": reply}], "trace_id", "problem_id", "gold"}, the whole conversation as
+    it was sampled, which chat trainers and the `datasets` library read directly; with "chat_template_kwargs" if the prompts
+    had options of the chat template. text: {"prompt", "completion", ...}, the prompt's text as the model read it.
+    tokenizer: of the model that wrote the traces; text needs it for prompts of a chat template. With one, every prompt is
+    compared with the stored ids. Raises UserError for a tokenizer that is missing or another one.
     """
     out, num = Path(out), 0
     folder.make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        for row in _sft_rows(str(source), style):
+        for row in _sft_rows(str(source), style, tokenizer):
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             num += 1
     temporary.replace(out)
     return num
 
 
-def export_dataset(source: str | Path, out: str | Path, style: Style = "chat") -> int:
+def export_dataset(source: str | Path, out: str | Path, style: Style = "chat", tokenizer: Any = None) -> int:
     """Write the same rows as a folder for `datasets.load_from_disk`, streamed; return their number.
 
     Raises UserError if `out` is not empty, or there is no trace.
@@ -51,17 +57,10 @@ def export_dataset(source: str | Path, out: str | Path, style: Style = "chat") -
     reader = open_traces(source)
     if not reader.num_rows:
         raise UserError(f"{source}: holds no traces, so there is nothing to export.")
-    text = datasets.Value("string")
-    said = (
-        {"messages": datasets.List({"role": text, "content": text})}
-        if style == "chat"
-        else {"prompt": text, "completion": text}
-    )
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         table = datasets.Dataset.from_generator(
-            _sft_rows,
-            gen_kwargs={"source": str(source), "style": style},
-            features=datasets.Features({**said, **dict.fromkeys(_SFT_LABELS, text)}),
+            lambda: _sft_rows(str(source), style, tokenizer),
+            features=_features(style, _options(reader)),
             cache_dir=str(Path(temporary) / "cache"),
             fingerprint=reader.fingerprint,
         )
@@ -73,16 +72,69 @@ def export_dataset(source: str | Path, out: str | Path, style: Style = "chat") -
     return num
 
 
-def _sft_rows(source: str, style: Style) -> Iterator[dict[str, Any]]:
-    for table in open_traces(source).tables(columns=(*_SFT_LABELS, "messages", "completion")):
+def needs_tokenizer(source: str | Path, style: Style) -> bool:
+    """Return whether an export in this style renders prompts with a chat template."""
+    prompt = open_traces(source).metadata.prompt
+    return style == "text" and (prompt is None or prompt.chat)
+
+
+def _options(reader: TraceReader) -> dict[str, Any]:
+    """The options of the chat template that the prompts were rendered with."""
+    prompt = reader.metadata.prompt
+    return dict(prompt.options) if prompt is not None and prompt.chat else {}
+
+
+def _features(style: Style, options: Mapping[str, Any]) -> Any:
+    import datasets
+
+    text = datasets.Value("string")
+    if style == "text":
+        return datasets.Features({"prompt": text, "completion": text, **dict.fromkeys(_SFT_LABELS, text)})
+    columns = {"messages": datasets.List({"role": text, "content": text}), **dict.fromkeys(_SFT_LABELS, text)}
+    if options:
+        kept = pa.schema([("chat_template_kwargs", pa.array([options]).type)])
+        columns |= datasets.Features.from_arrow_schema(kept)
+    return datasets.Features(columns)
+
+
+def _sft_rows(source: str, style: Style, tokenizer: Any = None) -> Iterator[dict[str, Any]]:
+    reader = open_traces(source)
+    prompt, options = reader.metadata.prompt, _options(reader)
+    if needs_tokenizer(source, style) and tokenizer is None:
+        raise UserError(
+            f"{source}: the prompts' text follows from the chat template of {reader.metadata.model!r}, whose tokenizer was not "
+            "given. Export with style chat, or name a folder with the tokenizer."
+        )
+    for table in reader.tables(columns=(*_SFT_LABELS, "messages", "completion", "prompt_ids")):
         for row in table.to_pylist():
-            messages, completion = row.pop("messages"), row.pop("completion")
+            messages, completion, ids = (row.pop(name) for name in ("messages", "completion", "prompt_ids"))
+            text = _prompt_text(messages, ids, prompt, tokenizer, row["trace_id"])
             if style == "chat":
-                turns = [*messages, {"role": "assistant", "content": completion}]
-                yield {"messages": turns, **row}
+                turns = conversation(messages, completion, prompt)
+                yield {"messages": turns, **row, **({"chat_template_kwargs": options} if options else {})}
             else:
-                prompt = "\n\n".join(turn["content"] for turn in messages)
-                yield {"prompt": prompt, "completion": completion, **row}
+                yield {"prompt": text, "completion": completion, **row}
+
+
+def _prompt_text(
+    messages: Sequence[Message], ids: Sequence[int], prompt: PromptRecord | None, tokenizer: Any, trace_id: str
+) -> str:
+    """The text of a prompt; with a tokenizer compared with the stored ids. Empty if neither says it.
+
+    Raises DataError if the ids are others.
+    """
+    if prompt is None:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)) if tokenizer is not None else ""
+    template = prompt.template()
+    if tokenizer is None:
+        return "" if prompt.chat else plain_text(prompt.plain, messages) + prompt.prefill
+    text = models.prompt_text(tokenizer, template, messages)
+    if models.encode_prompt(tokenizer, template, text).tolist() != list(ids):
+        raise DataError(
+            f"trace {trace_id}: its prompt, rendered again with this tokenizer and chat template, has other ids than the stored "
+            "ones: the tokenizer is not the one that the traces were sampled with. Name the model's own folder."
+        )
+    return text
 
 
 def merge(sources: Sequence[str | Path], out: str | Path) -> int:

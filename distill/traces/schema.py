@@ -9,6 +9,9 @@ entries. If a folder's metadata says `exact: true`, `top_logprobs` holds the ent
 metadata has a `position_share` below 1, only that share of each completion's positions has a distribution; at the others
 `top_count` is 0 and `tail_logprob` is 0 (all mass is outside the entries).
 
+`messages` is the conversation that was sampled, with the system message of the task's template; `prompt` in the metadata
+says how it was rendered (`prompts.py`).
+
 Schema 2 is schema 1 with draws from the tail: position t has `draw_count[t]` of them, ids in `draw_ids` and their
 log-probabilities in `draw_logprobs`. Each stands for max(exp(tail_logprob[t]), 0.01) / tail_draws of the tail's mass. Traces without
 draws (`tail_draws: 0`) are written in schema 1.
@@ -31,6 +34,7 @@ from distill import plug
 from distill.errors import DataError
 from distill.records import Sampling
 from distill.tail_draws import MAX_DRAWS
+from distill.traces.prompts import PromptRecord
 from distill.traces.quantisation import STEPS_PER_NAT
 
 SCHEMA_VERSIONS: Final = (1, 2)
@@ -94,7 +98,7 @@ Fingerprint = str
 class Metadata(pydantic.BaseModel):
     """The metadata of a folder of traces.
 
-    All fields but `dtype` and `versions` are identity: rows that differ in one never share a folder.
+    All fields but `dtype`, `versions` and `prompt` are identity: rows that differ in one never share a folder.
     """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -137,6 +141,8 @@ class Metadata(pydantic.BaseModel):
     """The engine's dtype; recorded, never compared. Empty: not recorded."""
     versions: dict[str, str] = {}
     """Versions of the packages that wrote the traces; recorded, never compared."""
+    prompt: PromptRecord | None = None
+    """The prompt that the traces were sampled under; compared where both sides record it. None: not recorded."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -162,13 +168,19 @@ class Metadata(pydantic.BaseModel):
     def identity(self) -> dict[str, Any]:
         """Return the fields that must be equal for rows to share a folder, flat: dotted key -> value."""
         return {
-            key: value for key, value in _flat(self.model_dump()) if key.partition(".")[0] not in ("dtype", "versions")
+            key: value
+            for key, value in _flat(self.model_dump())
+            if key.partition(".")[0] not in ("dtype", "versions", "prompt")
         }
 
     def differences(self, other: Metadata) -> list[str]:
         """Return one line for every identity key in which the two differ."""
         mine, theirs = self.identity(), other.identity()
-        return [f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
+        found = [f"{key}: {mine[key]!r} != {theirs[key]!r}" for key in mine if mine[key] != theirs[key]]
+        if self.prompt is not None and other.prompt is not None:
+            here, there = self.prompt.model_dump(exclude={"rendered"}), other.prompt.model_dump(exclude={"rendered"})
+            found += [f"prompt.{key}: {here[key]!r} != {there[key]!r}" for key in here if here[key] != there[key]]
+        return found
 
     def to_json(self) -> str:
         """Return the metadata as JSON, without the keys that belong to other traces."""
@@ -180,8 +192,9 @@ class Metadata(pydantic.BaseModel):
 
     @property
     def _absent(self) -> set[str]:
-        """Keys of other traces: of draws from the tail, and of distributions at a share of the positions."""
+        """Keys of other traces: of draws from the tail, of a prompt, and of distributions at a share of the positions."""
         draws = {"tail_draws"} if self.schema_version == 1 else set()
+        draws |= {"prompt"} if self.prompt is None else set()
         return draws | ({"positions", "position_share"} if self.position_share == 1 else set())
 
     @staticmethod

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distill.inspector import token_text, top_tokens, trace_page
+from distill.inspector import sections, token_text, top_tokens, trace_page
 from distill.inspector.trace_page import Page, Row
 from distill.records import Completion, TopK
 
@@ -131,16 +131,25 @@ def test_partial_characters_are_shown_as_bytes_and_completed() -> None:
 @pytest.mark.parametrize(
     ("prompt", "spelled", "expected"),
     [
-        (b"", [b"<think>", b"a", b"</", b"think", b">", b"7"], 5),
-        (b"", [b"a", b"</think>7", b"b"], 2),  # opened by the prompt
-        (b"...<think>\n", [b"a", b"b"], 2),  # opened by the prompt, never closed
-        (b"", [b"<think>", b"a"], 2),
-        (b"<think> in the question", [b"7"], 0),
-        (b"", [], 0),
+        (b"", [b"<think>", b"a", b"</", b"think", b">", b"7"], (5, None)),
+        (b"", [b"a", b"</think>7", b"b"], (2, 8)),  # opened by the prompt
+        (b"", [b"<think>", b"a", b"</", b"think", b"><", b"answer", b">"], (5, 1)),
+        (b"", [b"<think>a</think>b</think>", b"7"], (1, None)),  # judges read what follows the last
+        (b"...<think>\n", [b"a", b"b"], (2, None)),  # opened by the prompt, never closed
+        (b"", [b"<think>", b"a"], (2, None)),
+        (b"<think> in the question", [b"7"], (0, None)),
+        (b"", [b"say <think>", b"7"], (0, None)),
+        (b"", [], (0, None)),
+        (b"", [b"[TH", b"INK]", b"a", b"[/TH", b"INK]", b"7"], (5, None)),
+        (b"", [b"<seed:think>", b"a", b"</seed:think>", b"7"], (3, None)),
+        ("◁think▷".encode(), [b"a", "◁/think▷é".encode()], (2, 8)),
+        (b"", [b"<|channel|>analysis<|message|>", b"a", b"<|end|>", b"<|start|>assistant",
+               b"<|channel|>analysis<|message|>", b"b", b"<|end|>", b"<|start|>", b"7<|end|>"], (7, None)),
+        (b"", [b"7", b"<|end|>"], (0, None)),  # other families end their turns with it
     ],
-)
-def test_where_thinking_ends(prompt: bytes, spelled: list[bytes], expected: int) -> None:
-    assert trace_page.thinking(prompt, spelled) == expected
+)  # fmt: skip
+def test_where_thinking_ends(prompt: bytes, spelled: list[bytes], expected: tuple[int, int | None]) -> None:
+    assert sections.thinking(prompt, spelled) == expected
 
 
 # ----------------------------------------------------------------------------------------------- numbers
@@ -310,6 +319,99 @@ def test_hover_and_keys(page_of: Callable[..., Path], visit: Callable[..., Any])
     assert page.evaluate("location.hash") == "#trace1"
     page.keyboard.press("k")
     assert page.evaluate("location.hash") == "#trace0"
+
+
+CLOSE = 40
+
+
+def cut_bytes(ids: Any) -> list[bytes]:
+    """As `bytes_of`, with the closing tag of a real tokenizer: its last piece also begins the answer's tag."""
+    own = {CLOSE: b"</", CLOSE + 1: b"think", CLOSE + 2: b"><", CLOSE + 3: b"answer", CLOSE + 4: b">"}
+    return [own.get(i, *bytes_of([i])) for i in ids]
+
+
+def test_a_tag_of_several_tokens_is_whole_on_either_side(tmp_path: Path, visit: Callable[..., Any]) -> None:
+    ids = [0, 11, CLOSE, CLOSE + 1, CLOSE + 2, CLOSE + 3, CLOSE + 4, 11, END]
+    teacher = top(*({i: 0.5} for i in ids))
+    path = tmp_path / "inspect.html"
+    path.write_text(trace_page.render([row(0, ids, teacher)], cut_bytes, frozenset([END]), Page("a")), encoding="utf-8")
+    page = ready(visit(path))
+    joined = "[...document.querySelectorAll('.tokens')].map(e => [...e.children].map(s => s.textContent).join(''))"
+    assert page.evaluate(joined) == ["<think>seven</think>", "<answer>seven<|im_end|>"]
+    page.click(".tokens span[data-n='4'] >> nth=1")
+    assert page.inner_text("#detail .token") == "><"
+    assert page.evaluate("[...document.querySelectorAll('.tokens .at')].map(s => s.textContent)") == [">", "<"]
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("location.hash") == "#trace0.5"
+    assert page.evaluate("document.activeElement.textContent") == "answer"
+    page.fill("#search", "think><ans")
+    assert page.evaluate("[...document.querySelectorAll('.tokens .hit')].map(s => s.textContent)") == [
+        "think", ">", "<", "answer",
+    ]  # fmt: skip
+
+
+def test_keys_belong_to_the_control_they_are_pressed_in(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
+    page = ready(visit(page_of(many(8, 20, student=False)), hash="#trace0.3"))
+    where = "location.hash"
+    page.click("#search")
+    page.keyboard.type("j.12k")
+    for key in ("ArrowLeft", "ArrowRight", "ArrowDown"):
+        page.keyboard.press(key)
+    assert page.evaluate(where) == "#trace0.3"
+    assert page.input_value("#search") == "j.12k"
+    page.fill("#search", "")
+    page.focus("#sort")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(where) == "#trace0.3"
+    assert page.input_value("#sort") != "stored"
+    assert page.evaluate("document.activeElement.id") == "sort"
+    page.select_option("#sort", "stored")
+    page.focus("input[name=filter]:checked")
+    page.keyboard.press("ArrowRight")
+    assert page.is_checked("input[name=filter][value=right]")
+    assert page.evaluate(where) == "#trace0.3"
+    # Used with the pointer, a filter gives the keys back to the page.
+    page.click("#filter label >> nth=0")
+    page.keyboard.press("ArrowRight")
+    assert page.is_checked("input[name=filter][value=all]")
+    assert page.evaluate(where) == "#trace0.4"
+
+
+def test_the_page_opens_with_a_trace_that_is_shaded(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
+    sure = {"logprob_T": np.zeros(3, np.float32)}
+    rows = [row(n, [2, 2, 2], top({2: 1.0}, {2: 1.0}, {2: 1.0}), **sure) for n in range(3)]
+    rows.insert(2, row(7, [2, 3, 4], top({2: 0.5}, {3: 0.5}, {4: 0.5}), logprob_T=np.log([0.5, 0.01, 0.5])))
+    page = ready(visit(page_of(rows)))
+    assert page.evaluate("location.hash") == "#trace7"
+    assert page.locator("#list button[aria-current=true]").inner_text().count("question 7") == 1
+    assert page.locator(".tokens [class*=h]").count() == 3
+    flat = [row(0, [2, 2], top({2: 0.5}, {2: 0.5}), logprob_T=np.zeros(2, np.float32))]
+    page = ready(visit(page_of(flat)))  # the sampled tokens were certain: the entropy is what there is to see
+    assert page.is_checked("input[name=shade][value=entropy]")
+    assert page.locator(".tokens [class*=h]").count() == 2
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_control_is_clipped(page_of: Callable[..., Path], visit: Callable[..., Any], width: int) -> None:
+    page = ready(visit(page_of(many(8, 20)), width=width))
+    clipped = """[...document.querySelectorAll('select, button, label, legend + label, h1, h2, .facts span')]
+        .filter(e => e.offsetParent && (e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX !== 'visible'
+            || e.getBoundingClientRect().right > innerWidth + 1)).map(e => e.textContent)"""
+    assert page.evaluate(clipped) == []
+    # A select shows its whole choice: it is as wide as its widest option wants.
+    wide = "(() => { const s = document.getElementById('sort'), c = s.cloneNode(true); c.style.width = 'auto'; c.style.position = 'absolute';"
+    assert page.evaluate(wide + " s.after(c); const w = c.offsetWidth; c.remove(); return s.offsetWidth >= w; })()")
+
+
+def test_printed_it_is_black_on_white_and_whole(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
+    page = ready(visit(page_of(many(2, 400)), scheme="dark"))
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.querySelector('.tokens span')).printColorAdjust") == "exact"
+    assert page.evaluate("(e => e.scrollHeight <= e.clientHeight + 1)(document.getElementById('trace'))")
+    assert not page.is_visible("nav")
+    assert not page.is_visible(".steps")
 
 
 def test_filter_search_and_deep_link(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:

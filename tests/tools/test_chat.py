@@ -57,7 +57,9 @@ def test_a_stages_model_is_asked_under_the_prompt_of_its_task(run: Path, tokeniz
         assert (found.task, found.template.system) == ("sums", SYSTEM)
     talking = opened(run / "kl")
     asked = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "2 + 3"}]
-    assert talking.next_prompt("2 + 3") == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert talking.next_prompt("2 + 3") == tokenizer.apply_chat_template(
+        asked, tokenize=False, add_generation_prompt=True
+    )
     talking.use_system(None)
     assert SYSTEM not in talking.next_prompt("2 + 3")
     assert "Be brief." in opened(run / "kl", system="Be brief.").next_prompt("2 + 3")

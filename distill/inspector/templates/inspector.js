@@ -212,13 +212,16 @@ function drawTrace() {
   ];
   const section = (title, from, to) => element("section", {}, element("h3", {}, title, element("span", {}, `${to - from} tokens`)),
     tokensElement(trace, from, to, title));
+  // A token that ends the closing marker and begins the answer is cut in two, and both halves are the same token.
+  const cut = trace.split == null ? trace.thinking : trace.thinking - 1;
   if (trace.thinking) parts.push(section("Thinking", 0, trace.thinking));
-  if (trace.thinking < trace.tokens) parts.push(section(trace.thinking ? "Answer" : "Completion", trace.thinking, trace.tokens));
+  if (cut < trace.tokens) parts.push(section(trace.thinking ? "Answer" : "Completion", cut, trace.tokens));
   parts.push(element("section", {}, element("h3", {}, "Verdict"), verdict));
   main.replaceChildren(...parts);
   main.setAttribute("aria-busy", "false");
   main.scrollTop = 0;
-  spans = main.querySelectorAll(".tokens span");
+  spans = Array.from({ length: trace.tokens }, () => []);
+  for (const span of main.querySelectorAll(".tokens span")) spans[span.dataset.n].push(span);
   at("previous").onclick = () => step(-1);
   at("next").onclick = () => step(1);
   at("strip").onclick = event => {
@@ -235,7 +238,7 @@ let spans = [];
 function tokensElement(trace, from, to, title) {
   const holder = element("div", { class: "tokens", role: "group", "aria-label": `${title}: tokens` });
   for (let n = from; n < to; n++) {
-    const made = document.createElement("span"), text = tokenText(trace, n);
+    const made = document.createElement("span"), text = shownText(trace, n, title);
     made.textContent = text.includes("\n") ? text.replace(/\n/g, "↵\n") : text;
     made.dataset.n = n;
     made.className = classOf(trace, n);
@@ -244,6 +247,12 @@ function tokensElement(trace, from, to, title) {
     holder.append(made);
   }
   return holder;
+}
+
+function shownText(trace, n, title) {
+  const text = tokenText(trace, n);
+  if (trace.split == null || n !== trace.thinking - 1) return text;
+  return title === "Thinking" ? text.slice(0, trace.split) : text.slice(trace.split);
 }
 
 const level = (name, position) => {
@@ -259,8 +268,8 @@ function classOf(trace, n) {
 
 function shadeTokens() {
   const trace = state.trace;
-  spans.forEach((span, n) => (span.className = classOf(trace, n)));
-  if (state.token >= 0) spans[state.token]?.classList.add("at");
+  spans.forEach((halves, n) => halves.forEach(span => (span.className = classOf(trace, n))));
+  if (state.token >= 0) spans[state.token]?.forEach(span => span.classList.add("at"));
   explain();
   drawStrip();
 }
@@ -310,7 +319,7 @@ function drawPlace() {
 function hits() {
   const query = state.query.toLowerCase();
   if (!state.trace) return;
-  for (const span of spans) span.classList.remove("hit");
+  for (const span of spans.flat()) span.classList.remove("hit");
   if (!query) return;
   completion(state.trace);
   const starts = [];
@@ -319,24 +328,24 @@ function hits() {
   starts.push(length);
   for (let from = state.trace.lower.indexOf(query); from >= 0; from = state.trace.lower.indexOf(query, from + query.length))
     for (let n = 0; n < state.trace.tokens; n++)
-      if (starts[n] < from + query.length && starts[n + 1] > from) spans[n].classList.add("hit");
+      if (starts[n] < from + query.length && starts[n + 1] > from) spans[n].forEach(span => span.classList.add("hit"));
 }
 
 // ------------------------------------------------------------------------------------------------ a token
 
 function pick(token, focus) {
-  const trace = state.trace, before = spans[Math.max(0, state.token)];
-  if (before) before.tabIndex = -1, before.classList.remove("at");
+  const trace = state.trace;
+  for (const span of spans[Math.max(0, state.token)] ?? []) span.tabIndex = -1, span.classList.remove("at");
   state.token = token >= 0 && token < trace.tokens ? token : -1;
   if (state.token >= 0) {
-    const span = spans[state.token];
+    const span = spans[state.token][0];
     span.tabIndex = 0;
-    span.classList.add("at");
+    spans[state.token].forEach(half => half.classList.add("at"));
     if (focus) {
       span.focus({ preventScroll: true });
       span.scrollIntoView({ block: matchMedia("(max-width: 720px)").matches ? "center" : "nearest" });
     }
-  } else if (spans.length) spans[0].tabIndex = 0;
+  } else if (spans.length) spans[0][0].tabIndex = 0;
   detail(state.token);
   drawStrip();
   const hash = "#" + encodeURIComponent(trace.id) + (state.token >= 0 ? "." + state.token : "");
@@ -418,15 +427,23 @@ function byShade(by) {
   pick(order[Math.min(order.length - 1, Math.max(0, now + by))], true);
 }
 
+// Keys pressed inside a form control belong to it: text to the search, arrows and letters to a select, arrows to radio buttons.
+const CONTROLS = "input:not([type=radio]), select, textarea";
+
+// A control that was used with the pointer gives the keys back to the page; one that is used with keys keeps them.
+let byPointer = false;
+const release = control => byPointer && control.blur();
+
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || !state.trace) return;
-  const typing = event.target.id === "search";
-  if (event.key === "Escape") {
-    if (typing) (event.target.value = ""), search(), event.target.blur();
-    else pick(-1);
+  if (event.target.matches(CONTROLS)) {
+    if (event.key === "Escape" && event.target.id === "search") (event.target.value = ""), search(), event.target.blur();
     return;
   }
-  if (typing || event.target.tagName === "SELECT") return;
+  if (event.key === "Escape") {
+    pick(-1);
+    return;
+  }
   const radio = event.target.type === "radio", inList = at("list").contains(event.target);
   const shades = { 1: "nll", 2: "entropy", 3: "kl" };
   let done = true;
@@ -460,6 +477,23 @@ function search() {
   hits();
 }
 
+// The trace that the page opens with: the first in the list that is shaded about as much as the darkest one.
+function telling() {
+  const shaded = state.view.map(trace => {
+    let sum = 0;
+    for (let n = 0; n < trace.tokens; n++) sum += level(state.shade, trace.start + n);
+    return trace.tokens ? sum / trace.tokens : 0;
+  });
+  const most = Math.max(...shaded);
+  return state.view[most > 0 ? shaded.findIndex(value => value >= most / 2) : 0];
+}
+
+// Whether a metric shades any token of the page.
+function shades(name) {
+  for (let position = 0; position < columns.ids.length; position++) if (level(name, position) > 0) return true;
+  return false;
+}
+
 function fromHash() {
   const hash = decodeURIComponent(location.hash.slice(1)), dot = hash.lastIndexOf(".");
   const whole = traces.find(trace => trace.id === hash);
@@ -472,7 +506,7 @@ function radios(holder, name, options, chosen, change) {
   for (const [value, label, count] of options) {
     const input = element("input", { type: "radio", name, value });
     input.checked = value === chosen;
-    input.onchange = () => change(value);
+    input.onchange = () => (change(value), release(input));
     at(holder).append(element("label", {}, input, label, count != null ? element("i", {}, String(count)) : null));
   }
 }
@@ -485,6 +519,7 @@ async function start() {
     throw error;
   }
   if (columns.kl) state.shade = state.sort = "kl";
+  else if (!shades("nll")) state.shade = metrics.find(shades) ?? "nll";
   radios("shade", "shade", metrics.map(name => [name, METRICS[name].label]), state.shade, setShade);
   radios("filter", "filter", Object.entries(FILTERS).map(([key, [label, test]]) => [key, label, traces.filter(test).length]), "all",
     value => { state.filter = value; choose(); });
@@ -492,7 +527,7 @@ async function start() {
   const sorts = [["stored", "as stored"], ...metrics.map(name => [name, METRICS[name].short]), ["longest", "length"]];
   for (const [value, label] of sorts) at("sort").append(element("option", { value }, label));
   at("sort").value = state.sort;
-  at("sort").onchange = event => { state.sort = event.target.value; choose(); };
+  at("sort").onchange = event => { state.sort = event.target.value; choose(); release(event.target); };
   at("search").oninput = search;
   at("help").onclick = () => {
     at("keys").hidden = !at("keys").hidden;
@@ -511,13 +546,15 @@ async function start() {
     const token = tokenAt(event.target);
     if (token >= 0 && token !== state.token) pick(token, false);
   });
+  document.addEventListener("pointerdown", () => (byPointer = true), true);
+  document.addEventListener("keydown", () => (byPointer = false), true);
   document.addEventListener("keydown", onKey);
   window.addEventListener("hashchange", () => { const place = fromHash(); if (place) open(...place); });
   window.addEventListener("resize", readPage);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", readPage);
   readPage();
   choose();
-  const [trace, token] = fromHash() ?? [state.view[0], -1];
+  const [trace, token] = fromHash() ?? [telling(), -1];
   if (trace) open(trace, token, token < 0);
   else at("wait").textContent = "There are no traces here.";
   performance.mark("ready");

@@ -51,7 +51,8 @@ class ScoreInputs:
 
     blocks: of at most BLOCK_ROWS rows, the same every time; what cannot be used is counted. text_from: who wrote the
     text. origin: the metadata of the shards it comes from, None for files and datasets. same_ids: whether the ids
-    are those that were sampled. template: what prompts were, or are, rendered with.
+    are those that were sampled. template: the name of what prompts were, or are, rendered with. rendered_with: what renders
+    them here; unused where ids are kept.
     """
 
     blocks: Callable[[DroppedRows], Iterator[Traces]]
@@ -59,6 +60,7 @@ class ScoreInputs:
     origin: Metadata | None
     same_ids: bool
     template: str
+    rendered_with: Template = AS_IT_IS
 
 
 def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> ScoreInputs:
@@ -88,7 +90,7 @@ def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> S
             for block in reader.blocks(BLOCK_ROWS, LIGHT_COLUMNS):
                 yield render(block, tokenizer, template, left_out)
 
-        return ScoreInputs(rendered, provenance.text_from(reader), reader.metadata, False, template.name)
+        return ScoreInputs(rendered, provenance.text_from(reader), reader.metadata, False, template.name, template)
 
     models.check_template(tokenizer, template, where)
     table = open_rows(config.data, config, f"{where}.data")
@@ -98,7 +100,7 @@ def open_score_inputs(config: ScoreStage, context: Context, tokenizer: Any) -> S
         for block in _blocks(conversations(table, reader, left_out), task, left_out):
             yield render(block, tokenizer, template, left_out)
 
-    return ScoreInputs(texts, table.name, None, False, template.name)
+    return ScoreInputs(texts, table.name, None, False, template.name, template)
 
 
 def template_of(config: RowsConfig | None, task: Task | None) -> Template:
