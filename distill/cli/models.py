@@ -48,13 +48,21 @@ def push_model(
     model: Annotated[Path, typer.Argument(metavar="MODEL|RUN/STAGE", help="A model's folder, or a stage's.")],
     repo: Annotated[str, typer.Argument(help="The repository on the hub: owner/name.")],
     public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--license",
+            metavar="ID",
+            help="The licence, by the hub's identifier: apache-2.0, mit, ... Default: the card's.",
+        ),
+    ] = None,
 ) -> None:
     """Publish a model and its card on the hub, by default private."""
     from distill import progress
     from distill.run import model_card
 
     with progress.working("uploading the model"):
-        pushed = model_card.push(model, repo, private=not public)
+        pushed = model_card.push(model, repo, private=not public, licence=licence)
     typer.echo(pushed)
 
 

@@ -57,7 +57,7 @@ def _from_hub(model: ModelConfig, weights: bool) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # the card has the licence
     if weights:
         patterns.append("*.safetensors")
     if model.trust_remote_code:

@@ -1,7 +1,8 @@
 """The text of a model card: README.md in a model's folder, in the hub's format.
 
 Input: a `Card`, which `distill.run.model_card` collects from a run. Output: front matter, written by huggingface_hub, and
-Markdown, escaped like the report's. The card names no licence, because only the author can choose one.
+Markdown, escaped like the report's. The licence is the base model's, or the one that the author has set; where neither is known
+the card says so, because only the author can choose one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from distill.reports.block_kinds import Block, Code, Heading, Table, Text
 from distill.reports.pages import markdown
 from distill.reports.report_blocks import VIEWS
 from distill.reports.run_report import ArmRow, View
+from distill.reports.usage_snippets import Usage, transformers_code, vllm_code
 from distill.reports.wording import duration, interval_text, percent, scaled
 
 FILE = "README.md"
@@ -40,7 +42,10 @@ class Card:
 
     base: hub id or other source of the model that training started from. base_on_hub: whether it is a hub id. settings:
     the stage's config as YAML. scores: of this model, by arm name; empty before its evaluation. cost: by view; empty until
-    known. readings: comparisons with other arms, in words.
+    known. readings: comparisons with other arms, in words. licence: the hub's keys license, license_name and license_link;
+    empty if it is not known. usage: how to prompt it; None if it has no tokenizer. size: (property, value) pairs. trained: rows of
+    (stage, loss, data). datasets: the hub's data sets that it learned from. language: of the base model's card. limits: one
+    sentence each.
     """
 
     name: str
@@ -57,6 +62,13 @@ class Card:
     scores: Mapping[str, ArmRow] = field(default_factory=dict)
     cost: Mapping[str, View] = field(default_factory=dict)
     readings: Sequence[str] = ()
+    licence: Mapping[str, str] = field(default_factory=dict)
+    usage: Usage | None = None
+    size: Sequence[tuple[str, str]] = ()
+    trained: Sequence[tuple[str, str, str]] = ()
+    datasets: Sequence[str] = ()
+    language: str | Sequence[str] | None = None
+    limits: Sequence[str] = ()
 
 
 def write_card(folder: Path, card: Card) -> Path:
@@ -84,13 +96,16 @@ def front_matter(card: Card) -> str:
         )
         for arm in card.scores.values()
     ]
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(card.licence)
     if results:
-        options = {"model_name": f"{card.run}/{card.name}", "eval_results": results}
+        options |= {"metrics": ["accuracy"], "model_name": f"{card.run}/{card.name}", "eval_results": results}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
+        language=list(card.language) if isinstance(card.language, tuple) else card.language,
         base_model=card.base if card.base_on_hub else None,
+        base_model_relation="finetune" if card.base_on_hub else None,
+        datasets=list(card.datasets) or None,
         tags=["distill", card.kind, *sorted({one.kind for one in card.lineage} - {card.kind})],
         **options,
     )
@@ -102,10 +117,16 @@ def body(card: Card) -> list[Block]:
     start = f" It starts from {card.base}." if card.base else ""
     found: list[Block] = [
         Text(f"The model of stage {card.name} ({card.kind}) of the run {card.run}.{start}"),
+        *([Table(["property", "value"], [list(pair) for pair in card.size], "ll")] if card.size else []),
+        *_use(card.usage),
         Heading("Scores"),
         *_scores(card),
         Heading("Training"),
+        *([Table(["stage", "learns by", "from"], [list(row) for row in card.trained], "lll")] if card.trained else []),
         _lineage(card.lineage),
+        *([Heading("Limits"), *map(Text, card.limits)] if card.limits else []),
+        Heading("Licence"),
+        Text(_licence(card)),
     ]
     facts = [[one.name, key, value] for one in card.lineage for key, value in one.facts]
     if facts:
@@ -132,6 +153,45 @@ def body(card: Card) -> list[Block]:
     versions = [[name, version] for name, version in card.versions.items()]
     found += [Heading("Versions"), Table(["package", "version"], versions, "ll")]
     return [*found, Heading("How to reproduce it"), Code("\n".join(card.reproduce), "sh")]
+
+
+def _use(usage: Usage | None) -> list[Block]:
+    """The prompt, and scripts that run the model with it."""
+    if usage is None:
+        return []
+    form = "plain text, without a chat template" if usage.plain else "rendered by its chat template"
+    found: list[Block] = [
+        Heading("Prompt"),
+        Text(f"The prompt that it was trained under, {form}. {{question}} is the question:"),
+    ]
+    found += [Code(usage.rendered)]
+    if any(turn["role"] == "system" for turn in usage.messages):
+        found += [Text("It was trained with this system message; how it answers without it was not measured.")]
+    sampled = f"temperature {usage.temperature:g}, top_p {usage.top_p:g}" if usage.temperature else "greedily"
+    return [
+        *found,
+        Heading("How to use it"),
+        Text(f"With transformers, sampled {sampled}, as it was evaluated or its traces were:"),
+        Code(transformers_code(usage), "python"),
+        Text("With vLLM:"),
+        Code(vllm_code(usage), "python"),
+        Text("In a terminal: distill chat FOLDER"),
+    ]
+
+
+def _licence(card: Card) -> str:
+    """What is known of the licence, and how to set it."""
+    if card.licence:
+        name = card.licence.get("license_name") or card.licence["license"]
+        link = f" ({card.licence['license_link']})" if "license_link" in card.licence else ""
+        return f"{name}{link}. The licences of the teacher and of the data may say more about what it may be used for."
+    base = f"of the base model {card.base}" if card.base else "of the model"
+    return (
+        f"The licence {base} is not known here, so none is stated. Read it where the model comes from, and set it with "
+        "distill push MODEL OWNER/NAME --license ID (an identifier of the hub, such as apache-2.0), or as license in the header "
+        "of this file; later reports keep it. The licences of the teacher and of the data may say more about what it may be "
+        "used for."
+    )
 
 
 def _scores(card: Card) -> list[Block]:

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
 from distill import run_folder
-from distill.files import read_digested
+from distill.files import read_digested, write_atomic
 from distill.models import hub
 from distill.recipe import Recipe
 from distill.recipe.lineage import NOT_UPSTREAM, origin, upstream_stages
@@ -20,11 +21,14 @@ from distill.records import UserError
 from distill.reports.model_card_markdown import FILE, Ancestor, Card, write_card
 from distill.reports.report_blocks import VIEWS
 from distill.reports.run_report import RunReport
+from distill.reports.usage_snippets import named
 from distill.reports.wording import interval_text, reading
+from distill.run import card_facts
 from distill.traces.reader import open_traces
 
 PRUNED = "pruned.json"
 """The record of a prune stage, in its folder."""
+LICENCE_HEADING = "## Licence"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
@@ -59,6 +63,11 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
     ]
     first = next(iter(scores.values()), None)
     settings = resolved.stages[name].model_dump(mode="json")
+    folder = run / name / "model"
+    source = resolved.models[origin(resolved, name)].source if origin(resolved, name) in resolved.models else ""
+    base_facts = card_facts.base_card(source) if source else {}
+    size = card_facts.Size.of(folder) if any(folder.glob("*.safetensors")) else None
+    language = base_facts.get("language")
     versions = run_folder.environment(run)
     return Card(
         name=name,
@@ -75,7 +84,21 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
         scores=scores,
         cost={view: first["cost"][view] for view in VIEWS} if first else {},  # type: ignore[index]
         readings=readings,
+        licence=card_facts.licence_of(folder, base_facts),
+        usage=card_facts.usage_of(resolved, name, folder),
+        size=_size(size) if size is not None else (),
+        trained=list(card_facts.trained_on(resolved, name)),
+        datasets=card_facts.hub_datasets(resolved, name),
+        language=tuple(language) if isinstance(language, list) else language if isinstance(language, str) else None,
+        limits=card_facts.limits(resolved, name, scores, size),
     )
+
+
+def _size(size: card_facts.Size) -> list[tuple[str, str]]:
+    """The table of a model's size."""
+    rows = [("parameters", f"{size.parameters:,}"), ("weights", f"{size.stored / 1e6:,.1f} MB, safetensors")]
+    rows += [("dtype", size.dtype)] if size.dtype else []
+    return rows + ([("context", f"{size.context:,} tokens")] if size.context else [])
 
 
 def _base(resolved: Recipe, name: str) -> str | None:
@@ -156,11 +179,12 @@ def _facts(traces: Path) -> Iterator[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------- the hub
 
 
-def push(reference: Path, repo: str, *, private: bool = True) -> str:
+def push(reference: Path, repo: str, *, private: bool = True, licence: str | None = None) -> str:
     """Upload a model and its card to the hub repository `repo` (owner/name), created if missing; return its address.
 
-    reference: the model's folder, or the folder of its stage. Raises UserError if there is no model, or if the hub cannot
-    be reached or refuses the upload.
+    reference: the model's folder, or the folder of its stage. licence: the hub's identifier, written into the card; None: what the
+    card says. The card's scripts name the repository. Raises UserError if there is no model, or if the hub cannot be reached
+    or refuses the upload.
     """
     folder = model_folder(reference)
     hub.check_repo(repo)
@@ -169,11 +193,37 @@ def push(reference: Path, repo: str, *, private: bool = True) -> str:
             f"push: {folder} has no {FILE}. `distill run` writes one for every model; for a model from elsewhere, write "
             "the file yourself."
         )
+    if licence is not None:
+        set_licence(folder / FILE, licence)
     if not hub.reachable():
         raise hub.unreachable(
             f"{folder} is complete: copy it to a machine with a network and run `hf upload {repo} {folder}` there."
         )
-    return hub.upload(folder, repo, kind="model", private=private, message="Checkpoint, written by distill")
+    with tempfile.TemporaryDirectory() as temporary:
+        for file in folder.iterdir():
+            if file.name != FILE:
+                Path(temporary, file.name).symlink_to(file.resolve())
+        Path(temporary, FILE).write_text(named((folder / FILE).read_text(encoding="utf-8"), repo), encoding="utf-8")
+        return hub.upload(
+            Path(temporary), repo, kind="model", private=private, message="Checkpoint, written by distill"
+        )
+
+
+def set_licence(path: Path, licence: str) -> None:
+    """Write a licence into a card: its header and its section. Raises UserError for a text that is no identifier."""
+    from huggingface_hub import ModelCard
+
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise UserError(
+            f"--license: {licence!r} is not an identifier of the hub, such as apache-2.0, mit, llama3.2 or other."
+        )
+    card = ModelCard.load(path)
+    card.data.license = licence
+    head, found, rest = str(card).partition(LICENCE_HEADING)
+    if found:
+        _, more, after = rest.partition("\n## ")
+        rest = f"\n\n{licence}, as stated by whoever published this.\n{more}{after}"
+    write_atomic(path, head + found + rest)
 
 
 def model_folder(reference: Path) -> Path:

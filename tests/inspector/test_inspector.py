@@ -350,7 +350,9 @@ def test_a_tag_of_several_tokens_is_whole_on_either_side(tmp_path: Path, visit: 
     ]  # fmt: skip
 
 
-def test_keys_belong_to_the_control_they_are_pressed_in(page_of: Callable[..., Path], visit: Callable[..., Any]) -> None:
+def test_keys_belong_to_the_control_they_are_pressed_in(
+    page_of: Callable[..., Path], visit: Callable[..., Any]
+) -> None:
     page = ready(visit(page_of(many(8, 20, student=False)), hash="#trace0.3"))
     where = "location.hash"
     page.click("#search")

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
+import yaml
+from chat_families import family_tokenizer
 from huggingface_hub import ModelCard
 from needs import slowness
 from project import SUMS
 
-from distill import recipe, run_folder
+from distill import models, recipe, run_folder
 from distill.errors import MachineError
 from distill.records import UserError
 from distill.reports.run_report import RunReport
+from distill.reports.usage_snippets import transformers_code
+from distill.run import card_facts, model_card
 from distill.run.model_card import model_folder, push, write, write_all
+from distill.stages.trained_prompt import TrainedPrompt
+from distill.tasks import templates
 
 HOSTILE = "<script>alert(1)</script> | **bold** \x1b[31m `tick`"
 
@@ -74,7 +84,8 @@ def test_the_card_says_where_a_model_comes_from(run: Path) -> None:
     assert read.data.base_model == "HuggingFaceTB/SmolLM2-135M"
     assert read.data.library_name == "transformers"
     assert {"distill", "train", "generate", "prune"} <= set(read.data.tags)
-    rows = [line for line in read.text.splitlines() if line.startswith("| ")]
+    history = read.text[re.search(r"\| stage +\| kind", read.text).start() :]  # type: ignore[union-attr]
+    rows = [line for line in history.splitlines() if line.startswith("| ")]
     lineage = {row.split("|")[1].strip(): row for row in rows}
     assert [name for name in lineage if name in ("teacher", "traces", "student", "kl", "sft")] == [
         "teacher", "traces", "student", "kl",
@@ -133,3 +144,127 @@ def test_a_hub_that_is_not_there_is_named_in_seconds(run: Path, monkeypatch: pyt
     with pytest.raises(MachineError, match=r"the hub \(http://127\.0\.0\.1:9\) cannot be reached"):
         push(run / "kl", "me/model")
     assert time.monotonic() - began < 20 * slowness()
+
+
+# ------------------------------------------------------------------------------------------ prompt, licence, size
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)\n```", text, re.DOTALL)
+
+
+def card_of(run: Path, base: str = "x/y") -> str:
+    path = write(resolved(base), run, "kl", report("kl"))
+    assert path is not None
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_cards_script_runs_and_prompts_as_in_training(
+    run: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = card_of(run).replace("max_new_tokens=256", "max_new_tokens=3")
+    first, second = python_blocks(text)
+    monkeypatch.chdir(run / "kl" / "model")
+    names: dict[str, Any] = {}
+    exec(first, names)
+    template = templates.think_answer
+    question = ({"role": "user", "content": names["question"]},)
+    expected = models.render_prompt(tokenizer, template, question)
+    assert names["inputs"]["input_ids"][0].tolist() == expected.tolist()
+    assert names["output"].shape[1] == len(expected) + 3
+    assert capsys.readouterr().out.endswith("\n")
+    assert second.splitlines()[1] == "from vllm import LLM, SamplingParams"
+    ids = {"tokenizer": tokenizer}
+    own = r"from |llm = |tokenizer = |\(answer,\) = |print"
+    exec("\n".join(line for line in second.splitlines() if not re.match(own, line)), ids)
+    assert ids["ids"] == expected.tolist()
+    shown = text.split("## Prompt")[1].split("```")[1]
+    assert models.prompt_text(tokenizer, template, ({"role": "user", "content": "{question}"},)).strip() in shown
+
+
+def test_a_base_models_card_prompts_with_plain_text(run: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "kl" / "model" / "chat_template.jinja").unlink()
+    first, _ = python_blocks(card_of(run).replace("max_new_tokens=256", "max_new_tokens=1"))
+    monkeypatch.chdir(run / "kl" / "model")
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert names["prompt"] == templates.think_answer.plain.replace("{question}", names["question"])
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "deepseek_r1_distill"])
+def test_the_prompt_of_other_families_is_the_one_of_training(family: str, smollm2_dir: Path, tmp_path: Path) -> None:
+    """A template without a system role, one with an option, one that opens the thinking that the task begins with."""
+    tokenizer = family_tokenizer(smollm2_dir, family)
+    tokenizer.save_pretrained(tmp_path)
+    tree = resolved("x/y").model_dump(mode="json")
+    template = dataclasses.replace(templates.think_answer, prefill="<think>\n")
+    if family == "qwen3":
+        tree["tasks"]["sums"]["template_options"] = {"enable_thinking": False}
+        template = dataclasses.replace(templates.think_answer, options={"enable_thinking": False})
+    if family == "gemma3":
+        template = templates.think_answer
+    recipe_here = recipe.validate(tree)
+    own = pytest.MonkeyPatch()
+    own.setattr(card_facts, "trained_prompt", lambda recipe, name: TrainedPrompt(template, "sums"))
+    usage = card_facts.usage_of(recipe_here, "kl", tmp_path)
+    own.undo()
+    assert usage is not None
+    code = transformers_code(usage)
+    names: dict[str, Any] = {"tokenizer": tokenizer}
+    exec(code[code.index("question = ") : code.index("inputs = ")], names)
+    question = ({"role": "user", "content": names["question"]},)
+    assert names["prompt"] == models.prompt_text(tokenizer, template, question)
+
+
+def test_the_front_matter_keeps_to_the_hubs_spec(run: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: mine\nlicense_link: https://x/y\nlanguage:\n- en\n- de\n---\n# Base\n"
+    )
+    text = card_of(run, str(base))
+    data = ModelCard(text).data
+    assert (data.license, data.license_name, data.license_link) == ("other", "mine", "https://x/y")
+    assert data.language == ["en", "de"]
+    assert data.base_model is None
+    tree = ModelCard(card_of(run, "HuggingFaceTB/SmolLM2-135M")).data.to_dict()
+    assert tree["base_model"] == "HuggingFaceTB/SmolLM2-135M"
+    assert tree["base_model_relation"] in ("adapter", "merge", "quantized", "finetune")
+    assert tree["pipeline_tag"] == "text-generation"
+    (model,) = tree["model-index"]
+    (result,) = model["results"]
+    assert result["task"]["type"] == "text-generation"
+    assert {"type", "name"} <= result["dataset"].keys()
+    assert [set(metric) >= {"type", "value"} for metric in result["metrics"]] == [True]
+
+
+def test_a_licence_that_is_not_known_is_not_invented_and_one_that_is_set_stays(run: Path) -> None:
+    text = card_of(run)
+    assert "license" not in yaml.safe_load(text.split("---")[1])
+    assert "The licence of the base model x/y is not known here" in text
+    path = run / "kl" / "model" / "README.md"
+    with pytest.raises(UserError, match="is not an identifier of the hub"):
+        model_card.set_licence(path, "Apache 2")
+    model_card.set_licence(path, "apache-2.0")
+    assert ModelCard.load(path).data.license == "apache-2.0"
+    assert "is not known here" not in path.read_text()
+    assert "## Settings" in path.read_text()
+    again = card_of(run)  # the next report
+    assert ModelCard(again).data.license == "apache-2.0"
+
+
+def test_the_card_has_size_data_and_limits(run: Path) -> None:
+    text = card_of(run)
+    weights = run / "kl" / "model" / "model.safetensors"
+    with safetensors.safe_open(weights, "np") as file:
+        parameters = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    assert f"{parameters:,}" in text
+    assert f"{weights.stat().st_size / 1e6:,.1f} MB" in text
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "the traces of stage traces" in text
+    assert rows["parameters"]
+    limits = text.split("## Limits")[1].split("## ")[0]
+    assert "Made for task sums" in limits
+    assert "59.0% of the replies to 256 held-out problems were wrong" in limits
+    assert "one training seed" in limits
+    assert "Trained on texts of at most 4,096 tokens" in limits
