@@ -117,6 +117,14 @@ def check_repo(repo: str) -> None:
         raise UserError(f"push: {repo!r} is not the name of a repository: write owner/name.")
 
 
+def check_licence(licence: str) -> None:
+    """Raise UserError unless a text has the form of the hub's identifiers of licences."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise UserError(
+            f"--license: {licence!r} is not an identifier of the hub, such as apache-2.0, mit, llama3.2 or other."
+        )
+
+
 def unreachable(instead: str) -> MachineError:
     """Return the error for a hub that does not answer. instead: what can be done without it."""
     import huggingface_hub.constants as constants

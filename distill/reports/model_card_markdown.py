@@ -67,7 +67,7 @@ class Card:
     size: Sequence[tuple[str, str]] = ()
     trained: Sequence[tuple[str, str, str]] = ()
     datasets: Sequence[str] = ()
-    language: str | Sequence[str] | None = None
+    language: str | Sequence[str] = ()
     limits: Sequence[str] = ()
 
 
@@ -102,7 +102,7 @@ def front_matter(card: Card) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        language=list(card.language) if isinstance(card.language, tuple) else card.language,
+        language=card.language if isinstance(card.language, str) else list(card.language) or None,
         base_model=card.base if card.base_on_hub else None,
         base_model_relation="finetune" if card.base_on_hub else None,
         datasets=list(card.datasets) or None,
@@ -124,7 +124,8 @@ def body(card: Card) -> list[Block]:
         Heading("Training"),
         *([Table(["stage", "learns by", "from"], [list(row) for row in card.trained], "lll")] if card.trained else []),
         _lineage(card.lineage),
-        *([Heading("Limits"), *map(Text, card.limits)] if card.limits else []),
+        Heading("Limits"),
+        *[Text(limit) for limit in card.limits],
         Heading("Licence"),
         Text(_licence(card)),
     ]

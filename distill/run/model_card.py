@@ -89,7 +89,7 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
         size=_size(size) if size is not None else (),
         trained=list(card_facts.trained_on(resolved, name)),
         datasets=card_facts.hub_datasets(resolved, name),
-        language=tuple(language) if isinstance(language, list) else language if isinstance(language, str) else None,
+        language=language if isinstance(language, str | list) else (),
         limits=card_facts.limits(resolved, name, scores, size),
     )
 
@@ -213,10 +213,7 @@ def set_licence(path: Path, licence: str) -> None:
     """Write a licence into a card: its header and its section. Raises UserError for a text that is no identifier."""
     from huggingface_hub import ModelCard
 
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise UserError(
-            f"--license: {licence!r} is not an identifier of the hub, such as apache-2.0, mit, llama3.2 or other."
-        )
+    hub.check_licence(licence)
     card = ModelCard.load(path)
     card.data.license = licence
     head, found, rest = str(card).partition(LICENCE_HEADING)

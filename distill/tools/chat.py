@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distill import models, run_folder
 from distill.errors import DataError, MachineError
 from distill.models.checkpoint_folder import ADAPTER, check_folder
@@ -168,7 +170,7 @@ class Chat:
         try:
             for token in self._tokens(prompt, room):
                 ids.append(token)
-                pieces.show(models.decode(self.tokenizer, ids))
+                pieces.show(models.decode(self.tokenizer, np.array(ids)))
         except KeyboardInterrupt:
             stopped = True
         pieces.end()

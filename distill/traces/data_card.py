@@ -7,10 +7,12 @@ whether they were verified, and how to decode them without this package. Example
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.printable import printable
 from distill.tail_draws import DRAW_MASS
 from distill.traces import folder, provenance
 from distill.traces.reader import SELECTION_FILE, TraceReader, open_traces
@@ -40,6 +42,7 @@ def card(path: str | Path, *, name: str, licence: str = LICENCE_TO_FILL) -> str:
         _summary(reader, held),
         "## Where it comes from\n\n" + _table(_lineage(reader)),
         "## What it holds\n\n" + _table(_sizes(held)),
+        *_prompt(reader),
         *_filters(Path(path)),
         "## Integrity\n\n" + _integrity(reader),
         "## Reading it\n\n" + _reading(reader),
@@ -86,6 +89,36 @@ def _lineage(reader: TraceReader) -> list[tuple[str, str]]:
         ("packages", ", ".join(_code(f"{key} {value}") for key, value in meta.versions.items()) or "not recorded"),
     ]  # fmt: skip
     return rows
+
+
+def _prompt(reader: TraceReader) -> list[str]:
+    """A section on the conversation that the traces were sampled under."""
+    prompt = reader.metadata.prompt
+    if prompt is None:
+        return ["## The prompt\n\nNot recorded beside the traces; `prompt_ids` hold every prompt as it was.\n"]
+    how = "The chat template of the model rendered it" if prompt.chat else "Plain text, without a chat template"
+    if prompt.options:
+        how += ", with " + ", ".join(f"{_code(key)} = {_code(str(value))}" for key, value in prompt.options.items())
+    text = f"## The prompt\n\n{how}. For a question in the place of `{{question}}` the model read:\n\n"
+    text += _fenced(prompt.rendered or prompt.plain) if prompt.rendered or prompt.plain else ""
+    if prompt.chat:
+        system = "begin with the system message above" if prompt.system else "have no system message but their own"
+        text += f"\n`messages` hold the whole conversation, and {system}."
+        if prompt.system and not prompt.roles:
+            text += " The chat template has no system role: its text stands in the first question, before a blank line."
+        text += "\n"
+    else:
+        text += "\n`messages` hold the conversation without the text around the question.\n"
+    if prompt.begun:
+        text += f"\nThe prompt has begun the reply with {_code(prompt.begun)}; `completion` is what follows.\n"
+    return [text]
+
+
+def _fenced(text: str) -> str:
+    """Text in a fence that it cannot end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{printable(text)}\n{fence}\n"
 
 
 def _sizes(held: Stats) -> list[tuple[str, str]]:
@@ -138,8 +171,8 @@ def _integrity(reader: TraceReader) -> str:
 
 def _reading(reader: TraceReader) -> str:
     text = (
-        "Plain Parquet, one row a trace. `messages` is the prompt in chat form, `completion` the reply; `prompt_ids` and "
-        "`completion_ids` are the tokens that the model saw and wrote, `logprob` their log-probabilities.\n"
+        'Plain Parquet, one row a trace, read by `datasets.load_dataset(NAME, split="train")`. `messages` is the conversation '
+        "before the reply, `completion` the reply; `prompt_ids` and `completion_ids` are the tokens that the model saw and wrote, `logprob` their log-probabilities.\n"
     )
     if not reader.metadata.top_k:
         return text

@@ -41,8 +41,9 @@ def push(path: Path, repo: str, *, licence: str, private: bool = True) -> str:
 
 
 def build(path: Path, out: Path, *, name: str, licence: str) -> Path:
-    """Build the folder to upload: traces with their card. Raises UserError if `out` exists."""
+    """Build the folder to upload: traces with their card. Raises UserError if `out` exists, or for no licence."""
     path, out = Path(path), Path(out)
+    hub.check_licence(licence)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already and is not an empty folder; name a new one.")
     if not path.is_dir():

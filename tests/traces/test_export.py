@@ -20,6 +20,7 @@ from distill.records import UserError
 from distill.traces import provenance, push
 from distill.traces.data_card import card
 from distill.traces.export import export_dataset, export_sft
+from distill.traces.prompts import PromptRecord
 from distill.traces.reader import open_traces
 from distill.traces.selection import select
 from distill.traces.verify import verify
@@ -117,6 +118,38 @@ def test_the_card_says_who_wrote_text_that_was_only_scored(tmp_path):
     text = card(samples.write(tmp_path / "scored", 4, source=source), name="x")
     assert "that text scored by teacher forcing" in text
     assert "\n# Not" not in text
+
+
+def test_the_card_shows_the_prompt_that_was_sampled_under(tmp_path):
+    record = PromptRecord(
+        chat=True, system="Be brief.", begun="<think>\n", options={"enable_thinking": True},
+        rendered="<user>Be brief.\n\n{question}\n```code```<model><think>\n",
+    )  # fmt: skip
+    with TraceWriter(tmp_path / "chat", samples.metadata(prompt=record)) as writer:
+        writer.add(samples.traces(range(2)))
+    text = card(tmp_path / "chat", name="x")
+    section = text.split("## The prompt")[1].split("## ")[0]
+    assert f"````text\n{record.rendered}\n````" in section
+    assert "`enable_thinking` = `True`" in section
+    assert "begin with the system message above. The chat template has no system role" in section
+    assert "begun the reply with `<think>`" in section
+    plain = PromptRecord(chat=False, plain="Q: {question}\nA:", rendered="Q: {question}\nA:")
+    with TraceWriter(tmp_path / "plain", samples.metadata(prompt=plain)) as writer:
+        writer.add(samples.traces(range(2)))
+    assert "Plain text, without a chat template" in card(tmp_path / "plain", name="x")
+    assert "Not recorded beside the traces" in card(samples.write(tmp_path / "old", 2), name="x")
+
+
+def test_the_cards_configuration_loads_the_shards_with_datasets(tmp_path, monkeypatch):
+    """Of a built folder, as the hub's viewer reads it; a licence that is no identifier is refused."""
+    import datasets
+
+    built = push.build(samples.write(tmp_path / "traces", 12), tmp_path / "out", name="me/sums", licence="mit")
+    rows = datasets.load_dataset(str(built), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 12
+    assert rows[3]["messages"] == [{"role": "user", "content": "3 + ⅓ = ?"}]
+    with pytest.raises(UserError, match="is not an identifier of the hub"):
+        push.build(tmp_path / "traces", tmp_path / "other", name="me/sums", licence="my own words")
 
 
 def test_a_certificate_of_other_content_is_not_shown_and_one_of_the_source_is(stored):
