@@ -167,7 +167,7 @@ def _seeds_panel(label: str, title: str, lines: Mapping[str, tuple[Sequence[floa
     mean = sum(values[-1] for values in known.values()) / len(known)
     canvas.text(0, 28, f"{len(known)} seeds; mean of the last {_value(mean)}", kind="quiet")
     canvas.y_axis([(y(t), _tick(t)) for t in linear_ticks(low, high, 5)])
-    x_ticks = [t for t in linear_ticks(at[0], at[-1], 4) if t == int(t)]
+    x_ticks = [t for t in linear_ticks(at[0], at[-1], 5) if t == int(t)]
     canvas.x_axis([(x(t), f"{t:.0f}") for t in x_ticks], "step", grid=False, title_drop=28)
     for seed, (steps, values) in lines.items():
         canvas.add(group("arm", f"seed {seed}: {known[seed][-1]:.3g}"))
@@ -195,7 +195,7 @@ def _panel(label: str, title: str, lines: Mapping[str, Values], steps: Sequence[
     change = f"from {_value(first[0])} to {_value(first[-1])}" if len(first) > 1 else _value(first[0])
     canvas.text(0, 28, change, kind="quiet")
     canvas.y_axis([(y(t), _tick(t)) for t in linear_ticks(low, high, 5)])
-    x_ticks = [t for t in linear_ticks(at[0], at[-1], 4) if t == int(t)]
+    x_ticks = [t for t in linear_ticks(at[0], at[-1], 5) if t == int(t)]
     canvas.x_axis([(x(t), f"{t:.0f}") for t in x_ticks], "step", grid=False, title_drop=28)
     for key, values in reversed(list(lines.items())):
         main = not key.startswith(REWARD)

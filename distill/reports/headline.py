@@ -253,7 +253,7 @@ def _divergence(group: Group, names: Sequence[str]) -> str:
             words = "difference" if low > 0 else "no difference shown:"
             bracket = f" ({words} {_nats(sign * row['value'])}, 95% CI {span(low, high, 3)})"
         parts.append(f"{name}'s {_nats(kl[name]['value'])}{bracket}")
-    return f" {listed(parts)}."
+    return f"\n{listed(parts)}."
 
 
 def _nats(value: float) -> str:

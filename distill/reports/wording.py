@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,12 @@ if TYPE_CHECKING:
     from distill.reports.run_report import ComparisonRow, IntervalRow, TraceRatioRow
 
 MINUS = "\N{MINUS SIGN}"
+_NEGATIVE_ZERO = re.compile(r"-(0(?:\.0+)?)(?![\d.])")
 
 
 def minus(text: str) -> str:
-    """Number text with the minus sign, which is as wide as a plus, instead of the hyphen."""
-    return text.replace("-", MINUS)
+    """Number text with the minus sign, which is as wide as a plus, instead of the hyphen; what rounds to 0 has no sign."""
+    return _NEGATIVE_ZERO.sub(r"\1", text).replace("-", MINUS)
 
 
 def percent(share: float) -> str:

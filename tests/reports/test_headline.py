@@ -148,6 +148,22 @@ def test_many_arms_are_not_all_named() -> None:
     assert "5 others 26.0–38.0%" in said
 
 
+def test_held_out_kl_is_a_line_of_its_own_with_differences_to_the_nearest() -> None:
+    def near(row: ArmRow, value: float) -> ArmRow:
+        return {**row, "divergence": {"kl": interval(value, 0.01)}}  # type: ignore[typeddict-item]
+
+    arms = {"sft": near(SFT, 0.1), "kl": near(KL, 0.02), "rl": near(RL, 0.03)}
+    far = [
+        {"a": "kl", "b": "sft", "difference": interval(-0.08, 0.02)},
+        {"a": "rl", "b": "kl", "difference": interval(0.01, 0.02)},
+    ]
+    said = verdict(report(arms, pair("kl", "sft", -0.188), divergence_pairs=far))
+    assert said.split("\n")[1] == (
+        "kl's held-out KL to the teacher is 0.020 nats a token, rl's 0.030 (no difference shown: 0.010, 95% CI −0.010 to 0.030) and "
+        "sft's 0.100 (difference 0.080, 95% CI 0.060–0.100)."
+    )
+
+
 def test_each_task_is_a_line_with_its_own_names() -> None:
     """The arms of the second comparison are stored under longer names, and its differences are not mixed with the first's."""
     evaluations = {

@@ -499,6 +499,13 @@ def test_the_minus_sign_is_no_hyphen(report: RunReport) -> None:
     assert not [text for text in texts if re.search(r"(?<!\w)-\d", text)]
     assert wording.span(-0.021 * 100, 9.24) == "−2.1 to 9.2"
     assert wording.span(12.54, 24.7) == "12.5–24.7"
+    assert [wording.minus(text) for text in ("-0.0", "-0.04", "-0", "5e-04", "-10")] == [
+        "0.0",
+        "−0.04",
+        "0",
+        "5e−04",
+        "−10",
+    ]
 
 
 def test_a_run_without_arms_still_reports(report: RunReport, tmp_path: Path) -> None:
