@@ -79,7 +79,7 @@ def test_the_teacher_has_several_ways_to_go_on_and_the_students_are_measured_on_
     print({name: round(value, 4) for name, value in kl.items()})
     assert abs(kl["teacher"]) < 0.02  # the teacher wrote the traces in vLLM, and is measured in transformers
     assert 0 < kl["kl"] < 0.5
-    assert "In held-out KL to the teacher, " in report["verdict"]
+    assert "held-out KL to the teacher is " in report["verdict"]
 
 
 def test_what_was_predicted_is_within_twice_of_what_was_measured(report):
