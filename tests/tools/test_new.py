@@ -11,7 +11,7 @@ import select
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +23,9 @@ from project import Project
 
 from distill import recipe as recipes
 from distill.errors import UserError
-from distill.tools.new import Given, create
+from distill.tools.new import Given, create, recipe_text
+from distill.tools.new.asking import settle_all
+from distill.tools.new.dialogue import Dialogue
 
 NAMES = ("Mira", "Tom", "Ada", "Ben", "Lea", "Noor", "Ivo", "Uma")
 SAID = r"\boxed{4}"
@@ -287,6 +289,22 @@ def test_an_official_test_split_is_held_out(here, tiny, capsys):
     tree = made(tiny, "set")
     assert tree["stages"]["traces"]["problems"] == 40
     assert tree["stages"]["verdict"]["problems"] == 12
+
+
+def test_a_data_set_of_the_hub_is_named_with_its_splits(here, tiny):
+    """What would be read from the hub is read from a file here."""
+    dialogue = Dialogue(asks=False)
+    found, _ = settle_all(
+        dialogue, Given(data=lines(here, chats()), teacher=str(tiny.teacher), student=str(tiny.student))
+    )
+    there = replace(found, data=replace(found.data, given="owner/chats", path=None, splits=("train_sft", "hash")))
+    tree = yaml.safe_load(recipe_text.write(there, here))
+    assert tree["tasks"]["questions"] == {
+        "fn": "hub", "dataset": "owner/chats", "train_split": "train_sft", "held_out_split": "hash", "judge": "none", "template": "direct",
+    }  # fmt: skip
+    for name in ("scored", "sft"):
+        assert (tree["stages"][name]["data"], tree["stages"][name]["split"]) == ("owner/chats", "train_sft")
+    recipes.validate(tree)
 
 
 def test_rows_that_cannot_be_used_are_counted_with_a_reason(here, tiny, capsys):
