@@ -31,9 +31,6 @@ REASONS = ("gpu", "network", "cluster", "endpoint", "minutes", "system")
 PARSED_ONLY = {("doctor",), ("push",), ("chat",), ("watch",), ("traces", "push")}
 """Verbs that take minutes, wait for a person or need a network: their options are checked, and their recipe."""
 
-SMALL_ONLY = {("run",), ("check",)}
-"""Verbs that are carried out for recipes whose models are tiny; other recipes are loaded, which is the check of what a page says."""
-
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>.*)$")
 _NOTE = re.compile(r"^ *<!-- block: (?P<note>.+?) -->\s*$")
 _FILE = re.compile(r"^# (?P<name>[\w./-]+\.(?:py|yaml))\s*$")
@@ -236,9 +233,10 @@ class Runner:
             if path is not None and status == 0:
                 self._load(path, options.get("overrides") or [])
             return
-        cheap = status != 0 or options.get("gpu") or verb not in SMALL_ONLY
-        if not cheap and not self._is_small(path, options.get("overrides") or []):
-            return
+        if status == 0 and not options.get("gpu") and not options.get("dry_run"):
+            ways = {("run",): self._is_finished, ("check",): self._is_small}
+            if verb in ways and not ways[verb](self._load(path, options.get("overrides") or [])):
+                return
         done = command_line(self.folder, *words)
         said = f"{shlex.join(['distill', *words])} ended with {done.returncode}, not {status}:\n{done.stdout}\n{done.stderr}"
         assert done.returncode == status, said
@@ -247,9 +245,13 @@ class Runner:
         here = path if path.is_absolute() or not (self.folder / path).exists() else self.folder / path
         return recipes.load(here, overrides)
 
-    def _is_small(self, path: Path, overrides: list[str]) -> bool:
-        """Whether all models of a recipe are folders of this machine, as the tiny one is; the recipe must load."""
-        return all(Path(one.source).is_dir() for one in self._load(path, overrides).models.values())
+    def _is_small(self, recipe: Recipe) -> bool:
+        """Whether all models are folders of this machine, as the tiny one is."""
+        return all(Path(model.source).is_dir() for model in recipe.models.values())
+
+    def _is_finished(self, recipe: Recipe) -> bool:
+        """Whether there is a finished run of a recipe, so that running it again does little."""
+        return (self.folder / "runs" / recipe.name / "report.json").is_file()
 
 
 def parsed(words: list[str]) -> tuple[tuple[str, ...], dict[str, Any]]:
