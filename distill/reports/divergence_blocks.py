@@ -7,15 +7,28 @@ from collections.abc import Mapping, Sequence
 from distill.reports.arm_groups import Group
 from distill.reports.block_kinds import Block, Heading, Table, Text
 from distill.reports.divergence import text
-from distill.reports.run_report import ArmRow, DivergencePairRow
+from distill.reports.run_report import DivergencePairRow, DivergenceRow, RunReport
 from distill.reports.wording import interval_text, minus
 
 
 def divergence_blocks(group: Group) -> list[Block]:
     """The tables of the arms that were measured; the caller leaves the section out if there is none."""
-    found: list[Block] = [
-        Heading(group.heading("Held-out KL")),
-        divergence_table(group.arms),
+    measured = {name: arm["divergence"] for name, arm in group.arms.items() if "divergence" in arm}
+    found = [Heading(group.heading("Held-out KL")), *_measured(measured)]
+    if pairs := group.divergence_pairs:
+        found += [pair_table(pairs), Text("Paired, trace by trace; below 0 the first arm is nearer to the teacher.")]
+    return found
+
+
+def distance_blocks(report: RunReport) -> list[Block]:
+    """The models that stages measure by themselves; nothing if there is none."""
+    measured = {stage["name"]: stage["divergence"] for stage in report["stages"] if "divergence" in stage}
+    return [Heading("Held-out KL, by stage"), *_measured(measured)] if measured else []
+
+
+def _measured(measured: Mapping[str, DivergenceRow]) -> list[Block]:
+    return [
+        divergence_table(measured),
         Text(
             "On traces that the teacher sampled from held-out problems, in nats a token. KL: of the teacher to the arm over the whole "
             "vocabulary, an unbiased estimate; at least: with all tokens that are not stored as one outcome; label NLL: of the teacher's "
@@ -24,13 +37,9 @@ def divergence_blocks(group: Group) -> list[Block]:
             "has several."
         ),
     ]
-    if pairs := group.divergence_pairs:
-        found += [pair_table(pairs), Text("Paired, trace by trace; below 0 the first arm is nearer to the teacher.")]
-    return found
 
 
-def divergence_table(arms: Mapping[str, ArmRow]) -> Table:
-    measured = {name: arm["divergence"] for name, arm in arms.items() if "divergence" in arm}
+def divergence_table(measured: Mapping[str, DivergenceRow]) -> Table:
     rows = [
         [
             name,

@@ -22,6 +22,9 @@ def verdict(report: RunReport) -> str:
     standing = _standing(report)
     found = groups(report)
     if not found:
+        near = _distances(report)
+        if near:
+            return f"{standing}\nSo far: {near}" if any(s["status"] != "done" for s in report["stages"]) else near
         evaluates = any(stage["kind"] in ("eval", "compare") for stage in report["stages"])
         none = "No model of this run has been evaluated yet." if evaluates else "This recipe evaluates no model."
         return f"{standing} {none}".strip()
@@ -254,6 +257,17 @@ def _divergence(group: Group, names: Sequence[str]) -> str:
             bracket = f" ({words} {_nats(sign * row['value'])}, 95% CI {span(low, high, 3)})"
         parts.append(f"{name}'s {_nats(kl[name]['value'])}{bracket}")
     return f"\n{listed(parts)}."
+
+
+def _distances(report: RunReport) -> str:
+    """The held-out KL of models that stages measure by themselves, nearest first: of recipes whose answers no judge can read."""
+    rows = {stage["name"]: stage["divergence"]["kl"] for stage in report["stages"] if "divergence" in stage}
+    parts = [
+        f"{name} measured {_nats(row['value'])}{' nats a token of held-out KL to the teacher' if not n else ''} "
+        f"(95% CI {span(row['low'], row['high'], 3)})"
+        for n, (name, row) in enumerate(sorted(rows.items(), key=lambda one: one[1]["value"]))
+    ]
+    return f"{listed(parts)}." if parts else ""
 
 
 def _nats(value: float) -> str:

@@ -23,7 +23,7 @@ from distill.reports.block_kinds import (
 )
 from distill.reports.cost_blocks import VIEWS as VIEWS
 from distill.reports.cost_blocks import compute_blocks, ledger_blocks
-from distill.reports.divergence_blocks import divergence_blocks
+from distill.reports.divergence_blocks import distance_blocks, divergence_blocks
 from distill.reports.headline import verdict
 from distill.reports.run_report import ArmRow, ExampleRow, RunReport, StageRow
 from distill.reports.stage_blocks import prediction_blocks, stage_blocks
@@ -51,6 +51,7 @@ def blocks(report: RunReport) -> list[Block]:
         found += compute_blocks(group)
     if measured := report.get("measurements"):
         found += measurement_blocks(report, measured)
+    found += distance_blocks(report)
     found += trace_curve_blocks(report)
     found += ledger_blocks(report)
     found += curve_blocks(report["stages"])

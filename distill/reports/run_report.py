@@ -38,7 +38,8 @@ class Amounts(TypedDict):
 
 class StageRow(TypedDict):
     """One stage. cost: the fields of `Cost`. curves: for each metric a list with one number for each of `curve_steps`, null
-    where it was not logged. progress: of a running or failed stage. error: the message of a failed one."""
+    where it was not logged. progress: of a running or failed stage. error: the message of a failed one. divergence: of a
+    stage that measures it for one model by itself."""
 
     name: str
     kind: str
@@ -52,6 +53,7 @@ class StageRow(TypedDict):
     curve_steps: NotRequired[list[float]]
     progress: NotRequired[ProgressRow]
     error: NotRequired[str]
+    divergence: NotRequired[DivergenceRow]
 
 
 class View(TypedDict):

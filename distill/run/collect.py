@@ -15,7 +15,7 @@ import yaml
 from distill import run_folder
 from distill.recipe import Recipe, RewardConfig, StageConfig
 from distill.reports.context_rows import ProgressRow
-from distill.reports.run_report import RunReport, StageRow
+from distill.reports.run_report import DivergenceRow, RunReport, StageRow
 from distill.run.collect_arms import collect_arms
 from distill.run.weak_teachers import weak_teachers
 
@@ -87,6 +87,8 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
         row["curve_steps"], row["curves"] = read_curves(lines)
     if standing.status in ("running", "failed"):
         row["progress"] = _progress(standing, row.get("curve_steps", []))
+    if standing.kind == "divergence" and standing.status == "done" and "." not in name:
+        row["divergence"] = {key: standing.metrics[key] for key in DivergenceRow.__required_keys__}  # type: ignore[typeddict-item]
     message = run / name / "error.txt"
     if standing.status == "failed" and message.is_file():
         row["error"] = message.read_text(encoding="utf-8", errors="replace").strip()

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from distill.reports.arm_groups import groups
+from distill.reports.block_kinds import Table
 from distill.reports.headline import verdict
+from distill.reports.report_blocks import blocks
 from distill.reports.run_report import ArmRow, RunReport
 
 
@@ -162,6 +164,34 @@ def test_held_out_kl_is_a_line_of_its_own_with_differences_to_the_nearest() -> N
         "kl's held-out KL to the teacher is 0.020 nats a token, rl's 0.030 (no difference shown: 0.010, 95% CI −0.010 to 0.030) and "
         "sft's 0.100 (difference 0.080, 95% CI 0.060–0.100)."
     )
+
+
+def test_without_evaluations_the_measured_distances_are_the_answer() -> None:
+    far = {
+        "bound": interval(0.1),
+        "label_nll": interval(1.0),
+        "overconfidence": interval(0.1),
+        "traces": 9,
+        "tokens": 99,
+    }
+    stages = [
+        {
+            "name": name,
+            "kind": "divergence",
+            "status": "done",
+            "seconds": 1.0,
+            "cost": {},
+            "divergence": {**far, "kl": interval(kl, 0.01)},
+        }
+        for name, kl in (("near_start", 0.2), ("near_kl", 0.05))
+    ]
+    made = report({}, stages=stages)
+    assert verdict(made) == (
+        "near_kl measured 0.050 nats a token of held-out KL to the teacher (95% CI 0.040–0.060) and near_start measured 0.200 "
+        "(95% CI 0.190–0.210)."
+    )
+    tables = [block for block in blocks(made) if isinstance(block, Table) and block.header[0] == "arm, nats a token"]
+    assert [row[0] for row in tables[0].rows] == ["near_start", "near_kl"]
 
 
 def test_each_task_is_a_line_with_its_own_names() -> None:
