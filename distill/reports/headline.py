@@ -73,9 +73,8 @@ def _answer(group: Group, report: RunReport, several: bool) -> str:
     if most is not None:  # of arms that differ in their number of traces, those with the most
         ways = [name for name in students if "traces" not in arms[name] or arms[name]["traces"]["number"] == most]
         shown = {name: arms[name]["traces"]["way"] if "traces" in arms[name] else name for name in ways}
-        return (
-            f"{lead}{'with' if lead else 'With'} {most:,} traces, {_ways(group, ways, shown, measures=('accuracy',))}"
-        )
+        compared = _ways(group, ways, shown, measures=("accuracy",))
+        return f"{lead}{'with' if lead else 'With'} {most:,} traces, {compared}{_worth(group, report)}"
     ends = [name for name in students if not any(name in _about(arms[other], "builds_on") for other in students)]
     if len(ends) == 1:
         return lead + _one(group, ends[0])
@@ -283,4 +282,4 @@ def _worth(group: Group, report: RunReport) -> str:
             by_measure.setdefault(row["measure"], []).append(f"{row['way']} {ratio_text(row)}")
     measures = {"accuracy": "accuracy", "kl": "held-out KL"}
     said = [f"by {measures[measure]} {listed(ratios)}" for measure, ratios in by_measure.items()]
-    return f" One trace is worth this many traces of text: {'; '.join(said)}." if said else ""
+    return f"\nOne trace is worth this many traces of text: {'; '.join(said)}." if said else ""

@@ -166,6 +166,21 @@ def test_held_out_kl_is_a_line_of_its_own_with_differences_to_the_nearest() -> N
     )
 
 
+def test_of_a_sweep_those_with_most_traces_are_compared_and_a_trace_is_priced_in_text() -> None:
+    arms = {
+        f"{way}-{number}": {**arm("student", accuracy), "traces": {"comparison": "v", "way": way, "number": number}}
+        for way, number, accuracy in (("sft", 64, 0.2), ("sft", 1024, 0.4), ("kl", 64, 0.3), ("kl", 1024, 0.6))
+    }
+    rows = [{"comparison": where, "way": "kl", "measure": "accuracy", "ratio": 2.1, "low": 1.4, "high": 16.0, "low_at_end": False,
+             "high_at_end": True, "at_end": False, "seeds": 3} for where in ("v", "other")]  # fmt: skip
+    said = verdict(report(arms, pair("kl-1024", "sft-1024", 0.2), trace_ratios=rows))  # type: ignore[arg-type]
+    assert said == (
+        "With 1,024 traces, kl solved 60.0% of 256 held-out problems and sft 40.0% (difference 20.0 points, 95% CI 14.0–26.0). "
+        "One training seed each: no claim about the methods.\n"
+        "One trace is worth this many traces of text: by accuracy kl 2.1 [1.4, >16]."
+    )
+
+
 def test_without_evaluations_the_measured_distances_are_the_answer() -> None:
     far = {
         "bound": interval(0.1),
