@@ -18,6 +18,7 @@ from distill.tasks import rewards, templates
 from distill.traces import filters
 from distill.traces.contamination import HeldOut
 from distill.traces.export import export_sft, merge
+from distill.traces.prompts import PromptRecord
 from distill.traces.reader import content_fingerprint, open_traces
 from distill.traces.selection import select
 from distill.traces.summary import stats
@@ -404,7 +405,10 @@ def test_sft_export_is_chat_jsonl(stored, tmp_path):
         {"role": "user", "content": f"{n} + ⅓ = ?"},
         {"role": "assistant", "content": f"<think>{n}</think><answer>{n}</answer>"},
     ]
-    export_sft(stored, tmp_path / "text.jsonl", style="text")
+    plain = samples.metadata(prompt=PromptRecord(chat=False, plain="{question}"))
+    with TraceWriter(tmp_path / "plain", plain) as writer:
+        writer.add(samples.traces(range(4)))
+    export_sft(tmp_path / "plain", tmp_path / "text.jsonl", style="text")
     first = json.loads((tmp_path / "text.jsonl").read_text().splitlines()[0])
     assert first["prompt"] == "0 + ⅓ = ?"
 
