@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -119,6 +120,7 @@ def test_questions_with_answers_are_judged_filtered_and_compared(here, tiny, cap
     total = tree["stages"]["traces"]["problems"] + tree["stages"]["verdict"]["problems"]
     assert total == 60
     assert "60 questions are few" in said
+    assert "a teacher of this size rarely writes a right answer" in said
     assert "distill doctor mine.yaml" in said
     assert "on this machine" in said
 
@@ -446,6 +448,8 @@ def talk(answers: list[tuple[str, str]]) -> tuple[int, str]:
             answer = waiting.pop(0)[1]
             begin = len(seen)
             os.write(terminal, answer.encode() if answer == "\x03" else f"{answer}\n".encode())
+    else:
+        os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
     return os.waitstatus_to_exitcode(status), seen
 

@@ -24,6 +24,8 @@ UNSEEN = 128
 """Held-out questions on which the distance from the teacher is measured, at most."""
 SPARE = 32
 """Tokens of the context that the estimate of the longest prompt may be wrong by."""
+WEAK = 4e8
+"""Parameters below which a teacher is said to be rarely right."""
 LARGE = 3e9
 """Parameters from which the learning rate is lower."""
 
@@ -184,6 +186,11 @@ class Settings:
             found.append(
                 f"{self.train + self.held_out} questions are few: enough to see that everything works, too few to tell one way of training "
                 f"from another{on}. Some hundreds are better."
+            )
+        if self.judged and self.learn_from == "teacher" and not self.endpoint and self.teacher.params < WEAK:
+            found.append(
+                "a teacher of this size rarely writes a right answer where the judge looks for it, and only right ones are learned: look at the line "
+                "`right answers` of `distill doctor`. --judge none learns all completions."
             )
         if self.held_out < 2:
             found.append(
