@@ -37,6 +37,9 @@ Array = npt.NDArray[Any]
 SHORT = 256
 """Attention spans up to this many tokens are computed as plain matrix products, which is quick at that length."""
 
+IGNORED = -100
+"""The label of a token that is not learned, as transformers has it."""
+
 NO_TAIL = 1e-6
 """Tail masses below this are rounding noise of float32 log-probabilities and count as no tail."""
 

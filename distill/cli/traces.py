@@ -101,16 +101,25 @@ def merge(
 @traces_app.command()
 def export(
     folder: TracesFolder,
-    out: Annotated[Path, typer.Argument(help="NAME.jsonl writes a JSONL file; any other name a `datasets` folder.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="chat, text: NAME.jsonl, or any other name for a `datasets` folder. axolotl, trl: NAME.parquet or NAME.jsonl. distillkit: a folder."
+        ),
+    ],
     style: Annotated[
-        str, typer.Option(help="chat (messages), or text (prompt as the model read it, and completion).")
+        str,
+        typer.Option(
+            help="Text: chat (messages), text (prompt as the model read it, and completion), trl (TRL's prompt and completion). With the "
+            "distributions: distillkit, axolotl."
+        ),
     ] = "chat",
     tokenizer: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="The tokenizer of the traces, if text needs it and it is not found."),
     ] = None,
 ) -> None:
-    """Export whole conversations as they were sampled, system message included, for other trainers."""
+    """Export traces for other trainers: conversations as they were sampled, or tokens and distributions."""
     from distill import progress
     from distill.tools import export_text
     from distill.tools.trace_places import place
@@ -118,6 +127,46 @@ def export(
     folder = place(folder)
     with progress.working(f"writing {out}"):
         count = export_text.write(folder, out, style, tokenizer)
+    typer.echo(f"{count} traces in {out}")
+
+
+@traces_app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A .parquet or .jsonl file, a folder of .parquet files, or one of Dataset.save_to_disk."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The folder of traces to write.")],
+    style: Annotated[
+        str, typer.Option(help="distillkit (compressed or plain top-k) or axolotl (its prepared KD columns).")
+    ],
+    teacher: Annotated[
+        str, typer.Option(metavar="MODEL", help="The model that the distributions are of: a hub id, a folder.")
+    ],
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model with the teacher's tokenizer. Default: the teacher.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="DistillKit's compression configuration. Default: compression_config.yaml beside the files."),
+    ] = None,
+    without_tail: Annotated[
+        bool, typer.Option("--without-tail", help="Take distributions that were divided by the sum of their entries.")
+    ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Keep log-probabilities as float32 instead of steps of 1/32 nat.")
+    ] = False,
+) -> None:
+    """Write another program's data set of distributions as traces, which train stages learn from."""
+    from distill import progress
+
+    with progress.working(f"reading {source}") as screen:
+        from distill.tools.import_traces import run
+
+        count = run(
+            source, out, style, teacher=teacher, tokenizer=tokenizer, config=config,
+            without_tail=without_tail, exact=exact, screen=screen,
+        )  # fmt: skip
     typer.echo(f"{count} traces in {out}")
 
 

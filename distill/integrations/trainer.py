@@ -168,8 +168,13 @@ class KLTrainerMixin:
 
     def _kl_student(self: Any, model: Any, inputs: Any) -> tuple[Tensor, Head | None]:
         """Return the last hidden states and the head, or the logits and None where the model must be called as a whole."""
-        whole = self.accelerator.unwrap_model(model)
-        if whole is not model or not self._kl_can_fuse(model, inputs):
+        wrapped = self.accelerator.unwrap_model(model) is not model
+        if not wrapped and self.accelerator.num_processes > 1 and torch.is_grad_enabled():
+            raise UserError(
+                "the model is not wrapped for several processes, so their gradients would not be added up. If the script calls evaluate() "
+                "before train(), the trainer leaves it unwrapped: call it after, or set eval_on_start=True."
+            )
+        if wrapped or not self._kl_can_fuse(model, inputs):
             return model(**_read(inputs)).logits, None
         with self.accelerator.autocast():
             hidden = decoder_of(model)(**_read(inputs)).last_hidden_state

@@ -20,11 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.records import IGNORED as IGNORED
 from distill.records import Array, Draws, TopK, Traces, UserError
 from distill.tail_draws import weights
-
-IGNORED = -100
-"""The label of a token that is not learned, as transformers has it."""
 
 
 class TraceRow(TypedDict, total=False):

@@ -104,7 +104,7 @@ def test_value_and_gradients_from_logits_and_from_hidden_states_equal_autograd_b
     torch.testing.assert_close(fused, from_logits, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "ce_kl"])
 def test_the_losses_of_tokens_have_the_gradient_of_their_weighted_sum(name):
     batch = collate(made(entries=4)[0])
     hidden, weight, bias = student_of(batch)

@@ -50,6 +50,11 @@ class Stored(list):
         return datasets.Dataset.from_list([{k: np.asarray(v).tolist() for k, v in row.items()} for row in self])
 
 
+@functools.cache
+def tokenizer_in(folder):
+    return models.load_tokenizer(folder)
+
+
 def trainer(kind, tiny_dir, tmp_path, *, model=None, train_rows=None, more=None, **arguments):
     make, config = KINDS[kind]
     args = config(output_dir=str(tmp_path / kind), **{**PLAIN, **arguments})
@@ -57,7 +62,7 @@ def trainer(kind, tiny_dir, tmp_path, *, model=None, train_rows=None, more=None,
         model or models.load(tiny_dir, dtype="float32"),
         args,
         train_dataset=Stored(rows() if train_rows is None else train_rows),
-        processing_class=models.load_tokenizer(tiny_dir),
+        processing_class=tokenizer_in(tiny_dir),
         **(more or {}),
     )
 
@@ -190,6 +195,15 @@ def test_weights_of_a_loss_change_with_the_progress(tiny_dir, tmp_path):
     assert third == pytest.approx(first / 3, rel=1e-5)
 
 
+def test_a_model_that_is_not_wrapped_for_several_processes_is_not_trained(tiny_dir, tmp_path, monkeypatch):
+    found = trainer("transformers", tiny_dir, tmp_path)
+    monkeypatch.setattr(type(found.accelerator), "num_processes", 2)
+    with pytest.raises(UserError, match="their gradients would not be added up"):
+        found.compute_loss(found.model, collate(rows()))
+    with torch.no_grad():
+        assert found.compute_loss(found.model, collate(rows())) > 0
+
+
 def test_long_traces_are_cut(tiny_dir, tmp_path):
     found = trainer("trl", tiny_dir, tmp_path, max_length=9)
     batch = next(iter(found.get_train_dataloader()))
@@ -219,21 +233,21 @@ def test_bfloat16_autocast(tiny_dir, tmp_path):
 )
 def test_settings_that_would_be_ignored_or_wrong_are_refused(arguments, said, tiny_dir, tmp_path):
     with pytest.raises(UserError, match=said):
-        trainer("trl", tiny_dir, tmp_path, **arguments)
+        trainer("trl", tiny_dir, tmp_path, model="not loaded", **arguments)
 
 
 def test_a_wrong_loss_tokenizer_or_adapter_is_refused(tiny_dir, tmp_path, mistral):
     from peft import PromptTuningConfig
 
     with pytest.raises(UserError, match="Did you mean 'forward_kl'"):
-        trainer("trl", tiny_dir, tmp_path, more={"loss": "foward_kl"})
+        trainer("trl", tiny_dir, tmp_path, model="not loaded", more={"loss": "foward_kl"})
     with pytest.raises(UserError, match="beta: must lie between 0 and 1"):
-        trainer("trl", tiny_dir, tmp_path, more={"loss": "jsd", "loss_options": {"beta": 1}})
+        trainer("trl", tiny_dir, tmp_path, model="not loaded", more={"loss": "jsd", "loss_options": {"beta": 1}})
 
     more = {"eval_dataset": Stored(rows())}
     more["eval_dataset"].metadata = {"tokenizer": models.tokenizer_fingerprint(mistral)}
     with pytest.raises(UserError, match="another tokenizer than processing_class"):
-        trainer("trl", tiny_dir, tmp_path, more=more)
+        trainer("trl", tiny_dir, tmp_path, model="not loaded", more=more)
     prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(UserError, match="Use LoRA"):
         trainer("trl", tiny_dir, tmp_path, more={"peft_config": prompts})
