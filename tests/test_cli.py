@@ -45,7 +45,7 @@ def test_errors_are_one_message_and_their_status(tmp_path):
     for arguments, said, *status in [
         (("run", "none.yaml"), "no such file"),
         (("ls", "loses"), "Did you mean 'losses'"),
-        (("show", "nothing"), "holds no report.json"),
+        (("show", "nothing"), "no such folder"),
         (("init", "x", "--recipe", "quikstart"), "Did you mean 'quickstart'"),
         (("traces", "verify", "nowhere"), "nowhere", 4),
     ]:
