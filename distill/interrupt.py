@@ -62,14 +62,13 @@ def held_back() -> Iterator[None]:
         received.append(number)
 
     # The mask is only for the child, which inherits it: another thread of this process may still receive the signal.
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    previous = _handled_by(handler)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        for number, handler_before in previous.items():
-            signal.signal(number, handler_before)
+        _restore(previous)
         if received:
             signal.raise_signal(received[0])
 
@@ -133,7 +132,7 @@ def end(process: subprocess.Popen[Any]) -> None:
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         pass
     finally:
-        previous = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+        previous = _handled_by(signal.SIG_IGN)
         if process.poll() is None:
             descendants += _descendants(process.pid)
             process.kill()
@@ -142,8 +141,19 @@ def end(process: subprocess.Popen[Any]) -> None:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
         psutil.wait_procs(descendants, timeout=REAP_TIMEOUT)
-        for number, handler_before in previous.items():
-            signal.signal(number, handler_before)
+        _restore(previous)
+
+
+def _handled_by(handler: Any) -> dict[int, Any]:
+    """Set the handler of SIGNALS and return the former ones. Only the main thread may: in another one nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in SIGNALS}
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

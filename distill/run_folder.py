@@ -3,6 +3,7 @@
 RUN/recipe.yaml           the recipe as it was given
 RUN/resolved.yaml         the recipe with every default and every copy for a seed written out
 RUN/environment.json      versions, the machine, and the folder of the recipe's own Python modules
+RUN/predicted.json        the predicted seconds of each node
 RUN/STAGE/stage.json      the stage's config, status, cost and results
 """
 
@@ -26,6 +27,8 @@ from distill.recipe.load import read_file
 
 FILE = "stage.json"
 LOGGED = "metrics.jsonl"
+PREDICTED = "predicted.json"
+"""The predicted seconds of each node of a run."""
 RESOLVED = "resolved.yaml"
 ENVIRONMENT = "environment.json"
 
@@ -62,13 +65,17 @@ def environment(run: Path) -> dict[str, Any]:
         ) from None
 
 
-def write_recipe(run: Path, resolved: Recipe, source: Path, machine: Machine) -> None:
-    """Write the recipe as given, the resolved recipe, and the environment of a run."""
-    write_atomic(run / "recipe.yaml", source.read_text(encoding="utf-8"))
+def write_recipe(run: Path, resolved: Recipe, source: Path | str, machine: Machine) -> None:
+    """Write the recipe as given, the resolved recipe, and the environment of a run. source: the recipe's file, or its text."""
+    write_atomic(run / "recipe.yaml", source if isinstance(source, str) else source.read_text(encoding="utf-8"))
     tree = resolved.model_dump(mode="json")
     write_atomic(run / RESOLVED, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    date = environment(run).get("date") or datetime.date.today().isoformat()
-    here = {**_versions(), "date": date, "modules": str(source.resolve().parent), "machine": asdict(machine)}
+    before = environment(run)
+    date = before.get("date") or datetime.date.today().isoformat()
+    modules = str((resolved._folder or Path.cwd()) if isinstance(source, str) else source.resolve().parent)
+    if modules == str(run.resolve()):  # a run that goes on from its own recipe.yaml or resolved.yaml
+        modules = before.get("modules", modules)
+    here = {**_versions(), "date": date, "modules": modules, "machine": asdict(machine)}
     write_digested(run / ENVIRONMENT, here)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,12 +47,20 @@ def load(path: str | Path, overrides: Mapping[str, Any] | list[str] = ()) -> Rec
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping with name, models, tasks and stages.")
     tree = from_working_directory(tree, path.resolve().parent)
-    given = parse_overrides(overrides)
-    _refuse_unknown(given, tree)
-    for key, value in given.items():
-        _set(tree, key, value)
     add_import_folder(path.resolve().parent)
-    return validate(tree, str(path))
+    recipe = validate(with_overrides(tree, overrides), str(path))
+    recipe._folder = path.resolve().parent
+    return recipe
+
+
+def with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, Any] | list[str] | tuple[()]) -> dict[str, Any]:
+    """Return a copy of a recipe's tree with the fields of `overrides` set. Raises UserError."""
+    changed: dict[str, Any] = copy.deepcopy(dict(tree))
+    given = parse_overrides(overrides)
+    _refuse_unknown(given, changed)
+    for key, value in given.items():
+        _set(changed, key, value)
+    return changed
 
 
 def read_file(path: Path) -> Any:

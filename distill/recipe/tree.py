@@ -26,6 +26,8 @@ from distill.records import UserError
 
 
 class Recipe(Config):
+    _folder: Path | None = pydantic.PrivateAttr(None)
+    """The folder that the recipe's own Python modules are imported from; None = the working directory."""
     name: Name = Field(description="name of the run; its folder is runs/<name>")
     description: str = Field("", description="one sentence about the run, shown in the report")
     seed: int = Field(17, ge=0, description="random seed of every stage that has none of its own")

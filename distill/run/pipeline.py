@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shlex
 import shutil
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from distill import interrupt, machine, run_folder, world
 from distill.errors import STATUSES, debugging
-from distill.files import locked, read_digested, write_digested
+from distill.files import locked, read_digested, write_atomic, write_digested
 from distill.machine import Machine
 from distill.models import cache_home
 from distill.progress import working
@@ -42,10 +43,11 @@ TRIED = ".tried"
 
 @dataclass(slots=True)
 class Runner:
-    """One `distill run`: a recipe, the run's folder, the stages to do again, and whether the cheap trials are made first."""
+    """One `distill run`: a recipe, its file (or its text), the run's folder, the stages to do again, and whether the cheap trials
+    are made first."""
 
     recipe: Recipe
-    source: Path
+    source: Path | str
     run: Path
     redo: tuple[str, ...] = ()
     trials: bool = True
@@ -68,6 +70,8 @@ class Runner:
                 self._try(due, rows)
             predictions = {row.name: row.amounts for row in rows}
             run_folder.write_recipe(self.run, self.recipe, self.source, here)
+            seconds = {name: amounts["seconds"] for name, amounts in predictions.items()}
+            write_atomic(self.run / run_folder.PREDICTED, json.dumps(seconds))
             numbered = enumerate(wanted, 1)
             for _, together in itertools.groupby(numbered, lambda pair: _process(pair[1])):
                 doing = {

@@ -73,7 +73,7 @@ class TraceReader:
 
     @property
     def num_rows(self) -> int:
-        return sum(self._num_rows(shard) for shard in self.shards)
+        return sum(self.rows_of(shard) for shard in self.shards)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -119,7 +119,7 @@ class TraceReader:
             raise ValueError(f"rank {rank} of {world}")
         before = 0
         for shards in self._shuffle_buffers(seed, buffer_rows):
-            num = sum(self._num_rows(shard) for shard in shards)
+            num = sum(self.rows_of(shard) for shard in shards)
             mine = slice((rank - before) % world, num, world)
             before += num
             num_mine = len(range(*mine.indices(num)))
@@ -189,7 +189,8 @@ class TraceReader:
         has = set(self.metadata.arrow_schema.names)
         return [name for name in _column_names(columns, with_id) if name in has]
 
-    def _num_rows(self, shard: folder.Shard) -> int:
+    def rows_of(self, shard: folder.Shard) -> int:
+        """The number of (selected) rows of a shard."""
         return shard.rows if self.selected is None else len(self.selected.get(shard.file, ()))
 
     def _shuffle_buffers(self, seed: int, buffer_rows: int) -> Iterator[list[folder.Shard]]:
@@ -199,8 +200,8 @@ class TraceReader:
         for index in _hash_order(seed, [shard.file for shard in self.shards]):
             shard = self.shards[index]
             group.append(shard)
-            num_rows += self._num_rows(shard)
-            num_entries += shard.entries * self._num_rows(shard) / max(shard.rows, 1)
+            num_rows += self.rows_of(shard)
+            num_entries += shard.entries * self.rows_of(shard) / max(shard.rows, 1)
             if num_rows >= buffer_rows or num_entries >= BUFFER_ENTRIES:
                 yield group
                 group, num_rows, num_entries = [], 0, 0.0
@@ -293,13 +294,13 @@ def decode_file(data: Any, where: str) -> tuple[pa.Table, Metadata]:
         raise damaged(Path(where), str(error)) from None
 
 
-def damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path}: damaged: {' '.join(why.split())}. {_REPAIR_HINT}")
+def damaged(path: Path, why: str) -> DataError:
+    return DataError(f"{path}: damaged: {' '.join(why.split())}. {_REPAIR_HINT}")
 
 
 def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names: list[str]) -> Iterator[pa.Table]:
     """Verify a shard file, then yield its columns, `rows` at a time."""
-    source = _checked_source(path, shard, whole=any(name in (*DISTRIBUTION_COLUMNS, *DRAW_COLUMNS) for name in names))
+    source = checked_source(path, shard, whole=any(name in (*DISTRIBUTION_COLUMNS, *DRAW_COLUMNS) for name in names))
     with source:
         try:
             file = pq.ParquetFile(source, page_checksum_verification=True)
@@ -312,7 +313,7 @@ def _read(path: Path, shard: folder.Shard, metadata: Metadata, rows: int, names:
             raise damaged(path, str(error)) from None
 
 
-def _checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
+def checked_source(path: Path, shard: folder.Shard, whole: bool) -> Any:
     """Compare a file's size and SHA-256 with the manifest's and return it, in memory if all of it is needed."""
     if not path.exists():
         raise DataError(f"{path}: is listed in the manifest, but missing. {_REPAIR_HINT}")
