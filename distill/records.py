@@ -97,6 +97,7 @@ class Template:
 
     system: the system message, rendered by the tokenizer's chat template (None: no system message).
     plain: the whole prompt as text with one `{question}`, for models without a chat template.
+    question: what the user's turn says under a chat template, with one `{question}`.
     chat: False always uses `plain`. prefill: text that the assistant's turn starts with; `extract` gets it with the
     completion. extract: completion text -> answer text, or None if the format is broken (an unclosed <think>, no answer).
     """
@@ -108,6 +109,7 @@ class Template:
     chat: bool = True
     prefill: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    question: str = "{question}"
 
 
 class Task(Protocol):

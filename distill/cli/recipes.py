@@ -17,7 +17,8 @@ def list_things(
     sort: Annotated[
         str,
         typer.Argument(
-            help="What to list: losses, objectives, weights, rewards, filters, tasks, engines, stages, templates or recipes."
+            help="What to list: losses, objectives, weights, rewards, filters, tasks, engines, stages, templates, answers (where a "
+            "template's text finds the answer), layouts or recipes."
         ),
     ],
     name: Annotated[str | None, typer.Argument(help="One name from that list: prints its options.")] = None,

@@ -101,8 +101,13 @@ def rest_of_prefill(template: Template, opened: str) -> str:
 
 
 def conversation_of(chat: ChatTemplate, template: Template, messages: Sequence[Message]) -> list[Message]:
-    """Return messages with the task template's system message, in the roles that the chat template has."""
+    """Return messages with the task template's system message and its form of the question (the user's last turn), in the roles
+    that the chat template has."""
     conversation = list(messages)
+    if template.question != "{question}":
+        last = max(n for n, message in enumerate(conversation) if message["role"] == "user")
+        asked = template.question.replace("{question}", conversation[last]["content"])
+        conversation[last] = {**conversation[last], "content": asked}
     if template.system is not None and conversation[0]["role"] not in ("system", "developer"):
         conversation.insert(0, {"role": "system", "content": template.system})
     return chat.with_system(conversation)

@@ -91,6 +91,41 @@ class TaskConfig(PlugConfig):
     template_options: dict[str, Any] = Field({}, description=TEMPLATE_OPTIONS)
 
 
+class TemplateText(Config):
+    """A task's prompt as text (`template: {...}` in place of a template's name).
+
+    `{question}` stands for the problem's own text.
+    """
+
+    system: str | None = Field(
+        None, description="system message; for models without a chat template, the text before the question"
+    )
+    question: str = Field("{question}", description="what the user's turn says, with {question} in it")
+    plain: str | None = Field(
+        None,
+        description="the whole prompt of models without a chat template, with {question} in it; None = system, an empty line, question",
+    )
+    chat: bool = Field(True, description="false = use `plain` for models with a chat template too")
+    prefill: str = Field("", description="text that every reply begins with, such as <think>")
+    answer: str = Field(
+        description="where the answer is in a reply, after its reasoning: boxed, tags, tags_or_number, last_number, last_line, json, "
+        "any_mark, all; or a regular expression with one group, whose last match counts"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TemplateText:
+        for name in ("question", "plain"):
+            text = getattr(self, name)
+            if text is not None and text.count("{question}") != 1:
+                raise ValueError(f"{name}: write {{question}} once, where the problem's text belongs")
+        unused = [key for key in ("system", "question") if key in self.model_fields_set]
+        if not self.chat and self.plain is not None and unused:
+            raise ValueError(
+                f"{' and '.join(unused)}: with chat: false and `plain`, that is the whole prompt; remove one of them"
+            )
+        return self
+
+
 class RewardConfig(PlugConfig):
     """A reward by name (`fn`), its weight, and its options."""
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import Field
 
+from distill.recipe.fields import TemplateText
 from distill.recipe.stages import KINDS
 from distill.recipe.tree import Recipe
 
@@ -33,6 +34,15 @@ def as_tree() -> dict[str, Any]:
     tree = Recipe.model_json_schema()
     definitions = {**tree.pop("$defs"), **stages.pop("$defs")}
     definitions.pop("StageConfig", None)
+    text = TemplateText.model_json_schema()
+    definitions["TemplateText"] = text
+    definitions["TaskConfig"]["properties"]["template"] = {
+        "anyOf": [
+            {"type": "string", "description": "a name from `distill ls templates`, or package.module:NAME"},
+            {"$ref": "#/$defs/TemplateText"},
+        ],
+        "description": "the prompt of the task's problems, and where the answer is in a reply",
+    }
     for name, meaning in _SHORT.items():
         definitions[name] = {"anyOf": [{"type": "string", "description": meaning}, definitions[name]]}
     own = {

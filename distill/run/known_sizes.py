@@ -98,7 +98,8 @@ class Known:
         return count_tokens(self.task(name)[0].template.system or "") + CHAT_TOKENS / 2
 
     def _prompt_tokens(self, name: str, task: Task) -> float:
-        extra = count_tokens(task.template.system or "") + CHAT_TOKENS
+        form = task.template.question.replace("{question}", "")
+        extra = count_tokens(task.template.system or "") + count_tokens(form) + CHAT_TOKENS
         for split in ("train", "held_out"):
             try:
                 problems = list(itertools.islice(task.problems(split, SAMPLE, self.recipe.seed), SAMPLE))

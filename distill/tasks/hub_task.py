@@ -59,7 +59,7 @@ def hub(
     train_split: str | None = None,
     held_out_split: str | None = None,
     judge: Judge = "math",
-    template: str = "boxed",
+    template: templates.Given = "boxed",
 ) -> FiniteTask:
     """Problems of a known dataset, of any hub id, or of a local folder (saved to disk, or of data files).
 

@@ -33,7 +33,7 @@ def humaneval(
     memory_mb: pydantic.PositiveInt = 512,
     unsafe: bool = False,
     sandbox_command: str | None = None,
-    template: str = "code",
+    template: templates.Given = "code",
 ) -> HumanEvalTask:
     """The 164 problems of HumanEval, each worth 1 or 0.
 

@@ -29,7 +29,7 @@ def jsonl(
     held_out: HeldOut = "hash",
     judge: Judge = "math",
     fields: dict[str, str] | None = None,
-    template: str = "think_answer",
+    template: templates.Given = "think_answer",
 ) -> FiniteTask:
     """Problems of a file (JSON lines, JSON, CSV, Parquet, ...) or a folder of such files, in any layout of `distill ls layouts`.
 

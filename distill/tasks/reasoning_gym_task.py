@@ -63,7 +63,7 @@ def reasoning_gym(
     *,
     dataset: str,
     options: dict[str, Any] | None = None,
-    template: str = "think_answer",
+    template: templates.Given = "think_answer",
 ) -> GeneratedTask:
     """Problems of any reasoning_gym generator; `options` are the generator's own, except seed and size."""
     options = dict(options or {})

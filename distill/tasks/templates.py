@@ -1,6 +1,6 @@
 """Task templates: the prompt of a problem, and the extraction of the answer from a completion.
 
-A template is data (`records.Template`): a short system message for models with a chat template, the whole
+A template is data (`records.Template`), named by a recipe or written out in it (`of_text`): a short system message for models with a chat template, the whole
 prompt as text for those without, and a function from the completion's text to its answer. `extract` never
 raises: a broken format gives None. It reads the text after the *last* `</think>`; a `<think>` that is never
 closed has no answer, whatever its reasoning holds. `plain` is filled in with `str.replace("{question}", ...)`, because it
@@ -11,14 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
+import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
-from distill.plug import nearest
+import pydantic
+import regex
+
+from distill.plug import explain, nearest
+from distill.recipe.fields import TemplateText
 from distill.records import Template, UserError
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
@@ -101,6 +107,47 @@ def _extract_tag_or_number(text: str) -> str | None:
     return _extract_last_number(text) if tagged is None else tagged
 
 
+def _extract_last_line(text: str) -> str | None:
+    lines = [line.strip() for line in (after_thinking(text) or "").splitlines() if line.strip()]
+    return lines[-1] if lines else None
+
+
+def _extract_json(text: str) -> str | None:
+    """The value of "answer" in the last JSON object that has one, as text."""
+    rest = after_thinking(text) or ""
+    starts = [match.start() for match in re.finditer(r"\{", rest)][-MAX_OBJECTS:]
+    found, end = None, 0
+    for start in starts:
+        if start >= end:  # not inside of the object before
+            try:
+                value, end = json.JSONDecoder().raw_decode(rest, start)
+            except (ValueError, RecursionError):
+                continue
+            found = value.get("answer", found)
+    if found is None or isinstance(found, str):
+        return (found or "").strip() or None
+    return json.dumps(found, ensure_ascii=False)
+
+
+ANSWERS: Mapping[str, tuple[Callable[[str], str | None], str]] = {
+    "boxed": (_extract_box, "the last \\boxed{...}"),
+    "tags": (_extract_answer_tag, "the last <answer>...</answer>"),
+    "tags_or_number": (_extract_tag_or_number, "the last <answer>...</answer>, or without one the last number"),
+    "last_number": (_extract_last_number, "the last number, or without one the last line"),
+    "last_line": (_extract_last_line, "the last line that is not empty"),
+    "json": (_extract_json, 'the value of "answer" in the last JSON object that has one'),
+    "any_mark": (
+        _extract_ending,
+        "the last box, <answer> tag or text after ####, or without any of them all of the reply",
+    ),
+    "all": (_extract_rest, "all of the reply after its reasoning"),
+}
+"""What a template's text may name as `answer`: the function, and a description."""
+MAX_OBJECTS = 64
+"""Opening braces, from the end of a reply, at which a JSON object is looked for."""
+SEARCH_S = 1.0
+"""Seconds after which the search for a regular expression is given up."""
+
 # The prompt of DeepSeek-R1-Zero (DeepSeek-AI 2025, table 1): the instructions, then the question.
 _R1_ZERO = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
@@ -151,6 +198,18 @@ code = Template(
     extract=_extract_rest,
 )
 
+
+def _name_or_text(value: Any) -> Any:
+    if isinstance(value, str | Mapping):
+        return value
+    raise ValueError(
+        "a template is a name from `distill ls templates`, package.module:attribute, or a mapping with `answer`"
+    )
+
+
+Given = Annotated[str | dict[str, Any], pydantic.BeforeValidator(_name_or_text)]
+"""What a task's `template` may be: a name or a text."""
+
 _OPTIONS: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("template options", default={})  # noqa: B039
 TEMPLATES = {
     template.name: template for template in (think_answer, r1_zero, boxed, boxed_plain, raw, direct, direct_plain, code)
@@ -167,8 +226,15 @@ def given_options(options: Mapping[str, Any]) -> Iterator[None]:
         _OPTIONS.reset(token)
 
 
-def find(name: str, where: str = "template") -> Template:
-    """The template called `name`, or the one that `package.module:attribute` names; UserError where there is none."""
+def find(name: str | Mapping[str, Any], where: str = "template") -> Template:
+    """The template called `name`, the one that `package.module:attribute` names, or the one of a text (`of_text`), which may be
+    given as JSON too, as traces record it.
+
+    Raises UserError where there is none.
+    """
+    if not isinstance(name, str) or name.startswith("{"):
+        template = of_text(json.loads(name) if isinstance(name, str) else name, where)
+        return replace(template, options=_OPTIONS.get()) if _OPTIONS.get() else template
     if ":" not in name:
         if name not in TEMPLATES:
             raise UserError(f"{where}: there is no template {name!r}.{nearest(name, TEMPLATES)}")
@@ -185,6 +251,61 @@ def find(name: str, where: str = "template") -> Template:
     return replace(template, options=_OPTIONS.get()) if _OPTIONS.get() else template
 
 
+def of_text(text: Mapping[str, Any], where: str = "template") -> Template:
+    """The template of a recipe's text, with the keys of `TemplateText`. Its name is the text itself, as JSON: so traces record it.
+
+    Raises UserError with a line for each mistake.
+    """
+    try:
+        given = TemplateText.model_validate(dict(text))
+    except pydantic.ValidationError as error:
+        raise UserError(explain(error, where, TemplateText.model_fields)) from None
+    before = f"{given.system}\n\n" if given.system else ""
+    return Template(
+        name=json.dumps(given.model_dump(exclude_defaults=True), ensure_ascii=False),
+        system=given.system,
+        plain=f"{before}{given.question}\n" if given.plain is None else given.plain,
+        extract=_extraction(given.answer, f"{where}.answer"),
+        chat=given.chat,
+        prefill=given.prefill,
+        question=given.question,
+    )
+
+
+def _extraction(answer: str, where: str) -> Callable[[str], str | None]:
+    """Return the function of a name in ANSWERS or of a regular expression."""
+    if answer in ANSWERS:
+        return ANSWERS[answer][0]
+    if re.fullmatch(r"[\w-]*", answer):
+        raise UserError(
+            f"{where}: there is no answer {answer!r}.{nearest(answer, ANSWERS)} A regular expression needs a group in parentheses."
+        )
+    try:
+        pattern = regex.compile(answer)
+    except regex.error as error:
+        raise UserError(f"{where}: not a regular expression: {error}.") from None
+    if pattern.groups != 1:
+        raise UserError(
+            f"{where}: the regular expression has {pattern.groups} groups, but one must hold the answer; (?:...) groups without "
+            "being counted."
+        )
+    return functools.partial(_last_match, pattern)
+
+
+def _last_match(pattern: Any, text: str) -> str | None:
+    """The group of the last match after the reasoning; None without one, where it is empty, or after SEARCH_S seconds."""
+    rest = after_thinking(text)
+    if rest is None:
+        return None
+    found = None
+    try:
+        for match in pattern.finditer(rest, timeout=SEARCH_S):
+            found = match[1]
+    except TimeoutError:
+        return None
+    return (found or "").strip() or None
+
+
 def fingerprint(template: Template) -> tuple[str, ...]:
     """The texts of a template that another result follows from."""
     return (
@@ -194,4 +315,5 @@ def fingerprint(template: Template) -> tuple[str, ...]:
         str(template.chat),
         template.prefill,
         *([repr(sorted(template.options.items()))] if template.options else []),
+        *([template.question] if template.question != "{question}" else []),
     )

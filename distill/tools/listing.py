@@ -26,7 +26,7 @@ HOMES = {
     "tasks": ("distill.tasks",),
     "engines": ("distill.engines.factories",),
 }
-SORTS = (*HOMES, "stages", "templates", "layouts", "recipes")
+SORTS = (*HOMES, "stages", "templates", "answers", "layouts", "recipes")
 RECIPES = files.SHIPPED / "recipes"
 ROLES = {
     "identity": "changes the result: a finished stage refuses another value (--redo runs the stage again)",
@@ -62,6 +62,11 @@ def of(sort: str) -> Iterator[tuple[str, str]]:
 
         for name, template in TEMPLATES.items():
             yield name, template.system or template.plain
+    elif sort == "answers":
+        from distill.tasks.templates import ANSWERS
+
+        for name, (_, meaning) in ANSWERS.items():
+            yield name, meaning
     elif sort == "layouts":
         from distill.conversations import LAYOUTS
 
@@ -87,6 +92,12 @@ def options(sort: str, name: str) -> tuple[str, list[Option]]:
         found = _plugs(sort)
         function = found[name] if name in found else plug.find(name, HOMES[sort][0], sort)
         return inspect.getdoc(function) or "", list(_parameters(function))
+    if sort == "answers":
+        from distill.tasks.templates import ANSWERS
+
+        if name not in ANSWERS:
+            raise UserError(f"there is no answer {name!r}.{plug.nearest(name, ANSWERS)}")
+        return ANSWERS[name][1], []
     if sort == "layouts":
         from distill.conversations import LAYOUTS
 

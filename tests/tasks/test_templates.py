@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distill import models
 from distill.records import Template, UserError
 from distill.tasks import templates
 from distill.tasks.judge.verdict import exact_verdict, judge
@@ -152,3 +153,85 @@ def test_a_direct_question_has_its_answer_in_any_usual_mark():
         ("<think>a</think>", None),
     ]:
         assert direct.extract(completion) == answer
+
+
+def text(**fields):
+    return templates.find(fields, "tasks.sums.template")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply", "found"),
+    [
+        ("boxed", r"<think>\boxed{1}</think> so \boxed{42}", "42"),
+        ("tags", "<answer> 42 </answer>", "42"),
+        ("tags_or_number", "it is 42.", "42"),
+        ("last_number", "7 and 42 apples", "42"),
+        ("last_line", "Because.\n\n  forty-two \n", "forty-two"),
+        ("last_line", "<think>open", None),
+        ("json", 'First {"answer": 1}, then {"why": {"answer": 7}, "answer": "42"} {"end": 0}', "42"),
+        ("json", '{"answer": [1, 2.5]}', "[1, 2.5]"),
+        ("json", '{"answer": false}', "false"),
+        ("json", '{"answer": "' + "{" * 5000, None),
+        ("json", "<think>{}</think>none", None),
+        ("any_mark", "Two.\n#### 42", "42"),
+        ("all", "<think>no</think> yes ", " yes "),
+        (r"Answer:\s*(.+)", "<think>Answer: 1</think>Answer: 2\nAnswer: 42 \nBye", "42"),
+        (r"(?:Answer|Result) = (\d+)", "Result = 42", "42"),
+        (r"Answer:\s*(.*)", "Answer: ", None),
+        (r"(x+x+)+y", "x" * 60, None),  # exponential: given up after a second
+    ],
+)
+def test_a_text_says_where_the_answer_is(answer, reply, found):
+    assert text(answer=answer).extract(reply) == found
+
+
+def test_a_text_is_a_template():
+    plain = text(system="Be short.", answer="boxed")
+    assert (plain.system, plain.plain, plain.chat) == ("Be short.", "Be short.\n\n{question}\n", True)
+    assert plain.name == '{"system": "Be short.", "answer": "boxed"}'
+    again = templates.find(plain.name)  # as the traces' metadata has it
+    assert templates.fingerprint(again) == templates.fingerprint(plain)
+    assert again.extract(r"\boxed{4}") == "4"
+    whole = text(question="Q: {question}?", plain="{question} =", prefill="<think>", answer="last_number", chat=True)
+    assert (whole.question, whole.plain, whole.prefill) == ("Q: {question}?", "{question} =", "<think>")
+    with templates.given_options({"enable_thinking": False}):
+        assert text(answer="boxed").options == {"enable_thinking": False}
+    prints = {
+        templates.fingerprint(text(answer=a, question=q))
+        for a in ("boxed", "tags")
+        for q in ("{question}", "{question}?")
+    }
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"system": "x"}, "tasks.sums.template.answer: is required."),
+        ({"answer": "boxd"}, "tasks.sums.template.answer: there is no answer 'boxd'. Did you mean 'boxed'?"),
+        ({"answer": "(a)(b)"}, "tasks.sums.template.answer: the regular expression has 2 groups"),
+        ({"answer": "(a"}, "tasks.sums.template.answer: not a regular expression"),
+        ({"answer": "boxed", "question": "Solve it."}, "tasks.sums.template: question: write {question} once"),
+        ({"answer": "boxed", "plain": "{question}{question}"}, "tasks.sums.template: plain: write {question} once"),
+        ({"answer": "boxed", "sytem": "x"}, "tasks.sums.template.sytem: unknown key. Did you mean 'system'?"),
+        (
+            {"answer": "boxed", "chat": False, "plain": "{question}", "system": "x"},
+            "tasks.sums.template: system: with chat: false and `plain`, that is the whole prompt",
+        ),
+    ],
+)
+def test_mistakes_in_a_text_are_one_line(fields, said):
+    with pytest.raises(UserError) as raised:
+        text(**fields)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_question_is_in_the_form_of_the_text(tokenizer):
+    template = text(system="Be short.", question="Q: {question} Think!", prefill="So", answer="boxed")
+    earlier = ({"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"})
+    said = models.prompt_text(tokenizer, template, (*earlier, {"role": "user", "content": "6 * 7 = ?"}))
+    assert "Be short." in said
+    assert "user\n1?<" in said
+    assert "user\nQ: 6 * 7 = ? Think!<" in said
+    assert said.endswith("assistant\nSo")

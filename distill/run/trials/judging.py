@@ -30,6 +30,7 @@ FORMS = (
     f"{THOUGHT}#### {{}}",
     f"{THOUGHT}```python\n{{}}\n```",
     "{}",
+    f'{THOUGHT}{{{{"answer": "{{}}"}}}}',
 )
 """Replies with an answer, of which a template reads at least one."""
 PROSE = f"{THOUGHT}I do not know."
@@ -93,8 +94,10 @@ def _judged(setup: TrialSetup, name: str) -> _Judged | Trial:
         return Trial(what, subject, "skip", "its problems have no gold answers")
     form = form_of(task.template, [gold for _, gold in with_gold])
     if form is None:
-        remedy = "Its `extract` returned None for answers in tags, in a box, after four hash signs, in a code block and bare."
-        return Trial(what, subject, "warn", f"template {task.template.name} reads an answer in no usual form", remedy)
+        remedy = "Its `extract` returned None for answers in tags, in a box, after four hash signs, in a code block, in JSON and bare."
+        return Trial(
+            what, subject, "warn", f"template {task.template.name:.60} reads an answer in no usual form", remedy
+        )
     golds = [gold for _, gold in with_gold]
     triples = []
     for number, (problem, gold) in enumerate(with_gold):

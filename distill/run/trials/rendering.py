@@ -73,7 +73,9 @@ def _template(setup: TrialSetup, local: LocalModel | str, name: str, subject: st
     # Of a chat template, `render_prompt` itself refuses to lose a message.
     if models.chat_template_of(tokenizer, template) is None and "{question}" not in template.plain:
         remedy = "Write {question} where the problem's text belongs in the template's `plain`."
-        return Trial(what, subject, "fail", f"template {template.name} has no place for the question", remedy, (shown,))
+        return Trial(
+            what, subject, "fail", f"template {template.name:.60} has no place for the question", remedy, (shown,)
+        )
     return _reply(local, template, problem.messages, prompt, subject, shown)
 
 
