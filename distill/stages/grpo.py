@@ -65,7 +65,6 @@ def run(config: GrpoStage, context: Context) -> Result:
             vocab_size=vocab_size,
             folder=context.folder,
             plan=plan,
-            name=context.name,
             show=progress,
             keep=keep_snapshots(config, context),
             carried=sampler.journal,

@@ -86,7 +86,6 @@ def run(config: OnPolicyStage, context: Context) -> Result:
             folder=context.folder,
             plan=plan,
             teachers=teachers,
-            name=context.name,
             show=progress,
             keep=keep_snapshots(config, context),
             carried=sampler.journal,

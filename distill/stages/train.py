@@ -82,7 +82,6 @@ def run(config: TrainStage, context: Context) -> Result:
         folder=context.folder,
         plan=plan,
         teachers=teachers,
-        name=context.name,
         show=show,
         keep=keep_snapshots(config, context),
         say=context.say,

@@ -81,7 +81,6 @@ def train(
     folder: Path,
     teachers: Sequence[Teacher] = (),
     plan: ForwardPlan | None = None,
-    name: str = "train",
     show: Callable[[int, int, dict[str, float]], None] | None = None,
     keep: Callable[[int, WorkCounts, Policy], None] | None = None,
     carried: Carried | None = None,
@@ -112,7 +111,7 @@ def train(
         model.named_parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
     )
     policy = Policy(module, reference, device)
-    with Trackers(config, folder, name) as trackers, interrupt.noted() as asked_to_stop:
+    with Trackers(config, folder) as trackers, interrupt.noted() as asked_to_stop:
         loop = _Loop(
             config, length, folder, device, module, optimizer, policy, trackers, asked_to_stop, show, keep, carried, say
         )

@@ -259,6 +259,24 @@ def test_a_tracker_that_is_not_installed_is_an_error(tiny_dir, tmp_path):
         run(tiny_dir, tmp_path / "t", steps=2, trackers=["nosuch"])
 
 
-def test_a_tracker_by_name_gets_the_metrics(tiny_dir, tmp_path):
-    run(tiny_dir, tmp_path / "t", steps=2, trackers=["tensorboard"])
-    assert list((tmp_path / "t").rglob("events.out.tfevents.*"))
+def test_a_tracker_gets_what_the_log_gets_each_step_once_over_an_interruption(tiny_dir, tmp_path):
+    """Interrupted at step 3 with a checkpoint at 2, so that step 3 is made twice."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "road" / "kl"
+    folder.parent.mkdir()
+    settings = {"steps": 5, "checkpoint_every": 2, "trackers": ["tensorboard"], "dtype": "float32"}
+    run(tiny_dir, folder, stop_after=3, **settings)
+    interrupted = metrics(folder)
+    assert [line["step"] for line in interrupted] == [1, 2, 3]
+    run(tiny_dir, folder, **settings)
+    lines = interrupted[:3] + metrics(folder)[3:]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    (event_folder,) = {path.parent for path in folder.rglob("events.out.tfevents.*") if "road" in path.parent.name}
+    events = EventAccumulator(str(event_folder))
+    events.Reload()
+    for name in lines[0].keys() - {"step"}:
+        got = events.Scalars(name)
+        assert [each.step for each in got] == [1, 2, 3, 4, 5], name
+        assert [each.value for each in got] == pytest.approx([line[name] for line in lines], rel=1e-6)
+    assert {"loss", "lr", "grad_norm", "tokens"} <= lines[0].keys()
