@@ -2,20 +2,25 @@
 
 A `Screen` writes to one stream and shows one activity at a time: a phase ("loading base") or a counter (`Live`). On a
 terminal its line is redrawn in place. Elsewhere the line is printed when the activity begins, and again with the elapsed
-time after QUIET seconds without output. `ticking` starts a thread for both, so that they also work during a slow step.
+time after QUIET seconds without output. `ticking` starts a thread for both, so that they also work during a slow step. The same thread
+writes the activity to a file for other programs (`distill watch`), once a second.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TextIO
+from pathlib import Path
+from typing import TextIO, TypedDict
 
+FILE = "progress.json"
+"""The file of a stage's folder that holds what the stage does (`Activity`), and the time of that."""
 QUIET = 25.0
 """Not on a terminal: seconds without output after which the current activity is printed again."""
 PLAIN_EVERY = 15.0
@@ -34,8 +39,19 @@ CLEAR = "\x1b[2K"
 """Terminal control sequence: erase the line."""
 
 
+class Activity(TypedDict):
+    """What a process does: its progress line; done of total units (0 of 0 without a counter); the estimate of the time left, s."""
+
+    text: str
+    done: int
+    total: int
+    unit: str
+    seconds_left: float | None
+
+
 class Screen:
-    """The progress output of one process. label: the text at the start of each progress line, such as the stage's name."""
+    """The progress output of one process. label: the text at the start of each progress line, such as the stage's name. file: where
+    each tick writes the activity as JSON (`Activity`); None: nowhere."""
 
     def __init__(
         self,
@@ -43,11 +59,13 @@ class Screen:
         label: str = "",
         *,
         now: Callable[[], float] = time.monotonic,
+        file: Path | None = None,
     ) -> None:
         self.stream = stream or sys.stdout
         self.label = label
         self.terminal = self.stream.isatty()
         self.now = now
+        self.file = file
         self._lock = threading.RLock()
         self._current: _Phase | Live | None = None
         self._shown_at = now()
@@ -91,6 +109,14 @@ class Screen:
     def tick(self) -> None:
         """Show the current activity again: on a terminal always, elsewhere after QUIET seconds without output."""
         self._draw(0.0 if self.terminal or not self._shown else QUIET)
+        if self.file is not None and self._current is not None:
+            with self._lock:
+                activity = self._current.activity(self.now())
+            # What it holds is worth nothing a second later: no fsync, and a full disk is reported by what must be kept.
+            temporary = self.file.with_name(f".{self.file.name}.tmp")
+            with suppress(OSError):
+                temporary.write_text(json.dumps({**activity, "at": time.time()}), encoding="utf-8")
+                os.replace(temporary, self.file)
 
     @contextmanager
     def ticking(self) -> Iterator[Screen]:
@@ -161,6 +187,9 @@ class _Phase:
         seconds = now - self.began
         return f"{self.what}  {clock(seconds)}" if seconds >= 1 else self.what
 
+    def activity(self, now: float) -> Activity:
+        return Activity(text=self.text(now), done=0, total=0, unit="", seconds_left=None)
+
 
 class Live:
     """A counter with metrics and an estimate of the remaining time. `update` is cheap: redraws are rate-limited."""
@@ -180,14 +209,25 @@ class Live:
         """End the counter; on a terminal its last state stays visible."""
         self.screen._closed(self)
 
+    def seconds_left(self) -> float | None:
+        """The estimate of the time until the total; None before the first step and at the end."""
+        num_new = self.done - self.first
+        if num_new <= 0 or self.done >= self.total:
+            return None
+        return (self.advanced - self.began) / num_new * (self.total - self.done)
+
+    def activity(self, now: float) -> Activity:
+        return Activity(
+            text=self.text(now), done=self.done, total=self.total, unit=self.unit, seconds_left=self.seconds_left()
+        )
+
     def text(self, now: float) -> str:
         shown = [f"{self.done}/{self.total} {self.unit}"]
         shown += [
             f"{name.replace('_per_second', '/s').replace('_', ' ')} {_number(v)}" for name, v in self.metrics.items()
         ]
         num_new, waited = self.done - self.first, now - self.advanced
-        if num_new > 0 and self.done < self.total:
-            seconds = (self.advanced - self.began) / num_new * (self.total - self.done)
+        if (seconds := self.seconds_left()) is not None:
             shown.append(f"ETA {clock(seconds)}")
         if self.done < self.total and (not num_new or waited >= SLOW):
             which = "next" if self.done else "first"

@@ -57,3 +57,27 @@ def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
     for context in contexts:
         context.close()
     assert faults == []
+
+
+@pytest.fixture
+def visit_address(chromium: Any) -> Iterator[Callable[..., Any]]:
+    """Open a page of a server on this machine; there must have been no error on it, and no request elsewhere."""
+    contexts, faults = [], []
+
+    def open_page(address: str, width: int = 1280, scheme: str = "light") -> Any:
+        context = chromium.new_context(viewport={"width": width, "height": 860}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.on("pageerror", lambda error: faults.append(f"error: {error}"))
+        page.on(
+            "request",
+            lambda r: None if r.url.startswith((address, "data:,")) else faults.append(f"request: {r.url[:80]}"),
+        )
+        page.goto(address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert faults == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -42,6 +41,12 @@ def run(
         typer.Option("--no-trials", help="Do not try prompts, tokenizers, judges and rewards before the first stage."),
     ] = False,
     runs: RunsDir = Path("runs"),
+    live: Annotated[
+        bool, typer.Option("--live", help="Serve the report as a page on this machine while the run grows.")
+    ] = False,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="Of the page of --live. Default: a free one.")
+    ] = None,
 ) -> None:
     """Run a recipe: skip finished stages, resume interrupted ones."""
     _run(
@@ -54,6 +59,8 @@ def run(
         kinds=tuple(kind or ()),
         dry_run=dry_run,
         trials=not no_trials,
+        live=live,
+        port=port,
     )
 
 
@@ -68,32 +75,33 @@ def _run(
     kinds: tuple[str, ...] = (),
     dry_run: bool = False,
     trials: bool = True,
+    live: bool = False,
+    port: int | None = None,
 ) -> None:
     from distill import interrupt, recipe
     from distill.recipe.load import find
-    from distill.run import nodes, pipeline
+    from distill.run import api, pipeline
 
     resolved = recipe.load(path, overrides or [])
-    wanted = nodes.select(resolved, kinds=kinds, only=only, start=start)
     folder = runs / resolved.name
-    known = {name for node in nodes.nodes(resolved) for name in node.stages}
-    if unknown := [name for name in redo if name not in known]:
-        from distill.plug import nearest
-
-        raise UserError(f"--redo: there is no stage {unknown[0]!r}.{nearest(unknown[0], known)}")
+    wanted = api.select(resolved, folder, only=only, start=start, redo=redo, kinds=kinds, ready=not dry_run)
     if dry_run:
         from distill.tools import check_output
 
         if not check_output.print_plan(resolved, folder, redo):
             raise typer.Exit(1)
         return
-    nodes.require_inputs(resolved, folder, wanted)
     runner = pipeline.Runner(resolved, find(path), folder, redo, trials=trials)
-    command = shlex.join(["distill", "run", str(path), *(overrides or [])])
+    if live:
+        from distill.tools import watch as watching
+
+        typer.echo(f"live: {watching.beside(folder, port or 0)}")
+    elif port is not None:
+        raise UserError("--port: belongs to --live, which serves a page.")
     try:
         with interrupt.interruptible():
             runner.do(wanted)
-            _write_report(resolved, folder, command)
+            _write_report(resolved, folder, api.command(path, overrides or [], runs))
     except interrupt.Interrupted as stopped:
         where = f" {stopped.kept}" if stopped.kept else ""
         typer.echo(f"\ninterrupted{where}; run the same command again to continue", err=True)
@@ -105,14 +113,10 @@ def _run(
 def _write_report(resolved: Any, folder: Path, command: str) -> None:
     from distill import progress
     from distill.reports import pages
-    from distill.run import model_card, nodes
-    from distill.run.collect import collect
+    from distill.run import api
 
     with progress.working("writing the report"):
-        stages = [node.name for node in nodes.nodes(resolved)]
-        report = collect(resolved, folder, stages, command)
-        written = pages.write_report(report, folder)
-        model_card.write_all(resolved, folder, report)
+        written = api.write_report(resolved, folder, command)
     typer.echo("")
     _show(pages.read_report(folder / "report.json"))
     typer.echo(f"\nreport: {written['report.md']}  {written['report.html']}")
@@ -174,6 +178,34 @@ def doctor(
     resolved = recipes.load(recipe, overrides or [])
     if not diagnose(resolved, runs / resolved.name, as_json=as_json):
         raise typer.Exit(1)
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or its name under runs/; it may not have begun yet.")],
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, metavar="PORT", help="The page's port. Default: a free one.")
+    ] = None,
+) -> None:
+    """Serve a run's report as a page on this machine while the run grows, until it has ended or Ctrl-C."""
+    from distill import run_folder
+    from distill.run.live import Looker
+    from distill.tools import watch as watching
+
+    folder = run if run.is_dir() or len(run.parts) > 1 else Path("runs") / run
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: not a run's folder, but a file.")
+    if run_folder.is_run(folder) and watching.is_ended(folder, Looker(folder).now()):
+        typer.echo(f"{folder} has ended; its report: {folder / 'report.html'}")
+        return
+    listening = watching.listen(port or 0)
+    waiting = "" if folder.is_dir() else f" (waiting for {folder} to begin)"
+    typer.echo(f"{watching.address(listening)}{waiting}  Ctrl-C ends it; the run goes on.")
+    try:
+        watching.serve(folder, listening)
+    except KeyboardInterrupt:  # the ordinary end of a look
+        return
+    typer.echo(f"{folder} has ended; its report: {folder / 'report.html'}")
 
 
 @app.command()

@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill import __version__, interrupt, world
+from distill import __version__, interrupt, progress, world
 from distill.errors import UserError, of_system
 from distill.files import file_hash
 from distill.progress import Screen, clock
@@ -45,7 +45,8 @@ def main(run: Path, *names: str) -> int:
     for name in names:
         (run / name).mkdir(parents=True, exist_ok=True)
         _redirect_output(run / name / launch.log_name(world.rank()))
-        status = _guarded(run, name, Screen(terminal, label=name), engines, last=name == names[-1])
+        file = run / name / progress.FILE if world.is_main() else None
+        status = _guarded(run, name, Screen(terminal, label=name, file=file), engines, last=name == names[-1])
         if status:
             return status
     return 0

@@ -26,6 +26,7 @@ from distill.stages.sampling import (
     fitting_prompts,
     sample_completions,
 )
+from distill.stages.shown_completions import ShownCompletions
 from distill.training.rl.ahead import Journal
 
 UNKNOWN_ROLLOUTS = 64
@@ -38,7 +39,7 @@ class PolicySampler:
 
     prompts(rollout, attempt, num): the prompts to use, of which a process samples its share. Draws depend only on (seed,
     rollout, attempt, problem, sample); where a prompt is used twice, the samples of the second time are numbered on, so that no
-    completion is drawn twice. journal: keeps the completions, if rollouts are sampled one ahead.
+    completion is drawn twice. journal: keeps the completions, if rollouts are sampled one ahead. show: called with each rollout.
     """
 
     engine: Engine
@@ -48,6 +49,7 @@ class PolicySampler:
     group_size: int
     seed: int
     journal: Journal | None = None
+    show: Callable[[int, Sequence[GradedGroup]], None] = lambda rollout, groups: None
 
     def groups(self, rollout: int, num: int, *, version: int, attempt: int = 0) -> list[GradedGroup]:
         """See `GroupSampler`. Raises RuntimeError if the engine answers with weights of another version."""
@@ -76,10 +78,12 @@ class PolicySampler:
 
         by_id = {one.request.request_id: one for one in self._graded(requests, f"{rollout}/{attempt}", current)}
         seed = draw_seed(self.seed, rollout, attempt, "reward")
-        return [
+        groups = [
             self._group(prompt, [by_id[f"{n}/{sample}"] for sample in range(self.group_size)], seed)
             for n, prompt in enumerate(prompts)
         ]
+        self.show(rollout, groups)
+        return groups
 
     def _graded(
         self, requests: list[CompletionRequest], where: str, current: Callable[[Completion], Completion]
@@ -227,4 +231,5 @@ def open_policy_sampler(
             group_size=config.group_size,
             seed=draw_seed(context.seed, context.name, "rollouts"),
             journal=Journal() if config.ahead else None,
+            show=ShownCompletions(context.folder).latest,
         )

@@ -32,6 +32,7 @@ from distill.stages.sampling import (
     context_limit,
     fitting_prompts,
 )
+from distill.stages.shown_completions import ShownCompletions
 from distill.stages.snapshots import Snapshot
 from distill.stages.trace_replicas import fill_by_replicas, writes_itself
 from distill.stages.trace_rewards import in_blocks, stored_completions
@@ -170,6 +171,7 @@ class _Progress:
         self._live: Live | None = None
         self._began = 0.0
         self._is_first = True
+        self._shown = ShownCompletions(context.folder)
 
     def begin(self) -> None:
         """Show the line: the engines are there."""
@@ -178,6 +180,7 @@ class _Progress:
 
     def graded(self, graded: GradedCompletion) -> None:
         """Show a completion that has just been counted."""
+        self._shown.first(graded.request.prompt.problem.question, graded.text, graded.verdict.correct)
         self.answered(graded.text)
 
     def answered(self, text: str) -> None:
