@@ -19,12 +19,13 @@ import pyarrow as pa
 from distill.files import cache_home, room_for
 from distill.records import Array, Ragged, Traces
 from distill.tail_draws import weights
-from distill.traces import folder
+from distill.traces import folder, prompts
 from distill.traces.reader import TraceReader, checked_source
+from distill.traces.schema import Metadata
 
 ROWS = 16
 """Rows of a record batch."""
-FORMAT = "1"
+FORMAT = "2"
 """Changed with the columns below; copies of another format are not read."""
 
 TEXTS = ("trace_id", "problem_id", "completion", "answer", "gold", "finish_reason")
@@ -61,7 +62,7 @@ def _write(reader: TraceReader, path: Path) -> None:
         with room_for(path), pa.OSFile(str(temporary), "wb") as sink:
             writer = None
             for block in reader.blocks(ROWS):
-                table = table_of(block, reader.metadata.tail_draws)
+                table = table_of(block, reader.metadata)
                 writer = writer or pa.ipc.new_stream(sink, table.schema)
                 writer.write_table(table)
             if writer is not None:
@@ -72,12 +73,14 @@ def _write(reader: TraceReader, path: Path) -> None:
         raise
 
 
-def table_of(block: Traces, tail_draws: int) -> pa.Table:
-    """Convert a block to a table. tail_draws: of the traces' metadata."""
+def table_of(block: Traces, metadata: Metadata) -> pa.Table:
+    """Convert a block to a table; messages are the whole conversation, as in the shards."""
     columns: dict[str, Any] = {name: pa.array(getattr(block, name), pa.string()) for name in TEXTS}
     columns["sample"] = pa.array(np.asarray(block.sample, np.int32))
     turn = pa.struct([("role", pa.string()), ("content", pa.string())])
-    columns["messages"] = pa.array([[dict(turn) for turn in row] for row in block.messages], pa.list_(turn))
+    columns["messages"] = pa.array(
+        [[dict(turn) for turn in prompts.whole(row, metadata.prompt)] for row in block.messages], pa.list_(turn)
+    )
     columns["prompt_ids"] = _lists(block.prompt_ids)
     columns["completion_ids"] = _lists(block.completion_ids)
     # An endpoint that gives text alone has no log-probabilities.
@@ -91,7 +94,7 @@ def table_of(block: Traces, tail_draws: int) -> pa.Table:
     if block.top is not None:
         columns["tail_logprob"] = _lists(Ragged(block.top.tail_T, positions))
         if block.draws is not None:
-            columns["draw_mass"] = _lists(Ragged(weights(block.top.tail_T, tail_draws), positions))
+            columns["draw_mass"] = _lists(Ragged(weights(block.top.tail_T, metadata.tail_draws), positions))
     columns["reward"] = pa.array(block.reward, pa.float64())
     named = pa.struct([("name", pa.string()), ("value", pa.float64())])
     rewards = [[{"name": n, "value": row[i]} for n, row in block.rewards.items()] for i in range(len(block))]

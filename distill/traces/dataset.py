@@ -116,7 +116,7 @@ class TraceDataset(torch.utils.data.Dataset[Trace]):
             keep[self._index] = True
             reader = reader.where(keep)
         for block in reader.blocks(ROWS):
-            table = arrow_copies.table_of(block, reader.metadata.tail_draws)
+            table = arrow_copies.table_of(block, reader.metadata)
             for row in range(len(table)):
                 yield _as_trace(arrow_copies.row_of(table, row))
 
