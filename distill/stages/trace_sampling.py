@@ -290,6 +290,7 @@ def prompt_record(tokenizer: Any, template: Template) -> PromptRecord:
     return PromptRecord(
         chat=chat is not None,
         system=template.system if chat is not None else None,
+        question=template.question if chat is not None else "{question}",
         plain="" if chat is not None else template.plain,
         prefill=template.prefill,
         begun=opened,

@@ -7,7 +7,7 @@ the metadata, tells the two apart. `conversation` is what an export holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pydantic
@@ -28,6 +28,8 @@ class PromptRecord(pydantic.BaseModel):
     """Whether the model's chat template rendered the prompts; otherwise they are plain text."""
     system: str | None = None
     """The system message of the task's template, in front of every conversation that has none of its own."""
+    question: str = "{question}"
+    """Under a chat template: the user's last turn, around the problem's own text."""
     plain: str = ""
     """Of prompts of plain text: the text around {question}."""
     prefill: str = ""
@@ -42,25 +44,42 @@ class PromptRecord(pydantic.BaseModel):
     """The prompt of {question}, as the model reads it."""
 
     def template(self) -> Template:
-        """Return the template with which the prompts can be rendered again."""
+        """Return the template with which the prompts can be rendered again from a shard's messages, which have the form of the
+        question already."""
         return Template("recorded", self.system, self.plain, str, self.chat, self.prefill, self.options)
 
 
 def whole(messages: Messages, prompt: PromptRecord | None) -> Messages:
-    """Return a problem's messages as a shard holds them: with the system message that the prompts had."""
-    if prompt is None or not prompt.chat or prompt.system is None or not messages:
+    """Return a problem's messages as a shard holds them: with the system message and the form of the question that the prompts
+    had."""
+    if prompt is None or not prompt.chat or not messages:
         return messages
-    if messages[0]["role"] in SYSTEM_ROLES:
-        return messages
-    return ({"role": "system", "content": prompt.system}, *messages)
+    before, after = prompt.question.split("{question}", 1)
+    turns = _with_question(messages, lambda text: f"{before}{text}{after}")
+    if prompt.system is None or turns[0]["role"] in SYSTEM_ROLES:
+        return turns
+    return ({"role": "system", "content": prompt.system}, *turns)
 
 
 def own(messages: Messages, prompt: PromptRecord | None) -> Messages:
-    """Return a shard's messages without the template's system message, the inverse of `whole`."""
-    if prompt is None or not prompt.chat or prompt.system is None or len(messages) < 2:
+    """Return a shard's messages as they are in the problem itself, the inverse of `whole`."""
+    if prompt is None or not prompt.chat or not messages:
         return messages
-    first = messages[0]
-    return messages[1:] if first["role"] == "system" and first["content"] == prompt.system else messages
+    before, after = prompt.question.split("{question}", 1)
+    turns = _with_question(messages, lambda text: text.removeprefix(before).removesuffix(after))
+    if prompt.system is None or len(turns) < 2:
+        return turns
+    first = turns[0]
+    return turns[1:] if first["role"] == "system" and first["content"] == prompt.system else turns
+
+
+def _with_question(messages: Messages, changed: Callable[[str], str]) -> Messages:
+    """Return messages with another text of the user's last turn."""
+    last = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        return messages
+    turn = {**messages[last], "content": changed(messages[last]["content"])}
+    return (*messages[:last], turn, *messages[last + 1 :])
 
 
 def conversation(messages: Sequence[Message], completion: str, prompt: PromptRecord | None) -> list[dict[str, Any]]:

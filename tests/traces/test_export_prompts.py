@@ -32,6 +32,7 @@ CONVERSATIONS = (
 KINDS = ("cohere2", "deepseekv3", "gemma3", "gemma4", "gptoss", "llama3_1", "phi3_5", "qwen3", "qwen3_6", "smolvlm")
 """Families without a system role, with thinking opened or none, with content in parts, with a date, with channels."""
 PREFILLED = dataclasses.replace(templates.think_answer, name="prefilled", prefill="<think>\nFirst,")
+ASKED = dataclasses.replace(templates.think_answer, name="asked", question="Task: {question}\nTake your time.")
 
 
 def store(path: Path, tokenizer: Any, template: Template, completion: str = "4") -> list[list[int]]:
@@ -56,7 +57,7 @@ def exported(path: Path, style: str, tokenizer: Any = None) -> list[dict[str, An
     return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("template", [templates.think_answer, PREFILLED], ids=lambda one: one.name)
+@pytest.mark.parametrize("template", [templates.think_answer, PREFILLED, ASKED], ids=lambda one: one.name)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family in KINDS])
 def test_rendered_again_the_messages_are_the_prompts(
     tmp_path: Path, smollm2_dir: Path, family: str, template: Template
