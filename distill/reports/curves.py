@@ -115,7 +115,7 @@ def left_out(stage: StageRow) -> list[str]:
             at = (
                 "0"
                 if not largest
-                else f"{values[0]:.4g}"
+                else f"{values[0]:.4g}".replace("e-0", "e-")
                 if min(values) == max(values)
                 else f"at most {_tick(largest)}"
             )
