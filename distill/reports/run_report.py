@@ -25,7 +25,8 @@ class IntervalRow(TypedDict):
 
 
 class Amounts(TypedDict):
-    """The predicted or measured amounts of a stage. memory: peak bytes; absent if not measured. dollars: what endpoints
+    """The predicted or measured amounts of a stage. bytes: of traces. memory: peak bytes; absent if not measured. written: measured
+    bytes of traces and of a model. dollars: what endpoints
     charge; absent if none is asked."""
 
     tokens: float
@@ -33,11 +34,12 @@ class Amounts(TypedDict):
     flops: float
     seconds: float
     memory: NotRequired[float]
+    written: NotRequired[float]
     dollars: NotRequired[float]
 
 
 class StageRow(TypedDict):
-    """One stage. cost: the fields of `Cost`. curves: for each metric a list with one number for each of `curve_steps`, null
+    """One stage. cost: the fields of `Cost`, and `model_bytes`. curves: for each metric a list with one number for each of `curve_steps`, null
     where it was not logged. progress: of a running or failed stage. error: the message of a failed one. divergence: of a
     stage that measures it for one model by itself."""
 
@@ -287,6 +289,7 @@ def measured(stage: StageRow) -> Amounts:
     found: Amounts = {
         "tokens": sum(cost.get(kind, 0) for kind in kinds),
         "bytes": cost.get("bytes_written", 0),
+        "written": cost.get("bytes_written", 0) + cost.get("model_bytes", 0),
         "flops": cost.get("flops", 0),
         "seconds": stage["seconds"],
     }

@@ -86,6 +86,8 @@ def total(found: Sequence[Amounts]) -> Amounts:
         "seconds": sum(one["seconds"] for one in found),
         "memory": max((one.get("memory", 0.0) for one in found), default=0.0),
     }
+    if written := sum(one.get("written", 0.0) for one in found):
+        summed["written"] = written
     if paid := sum(one.get("dollars", 0.0) for one in found):
         summed["dollars"] = paid
     return summed
@@ -100,14 +102,14 @@ def stage_table(rows: Sequence[Row]) -> Table:
         columns.append((titled(name, unit + suffix), cells))
 
     def of(key: str) -> list[float | None]:
-        return [row.took[key] if on else None for row, on in zip(rows, begun, strict=True)]  # type: ignore[literal-required]
+        return [row.took.get(key, 0.0) if on else None for row, on in zip(rows, begun, strict=True)]  # type: ignore[literal-required]
 
     rates = [row.took["tokens"] / row.took["seconds"] if row.took["seconds"] > 0 else 0.0 for row in rows]
     add("time", times(of("seconds")))
     add("tokens", amounts([value or None for value in of("tokens")]))
     columns.append(("tokens/s", amounts_plain(rates)))
     add("compute", amounts([value or None for value in of("flops")], "FLOP"))
-    add("written", amounts([value or None for value in of("bytes")], "B", least=1))
+    add("written", amounts([value or None for value in of("written")], "B", least=1))
     if any(row.filtered for row in rows):
         columns.append(("filtered", [f"{row.filtered:,.0f}" for row in rows]))
     if any(row.failed for row in rows):

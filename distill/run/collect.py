@@ -73,7 +73,7 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
         kind=standing.kind,
         status=standing.status,
         seconds=standing.seconds,
-        cost={**standing.cost, **_written(run / name, standing)},
+        cost={**standing.cost, **_written(run / name)},
         metrics={key: value for key, value in standing.metrics.items() if isinstance(value, int | float | str)},
     )
     if standing.dtypes:
@@ -95,12 +95,12 @@ def _stage_row(name: str, standing: run_folder.State | None, recipe: Recipe, run
     return row
 
 
-def _written(folder: Path, standing: run_folder.State) -> dict[str, int]:
-    """The bytes of a model that a stage has written; its cost counts traces only."""
+def _written(folder: Path) -> dict[str, int]:
+    """The bytes of a model that a stage has written; its cost, as its prediction, counts traces only."""
     model = folder / "model"
-    if standing.cost.get("bytes_written") or not model.is_dir():
+    if not model.is_dir():
         return {}
-    return {"bytes_written": sum(file.stat().st_size for file in model.rglob("*") if file.is_file())}
+    return {"model_bytes": sum(file.stat().st_size for file in model.rglob("*") if file.is_file())}
 
 
 def _progress(standing: run_folder.State, logged: list[float]) -> ProgressRow:

@@ -162,7 +162,7 @@ def test_arms_of_two_comparisons_are_not_mixed(tmp_path: Path) -> None:
 
 def test_a_stage_that_writes_a_model_has_written_its_bytes(tmp_path: Path) -> None:
     report = collected(tmp_path)
-    written = {stage["name"]: stage["cost"].get("bytes_written", 0) for stage in report["stages"]}
+    written = {stage["name"]: stage["cost"].get("model_bytes", 0) for stage in report["stages"]}
     assert written["cold"] == 1000 + len(json.dumps(SHAPE))
     assert written["clean"] == 0
 
