@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from distill.reports.block_kinds import Block, Heading, Table, Text
 from distill.reports.columns import amounts, times, titled
@@ -102,7 +103,7 @@ def stage_table(rows: Sequence[Row]) -> Table:
         columns.append((titled(name, unit + suffix), cells))
 
     def of(key: str) -> list[float | None]:
-        return [row.took.get(key, 0.0) if on else None for row, on in zip(rows, begun, strict=True)]  # type: ignore[literal-required]
+        return [float(cast(float, row.took.get(key, 0.0))) if on else None for row, on in zip(rows, begun, strict=True)]
 
     rates = [row.took["tokens"] / row.took["seconds"] if row.took["seconds"] > 0 else 0.0 for row in rows]
     add("time", times(of("seconds")))
