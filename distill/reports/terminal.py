@@ -174,7 +174,7 @@ def arm_table(group: Group, width: int) -> Table:
     ]
     columns = [
         Column(group.heading("arm"), [_text(name) for name in arms]),
-        Column(f"0 to {percent(end)}", bars, 4),
+        Column(f"0 to {end:.0%}", bars, 4),
         Column(">accuracy", _texts(interval_text(arm["accuracy"]) for arm in arms.values())),
     ]
     for k in ks:

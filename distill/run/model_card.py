@@ -147,14 +147,14 @@ def _pruned(record: Path) -> Iterator[tuple[str, str]]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending whole numbers in words, runs of them together: "0-3, 5"."""
+    """Ascending whole numbers in words, runs of them together: "0–3, 5"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _facts(traces: Path) -> Iterator[tuple[str, str]]:

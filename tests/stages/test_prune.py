@@ -100,7 +100,7 @@ def test_the_card_says_which_layers_and_widths_are_left(base: Path, written: Pat
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in card.read_text().splitlines()]
     assert ["s", "layers kept", f"3 of 4: {ranges(result.metrics['layers_kept'])}"] in rows
     assert ["s", "width (ffn)", "40"] in rows
-    assert ranges([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8"
 
 
 @pytest.mark.parametrize(
