@@ -38,6 +38,19 @@ def verify(folder: Path, remedy: str) -> None:
     _verify(folder, state, remedy)
 
 
+def verify_file(folder: Path, name: str, remedy: str) -> None:
+    """Raise DataError if one file of a sealed folder is missing or not what was written; others pass. Hashes this file alone."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError):
+        raise DataError(f"{folder}: {SUMS}: not as written. {remedy}") from None
+    known = {sealed: digest for digest, sealed in (line.split("  ", 1) for line in lines if "  " in line)}
+    if name not in known or not _is(folder / name, known[name]):
+        raise DataError(f"{folder}: {name}: not as written. {remedy}")
+
+
 @functools.lru_cache(maxsize=64)
 def _verify(folder: Path, state: tuple[tuple[str, int, int], ...], remedy: str) -> None:
     record = folder.with_name(f"{folder.name}.verified")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill import machine
+from distill.errors import DataError
 from distill.files import cache_home, file_hash
 from distill.models.checkpoint_folder import check_loaded
 from distill.models.shape import text_part
@@ -126,8 +127,18 @@ def learned_positions(config: Mapping[str, Any]) -> int | None:
 
 
 def config_of(folder: str | Path) -> dict[str, Any]:
-    """Read config.json of a local model folder."""
-    loaded: dict[str, Any] = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    """Read config.json of a local model folder. Raises DataError if it is damaged."""
+    path = Path(folder) / "config.json"
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(
+            f"{path}: damaged: no JSON ({error}). Copy it from where the model comes from, or make the model again."
+        ) from None
+    if not isinstance(loaded, dict):
+        raise DataError(
+            f"{path}: damaged: holds no mapping. Copy it from where the model comes from, or make the model again."
+        )
     return loaded
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from distill import run_folder
 from distill.files import read_digested
+from distill.models.integrity import verify_file
 from distill.models.shape import ModelShape
 from distill.recipe import GrpoStage, OnPolicyStage, PruneStage, Recipe, StageConfig, TrainStage, base_name, data_of
 from distill.recipe.lineage import origin, training_line, upstream_stages, writers_of_first_data
@@ -126,8 +127,9 @@ def _whole_line(recipe: Recipe, model: str) -> list[str]:
 
 
 def _size(recipe: Recipe, run: Path, model: str) -> str:
-    """Parameters of a model of the run, and the layers that pruning has left of it; "" if unknown."""
+    """Parameters of a model of the run, and the layers that pruning has left of it; "" if unknown. Raises DataError if it is damaged."""
     parts = []
+    verify_file(run / model / "model", "config.json", f"Make it again with --redo {model}.")
     try:
         config: dict[str, Any] = json.loads((run / model / "model" / "config.json").read_text(encoding="utf-8"))
         parts.append(scaled(ModelShape.from_config(config).params_total))
