@@ -13,6 +13,7 @@ from distill import models
 from distill.errors import UserError
 from distill.models.checkpoint_folder import weight_headers
 from distill.models.hub import dataset_id
+from distill.models.integrity import verify_file
 from distill.models.rendering import rest_of_prefill
 from distill.recipe import Recipe
 from distill.recipe.lineage import upstream_stages
@@ -74,7 +75,8 @@ class Size:
 
     @staticmethod
     def of(folder: Path) -> Size:
-        """Read the headers of the weights and the config."""
+        """Read the headers of the weights and the config. Raises DataError if they are damaged."""
+        verify_file(folder, "config.json", "Make the model again, with --redo and its stage.")
         config = models.config_of(folder)
         parameters = 0
         for shape in weight_headers(folder).values():
