@@ -113,7 +113,8 @@ MAIN_PATHS: dict[str, tuple[list[str], int, str]] = {
 """Of each verb a command that goes all its way, its exit status, and what it says."""
 ELSEWHERE = {
     "chat": "tests/tools/test_chat.py", "check": "tests/test_cli.py", "doctor": "tests/run/test_trials.py",
-    "inspect": "tests/tools/test_inspect.py", "new": "its own tests", "watch": "its own tests",
+    "inspect": "tests/tools/test_inspect.py", "new": "tests/tools/test_new.py", "traces import": "tests/traces/test_exchange.py",
+    "watch": "tests/tools/test_watch.py",
 }  # fmt: skip
 """Verbs that other tests start as processes; each way takes seconds."""
 

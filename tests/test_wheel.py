@@ -105,6 +105,7 @@ def test_every_import_of_the_package_is_declared():
         "ray",
         "reasoning_gym",
         "triton",
+        "trl",
         "vllm",
     }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
