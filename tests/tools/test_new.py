@@ -407,7 +407,7 @@ def test_a_dialogue_on_a_terminal_and_its_interruption(here, tiny):
     lines(here, judged(40))
     before = sorted(path.name for path in here.iterdir())
     status, text = talk([("Questions or conversations", "data.jsonl"), ("Where will", ""), ("Teacher", "\x03")])
-    assert status == 130
+    assert status == 130, text
     assert "nothing was written" in text
     assert sorted(path.name for path in here.iterdir()) == before
     status, text = talk(
@@ -430,6 +430,7 @@ def talk(answers: list[tuple[str, str]]) -> tuple[int, str]:
     """Answer the dialogue on a pseudo-terminal: each answer after its question was shown. Returns (exit status, output)."""
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a worker of pytest-xdist ignores it, and a new program inherits that
         os.execv(sys.executable, [sys.executable, "-m", "distill.cli", "new"])
     seen, begin = "", 0
     deadline = time.monotonic() + 240
