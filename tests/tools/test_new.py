@@ -430,7 +430,8 @@ def talk(answers: list[tuple[str, str]]) -> tuple[int, str]:
     """Answer the dialogue on a pseudo-terminal: each answer after its question was shown. Returns (exit status, output)."""
     process, terminal = pty.fork()
     if process == 0:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a worker of pytest-xdist ignores it, and a new program inherits that
+        # A worker of pytest-xdist ignores it, and a new program inherits that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.execv(sys.executable, [sys.executable, "-m", "distill.cli", "new"])
     seen, begin = "", 0
     deadline = time.monotonic() + 240
