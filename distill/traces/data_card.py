@@ -209,7 +209,7 @@ def _reading(reader: TraceReader) -> str:
         text
         + " `tail_logprob` is the log of the mass of all other tokens.\n\nWith pandas:\n\n"
         + _fill(_PANDAS, *pandas, value)
-        + "\nWith DuckDB, one row an entry:\n\n"
+        + "\nWith DuckDB 2.0 or newer, one row an entry:\n\n"
         + _fill(_DUCKDB, *sql, value)
     )
 
