@@ -285,7 +285,9 @@ def _with_tokenizer(found: FoundModel) -> Path:
 def _load(found: FoundModel) -> Any:
     """Load a model, its adapter merged, on the GPU if there is one."""
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # two seconds, in the midst of an answer that may be piped
     cuda = torch.cuda.is_available()
     dtype = "bfloat16" if cuda else models.auto_dtype(found.folder)
     with _as_data_error(found.adapter or found.folder):
