@@ -63,6 +63,11 @@ _HINTS = {
 """What to do about errors of the file system, by their number."""
 
 
+def in_a_line(error: BaseException) -> str:
+    """What an error of a library says, in one line of at most 160 characters; its type if it says nothing."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
 def of_system(error: BaseException) -> MachineError | None:
     """Return an error of the file system as one line with its path and remedy; None for any other error."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _HINTS:

@@ -17,7 +17,8 @@ from distill.files import file_hash, write_atomic
 from distill.records import UserError
 
 SUMS = "SHA256SUMS"
-SEALED = (".safetensors", ".json", ".jinja", ".txt", ".model", ".py")
+WEIGHTS = ".safetensors"
+SEALED = (WEIGHTS, ".json", ".jinja", ".txt", ".model", ".py")
 """Endings of the files that make a model what it is; its card may be edited."""
 
 
@@ -38,17 +39,12 @@ def verify(folder: Path, remedy: str) -> None:
     _verify(folder, state, remedy)
 
 
-def verify_file(folder: Path, name: str, remedy: str) -> None:
-    """Raise DataError if one file of a sealed folder is missing or not what was written; others pass. Hashes this file alone."""
-    try:
-        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+def verify_but_weights(folder: Path, remedy: str) -> None:
+    """As `verify`, of the config, the tokenizer and all other files that are not weights: in milliseconds, and never remembered."""
+    if not (folder / SUMS).exists():
         return
-    except (OSError, ValueError):
-        raise DataError(f"{folder}: {SUMS}: not as written. {remedy}") from None
-    known = {sealed: digest for digest, sealed in (line.split("  ", 1) for line in lines if "  " in line)}
-    if name not in known or not _is(folder / name, known[name]):
-        raise DataError(f"{folder}: {name}: not as written. {remedy}")
+    if wrong := _wrong(folder, weights=False):
+        raise DataError(f"{folder}: {', '.join(wrong)}: not as written. {remedy}")
 
 
 @functools.lru_cache(maxsize=64)
@@ -64,17 +60,22 @@ def _verify(folder: Path, state: tuple[tuple[str, int, int], ...], remedy: str) 
         write_atomic(record, here)
 
 
-def _wrong(folder: Path) -> list[str]:
-    """The files of a sealed folder that are missing, or have other bytes than when it was written."""
+def _wrong(folder: Path, *, weights: bool = True) -> list[str]:
+    """The files of a sealed folder that are missing, or have other bytes than when it was written. weights: look at those too."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         known = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except ValueError:
+    except (OSError, ValueError):
         return [SUMS]
     if any(len(digest) != 64 for digest in known.values()) or not known:
         return [SUMS]
-    wrong = [name for name, digest in known.items() if not _is(folder / name, digest)]
-    return wrong + [name for path in _files(folder) if (name := path.relative_to(folder).as_posix()) not in known]
+    wrong = [name for name, digest in known.items() if _counts(name, weights) and not _is(folder / name, digest)]
+    found = [path.relative_to(folder).as_posix() for path in _files(folder)]
+    return wrong + [name for name in found if _counts(name, weights) and name not in known]
+
+
+def _counts(name: str, weights: bool) -> bool:
+    return weights or not name.endswith(WEIGHTS)
 
 
 def _is(path: Path, digest: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.errors import DataError
+from distill.errors import DataError, in_a_line
 from distill.models.checkpoint_folder import check_folder, check_loaded, has_tokenizer, read_config, weight_headers
 from distill.models.loading import model_class
 from distill.models.shape import text_part
@@ -55,7 +55,7 @@ def check_code(folder: Path, config: Mapping[str, Any], trust_remote_code: bool)
     try:
         AutoConfig.from_pretrained(folder, local_files_only=True)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{folder}/config.json: transformers cannot read it ({_in_a_line(error)}).") from None
+        raise DataError(f"{folder}/config.json: transformers cannot read it ({in_a_line(error)}).") from None
 
 
 def check_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -65,17 +65,7 @@ def check_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
             f"{folder}: holds no tokenizer (tokenizer.json or tokenizer.model): copy the tokenizer's files from the model that "
             "these weights come from."
         )
-    try:
-        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # `tokenizers` raises plain Exception for a damaged file.
-        raise DataError(
-            f"{folder}: the tokenizer cannot be loaded ({_in_a_line(error)}): copy its files again from the model that these weights come "
-            "from."
-        ) from None
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
 def _check_weights(folder: Path) -> None:

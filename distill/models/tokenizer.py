@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.errors import DataError, in_a_line
 from distill.files import read_json
 from distill.models.rendering import turn_end_ids
 from distill.models.shape import text_part
@@ -15,10 +16,16 @@ from distill.records import Template, UserError, stable_hash
 
 
 def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a local model folder."""
+    """Load the tokenizer of a local model folder. Raises DataError if it is missing or damaged."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # `tokenizers` raises plain Exception for a damaged file
+        raise DataError(
+            f"{folder}: the tokenizer cannot be loaded ({in_a_line(error)}): copy its files again from the model that these weights come "
+            "from."
+        ) from None
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

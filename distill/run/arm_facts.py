@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import run_folder
-from distill.files import read_digested
-from distill.models.integrity import verify_file
+from distill.models.integrity import verify_but_weights
 from distill.models.shape import ModelShape
 from distill.recipe import GrpoStage, OnPolicyStage, PruneStage, Recipe, StageConfig, TrainStage, base_name, data_of
 from distill.recipe.lineage import origin, training_line, upstream_stages, writers_of_first_data
@@ -20,7 +19,6 @@ from distill.reports.context_rows import AboutRow
 from distill.reports.wording import scaled
 
 TEXT = "cross_entropy"
-PRUNED = "pruned.json"
 
 
 def about(recipe: Recipe, run: Path, models: Sequence[str], arms: Mapping[str, str]) -> AboutRow:
@@ -129,22 +127,20 @@ def _whole_line(recipe: Recipe, model: str) -> list[str]:
 def _size(recipe: Recipe, run: Path, model: str) -> str:
     """Parameters of a model of the run, and the layers that pruning has left of it; "" if unknown. Raises DataError if it is damaged."""
     parts = []
-    verify_file(run / model / "model", "config.json", f"Make it again with --redo {model}.")
+    verify_but_weights(run / model / "model", f"Make it again with --redo {model}.")
     try:
         config: dict[str, Any] = json.loads((run / model / "model" / "config.json").read_text(encoding="utf-8"))
         parts.append(scaled(ModelShape.from_config(config).params_total))
     except (OSError, ValueError, KeyError):
         pass
-    for name in _whole_line(recipe, model):
-        record = run / name / PRUNED
-        if record.is_file():
-            try:
-                kept = read_digested(record)
-            except ValueError:
-                break
-            parts.append(f"{len(kept['layers_kept'])} of {kept['layers']} layers")
-            break
+    pruned = next((name for name in _whole_line(recipe, model) if _is_pruned(recipe, name)), None)
+    if pruned and (known := run_folder.read(run / pruned)) and "layers_kept" in known.metrics:
+        parts.append(f"{len(known.metrics['layers_kept'])} of {known.metrics['layers_before']} layers")
     return ", ".join(parts)
+
+
+def _is_pruned(recipe: Recipe, name: str) -> bool:
+    return isinstance(recipe.stages.get(name), PruneStage)
 
 
 def _source(recipe: Recipe, model: str) -> str:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from distill import run_folder
-from distill.files import read_digested, write_atomic
+from distill.files import write_atomic
 from distill.models import hub
+from distill.models.integrity import verify_but_weights
 from distill.recipe import Recipe
 from distill.recipe.lineage import NOT_UPSTREAM, origin, upstream_stages
 from distill.records import UserError
@@ -26,8 +28,6 @@ from distill.reports.wording import interval_text, reading
 from distill.run import card_facts
 from distill.traces.reader import open_traces
 
-PRUNED = "pruned.json"
-"""The record of a prune stage, in its folder."""
 LICENCE_HEADING = "## Licence"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -47,7 +47,7 @@ def write_all(resolved: Recipe, run: Path, report: RunReport) -> list[Path]:
 
 
 def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = None) -> Card:
-    """Collect the facts about a stage's model from the run's folders."""
+    """Collect the facts about a stage's model from the run's folders. Raises DataError if the model is damaged, but for its weights."""
     above = set(upstream_stages(resolved, name))
     lineage = [_ancestor(resolved, run, one) for one in resolved.stages if one in above]
     base = _base(resolved, name)
@@ -64,6 +64,7 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
     first = next(iter(scores.values()), None)
     settings = resolved.stages[name].model_dump(mode="json")
     folder = run / name / "model"
+    verify_but_weights(folder, f"Make the model again with --redo {name}.")
     source = resolved.models[origin(resolved, name)].source if origin(resolved, name) in resolved.models else ""
     base_facts = card_facts.base_card(source) if source else {}
     size = card_facts.Size.of(folder) if any(folder.glob("*.safetensors")) else None
@@ -123,25 +124,21 @@ def _ancestor(resolved: Recipe, run: Path, name: str) -> Ancestor:
         seconds=standing.seconds if standing else 0.0,
         facts=[
             *((key, f"{one['value']}: {one['why']}") for key, one in decided.items()),
-            *_pruned(run / name / PRUNED),
+            *_pruned(standing.metrics if standing else {}),
             *_facts(run / name / "traces"),
         ],
     )
 
 
-def _pruned(record: Path) -> Iterator[tuple[str, str]]:
-    """What a prune stage has left of its model; nothing for a stage of another kind."""
-    if not record.is_file():
+def _pruned(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a prune stage has left of its model, by the stage's results; nothing for a stage of another kind."""
+    if "layers_kept" not in found:
         return
-    try:
-        kept = read_digested(record)
-    except ValueError:  # the trained models' cards are still written
-        yield "layers kept", f"{record.name} is not as written"
-        return
-    yield "layers kept", f"{len(kept['layers_kept'])} of {kept['layers']}: {ranges(kept['layers_kept'])}"
-    for key, size in kept.get("widths", {}).items():
+    kept = found["layers_kept"]
+    yield "layers kept", f"{len(kept)} of {found['layers_before']}: {ranges(kept)}"
+    for key, size in found.get("widths", {}).items():
         yield f"width ({key})", str(size)
-    if repaired := kept.get("repair"):
+    if repaired := found.get("repair"):
         fitted = len(repaired["fitted"])
         yield "repair", f"{fitted} layers fit, ridge strength {repaired['strength']}" if fitted else "none was better"
 

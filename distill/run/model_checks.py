@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import models
+from distill.errors import in_a_line
 from distill.models import gguf, prune_width
 from distill.recipe import ModelConfig, OnPolicyStage, OptimStage, PruneStage, Recipe, served_models
 from distill.recipe.lineage import origin
@@ -111,5 +112,5 @@ def _unreadable(config: dict[str, Any]) -> str:
         quantizer = AutoHfQuantizer.from_config(dict(stored), pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
     except (ImportError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        return " ".join(str(error).split())[:160] or type(error).__name__
+        return in_a_line(error)
     return ""

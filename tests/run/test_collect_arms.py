@@ -13,7 +13,6 @@ import yaml
 from project import SUMS
 
 from distill import recipe, run_folder
-from distill.files import write_digested
 from distill.reports.run_report import RunReport
 from distill.run.collect import collect_run
 
@@ -40,6 +39,8 @@ STAGES: dict[str, dict[str, Any]] = {
 SHAPE = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
          "vocab_size": 32, "tie_word_embeddings": True}  # fmt: skip
 
+PRUNED = {"layers_before": 4, "layers_kept": [0, 3]}
+
 
 def run_of(folder: Path, stages: dict[str, dict[str, Any]], undone: tuple[str, ...] = ()) -> Path:
     """A run of these stages without a model's weights, as their processes would have left it, but for the undone ones."""
@@ -55,13 +56,8 @@ def run_of(folder: Path, stages: dict[str, dict[str, Any]], undone: tuple[str, .
         }.items():
             if node in undone:
                 continue
-            metrics = (
-                scores
-                if config.kind == "eval"
-                else {"steps": 3, "examples": 598}
-                if config.kind == "train"
-                else {"steps": 2}
-            )
+            by_kind = {"eval": scores, "train": {"steps": 3, "examples": 598}, "prune": PRUNED}
+            metrics = by_kind.get(config.kind, {"steps": 2})
             state = run_folder.State(
                 kind=config.kind, config=config.model_dump(mode="json"), inputs={}, status="done", metrics=metrics
             )
@@ -78,8 +74,6 @@ def run_of(folder: Path, stages: dict[str, dict[str, Any]], undone: tuple[str, .
                 (model / "config.json").write_text(json.dumps(SHAPE))
                 (model / "model.safetensors").write_bytes(b"x" * 1000)
             run_folder.write(folder / node, state)
-    if "small" in stages:
-        write_digested(folder / "small" / "pruned.json", {"layers": 4, "layers_kept": [0, 3], "widths": {}})
     (folder / "resolved.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False))
     return folder
 

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from project import REFERENCE, SUMS, Project
 
-from distill import models
+from distill import models, run_folder
+from distill.errors import DataError
 from distill.files import room_for
 from distill.models import integrity
 from distill.records import UserError
+from distill.run import model_card
+from distill.run.collect import collect_run
 
 TRACES = {
     "kind": "generate", "model": "base", "task": "sums", "problems": 6, "sampling": {"max_tokens": 6}, "top_logprobs": 8,
@@ -81,6 +84,36 @@ def test_a_damaged_file_of_a_model_is_named_before_the_model_is_used(finished, d
         shutil.rmtree(folder)
         kept.rename(folder)
     assert finished.run("--redo", "verdict").returncode == 0
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, Path.unlink])
+def test_reports_and_cards_name_a_damaged_file_and_do_not_go_without_it(finished, damage):
+    folder = finished.run_dir / "kl" / "model"
+    resolved = run_folder.recipe(finished.run_dir)
+    names = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jinja")]
+    assert {"config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= {*names}
+    for name in names:
+        shutil.copytree(folder, kept := finished.folder / "kept")
+        try:
+            damage(folder / name)
+            for reader in (collect_run, lambda run: model_card.describe(resolved, run, "kl")):
+                with pytest.raises(DataError, match=rf"{name}: not as written.*--redo kl"):
+                    reader(finished.run_dir)
+        finally:
+            shutil.rmtree(folder)
+            kept.rename(folder)
+    assert model_card.describe(resolved, finished.run_dir, "kl").usage
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty])
+def test_a_tokenizer_that_nobody_has_sealed_is_one_message(tiny_dir, tmp_path, damage):
+    folder = shutil.copytree(tiny_dir, tmp_path / "model")
+    text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    damage(folder / "tokenizer.json")
+    if damage is flip:  # a merge of tokens that the vocabulary lacks, for which `tokenizers` raises a plain Exception
+        (folder / "tokenizer.json").write_text(text.replace('"Ġexercises":', '"Ġexercisez":'), encoding="utf-8")
+    with pytest.raises(DataError, match=r"model: the tokenizer cannot be loaded \(.+\): copy its files again"):
+        models.load_tokenizer(folder)
 
 
 def test_a_whole_folder_is_hashed_once_and_sha256sum_can_check_it(finished, monkeypatch):

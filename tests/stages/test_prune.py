@@ -94,7 +94,8 @@ def test_evenly_spaced_layers_need_no_data_and_cost_nothing(base: Path, tmp_path
 def test_the_card_says_which_layers_and_widths_are_left(base: Path, written: Path, tmp_path: Path) -> None:
     stage = {"layers": 3, "by": "block_influence", "ffn": 40, "data": str(written / "traces")}
     result, context = run(base, tmp_path, **stage)
-    run_folder.write(context.folder, run_folder.State(kind="prune", config={}, inputs={}, status="done", seconds=1.0))
+    state = run_folder.State(kind="prune", config={}, inputs={}, status="done", seconds=1.0, metrics=result.metrics)
+    run_folder.write(context.folder, state)
     card = write(context.recipe, tmp_path, "s")
     assert card is not None
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in card.read_text().splitlines()]
