@@ -1,6 +1,6 @@
 """Rows of a data set as conversations, by the names of their columns.
 
-A layout is recognised in the order of `LAYOUTS`; `fields` names columns by hand, nested ones as `a.b` or `a.0`. Nothing is
+A layout is recognised in the order of `LAYOUTS`, whatever the case of the columns' names; `fields` names columns by hand, nested ones as `a.b` or `a.0`. Nothing is
 guessed from a column's content, and a part of a row that is not understood (an image, an unknown role) rejects the row.
 """
 
@@ -53,6 +53,23 @@ LAYOUTS = {
 
 IN_JSON = ("messages", "conversations", "conversation", "prompt", "chosen", "rejected", "dialog")
 """Columns whose list of messages some data sets store as JSON text."""
+COLUMNS = frozenset(
+    {
+        *QUESTIONS,
+        *REPLIES,
+        *GOLDS,
+        *SYSTEMS,
+        *BESIDE,
+        *GENERATIONS,
+        *VERDICTS,
+        *IN_JSON,
+        "context",
+        "tools",
+        "functions",
+        "rejected",
+    }
+)
+"""All names of columns that a layout knows. Others are taken for these if only case, spaces and hyphens differ (`Final Answer`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +125,10 @@ class Reader:
 
     def read(self, row: Mapping[str, Any], number: int = 0) -> list[Conversation]:
         """Return a row's conversations, usually one; none if all its generations are wrong. Raises ValueError with the reason."""
-        row = {key: _listed(value) if key in IN_JSON else value for key, value in row.items() if value is not None}
         if self.fields:
             self.layout = "fields"
-            return self._by_fields(row, number)
+            return self._by_fields(_given(row), number)
+        row = _given(_with_known_names(row))
         self.layout = layout_of(row)
         if self.layout == "generations":
             return self._generations(row, number)
@@ -238,6 +255,21 @@ def nearest_layout(row: Mapping[str, Any]) -> str:
     if any(key in row for key in (*REPLIES, *GOLDS)):
         return f"its columns are {columns}; a column of questions is missing ({', '.join(QUESTIONS)}), or name it by fields: {{question: …}}"
     return f"its columns are {columns}; known layouts are {', '.join(LAYOUTS)}, or name columns by fields: {{question: …, answer: …}}"
+
+
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a row that hold something; lists of messages that are stored as JSON text as lists."""
+    return {key: _listed(value) if key in IN_JSON else value for key, value in row.items() if value is not None}
+
+
+def _with_known_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a row with columns such as `Problem` or `Final Answer` under the names of the layouts, unless these are there too."""
+    made = dict(row)
+    for key in row:
+        plain = re.sub(r"[ -]", "_", str(key).strip().lower())
+        if key not in COLUMNS and plain in COLUMNS and plain not in made:
+            made[plain] = made.pop(key)
+    return made
 
 
 def _listed(value: Any) -> Any:

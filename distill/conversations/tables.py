@@ -36,6 +36,7 @@ LINES, JSON, CSV, PARQUET, ARROW = (
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",
           "val": "validation", "dev": "validation", "eval": "test"}  # fmt: skip
+TEXT = " Of plain text nobody knows what is a question: of one question a line make JSON lines with jq -R '{question: .}' FILE.txt > FILE.jsonl."
 BATCH_ROWS = 256
 
 
@@ -79,6 +80,7 @@ def open_table(path: Path, where: str, split: str = "train") -> Table:
             known = ", ".join((*LINES, *JSON, *CSV, *PARQUET, *ARROW))
             raise DataError(
                 f"{where}: {path}: unknown file format; known are {known}, and {', '.join(COMPRESSED)} of them."
+                + (TEXT if path.suffix == ".txt" else "")
             )
         return Table(f"{path.name} ({file_hash(path)[:16]})", lambda reject: _read(path, kind, reject, where))
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():

@@ -116,6 +116,20 @@ def test_golds_wherever_they_stand() -> None:
     assert Reader().read({"question": U["content"], "final_answer": ["6", "8"]})[0].answer == ["6", "8"]
 
 
+def test_the_case_of_a_columns_name_does_not_matter() -> None:
+    """AIME_2024 has capitals, exports of spreadsheets have spaces; a name as the layouts have it comes first."""
+    aime = Reader().read({"ID": "1", "Problem": U["content"], "Solution": "It is 7.", "Answer": 7})[0]
+    assert (aime.messages, aime.answer) == ((U, A), 7)
+    sheet = Reader().read({"Question ": U["content"], "Final Answer": "7"})[0]
+    assert (sheet.messages, sheet.answer) == ((U,), "7")
+    both = Reader().read({"Answer": "8", "question": U["content"], "answer": "7", "ANSWER": "9"})[0]
+    assert both.answer == "7"
+    (chat,) = Reader().read({"Messages": json.dumps([U, A])})
+    assert chat.messages == (U, A)
+    with pytest.raises(ValueError, match="there is no 'question'"):
+        Reader({"question": "question"}).read({"Question": U["content"]})
+
+
 def test_fields_name_the_columns_of_any_other_layout() -> None:
     row = {"meta": {"q": U["content"]}, "runs": [{"text": "It is 7.", "why": "three and four"}], "key": {"a": [7]}}
     fields = {"question": "meta.q", "reply": "runs.0.text", "reasoning": "runs.0.why", "answer": "key.a.0"}

@@ -115,5 +115,12 @@ def test_a_cut_file_is_one_message(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(whole[: len(whole) * 2 // 3])
     with pytest.raises(UserError, match=f"{name}: cannot be read"):
         list(open_table(tmp_path / name, "data").rows(_never))
-    with pytest.raises(UserError, match="unknown file format"):
+    with pytest.raises(UserError, match="unknown file format") as said:
         open_table(Path(__file__), "data")
+    assert "jq" not in str(said.value)
+
+
+def test_plain_text_is_not_guessed_at(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("What is 3+4?\n")
+    with pytest.raises(UserError, match=r"unknown file format.* jq -R '\{question: \.\}'"):
+        open_table(tmp_path / "a.txt", "data")
