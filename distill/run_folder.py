@@ -4,6 +4,7 @@ RUN/recipe.yaml           the recipe as it was given
 RUN/resolved.yaml         the recipe with every default and every copy for a seed written out
 RUN/environment.json      versions, the machine, and the folder of the recipe's own Python modules
 RUN/predicted.json        the predicted seconds of each node
+RUN/commits.json          the commits of the hub's models that the run began with, and keeps to
 RUN/STAGE/stage.json      the stage's config, status, cost and results
 """
 
@@ -22,13 +23,14 @@ from distill import __version__, plug
 from distill.errors import DataError, UserError
 from distill.files import file_hash, read_digested, write_atomic, write_digested
 from distill.machine import Machine, cores, processor
-from distill.recipe import Recipe, validate
+from distill.recipe import ModelConfig, Recipe, validate
 from distill.recipe.load import read_file
 
 FILE = "stage.json"
 LOGGED = "metrics.jsonl"
 PREDICTED = "predicted.json"
 """The predicted seconds of each node of a run."""
+COMMITS = "commits.json"
 RESOLVED = "resolved.yaml"
 ENVIRONMENT = "environment.json"
 
@@ -63,6 +65,39 @@ def environment(run: Path) -> dict[str, Any]:
         raise DataError(
             f"{path}: not as written ({error}). Remove this file: the next `distill run` writes it anew."
         ) from None
+
+
+def commits(run: Path) -> dict[str, str]:
+    """Return the commit of each model of the hub that the run has loaded, as source or source@revision."""
+    path = run / COMMITS
+    if not path.is_file():
+        return {}
+    try:
+        return read_digested(path)
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not as written ({error}). Remove this file: the run then takes the models as the hub has them now."
+        ) from None
+
+
+def keep_commit(run: Path, model: ModelConfig, commit: str) -> None:
+    """Let the run keep to the commit of a model that it has loaded."""
+    write_digested(run / COMMITS, {**commits(run), _kept_as(model): commit})
+
+
+def commit_of(run: Path, model: ModelConfig) -> str | None:
+    """Return the commit of a model that the run keeps to; None before it was loaded, and for models that are not on the hub."""
+    return commits(run).get(_kept_as(model))
+
+
+def at_commit(run: Path, model: ModelConfig) -> ModelConfig:
+    """Return a model of the run's recipe as the run has it: of the hub, the commit that the run keeps to."""
+    commit = commit_of(run, model)
+    return model if commit is None else model.model_copy(update={"revision": commit})
+
+
+def _kept_as(model: ModelConfig) -> str:
+    return model.source if model.revision is None else f"{model.source}@{model.revision}"
 
 
 def write_recipe(run: Path, resolved: Recipe, source: Path | str, machine: Machine) -> None:

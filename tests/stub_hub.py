@@ -1,4 +1,6 @@
-"""A hub of ours for the tests of uploads: repositories, the plan of an upload, LFS files and commits, as huggingface_hub asks for them.
+"""A hub of ours for the tests of uploads and downloads, as huggingface_hub and datasets ask for them.
+
+Repositories, the plan of an upload, LFS files and commits; lists of files, their heads and contents. One revision each, `main`.
 
 Runs in the test's process; the tested command is a process of its own, pointed here by HF_ENDPOINT. `refuses` maps a
 part of the address ("create", "preupload", "batch", "commit") to the status that it answers instead.
@@ -11,7 +13,9 @@ import hashlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 TOKEN = "hf_test"
 
@@ -44,6 +48,27 @@ class StubHub:
         """The variables that point a process here. Xet's storage has no stub: files go the LFS way."""
         here = {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         return {**here, "HF_TOKEN": token} if token else here
+
+    def add(self, name: str, files: dict[str, bytes], *, kind: str = "model", visibility: str = "public") -> None:
+        """Put a repository there."""
+        self.repos[name] = {"visibility": visibility, "kind": kind, "files": dict(files), "commits": ["first"]}
+
+    def commit_of(self, name: str) -> str:
+        """The commit of a repository: another one for other files."""
+        files = self.repos[name]["files"]
+        return hashlib.sha1(repr(sorted((path, content) for path, content in files.items())).encode()).hexdigest()
+
+    def entries(self, name: str) -> list[dict[str, Any]]:
+        """The files and folders of a repository."""
+        files = self.repos[name]["files"]
+        folders = {str(above) for path in files for above in PurePosixPath(path).parents} - {"."}
+        return [
+            *({"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)),
+            *(
+                {"type": "file", "path": path, "oid": hashlib.sha1(content).hexdigest(), "size": len(content)}
+                for path, content in sorted(files.items())
+            ),
+        ]
 
     def create(self, asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         name = f"{asked['organization']}/{asked['name']}"
@@ -78,18 +103,55 @@ def _handler(hub: StubHub) -> type[BaseHTTPRequestHandler]:
             pass
 
         def do_HEAD(self) -> None:
-            self._say(200, {})
+            if "/resolve/" in self.path:
+                self._read()
+            else:
+                self._say(200, {})
 
         def do_GET(self) -> None:
-            if self._refused():
-                return
-            parts = self.path.partition("?")[0].split("/")  # /api/models/owner/name
-            name = "/".join(parts[3:5])
+            self._read()
+
+        def _read(self) -> None:
+            parts = unquote(self.path.partition("?")[0]).split("/")[
+                1:
+            ]  # api/models/owner/name/..., [datasets/]owner/name/resolve/...
+            api = parts[0] == "api"
+            kind = parts[1] if api else parts[0] if parts[0] == "datasets" else "models"
+            rest = parts[2:] if api else parts[1:] if kind == "datasets" else parts
+            name, rest = "/".join(rest[:2]), rest[2:]
             repo = hub.repos.get(name)
-            if repo is None:
+            public = repo is not None and repo["visibility"] == "public"
+            if self._refused(open_to_all=public):
+                return
+            if repo is None or repo["kind"] != kind.removesuffix("s"):
                 self._say(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
                 return
-            self._say(200, {"id": name, "private": repo["visibility"] == "private", "sha": "0" * 40, "siblings": []})
+            commit = hub.commit_of(name)
+            if len(rest) > 1 and rest[1] not in ("main", commit):
+                self._say(404, {"error": f"Invalid rev id: {rest[1]}"}, {"X-Error-Code": "RevisionNotFound"})
+            elif rest[:1] == ["resolve"]:
+                self._file(repo["files"].get("/".join(rest[2:])), commit)
+            elif rest[:1] == ["tree"]:
+                below = "/".join(rest[2:])
+                self._say(200, [one for one in hub.entries(name) if one["path"].startswith(below)])
+            elif rest[:1] in ([], ["revision"]):
+                siblings = [{"rfilename": path} for path in sorted(repo["files"])]
+                private = repo["visibility"] == "private"
+                self._say(200, {"id": name, "private": private, "sha": commit, "siblings": siblings, "tags": []})
+            else:
+                self._say(404, {"error": f"no such path: {self.path}"})
+
+        def _file(self, content: bytes | None, commit: str) -> None:
+            if content is None:
+                self._say(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", commit)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
 
         def do_PUT(self) -> None:
             hub.keep(self.path.rpartition("/")[2], self._body())
@@ -97,12 +159,15 @@ def _handler(hub: StubHub) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = self._body()
-            if self._refused():
+            if self._refused(open_to_all="/paths-info/" in self.path):
                 return
             path = self.path.partition("?")[0]
             parts = path.split("/")
             if path == "/api/repos/create":
                 self._say(*hub.create(json.loads(body)))
+            elif "paths-info" in parts:
+                asked = parse_qs(body.decode())["paths"]
+                self._say(200, [one for one in hub.entries("/".join(parts[3:5])) if one["path"] in asked])
             elif path == "/api/validate-yaml":
                 hub.cards.append(json.loads(body))
                 fault = {"errors": [{"message": hub.card_fault}], "warnings": []}
@@ -136,14 +201,15 @@ def _handler(hub: StubHub) -> type[BaseHTTPRequestHandler]:
         def _body(self) -> bytes:
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-        def _refused(self) -> bool:
+        def _refused(self, *, open_to_all: bool = False) -> bool:
             hub.sent.append(f"{self.command} {self.path}")
             for part, status in hub.refuses.items():
                 if part in self.path:
                     self._say(status, {"error": f"told to refuse {part}"})
                     return True
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                self._say(401, {"error": "Invalid username or password."})
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}" and not open_to_all:
+                hidden = {"X-Error-Code": "RepoNotFound"} if self.command in ("GET", "HEAD") else None
+                self._say(401, {"error": "Invalid username or password."}, hidden)
                 return True
             return False
 

@@ -10,7 +10,8 @@ are used by processes that never load a model.
 
 from distill.files import cache_home, file_hash
 from distill.models.chat_template import opened_by, pin_date, pinned_date
-from distill.models.checkpoint_folder import check_folder, check_vocabulary, has_tokenizer
+from distill.models.checkpoint_folder import check_folder, check_vocabulary, has_tokenizer, is_whole
+from distill.models.hub import cached_commit, commit_of
 from distill.models.integrity import seal, verify
 from distill.models.loading import (
     auto_dtype,
@@ -71,6 +72,7 @@ __all__ = [
     "add_lora",
     "auto_dtype",
     "cache_home",
+    "cached_commit",
     "cast",
     "chat_messages",
     "chat_template_of",
@@ -82,6 +84,7 @@ __all__ = [
     "check_same_tokenizer",
     "check_template",
     "check_vocabulary",
+    "commit_of",
     "config_of",
     "conversation_text",
     "copy_weights",
@@ -92,6 +95,7 @@ __all__ = [
     "exported_weights",
     "file_hash",
     "has_tokenizer",
+    "is_whole",
     "kept_layers",
     "label_logps",
     "learned_positions",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.errors import DataError
+from distill.errors import DataError, UserError
 from distill.models.shape import text_part
 
 INDEX = "model.safetensors.index.json"
@@ -44,6 +44,15 @@ def check_folder(folder: Path) -> None:
                 f"{file}: lacks {len(missing)} of the weights that {INDEX} says it holds ({missing[0]}): the index belongs to "
                 "other files; download or save the model again."
             )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder holds a model with all of its weights and a tokenizer."""
+    try:
+        check_folder(folder)
+    except UserError:
+        return False
+    return has_tokenizer(folder)
 
 
 def check_is_model(folder: Path) -> None:

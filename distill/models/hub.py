@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import urllib.error
 import urllib.request
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.errors import MachineError, UserError
+from distill.errors import MachineError, UserError, in_a_line
 
 CONNECT_SECONDS = 5.0
 UNVERIFIED = "unverified"
@@ -25,6 +26,46 @@ def dataset_id(text: str) -> tuple[str, str | None] | None:
     """Return (name, revision) if a text may name a data set on the hub: owner/name, or owner/name@revision."""
     match = _DATASET.fullmatch(text)
     return (match["name"], match["revision"]) if match else None
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a model's folder in the hub's cache; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
+
+
+def cached_commit(name: str, commit: str) -> Path | None:
+    """Return the folder of a model's commit in the hub's cache, whole or not; None if it is not there."""
+    import huggingface_hub
+
+    found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=commit)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+@functools.lru_cache
+def model_config(name: str, revision: str | None) -> tuple[dict[str, Any] | None, str]:
+    """Fetch the config.json of a model on the hub, some kilobytes, into the cache; else return (None, what the hub says).
+
+    "" if it cannot be reached: then nothing is known of the model.
+    """
+    if not reachable():
+        return None, ""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        path = huggingface_hub.hf_hub_download(name, "config.json", revision=revision, etag_timeout=CONNECT_SECONDS)
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except GatedRepoError:
+        return None, "the hub gives it only to those who have accepted its terms (on its page), with `hf auth login`"
+    except RepositoryNotFoundError:
+        return None, "the hub has no model of this name, or it is private: `hf auth login`"
+    except RevisionNotFoundError:
+        return None, f"the hub has no revision {revision!r} of it"
+    except HfHubHTTPError as error:
+        return None, f"the hub refuses its config.json ({in_a_line(error)})"
+    except (OSError, ValueError):
+        return None, ""
+    return (found, "") if isinstance(found, dict) else (None, "")
 
 
 @functools.lru_cache

@@ -40,8 +40,8 @@ class Ancestor:
 class Card:
     """The content of a model card.
 
-    base: hub id or other source of the model that training started from. base_on_hub: whether it is a hub id. settings:
-    the stage's config as YAML. scores: of this model, by arm name; empty before its evaluation. cost: by view; empty until
+    base: hub id or other source of the model that training started from. base_on_hub: whether it is a hub id. base_commit: the one
+    that was loaded, "" if it is not on the hub. settings: the stage's config as YAML. scores: of this model, by arm name; empty before its evaluation. cost: by view; empty until
     known. readings: comparisons with other arms, in words. licence: the hub's keys license, license_name and license_link;
     empty if it is not known. usage: how to prompt it; None if it has no tokenizer. size: (property, value) pairs. trained: rows of
     (stage, loss, data). datasets: the hub's data sets that it learned from. language: of the base model's card. limits: one
@@ -69,6 +69,7 @@ class Card:
     datasets: Sequence[str] = ()
     language: str | Sequence[str] = ()
     limits: Sequence[str] = ()
+    base_commit: str = ""
 
 
 def write_card(folder: Path, card: Card) -> Path:
@@ -114,7 +115,9 @@ def front_matter(card: Card) -> str:
 
 def body(card: Card) -> list[Block]:
     """The blocks of the card below its front matter."""
-    start = f" It starts from {card.base}." if card.base else ""
+    start = (
+        f" It starts from {card.base}{f', commit {card.base_commit}' if card.base_commit else ''}." if card.base else ""
+    )
     found: list[Block] = [
         Text(f"The model of stage {card.name} ({card.kind}) of the run {card.run}.{start}"),
         *([Table(["property", "value"], [list(pair) for pair in card.size], "ll")] if card.size else []),

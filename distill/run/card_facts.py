@@ -40,7 +40,7 @@ def front_matter_of(card: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def base_card(source: str) -> dict[str, Any]:
+def base_card(source: str, revision: str | None) -> dict[str, Any]:
     """The front matter of a base model's card: in its folder, or in the hub's cache. Nothing is downloaded."""
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -49,7 +49,7 @@ def base_card(source: str) -> dict[str, Any]:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = huggingface_hub.try_to_load_from_cache(source, "README.md")
+        found = huggingface_hub.try_to_load_from_cache(source, "README.md", revision=revision)
     except HFValidationError:  # package://, or no name of a model
         return {}
     return front_matter_of(Path(found)) if isinstance(found, str) else {}

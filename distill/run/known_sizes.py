@@ -15,7 +15,7 @@ from typing import Any
 
 from distill.compute.flops import ModelShape
 from distill.conversations import Reader
-from distill.models import PACKAGE, architectures, check_folder, config_of, gguf, package_file
+from distill.models import PACKAGE, architectures, check_folder, config_of, gguf, hub, package_file
 from distill.plug import nearest
 from distill.recipe import (
     ModelConfig,
@@ -183,13 +183,14 @@ def model_shape(model: ModelConfig) -> tuple[ModelShape, str]:
     shape, note = _exact_shape(model)
     if shape is not None:
         return shape, note
+    where = note or "it is neither in the local cache, nor a known model, nor can the hub be reached"
     ways = "set `config` to the path of its config.json, to its keys and values, or to the name of a known model such as Qwen2.5-7B"
     if model.params is None:
         return ModelShape.from_params(1e9), (
-            f"unverified: {model.source!r} is neither in the local cache nor a known model, so one billion parameters are assumed; {ways}"
+            f"unverified: {model.source!r}: {where}; so one billion parameters are assumed; {ways}"
         )
     return ModelShape.from_params(model.params), (
-        f"unverified: {model.source!r} is neither in the local cache nor a known model; of its {model.params:.3g} parameters a "
+        f"unverified: {model.source!r}: {where}; of its {model.params:.3g} parameters a "
         f"typical shape without grouped heads is assumed, so its key-value cache may be several times smaller; {ways}"
     )
 
@@ -206,7 +207,7 @@ def has_known_sizes(model: ModelConfig) -> bool:
 
 
 def _exact_shape(model: ModelConfig) -> tuple[ModelShape | None, str]:
-    """The sizes from the model, the recipe's `config`, the cache, or the table of known models; None if there are none."""
+    """The sizes from the model, the recipe's `config`, the cache, the table of known models, or the hub; None if there are none."""
     if model.source.startswith(PACKAGE):
         return _gguf_shape(package_file(model.source)[1]), ""
     folder = Path(model.source).expanduser()
@@ -220,7 +221,8 @@ def _exact_shape(model: ModelConfig) -> tuple[ModelShape | None, str]:
         return ModelShape.from_config(cached), ""
     if (known := architectures.known_config(model.source)) is not None:
         return ModelShape.from_config(known[1]), f"sizes of {known[0]}, from the table of known models"
-    return None, ""
+    fetched, refusal = hub.model_config(model.source, model.revision)
+    return (None, refusal) if fetched is None else (ModelShape.from_config(fetched), "")
 
 
 def _given_config(config: str | dict[str, Any]) -> Mapping[str, Any]:

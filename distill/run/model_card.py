@@ -65,8 +65,9 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
     settings = resolved.stages[name].model_dump(mode="json")
     folder = run / name / "model"
     verify_but_weights(folder, f"Make the model again with --redo {name}.")
-    source = resolved.models[origin(resolved, name)].source if origin(resolved, name) in resolved.models else ""
-    base_facts = card_facts.base_card(source) if source else {}
+    model = resolved.models.get(origin(resolved, name))
+    commit = run_folder.commit_of(run, model) or "" if model else ""
+    base_facts = card_facts.base_card(model.source, commit or model.revision) if model else {}
     size = card_facts.Size.of(folder) if any(folder.glob("*.safetensors")) else None
     language = base_facts.get("language")
     versions = run_folder.environment(run)
@@ -76,6 +77,7 @@ def describe(resolved: Recipe, run: Path, name: str, report: RunReport | None = 
         run=resolved.name,
         base=base,
         base_on_hub=bool(base and _HUB_ID.fullmatch(base)),
+        base_commit=commit,
         lineage=lineage,
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
         seed=resolved.seed,

@@ -42,16 +42,7 @@ def local_folder(model: ModelConfig) -> Path | None:
             f"model {model.source!r} is neither a folder nor a valid hub id (owner/name). {RULE}."
         ) from None
     # A download that was cut goes on when the model is needed.
-    complete = isinstance(found, str) and _is_complete(Path(found).parent)
-    return Path(found).parent if complete and isinstance(found, str) else None
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        models.check_folder(folder)
-    except UserError:
-        return False
-    return models.has_tokenizer(folder)
+    return Path(found).parent if isinstance(found, str) and models.is_whole(Path(found).parent) else None
 
 
 def _check_quantised(name: str, folder: Path, recipe: Recipe) -> None:

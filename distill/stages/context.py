@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill import machine, models, plug
+from distill import machine, models, plug, run_folder
 from distill.files import SHIPPED, whole_folder
 from distill.machine import Machine, Width
 from distill.progress import Live, Screen
@@ -75,15 +75,25 @@ class Context:
     def model_dir(self, reference: str) -> Path:
         """Return the folder of a model of the recipe or of a stage; without weights if only an endpoint runs the model.
 
-        Raises UserError if a stage's model is no longer what the stage wrote.
+        A model of the hub is that of the commit which the run first loaded, whatever the hub has now. Raises UserError if a
+        stage's model is no longer what the stage wrote.
         """
         if reference in self.recipe.stages:
             folder = self.run / reference / "model"
             models.verify(folder, f"Put back a copy, or make it again with --redo {reference}.")
             return folder
-        return models.resolve(
-            self.recipe.models[reference], self.phase, weights=reference not in served_models(self.recipe)
-        )
+        model = self.recipe.models[reference]
+        weights = reference not in served_models(self.recipe)
+        kept = run_folder.commit_of(self.run, model)
+        if kept is not None:
+            # Known only after all but the weights was there.
+            there = models.cached_commit(model.source, kept)
+            if there is not None and (not weights or models.is_whole(there)):
+                return there
+        folder = models.resolve(run_folder.at_commit(self.run, model), self.phase, weights=weights)
+        if kept is None and (commit := models.commit_of(folder)) is not None:
+            run_folder.keep_commit(self.run, model, commit)
+        return folder
 
     def trusts(self, reference: str) -> bool:
         """Return whether the recipe allows a model's own code to run (trust_remote_code); a stage's model: that of its input."""

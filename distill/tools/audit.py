@@ -166,7 +166,7 @@ def _model(reader: TraceReader, model: str | None, screen: Screen) -> tuple[Path
     run = reader.base.parent.parent
     if stage.model in tree.stages:
         return run / stage.model / "model", config
-    return models.resolve(tree.models[stage.model], screen.phase), config
+    return models.resolve(run_folder.at_commit(run, tree.models[stage.model]), screen.phase), config
 
 
 def _stage(reader: TraceReader) -> tuple[recipe.Recipe, GenerateStage | ScoreStage] | None:

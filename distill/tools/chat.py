@@ -74,7 +74,7 @@ def _of_run(run: Path, name: str) -> FoundModel:
     """A model that the run's recipe names, or a stage without a model."""
     recipe = run_folder.recipe(run)
     if name in recipe.models:
-        return _with_prompt(FoundModel(models.resolve(recipe.models[name])), recipe, name)
+        return _with_prompt(FoundModel(models.resolve(run_folder.at_commit(run, recipe.models[name]))), recipe, name)
     if name not in recipe.stages:
         raise UserError(f"{run} has no stage or model {name!r}; its models are: {_models_of(run)}.")
     if recipe.stages[name].writes != "model":

@@ -126,7 +126,8 @@ def _folder(found: Found, reference: str) -> Path:
         if (found.run / reference / "model" / "config.json").is_file():
             return found.run / reference / "model"
         if reference in found.recipe.models:
-            return models.resolve(found.recipe.models[reference], weights=reference not in served_models(found.recipe))
+            model = run_folder.at_commit(found.run, found.recipe.models[reference])
+            return models.resolve(model, weights=reference not in served_models(found.recipe))
     return models.resolve(ModelConfig(source=reference))
 
 

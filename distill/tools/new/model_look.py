@@ -144,12 +144,10 @@ def layers_kept(text: str, teacher: ModelLook) -> int | None:
     if word not in PRUNED:
         return None
     layers = teacher.shape.layers
+    if layers < 3:
+        raise UserError(f"{text}: the teacher has only {layers} layers; name a model of its own as student.")
     if not number:
-        return max(2, round(layers * 2 / 3)) if layers > 2 else _none_left(text, layers)
+        return max(2, round(layers * 2 / 3))
     if not number.isdigit() or not 2 <= int(number) < layers:
         raise UserError(f"{text}: the teacher has {layers} layers; write pruned:N with N from 2 to {layers - 1}.")
     return int(number)
-
-
-def _none_left(text: str, layers: int) -> int:
-    raise UserError(f"{text}: the teacher has only {layers} layers; name a model of its own as student.")
