@@ -126,6 +126,20 @@ def test_draws_survive_a_shard_unchanged_and_take_few_bytes(tmp_path):
     assert next(reader.blocks(columns=["top_ids", "top_count", "top_steps", "tail_logprob"])).draws is None
 
 
+def test_draws_are_rounded_once_or_keep_every_bit():
+    block = with_draws(range(1, 9))
+    raw_E = (-4 - np.random.default_rng(2).exponential(size=len(block.draws.logp_E))).astype(np.float32)
+    block = dataclasses.replace(block, draws=dataclasses.replace(block.draws, logp_E=raw_E))
+
+    def back(**changes):
+        metadata = trace_samples.metadata(tail_draws=NUM, **changes)
+        return codec.from_table(codec.to_table(block, metadata), metadata).draws.logp_E
+
+    np.testing.assert_array_equal(back(exact=True), raw_E)
+    np.testing.assert_array_equal(back(), codec.quantisation.round_draws(raw_E))
+    assert (back() != raw_E).any()
+
+
 def test_a_folder_without_draws_is_written_in_schema_1(tmp_path):
     trace_samples.write(tmp_path, 5)
     assert "tail_draws" not in (tmp_path / "manifest-0.json").read_text()

@@ -152,6 +152,54 @@ def test_exact_keeps_every_bit():
     assert (rounded.top.logp_E != block.top.logp_E).any()
 
 
+def at_a_share(keep_T):
+    """Test traces with a distribution at some positions only."""
+    block = samples.traces(range(1, 9))
+    top, keep_T = block.top, np.resize(keep_T, len(block.top))
+    chosen = [top.slice(t, t + 1) for t in range(len(top))]
+    empty = TopK(np.zeros(1, np.int32), top.ids_E[:0], top.logp_E[:0], np.zeros(1, np.float32))
+    object.__setattr__(
+        block, "top", TopK.concat([one if keep else empty for one, keep in zip(chosen, keep_T, strict=True)])
+    )
+    return block
+
+
+def test_positions_without_a_distribution_stay_empty_and_the_others_as_they_were():
+    block = at_a_share([True, False, False])
+    share = samples.metadata(positions="entropy", position_share=1 / 3)
+    back = round_trip(block, share)
+    for name in ("count_T", "ids_E", "logp_E", "tail_T"):
+        np.testing.assert_array_equal(getattr(back.top, name), getattr(block.top, name))
+    assert (back.top.count_T == 0).sum() > len(back.top) // 2
+    whole = samples.traces(range(1, 9))
+    assert round_trip(whole, share).top.ids_E.tolist() == whole.top.ids_E.tolist()
+    block.top.tail_T[1] = -0.5
+    with pytest.raises(ValueError, match="without entries has a tail whose mass is not 1"):
+        codec.to_table(block, share)
+    with pytest.raises(ValueError, match="1 to 16"):
+        codec.to_table(at_a_share([True, False]), samples.metadata())
+
+
+def test_rows_without_log_probabilities_are_those_of_an_endpoint_that_gives_text_alone():
+    block = samples.traces(range(1, 4), top=False)
+    empty = Ragged.from_rows([block.logprob[0], [], block.logprob[2]], np.float32)
+    object.__setattr__(block, "logprob", empty)
+    back = round_trip(block, samples.metadata(top_k=0, mass=1.0))
+    assert [len(back.logprob[n]) for n in range(3)] == [
+        len(block.completion_ids[0]),
+        0,
+        len(block.completion_ids[2]),
+    ]
+    object.__setattr__(block, "top", samples.traces(range(1, 4)).top)
+    with pytest.raises(ValueError, match="logprob"):
+        codec.to_table(block, samples.metadata())
+    one = samples.traces(range(1, 4), top=False)
+    short = [one.logprob[0], one.logprob[1][:1], one.logprob[2]]
+    object.__setattr__(one, "logprob", Ragged.from_rows(short, np.float32))
+    with pytest.raises(ValueError, match="logprob"):
+        codec.to_table(one, samples.metadata(top_k=0, mass=1.0))
+
+
 def test_no_tail_is_minus_infinity_and_certainty_is_zero():
     block = samples.traces([1])
     num = len(block.completion_ids.values)

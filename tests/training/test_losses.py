@@ -64,7 +64,7 @@ DIVERGENCES = {
     "jsd_small": ({"beta": 0.05}, functools.partial(jsd, 0.05)),
     "jsd_large": ({"beta": 0.9}, functools.partial(jsd, 0.9)),
     "tvd": ({}, tvd),
-    "skewed_forward_kl": ({"alpha": 0.1}, functools.partial(skewed_forward_kl, 0.1)),
+    "skewed_forward_kl": ({"alpha": 0.2}, functools.partial(skewed_forward_kl, 0.2)),
     "skewed_reverse_kl": ({"alpha": 0.3}, functools.partial(skewed_reverse_kl, 0.3)),
 }
 
@@ -313,6 +313,23 @@ def test_ce_kl_is_the_weighted_sum():
         head_loss(hidden, weight, loss, targets).loss_T for loss in (sparse.cross_entropy, sparse.forward_kl, mixed)
     )
     torch.testing.assert_close(both, 0.25 * ce + 2 * kl)
+
+
+def test_cross_entropy_by_hand_and_what_the_losses_do_without_options():
+    hidden, weight, targets = problem(T=6)
+
+    def of(loss, **options):
+        return head_loss(hidden, weight, functools.partial(loss, **options), targets).loss_T
+
+    logq_TV = torch.log_softmax(hidden.detach() @ weight.detach().T, 1)
+    ce_T = -logq_TV.gather(1, targets.label_T[:, None])[:, 0]
+    torch.testing.assert_close(of(sparse.cross_entropy), ce_T)
+    torch.testing.assert_close(of(sparse.ce_kl), 0.5 * ce_T + 0.5 * of(sparse.forward_kl))
+    torch.testing.assert_close(of(sparse.jsd), of(sparse.jsd, beta=0.5))
+    for loss in (sparse.skewed_forward_kl, sparse.skewed_reverse_kl):
+        torch.testing.assert_close(of(loss), of(loss, alpha=0.1))
+        assert not torch.allclose(of(loss), of(loss, alpha=0.3))
+    torch.testing.assert_close(of(sparse.sampled_kd), of(sparse.sampled_kd, draws=64))
 
 
 @pytest.mark.parametrize(("progress", "ce", "kl"), [(0.0, 1.0, 0.5), (0.25, 0.75, 0.5), (1.0, 0.0, 0.5)])
