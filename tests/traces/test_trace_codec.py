@@ -55,6 +55,17 @@ def test_blocks_whose_offsets_do_not_start_at_zero():
     assert {t: samples.digest(back, n) for n, t in enumerate(back.trace_id)} == samples.expected_digests(range(6))
 
 
+def test_a_slice_of_a_table_is_its_rows():
+    whole, rows = samples.traces(range(1, 9)), samples.traces(range(3, 6))
+    back = codec.from_table(codec.to_table(whole, samples.metadata()).slice(2, 3), samples.metadata())
+    assert back.trace_id == rows.trace_id
+    for name in ("prompt_ids", "completion_ids", "logprob"):
+        np.testing.assert_array_equal(getattr(back, name).values, getattr(rows, name).values)
+        np.testing.assert_array_equal(getattr(back, name).offsets, getattr(rows, name).offsets)
+    for name in ("count_T", "ids_E", "logp_E", "tail_T"):
+        np.testing.assert_array_equal(getattr(back.top, name), getattr(rows.top, name))
+
+
 def test_no_rows_no_tokens_and_ids_near_the_end_of_a_vast_vocabulary():
     assert len(round_trip(samples.traces([]), samples.metadata())) == 0
     assert round_trip(samples.traces([0, 7]), samples.metadata()).top.ids_E.size == 0
