@@ -56,28 +56,22 @@ def recipe(run: Path) -> Recipe:
 
 def environment(run: Path) -> dict[str, Any]:
     """Return the content of a run's environment.json; empty if the run has not begun."""
-    path = run / ENVIRONMENT
-    if not path.is_file():
-        return {}
-    try:
-        return read_digested(path)
-    except ValueError as error:
-        raise DataError(
-            f"{path}: not as written ({error}). Remove this file: the next `distill run` writes it anew."
-        ) from None
+    return _record(run / ENVIRONMENT, "the next `distill run` writes it anew.")
 
 
 def commits(run: Path) -> dict[str, str]:
     """Return the commit of each model of the hub that the run has loaded, as source or source@revision."""
-    path = run / COMMITS
+    return _record(run / COMMITS, "the run then takes the models as the hub has them now.")
+
+
+def _record(path: Path, without: str) -> dict[str, Any]:
+    """Return the content of a record; empty if there is none. without: what happens once a damaged one is removed."""
     if not path.is_file():
         return {}
     try:
         return read_digested(path)
     except ValueError as error:
-        raise DataError(
-            f"{path}: not as written ({error}). Remove this file: the run then takes the models as the hub has them now."
-        ) from None
+        raise DataError(f"{path}: not as written ({error}). Remove this file: {without}") from None
 
 
 def keep_commit(run: Path, model: ModelConfig, commit: str) -> None:

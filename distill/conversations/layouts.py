@@ -266,8 +266,10 @@ def _with_known_names(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a row with columns such as `Problem` or `Final Answer` under the names of the layouts, unless these are there too."""
     made = dict(row)
     for key in row:
+        if key in COLUMNS:
+            continue
         plain = re.sub(r"[ -]", "_", str(key).strip().lower())
-        if key not in COLUMNS and plain in COLUMNS and plain not in made:
+        if plain in COLUMNS and plain not in made:
             made[plain] = made.pop(key)
     return made
 

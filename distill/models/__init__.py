@@ -11,7 +11,7 @@ are used by processes that never load a model.
 from distill.files import cache_home, file_hash
 from distill.models.chat_template import opened_by, pin_date, pinned_date
 from distill.models.checkpoint_folder import check_folder, check_vocabulary, has_tokenizer, is_whole
-from distill.models.hub import cached_commit, commit_of
+from distill.models.hub import cached_folder, commit_of
 from distill.models.integrity import seal, verify
 from distill.models.loading import (
     auto_dtype,
@@ -72,7 +72,7 @@ __all__ = [
     "add_lora",
     "auto_dtype",
     "cache_home",
-    "cached_commit",
+    "cached_folder",
     "cast",
     "chat_messages",
     "chat_template_of",

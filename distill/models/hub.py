@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.errors import MachineError, UserError, in_a_line
+from distill.recipe.paths import RULE
 
 CONNECT_SECONDS = 5.0
 UNVERIFIED = "unverified"
@@ -33,11 +34,15 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
 
 
-def cached_commit(name: str, commit: str) -> Path | None:
-    """Return the folder of a model's commit in the hub's cache, whole or not; None if it is not there."""
-    import huggingface_hub
+def cached_folder(name: str, revision: str | None) -> Path | None:
+    """Return a model's folder in the hub's cache, whole or not; None if it is not there. Raises UserError for what is no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=commit)
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        raise UserError(f"model {name!r} is neither a folder nor a valid hub id (owner/name). {RULE}.") from None
     return Path(found).parent if isinstance(found, str) else None
 
 

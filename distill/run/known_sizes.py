@@ -247,16 +247,8 @@ def _given_config(config: str | dict[str, Any]) -> Mapping[str, Any]:
 
 
 def _cached_config(model: ModelConfig) -> dict[str, Any] | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
-    except HFValidationError:
-        raise UserError(
-            f"model {model.source!r} is neither a folder nor a valid hub id (owner/name). {RULE}."
-        ) from None
-    return json.loads(Path(found).read_text(encoding="utf-8")) if isinstance(found, str) else None
+    found = hub.cached_folder(model.source, model.revision)
+    return None if found is None else json.loads((found / "config.json").read_text(encoding="utf-8"))
 
 
 def _gguf_shape(path: Path) -> ModelShape:

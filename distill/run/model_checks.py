@@ -10,7 +10,6 @@ from distill.errors import in_a_line
 from distill.models import gguf, prune_width
 from distill.recipe import ModelConfig, OnPolicyStage, OptimStage, PruneStage, Recipe, served_models
 from distill.recipe.lineage import origin
-from distill.recipe.paths import RULE
 from distill.records import UserError
 
 
@@ -32,17 +31,9 @@ def local_folder(model: ModelConfig) -> Path | None:
     folder = Path(model.source).expanduser()
     if folder.is_dir():
         return folder
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model.source, "config.json", revision=model.revision)
-    except HFValidationError:
-        raise UserError(
-            f"model {model.source!r} is neither a folder nor a valid hub id (owner/name). {RULE}."
-        ) from None
+    found = models.cached_folder(model.source, model.revision)
     # A download that was cut goes on when the model is needed.
-    return Path(found).parent if isinstance(found, str) and models.is_whole(Path(found).parent) else None
+    return found if found is not None and models.is_whole(found) else None
 
 
 def _check_quantised(name: str, folder: Path, recipe: Recipe) -> None:

@@ -87,7 +87,7 @@ class Context:
         kept = run_folder.commit_of(self.run, model)
         if kept is not None:
             # Known only after all but the weights was there.
-            there = models.cached_commit(model.source, kept)
+            there = models.cached_folder(model.source, kept)
             if there is not None and (not weights or models.is_whole(there)):
                 return there
         folder = models.resolve(run_folder.at_commit(self.run, model), self.phase, weights=weights)
