@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(5400)]
 
 SHORT = {"max_tokens": 6}
 TRAIN = {"steps": 2, "batch_traces": 2, "dtype": "float32", "checkpoint_every": 1, "keep_truncated": True}
-SAMPLED, SAMPLED_BEFORE = 20, 4
+SAMPLED, SAMPLED_BEFORE = 20, 6
 """Corruptions that are tried by default: of a finished run, and of one whose students are still to be trained."""
 
 
